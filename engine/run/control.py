@@ -1,0 +1,87 @@
+"""Asking a running engine to stop: one small file a request, acknowledged by an event.
+
+A file survives where a signal does not reach: another user's terminal, another host on the same file
+system, a batch job. ``stop`` means checkpoint at the next step and exit resumable; ``abort`` means end now,
+keeping the last checkpoint. SIGTERM and SIGINT mean the same as ``stop``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import time
+from typing import Literal, get_args
+
+import msgspec
+
+from engine.run.directory import RunDirectory
+from engine.run.errors import UsageError
+from engine.run.files import atomic_write_json, disk_error
+
+Action = Literal["stop", "abort"]
+
+_NAME = re.compile(r"[0-9]{20}-[0-9a-f]{8}")
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One request; ``id`` sorts by time."""
+
+    id: str
+    request: Action
+    t: float
+    pid: int
+
+
+def request(run: RunDirectory, action: Action) -> str:
+    """Ask for ``action``; the id that its acknowledgement will carry."""
+    if action not in get_args(Action):
+        raise UsageError(f"cannot be {action!r}", where="request", hint="stop or abort")
+    name = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
+    try:
+        run.control_dir.mkdir(exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, run.control_dir) from error
+    made = Request(id=name, request=action, t=time.time(), pid=os.getpid())
+    atomic_write_json(run.control_dir / f"{name}.json", made)
+    return name
+
+
+def pending(run: RunDirectory) -> list[Request]:
+    """Requests that nobody has acknowledged, oldest first. Cheap: the training loop asks at every step."""
+    try:
+        names = sorted(name for name in os.listdir(run.control_dir) if name.endswith(".json"))
+    except OSError:
+        return []
+    requests = []
+    for name in names:
+        if not _NAME.fullmatch(name.removesuffix(".json")):
+            continue
+        try:
+            found = msgspec.json.decode((run.control_dir / name).read_bytes(), type=Request)
+        except (OSError, msgspec.MsgspecError):
+            continue  # acknowledged meanwhile, or not written by us
+        if found.id == name.removesuffix(".json"):
+            requests.append(found)
+    return requests
+
+
+def acknowledge(run: RunDirectory, request_id: str) -> None:
+    """Take a request off the list; its file stays, as ``ID.done``. Twice is as good as once."""
+    if not _NAME.fullmatch(request_id):
+        raise UsageError(f"{request_id!r} is not the id of a request", where="control")
+    file = run.control_dir / f"{request_id}.json"
+    try:
+        os.replace(file, file.with_suffix(".done"))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise disk_error(error, file) from error
+
+
+def discard_pending(run: RunDirectory) -> int:
+    """Acknowledge what was asked of an attempt that is over, so that the next one does not stop at once."""
+    requests = pending(run)
+    for found in requests:
+        acknowledge(run, found.id)
+    return len(requests)

@@ -1,0 +1,348 @@
+"""A run is a directory; both processes meet only there.
+
+Each file has one writer. ``config.toml`` is written once when the run is made, ``run.json`` once by the
+engine when it knows the machine, the model and the data. ``status.json`` is replaced every two seconds.
+``events.jsonl`` only grows. Whoever watches needs nothing but read access.
+
+What state a run is in follows from the lock, the heartbeat and how the event log ends: :func:`classify`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from engine.run.config import RunConfig, absolute_paths, load, to_toml
+from engine.run.errors import EqatError, PreflightError, UsageError
+from engine.run.events import Outcome, RunFinished, RunStarted, tail_events
+from engine.run.files import atomic_write, atomic_write_json, disk_error
+from engine.run.lock import RunLock, holder, is_held
+
+__all__ = [
+    "Launched",
+    "RunDirectory",
+    "RunLock",
+    "State",
+    "Status",
+    "atomic_write",
+    "atomic_write_json",
+    "classify",
+    "default_runs_dir",
+    "find_run",
+    "holder",
+    "is_held",
+    "list_runs",
+    "process_alive",
+    "read_launched",
+    "read_status",
+    "run_state",
+    "write_status",
+]
+
+State = Literal["created", "running", "hung", "crashed", "done", "stopped", "failed", "aborted"]
+
+DEFAULT_GRACE_S = 120.0
+"""A heartbeat older than this means a hung engine, unless its status asks for more patience."""
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """``status.json``: where the engine is now. Bytes and seconds; ``heartbeat`` is wall clock time."""
+
+    phase: str = ""
+    block: int | None = None
+    blocks: int | None = None
+    step: int | None = None
+    steps: int | None = None
+    eta_s: float | None = None
+    heartbeat: float = 0.0
+    grace_s: float = DEFAULT_GRACE_S
+    """How long the engine may be silent now; a step that takes minutes raises it beforehand."""
+    pid: int = 0
+    """The engine; :func:`write_status` fills it in."""
+    attempt: int = 1
+    events_dropped: int = 0
+
+
+class Launched(msgspec.Struct, frozen=True, kw_only=True):
+    """``launch.json``: the last engine that was started, before it has written anything itself."""
+
+    pid: int
+    host: str
+    attempt: int
+    t: float
+    created: float
+    """When the operating system says the process began, so that a reused pid is not taken for it."""
+
+
+class RunDirectory:
+    """Paths inside a run. Construct with :meth:`create` or :meth:`open`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.id = path.name
+        self.run_json = path / "run.json"
+        self.config_toml = path / "config.toml"
+        self.lock_path = path / "lock"
+        self.status_path = path / "status.json"
+        self.launch_path = path / "launch.json"
+        self.events_path = path / "events.jsonl"
+        self.control_dir = path / "control"
+        self.logs_dir = path / "logs"
+        self.checkpoints_dir = path / "checkpoints"
+        self.cache_dir = path / "cache"
+        self.eval_dir = path / "eval"
+        self.export_dir = path / "export"
+
+    def __repr__(self) -> str:
+        return f"RunDirectory({str(self.path)!r})"
+
+    @classmethod
+    def create(cls, runs_dir: Path, config: RunConfig, *, now: float | None = None) -> RunDirectory:
+        """Make the directory of a new run, with its folders and ``config.toml``."""
+        stamp = time.strftime("%Y%m%d-%H%M", time.localtime(now))
+        name = f"{stamp}-{_slug(config.model.source)}-w{config.grid.bits}g{config.grid.group_size}"
+        text = to_toml(absolute_paths(config)).encode()
+        try:
+            runs_dir.mkdir(parents=True, exist_ok=True)
+            path = _make_new(runs_dir.resolve(), name)
+            run = cls(path)
+            folders = (run.control_dir, run.logs_dir, run.checkpoints_dir, run.cache_dir)
+            for folder in (*folders, run.eval_dir, run.export_dir):
+                folder.mkdir()
+        except OSError as error:
+            raise disk_error(error, runs_dir) from error
+        atomic_write(run.config_toml, text)  # last: without it the directory is no run
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
+        """The run at ``path``; :class:`UsageError` where there is none."""
+        place = os.path.expanduser(path)
+        if not _is_run(Path(place)):
+            raise UsageError("is not a run directory", where=str(path), hint="eqat runs lists the runs")
+        return cls(Path(place).resolve())
+
+    def config(self) -> RunConfig:
+        """The configuration the run was made with."""
+        return load(str(self.config_toml))
+
+    def inside(self, *parts: str) -> Path:
+        """A path below the run; :class:`UsageError` for one that would leave it, by ``..`` or by a link."""
+        root = self.path.resolve()
+        path = root.joinpath(*parts)
+        if "\0" in str(path) or not path.resolve().is_relative_to(root):
+            raise UsageError("leaves the run directory", where="/".join(parts))
+        return path
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        """Write ``run.json``. It says what the run *was made from*, so it is written once."""
+        if self.run_json.exists():
+            raise UsageError("exists already; a manifest is written once", where=str(self.run_json))
+        atomic_write_json(self.run_json, manifest)
+
+    def manifest(self) -> dict[str, Any] | None:
+        """``run.json``, or none before the engine has written it."""
+        try:
+            value = msgspec.json.decode(self.run_json.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.DecodeError) as error:
+            raise PreflightError(f"cannot be read: {error}", where=str(self.run_json)) from error
+        return value if isinstance(value, dict) else None
+
+
+def _make_new(runs_dir: Path, name: str) -> Path:
+    for _ in range(100):
+        path = runs_dir / f"{name}-{secrets.token_hex(2)}"
+        try:
+            path.mkdir()
+        except FileExistsError:  # made in the same minute with the same four digits
+            continue
+        return path
+    raise PreflightError("holds too many runs of this minute", where=str(runs_dir))
+
+
+def _slug(source: str) -> str:
+    """The last part of a model's name, as part of a directory's: lower case letters, digits, ``.-_``."""
+    name = source.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix(".gguf")
+    name = re.sub(r"[^a-z0-9._]+", "-", name).strip("-._")[:48]
+    return name.rstrip("-._") or "model"
+
+
+# -- finding runs --------------------------------------------------------------------------------------
+
+
+def default_runs_dir(flag: str | os.PathLike[str] | None = None) -> Path:
+    """``--runs-dir``, else ``$EQAT_RUNS_DIR``, else ``./runs``."""
+    return Path(flag or os.environ.get("EQAT_RUNS_DIR") or "runs").expanduser()
+
+
+def list_runs(runs_dir: Path) -> list[RunDirectory]:
+    """The runs in ``runs_dir``, newest first; none where there is no such directory."""
+    try:
+        runs = [RunDirectory(path.resolve()) for path in runs_dir.iterdir() if _is_run(path)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", where=str(runs_dir)) from error
+    return sorted(runs, key=_made, reverse=True)
+
+
+def find_run(runs_dir: Path, ref: str) -> RunDirectory:
+    """The run that ``ref`` means: ``latest``, an id, a path, or the unique beginning or end of an id."""
+    if not ref:
+        raise UsageError("names no run", where="run", hint="latest, an id, or a path")
+    if "/" in ref or ref in (".", ".."):
+        return RunDirectory.open(ref)
+    runs = list_runs(runs_dir)
+    if ref == "latest":
+        if not runs:
+            raise UsageError("there are no runs yet", where=str(runs_dir), hint="eqat run demo makes one")
+        return runs[0]
+    exact = [run for run in runs if run.id == ref]
+    found = exact or [run for run in runs if run.id.startswith(ref)]
+    found = found or [run for run in runs if run.id.endswith(f"-{ref}")]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        ids = ", ".join(run.id for run in found[:4])
+        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+        raise UsageError(f"{ref!r} means {len(found)} runs", where="run", hint=f"{ids}{more}")
+    if _is_run(Path(ref)):
+        return RunDirectory.open(ref)
+    raise UsageError(f"there is no run {ref!r} in {runs_dir}", where="run", hint="eqat runs lists the runs")
+
+
+def _is_run(path: Path) -> bool:
+    return os.path.isfile(path / "config.toml")  # false, not an error, for what may not be looked into
+
+
+def _made(run: RunDirectory) -> tuple[str, int]:
+    """Sorts by the time in the id, and within a minute by the file that was written when it was made."""
+    try:
+        written = run.config_toml.stat().st_mtime_ns
+    except OSError:
+        written = 0
+    stamp = run.id[:13]
+    if not re.fullmatch(r"\d{8}-\d{4}", stamp):  # a run that was renamed
+        stamp = time.strftime("%Y%m%d-%H%M", time.localtime(written / 1e9))
+    return stamp, written
+
+
+# -- status and state ----------------------------------------------------------------------------------
+
+
+def write_status(run: RunDirectory, status: Status) -> bool:
+    """Replace ``status.json``. A heartbeat must not end a run, so a failure is only returned as False."""
+    try:
+        atomic_write_json(run.status_path, msgspec.structs.replace(status, pid=status.pid or os.getpid()))
+    except (EqatError, OSError):
+        return False
+    return True
+
+
+def read_status(run: RunDirectory) -> Status | None:
+    """The last status, or none where there is none that can be read."""
+    try:
+        return msgspec.json.decode(run.status_path.read_bytes(), type=Status)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def classify(
+    *,
+    lock_held: bool,
+    heartbeat_age: float | None,
+    grace: float,
+    finish_outcome: Outcome | None,
+    ever_started: bool,
+) -> State:
+    """The state rule of a run.
+
+    A lock that is held means an engine: alive while its heartbeat is younger than ``grace`` (no heartbeat
+    yet counts as young: the lock has only just been taken), hung after. A free lock with a finish event
+    for the last attempt gives that outcome; without one the attempt crashed, if there ever was one.
+    """
+    if lock_held:
+        return "hung" if heartbeat_age is not None and heartbeat_age > grace else "running"
+    if finish_outcome is not None:
+        return finish_outcome
+    return "crashed" if ever_started else "created"
+
+
+def run_state(run: RunDirectory, *, now: float | None = None) -> State:
+    """The state of ``run`` now: gathers what :func:`classify` needs."""
+    now = time.time() if now is None else now
+    held = is_held(run.lock_path)
+    events = tail_events(run.events_path)
+    ends = [event for event in events if isinstance(event, RunStarted | RunFinished)]
+    last = ends[-1] if ends else None
+    # A finish counts only for the attempt that wrote last.
+    finished = isinstance(last, RunFinished) and last.attempt == events[-1].attempt
+    outcome = last.outcome if isinstance(last, RunFinished) and finished else None
+    started = _size(run.events_path) > 0
+    if not held:
+        launched = read_launched(run)
+        if launched is not None and launched.t > max((event.t for event in events), default=0.0):
+            if _starting(launched, now):
+                return "created"  # the engine is importing its libraries and has not taken the lock
+            outcome, started = None, True  # it died before its first event
+        if is_held(run.lock_path):  # taken while we looked elsewhere
+            held = True
+    status = read_status(run)
+    return classify(
+        lock_held=held,
+        heartbeat_age=_heartbeat_age(run, status, now) if held else None,
+        grace=status.grace_s if status is not None else DEFAULT_GRACE_S,
+        finish_outcome=outcome,
+        ever_started=started,
+    )
+
+
+def _heartbeat_age(run: RunDirectory, status: Status | None, now: float) -> float | None:
+    """Seconds since the last sign of life. Taking the lock is one: the status may be a former attempt's."""
+    signs = [status.heartbeat] if status is not None else []
+    try:
+        signs.append(run.lock_path.stat().st_mtime)
+    except OSError:
+        pass
+    return now - max(signs) if signs else None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def read_launched(run: RunDirectory) -> Launched | None:
+    """Who was started last, or none."""
+    try:
+        return msgspec.json.decode(run.launch_path.read_bytes(), type=Launched)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _starting(launched: Launched, now: float) -> bool:
+    if launched.host != socket.gethostname():
+        return now - launched.t < DEFAULT_GRACE_S  # cannot be asked from here
+    return process_alive(launched.pid, launched.created)
+
+
+def process_alive(pid: int, created: float) -> bool:
+    """Whether the process that began at ``created`` still runs; a zombie or a reused pid does not."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - created) < 2.0
+    except psutil.Error:
+        return False

@@ -1,0 +1,202 @@
+"""What estimates are made of: measured constants, a configuration applied to a model, sizes on disk.
+
+``memory_model.py`` and ``time_model.py`` count bytes and operations; everything that is not such a count
+is in :data:`CONSTANTS` and :data:`GPU_RATES`, each entry with what it stands for and where its value
+comes from. To calibrate, change a number here and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from engine.run.config import GridConfig, RunConfig
+from engine.run.families import Architecture
+
+MIB, GIB = 1 << 20, 1 << 30
+Store = Literal["device", "host", "disk"]
+"""Where activation streams live."""
+
+
+class Constants(msgspec.Struct, frozen=True, kw_only=True):
+    """Measured quantities; memory in bytes, time in seconds."""
+
+    # Memory of the process
+    base_cpu: int = 450 * MIB
+    """Python, torch (CPU build), transformers and datasets imported: 420 MiB, and a tokenizer."""
+    base_cuda_host: int = 2 * GIB
+    """The same with a CUDA build, once the context exists: 1.5 to 2.5 GiB."""
+    cuda_context: int = 512 * MIB
+    """GPU memory outside torch's allocator: context, cuBLAS workspace, kernels."""
+    math_workspace: int = 40 * MIB
+    """Per-thread buffers of the CPU matrix library and heap that is never given back."""
+    heap_overhead: float = 1.3
+    """Resident over live bytes of CPU activations: a block's tensors are below malloc's mmap threshold and
+    fragment its heap. Measured on SmolLM2 blocks, 1024 to 4096 tokens."""
+
+    # Memory of training
+    fake_quant_tensors: int = 5
+    """float32 temporaries of the largest linear in the backward pass of the fake quantizer."""
+    loss_tensors: int = 3
+    """float32 hidden states that a block's loss keeps or makes: difference, square, gradient."""
+    unpack_bytes: int = 16
+    """Bytes a weight of the largest linear takes while it is unpacked (int32, uint8 and float steps)."""
+    head_tokens: int = 512
+    """Tokens whose logits exist together in e2e_qp."""
+    head_values: int = 1 << 25
+    """Most logits that evaluation computes together."""
+    logits_cross_entropy: int = 4
+    """Chunk-sized tensors at the peak of a cross-entropy step: logits, log-softmax, two gradients."""
+    logits_kl: int = 6
+    """The same for KL: teacher's log-probabilities, logits, log-softmax, three temporaries."""
+    logits_evaluation: int = 2
+    """Logits and log-softmax."""
+    load_factor: float = 1.75
+    """Bytes while a tensor is loaded and checked for NaN, relative to its float32 size."""
+
+    # Time on the CPU, for one core with AVX-512
+    cpu_flops: float = 100e9
+    """Matrix products and everything around them that grows with tokens, float32 (SmolLM2 block: 95e9 to
+    105e9 in training and inference)."""
+    cpu_flops_no_avx512: float = 45e9
+    cpu_step_per_weight: float = 22e-9
+    """Fake quantization forward and backward and AdamW, for every weight and step."""
+    cpu_unpack_per_weight: float = 10e-9
+    """Unpacking a packed weight once."""
+    cpu_search_per_weight: float = 10e-9
+    """One candidate range for one weight: 1.1 us over 121 candidates, 0.25 us over 21."""
+    parallel_efficiency: float = 0.9
+    """Gain of each core after the first."""
+
+    # Time on a GPU (one H200, torch 2.11; see METHOD)
+    gpu_step_bytes: float = 400.0
+    """Memory traffic of fake quantization and AdamW, for every weight and step, eager: of 27.5 ms for a
+    7B-shaped block at 2 x 2048, 20 ms are left over by matrix products and attention."""
+    gpu_unpack_bytes: float = 40.0
+    """Memory traffic of unpacking a packed weight once, eager."""
+    gpu_block_launch: float = 6e-3
+    """Kernel launches of one block, forward and backward, eager: the floor for small models."""
+    gpu_search_bytes: float = 32.0
+    """Memory traffic of one candidate range for one weight."""
+
+    # Time of either
+    prepare: float = 12.0
+    """Importing torch and transformers, tokenizing."""
+    block_load: float = 0.05
+    """Opening and converting a block, beside its bytes."""
+    read_rate: float = 500e6
+    """Bytes a second at which stored weights are read and converted."""
+
+
+CONSTANTS = Constants()
+
+GPU_RATES: dict[str, tuple[float, float]] = {
+    # name contains: (bf16 operations a second that matrix products reach, bytes a second that kernels reach)
+    "H200": (740e12, 4.0e12),
+    "H100": (740e12, 2.8e12),
+    "B200": (1500e12, 6.5e12),
+    "A100": (250e12, 1.6e12),
+    "L40": (180e12, 0.7e12),
+    "RTX 4090": (150e12, 0.85e12),
+    "RTX 3090": (65e12, 0.8e12),
+    "A10": (70e12, 0.5e12),
+    "L4": (60e12, 0.25e12),
+    "V100": (90e12, 0.75e12),
+    "T4": (40e12, 0.25e12),
+}
+"""H200 measured (METHOD, section 4); the others are about 80 % of the data sheet."""
+UNKNOWN_GPU = (60e12, 0.5e12)
+
+
+class Workload(msgspec.Struct, frozen=True, kw_only=True):
+    """A configuration applied to a model, on the CPU or a GPU."""
+
+    arch: Architecture
+    config: RunConfig
+    cuda: bool
+    windows: int
+    """Evaluation windows."""
+
+    def bytes_of(self, dtype: str) -> int:
+        """Bytes of a number in a configured compute dtype."""
+        if dtype == "auto":
+            return 2 if self.cuda else 4
+        return 4 if dtype == "float32" else 2
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of a number outside the training of blocks."""
+        return self.bytes_of("auto")
+
+    @property
+    def shares_teacher(self) -> bool:
+        """Block-AP's full-precision stream ends as E2E-QP's teacher when both train on the same sequences."""
+        a, b = self.config.block_ap, self.config.e2e_qp
+        shapes = [(s.sequences, s.val_sequences, s.sequence_length) for s in (a, b)]
+        return a.enabled and b.enabled and b.loss == "kl" and shapes[0] == shapes[1]
+
+    def stream_bytes(self) -> int:
+        """One of Block-AP's two activation streams."""
+        section = self.config.block_ap
+        if not section.enabled:
+            return 0
+        numbers = (section.sequences + section.val_sequences) * section.sequence_length * self.arch.hidden
+        return numbers * self.bytes_of(section.compute_dtype)
+
+    def teacher_bytes(self) -> int:
+        """The teacher's last hidden states."""
+        section = self.config.e2e_qp
+        if not section.enabled or section.loss != "kl":
+            return 0
+        numbers = (section.sequences + section.val_sequences) * section.sequence_length * self.arch.hidden
+        return numbers * self.bytes_of(section.compute_dtype)
+
+    def evaluation_bytes(self) -> int:
+        """Hidden states of all evaluation windows."""
+        section = self.config.evaluation
+        return self.windows * section.sequence_length * self.arch.hidden * self.model_bytes
+
+    def phases(self) -> list[str]:
+        """Names of the phases, in order (those of the pipeline)."""
+        config = self.config
+        evaluation, block, e2e = config.evaluation.enabled, config.block_ap.enabled, config.e2e_qp.enabled
+        return [
+            "prepare",
+            *(["evaluate_fp", "evaluate_rtn"] if evaluation else []),
+            "block_ap" if block else "rtn",
+            *(["evaluate_block_ap"] if evaluation and block else []),
+            *(["e2e_qp"] if e2e else []),
+            *(["evaluate_e2e_qp"] if evaluation and e2e else []),
+            *(["export"] if config.export.formats else []),
+        ]
+
+
+class Sizes(msgspec.Struct, frozen=True):
+    """Bytes on disk."""
+
+    export: int
+    fp: int
+    bits_per_weight: float
+    checkpoint: int
+
+
+def sizes(arch: Architecture, grid: GridConfig) -> Sizes:
+    """Export (GPTQ v2), the 16-bit model, bits per quantized weight, and our checkpoint.
+
+    A group of g weights of b bits costs g*b bits of codes, b of zero point and 16 of scale; everything
+    that is not the weight of a linear stays at 16 bits. GPTQ files also list each input's group (int32).
+    """
+    groups, weights = arch.groups_per_block(grid.group_size), arch.linear_params_per_block
+    packed_bits = weights * grid.bits + groups * (grid.bits + 16)
+    others = arch.bias_params_per_block + arch.norm_params_per_block
+    group_index = 4 * sum(linear.in_features for linear in arch.linears)
+    export = arch.blocks * (packed_bits // 8 + 2 * others + group_index) + 2 * arch.rest_params
+    block = weights * grid.bits // 8 + 3 * groups + 2 * others  # zero points take a byte
+    scales = 3 * groups  # E2E-QP adds its own beside the integers
+    return Sizes(
+        export=export,
+        fp=2 * arch.params,
+        bits_per_weight=packed_bits / weights,
+        checkpoint=arch.blocks * (block + scales),
+    )

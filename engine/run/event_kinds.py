@@ -1,0 +1,215 @@
+"""The closed set of events: one frozen struct a kind, its fields the payload.
+
+Import them from :mod:`engine.run.events`, which writes and reads them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import msgspec
+
+VERSION = 1
+
+Phase = Literal[
+    "prepare",
+    "evaluate_fp",
+    "evaluate_rtn",
+    "block_ap",
+    "rtn",
+    "evaluate_block_ap",
+    "e2e_qp",
+    "evaluate_e2e_qp",
+    "export",
+]
+Stage = Literal["fp", "rtn", "block_ap", "e2e_qp", "packed"]
+Outcome = Literal["done", "stopped", "failed", "aborted"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", omit_defaults=False):
+    """The envelope. The writer fills it; whoever emits an event gives the payload only."""
+
+    v: int = VERSION
+    seq: int = 0
+    attempt: int = 1
+    t: float = 0.0
+    mono: float = 0.0
+
+
+class RunStarted(Event, frozen=True, kw_only=True, tag="run.started"):
+    """An attempt begins: the first of a run, or a resumption."""
+
+    id: str
+    pid: int
+    host: str
+    device: str
+    versions: dict[str, str]
+    argv: list[str]
+
+
+class Plan(Event, frozen=True, kw_only=True, tag="plan"):
+    """What the run was expected to need (``Plan.to_dict()``)."""
+
+    plan: dict[str, Any]
+
+
+class PhaseStarted(Event, frozen=True, kw_only=True, tag="phase.started"):
+    """Phase ``index`` (from 0) of ``phases``."""
+
+    phase: Phase
+    index: int
+    phases: int
+
+
+class PhaseFinished(Event, frozen=True, kw_only=True, tag="phase.finished"):
+    """Seconds and peak memory of this attempt's part of the phase."""
+
+    phase: Phase
+    seconds: float
+    peak_gpu_bytes: int | None = None
+    peak_host_bytes: int | None = None
+
+
+class BlockStarted(Event, frozen=True, kw_only=True, tag="block.started"):
+    """Decoder block ``block`` (from 0) of ``blocks``."""
+
+    phase: Phase
+    block: int
+    blocks: int
+
+
+class BlockFinished(Event, frozen=True, kw_only=True, tag="block.finished"):
+    """A block is frozen to the grid; ``restored`` when it came from a checkpoint."""
+
+    phase: Phase
+    block: int
+    seconds: float
+    initial_loss: float | None = None
+    final_loss: float | None = None
+    val_loss: float | None = None
+    restored: bool = False
+
+
+class Metric(Event, frozen=True, kw_only=True, tag="metric"):
+    """A training step. ``step`` counts from 1 within its block (or phase) to ``steps``.
+
+    ``non_finite`` is set when a number of this step, or of one left out since the last metric, was NaN
+    or infinite; such numbers are written as null.
+    """
+
+    phase: Phase
+    step: int
+    steps: int
+    epoch: int
+    block: int | None = None
+    loss: float | None = None
+    val_loss: float | None = None
+    grad_norm: float | None = None
+    lr: dict[str, float] = {}
+    tokens_per_second: float | None = None
+    non_finite: bool = False
+
+
+class Memory(Event, frozen=True, kw_only=True, tag="memory"):
+    """A sample of the machine: bytes, per cent, degrees Celsius, watts. What cannot be read is null."""
+
+    gpu_used: int | None = None
+    gpu_total: int | None = None
+    gpu_peak: int | None = None
+    gpu_other: int | None = None
+    gpu_utilization: float | None = None
+    gpu_temperature: float | None = None
+    gpu_power: float | None = None
+    host_used: int | None = None
+    host_peak: int | None = None
+    host_available: int | None = None
+    disk_free: int | None = None
+
+
+class Eval(Event, frozen=True, kw_only=True, tag="eval"):
+    """Perplexity of the model at one stage; null when it is not a finite number."""
+
+    stage: Stage
+    perplexity: float | None
+    tokens: int
+    sequence_length: int
+    seconds: float
+    corpus: str
+
+
+class CheckpointCommitted(Event, frozen=True, kw_only=True, tag="checkpoint.committed"):
+    """Everything up to here survives a crash."""
+
+    generation: int
+    bytes: int
+    seconds: float
+    phase: Phase
+    block: int | None = None
+
+
+class Export(Event, frozen=True, kw_only=True, tag="export"):
+    """A packed checkpoint was written, and ``verified`` by reading it back."""
+
+    format: str
+    path: str
+    verified: bool
+    bytes: int
+    fp_bytes: int
+    bits_per_weight: float
+    max_logit_diff: float | None = None
+    perplexity: float | None = None
+
+
+class ControlAck(Event, frozen=True, kw_only=True, tag="control.ack"):
+    """The engine saw a request (``stop`` or ``abort``) and will act on it."""
+
+    request: str
+    id: str
+
+
+class Warning(Event, frozen=True, kw_only=True, tag="warning"):
+    """Something the user should know; the run goes on."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+
+class Error(Event, frozen=True, kw_only=True, tag="error"):
+    """Why the attempt ends: one line, where, and the remedy."""
+
+    code: str
+    where: str
+    message: str
+    hint: str
+    exit_code: int
+
+
+class RunFinished(Event, frozen=True, kw_only=True, tag="run.finished"):
+    """The attempt's last word; an attempt without one crashed."""
+
+    outcome: Outcome
+    exit_code: int
+    seconds: float
+
+
+AnyEvent = (
+    RunStarted
+    | Plan
+    | PhaseStarted
+    | PhaseFinished
+    | BlockStarted
+    | BlockFinished
+    | Metric
+    | Memory
+    | Eval
+    | CheckpointCommitted
+    | Export
+    | ControlAck
+    | Warning
+    | Error
+    | RunFinished
+)
+EVENT_TYPES: tuple[type[Event], ...] = get_args(AnyEvent)

@@ -1,0 +1,158 @@
+"""Starting the engine so that nothing of the terminal it was started from can end it.
+
+Its own session (no SIGHUP, no Ctrl-C of the terminal), no standard input, and output into a log *file*: a
+child that writes to a pipe dies of a broken pipe when its reader goes, hours into a run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.run.control import discard_pending
+from engine.run.directory import Launched, RunDirectory, holder
+from engine.run.errors import EqatError, PreflightError
+from engine.run.events import tail_events
+from engine.run.files import atomic_write_json, disk_error
+
+ATTEMPT_VARIABLE = "EQAT_ATTEMPT"
+"""Tells the engine which attempt, and so which log, it is."""
+
+ENGINE = ("-P", "-m", "engine")
+"""Arguments of Python that start the engine. -P: a folder named ``engine`` in the user's working
+directory must not be taken for ours."""
+
+# Kept so that Python neither reaps these children behind our back nor warns that they still run.
+_children: dict[int, subprocess.Popen[bytes]] = {}
+
+
+def launch(
+    run: RunDirectory,
+    *,
+    args: Sequence[str] = (),
+    python: str = sys.executable,
+    module: Sequence[str] = ENGINE,
+) -> int:
+    """Start the engine on ``run`` and return its pid; ``args`` follow the directory on its command line."""
+    owner = holder(run.lock_path)
+    if owner is not None:
+        raise PreflightError(
+            f"the run is already being worked on by process {owner}",
+            where=run.id,
+            hint=f"eqat attach {run.id} follows it",
+        )
+    discard_pending(run)
+    try:
+        run.logs_dir.mkdir(exist_ok=True)
+        attempt, log = _new_log(run)
+    except OSError as error:
+        raise disk_error(error, run.logs_dir) from error
+    begun = time.time()
+    try:
+        child = subprocess.Popen(
+            [python, *module, str(run.path), *args],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=engine_environment(attempt),
+        )
+    except OSError as error:
+        raise PreflightError(f"the engine cannot be started: {error.strerror}", where=python) from error
+    finally:
+        os.close(log)
+    _children[child.pid] = child
+    launched = Launched(
+        pid=child.pid,
+        host=socket.gethostname(),
+        attempt=attempt,
+        t=begun,
+        created=_created(child.pid, begun),
+    )
+    try:
+        atomic_write_json(run.launch_path, launched)
+    except EqatError:
+        pass  # the engine runs; only its first seconds, before it takes the lock, look like none
+    return child.pid
+
+
+def exit_code(pid: int) -> int | None:
+    """How a child of this process's :func:`launch` ended (negative: by that signal), or none while it runs.
+
+    Only for whoever launched it; everyone else reads the run's state and its finish event.
+    """
+    child = _children.get(pid)
+    return child.poll() if child is not None else None
+
+
+def next_attempt(run: RunDirectory) -> int:
+    """One more than any attempt that left a log or an event."""
+    logged = [int(match[1]) for match in map(_LOG.fullmatch, _names(run.logs_dir)) if match]
+    written = [event.attempt for event in tail_events(run.events_path)]
+    return max([0, *logged, *written]) + 1
+
+
+def this_attempt(run: RunDirectory) -> int:
+    """The engine's own attempt: the one :func:`launch` gave it, or the next when started by hand."""
+    given = os.environ.get(ATTEMPT_VARIABLE, "")
+    if re.fullmatch(r"[0-9]{1,6}", given):
+        attempt = int(given)
+        # A variable that was inherited from elsewhere must not make two attempts one.
+        if attempt > max((event.attempt for event in tail_events(run.events_path)), default=0):
+            return attempt
+    return next_attempt(run)
+
+
+def log_path(run: RunDirectory, attempt: int) -> Path:
+    """Where the engine's output of ``attempt`` goes."""
+    return run.logs_dir / f"attempt-{attempt:03d}.log"
+
+
+_LOG = re.compile(r"attempt-([0-9]{1,6})\.log")
+
+
+def _new_log(run: RunDirectory) -> tuple[int, int]:
+    """The next attempt's number and an open descriptor of its log, which nobody else has."""
+    attempt = next_attempt(run)
+    while True:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            return attempt, os.open(log_path(run, attempt), flags, 0o644)
+        except FileExistsError:  # another launch was faster
+            attempt += 1
+
+
+def engine_environment(attempt: int) -> dict[str, str]:
+    """The environment an engine is started in."""
+    environment = dict(os.environ)
+    environment[ATTEMPT_VARIABLE] = str(attempt)
+    # A log that is read while it is written, and that holds the last words of a crash.
+    environment["PYTHONUNBUFFERED"] = "1"
+    environment["PYTHONFAULTHANDLER"] = "1"
+    root = Path(__file__).resolve().parents[2]
+    if root.name not in ("site-packages", "dist-packages"):  # a checkout need not be installed
+        known = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join([str(root), *([known] if known else [])])
+    return environment
+
+
+def _created(pid: int, begun: float) -> float:
+    import psutil
+
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.Error:
+        return begun
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []

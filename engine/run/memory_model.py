@@ -1,0 +1,218 @@
+"""The memory model: what each phase of a run holds at its peak.
+
+It follows the engine phase by phase. ``device`` is what torch's allocator holds on the compute device
+(``torch.cuda.max_memory_allocated`` on a GPU), ``host`` the resident memory of the process; on the CPU
+they are the same memory and are added up.
+
+    every phase      embeddings, head, final norm in compute dtype
+    block_ap         of one block: float32 weights, AdamW moments, the copies of the start and of the best
+                     state; plus the larger of (activations of a batch + fake-quantized weights) at the top
+                     of the backward pass and (float32 gradients) at its bottom
+    e2e_qp           packed integers of all blocks; scales with gradient, moments and copies; the input of
+                     every block (or all activations), one block's activations, logits of a chunk of tokens
+    evaluate_*       one block in compute dtype, hidden states of all windows, logits of a chunk
+    activation store two streams of sequences x length x hidden in block_ap, one (the teacher's) in e2e_qp
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine.run.estimate import CONSTANTS, MIB, Constants, Store, Workload, sizes
+from engine.run.families import Architecture
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """Peak of a phase, by what takes it; bytes."""
+
+    device: dict[str, int]
+    stored: int = 0
+    """Activation store in this phase, wherever it is kept."""
+
+    def gpu(self, store: Store) -> int:
+        return sum(self.device.values()) + (self.stored if store == "device" else 0)
+
+
+def host_memory(work: Workload, memory: Memory, store: Store, constants: Constants = CONSTANTS) -> int:
+    """Resident memory of the process in a phase."""
+    stored = self_held(work, memory, store)
+    if not work.cuda:
+        return constants.base_cpu + constants.math_workspace + sum(memory.device.values()) + stored
+    loading = int(max(largest_tensor(work.arch), work.arch.params_per_block) * 4 * constants.load_factor)
+    return constants.base_cuda_host + loading + stored
+
+
+def self_held(work: Workload, memory: Memory, store: Store) -> int:
+    """Host bytes of the activation store."""
+    return memory.stored if store == "host" or (store == "device" and not work.cuda) else 0
+
+
+def largest_tensor(arch: Architecture) -> int:
+    """Elements of the largest tensor that is loaded."""
+    return max(arch.embed_params, arch.head_params, *(linear.weights for linear in arch.linears))
+
+
+def phase_memory(work: Workload, phase: str, constants: Constants = CONSTANTS) -> Memory:
+    """Peak of one phase."""
+    outer = {"embeddings and head": work.arch.rest_params * work.model_bytes}
+    if phase == "prepare":
+        loading = int(largest_tensor(work.arch) * 4 * (constants.load_factor - 1))
+        return Memory(outer | ({} if work.cuda else {"loading": loading}))
+    if phase == "block_ap":
+        return Memory(outer | _block_ap(work, constants), 2 * work.stream_bytes())
+    if phase == "e2e_qp":
+        return Memory(outer | _e2e_qp(work, constants), work.teacher_bytes())
+    if phase == "rtn":
+        return Memory(outer | _rounding(work, constants))
+    if phase == "export":
+        return Memory(outer | _export(work, constants))
+    teacher = work.teacher_bytes() if phase == "evaluate_block_ap" and work.shares_teacher else 0
+    rounding = _rounding(work, constants) if phase == "evaluate_rtn" else {}
+    return Memory(
+        outer | _merge_peak(_evaluate(work, constants), rounding), work.evaluation_bytes() + teacher
+    )
+
+
+def _merge_peak(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    """The larger of two moments of a phase."""
+    return max(one, other, key=lambda parts: sum(parts.values()))
+
+
+def activations_per_token(arch: Architecture, compute: int, master: bool) -> int:
+    """Bytes that one block keeps for its backward pass, for each token (Llama's forward, line by line).
+
+    ``compute`` bytes a number; ``master``: weights are float32, so at 16 bits autocast makes every linear
+    its own copy of its input, and norms work on a float32 copy.
+    """
+    hidden, q, kv = arch.hidden, arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    inner = arch.intermediate
+    wide = 4 * hidden if compute < 4 else 0
+    copies = (3, 2) if master and compute < 4 else (1, 1)
+    norms = 2 * (wide + compute * hidden)
+    attention = compute * (copies[0] * hidden + 2 * q + 2 * kv)
+    residual = compute * hidden
+    mlp = compute * (copies[1] * hidden + 4 * inner)
+    return norms + attention + residual + mlp
+
+
+def activation_bytes(
+    work: Workload, batch: int, length: int, compute: int, master: bool, constants: Constants
+) -> int:
+    """What one block keeps for the backward pass of a batch."""
+    arch = work.arch
+    kept = batch * length * activations_per_token(arch, compute, master)
+    if arch.eager_attention:
+        kept += batch * arch.heads * length * length * (3 * compute + 8)
+    return int(kept * (1.0 if work.cuda else constants.heap_overhead))
+
+
+def trained_parameters(work: Workload) -> int:
+    """Parameters of a block that Block-AP trains."""
+    arch, grid, train = work.arch, work.config.grid, work.config.block_ap.train
+    groups = arch.groups_per_block(grid.group_size)
+    counts = {
+        "weights": arch.linear_params_per_block,
+        "norms": arch.norm_params_per_block,
+        "scales": groups,
+        "zero_points": 0 if grid.symmetric else groups,
+    }
+    return sum(counts[name] for name in train)
+
+
+def _block_ap(work: Workload, constants: Constants) -> dict[str, int]:
+    section, arch = work.config.block_ap, work.arch
+    compute = work.bytes_of(section.compute_dtype)
+    tokens = section.batch_size * section.sequence_length
+    trained = trained_parameters(work)
+    largest = max(linear.weights for linear in arch.linears)
+    top_of_backward = (
+        activation_bytes(work, section.batch_size, section.sequence_length, compute, True, constants)
+        + compute * tokens * (3 * arch.hidden + 3 * arch.intermediate)  # batch, target, output; gradients
+        + 4 * tokens * arch.hidden * constants.loss_tensors
+        + compute * arch.linear_params_per_block
+    )
+    weights = arch.params_per_block + 3 * arch.groups_per_block(work.config.grid.group_size)
+    return {
+        "weights of a block": 4 * weights,
+        "optimizer": 8 * trained,
+        "start and best state": 4 * trained * (2 if section.val_sequences else 1),
+        "activations and gradients": max(top_of_backward, 4 * trained),
+        "fake quantization": 4 * largest * constants.fake_quant_tensors,
+    }
+
+
+def _e2e_qp(work: Workload, constants: Constants) -> dict[str, int]:
+    section, arch, grid = work.config.e2e_qp, work.arch, work.config.grid
+    compute = work.bytes_of(section.compute_dtype)
+    tokens = section.micro_batch_size * section.sequence_length
+    scales = arch.blocks * arch.groups_per_block(grid.group_size)
+    kinds = sum(1 for kind in section.train if kind == "scales" or not grid.symmetric)
+    copies = 2 if section.val_sequences else 1
+    block = activation_bytes(
+        work, section.micro_batch_size, section.sequence_length, compute, False, constants
+    )
+    inputs = arch.blocks * tokens * arch.hidden * compute
+    chunk = min(constants.head_tokens, section.sequence_length) * arch.vocab
+    tensors = constants.logits_kl if section.loss == "kl" else constants.logits_cross_entropy
+    logits = chunk * (4 * tensors + (compute if compute < 4 else 0))
+    backward = block + compute * tokens * 3 * arch.intermediate
+    kept = inputs if section.activation_checkpointing else arch.blocks * block
+    largest = max(linear.weights for linear in arch.linears)
+    return {
+        "packed blocks": arch.blocks * (arch.linear_params_per_block * grid.bits // 8)
+        + scales
+        + arch.blocks * (arch.norm_params_per_block + arch.bias_params_per_block) * work.model_bytes,
+        "scales and optimizer": scales * (4 + kinds * (4 + 8 + 4 + 4 * copies)),
+        "activations": kept + 3 * tokens * arch.hidden * compute,
+        "logits or one block's backward": max(logits, backward + largest * constants.unpack_bytes),
+    }
+
+
+def _evaluate(work: Workload, constants: Constants) -> dict[str, int]:
+    section, arch = work.config.evaluation, work.arch
+    compute = work.model_bytes
+    tokens = section.batch_size * section.sequence_length
+    logits = min(constants.head_values, tokens * arch.vocab)
+    largest = max(linear.weights for linear in arch.linears)
+    passing = compute * tokens * (3 * arch.intermediate + 6 * arch.hidden)
+    if arch.eager_attention:
+        passing += section.batch_size * arch.heads * section.sequence_length**2 * (2 * compute + 4)
+    return {
+        "one block": compute * arch.params_per_block,
+        "activations or logits": max(
+            passing + largest * constants.unpack_bytes,
+            logits * (4 * constants.logits_evaluation + (compute if compute < 4 else 0)),
+        ),
+    }
+
+
+def _rounding(work: Workload, constants: Constants) -> dict[str, int]:
+    arch = work.arch
+    largest = max(linear.weights for linear in arch.linears)
+    return {
+        "one block": 4 * arch.params_per_block,
+        "search for ranges": 4 * largest * constants.fake_quant_tensors,
+    }
+
+
+def _export(work: Workload, constants: Constants) -> dict[str, int]:
+    """Writing streams tensor by tensor; reading back compares logits on a few hundred tokens."""
+    arch = work.arch
+    largest = max(linear.weights for linear in arch.linears)
+    logits = 2 * 512 * arch.vocab * 4 * 2
+    return {
+        "one block": 2 * work.model_bytes * arch.params_per_block,
+        "packing": largest * constants.unpack_bytes,
+        "logits": logits,
+        "one tensor at 16 bits": 2 * largest_tensor(arch),
+    }
+
+
+def disk_bytes(work: Workload, store: Store) -> int:
+    """What a run directory grows to."""
+    size = sizes(work.arch, work.config.grid)
+    exports = len(work.config.export.formats) * size.export
+    stored = 0
+    if store == "disk":
+        stored = max(phase_memory(work, phase).stored for phase in work.phases())
+    return size.checkpoint + exports + stored + 16 * MIB

@@ -1,0 +1,402 @@
+"""What a run looks like now, computed from its events alone.
+
+:meth:`RunState.apply` takes one event and returns the next state. It is pure, so a screen that follows a
+run and a command that reads it once a week later show the same; and total, so no log, however its
+attempts were cut off and resumed, can make it fail. Memory stays bounded over a run of days: metrics are
+thinned, and of warnings the first and the last are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from engine.run import events, report
+from engine.run.config import to_dict
+from engine.run.directory import RunDirectory, Status, read_status, run_state
+from engine.run.errors import EqatError
+from engine.run.events import Event, read_events, tail_events
+
+MAX_METRICS = 2000
+MAX_WARNINGS = 200
+
+
+class PhaseRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One phase; ``seconds`` and peaks are over all attempts that worked on it."""
+
+    name: str
+    index: int = 0
+    seconds: float = 0.0
+    peak_gpu_bytes: int | None = None
+    peak_host_bytes: int | None = None
+    started: bool = True
+    finished: bool = False
+
+
+class BlockRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One decoder block in one phase."""
+
+    phase: str
+    index: int
+    initial_loss: float | None = None
+    final_loss: float | None = None
+    val_loss: float | None = None
+    seconds: float | None = None
+    finished: bool = False
+    restored: bool = False
+
+
+class RunState(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the screens and ``--json`` show of a run, except its configuration and liveness."""
+
+    # The attempt that is running, or ran last.
+    id: str = ""
+    attempt: int = 0
+    pid: int = 0
+    host: str = ""
+    device: str = ""
+    versions: dict[str, str] = {}
+    argv: tuple[str, ...] = ()
+    first_t: float | None = None
+    """Wall clock of the first event."""
+    last_t: float | None = None
+    """Wall clock of the latest event."""
+    event_count: int = 0
+    """Events seen."""
+    outcome: str | None = None
+    exit_code: int | None = None
+    seconds: float = 0.0
+    """Working time of the attempts that finished."""
+
+    # Where it is.
+    phase: str | None = None
+    phase_count: int = 0
+    block: int | None = None
+    blocks: int | None = None
+    step: int | None = None
+    steps: int | None = None
+    epoch: int | None = None
+
+    # What it did.
+    plan: dict[str, Any] | None = None
+    phases: tuple[PhaseRow, ...] = ()
+    block_rows: dict[tuple[str, int], BlockRow] = {}
+    metrics: tuple[events.Metric, ...] = ()
+    """Training steps, oldest first: the recent ones as logged, older ones thinned."""
+    memory: events.Memory | None = None
+    evaluations: dict[str, events.Eval] = {}
+    """The latest evaluation of each stage."""
+    checkpoint: events.CheckpointCommitted | None = None
+    exports: dict[str, events.Export] = {}
+    """The latest export of each format."""
+    acknowledged: tuple[events.ControlAck, ...] = ()
+    warnings: tuple[events.Warning, ...] = ()
+    error: events.Error | None = None
+    status: Status | None = None
+    """The latest ``status.json``, for what only it knows: the time left."""
+
+    # Clocks of the phase that is open, to account for one that is cut off.
+    open_since: float | None = None
+    last_mono: float = 0.0
+
+    def apply(self, event: Event) -> RunState:
+        """The state after ``event``; never raises, never changes ``self``."""
+        if isinstance(event, events.RunStarted) or event.attempt != self.attempt:
+            state = _begin_attempt(self, event)
+        else:
+            state = self
+        state = _change(
+            state,
+            event_count=state.event_count + 1,
+            first_t=event.t if state.first_t is None else state.first_t,
+            last_t=event.t,
+            last_mono=event.mono,
+        )
+        handler = _HANDLERS.get(type(event))
+        return handler(state, event) if handler is not None else state
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds left, as the engine last estimated them."""
+        return self.status.eta_s if self.status is not None else None
+
+    def blocks_of(self, phase: str) -> list[BlockRow]:
+        """The blocks of one phase, in order."""
+        return sorted((row for row in self.block_rows.values() if row.phase == phase), key=lambda r: r.index)
+
+    def trained_blocks(self) -> list[BlockRow]:
+        """The blocks as the run quantized them: by Block-AP, else by rounding."""
+        return self.blocks_of("block_ap") or self.blocks_of("rtn")
+
+    def perplexity(self) -> dict[str, float | None]:
+        """Perplexity by stage; ``None`` for one that was not evaluated or was not finite."""
+        return {stage: _perplexity(self.evaluations.get(stage)) for stage in events.STAGES}
+
+    def to_json(self, *, state: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What ``eqat show --json`` prints; ``state`` comes from the run's lock and heartbeat."""
+        return report.render(self, state=state, config=config)
+
+
+# -- one handler per kind of event ---------------------------------------------------------------------
+
+
+def _begin_attempt(state: RunState, event: Event) -> RunState:
+    """A new attempt clears how the last one ended and where it was, and keeps what was achieved."""
+    state = _close_phase(state)
+    return _change(
+        state,
+        attempt=event.attempt,
+        outcome=None,
+        exit_code=None,
+        error=None,
+        phase=None,
+        **_NOWHERE,
+    )
+
+
+def _run_started(state: RunState, event: events.RunStarted) -> RunState:
+    return _change(
+        state,
+        id=event.id,
+        pid=event.pid,
+        host=event.host,
+        device=event.device,
+        versions=event.versions,
+        argv=tuple(event.argv),
+    )
+
+
+def _plan(state: RunState, event: events.Plan) -> RunState:
+    return _change(state, plan=event.plan)
+
+
+def _phase_started(state: RunState, event: events.PhaseStarted) -> RunState:
+    state = _close_phase(state)
+    row = _change(_phase_row(state, event.phase), index=event.index, started=True, finished=False)
+    return _change(
+        state,
+        phases=_with_phase(state.phases, row),
+        phase=event.phase,
+        phase_count=event.phases,
+        open_since=event.mono,
+        **_NOWHERE,
+    )
+
+
+def _phase_finished(state: RunState, event: events.PhaseFinished) -> RunState:
+    row = _phase_row(state, event.phase)
+    row = _change(
+        row,
+        seconds=row.seconds + event.seconds,
+        peak_gpu_bytes=_larger(row.peak_gpu_bytes, event.peak_gpu_bytes),
+        peak_host_bytes=_larger(row.peak_host_bytes, event.peak_host_bytes),
+        finished=True,
+    )
+    # The event carries the seconds of this attempt's part: they must not be counted again on closing.
+    still_open = None if event.phase == state.phase else state.open_since
+    return _change(state, phases=_with_phase(state.phases, row), open_since=still_open)
+
+
+def _block_started(state: RunState, event: events.BlockStarted) -> RunState:
+    key = (event.phase, event.block)
+    row = state.block_rows.get(key) or BlockRow(phase=event.phase, index=event.block)
+    return _change(
+        state,
+        block_rows={**state.block_rows, key: row},
+        block=event.block,
+        blocks=event.blocks,
+        step=None,
+        steps=None,
+        epoch=None,
+    )
+
+
+def _block_finished(state: RunState, event: events.BlockFinished) -> RunState:
+    key = (event.phase, event.block)
+    row = state.block_rows.get(key) or BlockRow(phase=event.phase, index=event.block)
+    if event.restored and row.finished:
+        # Reading it back took no training: the losses and seconds of the attempt that trained it stay.
+        row = _change(row, restored=True)
+    else:
+        row = BlockRow(
+            phase=event.phase,
+            index=event.block,
+            initial_loss=event.initial_loss,
+            final_loss=event.final_loss,
+            val_loss=event.val_loss,
+            seconds=event.seconds,
+            finished=True,
+            restored=event.restored,
+        )
+    return _change(state, block_rows={**state.block_rows, key: row})
+
+
+def _metric(state: RunState, event: events.Metric) -> RunState:
+    metrics = (*state.metrics, event)
+    if len(metrics) > MAX_METRICS:
+        # Every second of the older half goes; with each round the past gets coarser, the present stays.
+        half = len(metrics) // 2
+        metrics = metrics[:half:2] + metrics[half:]
+    return _change(
+        state,
+        metrics=metrics,
+        block=event.block,
+        step=event.step,
+        steps=event.steps,
+        epoch=event.epoch,
+    )
+
+
+def _memory(state: RunState, event: events.Memory) -> RunState:
+    return _change(state, memory=event)
+
+
+def _eval(state: RunState, event: events.Eval) -> RunState:
+    return _change(state, evaluations={**state.evaluations, event.stage: event})
+
+
+def _checkpoint(state: RunState, event: events.CheckpointCommitted) -> RunState:
+    return _change(state, checkpoint=event)
+
+
+def _export(state: RunState, event: events.Export) -> RunState:
+    others = {name: done for name, done in state.exports.items() if name != event.format}
+    return _change(state, exports={**others, event.format: event})
+
+
+def _control_ack(state: RunState, event: events.ControlAck) -> RunState:
+    return _change(state, acknowledged=(*state.acknowledged[-9:], event))
+
+
+def _warning(state: RunState, event: events.Warning) -> RunState:
+    warnings = (*state.warnings, event)
+    if len(warnings) > MAX_WARNINGS:  # the first ones often say why the later ones came
+        half = MAX_WARNINGS // 2
+        warnings = warnings[:half] + warnings[half + 1 :]
+    return _change(state, warnings=warnings)
+
+
+def _error(state: RunState, event: events.Error) -> RunState:
+    return _change(state, error=event)
+
+
+def _run_finished(state: RunState, event: events.RunFinished) -> RunState:
+    state = _close_phase(state)
+    return _change(
+        state,
+        outcome=event.outcome,
+        exit_code=event.exit_code,
+        seconds=state.seconds + event.seconds,
+    )
+
+
+_HANDLERS: dict[type[Event], Any] = {
+    events.RunStarted: _run_started,
+    events.Plan: _plan,
+    events.PhaseStarted: _phase_started,
+    events.PhaseFinished: _phase_finished,
+    events.BlockStarted: _block_started,
+    events.BlockFinished: _block_finished,
+    events.Metric: _metric,
+    events.Memory: _memory,
+    events.Eval: _eval,
+    events.CheckpointCommitted: _checkpoint,
+    events.Export: _export,
+    events.ControlAck: _control_ack,
+    events.Warning: _warning,
+    events.Error: _error,
+    events.RunFinished: _run_finished,
+}
+
+_NOWHERE: dict[str, Any] = {"block": None, "blocks": None, "step": None, "steps": None, "epoch": None}
+
+
+def _change(struct: Any, **changes: Any) -> Any:
+    return msgspec.structs.replace(struct, **changes)
+
+
+def _close_phase(state: RunState) -> RunState:
+    """Account for a phase that ends without saying so: up to the last event of its attempt."""
+    if state.open_since is None or state.phase is None:
+        return state
+    row = _phase_row(state, state.phase)
+    row = _change(row, seconds=row.seconds + max(0.0, state.last_mono - state.open_since))
+    closed: RunState = _change(state, phases=_with_phase(state.phases, row), open_since=None)
+    return closed
+
+
+def _phase_row(state: RunState, name: str) -> PhaseRow:
+    return next((row for row in state.phases if row.name == name), PhaseRow(name=name))
+
+
+def _with_phase(rows: tuple[PhaseRow, ...], changed: PhaseRow) -> tuple[PhaseRow, ...]:
+    if any(row.name == changed.name for row in rows):
+        return tuple(changed if row.name == changed.name else row for row in rows)
+    return (*rows, changed)
+
+
+def _larger(one: int | None, other: int | None) -> int | None:
+    known = [value for value in (one, other) if value is not None]
+    return max(known, default=None)
+
+
+def _perplexity(evaluation: events.Eval | None) -> float | None:
+    return evaluation.perplexity if evaluation is not None else None
+
+
+# -- reading a run -------------------------------------------------------------------------------------
+
+
+def load_state(run: RunDirectory, *, skip: frozenset[str] = frozenset()) -> RunState:
+    """The state of ``run`` from its whole log and its status; ``skip`` names kinds of events to pass over."""
+    state = RunState(id=run.id)
+    for event in read_events(run.events_path, skip=skip)[0]:
+        state = state.apply(event)
+    return msgspec.structs.replace(state, id=run.id, status=read_status(run))
+
+
+def show(run: RunDirectory) -> dict[str, Any]:
+    """What ``eqat show RUN --json`` prints. Of the metrics, nine lines in ten, only the last matters here."""
+    state = load_state(run, skip=frozenset({"metric"}))
+    metrics = [event for event in tail_events(run.events_path) if isinstance(event, events.Metric)]
+    if metrics and (metrics[-1].attempt, metrics[-1].phase) == (state.attempt, state.phase):
+        state = state.apply(metrics[-1])
+    tree = state.to_json(state=run_state(run), config=_config(run))
+    return {**tree, "path": str(run.path)}
+
+
+_NOT_SUMMARIZED = frozenset({"metric", "memory", "block.started", "block.finished"})
+
+
+def summarize(run: RunDirectory) -> dict[str, Any]:
+    """One row of ``eqat runs --json``; passes over the bulk of the log, so that a list of runs is quick."""
+    state = load_state(run, skip=_NOT_SUMMARIZED)
+    tree = state.to_json(state=run_state(run))
+    config = _config(run) or {}
+    status = state.status
+    kept = ("id", "state", "started", "updated", "seconds", "eta_s", "perplexity", "size_bytes")
+    return {
+        **{name: tree[name] for name in kept},
+        "path": str(run.path),
+        "name": config.get("name"),
+        "model": config.get("model", {}).get("source"),
+        "bits": config.get("grid", {}).get("bits"),
+        "group_size": config.get("grid", {}).get("group_size"),
+        "bits_per_weight": tree["bits_per_weight"],
+        "device": state.device or None,
+        "phase": state.phase,
+        "block": status.block if status is not None else None,
+        "blocks": status.blocks if status is not None else None,
+        "error": tree["error"]["message"] if tree["error"] else None,
+        "exports": [done["format"] for done in tree["exports"] if done["verified"]],
+    }
+
+
+def _config(run: RunDirectory) -> dict[str, Any] | None:
+    """The run's configuration; none for one that this version cannot read, which must not hide the run."""
+    try:
+        return to_dict(run.config())
+    except EqatError:
+        return None

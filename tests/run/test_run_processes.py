@@ -1,0 +1,326 @@
+"""Locks, requests and launches, each with real other processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.run import config as configs
+from engine.run import control, launch
+from engine.run.directory import RunDirectory, run_state
+from engine.run.errors import PreflightError, UsageError
+from engine.run.lock import RunLock, holder, is_held
+from engine.run.state import load_state
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIG = configs.resolve(configs.load("smoke"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.create(tmp_path / "runs", CONFIG)
+
+
+@pytest.fixture
+def python() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts ``python -c code args``; what still runs afterwards is killed."""
+    children: list[subprocess.Popen[str]] = []
+
+    def start(code: str, *args: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", textwrap.dedent(code), *args]
+        pipe = subprocess.PIPE
+        children.append(subprocess.Popen(command, cwd=REPOSITORY, stdin=pipe, stdout=pipe, text=True))
+        return children[-1]
+
+    yield start
+    for child in children:
+        child.kill()
+        child.communicate()
+
+
+def said(child: subprocess.Popen[str]) -> str:
+    assert child.stdout is not None
+    return child.stdout.readline().strip()
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.02)
+
+
+# -- lock ----------------------------------------------------------------------------------------------
+
+HOLD = """
+    import sys
+    from engine.run.lock import RunLock
+    lock = RunLock(sys.argv[1])
+    lock.acquire()
+    print("held", flush=True)
+    sys.stdin.read(1)
+    lock.release()
+    print("released", flush=True)
+    sys.stdin.read(1)
+"""
+
+
+def test_second_process_is_refused_and_told_who_holds_the_lock(
+    run: RunDirectory, python: Callable[..., subprocess.Popen[str]]
+) -> None:
+    assert holder(run.lock_path) is None
+    child = python(HOLD, str(run.lock_path))
+    assert said(child) == "held"
+    assert holder(run.lock_path) == child.pid
+    with pytest.raises(PreflightError, match=f"process {child.pid}"):
+        RunLock(run.lock_path).acquire()
+    assert run_state(run) == "running"
+    with pytest.raises(PreflightError, match=f"process {child.pid}"):
+        launch.launch(run, module=("-c", ""))
+    assert child.stdin is not None
+    child.stdin.write("x")
+    child.stdin.flush()
+    assert said(child) == "released"
+    with RunLock(run.lock_path):
+        assert holder(run.lock_path) == os.getpid()
+    assert not is_held(run.lock_path)
+
+
+def test_asking_about_its_own_lock_does_not_lose_it(
+    run: RunDirectory, python: Callable[..., subprocess.Popen[str]]
+) -> None:
+    with RunLock(run.lock_path):
+        for _ in range(3):
+            assert holder(run.lock_path) == os.getpid()
+            assert run_state(run) == "running"
+            with pytest.raises(PreflightError, match=f"process {os.getpid()}"):
+                RunLock(run.lock_path).acquire()
+        ask = "import sys; from engine.run.lock import holder; print(holder(sys.argv[1]))"
+        assert said(python(ask, str(run.lock_path))) == str(os.getpid())
+
+
+def test_forked_child_that_survives_sigkill_of_the_holder_does_not_keep_the_lock(
+    run: RunDirectory, python: Callable[..., subprocess.Popen[str]]
+) -> None:
+    fork = """
+        import os, sys, time
+        from engine.run.lock import RunLock, is_held
+        lock = RunLock(sys.argv[1])
+        lock.acquire()
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        print(child, flush=True)
+        sys.stdin.read(1)
+    """
+    parent = python(fork, str(run.lock_path))
+    child = int(said(parent))
+    try:
+        assert holder(run.lock_path) == parent.pid
+        parent.kill()
+        parent.wait()
+        os.kill(child, 0)  # lives on, with the descriptor it inherited
+        assert not is_held(run.lock_path)
+        with RunLock(run.lock_path):
+            assert is_held(run.lock_path)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_forked_child_knows_that_the_lock_is_its_parents(
+    run: RunDirectory, python: Callable[..., subprocess.Popen[str]]
+) -> None:
+    fork = """
+        import os, sys
+        from engine.run.lock import RunLock, holder
+        lock = RunLock(sys.argv[1])
+        lock.acquire()
+        read, write = os.pipe()
+        if os.fork() == 0:
+            os.write(write, str(holder(sys.argv[1])).encode())
+            os._exit(0)
+        os.wait()
+        print(os.read(read, 99).decode() == str(os.getpid()), holder(sys.argv[1]) == os.getpid(), flush=True)
+    """
+    assert said(python(fork, str(run.lock_path))) == "True True"
+
+
+# -- requests ------------------------------------------------------------------------------------------
+
+
+def test_request_of_another_process_is_pending_until_acknowledged(
+    run: RunDirectory, python: Callable[..., subprocess.Popen[str]]
+) -> None:
+    assert control.pending(run) == []
+    ask = """
+        import sys
+        from engine.run import control
+        from engine.run.directory import RunDirectory
+        print(control.request(RunDirectory.open(sys.argv[1]), "stop"), flush=True)
+    """
+    asked = said(python(ask, str(run.path)))
+    second = control.request(run, "abort")
+    found = control.pending(run)
+    assert [(request.id, request.request) for request in found] == [(asked, "stop"), (second, "abort")]
+    control.acknowledge(run, asked)
+    control.acknowledge(run, asked)
+    assert [request.id for request in control.pending(run)] == [second]
+    assert control.discard_pending(run) == 1
+    assert control.pending(run) == []
+
+
+def test_files_that_are_no_requests_are_passed_over(run: RunDirectory) -> None:
+    name = control.request(run, "stop")
+    (run.control_dir / "note.json").write_text("{}")
+    (run.control_dir / f"{name[:-1]}{'0' if name[-1] != '0' else '1'}.json").write_text("{")
+    (run.control_dir / f"{'1' * 20}-{'a' * 8}.json").write_text('{"id":"x","request":"stop","t":1,"pid":1}')
+    assert [request.id for request in control.pending(run)] == [name]
+
+
+def test_request_outside_the_run_or_unknown_is_refused(run: RunDirectory) -> None:
+    for wrong in ("../../x", "", "x" * 29, "/etc/passwd"):
+        with pytest.raises(UsageError):
+            control.acknowledge(run, wrong)
+    with pytest.raises(UsageError, match="stop or abort"):
+        control.request(run, "pause")  # type: ignore[arg-type]
+
+
+# -- launch --------------------------------------------------------------------------------------------
+
+ENGINE = """
+import os, sys, time
+from engine.run import control, events
+from engine.run.directory import RunDirectory, Status, write_status
+from engine.run.launch import this_attempt
+from engine.run.lock import RunLock
+
+run = RunDirectory.open(sys.argv[1])
+with RunLock(run.lock_path), events.EventWriter(run.events_path, this_attempt(run)) as writer:
+    argv = [*sys.argv[2:], os.path.realpath("/dev/stdin")]
+    writer.emit(events.RunStarted(id=run.id, pid=os.getpid(), host="h", device="cpu", versions={}, argv=argv))
+    print("to the log", flush=True)
+    print("also to the log", file=sys.stderr, flush=True)
+    while not (requests := control.pending(run)):
+        write_status(run, Status(phase="block_ap", heartbeat=time.time()))
+        time.sleep(0.02)
+    control.acknowledge(run, requests[0].id)
+    writer.emit(events.ControlAck(request=requests[0].request, id=requests[0].id))
+    writer.emit(events.RunFinished(outcome="stopped", exit_code=75, seconds=1.0))
+sys.exit(75)
+"""
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> tuple[str, ...]:
+    """A small engine that obeys the whole contract and computes nothing."""
+    script = tmp_path / "small_engine.py"
+    script.write_text(ENGINE)
+    return (str(script),)
+
+
+def test_launched_engine_is_detached_logged_stopped_and_resumed(
+    run: RunDirectory, engine: tuple[str, ...]
+) -> None:
+    assert launch.next_attempt(run) == 1
+    stale = control.request(run, "stop")  # asked of a run that was not running
+    for attempt in (1, 2):
+        pid = launch.launch(run, args=("--task", "x"), module=engine)
+        wait_until(lambda: load_state(run).attempt == attempt)  # noqa: B023
+        assert os.getsid(pid) == pid  # no terminal's signals reach it
+        assert holder(run.lock_path) == pid
+        assert run_state(run) == "running"
+        assert load_state(run).argv == ("--task", "x", os.devnull)
+        assert launch.exit_code(pid) is None
+        request = control.request(run, "stop")
+        wait_until(lambda: launch.exit_code(pid) is not None)  # noqa: B023
+        assert launch.exit_code(pid) == 75
+        state = load_state(run)
+        assert (state.attempt, state.outcome, run_state(run)) == (attempt, "stopped", "stopped")
+        acknowledged = [event.id for event in state.acknowledged]
+        assert acknowledged[-1] == request
+        assert stale not in acknowledged
+        log = launch.log_path(run, attempt).read_text()
+        assert "to the log\n" in log
+        assert "also to the log\n" in log
+    assert launch.next_attempt(run) == 3
+
+
+def test_engine_outlives_the_hang_up_of_whoever_launched_it(
+    run: RunDirectory, engine: tuple[str, ...]
+) -> None:
+    code = """
+        import sys
+        from engine.run import launch
+        from engine.run.directory import RunDirectory
+        print(launch.launch(RunDirectory.open(sys.argv[1]), module=(sys.argv[2],)), flush=True)
+        sys.stdin.read(1)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(run.path), *engine]
+    pipe = subprocess.PIPE
+    # A process group of its own, as a shell gives it: the hang-up goes to the group.
+    launcher = subprocess.Popen(
+        command, cwd=REPOSITORY, stdin=pipe, stdout=pipe, text=True, start_new_session=True
+    )
+    pid = int(said(launcher))
+    wait_until(lambda: holder(run.lock_path) == pid)
+    os.killpg(launcher.pid, signal.SIGHUP)
+    os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.communicate()
+    time.sleep(0.1)
+    assert run_state(run) == "running"
+    control.request(run, "stop")
+    wait_until(lambda: run_state(run) == "stopped")
+
+
+def test_engine_that_is_killed_has_crashed_and_can_be_launched_again(
+    run: RunDirectory, engine: tuple[str, ...]
+) -> None:
+    pid = launch.launch(run, module=engine)
+    wait_until(lambda: holder(run.lock_path) == pid)
+    wait_until(lambda: load_state(run).attempt == 1)
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: launch.exit_code(pid) == -signal.SIGKILL)
+    assert run_state(run) == "crashed"
+    again = launch.launch(run, module=engine)
+    wait_until(lambda: load_state(run).attempt == 2)
+    control.request(run, "stop")
+    wait_until(lambda: launch.exit_code(again) == 75)
+
+
+def test_engine_that_dies_before_its_first_word_has_crashed(run: RunDirectory) -> None:
+    pid = launch.launch(run, module=("-c", "raise SystemExit('no libraries')"))
+    wait_until(lambda: run_state(run) == "crashed")
+    wait_until(lambda: launch.exit_code(pid) == 1)
+    assert "no libraries" in launch.log_path(run, 1).read_text()
+
+
+def test_python_that_is_missing_is_a_preflight_error(run: RunDirectory) -> None:
+    with pytest.raises(PreflightError, match="cannot be started"):
+        launch.launch(run, python="/nowhere/python")
+    assert run_state(run) == "created"
+
+
+def test_attempt_from_elsewhere_is_not_believed(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch.log_path(run, 4).write_text("")
+    for given, expected in {"4": 4, "": 5, "x": 5, "-1": 5, "0": 5}.items():
+        monkeypatch.setenv(launch.ATTEMPT_VARIABLE, given)
+        assert launch.this_attempt(run) == expected, given
+
+
+def test_engine_of_the_working_directory_is_not_taken_for_ours(run: RunDirectory, tmp_path: Path) -> None:
+    impostor = tmp_path / "engine"
+    impostor.mkdir()
+    (impostor / "__init__.py").write_text("raise SystemExit(99)")
+    code = "import sys, engine; sys.exit(0 if hasattr(engine, '__version__') else 1)"
+    environment = {**os.environ, **launch.engine_environment(1)}
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from run_strategies import some_event
+
+from engine.run import config as configs
+from engine.run import events, state
+from engine.run.directory import RunDirectory, Status, write_status
+from engine.run.events import EventWriter
+from engine.run.state import RunState
+
+CONFIG = configs.resolve(configs.load("smoke"))
+
+
+def reduce(some: list[events.Event], start: RunState | None = None) -> RunState:
+    result = start or RunState()
+    for event in some:
+        result = result.apply(event)
+    return result
+
+
+def started(attempt: int = 1, **envelope: Any) -> events.RunStarted:
+    return events.RunStarted(
+        id="r", pid=1, host="h", device="cpu", versions={}, argv=[], attempt=attempt, **envelope
+    )
+
+
+def metric(step: int) -> events.Metric:
+    return events.Metric(phase="block_ap", block=0, step=step, steps=99999, epoch=0, loss=1.0)
+
+
+# -- pure and total ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(some_event(any_float=True), max_size=12))
+def test_reducer_is_total_over_any_sequence_of_events(some: list[events.Event]) -> None:
+    result = reduce(some)
+    assert result.event_count == len(some)
+    printed = json.dumps(result.to_json(state="crashed", config=configs.to_dict(CONFIG)), allow_nan=False)
+    assert set(json.loads(printed)) >= PROMISED
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(some_event(), max_size=8), some_event())
+def test_applying_an_event_changes_nothing_that_was(some: list[events.Event], last: events.Event) -> None:
+    before = reduce(some)
+    copy = reduce(some)
+    before.apply(last)
+    assert before == copy
+
+
+def test_state_stays_small_over_a_long_run() -> None:
+    result = reduce([metric(step) for step in range(1, 20_001)])
+    assert len(result.metrics) <= state.MAX_METRICS
+    kept = [point.step for point in result.metrics]
+    assert kept == sorted(kept)
+    assert kept[0] == 1
+    assert kept[-100:] == list(range(19_901, 20_001))  # the present in full
+    warned = reduce([events.Warning(code=str(n), message="") for n in range(1000)])
+    assert len(warned.warnings) == state.MAX_WARNINGS
+    assert (warned.warnings[0].code, warned.warnings[-1].code) == ("0", "999")
+
+
+# -- what the events mean ------------------------------------------------------------------------------
+
+
+def test_phase_seconds_add_up_over_attempts_that_were_cut_off() -> None:
+    result = reduce(
+        [
+            started(mono=10.0),
+            events.PhaseStarted(phase="block_ap", index=1, phases=3, mono=20.0),
+            events.Warning(code="w", message="last sign of the first attempt", mono=50.0),
+            # killed: 30 s of work; another process has another clock
+            started(attempt=2, mono=1000.0),
+            events.PhaseStarted(phase="block_ap", index=1, phases=3, mono=1001.0, attempt=2),
+            events.PhaseFinished(
+                phase="block_ap", seconds=5.0, peak_gpu_bytes=7, peak_host_bytes=9, mono=1006.0, attempt=2
+            ),
+            events.RunFinished(outcome="done", exit_code=0, seconds=6.0, mono=1006.0, attempt=2),
+        ]
+    )
+    (row,) = result.phases
+    assert (row.name, row.seconds, row.finished) == ("block_ap", 35.0, True)
+    assert (row.peak_gpu_bytes, row.peak_host_bytes) == (7, 9)
+    assert (result.outcome, result.attempt) == ("done", 2)
+
+
+def test_stopped_phase_is_accounted_for_once() -> None:
+    result = reduce(
+        [
+            started(mono=0.0),
+            events.PhaseStarted(phase="e2e_qp", index=0, phases=1, mono=1.0),
+            events.RunFinished(outcome="stopped", exit_code=75, seconds=9.0, mono=9.0),
+        ]
+    )
+    assert [(row.seconds, row.finished) for row in result.phases] == [(8.0, False)]
+
+
+def test_new_attempt_forgets_how_the_last_one_ended_and_keeps_its_work() -> None:
+    first = reduce(
+        [
+            started(),
+            events.BlockFinished(phase="block_ap", block=0, seconds=4.0, initial_loss=2.0, final_loss=1.0),
+            events.Error(code="oom", where="block 1", message="m", hint="h", exit_code=6),
+            events.RunFinished(outcome="failed", exit_code=6, seconds=5.0),
+        ]
+    )
+    assert (first.outcome, first.error is not None) == ("failed", True)
+    second = reduce(
+        [
+            started(attempt=2),
+            events.BlockFinished(phase="block_ap", block=0, seconds=0.1, restored=True, attempt=2),
+        ],
+        first,
+    )
+    assert (second.outcome, second.exit_code, second.error) == (None, None, None)
+    (row,) = second.trained_blocks()
+    assert (row.initial_loss, row.final_loss, row.seconds, row.restored) == (2.0, 1.0, 4.0, True)
+
+
+def test_position_follows_the_run() -> None:
+    result = reduce(
+        [
+            events.PhaseStarted(phase="block_ap", index=2, phases=7),
+            events.BlockStarted(phase="block_ap", block=3, blocks=30),
+            events.Metric(phase="block_ap", block=3, step=5, steps=10, epoch=1, loss=0.1),
+        ]
+    )
+    assert (result.phase, result.block, result.blocks, result.step, result.steps) == (
+        "block_ap",
+        3,
+        30,
+        5,
+        10,
+    )
+    result = result.apply(events.PhaseStarted(phase="e2e_qp", index=3, phases=7))
+    assert (result.phase, result.block, result.step) == ("e2e_qp", None, None)
+
+
+# -- what show and runs print --------------------------------------------------------------------------
+
+PROMISED = {
+    "id",
+    "state",
+    "config",
+    "phases",
+    "blocks",
+    "perplexity",
+    "size_bytes",
+    "bits_per_weight",
+    "exports",
+}
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> RunDirectory:
+    run = RunDirectory.create(tmp_path / "runs", CONFIG)
+    stages: list[tuple[events.Stage, float]] = [
+        ("fp", 10.0),
+        ("rtn", 90.0),
+        ("block_ap", 30.0),
+        ("e2e_qp", 20.0),
+    ]
+    with EventWriter(run.events_path, 1) as writer:
+        writer.emit(started())
+        writer.emit(events.Plan(plan={"fp_bytes": 999, "bits_per_weight": 4.6}))
+        writer.emit(events.PhaseStarted(phase="block_ap", index=0, phases=1))
+        for block in (1, 0):
+            writer.emit(events.BlockStarted(phase="block_ap", block=block, blocks=2))
+            writer.emit(metric(1))
+            writer.emit(
+                events.BlockFinished(phase="block_ap", block=block, seconds=2.0, final_loss=0.5, val_loss=0.6)
+            )
+        writer.emit(events.PhaseFinished(phase="block_ap", seconds=4.0, peak_host_bytes=123))
+        for stage, value in stages:
+            writer.emit(
+                events.Eval(
+                    stage=stage, perplexity=value, tokens=9, sequence_length=3, seconds=1.0, corpus="builtin"
+                )
+            )
+        writer.emit(
+            events.Export(
+                format="gptq_v2",
+                path="export/gptq_v2",
+                verified=True,
+                max_logit_diff=1e-4,
+                bytes=100,
+                fp_bytes=400,
+                bits_per_weight=4.63,
+            )
+        )
+        writer.emit(events.RunFinished(outcome="done", exit_code=0, seconds=12.0))
+    return run
+
+
+def test_show_has_every_promised_field(finished: RunDirectory) -> None:
+    shown = json.loads(json.dumps(state.show(finished), allow_nan=False))
+    assert set(shown) >= PROMISED
+    assert (shown["id"], shown["state"]) == (finished.id, "done")
+    assert shown["config"] == json.loads(msgspec.json.encode(CONFIG))
+    assert shown["phases"] == [
+        {
+            "name": "block_ap",
+            "seconds": 4.0,
+            "peak_gpu_bytes": None,
+            "peak_host_bytes": 123,
+            "finished": True,
+        }
+    ]
+    assert [block["index"] for block in shown["blocks"]] == [0, 1]
+    assert set(shown["blocks"][0]) == {"index", "initial_loss", "final_loss", "val_loss", "seconds"}
+    expected = {"fp": 10.0, "rtn": 90.0, "block_ap": 30.0, "e2e_qp": 20.0}
+    assert {stage: shown["perplexity"][stage] for stage in expected} == expected
+    assert shown["size_bytes"] == {"fp": 400, "quantized": 100}
+    assert shown["bits_per_weight"] == 4.63
+    assert shown["exports"][0]["verified"] is True
+    assert {"format", "path", "verified", "max_logit_diff"} <= set(shown["exports"][0])
+
+
+def test_summary_says_the_same_as_show(finished: RunDirectory) -> None:
+    row, shown = state.summarize(finished), state.show(finished)
+    for name in ("id", "state", "perplexity", "size_bytes", "bits_per_weight", "started", "seconds"):
+        assert row[name] == shown[name], name
+    assert (row["model"], row["bits"], row["exports"]) == ("random://tiny-llama", 4, ["gptq_v2"])
+
+
+def test_run_that_has_not_begun_can_be_shown(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, CONFIG)
+    shown = state.show(run)
+    assert (shown["id"], shown["state"], shown["phases"], shown["eta_s"]) == (run.id, "created", [], None)
+    assert shown["perplexity"] == dict.fromkeys(("fp", "rtn", "block_ap", "e2e_qp", "packed"))
+    assert state.summarize(run)["state"] == "created"
+
+
+def test_damaged_files_never_hide_a_run(finished: RunDirectory) -> None:
+    finished.config_toml.write_text("not = [toml")
+    finished.status_path.write_text("{")
+    finished.launch_path.write_text("[]")
+    shown = state.show(finished)
+    assert (shown["config"], shown["state"]) == (None, "done")
+    assert state.summarize(finished)["model"] is None
+
+
+def test_show_knows_the_step_without_reading_every_metric(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "runs", CONFIG)
+    with EventWriter(run.events_path, 1) as writer:
+        writer.emit(events.PhaseStarted(phase="block_ap", index=0, phases=1))
+        for step in range(1, 10):
+            writer.emit(metric(step))
+    assert state.show(run)["position"]["step"] == 9
+    with EventWriter(run.events_path, 1) as writer:
+        writer.emit(events.PhaseStarted(phase="e2e_qp", index=1, phases=2))
+    position = state.show(run)["position"]
+    assert (position["phase"], position["step"]) == ("e2e_qp", None)
+
+
+def test_time_left_comes_from_the_status(finished: RunDirectory) -> None:
+    assert write_status(finished, Status(phase="block_ap", eta_s=12.5, heartbeat=1.0))
+    assert state.load_state(finished).eta_s == 12.5
