@@ -1,0 +1,379 @@
+"""A causal language model that is never whole: embed, then one block after another, then the head.
+
+Quantizing block by block needs a model in three pieces. The outer piece (embedding, final norm, head)
+stays on the device; a decoder block exists only between :meth:`CausalLM.load_block` and the moment the
+caller drops it.
+
+What a block is called with differs between architectures and between layers: rotary tables (one, or a
+local and a global one), causal and sliding-window masks, positions. Nothing of it is assumed here. The
+model's own forward runs on the structure without weights, with every block's ``forward`` replaced by a
+stand-in, and the stand-ins do one of three things:
+
+* ``embed`` stops at the first block and takes what it was given: the embedded tokens;
+* ``block_kwargs`` lets all of them note their arguments;
+* ``head`` lets the last one return the hidden states in question, and the forward continues with
+  whatever the model does after its blocks (norm, head, scaling, soft cap).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.models.gguf import GGUFReader
+from engine.models.skeleton import build_skeleton, find_blocks, linear_names, refuse_block, text_config
+from engine.models.source import ModelSource
+from engine.models.weights import RenamedReader, match_names
+from engine.run.errors import PreflightError
+
+KEPT_SHAPES = 4
+"""Batch shapes whose block arguments are kept; masks of long sequences are not small."""
+
+StandIn = Callable[[int, Tensor, dict[str, Any]], Tensor]
+"""Called in place of block ``i`` with its hidden states and its other arguments by name."""
+
+
+class _Enough(Exception):
+    """Ends a forward pass of the structure once a stand-in has what it came for."""
+
+
+class CausalLM:
+    """A model whose blocks are loaded, used and dropped one at a time."""
+
+    def __init__(self, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
+        self.source = source
+        self.device = device
+        self.dtype = dtype
+        self.model = build_skeleton(source.config, dtype, trust_remote_code=source.trust_remote_code)
+        if not source.config.architectures:
+            # GGUF files and text parts of multimodal models do not say; exports must.
+            source.config.architectures = [type(self.model).__name__]
+        self._prefix, self._blocks = find_blocks(self.model)
+        for index, block in enumerate(self._blocks):
+            refuse_block(block, self.block_prefix(index))
+        self.weights = match_names(source.weights, (name for name, _ in self.model.named_parameters()))
+        self.tied = self._tie_as_stored()
+        self._check_checkpoint()
+        self._load_outer()
+        self._arguments: OrderedDict[tuple[int, int, torch.dtype], list[dict[str, Any]]] = OrderedDict()
+        self._returns_tuple = False
+        self._probe()
+
+    # -- structure ---------------------------------------------------------------------------------
+
+    @property
+    def blocks(self) -> int:
+        """Number of decoder blocks."""
+        return len(self._blocks)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(text_config(self.model.config).hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(text_config(self.model.config).vocab_size)
+
+    @property
+    def parameters_count(self) -> int:
+        """Parameters of the whole model, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def fp_bytes(self) -> int:
+        """Size of the whole model at 16 bits per parameter."""
+        return 2 * self.parameters_count
+
+    def block_prefix(self, index: int) -> str:
+        """Name of a block in the checkpoint, such as ``model.layers.3``."""
+        return f"{self._prefix}.{index}"
+
+    def linear_names(self, index: int) -> tuple[str, ...]:
+        """Names of the block's linear layers, relative to the block."""
+        return linear_names(self._blocks[index])
+
+    def outer_state(self) -> dict[str, Tensor]:
+        """Parameters outside the blocks by checkpoint name; a tied head is left out."""
+        return {name: p.detach() for name, p in self.model.named_parameters() if self._is_outer(name)}
+
+    # -- running -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """What the first block is given for these tokens, in the model's dtype."""
+        caught: list[Tensor] = []
+
+        def stop(index: int, hidden_BTH: Tensor, arguments: dict[str, Any]) -> Tensor:
+            caught.append(hidden_BTH)
+            raise _Enough
+
+        self._forward(stop, input_ids=ids_BT.to(self.device))
+        return caught[0]
+
+    def block_kwargs(
+        self, index: int, batch: int, length: int, dtype: torch.dtype | None = None
+    ) -> dict[str, Any]:
+        """What block ``index`` is called with besides hidden states of shape ``[batch, length, H]``.
+
+        ``dtype`` is that of the hidden states; rotary tables are computed in it.
+        """
+        key = (batch, length, dtype or self.dtype)
+        if key not in self._arguments:
+            self._arguments[key] = self._record(*key)
+            while len(self._arguments) > KEPT_SHAPES:
+                self._arguments.popitem(last=False)
+        self._arguments.move_to_end(key)
+        return self._arguments[key][index]
+
+    def run_block(self, module: nn.Module, index: int, hidden_BTH: Tensor) -> Tensor:
+        """The block's output for these hidden states; differentiable if the block is."""
+        batch, length = hidden_BTH.shape[:2]
+        output = module(hidden_BTH, **self.block_kwargs(index, batch, length, hidden_BTH.dtype))
+        return output[0] if isinstance(output, tuple) else output
+
+    def head(self, hidden_BTH: Tensor) -> Tensor:
+        """Logits for the last block's output; differentiable with respect to it."""
+        last = self.blocks - 1
+
+        def finish(index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+            return hidden_BTH.to(self.dtype) if index == last else hidden
+
+        ids_BT = torch.zeros(hidden_BTH.shape[:2], dtype=torch.long, device=self.device)
+        logits_BTV: Tensor = self._forward(finish, input_ids=ids_BT).logits
+        return logits_BTV
+
+    # -- loading -----------------------------------------------------------------------------------
+
+    def load_block(
+        self, index: int, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> nn.Module:
+        """Block ``index`` with its weights, new in memory of its own; frozen, in evaluation mode."""
+        structure = self._blocks[index]
+        # Every layer of a block refers to the model's one configuration; it is shared, not copied.
+        config = self.model.config
+        block = copy.deepcopy(structure, {id(c): c for c in (config, text_config(config))})
+        dtype, device = dtype or self.dtype, device or self.device
+        for name, parameter in list(block.named_parameters()):
+            full = f"{self.block_prefix(index)}.{name}"
+            _replace(block, name, self._load(full, tuple(parameter.shape), dtype, device))
+        self._load_buffers(block, f"{self.block_prefix(index)}.", device)
+        return block.requires_grad_(False).eval()
+
+    def _load(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> nn.Parameter:
+        stored = self.weights.load(name)
+        tensor = stored.to(device=device, dtype=dtype)
+        if not _finite(tensor):
+            where = f"{self.weights.where(name)}: {name}"
+            if _finite(stored):
+                raise PreflightError(
+                    f"weights up to {stored.abs().max().item():.3g} do not fit into {dtype}",
+                    where=where,
+                    hint="use bfloat16 or float32",
+                )
+            raise PreflightError(
+                "the weights contain NaN or infinity", where=where, hint="download the model again"
+            )
+        return nn.Parameter(tensor.reshape(shape), requires_grad=False)
+
+    def _load_outer(self) -> None:
+        for name, parameter in list(self.model.named_parameters()):
+            if self._is_outer(name):
+                _replace(self.model, name, self._load(name, tuple(parameter.shape), self.dtype, self.device))
+        if self.tied:
+            self._share_embedding()
+        for name, module in self.model.named_modules():
+            if self._is_outer(name):
+                self._load_buffers(module, f"{name}." if name else "", self.device, recurse=False)
+
+    def _load_buffers(
+        self, module: nn.Module, prefix: str, device: torch.device, recurse: bool = True
+    ) -> None:
+        """Move computed buffers to the device; take those that a checkpoint stores from there."""
+        for name, buffer in list(module.named_buffers(recurse=recurse)):
+            stored = self.weights.load(prefix + name) if prefix + name in self.weights else buffer
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner)._buffers[leaf] = stored.to(device=device, dtype=buffer.dtype)
+
+    def _is_outer(self, name: str) -> bool:
+        return name != self._prefix and not name.startswith(self._prefix + ".")
+
+    # -- tied weights and checks -------------------------------------------------------------------
+
+    def _tie_as_stored(self) -> bool:
+        """Whether head and embedding share their weight; the checkpoint decides where it disagrees."""
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if head is None or not getattr(text_config(self.model.config), "tie_word_embeddings", False):
+            return False
+        names = {id(module): name for name, module in self.model.named_modules()}
+        stored = [f"{names[id(module)]}.weight" for module in (embedding, head)]
+        if all(name in self.weights for name in stored):
+            if not torch.equal(self.weights.load(stored[0]), self.weights.load(stored[1])):
+                # The checkpoint holds two different matrices, whatever its configuration says.
+                head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+                for config in (self.model.config, self.source.config):
+                    text_config(config).tie_word_embeddings = False
+                return False
+        elif stored[1] in self.weights:
+            self.weights = RenamedReader(self.weights, ((stored[0], stored[1]),))
+        self._share_embedding()
+        return True
+
+    def _share_embedding(self) -> None:
+        self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+
+    def _check_checkpoint(self) -> None:
+        """Every parameter is stored, in its shape and as a float, before the first one is read."""
+        for name, parameter in self.model.named_parameters():
+            if name not in self.weights:
+                raise PreflightError(
+                    f"tensor {name!r} is missing from the checkpoint",
+                    where=self.source.name,
+                    hint="download the model again, or check that config.json belongs to these weights",
+                )
+            stored, wanted = list(self.weights.shape(name)), list(parameter.shape)
+            if stored != wanted:
+                raise PreflightError(
+                    f"tensor {name!r} has shape {stored}, but config.json asks for {wanted}",
+                    where=self.weights.where(name),
+                    hint="check that config.json belongs to these weights",
+                )
+            dtype = self.weights.dtype(name)
+            if not dtype.is_floating_point or dtype.itemsize < 2:
+                raise PreflightError(
+                    f"tensor {name!r} is stored as {dtype}: the model is already quantized",
+                    where=self.weights.where(name),
+                    hint="start from the original 16-bit model",
+                )
+        if not isinstance(self.source.weights, GGUFReader):
+            # Others carry harmless extras: rotary tables, a vision tower, heads for other purposes.
+            return
+        if unused := self.source.weights.leftover(name for name, _ in self.model.named_parameters()):
+            raise PreflightError(
+                f"tensor {unused[0]!r} has no place in the model that its configuration describes",
+                where=self.source.name,
+                hint="use the model's safetensors checkpoint",
+            )
+
+    # -- the model's own forward -------------------------------------------------------------------
+
+    @contextmanager
+    def _standing_in(self, stand_in: StandIn) -> Iterator[None]:
+        def forward_of(index: int, block: nn.Module) -> Callable[..., Any]:
+            signature = inspect.signature(type(block).forward)
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                bound = signature.bind(block, *args, **kwargs)
+                arguments = dict(list(bound.arguments.items())[1:])
+                for name, parameter in signature.parameters.items():
+                    if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                        arguments.update(arguments.pop(name, {}))
+                hidden = arguments.pop(next(iter(arguments)))
+                result = stand_in(index, hidden, arguments)
+                return (result,) if self._returns_tuple else result
+
+            return forward
+
+        for index, block in enumerate(self._blocks):
+            block.forward = forward_of(index, block)
+        try:
+            yield
+        finally:
+            for block in self._blocks:
+                # The class's own forward shows again; a copy of the block must not carry a stand-in.
+                del block.__dict__["forward"]
+
+    def _forward(self, stand_in: StandIn, **inputs: Tensor) -> Any:
+        with self._standing_in(stand_in):
+            try:
+                return self.model(**inputs, use_cache=False, return_dict=True)
+            except _Enough:
+                return None
+
+    def _record(self, batch: int, length: int, dtype: torch.dtype, token: int = 0) -> list[dict[str, Any]]:
+        recorded: list[dict[str, Any]] = []
+
+        def note(index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+            recorded.append(arguments)
+            if index == self.blocks - 1:
+                raise _Enough
+            return hidden
+
+        if dtype == self.dtype:
+            inputs = {"input_ids": torch.full((batch, length), token, device=self.device)}
+        else:
+            shape = (batch, length, self.hidden_size)
+            inputs = {"inputs_embeds": torch.zeros(shape, dtype=dtype, device=self.device)}
+        # Kept tensors must be usable in a backward pass later and be computed as the model would
+        # without autocast, whatever the caller is inside of.
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(self.device.type, enabled=False),
+        ):
+            self._forward(note, **inputs)
+        return recorded
+
+    def _probe(self) -> None:
+        """Find out what blocks return, and refuse models whose blocks are told about the tokens."""
+        if not (self._forwards_plainly() or self._forwards_plainly(returns_tuple=True)):
+            raise PreflightError(
+                f"the blocks of {type(self.model).__name__} are not called one after another",
+                where=self.source.name,
+                hint="only plain stacks of decoder blocks can be quantized block by block",
+            )
+        first, second = (self._record(1, 4, self.dtype, token) for token in (0, 1))
+        for index, (one, other) in enumerate(zip(first, second, strict=True)):
+            for name in one:
+                if not _same(one[name], other.get(name)):
+                    raise PreflightError(
+                        f"argument {name!r} depends on the tokens, which block-wise training cannot replay",
+                        where=self.block_prefix(index),
+                        hint="choose a model whose blocks see hidden states and positions only",
+                    )
+
+    @torch.no_grad()
+    def _forwards_plainly(self, returns_tuple: bool = False) -> bool:
+        """Whether all blocks are called in order on ``[B, T, H]`` and logits of ``[B, T, V]`` result."""
+        self._returns_tuple = returns_tuple
+        seen: list[int] = []
+
+        def check(index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+            if tuple(hidden.shape) != (2, 3, self.hidden_size):
+                raise _Enough
+            seen.append(index)
+            return hidden
+
+        try:
+            output = self._forward(check, input_ids=torch.zeros((2, 3), dtype=torch.long, device=self.device))
+        except (RuntimeError, IndexError, TypeError, AttributeError):
+            return False
+        in_order = seen == list(range(self.blocks))
+        return output is not None and in_order and tuple(output.logits.shape[:2]) == (2, 3)
+
+
+def _replace(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(owner), leaf, parameter)
+
+
+def _finite(tensor: Tensor) -> bool:
+    """In parts: the answer for every element of a large embedding at once would be large as well."""
+    return all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(1 << 24))
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return True

@@ -1,0 +1,327 @@
+"""Reading a GGUF file one tensor at a time, as the float weights that its quantized blocks stand for.
+
+A GGUF file names and orders weights as llama.cpp does. Three things differ from transformers and are
+undone here, tensor by tensor:
+
+* names (``blk.3.attn_q.weight`` is ``model.layers.3.self_attn.q_proj.weight``);
+* Llama's query and key rows, which llama.cpp permutes for its interleaved rotary embedding;
+* Gemma's norm weights, which llama.cpp stores with the 1 added that transformers adds when computing.
+
+A tensor is read from its place in the file and dequantized in slices, so the memory needed is that of
+the float tensor and one slice. The file's own quantization error is part of the model from then on:
+full precision means "as good as this file".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from engine.models.weights import read_exactly
+from engine.run.errors import PreflightError
+
+SLICE_BYTES = 8 << 20
+ROPE_DIVISORS = "rope_freqs.weight"
+
+MODEL_TYPES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "phi3": "phi3",
+}
+"""GGUF architectures whose tensors are known to come out as transformers has them, and its names for them.
+Mistral files call themselves llama."""
+
+LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT = 1.0, 4.0, 8192
+"""Frequency limits (turns within the original context) and that context, the same in all Llama 3.1 to 3.3."""
+
+GEMMA_27B = {"gemma2": 46, "gemma3": 62}
+"""Layers of the two Gemmas whose attention is scaled by hidden/heads rather than by the head's size."""
+
+GEMMA3_LOCAL_THETA = 10000.0
+"""Rotary base of Gemma 3's sliding-window layers; the same in all sizes and not stored in the file."""
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """One tensor's place in the file; ``shape`` in torch's order, slowest dimension first."""
+
+    start: int
+    nbytes: int
+    type: Any
+    shape: tuple[int, ...]
+
+
+class GGUFReader:
+    """Float32 weights of a GGUF file under the names that transformers uses."""
+
+    def __init__(self, file: Path) -> None:
+        import gguf
+
+        self.file = file
+        header = _open(file)
+        field = header.get_field("general.architecture")
+        self.architecture = str(field.contents()) if field is not None else "unknown"
+        if self.architecture not in MODEL_TYPES:
+            raise PreflightError(
+                f"GGUF architecture {self.architecture!r} is not supported",
+                where=str(file),
+                hint=f"supported are {', '.join(MODEL_TYPES)}; or use the model's safetensors checkpoint",
+            )
+        self._tensors = {
+            tensor.name: GGUFTensor(
+                int(tensor.data_offset),
+                int(tensor.n_bytes),
+                tensor.tensor_type,
+                tuple(int(n) for n in reversed(tensor.shape)),
+            )
+            for tensor in header.tensors
+        }
+        # The parsed header maps the file and holds every token as an object of its own: it must go.
+        self.metadata = {
+            name.removeprefix(f"{self.architecture}."): header.fields[name].contents()
+            for name in header.fields
+            if name.startswith(f"{self.architecture}.")
+        }
+        self.special_tokens = {
+            token: int(header.fields[name].contents())
+            for token in ("bos", "eos", "padding")
+            if (name := f"tokenizer.ggml.{token}_token_id") in header.fields
+        }
+        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
+        self._map = gguf.get_tensor_name_map(arch, self.number("block_count"))
+
+    # -- WeightReader ------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        return sorted(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return self._stored(name) in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensor(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def where(self, name: str) -> str:
+        return str(self.file)
+
+    def files(self) -> list[Path]:
+        return [self.file]
+
+    def inventory(self) -> list[str]:
+        return [f"{name} {t.type.name} {t.shape} {t.start}" for name, t in sorted(self._tensors.items())]
+
+    def load(self, name: str) -> Tensor:
+        stored, tensor = self._stored(name), self._tensor(name)
+        weight = self._dequantize(tensor)
+        if self.architecture == "llama" and (".attn_q." in stored or ".attn_k." in stored):
+            heads = self.number("attention.head_count")
+            if ".attn_k." in stored:
+                heads = self.number("attention.head_count_kv", heads)
+            weight = unpermute_rotary(weight, heads)
+        elif self.architecture in ("gemma2", "gemma3") and stored.endswith("norm.weight"):
+            weight -= 1.0
+        return weight
+
+    def leftover(self, wanted: Iterable[str]) -> list[str]:
+        """Stored tensors that none of the wanted names refers to.
+
+        A GGUF file holds one language model and nothing else, so there must be none.
+        """
+        used = {self._stored(name) for name in wanted}
+        return sorted(set(self._tensors) - used - {ROPE_DIVISORS})
+
+    # ----------------------------------------------------------------------------------------------
+
+    def number(self, name: str, default: int | None = None) -> int:
+        """A whole number of the metadata, the architecture's prefix left out."""
+        value = self.metadata.get(name, default)
+        if not isinstance(value, int):
+            # Absent, or a list: some pruned models have another number in every layer.
+            raise PreflightError(
+                f"metadata {self.architecture}.{name} is {'missing' if value is None else 'not one number'}",
+                where=str(self.file),
+                hint="use the model's safetensors checkpoint",
+            )
+        return value
+
+    def rope_divisors(self) -> Tensor | None:
+        """What llama.cpp divides the rotary frequencies by (Llama 3.1 and later); None for most models."""
+        tensor = self._tensors.get(ROPE_DIVISORS)
+        return None if tensor is None else self._dequantize(tensor)
+
+    def _stored(self, name: str) -> str:
+        """GGUF name of a transformers parameter; empty when there is none."""
+        base, _, suffix = name.rpartition(".")
+        mapped = self._map.get_name(base) if suffix in ("weight", "bias") else None
+        return f"{mapped}.{suffix}" if mapped is not None else ""
+
+    def _tensor(self, name: str) -> GGUFTensor:
+        try:
+            return self._tensors[self._stored(name)]
+        except KeyError:
+            raise PreflightError(
+                f"tensor {name!r} is missing from the file",
+                where=str(self.file),
+                hint="download the file again, or use the model's safetensors checkpoint",
+            ) from None
+
+    def _dequantize(self, tensor: GGUFTensor) -> Tensor:
+        import gguf
+
+        block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.type]
+        result = torch.empty(tensor.shape, dtype=torch.float32)
+        flat = result.view(-1)
+        blocks_in_slice = max(1, SLICE_BYTES // block_bytes)
+        for first in range(0, tensor.nbytes // block_bytes, blocks_in_slice):
+            count = min(blocks_in_slice, tensor.nbytes // block_bytes - first)
+            raw = torch.empty(count * block_bytes, dtype=torch.uint8)
+            read_exactly(self.file, tensor.start + first * block_bytes, raw)
+            values = _to_float(raw.numpy(), tensor.type, self.file)
+            flat[first * block : (first + count) * block] = torch.from_numpy(values.reshape(-1))
+        return result
+
+
+def _to_float(raw: np.ndarray, kind: Any, file: Path) -> np.ndarray:
+    """Floats that a row of whole quantization blocks stands for."""
+    import gguf
+
+    plain = {
+        gguf.GGMLQuantizationType.F32: np.float32,
+        gguf.GGMLQuantizationType.F16: np.float16,
+        gguf.GGMLQuantizationType.F64: np.float64,
+    }
+    try:
+        if kind in plain:
+            return raw.view(plain[kind]).astype(np.float32)
+        return gguf.dequantize(raw, kind)
+    except NotImplementedError as error:
+        raise PreflightError(
+            f"GGUF quantization {kind.name} cannot be read",
+            where=str(file),
+            hint="use a file of type F16, BF16, Q8_0, Q6_K or Q4_K, or the safetensors checkpoint",
+        ) from error
+
+
+def _open(file: Path) -> Any:
+    """The parsed header, with the file's size checked against every tensor."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise PreflightError(
+            "reading a GGUF file needs the gguf package", where=str(file), hint="pip install gguf"
+        ) from error
+    try:
+        return gguf.GGUFReader(str(file))
+    except OSError as error:
+        raise PreflightError(f"cannot be read: {error.strerror}", where=str(file)) from error
+    except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
+        raise PreflightError(
+            "the file is damaged, cut off or not a GGUF file", where=str(file), hint="download it again"
+        ) from error
+
+
+def unpermute_rotary(weight: Tensor, heads: int) -> Tensor:
+    """Rows of a query or key projection in transformers' order.
+
+    llama.cpp rotates neighbouring rows of a head (0 with 1), transformers those half a head apart
+    (0 with d/2); llama.cpp's converter moved the rows accordingly, here they move back.
+    """
+    rest = weight.shape[1:]
+    half = weight.shape[0] // heads // 2
+    return weight.reshape(heads, half, 2, *rest).transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def gguf_config(reader: GGUFReader) -> PreTrainedConfig:
+    """The configuration that the file's metadata describes.
+
+    transformers can read it too, but it leaves out rotary scaling, Qwen's head size and Phi's window.
+    """
+    stored = reader.metadata
+    hidden, heads = reader.number("embedding_length"), reader.number("attention.head_count")
+    theta = float(stored.get("rope.freq_base", 10000.0))
+    options: dict[str, Any] = {
+        "vocab_size": reader.shape("model.embed_tokens.weight")[0],
+        "hidden_size": hidden,
+        "intermediate_size": reader.number("feed_forward_length"),
+        "num_hidden_layers": reader.number("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": reader.number("attention.head_count_kv", heads),
+        "max_position_embeddings": reader.number("context_length"),
+        "rms_norm_eps": float(stored["attention.layer_norm_rms_epsilon"]),
+        "tie_word_embeddings": "output.weight" not in reader.names(),
+        "rope_parameters": rope_parameters(reader, theta),
+        "bos_token_id": reader.special_tokens.get("bos"),
+        "eos_token_id": reader.special_tokens.get("eos"),
+        "pad_token_id": reader.special_tokens.get("padding"),
+    }
+    if reader.architecture != "phi3":
+        options["head_dim"] = reader.number("attention.key_length", hidden // heads)
+    if reader.architecture in ("gemma2", "gemma3", "phi3") and "attention.sliding_window" in stored:
+        options["sliding_window"] = reader.number("attention.sliding_window")
+    if GEMMA_27B.get(reader.architecture) == options["num_hidden_layers"]:
+        options["query_pre_attn_scalar"] = hidden // heads
+    return AutoConfig.for_model(MODEL_TYPES[reader.architecture], **options)
+
+
+def rope_parameters(reader: GGUFReader, theta: float) -> dict[str, Any]:
+    """Rotary base and scaling, as far as its parameters are known; anything else is refused.
+
+    A model with the wrong rotary table looks alive and is not.
+    """
+    kind = reader.metadata.get("rope.scaling.type", "none")
+    divisors = reader.rope_divisors()
+    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if kind == "linear" and divisors is None:
+        parameters |= {"rope_type": "linear", "factor": float(reader.metadata["rope.scaling.factor"])}
+    elif kind == "none" and divisors is not None:
+        parameters |= _llama3_scaling(divisors, theta, str(reader.file))
+    elif kind != "none" or any(name.startswith("rope_factors") for name in reader.names()):
+        raise PreflightError(
+            f"rotary scaling of type {kind!r} is not read from GGUF files",
+            where=str(reader.file),
+            hint="use the model's safetensors checkpoint",
+        )
+    if reader.architecture == "gemma3":
+        # Only the layers that see the whole context are scaled; the local ones have a table of their own.
+        local = {"rope_type": "default", "rope_theta": GEMMA3_LOCAL_THETA}
+        return {"full_attention": parameters, "sliding_attention": local}
+    return parameters
+
+
+def _llama3_scaling(divisors: Tensor, theta: float, where: str) -> dict[str, Any]:
+    """Parameters of Llama 3.1's rule, which a file stores as its result: one divisor a frequency."""
+    frequencies = theta ** (-torch.arange(len(divisors), dtype=torch.float64) / len(divisors))
+    factor = float(divisors.max())
+    if not torch.allclose(llama3_divisors(frequencies, factor), divisors.double(), rtol=1e-3):
+        raise PreflightError(
+            "the rotary scaling stored in the file is not Llama 3.1's",
+            where=where,
+            hint="use the model's safetensors checkpoint",
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": LLAMA3_LOW,
+        "high_freq_factor": LLAMA3_HIGH,
+        "original_max_position_embeddings": LLAMA3_CONTEXT,
+    }
+
+
+def llama3_divisors(frequencies: Tensor, factor: float) -> Tensor:
+    """Llama 3.1's rule: high frequencies stay, low ones are divided by ``factor``, between them a ramp."""
+    turns = LLAMA3_CONTEXT * frequencies / (2 * torch.pi)
+    kept = ((turns - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW)).clamp(0.0, 1.0)
+    return 1.0 / ((1 - kept) / factor + kept)

@@ -1,0 +1,95 @@
+"""Fetching a model from the Hugging Face hub: just the files that are read, and clear refusals.
+
+First come the small files (configuration, tokenizer, index of the weights), then exactly the shards
+that the index names. Repositories often carry the same weights again in other formats; those are left
+where they are. Without a network the local cache answers, as long as it is complete: completeness is
+checked by :class:`engine.models.weights.SafetensorsReader`, which knows what the index promises.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from engine.models.weights import INDEX_NAME, SINGLE_NAME, read_index
+from engine.run.errors import EqatError, ExitCode, PreflightError
+
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+Result = TypeVar("Result")
+
+
+def download(repo: str, revision: str | None, *, trust_remote_code: bool = False) -> Path:
+    """Folder in the local cache that holds the repository's configuration, tokenizer and weights."""
+    small = SMALL_FILES + (["*.py"] if trust_remote_code else [])
+    folder = Path(_fetch(repo, lambda: snapshot_download(repo, revision=revision, allow_patterns=small)))
+    if not (folder / "config.json").is_file():
+        raise PreflightError("the repository has no config.json", where=repo, hint="check the hub id")
+    index = folder / INDEX_NAME
+    wanted = sorted(set(read_index(index).values())) if index.is_file() else [SINGLE_NAME]
+    if all((folder / name).is_file() for name in wanted):
+        return folder
+    # The commit of the folder, so that shards never mix with those of a newer commit.
+    return Path(_fetch(repo, lambda: snapshot_download(repo, revision=folder.name, allow_patterns=wanted)))
+
+
+def _fetch(repo: str, action: Callable[[], Result]) -> Result:
+    """Run a download; every way in which it can fail becomes one sentence."""
+    try:
+        return action()
+    except GatedRepoError as error:
+        raise PreflightError(
+            "the repository is gated and this account has no access",
+            where=repo,
+            hint="accept its terms on the hub, then run `hf auth login`",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise PreflightError("no such revision", where=repo, hint="check model.revision") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise PreflightError(
+            "is neither a local folder or file nor a repository on the hub",
+            where=repo,
+            hint="check the spelling; a private repository needs `hf auth login`",
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise PreflightError(
+            "the hub cannot be reached and the model is not complete in the local cache",
+            where=repo,
+            hint="go online, or name a local folder with the model",
+        ) from error
+    except EqatError:
+        raise
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise EqatError(
+                "the disk is full",
+                exit_code=ExitCode.DISK_FULL,
+                where=repo,
+                hint="free some space, or set HF_HOME to a disk that has it",
+            ) from error
+        raise PreflightError(
+            f"the download was interrupted: {_first_line(error)}",
+            where=repo,
+            hint="run again; finished files are kept and the rest continues",
+        ) from error
+    except Exception as error:  # the HTTP library's own errors, which differ between hub versions
+        raise PreflightError(
+            f"the download failed: {_first_line(error)}",
+            where=repo,
+            hint="run again; finished files are kept and the rest continues",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

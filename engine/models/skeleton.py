@@ -1,0 +1,152 @@
+"""A model's structure without its weights, and where the decoder blocks are in it.
+
+transformers builds the module tree from ``config.json``; while it does, every parameter is replaced by
+one on the meta device, which has a shape and no memory. Buffers stay real: the rotary tables and
+Gemma's embedding scale are computed when the model is built and are in no checkpoint, so on the meta
+device they would be lost.
+
+What this project cannot quantize is found here from the structure, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from engine.run.errors import PreflightError
+
+
+@contextmanager
+def parameters_on_meta(keep: Callable[[Tensor], bool] | None = None) -> Iterator[None]:
+    """Modules built inside have their parameters on the meta device, except those ``keep`` accepts."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        # A parameter that already is on the meta device is registered as it is: tied weights must
+        # stay one object.
+        if parameter is not None and not parameter.is_meta and not (keep is not None and keep(parameter)):
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        original(module, name, parameter)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The language model's own configuration; that of the text part where the model is multimodal."""
+    return config.get_text_config()
+
+
+def build_skeleton(
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool = False,
+    keep: Callable[[Tensor], bool] | None = None,
+) -> PreTrainedModel:
+    """The causal language model that transformers selects for ``config``, without weights, on the CPU."""
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if getattr(text_config(config), "attn_logit_softcapping", None) is not None:
+        # Fused attention leaves the soft cap out; some releases of transformers select it all the same.
+        options["attn_implementation"] = "eager"
+    try:
+        with parameters_on_meta(keep):
+            # transformers writes dtype and attention choice into the configuration it is given.
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise PreflightError(
+            f"model type {config.model_type!r} has no causal language model in this version of transformers",
+            where="config.json",
+            hint="only decoder-only language models (AutoModelForCausalLM) can be quantized",
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def refuse_config(config: PreTrainedConfig, name: str) -> None:
+    """Refuse what the configuration alone shows to be impossible."""
+    if getattr(config, "quantization_config", None):
+        stored = config.quantization_config
+        stored = stored if isinstance(stored, dict) else vars(stored)
+        raise PreflightError(
+            f"the model is already quantized ({stored.get('quant_method', 'unknown method')})",
+            where=name,
+            hint="start from the original 16-bit model",
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise PreflightError(
+            f"{config.model_type!r} is an encoder-decoder; only decoder-only models can be quantized",
+            where=name,
+            hint="choose a causal language model such as Llama, Mistral, Qwen, Gemma, Phi or OLMo",
+        )
+
+
+def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder blocks: of the lists as long as the model is deep, the heaviest."""
+    depth = getattr(text_config(model.config), "num_hidden_layers", None)
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and depth > 0
+    ]
+    if not lists:
+        raise PreflightError(
+            f"{type(model).__name__} has no list of {depth} decoder blocks",
+            where="config.json",
+            hint="only models built as a list of decoder blocks can be quantized block by block",
+        )
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def linear_names(block: nn.Module) -> tuple[str, ...]:
+    """Names, relative to the block, of its linear layers in the order in which they were built."""
+    return tuple(name for name, module in block.named_modules() if isinstance(module, nn.Linear))
+
+
+def refuse_block(block: nn.Module, prefix: str) -> None:
+    """Refuse a block that multiplies by weights which are not those of an ``nn.Linear``."""
+    for module_name, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            full = ".".join(part for part in (prefix, module_name, name) if part)
+            shape, owner = list(parameter.shape), type(module).__name__
+            if parameter.ndim >= 3:
+                raise PreflightError(
+                    f"the fused {parameter.ndim}-D weight of {owner}, shape {shape}, cannot be quantized"
+                    " (a mixture of experts or a convolution)",
+                    where=full,
+                    hint="only blocks whose projections are nn.Linear work; choose a dense model",
+                )
+            if parameter.ndim == 2:
+                raise PreflightError(
+                    f"the matrix of {owner}, shape {shape}, is not the weight of an nn.Linear",
+                    where=full,
+                    hint="only blocks whose projections are nn.Linear work",
+                )
+    if not linear_names(block):
+        raise PreflightError(
+            f"{type(block).__name__} holds no nn.Linear, so there is nothing to quantize",
+            where=prefix,
+            hint="only blocks whose projections are nn.Linear work",
+        )
+
+
+def initial_vectors(config: PreTrainedConfig) -> tuple[dict[str, tuple[int, ...]], dict[str, Tensor]]:
+    """Shapes of all parameters, and values of the vectors (norms, biases), of a freshly built model."""
+    model = build_skeleton(config, torch.float32, keep=lambda parameter: parameter.ndim < 2)
+    # named_parameters leaves out the second name of a tied weight, which is what a checkpoint does.
+    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    vectors = {name: p.detach().clone() for name, p in parameters.items() if not p.is_meta}
+    return shapes, vectors

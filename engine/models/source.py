@@ -1,0 +1,215 @@
+"""Finding a model: a local directory, a hub id, a GGUF file, or random weights.
+
+:meth:`ModelSource.open` answers four questions for the rest of the engine: the configuration, the
+tokenizer, a reader for single tensors, and an identity that changes whenever the model does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
+
+from engine.models.gguf import GGUFReader, gguf_config
+from engine.models.hub import download
+from engine.models.random_weights import RandomReader
+from engine.models.skeleton import refuse_config
+from engine.models.tokenizer import byte_tokenizer
+from engine.models.weights import SafetensorsReader, WeightReader
+from engine.run.architecture import TINY_LLAMA, resolve_source
+from engine.run.config import ModelConfig
+from engine.run.errors import PreflightError
+
+SourceKind = Literal["directory", "hub", "gguf", "random"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+class ModelSource:
+    """A model that was found: configuration, tokenizer, weights and identity."""
+
+    def __init__(
+        self,
+        name: str,
+        kind: SourceKind,
+        config: PreTrainedConfig,
+        weights: WeightReader,
+        *,
+        directory: Path | None = None,
+        file: Path | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        refuse_config(config, name)
+        self.name = name
+        self.kind = kind
+        self.config = config
+        self.weights = weights
+        self.directory = directory
+        self.file = file
+        self.revision = revision
+        self.trust_remote_code = trust_remote_code
+        # Taken now: running the model can correct the configuration (a head that is not tied after all).
+        self._sha256 = self._digest()
+        self._tokenizer: Any = None
+
+    @classmethod
+    def open(cls, model: ModelConfig) -> ModelSource:
+        """Find the model; every way in which that can fail is a PreflightError of one sentence."""
+        resolved = resolve_source(model.source)
+        if isinstance(resolved, Path):
+            if not resolved.exists():
+                raise PreflightError("no such file or folder", where=str(resolved), hint="check model.source")
+            if resolved.is_file():
+                return cls._open_gguf(resolved)
+            return cls._open_directory(resolved, model)
+        if resolved.startswith("random://"):
+            return cls._open_random(resolved)
+        folder = download(resolved, model.revision, trust_remote_code=model.trust_remote_code)
+        return cls._open_directory(folder, model, hub_id=resolved)
+
+    @classmethod
+    def _open_directory(cls, directory: Path, model: ModelConfig, hub_id: str | None = None) -> ModelSource:
+        config = read_config(directory, model.trust_remote_code)
+        refuse_config(config, hub_id or str(directory))
+        return cls(
+            hub_id or directory.name,
+            "hub" if hub_id else "directory",
+            config.get_text_config(),
+            SafetensorsReader(directory),
+            directory=directory,
+            # The cache names a snapshot's folder after its commit.
+            revision=directory.name if hub_id else None,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+    @classmethod
+    def _open_gguf(cls, file: Path) -> ModelSource:
+        if file.suffix != ".gguf":
+            raise PreflightError(
+                "is a file, but not a .gguf file", where=str(file), hint="name the model's folder instead"
+            )
+        weights = GGUFReader(file)
+        config = gguf_config(weights)
+        return cls(file.stem, "gguf", config, weights, file=file)
+
+    @classmethod
+    def _open_random(cls, address: str) -> ModelSource:
+        options = dict(TINY_LLAMA)
+        config = AutoConfig.for_model(options.pop("model_type"), **options)
+        return cls(address.removeprefix("random://"), "random", config, RandomReader(config))
+
+    # ----------------------------------------------------------------------------------------------
+
+    def tokenizer(self) -> Any:
+        """The model's own tokenizer (byte-level for random models)."""
+        if self._tokenizer is None:
+            self._tokenizer = self._load_tokenizer()
+        return self._tokenizer
+
+    def _load_tokenizer(self) -> Any:
+        if self.kind == "random":
+            return byte_tokenizer(self.config.vocab_size)
+        try:
+            if self.file is not None:
+                return AutoTokenizer.from_pretrained(self.file.parent, gguf_file=self.file.name)
+            return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
+        except Exception as error:  # tokenizer back ends raise whatever they like on a broken file
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise PreflightError(
+                f"the tokenizer cannot be loaded: {lines[0]}",
+                where=self.name,
+                hint="the model's folder needs its tokenizer files (tokenizer.json or tokenizer.model)",
+            ) from error
+
+    def identity(self) -> dict[str, Any]:
+        """What this model is, so that a resumed run notices when it is another one.
+
+        The digest covers the configuration and every tensor's name, shape and stored size, and the
+        sizes of the files; it takes milliseconds and does not read the weights themselves.
+        """
+        place = self.file or self.directory
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "path": str(place) if place is not None and self.kind != "hub" else None,
+            "revision": self.revision,
+            "sha256": self._sha256,
+        }
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        # Where the folder lies and which transformers reads it are not part of what the model is.
+        config = self.config.to_dict()
+        config.pop("_name_or_path", None)
+        config.pop("transformers_version", None)
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        for file in self.weights.files():
+            digest.update(f"{file.name}:{file.stat().st_size};".encode())
+        for line in self.weights.inventory():
+            digest.update(line.encode())
+        return digest.hexdigest()
+
+    def save_assets(self, out_dir: Path) -> None:
+        """Write what belongs to a checkpoint besides its weights: config, generation config, tokenizer."""
+        out_dir.mkdir(parents=True, exist_ok=True)
+        self.config.save_pretrained(out_dir)
+        if self.directory is None:
+            self.tokenizer().save_pretrained(out_dir)
+            GenerationConfig.from_model_config(self.config).save_pretrained(out_dir)
+            return
+        # Files are copied as they are: reading and writing them again can change a tokenizer.
+        code = ("*.py",) if self.trust_remote_code else ()
+        for pattern in (*TOKENIZER_FILES, "generation_config.json", *code):
+            for file in sorted(self.directory.glob(pattern)):
+                shutil.copyfile(file, out_dir / file.name)
+
+
+def read_config(directory: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """``config.json`` as a transformers configuration."""
+    path = directory / "config.json"
+    if not path.is_file():
+        candidates = sorted(file.name for file in directory.glob("*.gguf"))
+        hint = f"name the file itself: {directory / candidates[0]}" if candidates else "name a model's folder"
+        raise PreflightError("the folder has no config.json", where=str(directory), hint=hint)
+    try:
+        raw = json.loads(path.read_bytes())
+        model_type = raw.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise PreflightError("cannot be read as JSON", where=str(path), hint="download it again") from error
+    if raw.get("auto_map") and not trust_remote_code and model_type not in _known_types():
+        raise PreflightError(
+            f"model type {model_type!r} runs code from its own repository",
+            where=str(path),
+            hint="read that code, then set model.trust_remote_code = true",
+        )
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # validation differs between versions: OSError, ValueError, their own types
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise PreflightError(
+            f"model type {model_type!r} is not understood by transformers: {lines[0]}",
+            where=str(path),
+            hint="check config.json, or update transformers",
+        ) from error
+
+
+def _known_types() -> set[str]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return set(CONFIG_MAPPING.keys())
