@@ -1,0 +1,1 @@
+"""Text, tokens, batches, and the place where activations live between blocks."""

@@ -1,0 +1,356 @@
+"""Where the activations between two blocks live: on the GPU, in pinned host memory, or on disk.
+
+Block-AP keeps two streams of ``[sequences, tokens, hidden]``, one slot a sequence, each read batch by
+batch in random order and overwritten in place as the stream moves one block on. For a 7B model and 4096
+sequences of 2048 tokens that is 64 GiB *each*, which decides where they can live:
+
+=========  =====================================================  ==========================
+kind       holds                                                  a read costs
+=========  =====================================================  ==========================
+device     everything on the compute device                       a copy on the device
+host       everything in host memory, page-locked for a GPU       an asynchronous copy
+disk       one chunk at a time in host memory, the rest on disk   page cache or disk, a copy
+=========  =====================================================  ==========================
+
+All kinds return the same bits. A read is always a copy: what a caller holds never changes under it when
+the slot is overwritten.
+
+The file is memory-mapped for reading, and every touched page is given back at once: mapped pages count
+as resident memory of this process until then. It is written with ``pwrite`` after its whole length was
+reserved up front, so a full disk is an error before the work starts, never a SIGBUS in the middle of it.
+The file loses its name as soon as it exists; however the process ends, the disk space comes back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import mmap
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from engine.run.errors import EqatError, ExitCode, PreflightError
+
+StoreKind = Literal["device", "host", "disk"]
+Indices = slice | Sequence[int] | Tensor
+
+# Pages are mapped in pieces of up to 2 MiB (huge pages, fault-around): rounding what is given back to
+# that size leaves no strays behind. Touching a neighbour's page again costs a minor fault.
+_GIVE_BACK_ALIGNMENT = 2 << 20
+_LARGEST_CHUNK = 16 << 20
+_SMALLEST_CHUNK = 256 << 10
+
+
+def make_store(
+    kind: StoreKind,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    path: Path | None = None,
+    budget_bytes: int | None = None,
+) -> ActivationStore:
+    """A store of ``shape`` = (sequences, tokens, hidden), its contents undefined until written.
+
+    ``device`` is where reads arrive. ``path`` names the file of a disk store. ``budget_bytes`` is the host
+    memory that may be used: a host store that is larger is refused, a disk store adapts to it.
+    """
+    device = torch.device(device)
+    if kind == "device":
+        return DeviceStore(shape, dtype, device)
+    if kind == "host":
+        return HostStore(shape, dtype, device, budget_bytes)
+    if kind == "disk":
+        if path is None:
+            raise ValueError("a disk store needs a path")
+        return DiskStore(shape, dtype, device, path, budget_bytes)
+    raise ValueError(f"no activation store of kind {kind!r}")
+
+
+class ActivationStore(ABC):
+    """``[sequences, tokens, hidden]``, read and overwritten by sequence."""
+
+    kind: StoreKind
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"not a (sequences, tokens, hidden) shape: {shape}")
+        self.shape = torch.Size(shape)
+        self.dtype = dtype
+        self.device = device
+        self.closed = False
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the contents."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, indices: Indices) -> Tensor:
+        """The sequences at ``indices`` as a new tensor ``[len(indices), tokens, hidden]`` on the device."""
+        self._check_open()
+        return self._read(self._positions(indices))
+
+    def write(self, start: int, tensor: Tensor) -> None:
+        """Overwrite the sequences from ``start`` on; ``tensor`` may be on any device and of any dtype."""
+        self._check_open()
+        if tensor.shape[1:] != self.shape[1:] or start < 0 or start + len(tensor) > len(self):
+            raise IndexError(f"{tuple(tensor.shape)} at {start} does not fit into {tuple(self.shape)}")
+        self._write(start, tensor.detach())
+
+    def close(self) -> None:
+        """Give everything back; the contents are gone. Closing again does nothing."""
+        if not self.closed:
+            self.closed = True
+            self._close()
+
+    def __enter__(self) -> ActivationStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
+
+    def _positions(self, indices: Indices) -> Sequence[int]:
+        if isinstance(indices, slice):
+            return range(len(self))[indices]
+        if isinstance(indices, range):
+            positions: Sequence[int] = indices
+        else:
+            positions = indices.tolist() if isinstance(indices, Tensor) else [int(i) for i in indices]
+        if any(not 0 <= index < len(self) for index in positions):
+            raise IndexError(f"sequences {list(positions)} of {len(self)}")
+        return positions
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ValueError("the activation store is closed")
+
+    @abstractmethod
+    def _read(self, positions: Sequence[int]) -> Tensor: ...
+
+    @abstractmethod
+    def _write(self, start: int, tensor: Tensor) -> None: ...
+
+    @abstractmethod
+    def _close(self) -> None: ...
+
+
+class DeviceStore(ActivationStore):
+    """One tensor on the compute device."""
+
+    kind = "device"
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(shape, dtype, device)
+        self._data_NTH = _allocate(self, device)
+
+    def _read(self, positions: Sequence[int]) -> Tensor:
+        return _gather(self._data_NTH, positions, self.device)
+
+    def _write(self, start: int, tensor: Tensor) -> None:
+        self._data_NTH[start : start + len(tensor)].copy_(tensor)
+
+    def _close(self) -> None:
+        self._data_NTH = torch.empty(0)
+
+
+class HostStore(ActivationStore):
+    """One tensor in host memory, page-locked when the device is a GPU.
+
+    All copies go through the current stream of the device, so a read issued after a write sees it although
+    neither waits for the other.
+    """
+
+    kind = "host"
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        budget_bytes: int | None = None,
+    ) -> None:
+        super().__init__(shape, dtype, device)
+        self._pinned = False
+        if budget_bytes is not None and self.nbytes > budget_bytes:
+            raise PreflightError(
+                f"activations of {self.nbytes / 2**30:.2f} GiB exceed the host memory budget of "
+                f"{budget_bytes / 2**30:.2f} GiB",
+                where="runtime.activation_store = 'host'",
+                hint="use 'disk', fewer sequences, or a larger runtime.host_memory_gib",
+            )
+        self._data_NTH = _allocate(self, torch.device("cpu"))
+        if device.type == "cuda":
+            self._pin()
+
+    def _pin(self) -> None:
+        # torch's own pinned allocator rounds up to a power of two: 65 GiB would take 128
+        runtime: Any = torch.cuda.cudart()
+        status = int(runtime.cudaHostRegister(self._data_NTH.data_ptr(), self.nbytes, 0))
+        if status != 0:
+            raise EqatError(
+                f"{self.nbytes / 2**30:.2f} GiB of host memory cannot be page-locked (CUDA error {status})",
+                exit_code=ExitCode.OUT_OF_MEMORY,
+                where="runtime.activation_store = 'host'",
+                hint="use 'disk', or raise the limit of locked memory",
+            )
+        self._pinned = True
+
+    def _read(self, positions: Sequence[int]) -> Tensor:
+        return _gather(self._data_NTH, positions, self.device)
+
+    def _write(self, start: int, tensor: Tensor) -> None:
+        target = self._data_NTH[start : start + len(tensor)]
+        if tensor.is_cuda:  # convert first: an asynchronous copy must not change dtype on the host
+            target.copy_(tensor.to(self.dtype), non_blocking=self._pinned)
+        else:
+            self._settle()
+            target.copy_(tensor)
+
+    def _settle(self) -> None:
+        """Wait for copies under way before the host itself touches the memory."""
+        if self._pinned:
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _close(self) -> None:
+        if self._pinned:
+            torch.cuda.synchronize(self.device)
+            runtime: Any = torch.cuda.cudart()
+            runtime.cudaHostUnregister(self._data_NTH.data_ptr())
+            self._pinned = False
+        self._data_NTH = torch.empty(0)
+
+
+class DiskStore(ActivationStore):
+    """A nameless file, read through a memory map that is given back chunk by chunk."""
+
+    kind = "disk"
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        path: Path,
+        budget_bytes: int | None = None,
+    ) -> None:
+        super().__init__(shape, dtype, device)
+        self._row_bytes = self.nbytes // len(self)
+        share = _LARGEST_CHUNK if budget_bytes is None else budget_bytes // 8
+        chunk = max(_SMALLEST_CHUNK, min(_LARGEST_CHUNK, share))
+        self._chunk_bytes = chunk - chunk % mmap.PAGESIZE
+        self._where = str(path)
+        self._descriptor = _reserve_file(path, self.nbytes)
+        try:
+            self._map = mmap.mmap(self._descriptor, self.nbytes)
+        except OSError as error:
+            os.close(self._descriptor)
+            raise _disk_error(error, self._where, self.nbytes) from None
+
+    def _read(self, positions: Sequence[int]) -> Tensor:
+        cuda = self.device.type == "cuda"
+        rows = torch.empty((len(positions), *self.shape[1:]), dtype=self.dtype, pin_memory=cuda)
+        flat = rows.view(-1).view(torch.uint8)
+        for target, index in enumerate(positions):
+            self._copy_out(
+                index * self._row_bytes, flat[target * self._row_bytes : (target + 1) * self._row_bytes]
+            )
+        return rows.to(self.device, non_blocking=True) if cuda else rows
+
+    def _copy_out(self, offset: int, target: Tensor) -> None:
+        for start in range(0, len(target), self._chunk_bytes):
+            count = min(self._chunk_bytes, len(target) - start)
+            mapped = torch.frombuffer(self._map, dtype=torch.uint8, count=count, offset=offset + start)
+            target[start : start + count].copy_(mapped)
+            del mapped  # the map cannot be closed while a tensor looks into it
+            self._give_back(offset + start, offset + start + count)
+
+    def _give_back(self, start: int, end: int) -> None:
+        start -= start % _GIVE_BACK_ALIGNMENT
+        end = min(end + -end % _GIVE_BACK_ALIGNMENT, self.nbytes)
+        self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+    def _write(self, start: int, tensor: Tensor) -> None:
+        host = tensor.to(device="cpu", dtype=self.dtype).contiguous()
+        raw: Any = host.view(-1).view(torch.uint8).numpy()
+        pending = memoryview(raw)
+        offset = start * self._row_bytes
+        while pending:
+            try:
+                written = os.pwrite(self._descriptor, pending[: self._chunk_bytes], offset)
+            except OSError as error:
+                raise _disk_error(error, self._where, self.nbytes) from None
+            offset += written
+            pending = pending[written:]
+
+    def _close(self) -> None:
+        self._map.close()
+        os.close(self._descriptor)
+
+
+def _allocate(store: ActivationStore, device: torch.device) -> Tensor:
+    try:
+        return torch.empty(store.shape, dtype=store.dtype, device=device)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a plain one
+        if "memory" not in str(error):
+            raise
+        raise EqatError(
+            f"no room for {store.nbytes / 2**30:.2f} GiB of activations on {device}",
+            exit_code=ExitCode.OUT_OF_MEMORY,
+            where=f"runtime.activation_store = {store.kind!r}",
+            hint="use 'host' or 'disk', or fewer sequences",
+        ) from None
+
+
+def _gather(data_NTH: Tensor, positions: Sequence[int], device: torch.device) -> Tensor:
+    """Rows of a tensor as a new tensor on the device: one copy, and none of it staged."""
+    if data_NTH.device.type == device.type:
+        chosen = torch.tensor(positions, dtype=torch.int64, device=data_NTH.device)
+        return data_NTH.index_select(0, chosen)
+    rows = torch.empty((len(positions), *data_NTH.shape[1:]), dtype=data_NTH.dtype, device=device)
+    for target, index in enumerate(positions):
+        rows[target].copy_(data_NTH[index], non_blocking=True)
+    return rows
+
+
+def _reserve_file(path: Path, length: int) -> int:
+    """A nameless file with all of its blocks allocated; its descriptor."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _disk_error(error, str(path), length) from None
+    try:
+        os.unlink(path)
+        os.posix_fallocate(descriptor, 0, length)
+    except OSError as error:
+        os.close(descriptor)
+        raise _disk_error(error, str(path), length) from None
+    return descriptor
+
+
+def _disk_error(error: OSError, where: str, length: int) -> EqatError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return EqatError(
+        f"no room for {length / 2**30:.2f} GiB of activations on this disk"
+        if full
+        else f"the activation file cannot be used: {error.strerror or error}",
+        exit_code=ExitCode.DISK_FULL if full else ExitCode.PREFLIGHT,
+        where=where,
+        hint="free some space or use a run directory on another disk" if full else "check the run directory",
+    )

@@ -1,0 +1,255 @@
+"""Text from the Hugging Face hub, streamed: only what is read is downloaded.
+
+Shortcuts name the usual calibration and evaluation corpora with everything needed to read them. A
+stream is shuffled by the seed (its files, then a window of rows), and documents of a data set without a
+validation or test split of its own are assigned to parts by what they say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from engine.data.local import checked_text, missing_column
+from engine.data.text import Part, held_out_bucket
+from engine.run.config import DataConfig
+from engine.run.errors import DataError
+
+_SHUFFLE_ROWS = 1000  # rows held while shuffling a stream: documents of 5 KB make 5 MB
+_HELD_OUT = {"validation": range(10), "evaluation": range(10, 20)}
+_ARTICLE = re.compile(r"^ = [^=]")  # WikiText: " = Title = " opens an article, " = = … = = " a section
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """One hub data set, and how its rows become documents."""
+
+    repo: str
+    subset: str | None = None
+    column: str = "text"
+    revision: str | None = None
+    splits: dict[str, str] = field(default_factory=dict)
+    """Part to split, where known; a part without an entry is held out of ``train``."""
+    files: dict[str, float] = field(default_factory=dict)
+    """Read these JSON-lines files of the repository, drawing from them in these proportions."""
+    articles: bool = False
+    """Rows are lines of articles: join them."""
+    split: str | None = None
+    """The user's explicit split, for every part."""
+
+
+SHORTCUTS: dict[str, HubSource] = {
+    # The repository still carries a loading script, which `datasets` no longer runs: its files are read
+    # directly. They are sorted by origin, so they are drawn from in proportion to their size (MB).
+    "redpajama": HubSource(
+        repo="togethercomputer/RedPajama-Data-1T-Sample",
+        splits={"train": "train"},
+        files={
+            "arxiv_sample.jsonl": 93,
+            "book_sample.jsonl": 111,
+            "c4_sample.jsonl": 866,
+            "cc_2019-30_sample.jsonl": 689,
+            "cc_2020-05_sample.jsonl": 836,
+            "cc_2021-04_sample.jsonl": 802,
+            "cc_2022-05_sample.jsonl": 737,
+            "cc_2023-06_sample.jsonl": 857,
+            "github_sample.jsonl": 222,
+            "stackexchange_sample.jsonl": 80,
+            "wikipedia_sample.jsonl": 119,
+        },
+    ),
+    "c4": HubSource(
+        repo="allenai/c4",
+        subset="en",
+        splits={"train": "train", "validation": "validation", "evaluation": "validation"},
+    ),
+    "wikitext2": HubSource(
+        repo="Salesforce/wikitext",
+        subset="wikitext-2-raw-v1",
+        splits={"train": "train", "validation": "validation", "evaluation": "test"},
+        articles=True,
+    ),
+    # A random sample of SlimPajama-627B in parquet; the full set is zstd-compressed JSON lines.
+    "slimpajama": HubSource(
+        repo="DKYoon/SlimPajama-6B",
+        splits={"train": "train", "validation": "validation", "evaluation": "test"},
+    ),
+    "fineweb-edu": HubSource(
+        repo="HuggingFaceFW/fineweb-edu", subset="sample-10BT", splits={"train": "train"}
+    ),
+}
+
+
+def hub_source(data: DataConfig) -> HubSource:
+    """The data set that a configuration names, with the configuration's own choices on top."""
+    known = SHORTCUTS.get(data.source) or next(
+        (entry for entry in SHORTCUTS.values() if entry.repo.lower() == data.source.lower()), None
+    )
+    source = known or HubSource(repo=data.source)
+    if data.subset and data.subset != source.subset:
+        # another subset of a known repository shares nothing with the known one but the name
+        source = HubSource(repo=source.repo, subset=data.subset, articles=data.subset.startswith("wikitext"))
+    return replace(
+        source,
+        column=data.column or source.column,
+        revision=data.revision or source.revision,
+        split=data.split,
+    )
+
+
+class HubText:
+    """A hub data set as a text source."""
+
+    streams = True
+
+    def __init__(self, source: HubSource, corpus: str) -> None:
+        self.source = source
+        self.corpus = corpus
+
+    def documents(self, part: Part, seed: int = 0) -> Iterator[str]:
+        split, buckets = self._route(part)
+        # evaluation has one order: the published one
+        rows = self._rows(split, seed=None if part == "evaluation" or self.source.articles else seed)
+        texts = _join_articles(rows) if self.source.articles else rows
+        for text in texts:
+            if buckets is None or held_out_bucket(text) in buckets:
+                yield text
+
+    def identity(self, part: Part) -> dict[str, str]:
+        source = self.source
+        # The requested revision, not the commit behind it: an offline run must find its tokens again.
+        return {
+            "kind": "hub",
+            "corpus": self.corpus,
+            "repo": source.repo,
+            "subset": source.subset or "",
+            "split": source.split or source.splits.get(part, ""),
+            "column": source.column,
+            "revision": source.revision or "main",
+            "part": part,
+        }
+
+    def _route(self, part: Part) -> tuple[str, range | set[int] | None]:
+        """The split that holds a part, and which of its documents belong to the part."""
+        source = self.source
+        everything = set(range(100))
+        if source.split:
+            if part == "evaluation":
+                return source.split, None
+            held_out = _HELD_OUT["validation"]
+            return source.split, held_out if part == "validation" else everything - set(held_out)
+        splits = source.splits or self._discover_splits()
+        if part != "train":
+            return (splits[part], None) if part in splits else (splits["train"], _HELD_OUT[part])
+        for other, held_out in _HELD_OUT.items():
+            if other not in splits:
+                everything -= set(held_out)
+        return splits["train"], everything if len(everything) < 100 else None
+
+    def _discover_splits(self) -> dict[str, str]:
+        """Splits of a data set that no shortcut describes."""
+        from datasets import get_dataset_split_names
+
+        source = self.source
+        with self._reported():
+            names = list(get_dataset_split_names(source.repo, source.subset, revision=source.revision))
+        splits = {"train": "train" if "train" in names else names[0]}
+        validation = next((name for name in ("validation", "valid", "val", "dev") if name in names), None)
+        evaluation = "test" if "test" in names else validation
+        if validation and validation != splits["train"]:
+            splits["validation"] = validation
+        if evaluation and evaluation != splits["train"]:
+            splits["evaluation"] = evaluation
+        return splits
+
+    def _rows(self, split: str, seed: int | None) -> Iterator[str]:
+        from datasets import load_dataset
+
+        source = self.source
+        if source.files:
+            revision = f"@{source.revision}" if source.revision else ""
+            root = f"hf://datasets/{source.repo}{revision}"
+
+            def load(file: str) -> Any:
+                return load_dataset("json", data_files=f"{root}/{file}", split="train", streaming=True)
+
+            streams = [self._texts(functools.partial(load, file), seed) for file in source.files]
+            yield from _interleave(streams, list(source.files.values()), seed or 0)
+            return
+        yield from self._texts(
+            lambda: load_dataset(
+                source.repo, source.subset, split=split, revision=source.revision, streaming=True
+            ),
+            seed,
+        )
+
+    def _texts(self, load: Callable[[], Any], seed: int | None) -> Iterator[str]:
+        """The column of one stream; whatever goes wrong on the way is a :class:`DataError`."""
+        column, where = self.source.column, self._where
+        with self._reported():
+            stream = load()
+            if seed is not None:
+                stream = stream.shuffle(seed=seed, buffer_size=_SHUFFLE_ROWS)
+            rows = iter(stream)
+        while True:
+            with self._reported():
+                row = next(rows, None)
+            if row is None:
+                return
+            if column not in row:
+                raise missing_column(column, row, where)
+            text = checked_text(row[column], column, where)
+            # an empty row of an article is a blank line of it
+            if text is not None and (text.strip() or self.source.articles):
+                yield text
+
+    @property
+    def _where(self) -> str:
+        return self.source.repo + (f" ({self.source.subset})" if self.source.subset else "")
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        """The hub libraries raise a score of unrelated types; to the user all mean: no text from there."""
+        try:
+            yield
+        except Exception as error:
+            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+            raise DataError(
+                f"cannot be read from the hub: {reason}",
+                where=self._where,
+                hint="check name, subset, split and network; offline, use data.source = 'builtin' or a file",
+            ) from error
+
+
+def _join_articles(rows: Iterator[str]) -> Iterator[str]:
+    """WikiText's rows are lines; a training document is an article.
+
+    Joined by blank lines again, the articles are exactly the rows joined by blank lines.
+    """
+    article: list[str] = []
+    for row in rows:
+        if _ARTICLE.match(row) and any(line.strip() for line in article):
+            yield "\n\n".join(article)
+            article = []
+        article.append(row)
+    if article:
+        yield "\n\n".join(article)
+
+
+def _interleave(streams: list[Iterator[str]], weights: list[float], seed: int) -> Iterator[str]:
+    """Rows of several streams, drawn in proportion to the weights until all are exhausted."""
+    draw = random.Random(seed)
+    alive = dict(enumerate(weights))
+    while alive:
+        index = draw.choices(list(alive), weights=list(alive.values()))[0]
+        for text in itertools.islice(streams[index], 1):
+            yield text
+            break
+        else:
+            del alive[index]

@@ -1,0 +1,119 @@
+"""Which sequences make up which optimizer step: a pure function of the seed.
+
+The order of epoch *e* is a permutation seeded by (seed, e), so position *n* can be computed without
+having visited the positions before it: resuming is arithmetic, not replay. One batch is the *effective*
+batch of an optimizer step; with several ranks each takes its own share of it, so that the same
+sequences meet in the same step whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.run.errors import IdentityError
+
+
+class Batch(NamedTuple):
+    """One optimizer step of one rank."""
+
+    epoch: int
+    step: int
+    """Counted over all epochs, from 0."""
+    indices: Tensor
+    """int64 on the CPU; shorter than the others at the end of an epoch, possibly empty on some ranks."""
+
+
+class BatchSampler:
+    """Iterates over the steps from wherever it stands; ``state_dict`` is where it stands.
+
+    A step counts as taken as soon as it is handed out, so save the state *after* the step was applied.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+    ) -> None:
+        if count < 1 or batch_size < 1 or epochs < 0:
+            raise ValueError(f"{count} sequences in batches of {batch_size} for {epochs} epochs")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size}")
+        if batch_size % world_size:
+            raise ValueError(f"the effective batch of {batch_size} does not divide over {world_size} ranks")
+        self.count = count
+        self.batch_size = batch_size
+        self.epochs = epochs
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.drop_last = drop_last
+        self.step = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one epoch; the last one may be smaller."""
+        whole, rest = divmod(self.count, self.batch_size)
+        return whole + (1 if rest and not (self.drop_last and whole) else 0)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all epochs."""
+        return self.steps_per_epoch * self.epochs
+
+    def order(self, epoch: int) -> Tensor:
+        """The permutation of an epoch."""
+        digest = hashlib.blake2b(f"{self.seed}/{epoch}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        return torch.randperm(self.count, generator=generator)
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        while self.step < self.steps:
+            step = self.step
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = self.order(epoch)
+            first = step % self.steps_per_epoch * self.batch_size
+            share = order[first : first + self.batch_size].tensor_split(self.world_size)[self.rank]
+            self.step = step + 1
+            yield Batch(epoch, step, share.clone())
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def seek(self, step: int) -> None:
+        """Continue at ``step``, e.g. 0 to start a block again."""
+        if not 0 <= step <= self.steps:
+            raise ValueError(f"step {step} of {self.steps}")
+        self.step = step
+
+    def state_dict(self) -> dict[str, int]:
+        """The position, with everything that decides what the positions mean (but for the ranks)."""
+        return {
+            "step": self.step,
+            "count": self.count,
+            "batch_size": self.batch_size,
+            "epochs": self.epochs,
+            "seed": self.seed,
+            "drop_last": int(self.drop_last),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where another sampler of the same settings stood."""
+        for name, value in self.state_dict().items():
+            if name != "step" and state.get(name) != value:
+                raise IdentityError(
+                    f"the saved order has {name} = {state.get(name)}, this run has {value}",
+                    where="batch sampler",
+                )
+        self.seek(int(state["step"]))

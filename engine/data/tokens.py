@@ -1,0 +1,344 @@
+"""From text to windows of tokens, reproducibly, and only once.
+
+*Training and validation* windows are drawn: documents are tokenized whole, put in an order that the seed
+decides with the tokenizer's own end- and begin-of-text tokens between them, and the resulting stream is
+cut into windows of equal length, of which the seed picks as many as asked for. A text shorter than the
+windows need is read up to ``MAX_PASSES`` times, each time in another order and cut at another place: the
+same tokens then appear in other contexts, which is worth less than more text (a warning says so) but
+more than a refusal. Beyond that the text is too little.
+
+*Evaluation* windows are never drawn: they are the consecutive, non-overlapping windows from the start of
+the text, tokenized in one piece as published perplexities are.
+
+Reading stops as soon as there is enough, so a streamed source costs what it gives. The result is cached
+under everything that decides it; a cached file carries a checksum, is published by a rename, and a broken
+one is replaced by reading the text again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.data.text import Part, TextSource, evaluation_text, open_source
+from engine.run.config import DataConfig
+from engine.run.errors import DataError
+
+MAX_PASSES = 4
+"""A text is drawn from at most this many times over."""
+
+_SCHEME = 1  # raise it when the same inputs would give other windows: old cache entries then die out
+_PIECE_CHARS_PER_TOKEN = 8  # two windows of English
+_SHORTEST_PIECE_CHARS = 1 << 12
+_LOCAL_OVERSAMPLING = 2
+_BATCH_CHARS = 1 << 20
+_SHUFFLE_CHARS = 64 << 20
+_LARGEST_EVALUATION_CHARS = 1 << 30
+
+Warn = Callable[[str, str], None]
+"""Receives a short code and a message."""
+
+
+def token_windows(
+    tokenizer: Any,
+    data: DataConfig,
+    part: Part,
+    *,
+    sequences: int,
+    length: int,
+    seed: int = 0,
+    cache_dir: Path | None = None,
+    warn: Warn | None = None,
+) -> Tensor:
+    """Windows of tokens, int64 ``[sequences, length]`` on the CPU.
+
+    For ``evaluation``, ``sequences`` is the largest number of windows (0: the whole text) and the seed has
+    no effect. ``cache_dir`` none means the user's cache (``EQAT_CACHE_DIR`` overrides it). Raises
+    :class:`DataError` when the text cannot be read or is too short.
+    """
+    if length < 2 or sequences < 0 or (sequences == 0 and part != "evaluation"):
+        raise ValueError(f"{sequences} windows of {length} tokens of {part} text")
+    warn = warn or _warn
+    source = open_source(data)
+    key = _cache_key(tokenizer, source, part, sequences, length, seed)
+    path = (cache_dir or default_cache_dir()) / f"{key}.safetensors"
+    windows = _load(path, length, warn)
+    if windows is None:
+        if part == "evaluation":
+            windows = _consecutive_windows(tokenizer, source, sequences, length)
+        else:
+            windows = _drawn_windows(tokenizer, source, part, sequences, length, seed, warn)
+        _store(path, windows, source.identity(part), warn)
+    return windows.to(torch.int64)
+
+
+def default_cache_dir() -> Path:
+    """Where tokens are kept: ``$EQAT_CACHE_DIR/tokens``, or the user's cache directory."""
+    chosen = os.environ.get("EQAT_CACHE_DIR")
+    if chosen:
+        return Path(chosen).expanduser() / "tokens"
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("eqat")) / "tokens"
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash of what decides how text becomes tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        for state in ("truncation", "padding"):  # left behind by earlier calls; no part of the rules
+            rules.pop(state, None)
+    else:
+        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    special = {"separators": _separators(tokenizer), "empty": tokenizer("")["input_ids"]}
+    return hashlib.sha256(json.dumps([rules, special], sort_keys=True).encode()).hexdigest()
+
+
+# --- drawing ----------------------------------------------------------------------------------------
+
+
+def _drawn_windows(
+    tokenizer: Any, source: TextSource, part: Part, sequences: int, length: int, seed: int, warn: Warn
+) -> Tensor:
+    needed = sequences * length
+    # What is streamed costs traffic; what is local costs tokenizing, and more of it is a better sample.
+    enough = needed * (1 if source.streams else _LOCAL_OVERSAMPLING) + length
+    documents = list(_tokenized(tokenizer, source, part, enough, length, seed))
+    available = sum(map(len, documents))
+    if needed > available * MAX_PASSES or available < length:
+        raise DataError(
+            f"too little {part} text: {available:,} tokens, but {sequences} sequences of {length} need "
+            f"{needed:,} (a text is read at most {MAX_PASSES} times)",
+            where=source.corpus,
+            hint="use more text, fewer sequences or shorter ones",
+        )
+    draw = random.Random(f"order/{seed}/{part}")
+    passes: list[Tensor] = []
+    missing = sequences
+    while missing > 0:
+        draw.shuffle(documents)
+        stream = torch.cat(documents)
+        whole = len(stream) // length
+        # cut somewhere else each time, without losing a window that is needed
+        slack = len(stream) - min(whole, missing) * length
+        start = draw.randrange(min(slack, length - 1) + 1)
+        count = (len(stream) - start) // length
+        windows = stream[start : start + count * length].view(count, length)
+        chosen = draw.sample(range(count), min(count, missing))
+        passes.append(windows[torch.tensor(chosen)])
+        missing -= len(chosen)
+    if len(passes) > 1:
+        warn(
+            "text-repeated",
+            f"{source.corpus}: {available:,} tokens of {part} text were read {len(passes)} times over for "
+            f"{sequences} sequences of {length}; more text would serve better",
+        )
+    return torch.cat(passes).to(torch.int32)
+
+
+def _tokenized(
+    tokenizer: Any, source: TextSource, part: Part, enough: int, length: int, seed: int
+) -> Iterator[Tensor]:
+    """Documents as token tensors with separators, in random order, until there are enough tokens.
+
+    Of a streamed document at most one window is kept, at a random place: otherwise a few books would be
+    the whole sample.
+    """
+    before, after = _separators(tokenizer)
+    draw = random.Random(f"text/{seed}/{part}")
+    total = 0
+    piece_chars = max(_PIECE_CHARS_PER_TOKEN * length, _SHORTEST_PIECE_CHARS)
+    for batch in _batches(_pieces(source, part, seed, draw, piece_chars)):
+        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        for ids in encoded["input_ids"]:
+            if source.streams and len(ids) > length:
+                start = draw.randrange(len(ids) - length + 1)
+                ids = ids[start : start + length]
+            tokens = torch.tensor([*before, *ids, *after], dtype=torch.int64)
+            total += len(tokens)
+            yield tokens
+            if total >= enough:
+                return
+
+
+def _pieces(
+    source: TextSource, part: Part, seed: int, draw: random.Random, piece_chars: int
+) -> Iterator[str]:
+    """Documents, cut where they are long, in random order.
+
+    A streamed source shuffles itself. Of a local one the first 64 MiB are shuffled as a whole; a short
+    sample of one long file thus comes from all over the file, at the price of tokenizing only the sample.
+    """
+    documents = source.documents(part, seed)
+    if source.streams:
+        yield from documents
+        return
+    pieces: list[str] = []
+    characters = 0
+    for text in documents:
+        pieces.extend(_cut(text, piece_chars))
+        characters += len(text)
+        if characters > _SHUFFLE_CHARS:
+            break
+    draw.shuffle(pieces)
+    yield from pieces
+    for text in documents:
+        yield from _cut(text, piece_chars)
+
+
+def _cut(text: str, piece_chars: int) -> Iterator[str]:
+    """Pieces of whole lines where lines are short enough."""
+    start = 0
+    while len(text) - start > piece_chars:
+        end = text.rfind("\n", start, start + piece_chars) + 1 or start + piece_chars
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of about a megabyte of text: the tokenizer spreads a list over the cores."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _BATCH_CHARS or len(batch) >= 1000:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _separators(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens put before and after a document: begin-of-text where the tokenizer itself would, and
+    end-of-text where there is one."""
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    own = tokenizer("")["input_ids"]
+    before = [begin] if begin is not None and begin in own and begin != end else []
+    after = [end] if end is not None else ([begin] if begin is not None and not before else [])
+    return before, after
+
+
+# --- evaluation -------------------------------------------------------------------------------------
+
+
+def _consecutive_windows(tokenizer: Any, source: TextSource, sequences: int, length: int) -> Tensor:
+    """Windows from the start of the text. The text is tokenized in one piece: where it is cut changes
+    the tokens around the cut, so it is read far enough that the cut lies behind the last window."""
+    documents = source.documents("evaluation")
+    read: list[str] = []
+    needed = sequences * length
+    characters, wanted = 0, (6 * needed + 4096) if sequences else _LARGEST_EVALUATION_CHARS
+    while True:
+        exhausted = True
+        for text in documents:
+            read.append(text)
+            characters += len(text)
+            if characters >= wanted:
+                exhausted = False
+                break
+        if not exhausted and not sequences:
+            raise DataError(
+                "the evaluation text is too long to be used whole",
+                where=source.corpus,
+                hint="set evaluation.windows",
+            )
+        text = evaluation_text(read)
+        if sequences:  # one long document: no more of it than can be needed
+            text = text[:wanted]
+            exhausted = exhausted and characters <= wanted
+        ids = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+        if exhausted or len(ids) >= needed + 64:
+            break
+        wanted *= 2
+    count = len(ids) // length
+    if sequences:
+        count = min(count, sequences)
+    if count == 0:
+        raise DataError(
+            f"too little evaluation text: {len(ids):,} tokens, but one window needs {length:,}",
+            where=source.corpus,
+            hint="use more text or a shorter evaluation.sequence_length",
+        )
+    return torch.tensor(ids[: count * length], dtype=torch.int32).view(count, length)
+
+
+# --- cache ------------------------------------------------------------------------------------------
+
+
+def _cache_key(tokenizer: Any, source: TextSource, part: Part, sequences: int, length: int, seed: int) -> str:
+    decides = {
+        "scheme": _SCHEME,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "text": source.identity(part),
+        "sequences": sequences,
+        "length": length,
+        "seed": 0 if part == "evaluation" else seed,
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def _load(path: Path, length: int, warn: Warn) -> Tensor | None:
+    """The cached windows; none if there are none, or if they are not what was stored."""
+    from safetensors import safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            windows: Tensor = file.get_tensor("windows")
+            checksum = json.loads((file.metadata() or {})["eqat"])["sha256"]
+        if windows.dim() == 2 and windows.shape[1] == length and checksum == _checksum(windows):
+            return windows
+        reason = "its checksum is wrong"
+    except Exception as error:  # a damaged header raises whatever the damage suggests
+        reason = str(error) or type(error).__name__
+    warn("token-cache", f"the cached tokens in {path} are damaged ({reason}); the text is tokenized again")
+    return None
+
+
+def _store(path: Path, windows: Tensor, identity: dict[str, str], warn: Warn) -> None:
+    """Publish atomically: a reader, or another run writing the same entry, sees all of a file or none.
+
+    A cache that cannot be written costs the next run some time, not this one its result.
+    """
+    from safetensors.torch import save
+
+    # one entry only: safetensors writes several in random order, and equal tokens make equal files
+    metadata = {"eqat": json.dumps({"sha256": _checksum(windows), "text": identity}, sort_keys=True)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:12]}-")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(save({"windows": windows.contiguous()}, metadata))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        warn("token-cache", f"the tokens could not be cached in {path.parent}: {error}")
+
+
+def _checksum(windows: Tensor) -> str:
+    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _warn(code: str, message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)

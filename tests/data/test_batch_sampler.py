@@ -1,0 +1,90 @@
+"""The order of training is a function of the seed, can be resumed anywhere and divided over ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.data.sampler import BatchSampler
+from engine.run.errors import IdentityError
+
+counts = st.integers(1, 40)
+batch_sizes = st.integers(1, 9)
+epochs = st.integers(0, 4)
+seeds = st.integers(0, 2**63)
+
+
+def steps_of(sampler: BatchSampler) -> list[tuple[int, int, list[int]]]:
+    return [(epoch, step, indices.tolist()) for epoch, step, indices in sampler]
+
+
+@given(counts, batch_sizes, epochs, seeds, st.booleans())
+def test_every_epoch_sees_every_sequence_once(
+    count: int, batch: int, epochs: int, seed: int, drop_last: bool
+) -> None:
+    sampler = BatchSampler(count, batch, epochs, seed, drop_last=drop_last)
+    taken = steps_of(sampler)
+    assert [step for _, step, _ in taken] == list(range(sampler.steps)) == list(range(len(sampler)))
+    for epoch in range(epochs):
+        seen = [index for e, _, indices in taken if e == epoch for index in indices]
+        assert len(set(seen)) == len(seen)
+        assert len(seen) == (count - count % batch if drop_last and count >= batch else count)
+
+
+@given(counts, batch_sizes, epochs, seeds, st.data())
+def test_resumed_order_is_the_uninterrupted_order(
+    count: int, batch: int, epochs: int, seed: int, data: st.DataObject
+) -> None:
+    whole = steps_of(BatchSampler(count, batch, epochs, seed))
+    stop = data.draw(st.integers(0, len(whole)))
+    first = BatchSampler(count, batch, epochs, seed)
+    iterator = iter(first)
+    for _ in range(stop):
+        next(iterator)
+    second = BatchSampler(count, batch, epochs, seed)
+    second.load_state_dict(first.state_dict())
+    assert steps_of(second) == whole[stop:]
+
+
+@given(counts, st.integers(1, 4), st.integers(1, 3), seeds)
+def test_ranks_together_take_the_batch_of_one_rank(count: int, per_rank: int, world: int, seed: int) -> None:
+    batch = per_rank * world
+    alone = steps_of(BatchSampler(count, batch, 2, seed))
+    ranks = [steps_of(BatchSampler(count, batch, 2, seed, rank, world)) for rank in range(world)]
+    for (epoch, step, indices), *shares in zip(alone, *ranks, strict=True):
+        assert all((share[0], share[1]) == (epoch, step) for share in shares)
+        assert [index for share in shares for index in share[2]] == indices
+
+
+def test_order_depends_on_seed_and_epoch_and_not_on_global_randomness() -> None:
+    torch.manual_seed(1)
+    one = BatchSampler(50, 5, 2, seed=7)
+    first = steps_of(one)
+    torch.manual_seed(2)
+    torch.rand(3)
+    state = torch.get_rng_state()
+    assert steps_of(BatchSampler(50, 5, 2, seed=7)) == first
+    assert torch.equal(torch.get_rng_state(), state)
+    assert steps_of(BatchSampler(50, 5, 2, seed=8)) != first
+    assert not torch.equal(one.order(0), one.order(1))
+    one.seek(0)
+    assert steps_of(one) == first
+
+
+def test_state_of_other_settings_is_refused_by_name() -> None:
+    sampler = BatchSampler(50, 5, 2, seed=7)
+    with pytest.raises(IdentityError, match="batch_size"):
+        sampler.load_state_dict(BatchSampler(50, 10, 2, seed=7).state_dict())
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="effective batch"):
+        BatchSampler(10, 3, 1, 0, rank=0, world_size=2)
+    with pytest.raises(ValueError, match="rank 2"):
+        BatchSampler(10, 2, 1, 0, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="0 sequences"):
+        BatchSampler(0, 2, 1, 0)
+    with pytest.raises(ValueError, match="step 99"):
+        BatchSampler(10, 2, 1, 0).seek(99)
