@@ -1,0 +1,85 @@
+"""A linear layer that trains its weight, scale and zero point on the grid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.quant.grid import RELATIVE_SCALE_FLOOR, fake_quantize, initial_range, quantize
+from engine.quant.packed import PackedBlock, PackedWeight, replace_submodule
+from engine.run.config import GridConfig
+
+
+class FakeQuantLinear(nn.Module):
+    """``x @ fake_quantize(W)^T + bias`` with float32 master parameters.
+
+    ``weight`` ``[O, I]``, ``scale`` and ``zero_point`` ``[O, G]``; ``bias`` is not trained.
+    """
+
+    scale_floor: Tensor
+
+    def __init__(self, linear: nn.Linear, grid: GridConfig) -> None:
+        super().__init__()
+        self.grid = grid
+        self.weight = nn.Parameter(linear.weight.detach().float(), requires_grad=False)
+        self.bias = linear.bias
+        scale, zero_point = initial_range(
+            self.weight.data,
+            grid.bits,
+            grid.group_size,
+            symmetric=grid.symmetric,
+            method=grid.range,
+            norm=grid.search_norm,
+        )
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.zero_point = nn.Parameter(zero_point, requires_grad=False)
+        self.register_buffer("scale_floor", scale * RELATIVE_SCALE_FLOOR)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = fake_quantize(self.weight, self.scale, self.zero_point, self.grid.bits)
+        bias = None if self.bias is None else self.bias.to(weight.dtype)
+        if not torch.is_autocast_enabled(x.device.type):
+            weight = weight.to(x.dtype)
+            bias = None if bias is None else bias.to(x.dtype)
+        return functional.linear(x, weight, bias)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring scale and zero point back into their domain after an optimizer step."""
+        self.scale.copy_(torch.maximum(self.scale, self.scale_floor))
+        self.zero_point.clamp_(0, 2**self.grid.bits - 1)
+
+    @torch.no_grad()
+    def freeze(self) -> PackedWeight:
+        """Round to the grid, once.
+
+        The scale is rounded to float16 before the integers are chosen, so that each weight goes to the
+        nearest value that the saved file can express.
+        """
+        scale = self.scale.to(torch.float16).float()
+        zero = self.zero_point.round()
+        codes = quantize(self.weight, scale, zero, self.grid.bits)
+        return PackedWeight.from_codes(codes, scale, zero, self.grid.bits, self.grid.symmetric)
+
+
+def wrap_linears(block: nn.Module, names: tuple[str, ...], grid: GridConfig) -> dict[str, FakeQuantLinear]:
+    """Replace the named linears of a block by fake-quantized ones; returns them by name."""
+    wrapped: dict[str, FakeQuantLinear] = {}
+    for name in names:
+        linear = block.get_submodule(name)
+        assert isinstance(linear, nn.Linear), name
+        wrapped[name] = FakeQuantLinear(linear, grid)
+        replace_submodule(block, name, wrapped[name])
+    return wrapped
+
+
+def freeze_block(block: nn.Module, linears: dict[str, FakeQuantLinear]) -> PackedBlock:
+    """Round a trained block to the grid; its other parameters go to float16, as they will be saved."""
+    inner = {f"{name}.{part}" for name in linears for part in ("weight", "scale", "zero_point")}
+    others = {
+        name: parameter.detach().to(torch.float16)
+        for name, parameter in block.named_parameters()
+        if name not in inner
+    }
+    return PackedBlock({name: linear.freeze() for name, linear in linears.items()}, others)

@@ -1,0 +1,234 @@
+"""Quantized weights as they are kept, computed with, and saved: packed integers, scales, zero points.
+
+A :class:`PackedWeight` is one linear's weight. A :class:`PackedBlock` is everything that a decoder block's
+module needs to be rebuilt: the packed weights of its linears and its other parameters (norms, biases). A
+:class:`PackedLinear` computes with a packed weight; its float copy exists only inside one forward or backward
+call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.quant.grid import dequantize
+from engine.quant.packing import bitpack, bitunpack
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One quantized matrix ``[O, I]``.
+
+    ``words`` int32 ``[O, I*bits/32]`` (packed along the input), ``scale`` float16 ``[O, G]``, ``zero_point``
+    uint8 ``[O, G]``.
+    """
+
+    words: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+    symmetric: bool = False
+
+    @classmethod
+    def from_codes(
+        cls, codes_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, bits: int, symmetric: bool = False
+    ) -> PackedWeight:
+        """Pack integers; the scale is rounded to float16 here, once, so that what is evaluated is what is
+        saved."""
+        return cls(
+            words=bitpack(codes_OI, bits, dim=1),
+            scale=scale_OG.to(torch.float16),
+            zero_point=zero_point_OG.round().clamp(0, 2**bits - 1).to(torch.uint8),
+            bits=bits,
+            symmetric=symmetric,
+        )
+
+    @property
+    def out_features(self) -> int:
+        return self.words.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.words.shape[1] * 32 // self.bits
+
+    @property
+    def group_size(self) -> int:
+        return self.in_features // self.scale.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes when packed: integers, float16 scales and ``bits``-wide zero points."""
+        return self.words.numel() * 4 + self.scale.numel() * 2 + self.zero_point.numel() * self.bits // 8
+
+    def codes(self) -> Tensor:
+        """uint8 ``[O, I]``."""
+        return bitunpack(self.words, self.bits, dim=1)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``(q - z) * s``, computed in float32 and rounded to ``dtype`` once."""
+        return dequantize(self.codes(), self.scale.float(), self.zero_point).to(dtype)
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        return replace(
+            self,
+            words=self.words.to(device),
+            scale=self.scale.to(device),
+            zero_point=self.zero_point.to(device),
+        )
+
+
+class _PackedMatmul(torch.autograd.Function):
+    """``x @ W^T`` from packed integers, keeping no float weight between forward and backward.
+
+    EfficientQAT section 3.3: with the integers fixed, ``dW^/ds = q - z``, so the gradient of a scale is the
+    group-wise sum of ``(q - z)`` times the gradient of the weight. ``dW^/dz = -s`` likewise.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, words: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, bits: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, words, scale_OG, zero_point_OG)
+        ctx.bits = bits
+        weight = _float_weight(words, scale_OG, zero_point_OG, bits, x.dtype)
+        return functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
+        x, words, scale_OG, zero_point_OG = ctx.saved_tensors
+        grad_out = grads[0]
+        grad_x = grad_scale = grad_zero = None
+        if ctx.needs_input_grad[0]:
+            weight = _float_weight(words, scale_OG, zero_point_OG, ctx.bits, grad_out.dtype)
+            grad_x = grad_out @ weight
+            del weight
+        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+            grad_weight_OI = grad_out.flatten(0, -2).t() @ x.flatten(0, -2)
+            groups = scale_OG.shape[1]
+            grad_OGg = grad_weight_OI.reshape(grad_weight_OI.shape[0], groups, -1)
+            if ctx.needs_input_grad[2]:
+                codes_OGg = bitunpack(words, ctx.bits, dim=1).reshape(grad_OGg.shape)
+                weighted = (grad_OGg * codes_OGg).sum(-1, dtype=torch.float32)
+                zero = zero_point_OG.round() if zero_point_OG.is_floating_point() else zero_point_OG
+                grad_scale = weighted - zero * grad_OGg.sum(-1, dtype=torch.float32)
+            if ctx.needs_input_grad[3]:
+                grad_zero = -grad_OGg.sum(-1, dtype=torch.float32) * scale_OG
+        return grad_x, None, grad_scale, grad_zero, None
+
+
+def _float_weight(
+    words: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, bits: int, dtype: torch.dtype
+) -> Tensor:
+    zero = zero_point_OG.round() if zero_point_OG.is_floating_point() else zero_point_OG
+    return dequantize(bitunpack(words, bits, dim=1), scale_OG.float(), zero).to(dtype)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer over a :class:`PackedWeight`.
+
+    ``scale`` float32 ``[O, G]`` is a parameter; ``zero_point`` ``[O, G]`` becomes one (float32, rounded in
+    the forward pass) after ``train_zero_points()`` and is a uint8 buffer otherwise.
+    """
+
+    words: Tensor
+
+    def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.bits = weight.bits
+        self.symmetric = weight.symmetric
+        self.in_features = weight.in_features
+        self.out_features = weight.out_features
+        self.register_buffer("words", weight.words)
+        self.scale = nn.Parameter(weight.scale.float(), requires_grad=False)
+        self.zero_point: Tensor | nn.Parameter
+        self.register_buffer("zero_point", weight.zero_point)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def train_zero_points(self) -> nn.Parameter:
+        """Turn the zero points into a float32 parameter and return it."""
+        value = self.zero_point.float()
+        del self.zero_point
+        self.zero_point = nn.Parameter(value)
+        return self.zero_point
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Autocast does not reach the backward pass, so the arithmetic's dtype is settled here for both.
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        out: Tensor = _PackedMatmul.apply(x.to(dtype), self.words, self.scale, self.zero_point, self.bits)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def packed(self) -> PackedWeight:
+        """The weight as it would be saved now (scale rounded to float16, zero point to its integer)."""
+        zero = self.zero_point.detach().float().round().clamp(0, 2**self.bits - 1).to(torch.uint8)
+        return PackedWeight(
+            self.words, self.scale.detach().to(torch.float16), zero, self.bits, self.symmetric
+        )
+
+
+@dataclass(frozen=True)
+class PackedBlock:
+    """A decoder block after quantization.
+
+    ``linears`` by name relative to the block (``self_attn.q_proj``); ``others`` holds every remaining
+    parameter by its relative name, biases of the quantized linears included.
+    """
+
+    linears: dict[str, PackedWeight] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as exported: packed weights, everything else at 16 bits."""
+        return sum(w.nbytes for w in self.linears.values()) + sum(t.numel() * 2 for t in self.others.values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A flat dictionary for safetensors; :meth:`from_tensors` reads it back bit for bit."""
+        flat = {f"other.{name}": tensor for name, tensor in self.others.items()}
+        for name, weight in self.linears.items():
+            flat[f"linear.{name}.words"] = weight.words
+            flat[f"linear.{name}.scale"] = weight.scale
+            flat[f"linear.{name}.zero_point"] = weight.zero_point
+        return {key: tensor.detach().cpu().contiguous() for key, tensor in flat.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], bits: int, symmetric: bool) -> PackedBlock:
+        names = [k.removeprefix("linear.").removesuffix(".words") for k in tensors if k.endswith(".words")]
+        linears = {
+            name: PackedWeight(
+                tensors[f"linear.{name}.words"],
+                tensors[f"linear.{name}.scale"],
+                tensors[f"linear.{name}.zero_point"],
+                bits,
+                symmetric,
+            )
+            for name in sorted(names)
+        }
+        others = {k.removeprefix("other."): t for k, t in tensors.items() if k.startswith("other.")}
+        return cls(linears, others)
+
+    def install(self, block: nn.Module) -> nn.Module:
+        """Replace the block's linears by packed ones and load its other parameters; returns the block."""
+        device = next(block.parameters()).device
+        own = dict(block.named_parameters())
+        for name, tensor in self.others.items():
+            if name.removesuffix(".bias") not in self.linears:
+                own[name].data = tensor.to(device=device, dtype=own[name].dtype)
+        for name, weight in self.linears.items():
+            bias = self.others.get(f"{name}.bias")
+            old = block.get_submodule(name)
+            if bias is not None:
+                bias = bias.to(device=device, dtype=old.weight.dtype)  # type: ignore[arg-type]
+            replace_submodule(block, name, PackedLinear(weight.to(device), bias))
+        return block
+
+
+def replace_submodule(module: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` where ``module``'s dotted ``name`` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(module.get_submodule(parent) if parent else module, child, new)

@@ -1,0 +1,195 @@
+"""The grid's mathematics against plain loops, closed formulas and finite differences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.quant.grid import dequantize, fake_quantize, group_count, initial_range, quantize
+
+BITS = [2, 3, 4, 8]
+GROUPS = [32, 64, 128, 256, -1]
+
+
+def random_case(
+    bits: int, group: int, out: int = 5, inputs: int = 256, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights with some clamped on both sides, and zero points at both ends of their range."""
+    gen = torch.Generator().manual_seed(seed)
+    groups = group_count(inputs, group)
+    weight = torch.randn(out, inputs, generator=gen, dtype=torch.float64)
+    scale = (torch.rand(out, groups, generator=gen, dtype=torch.float64) + 0.2) * 3 / 2**bits
+    zero = torch.randint(0, 2**bits, (out, groups), generator=gen).double()
+    zero.view(-1)[0], zero.view(-1)[-1] = 0, 2**bits - 1
+    return weight, scale, zero
+
+
+def loop_quantize(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> list[list[int]]:
+    group = weight.shape[1] // scale.shape[1]
+    return [
+        [
+            max(0, min(2**bits - 1, round(w / scale[o, i // group].item()) + int(zero[o, i // group])))
+            for i, w in enumerate(row)
+        ]
+        for o, row in enumerate(weight.tolist())
+    ]
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_quantize_and_dequantize_match_plain_loops(bits: int, group: int) -> None:
+    weight, scale, zero = random_case(bits, group)
+    codes = quantize(weight, scale, zero, bits)
+    expected = loop_quantize(weight, scale, zero, bits)
+    assert codes.tolist() == expected
+    size = weight.shape[1] // scale.shape[1]
+    plain = [
+        [(q - zero[o, i // size].item()) * scale[o, i // size].item() for i, q in enumerate(row)]
+        for o, row in enumerate(expected)
+    ]
+    assert torch.equal(dequantize(codes, scale, zero), torch.tensor(plain, dtype=torch.float64))
+    assert torch.equal(fake_quantize(weight, scale, zero, bits), dequantize(codes, scale, zero))
+
+
+def reference_gradients(
+    weight: Tensor, scale: Tensor, zero: Tensor, bits: int, upstream: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three formulas of METHOD section 1, element by element."""
+    size = weight.shape[1] // scale.shape[1]
+    s = scale.repeat_interleave(size, 1)
+    z = zero.repeat_interleave(size, 1)
+    unclamped = torch.round(weight / s) + z
+    inside = (unclamped >= 0) & (unclamped <= 2**bits - 1)
+    q = unclamped.clamp(0, 2**bits - 1)
+    grad_w = torch.where(inside, upstream, 0.0)
+    grad_s = upstream * torch.where(inside, (q - z) - weight / s, q - z)
+    grad_z = upstream * torch.where(inside, 0.0, -s)
+    per_group = (weight.shape[0], scale.shape[1], size)
+    return grad_w, grad_s.reshape(per_group).sum(-1), grad_z.reshape(per_group).sum(-1)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_gradients_are_those_of_the_method(bits: int, group: int) -> None:
+    weight, scale, zero = random_case(bits, group, seed=bits)
+    leaves = [t.clone().requires_grad_(True) for t in (weight, scale, zero)]
+    upstream = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    fake_quantize(*leaves, bits).backward(upstream)
+    for leaf, expected in zip(leaves, reference_gradients(weight, scale, zero, bits, upstream), strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_match_finite_differences_where_the_function_is_smooth() -> None:
+    """With rounding replaced by the identity, straight-through gradients are true ones; elsewhere,
+    the scale's true derivative is q - z, and the clamped part of the zero point's is exact."""
+    bits, eps = 3, 1e-6
+    weight, scale, zero = random_case(bits, 64, seed=3)
+    upstream = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def smooth(w: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        ws, zs = s.repeat_interleave(64, 1), z.repeat_interleave(64, 1)
+        # The rounding error is frozen: what straight-through rounding means.
+        error = torch.round(weight / scale.repeat_interleave(64, 1)) - weight / scale.repeat_interleave(64, 1)
+        q = (w / ws + error + zs).clamp(0, 2**bits - 1)
+        return ((q - zs) * ws * upstream).sum()
+
+    leaves = [t.clone().requires_grad_(True) for t in (weight, scale, zero)]
+    fake_quantize(*leaves, bits).backward(upstream)
+    # Integers exactly at the clamp's edge have no two-sided derivative.
+    unclamped = torch.round(weight / scale.repeat_interleave(64, 1)) + zero.repeat_interleave(64, 1)
+    edge_groups = ((unclamped == 0) | (unclamped == 2**bits - 1)).reshape(5, -1, 64).any(-1)
+    for position, leaf in enumerate(leaves):
+        assert leaf.grad is not None
+        checked = 0
+        for index in range(0, leaf.numel(), 7 if position == 0 else 1):
+            o, i = divmod(index, leaf.shape[1])
+            if (position == 0 and unclamped[o, i] in (0, 2**bits - 1)) or (position and edge_groups[o, i]):
+                continue
+            values = []
+            for sign in (1, -1):
+                moved = [t.clone() for t in (weight, scale, zero)]
+                moved[position][o, i] += sign * eps
+                values.append(smooth(*moved).item())
+            numeric = (values[0] - values[1]) / (2 * eps)
+            assert math.isclose(leaf.grad[o, i].item(), numeric, rel_tol=1e-5, abs_tol=1e-6)
+            checked += 1
+        assert checked or position, "no weight was checked"
+
+
+def test_scale_gradient_matches_finite_differences_without_edges() -> None:
+    """A grid wide enough that nothing is clamped: every scale's derivative can be checked."""
+    gen = torch.Generator().manual_seed(5)
+    weight = torch.randn(3, 64, generator=gen, dtype=torch.float64).clamp(-3, 3)
+    scale = torch.full((3, 2), 0.05, dtype=torch.float64, requires_grad=True)
+    zero = torch.full((3, 2), 128.0, dtype=torch.float64)
+    fake_quantize(weight, scale, zero, 8).sum().backward()
+    error = torch.round(weight / 0.05) - weight / 0.05
+    # d/ds of (w/s + error) * s at frozen error is the error itself.
+    assert scale.grad is not None
+    torch.testing.assert_close(scale.grad, error.reshape(3, 2, 32).sum(-1))
+
+
+def test_zero_point_out_of_range_is_clamped_and_gets_no_gradient() -> None:
+    weight = torch.randn(2, 64, dtype=torch.float64)
+    scale = torch.full((2, 1), 0.3, dtype=torch.float64)
+    zero = torch.tensor([[-2.0], [9.4]], dtype=torch.float64, requires_grad=True)
+    out = fake_quantize(weight, scale, zero, 2)
+    assert torch.equal(out, fake_quantize(weight, scale, torch.tensor([[0.0], [3.0]]).double(), 2))
+    out.sum().backward()
+    assert zero.grad is not None
+    assert torch.equal(zero.grad, torch.zeros_like(zero))
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_minmax_range_covers_the_group_and_holds_zero(bits: int) -> None:
+    weight = torch.randn(7, 128, generator=torch.Generator().manual_seed(bits)) + 0.4
+    scale, zero = initial_range(weight, bits, 32)
+    assert torch.equal(zero, zero.round())
+    assert zero.min() >= 0
+    assert zero.max() <= 2**bits - 1
+    error = (fake_quantize(weight, scale, zero, bits) - weight).abs()
+    # Rounding z moves the grid by up to half a step on top of half a step of rounding.
+    assert (error <= scale.repeat_interleave(32, 1) * 1.001).all()
+    zeros = fake_quantize(torch.zeros_like(weight), scale, zero, bits)
+    assert torch.equal(zeros, torch.zeros_like(zeros))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_searched_range_is_never_worse_than_minmax_in_its_own_norm(bits: int, symmetric: bool) -> None:
+    weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(7)) ** 3
+    errors = {}
+    for method in ("minmax", "search"):
+        scale, zero = initial_range(weight, bits, 64, symmetric=symmetric, method=method, norm=2.5)
+        difference = (fake_quantize(weight, scale, zero, bits) - weight).abs() ** 2.5
+        errors[method] = difference.reshape(16, 4, 64).sum(-1)
+    assert (errors["search"] <= errors["minmax"] * 1.0001).all()
+    assert errors["search"].sum() < 0.98 * errors["minmax"].sum()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_symmetric_grid_has_its_zero_point_in_the_middle(bits: int) -> None:
+    weight = torch.randn(4, 64)
+    _, zero = initial_range(weight, bits, 32, symmetric=True, method="search")
+    assert zero.unique().tolist() == [2 ** (bits - 1)]
+
+
+def test_all_zero_and_tiny_weights_stay_finite_and_keep_their_precision() -> None:
+    zeros = torch.zeros(2, 64)
+    scale, zero = initial_range(zeros, 2, 32)
+    assert torch.isfinite(scale).all()
+    assert torch.equal(fake_quantize(zeros, scale, zero, 2), zeros)
+    tiny = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)) * 1e-4
+    scale, zero = initial_range(tiny, 8, 32)
+    # An absolute floor of 1e-4 on the scale would round all of these to zero.
+    assert ((fake_quantize(tiny, scale, zero, 8) - tiny).abs() <= scale.repeat_interleave(32, 1)).all()
+    assert scale.max() < 1e-5
+
+
+def test_a_group_size_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="64 does not divide 172"):
+        group_count(172, 64)

@@ -1,0 +1,134 @@
+"""Packed weights: exact storage, and a matmul whose gradients are those of the plain computation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from engine.quant.fake_linear import FakeQuantLinear, freeze_block, wrap_linears
+from engine.quant.grid import dequantize
+from engine.quant.packed import PackedBlock, PackedLinear, PackedWeight
+from engine.run.config import GridConfig
+
+
+def random_packed(bits: int, groups: int, out: int = 32, inputs: int = 96, seed: int = 0) -> PackedWeight:
+    gen = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (out, inputs), generator=gen).to(torch.uint8)
+    zero = torch.randint(0, 2**bits, (out, groups), generator=gen).float()
+    zero.view(-1)[0], zero.view(-1)[1] = 0, 2**bits - 1
+    scale = torch.rand(out, groups, generator=gen) * 0.1 + 0.01
+    return PackedWeight.from_codes(codes, scale, zero, bits)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("train_zero", [False, True])
+def test_packed_matmul_and_its_gradients_match_the_plain_computation(
+    bits: int, groups: int, train_zero: bool
+) -> None:
+    weight = random_packed(bits, groups, seed=bits)
+    layer = PackedLinear(weight, torch.randn(32))
+    layer.scale.requires_grad_(True)
+    zero = layer.train_zero_points() if train_zero else weight.zero_point.float()
+    x = torch.randn(2, 5, 96, requires_grad=True)
+    upstream = torch.randn(2, 5, 32)
+    out = layer(x)
+    out.backward(upstream)
+
+    plain_x = x.detach().clone().requires_grad_(True)
+    plain_scale = layer.scale.detach().clone().requires_grad_(True)
+    plain_zero = zero.detach().clone().requires_grad_(True)
+    codes = weight.codes().float().reshape(32, groups, -1)
+    plain_weight = ((codes - plain_zero.unsqueeze(-1)) * plain_scale.unsqueeze(-1)).reshape(32, 96)
+    plain = functional.linear(plain_x, plain_weight, layer.bias)
+    plain.backward(upstream)
+
+    torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad, plain_x.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer.scale.grad, plain_scale.grad, rtol=1e-4, atol=1e-3)
+    if train_zero:
+        torch.testing.assert_close(layer.zero_point.grad, plain_zero.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_packed_linear_keeps_no_float_weight_for_the_backward_pass() -> None:
+    layer = PackedLinear(random_packed(2, 3))
+    layer.scale.requires_grad_(True)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(torch.randn(4, 96, requires_grad=True))
+    assert saved
+    assert not any(t.is_floating_point() and t.shape == (32, 96) for t in saved)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_packed_blocks_survive_a_round_trip_bit_for_bit(bits: int) -> None:
+    block = PackedBlock(
+        {"a.proj": random_packed(bits, 3), "b": random_packed(bits, 1, seed=1)},
+        {"norm.weight": torch.randn(7).half(), "a.proj.bias": torch.randn(32).half()},
+    )
+    again = PackedBlock.from_tensors(block.tensors(), bits, False)
+    assert again.tensors().keys() == block.tensors().keys()
+    for name, tensor in block.tensors().items():
+        assert torch.equal(again.tensors()[name], tensor), name
+
+
+class TwoLinears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 96, bias=True)
+        self.norm = nn.LayerNorm(96, bias=False)
+        self.second = nn.Linear(96, 32, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.norm(self.first(x)))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_frozen_block_computes_what_the_trained_one_did(bits: int, symmetric: bool) -> None:
+    torch.manual_seed(bits)
+    block = TwoLinears().requires_grad_(False)
+    grid = GridConfig(bits=bits, group_size=32, symmetric=symmetric)
+    linears = wrap_linears(block, ("first", "second"), grid)
+    with torch.no_grad():
+        for linear in linears.values():
+            # Exactly representable scales, as after rounding them to float16.
+            linear.scale.copy_(linear.scale.half().float())
+        block.norm.weight.copy_(torch.randn(96).half().float())
+        block.first.bias.copy_(block.first.bias.half().float())
+    x = torch.randn(3, 64)
+    trained = block(x)
+    packed = freeze_block(block, linears)
+    assert set(packed.others) == {"first.bias", "norm.weight"}
+    if symmetric:
+        assert packed.linears["second"].zero_point.unique().tolist() == [2 ** (bits - 1)]
+
+    fresh = packed.install(TwoLinears().requires_grad_(False))
+    torch.testing.assert_close(fresh(x), trained, rtol=1e-5, atol=1e-5)
+    assert isinstance(fresh.first, PackedLinear)
+
+
+def test_freezing_chooses_integers_for_the_float16_scale_that_is_saved() -> None:
+    linear = nn.Linear(64, 8, bias=False)
+    fake = FakeQuantLinear(linear, GridConfig(bits=8, group_size=64))
+    with torch.no_grad():
+        fake.scale.mul_(1.0003)
+    packed = fake.freeze()
+    assert packed.scale.dtype == torch.float16
+    error = (dequantize(packed.codes(), packed.scale.float(), packed.zero_point) - linear.weight).abs()
+    inside = (packed.codes() > 0) & (packed.codes() < 255)
+    assert (error[inside] <= packed.scale.float().expand(8, 64)[inside] * 0.5001).all()
+
+
+def test_projection_keeps_scales_positive_and_zero_points_in_range() -> None:
+    fake = FakeQuantLinear(nn.Linear(64, 8, bias=False), GridConfig(bits=2, group_size=32))
+    floor = fake.scale_floor.clone()
+    with torch.no_grad():
+        fake.scale.fill_(-1.0)
+        fake.zero_point.fill_(7.0)
+    fake.project()
+    assert torch.equal(fake.scale, floor)
+    assert (floor > 0).all()
+    assert fake.zero_point.unique().tolist() == [3.0]
