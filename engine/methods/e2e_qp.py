@@ -1,0 +1,256 @@
+"""E2E-QP: end-to-end training of quantization parameters (EfficientQAT, arXiv 2407.11062, section 3.3).
+
+Block-AP has made every block match its own target; nothing has looked at the whole network yet. Here the
+integers are fixed and only the scales (optionally the zero points) are trained, through all blocks at once,
+on what the model is for: next-token cross-entropy, or the Kullback-Leibler divergence to the full-precision
+model's prediction.
+
+Memory: the weights stay packed (:class:`engine.quant.packed.PackedLinear` keeps no float copy), activations
+can be recomputed block by block in the backward pass, and the logits never exist as a whole: the head runs
+over chunks of tokens, each chunk's gradient is taken at once and added up at the last hidden state.
+
+The teacher costs no second model: its last hidden states were computed once, block by block, and the head
+that turns them into logits is the student's own, since the head is not quantized.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from engine.data.sampler import BatchSampler
+from engine.methods.optimization import ParameterGroup, Progress, Stepper, cosine_factor, with_rollback
+from engine.quant.packed import PackedLinear
+from engine.run.config import E2EQPConfig
+
+if TYPE_CHECKING:
+    from engine.data.activations import ActivationStore
+    from engine.models.causal_lm import CausalLM
+
+# Tokens whose logits exist at the same time: 512 x 128k vocabulary x 4 bytes is a quarter of a GiB.
+HEAD_CHUNK_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class E2EData:
+    """Token windows ``[N, T]`` (training, then validation) and, for KL, the teacher's last hidden states."""
+
+    tokens: Tensor
+    train: int
+    teacher: ActivationStore | None
+
+
+@dataclass(frozen=True)
+class E2EResult:
+    initial_loss: float | None
+    val_loss: float | None
+    steps: int
+
+
+def train_scales(
+    lm: CausalLM,
+    blocks: list[nn.Module],
+    data: E2EData,
+    config: E2EQPConfig,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> E2EResult:
+    """Train the quantization parameters inside ``blocks`` (packed decoder blocks, on the device), in place.
+
+    Raises:
+        NonFiniteError: if training diverges and two restarts at lower learning rates do not help.
+        StopRequested: at a step boundary, after a stop was asked for.
+    """
+    trainer = _EndToEndTrainer(lm, blocks, data, config, seed, dtype, progress)
+    with_rollback(trainer.train, progress, where="e2e_qp", restore=trainer.restore_start)
+    return E2EResult(trainer.initial_val, trainer.best_val, trainer.steps_done)
+
+
+class _EndToEndTrainer:
+    def __init__(
+        self,
+        lm: CausalLM,
+        blocks: list[nn.Module],
+        data: E2EData,
+        config: E2EQPConfig,
+        seed: int,
+        dtype: torch.dtype,
+        progress: Progress,
+    ) -> None:
+        self.lm, self.blocks, self.data, self.config = lm, blocks, data, config
+        self.seed, self.dtype, self.progress = seed, dtype, progress
+        self.groups = _parameter_groups(blocks, config)
+        self.parameters = [p for group in self.groups for p in group.parameters]
+        self.floors = [p.detach() * 1e-2 for g in self.groups for p in g.parameters if g.kind == "scales"]
+        self.start = [p.detach().clone() for p in self.parameters]
+        self.best: list[Tensor] | None = None
+        self.initial_val: float | None = None
+        self.best_val: float | None = None
+        self.steps_done = 0
+
+    def restore_start(self) -> None:
+        self._load(self.start)
+        self.best = self.best_val = None
+
+    @torch.no_grad()
+    def _load(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """Last hidden states (before the final norm), ``[B, T, H]``."""
+        hidden = self.lm.embed(tokens_BT)
+        recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
+        for index, block in enumerate(self.blocks):
+            if recompute:
+                hidden = checkpoint(self.lm.run_block, block, index, hidden, use_reentrant=False)
+            else:
+                hidden = self.lm.run_block(block, index, hidden)
+        return hidden
+
+    def chunk_loss(self, hidden: Tensor, tokens_T: Tensor, teacher: Tensor | None, start: int) -> Tensor:
+        """Summed loss of one sequence's tokens ``start`` onward, ``hidden`` ``[1, t, H]``."""
+        logits = self.lm.head(hidden)[0].float()
+        if teacher is not None:
+            with torch.no_grad():
+                target = self.lm.head(teacher)[0].float().log_softmax(-1)
+            return functional.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True)
+        labels = tokens_T[start + 1 : start + 1 + logits.shape[0]]
+        return functional.cross_entropy(logits[: labels.shape[0]], labels, reduction="sum")
+
+    def sequence_losses(self, rows: Tensor, hidden: Tensor, weight: float, backward: bool) -> Tensor:
+        """Mean loss per predicted token over ``rows``, scaled by ``weight``; adds to ``hidden``'s
+        gradient."""
+        tokens = self.data.tokens[rows].to(self.lm.device)
+        length = tokens.shape[1]
+        predictions = len(rows) * (length if self.data.teacher is not None else length - 1)
+        total = torch.zeros((), device=self.lm.device)
+        for row in range(len(rows)):
+            teacher = None if self.data.teacher is None else self.data.teacher.read(rows[row : row + 1])
+            for start in range(0, length, HEAD_CHUNK_TOKENS):
+                part = slice(start, start + HEAD_CHUNK_TOKENS)
+                teacher_part = None if teacher is None else teacher[:, part]
+                loss = self.chunk_loss(hidden[row : row + 1, part], tokens[row], teacher_part, start)
+                loss = loss * (weight / predictions)
+                if backward:
+                    self.stepper.scale(loss).backward()
+                total += loss.detach()
+        return total
+
+    def micro_step(self, rows: Tensor, weight: float) -> Tensor:
+        """Forward and backward of one micro-batch; returns its weighted loss."""
+        hidden = self.hidden(self.data.tokens[rows].to(self.lm.device))
+        # The head's gradient is collected here chunk by chunk, then sent through the blocks once.
+        last = hidden.detach().requires_grad_(True)
+        loss = self.sequence_losses(rows, last, weight, backward=True)
+        hidden.backward(last.grad)
+        return loss
+
+    @torch.no_grad()
+    def validate(self) -> float | None:
+        rows = torch.arange(self.data.train, self.data.tokens.shape[0])
+        if not len(rows):
+            return None
+        total = torch.zeros((), device=self.lm.device)
+        for part in rows.split(self.config.micro_batch_size):
+            hidden = self.hidden(self.data.tokens[part].to(self.lm.device))
+            total += self.sequence_losses(part, hidden, len(part) / len(rows), backward=False)
+        return total.item()
+
+    def train(self, lr_factor: float) -> None:
+        config = self.config
+        self.stepper = Stepper(
+            self.groups,
+            weight_decay=config.weight_decay,
+            grad_clip=config.grad_clip,
+            device=self.lm.device,
+            dtype=self.dtype,
+        )
+        sampler = BatchSampler(self.data.train, config.batch_size, config.epochs, seed=self.seed)
+        warmup = math.ceil(config.warmup_fraction * sampler.steps)
+        self.initial_val = self.validate()
+        self._keep_if_best(self.initial_val)
+        stale, last_epoch = 0, 0
+        loss = torch.zeros((), device=self.lm.device)
+        for epoch, step, rows in sampler:
+            if epoch != last_epoch:
+                stale = 0 if self._end_of_epoch(step, sampler.steps, last_epoch, loss) else stale + 1
+                last_epoch = epoch
+                if config.patience and stale >= config.patience:
+                    break
+            self.stepper.set_lr(
+                lr_factor * cosine_factor(step, sampler.steps, config.lr_final_fraction, warmup)
+            )
+            loss = torch.zeros((), device=self.lm.device)
+            for part in rows.split(config.micro_batch_size):
+                loss += self.micro_step(part, len(part) / len(rows))
+            self.stepper.step(loss)
+            self._project()
+            self.steps_done += 1
+            self._after_step(step, sampler.steps, epoch, loss)
+        else:
+            self._end_of_epoch(sampler.steps, sampler.steps, last_epoch, loss)
+        if self.best is not None:
+            self._load(self.best)
+
+    @torch.no_grad()
+    def _project(self) -> None:
+        scales = (p for g in self.groups for p in g.parameters if g.kind == "scales")
+        for scale, floor in zip(scales, self.floors, strict=True):
+            scale.copy_(torch.maximum(scale, floor))
+
+    def _after_step(self, step: int, steps: int, epoch: int, loss: Tensor) -> None:
+        if self.progress.due():
+            self.stepper.check(step)
+            self.progress.metric(
+                step=step + 1,
+                steps=steps,
+                epoch=epoch,
+                loss=loss.item(),
+                grad_norm=self.stepper.grad_norm.item(),
+                lr=self.stepper.lr(),
+                tokens=self.steps_done * self.config.batch_size * self.data.tokens.shape[1],
+            )
+        self.progress.checkpoint_requested()
+
+    def _end_of_epoch(self, step: int, steps: int, epoch: int, loss: Tensor) -> bool:
+        """Validate and keep the best; True when this epoch improved (always, without validation)."""
+        self.stepper.check(step)
+        val = self.validate()
+        if val is None:
+            return True
+        self.progress.metric(step=step, steps=steps, epoch=epoch, loss=loss.item(), val_loss=val)
+        return self._keep_if_best(val)
+
+    def _keep_if_best(self, val: float | None) -> bool:
+        if val is None or not (self.best_val is None or val < self.best_val):
+            return False
+        self.best_val = val
+        self.best = [p.detach().clone() for p in self.parameters]
+        return True
+
+
+def _parameter_groups(blocks: list[nn.Module], config: E2EQPConfig) -> list[ParameterGroup]:
+    """Scales and zero points of every packed linear; relative learning rates as in Block-AP."""
+    assert config.lr is not None, "the configuration is not resolved"
+    groups: list[ParameterGroup] = []
+    for block in blocks:
+        for module in block.modules():
+            if not isinstance(module, PackedLinear):
+                continue
+            unit = module.scale.mean().item() if config.lr_scaling == "relative" else 1.0
+            if "scales" in config.train:
+                module.scale.requires_grad_(True)
+                groups.append(ParameterGroup("scales", [module.scale], config.lr * unit))
+            if "zero_points" in config.train and not module.symmetric:
+                lr = config.lr
+                groups.append(ParameterGroup("zero_points", [module.train_zero_points()], lr))
+    return groups

@@ -1,0 +1,195 @@
+"""What both training phases share: learning rates, the cosine schedule, and steps that survive a non-finite
+loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from engine.run.errors import NonFiniteError
+
+# A run of this many bad steps means that the weights themselves are bad, not one unlucky batch.
+BAD_STEPS_IN_A_ROW = 3
+MAX_ROLLBACKS = 2
+
+
+class Progress(Protocol):
+    """What a method tells whoever runs it. Every call is cheap unless :meth:`due` has said otherwise."""
+
+    def due(self) -> bool:
+        """Whether a metric would be written now; only then does the loop read numbers back from the
+        device."""
+
+    def metric(
+        self,
+        *,
+        step: int,
+        steps: int,
+        epoch: int,
+        loss: float,
+        grad_norm: float | None = None,
+        lr: Mapping[str, float] | None = None,
+        tokens: int = 0,
+        val_loss: float | None = None,
+    ) -> None:
+        """Report a step; ``tokens`` is the number trained on since the phase (or block) began."""
+
+    def warning(self, code: str, message: str, hint: str = "") -> None:
+        """Report something the user should know that does not end the run."""
+
+    def checkpoint_requested(self) -> None:
+        """Called at step boundaries; raises StopRequested once a stop was asked for."""
+
+
+class Diverged(Exception):
+    """Three non-finite steps in a row; the caller decides whether to start over more gently."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"non-finite loss up to step {step}")
+        self.step = step
+
+
+def cosine_factor(step: int, steps: int, final_fraction: float, warmup_steps: int = 0) -> float:
+    """Multiplier of the learning rate for ``step`` (from 0): linear warm-up, then a cosine to
+    ``final_fraction``."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    position = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, position)))
+
+
+def with_rollback(
+    attempt: Callable[[float], Any], progress: Progress, *, where: str, restore: Callable[[], None]
+) -> Any:
+    """Run ``attempt(lr_factor)``; after divergence call ``restore`` and try again at half the learning rate.
+
+    Raises:
+        NonFiniteError: when it diverges a third time; names ``where`` and the step.
+    """
+    factor = 1.0
+    for rollbacks in range(MAX_ROLLBACKS + 1):
+        try:
+            return attempt(factor)
+        except Diverged as diverged:
+            restore()
+            if rollbacks == MAX_ROLLBACKS:
+                raise NonFiniteError(
+                    f"the loss was not finite in {BAD_STEPS_IN_A_ROW} steps in a row (step {diverged.step}), "
+                    f"also after {MAX_ROLLBACKS} restarts at half the learning rate",
+                    where=where,
+                    hint="check the model's weights, lower the learning rates, or use compute_dtype = "
+                    '"bfloat16" or "float32"',
+                ) from None
+            factor /= 2
+            progress.warning(
+                "rollback",
+                f"{where}: non-finite loss up to step {diverged.step}; "
+                f"starting it again with {factor:g} of the learning rate",
+            )
+    raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate. ``kind`` names it in reports (weights, scales, ...)."""
+
+    kind: str
+    parameters: list[nn.Parameter]
+    lr: float
+
+
+class Stepper:
+    """AdamW whose step is not applied when the loss is not finite, without waiting for the device.
+
+    The loss's finiteness goes to the fused kernel as its ``found_inf`` flag, the way gradient scaling does
+    it, so the decision is taken on the device. The number of bad steps in a row is counted there too and read
+    only when a metric is due; a bad step is never applied in the meantime, so finding out late loses nothing
+    but time.
+
+    With float16 arithmetic the loss is scaled to keep small gradients from vanishing; an overflow halves the
+    factor (that is expected while the factor settles and does not count as a bad step), 2000 good steps
+    double it.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[ParameterGroup],
+        *,
+        weight_decay: float,
+        grad_clip: float,
+        device: torch.device,
+        dtype: torch.dtype,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        self.groups = [g for g in groups if g.parameters]
+        self.parameters = [p for g in self.groups for p in g.parameters]
+        self.grad_clip = grad_clip
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.optimizer = AdamW(
+            [{"params": g.parameters, "lr": g.lr} for g in self.groups],
+            betas=betas,
+            weight_decay=weight_decay,
+            fused=True,
+        )
+        self.bad_in_a_row = torch.zeros((), device=device)
+        self.worst_in_a_row = torch.zeros((), device=device)
+        self.grad_norm = torch.zeros((), device=device)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss as the backward pass should see it."""
+        scaled: Tensor = self.scaler.scale(loss)
+        return scaled
+
+    def set_lr(self, factor: float) -> None:
+        for group, state in zip(self.groups, self.optimizer.param_groups, strict=True):
+            state["lr"] = group.lr * factor
+
+    def lr(self) -> dict[str, float]:
+        """Mean learning rate of each kind of parameter, as set now."""
+        rates: dict[str, list[float]] = {}
+        for group, state in zip(self.groups, self.optimizer.param_groups, strict=True):
+            rates.setdefault(group.kind, []).append(state["lr"])
+        return {kind: sum(values) / len(values) for kind, values in rates.items()}
+
+    @torch.no_grad()
+    def step(self, loss: Tensor) -> None:
+        """Apply the accumulated gradients unless ``loss`` or their norm is not finite; clears them."""
+        scaling = self.scaler.is_enabled()
+        if scaling:
+            self.scaler.unscale_(self.optimizer)
+        self.grad_norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.parameters if p.grad is not None]
+        )
+        if self.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, self.grad_norm)
+        loss_bad = (~torch.isfinite(loss.detach())).float().reshape(())
+        bad = loss_bad if scaling else (~torch.isfinite(self.grad_norm)).float().maximum(loss_bad)
+        self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
+        self.worst_in_a_row = torch.maximum(self.worst_in_a_row, self.bad_in_a_row)
+        if scaling:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            # The fused kernels of AdamW read these two attributes; GradScaler sets them the same way.
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def check(self, step: int) -> None:
+        """Read the counter back; raises :class:`Diverged` after three bad steps in a row."""
+        if self.worst_in_a_row.item() >= BAD_STEPS_IN_A_ROW:
+            raise Diverged(step)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Mixed precision for 16-bit compute; a no-op context at float32."""
+    if dtype == torch.float32:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype=dtype)
