@@ -1,0 +1,129 @@
+"""Perplexity on non-overlapping windows, one decoder block in memory at a time.
+
+The text is cut into windows of ``T`` tokens that share nothing. In each, ``T - 1`` tokens are predicted from
+what precedes them in the window, and with ``N`` windows::
+
+    perplexity = exp( sum of -log p(token | window so far) / (N * (T - 1)) )
+
+A model too large for the device is still evaluated, because the order of the loops is turned around: all
+windows are embedded, then every block is loaded once and carries all windows one block further. What must fit
+is one block and the hidden states (``N * T * hidden`` numbers), which lie in an activation store: on the
+device, in host memory, or on disk.
+
+The logits of a window are ``T * vocabulary`` numbers, for large vocabularies more than everything else
+together, so the head runs on chunks of tokens. Sums are kept in float64.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.data.activations import StoreKind, make_store
+from engine.run.errors import DataError, StopRequested
+
+if TYPE_CHECKING:
+    from engine.models.causal_lm import CausalLM
+
+HEAD_VALUES = 1 << 25
+"""Logits computed at once (128 MiB in float32)."""
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """How well a model predicts a text."""
+
+    perplexity: float
+    nll_mean: float
+    """Mean negative log-likelihood of a token, in nats."""
+    tokens: int
+    """Tokens predicted: windows times (length - 1)."""
+    seconds: float
+
+
+def perplexity(
+    lm: CausalLM,
+    block_for: Callable[[int], nn.Module],
+    windows_NT: Tensor,
+    *,
+    batch_size: int = 1,
+    store_kind: StoreKind = "device",
+    store_path: Path | None = None,
+    store_budget_bytes: int | None = None,
+    dtype: torch.dtype | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> PerplexityResult:
+    """Perplexity of the model whose ``i``-th block is ``block_for(i)``.
+
+    ``windows_NT`` holds token ids, one window a row. ``dtype`` is what the hidden states are kept in between
+    blocks; none takes the model's own. ``on_progress(done, blocks)`` is called after each block;
+    ``should_stop()`` is asked before each batch and ends the evaluation with ``StopRequested``.
+    """
+    windows, length = windows_NT.shape
+    if windows == 0 or length < 2:
+        raise DataError(f"{windows} windows of {length} tokens leave nothing to predict", where="evaluation")
+    begin = time.monotonic()
+    stop = should_stop or (lambda: False)
+    batches = [slice(start, min(start + batch_size, windows)) for start in range(0, windows, batch_size)]
+    shape = (windows, length, lm.hidden_size)
+    store = make_store(store_kind, shape, dtype or lm.dtype, lm.device, store_path, store_budget_bytes)
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                _check(stop)
+                store.write(batch.start, lm.embed(windows_NT[batch].to(lm.device)))
+            for index in range(lm.blocks):
+                block = block_for(index)
+                for batch in batches:
+                    _check(stop)
+                    store.write(batch.start, lm.run_block(block, index, store.read(batch)))
+                del block
+                if on_progress is not None:
+                    on_progress(index + 1, lm.blocks)
+            total = 0.0
+            for batch in batches:
+                _check(stop)
+                total += token_nll(lm, store.read(batch), windows_NT[batch]).sum().item()
+    finally:
+        store.close()
+    tokens = windows * (length - 1)
+    mean = total / tokens
+    return PerplexityResult(_exp(mean), mean, tokens, time.monotonic() - begin)
+
+
+def token_nll(lm: CausalLM, hidden_BTH: Tensor, ids_BT: Tensor) -> Tensor:
+    """-log p of each token after the first, float64 ``[B, T-1]``, from the last block's output."""
+    batch, length, _ = hidden_BTH.shape
+    targets_BT = ids_BT.to(device=lm.device, dtype=torch.long)
+    chunk = max(1, HEAD_VALUES // (batch * lm.vocab_size))
+    parts = []
+    for start in range(0, length - 1, chunk):
+        end = min(start + chunk, length - 1)
+        logits = lm.head(hidden_BTH[:, start:end]).float()
+        loss = functional.cross_entropy(
+            logits.flatten(0, 1), targets_BT[:, start + 1 : end + 1].flatten(), reduction="none"
+        )
+        parts.append(loss.double().reshape(batch, -1))
+    return torch.cat(parts, dim=1)
+
+
+def _check(should_stop: Callable[[], bool]) -> None:
+    if should_stop():
+        raise StopRequested
+
+
+def _exp(nll: float) -> float:
+    """exp, with infinity where it overflows: an untrained 2-bit model can be that bad."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,118 @@
+"""The model card: what this model is, how good it is, how it was made, how to load it.
+
+Everything in it follows from the run's configuration and results, so two identical runs write the same
+bytes: no dates, durations or machine names.
+
+``card`` may hold (all optional):
+
+- ``base_model``: hub id or name of the quantized model
+- ``license``: licence identifier of the base model, passed on
+- ``command``: the exact command that made the run
+- ``perplexity``: ``{"fp", "rtn", "block_ap", "e2e_qp", "packed"}``, absent or None where not measured
+- ``evaluation``: one line: corpus, tokens, window length
+- ``method``: list of lines that say what was trained on what
+- ``config``: the run's configuration as TOML text
+- ``versions``: ``{"torch": "...", ...}``
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.export.gptq_v2 import ExportResult
+
+_STAGES = (
+    ("fp", "full precision"),
+    ("rtn", "round to nearest"),
+    ("block_ap", "after Block-AP"),
+    ("e2e_qp", "after E2E-QP"),
+    ("packed", "this checkpoint, reloaded"),
+)
+
+_LOADING = """## Loading
+
+GPTQ v2 (zero points stored as they are), true {bits}-bit packing. With gptqmodel:
+
+```python
+from gptqmodel import GPTQModel
+
+model = GPTQModel.load("path/to/this/directory")
+```
+
+With transformers and optimum plus gptqmodel installed:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
+```
+
+The same tensors load through auto-round, also on a CPU, when
+`quantization_config` in `config.json` is replaced by
+
+```json
+{auto_round}
+```
+"""
+
+
+def model_card(
+    card: dict[str, Any], *, result: ExportResult, quantization: dict[str, Any], auto_round: dict[str, Any]
+) -> str:
+    """README.md of an exported directory; the last two are the forms of its ``quantization_config``."""
+    bits, group_size = quantization["bits"], quantization["group_size"]
+    base = card.get("base_model") or "unnamed model"
+    groups = "one group per row" if group_size == -1 else f"groups of {group_size}"
+    parts = [
+        _front_matter(card, bits),
+        f"# {base.rstrip('/').rpartition('/')[2]}, {bits} bits, {groups}\n",
+        f"`{base}`, quantized with eqat. The linear layers of the decoder blocks are {bits}-bit integers; "
+        "embeddings, head and norms are 16-bit.\n",
+        _size_table(result),
+        _perplexity_table(card),
+    ]
+    if card.get("command"):
+        parts.append(f"## How it was made\n\n```\n{card['command']}\n```\n")
+    if card.get("method"):
+        parts.append("\n".join(f"- {line}" for line in card["method"]) + "\n")
+    if card.get("config"):
+        parts.append(f"Configuration:\n\n```toml\n{card['config'].strip()}\n```\n")
+    if card.get("versions"):
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(card["versions"].items()))
+        parts.append(f"Versions: {versions}.\n")
+    parts.append(_LOADING.format(bits=bits, auto_round=json.dumps(auto_round, indent=2)))
+    return "\n".join(part for part in parts if part)
+
+
+def _front_matter(card: dict[str, Any], bits: int) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    base = card.get("base_model") or ""
+    # The hub links a card to its base model; a local path would be a broken link.
+    if base.count("/") == 1 and not base.startswith((".", "/", "~")):
+        lines.append(f"base_model: {base}")
+        lines.append("base_model_relation: quantized")
+    if card.get("license"):
+        lines.append(f"license: {card['license']}")
+    lines += ["tags:", "- eqat", "- gptq", f"- {bits}-bit", "---\n"]
+    return "\n".join(lines)
+
+
+def _size_table(result: ExportResult) -> str:
+    ratio = result.fp_bytes / max(1, result.bytes)
+    return (
+        "| | |\n|---|---|\n"
+        f"| bits per quantized weight, scales and zero points included | {result.bits_per_weight:.3f} |\n"
+        f"| size | {result.bytes / 1e6:,.1f} MB |\n"
+        f"| size at 16 bits | {result.fp_bytes / 1e6:,.1f} MB ({ratio:.2f}× as large) |\n"
+    )
+
+
+def _perplexity_table(card: dict[str, Any]) -> str:
+    measured: dict[str, float | None] = card.get("perplexity") or {}
+    rows = [f"| {label} | {measured[key]:,.3f} |" for key, label in _STAGES if measured.get(key) is not None]
+    if not rows:
+        return ""
+    note = f"Perplexity on {card['evaluation']}.\n" if card.get("evaluation") else ""
+    return "## Perplexity\n\n" + note + "\n| model | perplexity |\n|---|---|\n" + "\n".join(rows) + "\n"

@@ -1,0 +1,283 @@
+"""A plain reader of packed GPTQ v2 directories, written from the format's description alone.
+
+It shares no packing code with the writer: an error made twice would otherwise pass unseen. The format
+(one quantized linear, replacing its ``weight``)::
+
+    qweight  int32 [I*b/32, O]   integers q, a little-endian bit stream down each column (output channel)
+    qzeros   int32 [G, O*b/32]   zero points z, a little-endian bit stream along each row, stored as they are
+    scales   f16   [G, O]
+    g_idx    int32 [I]           the group of each input channel
+    bias     f16   [O]           if the layer has one
+
+    w[o, i] = (q[o, i] - z[g_idx[i], o]) * scales[g_idx[i], o]
+
+In a stream, element ``j`` occupies bits ``[b*j, b*j + b)`` and word ``k`` holds bits ``[32k, 32k + 32)``;
+at 3 bits elements straddle words.
+
+:class:`GPTQv2Reader` serves the same questions as the readers of full-precision checkpoints (``names``,
+``shape``, ``load``), answering with dequantized float32 weights, so that a packed directory can be opened
+as a model: see :class:`PackedSource`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.run.errors import PreflightError
+
+if TYPE_CHECKING:
+    from engine.models.causal_lm import CausalLM
+    from engine.models.source import ModelSource
+
+_DTYPES = {
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_PACKED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
+_CHUNK_VALUES = 1 << 24  # values unpacked at once; each costs `bits` bytes while its bits are apart
+
+
+def unpack_rows(words_RK: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
+    """Read each row of words as a little-endian stream of ``bits``-wide integers: ``[R, K*32/bits]``."""
+    rows, words = words_RK.shape
+    length = words * 32 // bits
+    out = np.empty((rows, length), dtype=np.uint8)
+    step = max(1, _CHUNK_VALUES // max(1, length))
+    for start in range(0, rows, step):
+        part = np.ascontiguousarray(words_RK[start : start + step]).astype("<i4", copy=False)
+        stream = np.unpackbits(part.view(np.uint8), axis=1, bitorder="little")
+        fields = stream[:, : length * bits].reshape(len(part), length, bits)
+        value = np.zeros((len(part), length), dtype=np.uint8)
+        for position in range(bits):
+            value |= fields[:, :, position] << position
+        out[start : start + step] = value
+    return out
+
+
+@dataclass(frozen=True)
+class PlainLinear:
+    """One quantized linear of a file: codes uint8 ``[O, I]``, zeros uint8 and scales float16 ``[O, G]``."""
+
+    codes_OI: Tensor
+    zero_OG: Tensor
+    scale_OG: Tensor
+    group_of_I: Tensor
+
+    def weight(self) -> Tensor:
+        """float32 ``[O, I]``."""
+        group = self.group_of_I.long()
+        codes = self.codes_OI.float().sub_(self.zero_OG.float()[:, group])
+        return codes.mul_(self.scale_OG.float()[:, group])
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor's bytes are."""
+
+    path: Path
+    start: int
+    size: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class GPTQv2Reader:
+    """The tensors of a packed directory by name, read from the disk one at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        self.config = read_json(self.directory / "config.json")
+        quantization = self.config.get("quantization_config") or {}
+        found = quantization.get("checkpoint_format") or quantization.get("quant_method")
+        if found != "gptq_v2":
+            raise PreflightError(
+                f"checkpoint format is {found or 'not stated'}, only gptq_v2 can be read back",
+                where=str(self.directory),
+                hint="open an export/gptq_v2 directory of a run",
+            )
+        self.quantization: dict[str, Any] = quantization
+        self.bits = int(quantization["bits"])
+        self._entries = self._list_tensors()
+
+    def stored_names(self) -> list[str]:
+        """Names as they are in the files."""
+        return sorted(self._entries)
+
+    def names(self) -> list[str]:
+        """Names as a full-precision checkpoint would have them."""
+        plain = [n for n in self._entries if not n.endswith(_PACKED_SUFFIXES)]
+        packed = [n.removesuffix(".qweight") + ".weight" for n in self._entries if n.endswith(".qweight")]
+        return sorted(plain + packed)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries or name.removesuffix(".weight") + ".qweight" in self._entries
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype that :meth:`load` returns."""
+        return self._entries[name].dtype if name in self._entries else torch.float32
+
+    def where(self, name: str) -> str:
+        """File that holds the tensor, for messages."""
+        entry = self._entries.get(name) or self._entries.get(name.removesuffix(".weight") + ".qweight")
+        return str(entry.path if entry else self.directory)
+
+    def files(self) -> list[Path]:
+        return sorted({entry.path for entry in self._entries.values()})
+
+    def inventory(self) -> list[str]:
+        """One line a stored tensor; part of the identity."""
+        return [f"{name} {entry.dtype} {entry.shape}" for name, entry in sorted(self._entries.items())]
+
+    def leftover(self, wanted: Iterable[str]) -> list[str]:
+        """Nothing: which tensors a packed directory must hold is what ``verify.py`` checks."""
+        return []
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._entries:
+            return self._entries[name].shape
+        words, out_features = self._entry(name.removesuffix(".weight") + ".qweight").shape
+        return (out_features, words * 32 // self.bits)
+
+    def load(self, name: str) -> Tensor:
+        """One weight: as stored when it is 16-bit, dequantized to float32 when it is packed."""
+        return (
+            self.stored(name) if name in self._entries else self.linear(name.removesuffix(".weight")).weight()
+        )
+
+    def stored(self, name: str) -> Tensor:
+        """One tensor exactly as it is in the file, in memory of its own."""
+        entry = self._entry(name)
+        data = bytearray(entry.size)
+        try:
+            with entry.path.open("rb") as file:
+                file.seek(entry.start)
+                count = file.readinto(data)
+        except OSError as error:
+            raise _damaged(entry.path, error) from error
+        if count != entry.size:
+            raise _damaged(entry.path, f"it ends inside tensor {name}")
+        flat = torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0, dtype=entry.dtype)
+        return flat.reshape(entry.shape)
+
+    def linear(self, prefix: str) -> PlainLinear:
+        """The integers, zero points and scales of one quantized linear."""
+        codes = unpack_rows(self.stored(f"{prefix}.qweight").numpy().T, self.bits)
+        zeros = unpack_rows(self.stored(f"{prefix}.qzeros").numpy(), self.bits)
+        return PlainLinear(
+            codes_OI=torch.from_numpy(codes),
+            zero_OG=torch.from_numpy(zeros).t().contiguous(),
+            scale_OG=self.stored(f"{prefix}.scales").t().contiguous(),
+            group_of_I=self.stored(f"{prefix}.g_idx"),
+        )
+
+    @cached_property
+    def packed_bytes(self) -> int:
+        """Bytes of all safetensors files."""
+        return sum(path.stat().st_size for path in self.files())
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise PreflightError(f"tensor {name} is not in the checkpoint", where=str(self.directory))
+        return self._entries[name]
+
+    def _list_tensors(self) -> dict[str, _Entry]:
+        index = self.directory / "model.safetensors.index.json"
+        if not index.exists():
+            return _read_header(self.directory / "model.safetensors")
+        weight_map: dict[str, str] = read_json(index)["weight_map"]
+        found: dict[str, _Entry] = {}
+        for file_name in sorted(set(weight_map.values())):
+            found.update(_read_header(self.directory / file_name))
+        for name in sorted(weight_map.keys() | found.keys()):
+            if name not in found or weight_map.get(name) != found[name].path.name:
+                raise PreflightError(f"the index and the files disagree about {name}", where=str(index))
+        return found
+
+
+class PackedSource:
+    """A packed directory seen as a model source, so that it runs through the same block-by-block code."""
+
+    def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
+        from transformers import AutoConfig
+
+        self.directory = Path(directory)
+        self.trust_remote_code = trust_remote_code
+        self.weights = GPTQv2Reader(self.directory)
+        self.config = AutoConfig.from_pretrained(self.directory, trust_remote_code=trust_remote_code)
+        # What is opened here is the dequantized network; transformers would look for a quantizer.
+        del self.config.quantization_config
+        self.name = self.directory.name
+
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.directory)
+
+    def identity(self) -> dict[str, Any]:
+        """What was opened: the files' names and sizes, hashed together with the configuration."""
+        files = [(path.name, path.stat().st_size) for path in self.weights.files()]
+        text = json.dumps([self.weights.config, files, self.weights.inventory()], sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return {"kind": "gptq_v2", "path": str(self.directory), "sha256": digest}
+
+
+def _read_header(path: Path) -> dict[str, _Entry]:
+    """Where each tensor of a safetensors file is; the safetensors library judges whether it is sound."""
+    try:
+        with safe_open(str(path), framework="pt"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    entries = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            dtype = _DTYPES.get(entry["dtype"])
+            if dtype is None:
+                raise _damaged(path, f"tensor {name} has the unexpected type {entry['dtype']}")
+            entries[name] = _Entry(path, 8 + length + start, end - start, tuple(entry["shape"]), dtype)
+    return entries
+
+
+def packed_model(directory: Path, device: torch.device, dtype: torch.dtype, **options: bool) -> CausalLM:
+    """The model in a packed directory, to be run block by block like any other."""
+    from engine.models.causal_lm import CausalLM
+
+    return CausalLM(cast("ModelSource", PackedSource(directory, **options)), device, dtype)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a checkpoint; anything else is reported as damage."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise PreflightError("file is missing", where=str(path)) from error
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(value, dict):
+        raise _damaged(path, "not a JSON object")
+    return value
+
+
+def _damaged(path: Path, why: object) -> PreflightError:
+    return PreflightError(f"cannot be read: {why}", where=str(path), hint="export the run again")

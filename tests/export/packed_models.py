@@ -1,0 +1,124 @@
+"""Small models with trained-looking integers, for tests of what is written and read back.
+
+Zero points 0 and the maximum occur in every matrix: they are what packing gets wrong first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from engine.export.gptq_v2 import ExportResult, export_gptq_v2
+from engine.models.causal_lm import CausalLM
+from engine.models.source import ModelSource
+from engine.models.tokenizer import byte_tokenizer
+from engine.quant.packed import PackedBlock, PackedWeight
+from engine.run.config import ModelConfig
+
+VOCAB = 320
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def save_model(directory: Path, model_type: str = "llama", **changes: Any) -> Path:
+    """A random full-precision checkpoint with a tokenizer and a generation configuration."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**SHAPE, **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:  # norms other than one, biases other than zero: otherwise losing them passes
+            parameter.data = torch.randn_like(parameter) * 0.1 + ("norm" in name)
+    model.save_pretrained(directory)
+    byte_tokenizer(VOCAB).save_pretrained(directory)
+    return directory
+
+
+def open_model(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[ModelSource, CausalLM]:
+    source = ModelSource.open(ModelConfig(source=str(directory)))
+    return source, CausalLM(source, torch.device("cpu"), dtype)
+
+
+def random_weight(out: int, inp: int, bits: int, group: int, symmetric: bool, seed: int) -> PackedWeight:
+    """Random integers over the whole range, with a spread that keeps a network's activations alive."""
+    draw = torch.Generator().manual_seed(seed)
+    groups = 1 if group == -1 else inp // group
+    top = 2**bits - 1
+    codes = torch.randint(0, top + 1, (out, inp), generator=draw, dtype=torch.uint8)
+    if symmetric:
+        zero = torch.full((out, groups), 2 ** (bits - 1), dtype=torch.uint8)
+    else:
+        zero = torch.randint(0, top + 1, (out, groups), generator=draw, dtype=torch.uint8)
+        zero[0, 0], zero[1, 0] = 0, top
+        zero[2, -1], zero[3, -1] = top, 0
+    scale = (0.5 + torch.rand(out, groups, generator=draw)) * (1.2 / (top * inp**0.5))
+    return PackedWeight.from_codes(codes, scale, zero, bits, symmetric)
+
+
+def packed_blocks(lm: CausalLM, bits: int, group: int, symmetric: bool = False) -> list[PackedBlock]:
+    """Every block with random integers, and norms that differ from the checkpoint's as after training."""
+    blocks = []
+    for index in range(lm.blocks):
+        module = lm.load_block(index)
+        linears = {}
+        for number, name in enumerate(lm.linear_names(index)):
+            linear = module.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            seed = 100 * index + number
+            linears[name] = random_weight(
+                linear.out_features, linear.in_features, bits, group, symmetric, seed
+            )
+        own = {f"{name}.weight" for name in linears}
+        others = {n: p.detach() * 1.01 for n, p in module.named_parameters() if n not in own}
+        blocks.append(PackedBlock(linears, others))
+    return blocks
+
+
+def export(
+    directory: Path,
+    out: Path,
+    bits: int,
+    group: int,
+    symmetric: bool = False,
+    *,
+    shard_bytes: int = 1 << 30,
+    card: dict[str, Any] | None = None,
+) -> tuple[CausalLM, list[PackedBlock], ExportResult]:
+    """Quantize a saved model with random integers and export it."""
+    source, lm = open_model(directory)
+    blocks = packed_blocks(lm, bits, group, symmetric)
+    result = export_gptq_v2(
+        out, lm, source, blocks.__getitem__, shard_bytes=shard_bytes, card=card or {"command": "eqat run x"}
+    )
+    return lm, blocks, result
+
+
+def logits(lm: CausalLM, block_for: Callable[[int], nn.Module], ids_BT: torch.Tensor) -> torch.Tensor:
+    """Logits of the model made of these blocks."""
+    with torch.no_grad():
+        hidden = lm.embed(ids_BT)
+        for index in range(lm.blocks):
+            hidden = lm.run_block(block_for(index), index, hidden)
+        return lm.head(hidden)
+
+
+def trained_logits(lm: CausalLM, blocks: list[PackedBlock], ids_BT: torch.Tensor) -> torch.Tensor:
+    return logits(lm, lambda index: blocks[index].install(lm.load_block(index)), ids_BT)
+
+
+def some_ids(batch: int = 2, length: int = 24) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(7))

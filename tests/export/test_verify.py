@@ -1,0 +1,143 @@
+"""An export that differs from what was trained is caught, wherever the difference is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from packed_models import export, open_model, save_model, some_ids
+from safetensors import safe_open
+
+from engine.export.gptq_v2 import ExportResult
+from engine.export.verify import VerifyResult, verify_gptq_v2
+from engine.models.causal_lm import CausalLM
+from engine.quant.packed import PackedBlock
+from engine.run.errors import EqatError
+
+Exported = tuple[CausalLM, list[PackedBlock], ExportResult]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    root = tmp_path_factory.mktemp("verify")
+    save_model(root / "fp", "qwen2", tie_word_embeddings=False)
+    return export(root / "fp", root / "out", 3, 64, shard_bytes=600_000)
+
+
+def check(exported: Exported, directory: Path) -> VerifyResult:
+    lm, blocks, _ = exported
+    return verify_gptq_v2(directory, lm, blocks.__getitem__, some_ids(1, 8))
+
+
+def position_of(directory: Path, name: str) -> tuple[Path, int]:
+    """File and byte offset of a tensor's first byte."""
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(str(path), framework="pt") as file:
+            if name not in file.keys():  # noqa: SIM118 (not a dict)
+                continue
+        length = int.from_bytes(path.read_bytes()[:8], "little")
+        header = json.loads(path.read_bytes()[8 : 8 + length])
+        return path, 8 + length + header[name]["data_offsets"][0]
+    raise AssertionError(name)
+
+
+def flip(path: Path, offset: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1 << bit
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("model.layers.0.self_attn.q_proj.qweight", "1 integers differ"),
+        ("model.layers.1.mlp.down_proj.qzeros", "1 zero points differ"),
+        ("model.layers.1.mlp.up_proj.scales", "1 scales differ"),
+        ("model.layers.0.mlp.gate_proj.g_idx", "1 group indices differ"),
+        ("model.layers.1.self_attn.k_proj.bias", "1 values differ"),
+        ("model.layers.0.input_layernorm.weight", "1 values differ"),
+        ("model.embed_tokens.weight", "1 values differ"),
+        ("lm_head.weight", "1 values differ"),
+        ("model.norm.weight", "1 values differ"),
+    ],
+)
+def test_one_flipped_bit_is_caught(exported: Exported, tmp_path: Path, name: str, says: str) -> None:
+    copy = shutil.copytree(exported[2].path, tmp_path / "copy")
+    flip(*position_of(copy, name))
+    result = check(exported, copy)
+    assert not result.verified
+    assert any(says in problem and name.rpartition(".")[0] in problem for problem in result.problems)
+    with pytest.raises(EqatError, match="differs from the trained model"):
+        result.raise_if_failed()
+
+
+def test_the_untouched_export_is_verified(exported: Exported) -> None:
+    result = check(exported, exported[2].path)
+    assert result.verified
+    assert result.problems == ()
+    result.raise_if_failed()
+
+
+def test_a_flipped_bit_in_a_header_is_caught(exported: Exported, tmp_path: Path) -> None:
+    copy = shutil.copytree(exported[2].path, tmp_path / "copy")
+    flip(copy / exported[2].files[0], 9, bit=6)
+    assert not check(exported, copy).verified
+
+
+def test_a_truncated_or_missing_shard_is_caught(exported: Exported, tmp_path: Path) -> None:
+    copy = shutil.copytree(exported[2].path, tmp_path / "copy")
+    last = copy / exported[2].files[-1]
+    last.write_bytes(last.read_bytes()[:-100])
+    assert not check(exported, copy).verified
+    last.unlink()
+    result = check(exported, copy)
+    assert not result.verified
+    assert last.name in result.problems[0]
+
+
+@pytest.mark.parametrize("change", [{"bits": 2}, {"group_size": 32}, {"sym": True}, {"desc_act": True}])
+def test_a_configuration_of_another_grid_is_caught(
+    exported: Exported, tmp_path: Path, change: dict[str, object]
+) -> None:
+    copy = shutil.copytree(exported[2].path, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] |= change
+    (copy / "config.json").write_text(json.dumps(config))
+    assert not check(exported, copy).verified
+
+
+def test_a_configuration_of_another_network_is_caught_by_the_logits(
+    exported: Exported, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(exported[2].path, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["rms_norm_eps"] = 0.5
+    (copy / "config.json").write_text(json.dumps(config))
+    result = check(exported, copy)
+    assert not result.verified
+    assert "logits differ" in result.problems[0]
+
+
+def test_other_blocks_than_the_trained_ones_are_caught(exported: Exported) -> None:
+    lm, blocks, result = exported
+    swapped = list(reversed(blocks))
+    assert not verify_gptq_v2(result.path, lm, swapped.__getitem__, some_ids(1, 8)).verified
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_verification_holds_in_the_arithmetic_of_a_gpu_run(exported: Exported, dtype: torch.dtype) -> None:
+    _, blocks, result = exported
+    _, lm = open_model(result.path.parent / "fp", dtype)
+    assert verify_gptq_v2(result.path, lm, blocks.__getitem__, some_ids(1, 8)).problems == ()
+
+
+def test_verification_leaves_the_trained_model_as_it_was(exported: Exported) -> None:
+    lm = exported[0]
+    lm.model.get_input_embeddings().weight.data[0, 0] = 0.1  # not a float16 number
+    before = {name: tensor.clone() for name, tensor in lm.outer_state().items()}
+    check(exported, exported[2].path)
+    after = lm.outer_state()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

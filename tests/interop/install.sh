@@ -1,0 +1,14 @@
+#!/bin/sh
+# Fill the virtual environment $1 for the tests in this folder: gptqmodel on the CPU.
+#
+# gptqmodel declares a newer torch than it needs, and a plain install pulls several GB of CUDA libraries.
+# Installed without its dependencies, after a torch that suits the CPU, it works; what it imports is named here.
+set -eu
+pip="$1/bin/pip install --quiet"
+repository=$(cd "$(dirname "$0")/../.." && pwd)
+$pip torch==2.13.0
+$pip setuptools wheel transformers==5.23.0 accelerate==1.15.0
+$pip --no-deps --no-build-isolation gptqmodel==7.7.0
+$pip threadpoolctl device-smi pypcre tokenicer logbar datasets dill defuser maturin ninja pillow xxhash optimum
+$pip --no-deps torchao==0.18.0
+$pip --editable "$repository" pytest pytest-timeout
