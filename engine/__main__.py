@@ -1,0 +1,89 @@
+"""``python -m engine RUN_DIR``: run what the directory's config.toml says, to its end or to a stop."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Literal
+
+# OpenMP threads that wait by spinning take the core from the thread they wait for as soon as anything else
+# runs on this machine: measured here, a training step on two shared cores took nine times as long. It is read
+# when torch loads its OpenMP library, so it is set before anything imports torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from engine.run import events
+from engine.run.config import apply_overrides, resolve, validate
+from engine.run.directory import RunDirectory, RunLock
+from engine.run.errors import EqatError, ExitCode, StopRequested
+from engine.run.launch import this_attempt
+
+Task = Literal["run", "eval", "export"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code; everything else it has to say goes into the run directory."""
+    parser = argparse.ArgumentParser(prog="python -m engine", description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--task", choices=("run", "eval", "export"), default="run")
+    parser.add_argument("--format", help="with --task export: only this format")
+    arguments = parser.parse_args(argv)
+    try:
+        run = RunDirectory.open(arguments.run_dir)
+        with RunLock(run.lock_path):
+            return _attempt(run, this_attempt(run), arguments.task, arguments.format)
+    except EqatError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+
+
+def _attempt(run: RunDirectory, attempt: int, task: Task, export_format: str | None) -> int:
+    config = run.config()
+    if export_format is not None:
+        config = apply_overrides(config, {"export.formats": [export_format]})
+    config = resolve(config)
+    validate(config)
+    # Imported here, once the lock is held and the configuration is known to be good: torch takes seconds.
+    from engine.failures import as_eqat_error
+    from engine.pipeline import Pipeline
+    from engine.reporter import Reporter
+    from engine.run.plan import check, make_plan
+    from engine.setup import choose_device, prepare_process, started_event
+    from engine.telemetry import Telemetry
+
+    device = choose_device(config.runtime.device)
+    report = Reporter(run, attempt, device)
+    report.listen()
+    telemetry = Telemetry(device, run.path, report.emit)
+    outcome: events.Outcome = "done"
+    code = ExitCode.DONE
+    try:
+        prepare_process(config.runtime, device)
+        report.emit(started_event(run, device))
+        plan = make_plan(config, device=device.type, runs_dir=run.path)
+        report.emit(events.Plan(plan=plan.to_dict()))
+        check(plan)
+        Pipeline(run, config, plan, report, device, task)()
+    except StopRequested as stop:
+        outcome, code = ("aborted" if stop.abort else "stopped"), stop.exit_code
+    except BaseException as error:
+        failure = as_eqat_error(error, report.position())
+        if failure.exit_code == ExitCode.BUG:
+            traceback.print_exc()
+        report.fail(failure)
+        outcome, code = "failed", failure.exit_code
+    finally:
+        telemetry.close()
+        report.finish(outcome, code)
+        report.close()
+    return int(code)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Worker threads of libraries (data set readers, tokenizers) must not keep a finished run alive.
+    os._exit(code)

@@ -1,0 +1,57 @@
+"""From any exception to the one line, the remedy and the exit code that the user gets."""
+
+from __future__ import annotations
+
+import errno
+
+import torch
+
+from engine.run.errors import EqatError, ExitCode
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def as_eqat_error(error: BaseException, position: str) -> EqatError:
+    """``position`` says where the run was (phase, block, step)."""
+    if isinstance(error, EqatError):
+        return error
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        free, total = torch.cuda.mem_get_info()
+        return EqatError(
+            f"out of GPU memory: {_first_line(error)}; "
+            f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free now",
+            exit_code=ExitCode.OUT_OF_MEMORY,
+            where=position,
+            hint="resume with a smaller block_ap.batch_size or e2e_qp.micro_batch_size, or with "
+            'runtime.activation_store = "disk"; finished blocks are kept',
+        )
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return EqatError(
+            "out of host memory",
+            exit_code=ExitCode.OUT_OF_MEMORY,
+            where=position,
+            hint='use runtime.activation_store = "disk" or fewer sequences; finished blocks are kept',
+        )
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return EqatError(
+            f"the disk is full{f' ({error.filename})' if error.filename else ''}",
+            exit_code=ExitCode.DISK_FULL,
+            where=position,
+            hint="free some space and resume the run; finished blocks are kept",
+        )
+    if isinstance(error, PermissionError):
+        return EqatError(
+            f"no permission: {error.filename or _first_line(error)}",
+            exit_code=ExitCode.PREFLIGHT,
+            where=position,
+        )
+    return EqatError(
+        f"{type(error).__name__}: {_first_line(error)}",
+        exit_code=ExitCode.BUG,
+        where=position,
+        hint="this is a bug; the traceback is in the run's log",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or ["no message"])[0][:300]

@@ -1,0 +1,267 @@
+"""What the running engine says: events, status, heartbeat; and what it hears: requests to stop.
+
+The methods know this object only as :class:`engine.methods.optimization.Progress`. All of it is cheap: a
+metric is written at most four times a second, the status file is replaced by a thread every two seconds, and
+requests are looked for twice a second.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from engine import telemetry
+from engine.run import events
+from engine.run.control import acknowledge, pending
+from engine.run.directory import RunDirectory, Status, write_status
+from engine.run.errors import EqatError, ExitCode, StopRequested
+
+METRIC_SECONDS = 0.25
+CONTROL_SECONDS = 0.5
+STATUS_SECONDS = 2.0
+# The main loop may be silent this long before a reader calls the run hung; slow single operations ask for
+# more.
+GRACE_SECONDS = 60.0
+
+
+class Reporter:
+    """One attempt's voice. Create it once the lock is held; close it last."""
+
+    def __init__(self, run: RunDirectory, attempt: int, device: torch.device) -> None:
+        self.run, self.attempt, self.device = run, attempt, device
+        self.events = events.EventWriter(run.events_path, attempt)
+        self.started = time.monotonic()
+        self.phases: list[events.Phase] = []
+        self.phase_seconds: dict[str, float] = {}
+        self.predicted_seconds: dict[str, float] = {}
+        self.phase_name: events.Phase = "prepare"
+        self._phase_began = self._block_began = time.monotonic()
+        self._block: int | None = None
+        self._blocks: int | None = None
+        self._step = self._steps = 0
+        self._beat, self._grace = time.time(), GRACE_SECONDS
+        self._last_metric = self._last_control = 0.0
+        self._signals = 0
+        self._signal_code = ExitCode.STOPPED
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._keep_status, name="status", daemon=True)
+        self._thread.start()
+
+    def begin(self, phases: list[events.Phase], predicted_seconds: Mapping[str, float]) -> None:
+        """Announce what is to come: the phases, and how long the plan thinks each will take."""
+        self.phases, self.predicted_seconds = phases, dict(predicted_seconds)
+
+    # Hearing
+
+    def listen(self) -> None:
+        """Install the signal handlers: the first SIGINT or SIGTERM stops at the next step, the second
+        aborts."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # Only a flag: anything more could run in the middle of a write.
+        self._signals += 1
+        self._signal_code = ExitCode.TERMINATED if number == signal.SIGTERM else ExitCode.ABORTED
+
+    def checkpoint_requested(self) -> None:
+        """A step boundary: beat, and raise :class:`StopRequested` when asked to stop or abort."""
+        self.beat()
+        if self._signals:
+            aborting = self._signals > 1
+            raise StopRequested(abort=aborting, exit_code=self._signal_code if aborting else ExitCode.STOPPED)
+        now = time.monotonic()
+        if now - self._last_control < CONTROL_SECONDS:
+            return
+        self._last_control = now
+        for request in pending(self.run):
+            acknowledge(self.run, request.id)
+            self.emit(events.ControlAck(request=request.request, id=request.id))
+            abort = request.request == "abort"
+            raise StopRequested(abort=abort, exit_code=ExitCode.ABORTED if abort else ExitCode.STOPPED)
+
+    # Saying
+
+    def emit(self, event: events.Event) -> None:
+        self.events.emit(event)
+
+    def beat(self) -> None:
+        """Note that the main loop is alive."""
+        self._beat, self._grace = time.time(), GRACE_SECONDS
+
+    def expect_silence(self, seconds: float) -> None:
+        """Announce one long operation, so that it is not mistaken for a hang."""
+        self._beat, self._grace = time.time(), max(GRACE_SECONDS, seconds)
+
+    def due(self) -> bool:
+        self.beat()
+        return time.monotonic() - self._last_metric >= METRIC_SECONDS
+
+    def metric(
+        self,
+        *,
+        step: int,
+        steps: int,
+        epoch: int,
+        loss: float,
+        grad_norm: float | None = None,
+        lr: Mapping[str, float] | None = None,
+        tokens: int = 0,
+        val_loss: float | None = None,
+    ) -> None:
+        now = time.monotonic()
+        began = self._block_began if self._block is not None else self._phase_began
+        self._last_metric, self._step, self._steps = now, step, steps
+        self.emit(
+            events.Metric(
+                phase=self.phase_name,
+                block=self._block,
+                step=step,
+                steps=steps,
+                epoch=epoch,
+                loss=loss,
+                val_loss=val_loss,
+                grad_norm=grad_norm,
+                lr=dict(lr or {}),
+                tokens_per_second=tokens / (now - began) if tokens else None,
+            )
+        )
+
+    def step(self, done: int, total: int) -> None:
+        """Progress of a phase without metrics (an evaluation, an export)."""
+        self._step, self._steps = done, total
+        self.checkpoint_requested()
+
+    def warning(self, code: str, message: str, hint: str = "") -> None:
+        self.emit(events.Warning(code=code, message=message, hint=hint))
+
+    @contextmanager
+    def phase(self, name: events.Phase) -> Iterator[None]:
+        """Bracket a phase with events; its peaks are its own."""
+        telemetry.reset_peaks(self.device)
+        self.phase_name, self._phase_began = name, time.monotonic()
+        self._block = self._blocks = None
+        self._step = self._steps = 0
+        index = self.phases.index(name) if name in self.phases else len(self.phases)
+        self.emit(events.PhaseStarted(phase=name, index=index, phases=len(self.phases)))
+        yield
+        seconds = time.monotonic() - self._phase_began
+        self.phase_seconds[name] = seconds
+        self.emit(
+            events.PhaseFinished(
+                phase=name,
+                seconds=seconds,
+                peak_gpu_bytes=telemetry.peak_gpu_bytes(self.device),
+                peak_host_bytes=telemetry.peak_host_bytes(),
+            )
+        )
+
+    def block_started(self, block: int, blocks: int) -> None:
+        self._block, self._blocks, self._block_began = block, blocks, time.monotonic()
+        self._step = self._steps = 0
+        self.emit(events.BlockStarted(phase=self.phase_name, block=block, blocks=blocks))
+
+    def block_finished(
+        self,
+        initial_loss: float | None = None,
+        final_loss: float | None = None,
+        val_loss: float | None = None,
+        restored: bool = False,
+    ) -> None:
+        assert self._block is not None
+        seconds = time.monotonic() - self._block_began
+        self.emit(
+            events.BlockFinished(
+                phase=self.phase_name,
+                block=self._block,
+                initial_loss=initial_loss,
+                final_loss=final_loss,
+                val_loss=val_loss,
+                seconds=seconds,
+                restored=restored,
+            )
+        )
+
+    # Status
+
+    def eta_seconds(self) -> float | None:
+        """Seconds left: this phase by its own measured pace, later phases as planned times how far off the
+        plan was."""
+        elapsed = time.monotonic() - self._phase_began
+        fraction = self._fraction_done()
+        if fraction is None:
+            return None
+        rest = elapsed * (1 - fraction) / fraction
+        measured = sum(self.phase_seconds.values()) + elapsed
+        predicted = sum(self.predicted_seconds.get(p, 0.0) for p in self.phase_seconds)
+        predicted += self.predicted_seconds.get(self.phase_name, 0.0) * fraction
+        pace = measured / predicted if predicted > 0 else 1.0
+        position = self.phases.index(self.phase_name) if self.phase_name in self.phases else len(self.phases)
+        return rest + pace * sum(self.predicted_seconds.get(p, 0.0) for p in self.phases[position + 1 :])
+
+    def _fraction_done(self) -> float | None:
+        inner = self._step / self._steps if self._steps else 0.0
+        if self._blocks:
+            inner = ((self._block or 0) + inner) / self._blocks
+        return inner if inner > 0 else None
+
+    def _status(self) -> Status:
+        return Status(
+            phase=self.phase_name,
+            block=self._block,
+            blocks=self._blocks,
+            step=self._step,
+            steps=self._steps,
+            eta_s=self.eta_seconds(),
+            heartbeat=self._beat,
+            grace_s=self._grace,
+            attempt=self.attempt,
+            events_dropped=self.events.dropped,
+        )
+
+    def _keep_status(self) -> None:
+        while True:
+            # On a full disk this says no and nothing else: a stale status only makes the run look slow.
+            write_status(self.run, self._status())
+            if self._done.wait(STATUS_SECONDS):
+                return
+
+    def position(self) -> str:
+        """Where the run is, for messages."""
+        parts: list[str] = [self.phase_name]
+        if self._block is not None:
+            parts.append(f"block {self._block}")
+        if self._steps:
+            parts.append(f"step {self._step} of {self._steps}")
+        return ", ".join(parts)
+
+    def fail(self, error: EqatError) -> None:
+        """Record why the attempt ends."""
+        self.emit(
+            events.Error(
+                code=error.exit_code.name.lower(),
+                where=error.where,
+                message=error.message,
+                hint=error.hint,
+                exit_code=int(error.exit_code),
+            )
+        )
+
+    def finish(self, outcome: events.Outcome, exit_code: ExitCode) -> None:
+        """The last event."""
+        self.emit(
+            events.RunFinished(
+                outcome=outcome, exit_code=int(exit_code), seconds=time.monotonic() - self.started
+            )
+        )
+
+    def close(self) -> None:
+        self._done.set()
+        self._thread.join(timeout=5)
+        self.events.close()
