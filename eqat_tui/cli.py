@@ -1,0 +1,348 @@
+"""The commands. Each is short: it reads what was typed, asks ``engine.run``, and prints.
+
+Data goes to stdout and narration to stderr. A mistake of the user's is one line and a documented exit code,
+never a traceback; with ``--json`` it is also an object on stdout. Imports that cost time wait until a command
+needs them, so that ``eqat --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from engine import __version__
+from engine.run.errors import EqatError, ExitCode, UsageError
+
+app = typer.Typer(
+    name="eqat",
+    help="Quantization-aware training of language models to 2, 3 and 4 bits, on one GPU, from a terminal.",
+    epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 cannot start here, 4 data, 5 not finite, 6 out of memory, "
+    "7 disk full, 8 identity mismatch, 75 stopped and resumable, 130 aborted.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RunsDir = Annotated[
+    Path | None, typer.Option("--runs-dir", help="Where runs are kept; else $EQAT_RUNS_DIR, else ./runs.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Target = Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset, or a .toml file.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="An id or its beginning, a path, or latest.")]
+Model = Annotated[
+    str | None, typer.Option("--model", help="Local directory, hub id, .gguf file, or random://tiny-llama.")
+]
+Bits = Annotated[int | None, typer.Option("--bits", help="Bits per weight: 2, 3, 4 or 8.")]
+GroupSize = Annotated[
+    int | None, typer.Option("--group-size", help="Weights that share a scale; -1 for the whole row.")
+]
+Data = Annotated[
+    str | None, typer.Option("--data", help="Calibration text: builtin, a shortcut, a hub id, or a path.")
+]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any field of the configuration; repeatable."),
+]
+Detach = Annotated[bool, typer.Option("--detach", help="Print the run's id and return at once.")]
+
+
+# -- before any command --------------------------------------------------------------------------------
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"eqat {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def overview(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Quantization-aware training of language models to 2, 3 and 4 bits, on one GPU, from a terminal."""
+    if context.invoked_subcommand is None:
+        from eqat_tui.overview import overview_text
+
+        print(overview_text())
+
+
+# -- starting and following ----------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    target: Target,
+    model: Model = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    data: Data = None,
+    device: Device = None,
+    settings: Settings = None,
+    runs_dir: RunsDir = None,
+    detach: Detach = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and start nothing.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Quantize a model: start a run and follow it. Ctrl-C stops it resumably; twice aborts it.
+
+    Closing the terminal never ends a run: eqat attach RUN follows it again.
+    """
+    from engine.run.directory import RunDirectory, default_runs_dir
+    from engine.run.plan import check, make_plan
+    from eqat_tui import actions
+    from eqat_tui.configure import build_config
+
+    config = build_config(
+        target,
+        model=model,
+        bits=bits,
+        group_size=group_size,
+        data=data,
+        device=device,
+        settings=settings or (),
+    )
+    place = default_runs_dir(runs_dir)
+    if dry_run:
+        return actions.print_plan(config, place, as_json=as_json)
+    check(make_plan(config, runs_dir=place))
+    return actions.start(RunDirectory.create(place, config), detach=detach, as_json=as_json)
+
+
+@app.command()
+def plan(
+    target: Target,
+    model: Model = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    data: Data = None,
+    device: Device = None,
+    settings: Settings = None,
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+) -> int:
+    """Show what a run would need: memory, disk, time, final size. Loads nothing."""
+    from engine.run.directory import default_runs_dir
+    from eqat_tui import actions
+    from eqat_tui.configure import build_config
+
+    config = build_config(
+        target,
+        model=model,
+        bits=bits,
+        group_size=group_size,
+        data=data,
+        device=device,
+        settings=settings or (),
+    )
+    return actions.print_plan(config, default_runs_dir(runs_dir), as_json=as_json)
+
+
+@app.command()
+def resume(run: Run, runs_dir: RunsDir = None, detach: Detach = False, as_json: Json = False) -> int:
+    """Go on with a run exactly where it was stopped, failed or crashed."""
+    from engine.run.directory import run_state
+    from eqat_tui import actions
+
+    found = actions.find(run, runs_dir)
+    state = run_state(found)
+    if state in ("running", "hung"):
+        raise UsageError(f"is {state}", where=found.id, hint=f"eqat attach {found.id} follows it")
+    if state == "done":
+        raise UsageError("is done already", where=found.id, hint=f"eqat show {found.id} shows the result")
+    return actions.start(found, detach=detach, as_json=as_json)
+
+
+@app.command()
+def attach(run: Run, runs_dir: RunsDir = None, as_json: Json = False) -> int:
+    """Follow a run from any terminal. Ctrl-C leaves it running. Exits as the run does."""
+    from engine.run.directory import read_launched, run_state
+    from eqat_tui import actions
+
+    found = actions.find(run, runs_dir)
+    if run_state(found) == "created" and read_launched(found) is None:
+        raise UsageError("was never started", where=found.id, hint=f"eqat resume {found.id} starts it")
+    return actions.follow(found, engine=None, as_json=as_json)
+
+
+@app.command()
+def stop(
+    run: Run,
+    runs_dir: RunsDir = None,
+    abort: Annotated[bool, typer.Option("--abort", help="Do not write a last checkpoint.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when the engine is gone.")] = False,
+) -> int:
+    """Ask a run to stop at its next step. eqat resume RUN goes on exactly there."""
+    from engine.run import control
+    from engine.run.directory import run_state
+    from eqat_tui import actions
+    from eqat_tui.follow import LIVE
+    from eqat_tui.output import say
+
+    found = actions.find(run, runs_dir)
+    state = run_state(found)
+    if state not in LIVE:
+        raise UsageError(f"is not running ({state})", where=found.id)
+    control.request(found, "abort" if abort else "stop")
+    say(f"asked {found.id} to {'abort' if abort else 'stop'}")
+    if wait:
+        while state in LIVE:
+            time.sleep(0.2)
+            state = run_state(found)
+        say(f"{found.id} is {state}")
+    return ExitCode.DONE
+
+
+# -- looking -------------------------------------------------------------------------------------------
+
+
+@app.command()
+def runs(
+    runs_dir: RunsDir = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="At most so many; 0 for all.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """List the runs, newest first."""
+    from engine.run.directory import default_runs_dir, list_runs
+    from engine.run.state import summarize
+    from eqat_tui.output import print_json, say
+    from eqat_tui.summary import runs_table
+
+    place = default_runs_dir(runs_dir)
+    summaries = [summarize(found) for found in list_runs(place)[: limit or None]]
+    if as_json:
+        print_json(summaries)
+    elif summaries:
+        print(runs_table(summaries))
+    else:
+        say(f"no runs in {place}; eqat run demo makes one")
+
+
+@app.command()
+def show(run: Run, runs_dir: RunsDir = None, as_json: Json = False) -> None:
+    """Show one run: perplexity, size, time, memory, exports."""
+    from engine.run.state import show as show_run
+    from eqat_tui import actions
+    from eqat_tui.output import print_json
+    from eqat_tui.summary import report
+
+    shown = show_run(actions.find(run, runs_dir))
+    if as_json:
+        print_json(shown)
+    else:
+        print(report(shown))
+
+
+@app.command()
+def presets(as_json: Json = False) -> None:
+    """List the presets: complete configurations to start from."""
+    from eqat_tui.output import print_json, table
+    from eqat_tui.overview import preset_rows
+
+    rows = preset_rows()
+    if as_json:
+        print_json(rows)
+    else:
+        cells = [(row["name"], f"w{row['bits']}g{row['group_size']}", row["description"]) for row in rows]
+        print(table(cells, header=("PRESET", "GRID", "")))
+
+
+@app.command()
+def doctor(
+    runs_dir: RunsDir = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out the smoke run.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Check this machine: is everything here that runs need?
+
+    Packages, GPU, memory, disk, presets; last, a run of every phase on a tiny model, which takes seconds.
+    """
+    import msgspec
+
+    from engine.run.directory import default_runs_dir
+    from eqat_tui.doctor import diagnose
+    from eqat_tui.output import print_json
+
+    checks = []
+    for check in diagnose(default_runs_dir(runs_dir), quick=quick):
+        checks.append(check)
+        if not as_json:
+            hint = f" ({check.hint})" if check.hint else ""
+            print(f"{check.status:8} {check.name}: {check.detail}{hint}", flush=True)
+    failed = [check.name for check in checks if check.status == "failed"]
+    if as_json:
+        print_json({"ok": not failed, "checks": [msgspec.to_builtins(check) for check in checks]})
+    return ExitCode.PREFLIGHT if failed else ExitCode.DONE
+
+
+# -- more work on a finished run -----------------------------------------------------------------------
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN|PATH", help="A run, or a path inside one.")],
+    runs_dir: RunsDir = None,
+    detach: Detach = False,
+    as_json: Json = False,
+) -> int:
+    """Measure the perplexity of a run's quantized model again."""
+    from eqat_tui import actions
+
+    found = actions.find(actions.run_of(run), runs_dir)
+    return actions.start(found, args=("--task", "eval"), detach=detach, as_json=as_json)
+
+
+@app.command()
+def export(
+    run: Run,
+    format: Annotated[str, typer.Option("--format", help="gptq_v2.")] = "gptq_v2",
+    runs_dir: RunsDir = None,
+    detach: Detach = False,
+    as_json: Json = False,
+) -> int:
+    """Write a run's packed checkpoint again, and verify it."""
+    from eqat_tui import actions
+
+    if format != "gptq_v2":
+        raise UsageError(f"there is no format {format!r}", where="--format", hint="gptq_v2")
+    args = ("--task", "export", "--format", format)
+    return actions.start(actions.find(run, runs_dir), args=args, detach=detach, as_json=as_json)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The ``eqat`` program."""
+    if hasattr(signal, "SIGPIPE"):
+        # A reader that has seen enough (eqat runs | head) ends us quietly, as it does every Unix filter.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(_run_command(given))
+
+
+def _run_command(arguments: list[str]) -> int:
+    from eqat_tui.output import print_error
+
+    try:
+        code = app(args=arguments, prog_name="eqat", standalone_mode=False)
+    except EqatError as error:
+        problem = error
+    except Exception as error:
+        # Typer's own complaints (an unknown option, a letter where a number belongs) carry this method;
+        # which class they are depends on its release. Anything else is a bug and keeps its traceback.
+        words = getattr(error, "format_message", None)
+        if words is None:
+            raise
+        problem = UsageError(words().rstrip("."), hint="eqat --help")
+    else:
+        return int(code or 0)
+    print_error(problem, as_json="--json" in arguments)
+    return int(problem.exit_code)

@@ -1,0 +1,50 @@
+"""From what was typed to a configuration that can run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from engine.run import config as configs
+from engine.run.config import RunConfig
+from engine.run.errors import UsageError
+
+
+def build_config(
+    target: str,
+    *,
+    model: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    data: str | None = None,
+    device: str | None = None,
+    settings: Sequence[str] = (),
+) -> RunConfig:
+    """The preset or file ``target`` with flags and then ``--set`` on top, complete and valid."""
+    flags: dict[str, object] = {
+        "model.source": model,
+        "grid.bits": bits,
+        "grid.group_size": group_size,
+        "data.source": data,
+        "runtime.device": device,
+    }
+    overrides = {name: value for name, value in flags.items() if value is not None}
+    overrides.update(parse_settings(settings))
+    config = configs.resolve(configs.load(target, overrides=overrides))
+    configs.validate(config)
+    return config
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+    """``["block_ap.epochs=3", ...]`` as a mapping; the later one wins."""
+    parsed = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not re.fullmatch(r"\s*[a-z0-9_]+(\.[a-z0-9_]+)*\s*", name):
+            raise UsageError(
+                f"{setting!r} is not of the form key=value",
+                where="--set",
+                hint="like --set block_ap.epochs=3",
+            )
+        parsed[name.strip()] = value.strip()
+    return parsed

@@ -1,0 +1,177 @@
+"""Following a run to its end, and what Ctrl-C means meanwhile.
+
+The engine is a process of its own that outlives the terminal; whoever follows it only reads files. So the
+follower may be killed at any time. A run is over when the engine's process is gone, not when its log says
+so: only then is everything it wrote on the disk.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Literal
+
+import msgspec
+
+from engine.run import control
+from engine.run.directory import RunDirectory, holder, read_status, run_state
+from engine.run.errors import ExitCode
+from engine.run.events import EventFollower, RunFinished
+from engine.run.launch import exit_code, log_path, next_attempt
+from engine.run.state import RunState
+from eqat_tui.progress import Display
+
+POLL_S = 0.2
+LIVE = ("running", "hung", "created")
+
+OnInterrupt = Literal["stop", "leave"]
+
+
+class Left(Exception):
+    """The follower was asked to leave; the run goes on."""
+
+
+class Follower:
+    """Reads a run's events as they come and shows them, until its engine is gone."""
+
+    def __init__(self, run: RunDirectory, display: Display) -> None:
+        self.run = run
+        self.display = display
+        self.state = RunState(id=run.id)
+        self._events = EventFollower(run.events_path)
+        self._finished: RunFinished | None = None
+        self._interrupts = 0
+        self._handled = 0
+        self._terminated = False
+        self._said_hung = False
+
+    def catch_up(self) -> None:
+        """Take in what happened already without telling it again."""
+        for event in self._events.poll():
+            self.state = self.state.apply(event)
+
+    def follow(self, *, start: Callable[[], int] | None = None, on_interrupt: OnInterrupt = "stop") -> int:
+        """Show progress until the run is over; returns the engine's exit code.
+
+        ``start`` starts the engine and returns its pid; then the operating system says how it ended.
+        It is called in here so that a Ctrl-C at any moment of it is a request to the engine. Without it,
+        the run's lock tells that the run is over, and its last event how.
+        """
+        with _taking_signals(self):
+            try:
+                pid = start() if start is not None else None
+                code = self._until_gone(pid, on_interrupt)
+                self._take()
+            finally:
+                self.display.close()
+        return self._verdict(code)
+
+    def _until_gone(self, pid: int | None, on_interrupt: OnInterrupt) -> int | None:
+        """Wait for the end; the process's exit code where it can be known."""
+        looked = float("-inf")
+        while True:
+            self._take()
+            self._answer_interrupts(on_interrupt)
+            code = exit_code(pid) if pid is not None else None
+            if code is not None:
+                return code
+            now = time.monotonic()
+            if now - looked >= 1.0:
+                looked = now
+                liveness = run_state(self.run)
+                if pid is None and liveness not in LIVE:
+                    return None
+                self._tell_hung(liveness == "hung")
+            time.sleep(POLL_S)
+
+    def _take(self) -> None:
+        new = self._events.poll()
+        for event in new:
+            self.state = self.state.apply(event)
+            if isinstance(event, RunFinished):
+                self._finished = event
+        self.state = msgspec.structs.replace(self.state, status=read_status(self.run))
+        self.display.update(self.state, new)
+
+    def _verdict(self, code: int | None) -> int:
+        """The exit code of the run; a process that went without a last word is given a tail of its log."""
+        if self._finished is None and code is None and self.state.outcome is not None:
+            return self.state.exit_code or 0  # over before we came
+        if self._finished is not None and code in (None, 0, self._finished.exit_code):
+            return self._finished.exit_code
+        # No last word, or one that the process then contradicted by how it ended.
+        print_tail(self.run, code, self.display)
+        return _shell_code(code) if code else int(ExitCode.BUG)
+
+    def _tell_hung(self, hung: bool) -> None:
+        if hung and not self._said_hung:
+            pid = holder(self.run.lock_path)
+            self.display.note(f"no sign of life from the engine (process {pid}); still waiting")
+        self._said_hung = hung
+
+    # -- Ctrl-C ------------------------------------------------------------------------------------
+
+    def interrupted(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: only counts. What follows from it happens between two polls."""
+        self._interrupts += 1
+
+    def terminated(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: the follower is ended, not the run; first the terminal is restored."""
+        self._terminated = True
+
+    def _answer_interrupts(self, on_interrupt: OnInterrupt) -> None:
+        if self._terminated:
+            raise Left
+        while self._handled < self._interrupts:
+            self._handled += 1
+            if on_interrupt == "leave" or self._handled > 2:
+                raise Left
+            if self._handled == 1:
+                control.request(self.run, "stop")
+                self.display.note("stopping at the next step, resumable; Ctrl-C again to abort")
+            else:
+                control.request(self.run, "abort")
+                self.display.note("aborting; Ctrl-C again leaves the engine to itself")
+
+
+@contextmanager
+def _taking_signals(follower: Follower) -> Iterator[None]:
+    interrupt: Any = signal.signal(signal.SIGINT, follower.interrupted)
+    terminate: Any = signal.signal(signal.SIGTERM, follower.terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, terminate)
+
+
+def _shell_code(code: int) -> int:
+    """A process that was ended by signal N has exit code 128 + N in every shell."""
+    return 128 - code if code < 0 else code
+
+
+def print_tail(run: RunDirectory, code: int | None, display: Display, lines: int = 20) -> None:
+    """Say that the engine died without a last word, and show its last lines."""
+    attempt = max(1, next_attempt(run) - 1)
+    log = log_path(run, attempt)
+    how = {None: "", 0: " with exit code 0"}.get(code, f" with exit code {code}" if (code or 0) > 0 else "")
+    if code is not None and code < 0:
+        how = f" by signal {_signal_name(-code)}"
+    display.note(f"error: the engine ended{how} without saying why; the end of {log}:")
+    try:
+        tail = log.read_text(errors="replace").splitlines()[-lines:]
+    except OSError as error:
+        tail = [f"({error})"]
+    for line in tail or ["(empty)"]:
+        display.note(f"  {line}")
+    display.note(f"what it had checkpointed is kept: eqat resume {run.id}")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)

@@ -1,0 +1,70 @@
+"""What ``eqat`` says when it is asked nothing, and the list of presets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.run import config as configs
+from engine.run.directory import default_runs_dir, list_runs
+from engine.run.errors import EqatError
+from engine.run.state import summarize
+from eqat_tui.output import table
+from eqat_tui.summary import runs_table
+
+COMMANDS = (
+    ("eqat run PRESET|FILE", "quantize a model and follow it; --dry-run shows the plan first"),
+    ("eqat runs, show RUN", "what was made, and how good it is"),
+    ("eqat attach, stop, resume RUN", "come back to a run, end it, go on with it"),
+    ("eqat eval, export RUN", "measure or write a quantized model again"),
+    ("eqat presets, plan PRESET|FILE", "what to start from, and what it would need"),
+    ("eqat doctor", "is this machine ready?"),
+)
+
+
+def overview_text() -> str:
+    """What eqat is, its commands, a choice of presets, the latest runs."""
+    parts = [
+        "eqat: quantization-aware training of language models to 2, 3 and 4 bits, from a terminal",
+        table([(f"  {command}", words) for command, words in COMMANDS]),
+    ]
+    rows = [row for row in preset_rows() if row["name"] in ("smoke", "demo", "demo-w2", "llama-2-7b-w2g64")]
+    if rows:
+        parts.append("presets\n" + table([(f"  {row['name']}", row["description"]) for row in rows]))
+    recent = list_runs(default_runs_dir())[:5]
+    if recent:
+        listing = runs_table([summarize(run) for run in recent])
+        parts.append("recent runs\n" + "\n".join(f"  {line}" for line in listing.splitlines()))
+    else:
+        parts.append("no runs yet: eqat run demo makes one")
+    parts.append("eqat COMMAND --help tells more.")
+    return "\n\n".join(parts)
+
+
+def preset_rows() -> list[dict[str, Any]]:
+    """The shipped presets; one that cannot be read is listed with the reason, not left out."""
+    rows: list[dict[str, Any]] = []
+    for name in configs.preset_names():
+        try:
+            config = configs.load(name)
+        except EqatError as error:
+            rows.append(
+                {
+                    "name": name,
+                    "description": f"error: {error}",
+                    "model": None,
+                    "bits": None,
+                    "group_size": None,
+                }
+            )
+            continue
+        rows.append(
+            {
+                "name": name,
+                "description": config.description,
+                "model": config.model.source,
+                "bits": config.grid.bits,
+                "group_size": config.grid.group_size,
+                "path": str(configs.preset_path(name)),
+            }
+        )
+    return rows

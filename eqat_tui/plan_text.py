@@ -1,0 +1,72 @@
+"""The plan of a run as text, from the dictionary that ``eqat plan --json`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from eqat_tui.output import format_bytes, format_seconds, key_values, table
+from eqat_tui.words import model_name, phase_name
+
+STORES = {"device": "on the GPU", "host": "in host memory", "disk": "on disk"}
+
+
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """What the run needs, phase by phase and in all; what stands in its way comes last."""
+    parts = [heading(plan), phase_table(plan), key_values(totals(plan))]
+    notes = [f"warning: {warning}" for warning in plan["warnings"]]
+    notes += [_problem(problem) for problem in plan["problems"]]
+    if notes:
+        parts.append("\n".join(notes))
+    return "\n\n".join(parts)
+
+
+def heading(plan: Mapping[str, Any]) -> str:
+    """The model and where it would run."""
+    machine = plan["machine"]
+    place = machine["gpu_name"] if plan["device"] == "cuda" else f"{machine['cpus']} CPU cores"
+    name = model_name(plan["model"])
+    size = plan["parameters"]
+    count = f"{size / 1e9:.2f} B" if size >= 1e9 else f"{size / 1e6:.1f} M"
+    return f"{name}: {plan['model_type']}, {count} parameters, {plan['blocks']} blocks, on {place}"
+
+
+def phase_table(plan: Mapping[str, Any]) -> str:
+    """Memory and time of every phase."""
+    gpu = plan["device"] == "cuda"
+    rows = []
+    for phase in plan["phases"]:
+        row = [f"  {phase_name(phase['name'])}", format_seconds(phase["seconds"])]
+        row += [format_bytes(phase["peak_gpu_bytes"])] if gpu else []
+        rows.append([*row, format_bytes(phase["peak_host_bytes"])])
+    header = ["  phase", "time", *(["GPU memory"] if gpu else []), "host memory"]
+    return table(rows, header=header, right="lrrr")
+
+
+def totals(plan: Mapping[str, Any]) -> dict[str, str]:
+    """What the whole run takes and leaves."""
+    machine = plan["machine"]
+    lines = {"time": f"about {format_seconds(plan['seconds'])} ({plan['time_basis']})"}
+    if plan["device"] == "cuda":
+        free = format_bytes(machine["gpu_free"])
+        lines["GPU memory"] = f"{format_bytes(plan['peak_gpu_bytes'])} of {free} free"
+    lines["host memory"] = (
+        f"{format_bytes(plan['peak_host_bytes'])} of {format_bytes(machine['host_free'])} free"
+    )
+    lines["disk"] = f"{format_bytes(plan['disk_bytes'])} of {format_bytes(machine['disk_free'])} free"
+    store = STORES.get(plan["activation_store"], plan["activation_store"])
+    lines["activations"] = f"{store}: {plan['activation_store_reason']}"
+    lines["size"] = f"{format_bytes(plan['fp_bytes'])} → {format_bytes(plan['export_bytes'])}"
+    lines["bits per weight"] = f"{plan['bits_per_weight']:.2f}"
+    published = plan.get("published")
+    if published:
+        lines["published"] = (
+            f"{published['model']} {published['setting']}: perplexity {published['perplexity']}, "
+            f"full precision {published['fp_perplexity']} ({published['conditions']})"
+        )
+    return lines
+
+
+def _problem(problem: Any) -> str:
+    hint = f" ({problem['hint']})" if problem.get("hint") else ""
+    return f"does not fit: {problem['where']}: {problem['message']}{hint}"

@@ -1,0 +1,221 @@
+"""Live progress of a run on stderr: two moving lines on a terminal, plain lines everywhere else.
+
+Both displays are given the run's state and the events that led to it, and keep nothing of their own. What
+is worth keeping (a finished phase, a perplexity, a warning) becomes a line that stays; the position, loss
+and speed are redrawn in place, or on a log printed every few seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from engine.run import events
+from engine.run.events import Event
+from engine.run.state import RunState
+from eqat_tui.output import colour_wanted, format_bytes, format_clock, format_number, format_seconds
+from eqat_tui.words import phase_name, stage_name
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+REDRAW_S = 0.5
+"""The moving lines are redrawn at most this often: SSH can be slow."""
+
+PLAIN_INTERVAL_S = 15.0
+"""A log gets a line of progress at most this often."""
+
+
+class Display(Protocol):
+    """Where progress is shown."""
+
+    def update(self, state: RunState, new: Sequence[Event]) -> None:
+        """Show ``state``, and the events in ``new`` that are worth a line."""
+
+    def note(self, text: str) -> None:
+        """A line from the program itself."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was found."""
+
+
+def open_display() -> Display:
+    """The display that fits stderr."""
+    return LiveDisplay() if colour_wanted(sys.stderr) else PlainDisplay()
+
+
+# -- what is said --------------------------------------------------------------------------------------
+
+
+def lasting_line(event: Event, state: RunState) -> str | None:
+    """The line that stays of ``event``, or none for one that only moves the display."""
+    match event:
+        case events.PhaseFinished():
+            peaks = [
+                f"{name} {format_bytes(peak)}"
+                for name, peak in (("GPU", event.peak_gpu_bytes), ("memory", event.peak_host_bytes))
+                if peak is not None
+            ]
+            peak_text = f", peak {', '.join(peaks)}" if peaks else ""
+            return f"✓ {phase_name(event.phase)}: {format_seconds(event.seconds)}{peak_text}"
+        case events.Eval():
+            value = format_number(event.perplexity) if event.perplexity is not None else "not finite"
+            return f"  perplexity, {stage_name(event.stage)}: {value}"
+        case events.Export():
+            checked = "verified" if event.verified else "NOT VERIFIED"
+            return f"  {event.format}: {format_bytes(event.bytes)}, {checked}"
+        case events.Warning():
+            return _with_hint(f"warning: {event.message}", event.hint)
+        case events.ControlAck():
+            return f"the engine will {event.request} at the next step"
+        case events.Error():
+            where = f"{event.where}: " if event.where else ""
+            return _with_hint(f"error: {where}{event.message}", event.hint)
+    return None
+
+
+def _with_hint(text: str, hint: str) -> str:
+    return f"{text} ({hint})" if hint else text
+
+
+def fraction(state: RunState) -> float | None:
+    """How much of the current phase is done, where that is known."""
+    within = (state.step or 0) / state.steps if state.steps else 0.0
+    if state.blocks and state.block is not None:
+        return min(1.0, (state.block + within) / state.blocks)
+    return min(1.0, within) if state.steps else None
+
+
+def position(state: RunState) -> str:
+    """``Block-AP [4/8]  block 12/30``."""
+    index = next((row.index for row in state.phases if row.name == state.phase), None)
+    text = phase_name(state.phase)
+    if index is not None and state.phase_count:
+        text += f" [{index + 1}/{state.phase_count}]"
+    if state.blocks and state.block is not None:
+        text += f"  block {state.block + 1}/{state.blocks}"
+    return text
+
+
+def measurements(state: RunState) -> list[str]:
+    """Step, loss, speed and memory, as far as they are known."""
+    parts = []
+    if state.steps and state.step is not None:
+        parts.append(f"step {state.step}/{state.steps}")
+    metric = state.metrics[-1] if state.metrics else None
+    if metric is not None and metric.phase == state.phase:
+        if metric.non_finite:
+            parts.append("loss not finite")
+        elif metric.loss is not None:
+            parts.append(f"loss {format_number(metric.loss)}")
+        if metric.tokens_per_second:
+            parts.append(f"{metric.tokens_per_second:,.0f} tokens/s")
+    memory = state.memory
+    if memory is not None:
+        if memory.gpu_used is not None and memory.gpu_total:
+            parts.append(f"GPU {format_bytes(memory.gpu_used)} of {format_bytes(memory.gpu_total)}")
+        if memory.host_used is not None:
+            parts.append(f"memory {format_bytes(memory.host_used)}")
+    return parts
+
+
+# -- a log, a pipe, a dumb terminal --------------------------------------------------------------------
+
+
+class PlainDisplay:
+    """Whole lines without control codes: for logs, pipes, and terminals that cannot do more."""
+
+    def __init__(self, interval: float = PLAIN_INTERVAL_S) -> None:
+        self._interval = interval
+        self._last = time.monotonic()
+
+    def update(self, state: RunState, new: Sequence[Event]) -> None:
+        for event in new:
+            if isinstance(event, events.PhaseStarted):
+                self._print(f"{phase_name(event.phase)} [{event.index + 1}/{event.phases}]")
+            line = lasting_line(event, state)
+            if line is not None:
+                self._print(line)
+        if time.monotonic() - self._last >= self._interval and state.phase is not None:
+            parts = [position(state), *measurements(state)]
+            if state.eta_s is not None:
+                parts.append(f"{format_clock(state.eta_s)} left")
+            self._print("  " + "  ".join(parts))
+
+    def note(self, text: str) -> None:
+        self._print(text)
+
+    def close(self) -> None:
+        pass
+
+    def _print(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+        self._last = time.monotonic()
+
+
+# -- a terminal ----------------------------------------------------------------------------------------
+
+
+class LiveDisplay:
+    """Lines that stay scroll up above two that are redrawn in place."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+        self._live = Live(
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._live.start()
+        self._begun = time.monotonic()
+        self._drawn = float("-inf")
+
+    def update(self, state: RunState, new: Sequence[Event]) -> None:
+        for event in new:
+            line = lasting_line(event, state)
+            if line is not None:
+                self._console.print(line, style=_style(event), soft_wrap=True)
+        now = time.monotonic()
+        if now - self._drawn >= REDRAW_S:
+            self._drawn = now
+            self._live.update(self._lines(state), refresh=True)
+
+    def note(self, text: str) -> None:
+        self._console.print(text, style="yellow", soft_wrap=True)
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _lines(self, state: RunState) -> RenderableType:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        done = fraction(state)
+        bar = ProgressBar(
+            total=1.0, completed=done or 0.0, pulse=done is None, width=None, animation_time=time.monotonic()
+        )
+        first = Table.grid(expand=True, padding=(0, 1))
+        first.add_column(no_wrap=True)
+        first.add_column(ratio=1)
+        first.add_column(no_wrap=True, justify="right")
+        share = "" if done is None else f"{done:4.0%}  "
+        left = "" if state.eta_s is None else f"  {format_clock(state.eta_s)} left"
+        elapsed = format_clock(time.monotonic() - self._begun)
+        first.add_row(Text(position(state), style="bold"), bar, Text(f"{share}{elapsed}{left}"))
+        second = Text("  " + "   ".join(measurements(state)), style="dim", no_wrap=True, overflow="ellipsis")
+        return Group(first, second)
+
+
+def _style(event: Event) -> str:
+    if isinstance(event, events.Error):
+        return "bold red"
+    return "yellow" if isinstance(event, events.Warning | events.ControlAck) else ""

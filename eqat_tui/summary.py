@@ -1,0 +1,183 @@
+"""A run as text: the report at its end, which is also what ``eqat show`` prints, and the list of runs.
+
+Everything here is made from the same dictionaries that ``--json`` prints (:func:`engine.run.state.show` and
+:func:`~engine.run.state.summarize`), so a person and a script never see different numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eqat_tui.output import format_bytes, format_number, format_seconds, key_values, table
+from eqat_tui.words import STAGES, model_name, phase_name, stage_name
+
+Tree = Mapping[str, Any]
+
+
+def report(run: Tree) -> str:
+    """The run's report: what it made, how good that is, what it cost."""
+    parts = [title(run)]
+    perplexities = perplexity_table(run["perplexity"])
+    if perplexities:
+        parts.append(perplexities)
+    parts.append(key_values(facts(run)))
+    problem = error_line(run)
+    if problem:
+        parts.append(problem)
+    return "\n\n".join(parts)
+
+
+def title(run: Tree) -> str:
+    """``SmolLM2-135M-Instruct at 3 bits in groups of 64 · done · 2026…``."""
+    config = run.get("config") or {}
+    grid = config.get("grid") or {}
+    words = model_name((config.get("model") or {}).get("source"))
+    if grid:
+        words += f" at {grid['bits']} bits, {group_words(grid['group_size'])}"
+    return f"{words} · {run['state']} · {run['id']}"
+
+
+def group_words(group_size: int) -> str:
+    """What a group size means."""
+    return "one group a row" if group_size == -1 else f"groups of {group_size}"
+
+
+def perplexity_table(perplexity: Mapping[str, float | None]) -> str:
+    """Perplexity of every stage that was evaluated, and how far each is from full precision."""
+    base = perplexity.get("fp")
+    rows = []
+    for stage in STAGES:
+        value = perplexity.get(stage)
+        if value is None:
+            continue
+        ratio = f"{format_number(value / base, 3)}×" if base else ""
+        rows.append((f"  {stage_name(stage)}", format_number(value), ratio))
+    if not rows:
+        return ""
+    return table(rows, header=("  perplexity", "", "of full precision"), right="lrr")
+
+
+def facts(run: Tree) -> dict[str, str]:
+    """Size, time, memory and exports, as far as they are known."""
+    lines: dict[str, str] = {}
+    if run["state"] in ("running", "hung"):
+        lines["now"] = _position(run)
+    size = run["size_bytes"]
+    if size["fp"] and size["quantized"]:
+        ratio = size["fp"] / size["quantized"]
+        before, after = format_bytes(size["fp"]), format_bytes(size["quantized"])
+        lines["size"] = f"{before} → {after} ({format_number(ratio, 3)}× smaller)"
+    if run["bits_per_weight"] is not None:
+        lines["bits per weight"] = f"{run['bits_per_weight']:.2f}"
+    phases = [phase for phase in run["phases"] if phase["seconds"]]
+    if phases:
+        total = sum(phase["seconds"] for phase in phases)
+        longest = sorted(phases, key=lambda phase: -phase["seconds"])[:3]
+        shares = ", ".join(
+            f"{phase_name(phase['name'])} {format_seconds(phase['seconds'])}" for phase in longest
+        )
+        lines["time"] = f"{format_seconds(total)} ({shares})"
+    memory = [
+        f"{name} {format_bytes(peak)}"
+        for name, peak in (("GPU", _peak(run, "peak_gpu_bytes")), ("process", _peak(run, "peak_host_bytes")))
+        if peak is not None
+    ]
+    if memory:
+        lines["peak memory"] = ", ".join(memory)
+    if run.get("device"):
+        lines["device"] = run["device"]
+    for index, export in enumerate(run["exports"]):
+        lines["export" if index == 0 else f"export {index + 1}"] = export_words(export, run)
+    lines["directory"] = shorten(run["path"])
+    return lines
+
+
+def export_words(export: Tree, run: Tree) -> str:
+    """Format, whether it was verified, and where it lies."""
+    words = "verified" if export["verified"] else "NOT VERIFIED"
+    if export.get("max_logit_diff") is not None:
+        words += f", largest logit difference {format_number(export['max_logit_diff'], 2)}"
+    path = Path(export["path"])
+    if not path.is_absolute():
+        path = Path(run["path"]) / path
+    return f"{export['format']} {shorten(path)} ({words})"
+
+
+def error_line(run: Tree) -> str:
+    """Why the run ended, if it failed."""
+    error = run.get("error")
+    if not error:
+        return ""
+    where = f"{error['where']}: " if error.get("where") else ""
+    hint = f" ({error['hint']})" if error.get("hint") else ""
+    return f"error: {where}{error['message']}{hint}"
+
+
+def runs_table(runs: Sequence[Tree], *, now: float | None = None) -> str:
+    """The list of runs, newest first."""
+    now = time.time() if now is None else now
+    rows = []
+    for run in runs:
+        perplexity = run["perplexity"]
+        trained = next((perplexity[s] for s in ("e2e_qp", "block_ap", "rtn") if perplexity.get(s)), None)
+        rows.append(
+            (
+                run["id"],
+                state_words(run),
+                format_number(perplexity.get("fp")),
+                format_number(trained),
+                format_bytes(run["size_bytes"]["quantized"]),
+                ago(run["started"], now),
+            )
+        )
+    header = ("RUN", "STATE", "PPL FP", "PPL NOW", "SIZE", "STARTED")
+    return table(rows, header=header, right="llrrrl")
+
+
+def state_words(run: Tree) -> str:
+    """``running Block-AP 12/30``, or just the state."""
+    if run["state"] != "running" or not run.get("phase"):
+        return str(run["state"])
+    block, blocks = run.get("block"), run.get("blocks")
+    where = f" {block + 1}/{blocks}" if block is not None and blocks else ""
+    return f"running {phase_name(run['phase'])}{where}"
+
+
+def ago(when: float | None, now: float) -> str:
+    """``5 min ago``: coarse on purpose."""
+    if when is None:
+        return "–"
+    seconds = max(0.0, now - when)
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit} ago"
+    return "just now"
+
+
+def shorten(path: str | Path) -> str:
+    """``path`` as typed from here, when it lies below the working directory."""
+    try:
+        relative = os.path.relpath(path)
+    except (OSError, ValueError):
+        return str(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def _position(run: Tree) -> str:
+    position = run["position"]
+    words = phase_name(position["phase"])
+    if position["blocks"] and position["block"] is not None:
+        words += f", block {position['block'] + 1} of {position['blocks']}"
+    if position["steps"] and position["step"] is not None:
+        words += f", step {position['step']} of {position['steps']}"
+    if run.get("eta_s") is not None:
+        words += f", {format_seconds(run['eta_s'])} left"
+    return words
+
+
+def _peak(run: Tree, key: str) -> int | None:
+    return max((phase[key] for phase in run["phases"] if phase[key] is not None), default=None)

@@ -1,0 +1,149 @@
+"""Running the command line in tests, and the log of a run that went well."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from engine.run import events
+from engine.run.directory import RunDirectory
+
+REPOSITORY = Path(__file__).parents[2]
+
+Eqat = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment for ``eqat`` in a test: this checkout, no colour, no width of somebody's terminal."""
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith("EQAT_") and key != "COLUMNS"
+    }
+    return {**kept, "PYTHONPATH": str(REPOSITORY), "TERM": "dumb", **extra}
+
+
+def story(run: RunDirectory) -> Sequence[events.Event]:
+    """The events of a short and happy run."""
+    return [
+        events.RunStarted(
+            id=run.id, pid=1, host="here", device="cpu", versions={"torch": "2"}, argv=["engine"]
+        ),
+        events.PhaseStarted(phase="evaluate_fp", index=0, phases=3),
+        events.Eval(
+            stage="fp", perplexity=18.21, tokens=512, sequence_length=32, seconds=1.0, corpus="builtin"
+        ),
+        events.PhaseFinished(phase="evaluate_fp", seconds=1.0, peak_host_bytes=2**30),
+        events.PhaseStarted(phase="block_ap", index=1, phases=3),
+        events.BlockStarted(phase="block_ap", block=0, blocks=2),
+        events.Metric(
+            phase="block_ap", block=0, step=1, steps=8, epoch=0, loss=0.25, tokens_per_second=900.0
+        ),
+        events.BlockFinished(phase="block_ap", block=0, seconds=2.0, initial_loss=0.3, final_loss=0.1),
+        events.BlockFinished(phase="block_ap", block=1, seconds=2.0, initial_loss=0.4, final_loss=0.2),
+        events.PhaseFinished(phase="block_ap", seconds=4.0, peak_host_bytes=3 * 2**29),
+        events.Eval(
+            stage="block_ap", perplexity=23.67, tokens=512, sequence_length=32, seconds=1.0, corpus="builtin"
+        ),
+        events.PhaseStarted(phase="export", index=2, phases=3),
+        events.Export(
+            format="gptq_v2",
+            path="export/gptq_v2",
+            verified=True,
+            bytes=50 * 2**20,
+            fp_bytes=200 * 2**20,
+            bits_per_weight=4.5,
+            max_logit_diff=1.5e-5,
+        ),
+        events.PhaseFinished(phase="export", seconds=0.5),
+        events.RunFinished(outcome="done", exit_code=0, seconds=5.5),
+    ]
+
+
+# -- an engine that trains nothing ---------------------------------------------------------------------
+
+SCRIPTED_ENGINE = """
+import os, signal, sys, time
+from engine.run import control, events
+from engine.run.directory import RunDirectory, RunLock, Status, write_status
+from engine.run.events import EventWriter
+from engine.run.launch import this_attempt
+
+run = RunDirectory.open(sys.argv[1])
+mode = os.environ["SCRIPT"]
+if mode == "dies early":
+    sys.exit("no module named nonsense")
+with RunLock(run.lock_path), EventWriter(run.events_path, this_attempt(run)) as writer:
+    begun = time.monotonic()
+
+    def finish(outcome, code):
+        writer.emit(events.RunFinished(outcome=outcome, exit_code=code, seconds=time.monotonic() - begun))
+        writer.close()
+        sys.exit(code)
+
+    writer.emit(events.RunStarted(
+        id=run.id, pid=os.getpid(), host="here", device="cpu", versions={}, argv=sys.argv
+    ))
+    writer.emit(events.PhaseStarted(phase="block_ap", index=0, phases=1))
+    writer.emit(events.BlockStarted(phase="block_ap", block=0, blocks=4))
+    ignored = set()
+    for step in range(1, 1201):
+        write_status(run, Status(phase="block_ap", heartbeat=time.time(), pid=os.getpid(), eta_s=90.0))
+        writer.emit(events.Metric(
+            phase="block_ap", block=0, step=step, steps=1200, epoch=0, loss=1 / step, tokens_per_second=1234.0
+        ))
+        writer.flush()
+        if step == 3 and mode == "dies":
+            print("Fatal: something terrible", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == 3 and mode == "fails":
+            writer.emit(events.Error(
+                code="data", where="data.source", message="too little text", hint="give more", exit_code=4
+            ))
+            finish("failed", 4)
+        if step == 20 and mode == "finishes":
+            writer.emit(events.BlockFinished(phase="block_ap", block=0, seconds=0.1, final_loss=0.5))
+            writer.emit(events.Eval(
+                stage="block_ap", perplexity=23.67, tokens=9, sequence_length=9, seconds=0.1, corpus="builtin"
+            ))
+            writer.emit(events.PhaseFinished(phase="block_ap", seconds=0.2, peak_host_bytes=2**30))
+            finish("done", 0)
+        for request in control.pending(run):
+            control.acknowledge(run, request.id)
+            writer.emit(events.ControlAck(request=request.request, id=request.id))
+            if mode == "ignores stop" and request.request == "stop":
+                continue
+            finish(*{"stop": ("stopped", 75), "abort": ("aborted", 130)}[request.request])
+        time.sleep(0.05)
+"""
+
+EQAT_WITH_SCRIPTED_ENGINE = """
+import functools, sys
+import engine.run.launch as launching
+launching.launch = functools.partial(launching.launch, module=("-c", sys.argv[1]))
+from eqat_tui.cli import main
+main(sys.argv[2:])
+"""
+
+
+def start_eqat(where: Path, script: str, *arguments: str, **extra: str) -> subprocess.Popen[str]:
+    """``eqat ARGUMENTS``, whose runs are worked on by the scripted engine; everything else is real."""
+    return subprocess.Popen(
+        [sys.executable, "-c", EQAT_WITH_SCRIPTED_ENGINE, SCRIPTED_ENGINE, *arguments],
+        cwd=where,
+        env=environment(SCRIPT=script, **extra),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Until ``condition`` holds; a test that waits in vain fails."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.02)

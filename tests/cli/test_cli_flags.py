@@ -1,0 +1,56 @@
+"""The public interface of every command, frozen: a flag is added or renamed on purpose or not at all."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+
+import typer.main
+
+from eqat_tui.cli import app
+
+CONFIGURE = {"--model", "--bits", "--group-size", "--data", "--device", "--set"}
+PUBLIC = {
+    "run": {*CONFIGURE, "--runs-dir", "--detach", "--dry-run", "--json"},
+    "plan": {*CONFIGURE, "--runs-dir", "--json"},
+    "resume": {"--runs-dir", "--detach", "--json"},
+    "attach": {"--runs-dir", "--json"},
+    "stop": {"--runs-dir", "--abort", "--wait"},
+    "runs": {"--runs-dir", "--limit", "-n", "--json"},
+    "show": {"--runs-dir", "--json"},
+    "presets": {"--json"},
+    "doctor": {"--runs-dir", "--quick", "--json"},
+    "eval": {"--runs-dir", "--detach", "--json"},
+    "export": {"--format", "--runs-dir", "--detach", "--json"},
+}
+
+
+def test_commands_and_their_flags_are_the_documented_ones() -> None:
+    group = typer.main.get_command(app)
+    found = {
+        name: {flag for parameter in command.params for flag in parameter.opts if flag.startswith("-")}
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+    }
+    assert found == PUBLIC
+
+
+def test_every_command_and_flag_has_help() -> None:
+    group = typer.main.get_command(app)
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        assert command.help, name
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+def test_help_answers_in_three_tenths_of_a_second() -> None:
+    """Processor time, the best of three: what the machine does besides is not counted."""
+    command = [sys.executable, "-m", "eqat_tui", "--help"]
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(times) < 0.3

@@ -1,0 +1,221 @@
+"""Following a run: what is shown, what Ctrl-C does, and how it ends.
+
+The scripted engine takes the lock, writes events and answers requests as the real one does, in a process of
+its own; it just trains nothing, so that each of these takes a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cli_tools import EQAT_WITH_SCRIPTED_ENGINE, SCRIPTED_ENGINE, Eqat, environment, start_eqat, wait_until
+
+from engine.run.directory import RunDirectory, holder, list_runs, run_state
+from engine.run.state import load_state
+
+RUN = ("run", "smoke", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_engine_outlives_its_test(tmp_path: Path) -> Iterator[None]:
+    yield
+    for run in list_runs(tmp_path / "runs"):
+        pid = holder(run.lock_path)
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def working_run(where: Path) -> RunDirectory:
+    """The one run, once its engine has taken steps."""
+    wait_until(lambda: list_runs(where / "runs"))
+    run = list_runs(where / "runs")[0]
+    wait_until(lambda: (load_state(run).step or 0) >= 2)
+    return run
+
+
+def test_a_run_is_followed_to_its_report(tmp_path: Path) -> None:
+    out, err = start_eqat(tmp_path, "finishes", *RUN).communicate(timeout=60)
+    assert "run 20" in err
+    assert "Block-AP [1/1]" in err
+    assert "✓ Block-AP: 0.2 s, peak memory 1.00 GiB" in err
+    assert "perplexity, Block-AP: 23.67" in err
+    assert "23.67" in out
+    assert "· done ·" in out
+
+
+def test_json_of_a_run_is_one_document_on_stdout(tmp_path: Path) -> None:
+    process = start_eqat(tmp_path, "finishes", *RUN, "--json")
+    out, _ = process.communicate(timeout=60)
+    shown = json.loads(out)
+    assert (shown["state"], process.returncode) == ("done", 0)
+    assert shown["perplexity"]["block_ap"] == 23.67
+
+
+def test_detach_prints_the_id_and_returns_while_the_engine_works(tmp_path: Path) -> None:
+    process = start_eqat(tmp_path, "works", *RUN, "--detach")
+    out, err = process.communicate(timeout=60)
+    run = working_run(tmp_path)
+    assert (out, err, process.returncode) == (f"{run.id}\n", "", 0)
+    assert run_state(run) == "running"
+
+
+def test_first_interrupt_stops_resumably_and_follows_to_the_end(tmp_path: Path) -> None:
+    process = start_eqat(tmp_path, "works", *RUN)
+    run = working_run(tmp_path)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert run_state(run) == "stopped"
+    assert "stopping at the next step" in err
+    assert f"eqat resume {run.id}" in err
+    assert "Traceback" not in err
+
+
+def test_second_interrupt_aborts(tmp_path: Path) -> None:
+    process = start_eqat(tmp_path, "ignores stop", *RUN)
+    run = working_run(tmp_path)
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: load_state(run).acknowledged)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, run_state(run)) == (130, "aborted")
+    assert "aborting" in err
+
+
+def test_resume_starts_the_next_attempt_and_does_not_retell_the_first(tmp_path: Path) -> None:
+    process = start_eqat(tmp_path, "works", *RUN)
+    run = working_run(tmp_path)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    process = start_eqat(tmp_path, "finishes", "resume", "latest")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, load_state(run).attempt) == (0, 2)
+    assert "the engine will stop" not in err
+    assert "23.67" in out
+
+
+def test_a_failing_run_shows_its_error_and_returns_its_exit_code(tmp_path: Path) -> None:
+    process = start_eqat(tmp_path, "fails", *RUN)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 4
+    assert "error: data.source: too little text (give more)" in err
+    assert "· failed ·" in out
+
+
+def test_an_engine_that_is_killed_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
+    process = start_eqat(tmp_path, "dies", *RUN)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "SIGKILL" in err
+    assert "Fatal: something terrible" in err
+    assert run_state(list_runs(tmp_path / "runs")[0]) == "crashed"
+
+
+def test_an_engine_that_never_gets_to_its_first_event_is_reported_too(tmp_path: Path) -> None:
+    process = start_eqat(tmp_path, "dies early", *RUN)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "no module named nonsense" in err
+
+
+def test_attach_follows_and_its_interrupt_leaves_the_run_alone(tmp_path: Path) -> None:
+    start_eqat(tmp_path, "works", *RUN, "--detach").communicate(timeout=60)
+    run = working_run(tmp_path)
+    process = start_eqat(tmp_path, "works", "attach", "latest")
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "the engine goes on" in err
+    assert run_state(run) == "running"
+
+
+def test_ending_the_follower_leaves_the_run_alone(tmp_path: Path) -> None:
+    process = start_eqat(tmp_path, "works", *RUN)
+    run = working_run(tmp_path)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the engine goes on" in err
+    assert run_state(run) == "running"
+
+
+def test_stop_and_wait_returns_when_the_engine_is_gone_and_attach_exits_as_the_run(
+    tmp_path: Path, eqat: Eqat
+) -> None:
+    start_eqat(tmp_path, "works", *RUN, "--detach").communicate(timeout=60)
+    run = working_run(tmp_path)
+    watcher = start_eqat(tmp_path, "works", "attach", "latest")
+    time.sleep(0.5)
+    stopped = eqat("stop", "latest", "--wait")
+    assert (stopped.returncode, run_state(run)) == (0, "stopped")
+    watcher.communicate(timeout=60)
+    assert watcher.returncode == 75
+
+
+def test_closing_the_terminal_does_not_end_the_run(tmp_path: Path) -> None:
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(tmp_path)
+        command = [sys.executable, "-c", EQAT_WITH_SCRIPTED_ENGINE, SCRIPTED_ENGINE, *RUN]
+        os.execve(sys.executable, command, environment(SCRIPT="works", TERM="xterm-256color"))
+    run = working_run(tmp_path)
+    os.close(terminal)  # the kernel sends SIGHUP to whoever the terminal belonged to
+    _, how = os.waitpid(child, 0)
+    assert how != 0
+    before = load_state(run).step or 0
+    wait_until(lambda: (load_state(run).step or 0) > before + 5)
+    assert run_state(run) == "running"
+
+
+def terminal_output(where: Path, **extra: str) -> str:
+    """All that a terminal gets from a run that finishes."""
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", EQAT_WITH_SCRIPTED_ENGINE, SCRIPTED_ENGINE, *RUN],
+        cwd=where,
+        env=environment(SCRIPT="finishes", **extra),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=end,
+    )
+    os.close(end)
+    seen = b""
+    with contextlib.suppress(OSError):  # EIO: the other side is closed
+        while chunk := os.read(terminal, 65536):
+            seen += chunk
+    os.close(terminal)
+    assert process.wait(timeout=60) == 0
+    return seen.decode()
+
+
+def test_a_terminal_gets_a_live_display_that_restores_the_cursor(tmp_path: Path) -> None:
+    seen = terminal_output(tmp_path, TERM="xterm-256color")
+    assert "block 1/4" in seen
+    assert "tokens/s" in seen
+    assert "1:30 left" in seen
+    assert seen.count("\x1b[?25l") == seen.count("\x1b[?25h") >= 1  # cursor hidden, cursor shown
+    assert seen.rindex("\x1b[?25h") > seen.rindex("\x1b[?25l")
+
+
+def test_no_color_means_no_colour(tmp_path: Path) -> None:
+    seen = terminal_output(tmp_path, TERM="xterm-256color", NO_COLOR="1")
+    assert not re.search(r"\x1b\[[0-9;]*[34][0-9][;m]", seen)
+
+
+def test_without_a_terminal_there_are_no_control_codes(tmp_path: Path) -> None:
+    out, err = start_eqat(tmp_path, "finishes", *RUN, FORCE_COLOR="1").communicate(timeout=60)
+    assert "\x1b" not in out + err
+    assert "\r" not in out + err

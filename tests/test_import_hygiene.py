@@ -1,0 +1,65 @@
+"""Who may import what (the static half of this is `lint-imports`, configured in pyproject.toml).
+
+Each import happens in a process of its own, so that no other test can have loaded the module first.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "textual", "numpy", "gguf", "huggingface_hub")
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level modules that are loaded once ``code`` has run."""
+    program = f"{code}\nimport json, sys\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(json.loads(answer.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "engine.run",
+        "engine.run.config",
+        "engine.run.directory",
+        "engine.run.events",
+        "engine.run.state",
+        "engine.run.control",
+        "engine.run.launch",
+        "engine.run.plan",
+    ],
+)
+def test_the_run_contract_loads_no_engine_library_and_no_user_interface(module: str) -> None:
+    loaded = modules_after(f"import {module}")
+    assert not loaded & {*HEAVY, "rich", "typer", "eqat_tui"}
+
+
+@pytest.mark.parametrize(
+    "module", ["cli", "follow", "progress", "summary", "plan_text", "overview", "doctor"]
+)
+def test_the_command_line_loads_no_engine_library(module: str) -> None:
+    assert not modules_after(f"import eqat_tui.{module}") & set(HEAVY)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["presets"], ["plan", "smoke"]])
+def test_commands_that_only_look_load_neither_torch_nor_transformers(arguments: list[str]) -> None:
+    code = (
+        "import contextlib, io\nfrom eqat_tui.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        f"    main({arguments!r})"
+    )
+    assert not modules_after(code) & {"torch", "transformers", "datasets", "accelerate", "textual"}
+
+
+def test_help_does_not_load_what_only_progress_needs() -> None:
+    assert "rich" not in modules_after("import eqat_tui.cli")
+
+
+def test_the_grid_needs_only_torch() -> None:
+    loaded = modules_after("import engine.quant.grid, engine.quant.packing, engine.quant.packed")
+    assert not loaded & {"transformers", "datasets", "accelerate", "rich", "typer", "textual", "eqat_tui"}
