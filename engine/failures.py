@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import torch
 
 from engine.run.errors import EqatError, ExitCode
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def as_eqat_error(error: BaseException, position: str) -> EqatError:
@@ -32,9 +33,10 @@ def as_eqat_error(error: BaseException, position: str) -> EqatError:
             where=position,
             hint='use runtime.activation_store = "disk" or fewer sequences; finished blocks are kept',
         )
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+    if _is_disk_full(error):
+        name = getattr(error, "filename", None)
         return EqatError(
-            f"the disk is full{f' ({error.filename})' if error.filename else ''}",
+            f"the disk is full{f' ({name})' if name else ''}",
             exit_code=ExitCode.DISK_FULL,
             where=position,
             hint="free some space and resume the run; finished blocks are kept",
@@ -51,6 +53,13 @@ def as_eqat_error(error: BaseException, position: str) -> EqatError:
         where=position,
         hint="this is a bug; the traceback is in the run's log",
     )
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return True
+    # Libraries written in Rust (tokenizers, safetensors) raise types of their own, with the system's words.
+    return os.strerror(errno.ENOSPC) in str(error)
 
 
 def _first_line(error: BaseException) -> str:

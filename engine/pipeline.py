@@ -29,6 +29,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from engine import telemetry
 from engine.checkpoint import CheckpointStore
 from engine.data.activations import ActivationStore, make_store
 from engine.data.text import Part, corpus_name
@@ -60,6 +61,8 @@ from engine.setup import device_name, package_versions
 
 # Part of the evaluation text on which exported and trained logits are compared.
 VERIFY_WINDOWS, VERIFY_TOKENS = 2, 512
+# Seconds that a download, a long text to tokenize, or the check of a large checkpoint may take unheard.
+PREPARE_SILENCE = 600
 
 
 @dataclass
@@ -71,6 +74,14 @@ class Tokens:
     e2e_qp: Tensor
     e2e_qp_train: int
     evaluation: Tensor
+
+    def digest(self) -> str:
+        """SHA-256 of everything that is read."""
+        digest = hashlib.sha256()
+        for tokens in (self.block_ap, self.e2e_qp, self.evaluation):
+            digest.update(f"{tuple(tokens.shape)};".encode())
+            digest.update(tokens.to(torch.int32).contiguous().numpy().data)
+        return digest.hexdigest()
 
 
 @dataclass
@@ -89,6 +100,7 @@ class Pipeline:
     tokens: Tokens = field(init=False)
     checkpoint: CheckpointStore = field(init=False)
     teacher: ActivationStore | None = None
+    teacher_rows: Tensor | None = None
     perplexities: dict[str, float] = field(default_factory=dict)
 
     def phases(self) -> list[events.Phase]:
@@ -148,21 +160,18 @@ class Pipeline:
 
     def prepare(self) -> None:
         """Open the model (no block is loaded yet), tokenize, open the checkpoint."""
-        self.report.expect_silence(600)
+        self.report.expect_silence(PREPARE_SILENCE)
         self.source = ModelSource.open(self.config.model)
         self.lm = CausalLM(self.source, self.device, compute_dtype("auto", self.device))
         self.tokens = self._draw_tokens()
-        identity = {
-            "config": config_hash(self.config),
-            "model": _digest(self.source.identity()),
-            "data": _digest([self.tokens.block_ap.tolist(), self.tokens.e2e_qp.tolist()]),
-        }
+        model, data = _digest(self.source.identity()), self.tokens.digest()
+        self.report.expect_silence(PREPARE_SILENCE)
         self.checkpoint = CheckpointStore(
             self.run.checkpoints_dir,
-            identity,
+            {**_deciding_fields(self.config), "model": model, "data": data},
             on_damage=lambda message: self.report.warning("checkpoint", message),
         )
-        self._write_manifest(identity)
+        self._write_manifest({"config": config_hash(self.config), "model": model, "data": data})
         if self.task != "run":
             self._require_finished()
         for stage in events.STAGES:
@@ -197,18 +206,17 @@ class Pipeline:
         def draw(part: Part, sequences: int, length: int) -> Tensor:
             if not sequences:
                 return torch.zeros((0, length), dtype=torch.long)
-            seed = config.runtime.seed
-            windows = token_windows(
+            self.report.checkpoint_requested()
+            self.report.expect_silence(PREPARE_SILENCE)
+            return token_windows(
                 tokenizer,
                 config.data,
                 part,
                 sequences=sequences,
                 length=length,
-                seed=seed,
+                seed=config.runtime.seed,
                 warn=self.report.warning,
             )
-            self.report.checkpoint_requested()
-            return windows
 
         def both(section: Any) -> Tensor:
             if not section.enabled:
@@ -218,7 +226,11 @@ class Pipeline:
             return torch.cat([train, validation])
 
         evaluation = torch.zeros((0, config.evaluation.sequence_length), dtype=torch.long)
+        # Both trainings draw before the evaluation does: an empty or unfit calibration text is named first.
+        block_ap, e2e_qp = both(config.block_ap), both(config.e2e_qp)
         if config.evaluation.enabled:
+            self.report.checkpoint_requested()
+            self.report.expect_silence(PREPARE_SILENCE)
             evaluation = token_windows(
                 tokenizer,
                 config.evaluation.data,
@@ -228,13 +240,7 @@ class Pipeline:
                 seed=config.runtime.seed,
                 warn=self.report.warning,
             )
-        return Tokens(
-            both(config.block_ap),
-            config.block_ap.sequences,
-            both(config.e2e_qp),
-            config.e2e_qp.sequences,
-            evaluation,
-        )
+        return Tokens(block_ap, config.block_ap.sequences, e2e_qp, config.e2e_qp.sequences, evaluation)
 
     # Evaluation
 
@@ -294,8 +300,11 @@ class Pipeline:
 
     def round_blocks(self) -> None:
         """Without Block-AP: every block to its initial grid."""
-        for index in self._unfinished_blocks():
+        for index in range(self.lm.blocks):
             self.report.block_started(index, self.lm.blocks)
+            if f"block-{index:03d}" in self.checkpoint:
+                self.report.block_finished(restored=True)
+                continue
             block = self.lm.load_block(index, dtype=torch.float32)
             packed = round_to_nearest(block, self.lm.linear_names(index), self.config.grid)
             self._finish_block("rtn", index, packed)
@@ -306,6 +315,9 @@ class Pipeline:
         """Block-AP over all blocks; those of an earlier attempt are replayed to bring the streams up to
         date."""
         if all(f"block-{i:03d}" in self.checkpoint for i in range(self.lm.blocks)):
+            for index in range(self.lm.blocks):
+                self.report.block_started(index, self.lm.blocks)
+                self.report.block_finished(**self.checkpoint.fact(f"losses-{index:03d}"), restored=True)
             return
         config = self.config.block_ap
         dtype = compute_dtype(config.compute_dtype, self.device)
@@ -378,11 +390,26 @@ class Pipeline:
         self.report.checkpoint_requested()
 
     def _keep_teacher(self, streams: Streams) -> None:
-        """After the last block the full-precision stream is E2E-QP's teacher, if both train on the same
-        text."""
+        """After the last block the full-precision stream is E2E-QP's teacher, where it holds its text."""
         config = self.config.e2e_qp
-        if config.enabled and config.loss == "kl" and torch.equal(self.tokens.block_ap, self.tokens.e2e_qp):
-            self.teacher = streams.full
+        _, rows = self._teacher_text()
+        if config.enabled and config.loss == "kl" and rows is not None:
+            self.teacher, self.teacher_rows = streams.full, rows
+
+    def _teacher_text(self) -> tuple[Tensor, Tensor | None]:
+        """The text whose last hidden states teach E2E-QP, and where its own sequences lie in it.
+
+        Block-AP's, where that contains it and is computed in the same arithmetic. A resumed run computes it
+        anew from the same text in the same batches: in other batches, the last bits would be others.
+        """
+        rows = _positions(self.tokens.e2e_qp, self.tokens.block_ap)
+        stream_dtype = compute_dtype(self.config.block_ap.compute_dtype, self.device)
+        if rows is None or stream_dtype != self._e2e_dtype():
+            return self.tokens.e2e_qp, None
+        return self.tokens.block_ap, rows
+
+    def _e2e_dtype(self) -> torch.dtype:
+        return compute_dtype(self.config.e2e_qp.compute_dtype, self.device)
 
     # E2E-QP
 
@@ -390,12 +417,16 @@ class Pipeline:
         """Train the scales of all blocks together; the integers stay as Block-AP left them."""
         if self.checkpoint.fact("e2e_qp_done"):
             return
-        config = self.config.e2e_qp
-        dtype = compute_dtype(config.compute_dtype, self.device)
+        config, dtype = self.config.e2e_qp, self._e2e_dtype()
         if config.loss == "kl" and self.teacher is None:
             self.teacher = self._teacher(dtype)
-        blocks = [self._packed_block(index) for index in range(self.lm.blocks)]
-        data = E2EData(self.tokens.e2e_qp, self.tokens.e2e_qp_train, self.teacher)
+        blocks = []
+        for index in range(self.lm.blocks):
+            blocks.append(self.packed(index).install(self.lm.load_block(index, dtype=dtype)))
+            self.report.checkpoint_requested()
+        telemetry.release_memory()
+        teacher = None if self.teacher is None else Teacher(self.teacher, self.teacher_rows)
+        data = E2EData(self.tokens.e2e_qp, self.tokens.e2e_qp_train, teacher)
         train_scales(
             self.lm,
             blocks,
@@ -423,8 +454,9 @@ class Pipeline:
     def _teacher(self, dtype: torch.dtype) -> ActivationStore:
         """The full-precision model's last hidden states on the end-to-end text, one block in memory at a
         time."""
-        store = self._store("teacher", self.tokens.e2e_qp, dtype)
-        self._embed_into(self.tokens.e2e_qp, store)
+        tokens, self.teacher_rows = self._teacher_text()
+        store = self._store("teacher", tokens, dtype)
+        self._embed_into(tokens, store)
         for index in range(self.lm.blocks):
             block = self.lm.load_block(index, dtype=torch.float32)
             advance(self.lm, index, block, store, self.config.block_ap.batch_size, dtype)
@@ -486,9 +518,6 @@ class Pipeline:
         }
         return PackedBlock(linears, packed.others)
 
-    def _unfinished_blocks(self) -> list[int]:
-        return [i for i in range(self.lm.blocks) if f"block-{i:03d}" not in self.checkpoint]
-
     def _finish_block(self, phase: events.Phase, index: int, packed: PackedBlock) -> None:
         self.checkpoint.put(f"block-{index:03d}", packed.tensors())
         self._commit(phase, index)
@@ -510,9 +539,18 @@ class Pipeline:
         tokens = self.tokens.evaluation if len(self.tokens.evaluation) else self.tokens.block_ap
         if not len(tokens):
             tokens = torch.arange(VERIFY_TOKENS).remainder(self.lm.vocab_size).unsqueeze(0)
-        result = verify_gptq_v2(path, self.lm, self.packed, tokens[:VERIFY_WINDOWS, :VERIFY_TOKENS])
+        tokens = tokens[:VERIFY_WINDOWS, :VERIFY_TOKENS]
+        result = verify_gptq_v2(
+            path,
+            self.lm,
+            self.packed,
+            tokens,
+            on_block=lambda done, blocks: self.report.checkpoint_requested(),
+        )
         if not result.verified:
-            path.rename(path.with_name(f"{path.name}.failed"))
+            failed = path.with_name(f"{path.name}.failed")
+            shutil.rmtree(failed, ignore_errors=True)
+            path.rename(failed)
         result.raise_if_failed()
         return result
 
@@ -531,6 +569,27 @@ class Pipeline:
         }
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """The full-precision model's last hidden states; ``rows`` says where each sequence lies in the store."""
+
+    store: ActivationStore
+    rows: Tensor | None
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Hidden states of the given sequences."""
+        return self.store.read(rows if self.rows is None else self.rows[rows])
+
+
+def _positions(wanted: Tensor, present: Tensor) -> Tensor | None:
+    """Where each row of ``wanted`` is among the rows of ``present``; none unless all of them are there."""
+    if wanted.shape[1:] != present.shape[1:]:
+        return None
+    known = {row.numpy().tobytes(): index for index, row in enumerate(present.contiguous())}
+    found = [known.get(row.numpy().tobytes()) for row in wanted.contiguous()]
+    return None if None in found else torch.tensor(found)
+
+
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The torch dtype of a configured one; ``auto`` is bfloat16 on a GPU and float32 on the CPU."""
     if name == "auto":
@@ -546,6 +605,23 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _deciding_fields(config: RunConfig) -> dict[str, str]:
+    """The settings a checkpoint depends on, by name; what is exported and where it runs are none of them."""
+
+    def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from flat(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", json.dumps(value)
+
+    tree = to_dict(config)
+    for name in ("name", "description", "export"):
+        del tree[name]
+    tree["runtime"] = {"seed": config.runtime.seed}
+    return dict(flat(tree))
 
 
 def _mix(seed: int, index: int) -> int:

@@ -30,6 +30,17 @@ STATUS_SECONDS = 2.0
 GRACE_SECONDS = 60.0
 
 
+def error_event(error: EqatError) -> events.Error:
+    """An error as the log keeps it."""
+    return events.Error(
+        code=error.exit_code.name.lower(),
+        where=error.where,
+        message=error.message,
+        hint=error.hint,
+        exit_code=int(error.exit_code),
+    )
+
+
 class Reporter:
     """One attempt's voice. Create it once the lock is held; close it last."""
 
@@ -41,9 +52,10 @@ class Reporter:
         self.phase_seconds: dict[str, float] = {}
         self.predicted_seconds: dict[str, float] = {}
         self.phase_name: events.Phase = "prepare"
-        self._phase_began = self._block_began = time.monotonic()
+        self._phase_began = self._pace_began = self._block_began = time.monotonic()
         self._block: int | None = None
         self._blocks: int | None = None
+        self._restored = 0
         self._step = self._steps = 0
         self._beat, self._grace = time.time(), GRACE_SECONDS
         self._last_metric = self._last_control = 0.0
@@ -61,9 +73,10 @@ class Reporter:
 
     def listen(self) -> None:
         """Install the signal handlers: the first SIGINT or SIGTERM stops at the next step, the second
-        aborts."""
+        aborts. What was sent and held back until now is heard now."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # Only a flag: anything more could run in the middle of a write.
@@ -145,9 +158,10 @@ class Reporter:
     def phase(self, name: events.Phase) -> Iterator[None]:
         """Bracket a phase with events; its peaks are its own."""
         telemetry.reset_peaks(self.device)
-        self.phase_name, self._phase_began = name, time.monotonic()
+        self.phase_name = name
+        self._phase_began = self._pace_began = time.monotonic()
         self._block = self._blocks = None
-        self._step = self._steps = 0
+        self._restored = self._step = self._steps = 0
         index = self.phases.index(name) if name in self.phases else len(self.phases)
         self.emit(events.PhaseStarted(phase=name, index=index, phases=len(self.phases)))
         yield
@@ -187,29 +201,36 @@ class Reporter:
                 restored=restored,
             )
         )
+        if restored:
+            # What an earlier attempt did says nothing about how long the rest takes.
+            self._restored, self._pace_began = self._block + 1, time.monotonic()
 
     # Status
 
     def eta_seconds(self) -> float | None:
         """Seconds left: this phase by its own measured pace, later phases as planned times how far off the
         plan was."""
-        elapsed = time.monotonic() - self._phase_began
+        elapsed = time.monotonic() - self._pace_began
         fraction = self._fraction_done()
         if fraction is None:
             return None
         rest = elapsed * (1 - fraction) / fraction
-        measured = sum(self.phase_seconds.values()) + elapsed
-        predicted = sum(self.predicted_seconds.get(p, 0.0) for p in self.phase_seconds)
+        finished = dict(self.phase_seconds)  # copied at once: the main thread adds to it meanwhile
+        measured = sum(finished.values()) + elapsed
+        predicted = sum(self.predicted_seconds.get(p, 0.0) for p in finished)
         predicted += self.predicted_seconds.get(self.phase_name, 0.0) * fraction
         pace = measured / predicted if predicted > 0 else 1.0
         position = self.phases.index(self.phase_name) if self.phase_name in self.phases else len(self.phases)
         return rest + pace * sum(self.predicted_seconds.get(p, 0.0) for p in self.phases[position + 1 :])
 
     def _fraction_done(self) -> float | None:
-        inner = self._step / self._steps if self._steps else 0.0
-        if self._blocks:
-            inner = ((self._block or 0) + inner) / self._blocks
-        return inner if inner > 0 else None
+        # Each read once: the main thread goes on to the next phase meanwhile.
+        block, blocks, step, steps = self._block, self._blocks, self._step, self._steps
+        inner = step / steps if steps else 0.0
+        if blocks:
+            restored = self._restored
+            inner = max(0.0, (block or 0) - restored + inner) / max(1, blocks - restored)
+        return min(1.0, inner) if inner > 0 else None
 
     def _status(self) -> Status:
         return Status(
@@ -243,15 +264,7 @@ class Reporter:
 
     def fail(self, error: EqatError) -> None:
         """Record why the attempt ends."""
-        self.emit(
-            events.Error(
-                code=error.exit_code.name.lower(),
-                where=error.where,
-                message=error.message,
-                hint=error.hint,
-                exit_code=int(error.exit_code),
-            )
-        )
+        self.emit(error_event(error))
 
     def finish(self, outcome: events.Outcome, exit_code: ExitCode) -> None:
         """The last event."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import socket
@@ -46,6 +47,9 @@ def prepare_process(runtime: RuntimeConfig, device: torch.device) -> None:
     """Threads, seeds and determinism. Call once, before the first tensor."""
     torch.set_num_threads(runtime.threads or len(os.sched_getaffinity(0)))
     torch.manual_seed(runtime.seed)
+    # The libraries' objects, hundreds of thousands, live as long as the process: every collection of garbage
+    # between two phases would look at all of them again.
+    gc.freeze()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # bfloat16 products are what is asked for; float32 ones (norms, statistics) stay exact.

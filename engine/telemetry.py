@@ -6,6 +6,8 @@ context, so it cannot make the training loop wait.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import shutil
 import threading
@@ -37,8 +39,22 @@ def peak_gpu_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
+def release_memory() -> None:
+    """Give freed memory back to the system.
+
+    glibc keeps what a phase has freed for the next allocation of the same size. The next phase makes others,
+    so the process would go on holding the largest phase's memory, and report it as its own, until it ends.
+    """
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # another C library; nothing to trim
+
+
 def reset_peaks(device: torch.device) -> None:
     """Start new peaks, so that each phase reports its own."""
+    release_memory()
     try:
         # Resets VmHWM on Linux; where it is not permitted, peaks are those of the whole process.
         Path("/proc/self/clear_refs").write_text("5")

@@ -3,6 +3,6 @@
 import os
 
 # As in engine/__main__.py: tests run engines beside themselves, and spinning threads would starve them.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # The tensors of these tests are so small that a second thread only costs; engines set their own number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

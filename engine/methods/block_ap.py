@@ -20,6 +20,7 @@ overflow on it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from engine.data.sampler import BatchSampler
 from engine.methods.optimization import (
+    NON_FINITE_HINT,
     ParameterGroup,
     Progress,
     Stepper,
@@ -39,6 +41,7 @@ from engine.methods.optimization import (
 from engine.quant.fake_linear import FakeQuantLinear, freeze_block, wrap_linears
 from engine.quant.packed import PackedBlock
 from engine.run.config import BlockAPConfig, GridConfig
+from engine.run.errors import NonFiniteError
 
 if TYPE_CHECKING:
     from engine.data.activations import ActivationStore
@@ -125,6 +128,13 @@ def train_block(
     if config.train:
         with_rollback(trainer.train, progress, where=f"block {index}", restore=trainer.restore_start)
     final = trainer.report_loss()
+    if not math.isfinite(final):
+        # Every later block would be trained on what this one puts out.
+        raise NonFiniteError(
+            f"the block's output is not finite after {trainer.steps_done} steps",
+            where=f"block {index}",
+            hint=NON_FINITE_HINT,
+        )
 
     packed = freeze_block(block, trainer.linears)
     packed.install(block)
@@ -211,7 +221,7 @@ class _BlockTrainer:
                     linear.project()
                 self.steps_done += 1
                 self._after_step(stepper, step, sampler.steps, epoch, loss)
-            stepper.check(step)
+            stepper.check(step, last=step + 1 == sampler.steps)
             val = self.validate()
             improved = self._keep_if_best(val)
             if val is not None:
@@ -239,7 +249,7 @@ class _BlockTrainer:
         self.progress.checkpoint_requested()
 
     def _keep_if_best(self, val: float | None) -> bool:
-        if val is None or not (self.best_val is None or val < self.best_val):
+        if val is None or not val < (math.inf if self.best_val is None else self.best_val):
             return False
         self.best_val = val
         self.best = [p.detach().clone() for p in self.parameters]

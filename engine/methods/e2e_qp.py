@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +25,30 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from engine.data.sampler import BatchSampler
-from engine.methods.optimization import ParameterGroup, Progress, Stepper, cosine_factor, with_rollback
+from engine.methods.optimization import (
+    NON_FINITE_HINT,
+    ParameterGroup,
+    Progress,
+    Stepper,
+    cosine_factor,
+    with_rollback,
+)
 from engine.quant.packed import PackedLinear
 from engine.run.config import E2EQPConfig
+from engine.run.errors import NonFiniteError
 
 if TYPE_CHECKING:
-    from engine.data.activations import ActivationStore
     from engine.models.causal_lm import CausalLM
 
 # Tokens whose logits exist at the same time: 512 x 128k vocabulary x 4 bytes is a quarter of a GiB.
 HEAD_CHUNK_TOKENS = 512
+
+
+class Rows(Protocol):
+    """Hidden states ``[N, T, H]`` by sequence."""
+
+    def read(self, rows: Tensor) -> Tensor:
+        """``[len(rows), T, H]`` on the compute device."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,7 @@ class E2EData:
 
     tokens: Tensor
     train: int
-    teacher: ActivationStore | None
+    teacher: Rows | None
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,12 @@ def train_scales(
     """
     trainer = _EndToEndTrainer(lm, blocks, data, config, seed, dtype, progress)
     with_rollback(trainer.train, progress, where="e2e_qp", restore=trainer.restore_start)
+    if trainer.initial_val is not None and trainer.best_val is None:
+        raise NonFiniteError(
+            f"the validation loss is not finite after {trainer.steps_done} steps",
+            where="e2e_qp",
+            hint=NON_FINITE_HINT,
+        )
     return E2EResult(trainer.initial_val, trainer.best_val, trainer.steps_done)
 
 
@@ -107,7 +127,7 @@ class _EndToEndTrainer:
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Last hidden states (before the final norm), ``[B, T, H]``."""
-        hidden = self.lm.embed(tokens_BT)
+        hidden = self.lm.embed(tokens_BT).to(self.dtype)
         recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
             if recompute:
@@ -116,33 +136,34 @@ class _EndToEndTrainer:
                 hidden = self.lm.run_block(block, index, hidden)
         return hidden
 
-    def chunk_loss(self, hidden: Tensor, tokens_T: Tensor, teacher: Tensor | None, start: int) -> Tensor:
-        """Summed loss of one sequence's tokens ``start`` onward, ``hidden`` ``[1, t, H]``."""
-        logits = self.lm.head(hidden)[0].float()
-        if teacher is not None:
-            with torch.no_grad():
-                target = self.lm.head(teacher)[0].float().log_softmax(-1)
-            return functional.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True)
-        labels = tokens_T[start + 1 : start + 1 + logits.shape[0]]
-        return functional.cross_entropy(logits[: labels.shape[0]], labels, reduction="sum")
+    def chunk_loss(self, hidden_1TH: Tensor, labels_T: Tensor, teacher_1TH: Tensor | None) -> Tensor:
+        """Summed loss of a chunk of tokens; ``labels`` holds their successors, -100 where there is none."""
+        logits = self.lm.head(hidden_1TH)[0].float()
+        if teacher_1TH is None:
+            return functional.cross_entropy(logits, labels_T, reduction="sum", ignore_index=-100)
+        with torch.no_grad():
+            target = self.lm.head(teacher_1TH)[0].float().log_softmax(-1)
+        return functional.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True)
 
-    def sequence_losses(self, rows: Tensor, hidden: Tensor, weight: float, backward: bool) -> Tensor:
-        """Mean loss per predicted token over ``rows``, scaled by ``weight``; adds to ``hidden``'s
-        gradient."""
+    def head_loss(self, rows: Tensor, hidden: Tensor, weight: float, backward: bool) -> Tensor:
+        """``weight`` times the mean loss per predicted token of ``rows``; adds to ``hidden``'s gradient.
+
+        The head works on every position alone, so the batch is one long row of tokens to it.
+        """
         tokens = self.data.tokens[rows].to(self.lm.device)
-        length = tokens.shape[1]
-        predictions = len(rows) * (length if self.data.teacher is not None else length - 1)
+        labels = torch.full_like(tokens, -100)
+        labels[:, :-1] = tokens[:, 1:]
+        teacher = None if self.data.teacher is None else self.data.teacher.read(rows).flatten(0, 1)
+        predictions = tokens.numel() if teacher is not None else tokens.numel() - len(rows)
+        flat_TH, labels_T = hidden.flatten(0, 1), labels.flatten()
         total = torch.zeros((), device=self.lm.device)
-        for row in range(len(rows)):
-            teacher = None if self.data.teacher is None else self.data.teacher.read(rows[row : row + 1])
-            for start in range(0, length, HEAD_CHUNK_TOKENS):
-                part = slice(start, start + HEAD_CHUNK_TOKENS)
-                teacher_part = None if teacher is None else teacher[:, part]
-                loss = self.chunk_loss(hidden[row : row + 1, part], tokens[row], teacher_part, start)
-                loss = loss * (weight / predictions)
-                if backward:
-                    self.stepper.scale(loss).backward()
-                total += loss.detach()
+        for start in range(0, len(flat_TH), HEAD_CHUNK_TOKENS):
+            part = slice(start, start + HEAD_CHUNK_TOKENS)
+            teacher_part = None if teacher is None else teacher[None, part]
+            loss = self.chunk_loss(flat_TH[None, part], labels_T[part], teacher_part) * (weight / predictions)
+            if backward:
+                self.stepper.scale(loss).backward()
+            total += loss.detach()
         return total
 
     def micro_step(self, rows: Tensor, weight: float) -> Tensor:
@@ -150,7 +171,7 @@ class _EndToEndTrainer:
         hidden = self.hidden(self.data.tokens[rows].to(self.lm.device))
         # The head's gradient is collected here chunk by chunk, then sent through the blocks once.
         last = hidden.detach().requires_grad_(True)
-        loss = self.sequence_losses(rows, last, weight, backward=True)
+        loss = self.head_loss(rows, last, weight, backward=True)
         hidden.backward(last.grad)
         return loss
 
@@ -162,7 +183,7 @@ class _EndToEndTrainer:
         total = torch.zeros((), device=self.lm.device)
         for part in rows.split(self.config.micro_batch_size):
             hidden = self.hidden(self.data.tokens[part].to(self.lm.device))
-            total += self.sequence_losses(part, hidden, len(part) / len(rows), backward=False)
+            total += self.head_loss(part, hidden, len(part) / len(rows), backward=False)
         return total.item()
 
     def train(self, lr_factor: float) -> None:
@@ -223,7 +244,7 @@ class _EndToEndTrainer:
 
     def _end_of_epoch(self, step: int, steps: int, epoch: int, loss: Tensor) -> bool:
         """Validate and keep the best; True when this epoch improved (always, without validation)."""
-        self.stepper.check(step)
+        self.stepper.check(step, last=step == steps)
         val = self.validate()
         if val is None:
             return True
@@ -231,7 +252,7 @@ class _EndToEndTrainer:
         return self._keep_if_best(val)
 
     def _keep_if_best(self, val: float | None) -> bool:
-        if val is None or not (self.best_val is None or val < self.best_val):
+        if val is None or not val < (math.inf if self.best_val is None else self.best_val):
             return False
         self.best_val = val
         self.best = [p.detach().clone() for p in self.parameters]

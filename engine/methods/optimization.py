@@ -17,6 +17,9 @@ from engine.run.errors import NonFiniteError
 # A run of this many bad steps means that the weights themselves are bad, not one unlucky batch.
 BAD_STEPS_IN_A_ROW = 3
 MAX_ROLLBACKS = 2
+NON_FINITE_HINT = (
+    'check the model\'s weights, lower the learning rates, or use compute_dtype = "bfloat16" or "float32"'
+)
 
 
 class Progress(Protocol):
@@ -48,11 +51,12 @@ class Progress(Protocol):
 
 
 class Diverged(Exception):
-    """Three non-finite steps in a row; the caller decides whether to start over more gently."""
+    """Non-finite steps in a row; the caller decides whether to start over more gently."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, in_a_row: int) -> None:
         super().__init__(f"non-finite loss up to step {step}")
         self.step = step
+        self.in_a_row = in_a_row
 
 
 def cosine_factor(step: int, steps: int, final_fraction: float, warmup_steps: int = 0) -> float:
@@ -80,11 +84,10 @@ def with_rollback(
             restore()
             if rollbacks == MAX_ROLLBACKS:
                 raise NonFiniteError(
-                    f"the loss was not finite in {BAD_STEPS_IN_A_ROW} steps in a row (step {diverged.step}), "
+                    f"the loss was not finite in {diverged.in_a_row} steps in a row (step {diverged.step}), "
                     f"also after {MAX_ROLLBACKS} restarts at half the learning rate",
                     where=where,
-                    hint="check the model's weights, lower the learning rates, or use compute_dtype = "
-                    '"bfloat16" or "float32"',
+                    hint=NON_FINITE_HINT,
                 ) from None
             factor /= 2
             progress.warning(
@@ -139,6 +142,7 @@ class Stepper:
         )
         self.bad_in_a_row = torch.zeros((), device=device)
         self.worst_in_a_row = torch.zeros((), device=device)
+        self.steps = 0
         self.grad_norm = torch.zeros((), device=device)
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -160,6 +164,7 @@ class Stepper:
     @torch.no_grad()
     def step(self, loss: Tensor) -> None:
         """Apply the accumulated gradients unless ``loss`` or their norm is not finite; clears them."""
+        self.steps += 1
         scaling = self.scaler.is_enabled()
         if scaling:
             self.scaler.unscale_(self.optimizer)
@@ -182,10 +187,15 @@ class Stepper:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def check(self, step: int) -> None:
-        """Read the counter back; raises :class:`Diverged` after three bad steps in a row."""
-        if self.worst_in_a_row.item() >= BAD_STEPS_IN_A_ROW:
-            raise Diverged(step)
+    def check(self, step: int, *, last: bool = False) -> None:
+        """Read the counter back; raises :class:`Diverged` after three bad steps in a row.
+
+        A training may have fewer steps than that; then, at its ``last`` check, all of them bad are enough.
+        """
+        limit = min(BAD_STEPS_IN_A_ROW, self.steps) if last else BAD_STEPS_IN_A_ROW
+        worst = int(self.worst_in_a_row.item())
+        if worst >= limit:
+            raise Diverged(step, worst)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

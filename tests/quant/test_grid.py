@@ -57,7 +57,7 @@ def test_quantize_and_dequantize_match_plain_loops(bits: int, group: int) -> Non
 def reference_gradients(
     weight: Tensor, scale: Tensor, zero: Tensor, bits: int, upstream: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three formulas of METHOD section 1, element by element."""
+    """The three formulas of the grid, element by element."""
     size = weight.shape[1] // scale.shape[1]
     s = scale.repeat_interleave(size, 1)
     z = zero.repeat_interleave(size, 1)

@@ -1,4 +1,4 @@
-"""The bit stream of FORMATS-style packing: compared with one built from Python integers, bit by bit."""
+"""The bit stream of packed weights: compared with one built from Python integers, bit by bit."""
 
 from __future__ import annotations
 

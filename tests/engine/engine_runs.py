@@ -1,0 +1,190 @@
+"""Runs of the engine that take a second or two, in this process or in one of their own.
+
+The libraries take four seconds to import. So a process that a test may kill is forked from a server that has
+imported them already (``start``), unless the test is about starting (``start(..., module=True)``, which is
+what users get: ``python -m engine RUN_DIR``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engine.run import config as configs
+from engine.run import events, launch
+from engine.run.directory import RunDirectory
+
+WEIGHTS = "model.safetensors"
+E = TypeVar("E", bound=events.Event)
+
+# The smoke preset, shrunk: four blocks, every phase, about a second.
+SMALL: dict[str, object] = {
+    "grid.bits": 3,
+    "block_ap.sequences": 4,
+    "block_ap.val_sequences": 2,
+    "block_ap.batch_size": 2,
+    "block_ap.sequence_length": 16,
+    "block_ap.epochs": 1,
+    "e2e_qp.sequences": 4,
+    "e2e_qp.val_sequences": 2,
+    "e2e_qp.batch_size": 2,
+    "e2e_qp.micro_batch_size": 1,
+    "e2e_qp.sequence_length": 16,
+    "evaluation.windows": 4,
+    "evaluation.batch_size": 2,
+    "evaluation.sequence_length": 16,
+    "runtime.threads": 1,
+    "runtime.device": "cpu",
+}
+
+
+def make_run(runs_dir: Path, overrides: Mapping[str, object] | None = None) -> RunDirectory:
+    config = configs.load("smoke", overrides={**SMALL, **(overrides or {})})
+    return RunDirectory.create(runs_dir, config)
+
+
+def run_here(run: RunDirectory, *arguments: str) -> int:
+    """An attempt inside this process; its exit code."""
+    from engine.__main__ import main
+
+    return main([str(run.path), *arguments])
+
+
+def change(run: RunDirectory, **overrides: object) -> None:
+    """Edit the run's config.toml as a user would."""
+    run.config_toml.write_text(configs.to_toml(configs.apply_overrides(run.config(), overrides)))
+
+
+def local_model(folder: Path) -> Path:
+    """The random model of the smoke preset as a folder of files."""
+    from safetensors.torch import save_file
+
+    from engine.models.source import ModelSource
+
+    source = ModelSource.open(configs.load("smoke").model)
+    source.save_assets(folder)
+    save_file({name: source.weights.load(name) for name in source.weights.names()}, folder / WEIGHTS)
+    return folder
+
+
+# -- what a run left behind ----------------------------------------------------------------------------
+
+
+def log(run: RunDirectory) -> list[events.AnyEvent]:
+    return events.read_events(run.events_path)[0]
+
+
+def of(run: RunDirectory, kind: type[E], attempt: int | None = None) -> list[E]:
+    """Events of one kind."""
+    return [e for e in log(run) if isinstance(e, kind) and attempt in (None, e.attempt)]
+
+
+def output(run: RunDirectory) -> str:
+    """Everything that its processes printed."""
+    return "".join(path.read_text() for path in sorted(run.logs_dir.glob("*.log")))
+
+
+def exported(run: RunDirectory, name: str = "gptq_v2") -> dict[str, str]:
+    """SHA-256 of every file of an export."""
+    folder = run.export_dir / name
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert any(path.suffix == ".safetensors" for path in files), "there is no export"
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def failure(run: RunDirectory, code: int) -> events.Error:
+    """The one error of a run that failed because of the user's input, checked to be presentable."""
+    errors = of(run, events.Error)
+    assert len(errors) == 1, errors
+    error = errors[0]
+    finished = of(run, events.RunFinished)[-1]
+    assert (finished.outcome, finished.exit_code, error.exit_code) == ("failed", code, code), error
+    assert error.message
+    assert "\n" not in error.message + error.where + error.hint
+    assert "Traceback" not in output(run), output(run)
+    return error
+
+
+# -- processes -----------------------------------------------------------------------------------------
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.01)
+
+
+class Child:
+    """An engine process."""
+
+    def __init__(self, process: Any, run: RunDirectory) -> None:
+        self.process, self.run, self.pid = process, run, int(process.pid)
+
+    def code(self, seconds: float = 60.0) -> int:
+        """Wait for its end; negative for the signal that killed it."""
+        if isinstance(self.process, subprocess.Popen):
+            return self.process.wait(seconds)
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"still running; {output(self.run)}"
+        return int(self.process.exitcode)
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def alive(self) -> bool:
+        if isinstance(self.process, subprocess.Popen):
+            return self.process.poll() is None
+        return bool(self.process.is_alive())
+
+    def end(self) -> None:
+        if self.alive():
+            self.process.kill()
+        self.code()
+
+    def until(self, condition: Callable[[], object], seconds: float = 60.0) -> None:
+        """Wait for something that this process must bring about."""
+        wait_until(lambda: condition() or not self.alive(), seconds)
+        assert condition(), f"ended with {self.code()} before; {output(self.run)}"
+
+
+def start(run: RunDirectory, *, module: bool = False, largest_file: int | None = None) -> Child:
+    """An engine process on ``run``, its output in the run's log."""
+    if module:
+        pid = launch.launch(run)
+        return Child(launch._children[pid], run)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["engine.pipeline", "engine.reporter", "engine.telemetry"])
+    attempt = launch.next_attempt(run)
+    process = context.Process(target=_engine, args=(str(run.path), attempt, largest_file, dict(os.environ)))
+    process.start()
+    return Child(process, run)
+
+
+def _engine(path: str, attempt: int, largest_file: int | None, environment: dict[str, str]) -> None:
+    """The body of a forked engine process: what ``launch`` and ``python -m engine`` do, with warm imports."""
+    os.setsid()
+    os.environ.update(environment)
+    os.environ[launch.ATTEMPT_VARIABLE] = str(attempt)
+    run = RunDirectory.open(path)
+    descriptor = os.open(launch.log_path(run, attempt), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if largest_file is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    from engine.__main__ import main
+
+    code = main([path])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,285 @@
+"""The same on a GPU: equal bits where arithmetic is exact, close numbers where it is not, and whole runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from engine_runs import of, run_here
+from torch import Tensor
+
+from engine.data.activations import StoreKind, make_store
+from engine.data.sampler import BatchSampler
+from engine.methods.block_ap import BlockResult, Streams, train_block
+from engine.methods.optimization import Diverged
+from engine.models.causal_lm import CausalLM
+from engine.models.source import ModelSource
+from engine.quant.grid import fake_quantize, initial_range, quantize
+from engine.quant.packed import PackedLinear, PackedWeight
+from engine.quant.packing import bitpack, bitunpack
+from engine.run import config as configs
+from engine.run import events
+from engine.run.config import GridConfig
+from engine.run.directory import RunDirectory
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+Make = Callable[..., RunDirectory]
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+BITS = (2, 3, 4, 8)
+SHAPES = [(1, 32, 32), (5, 96, 32), (33, 64, 64), (7, 352, 352), (127, 1056, 32)]
+"""Outputs, inputs, group size; 352 and 1056 are no powers of two."""
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def weights(outputs: int, inputs: int, seed: int = 0) -> Tensor:
+    return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
+
+
+# -- grid and packing ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("outputs", "inputs", "group"), SHAPES)
+def test_packing_gives_the_same_words_and_back_the_same_values(
+    bits: int, outputs: int, inputs: int, group: int
+) -> None:
+    values = torch.randint(0, 2**bits, (outputs, inputs), dtype=torch.uint8)
+    words = bitpack(values, bits, dim=1)
+    assert torch.equal(bitpack(values.to(GPU), bits, dim=1).cpu(), words)
+    assert torch.equal(bitunpack(words.to(GPU), bits, dim=1).cpu(), values)
+    turned = values.t().contiguous()
+    assert torch.equal(bitpack(turned.to(GPU), bits, dim=0).cpu(), bitpack(turned, bits, dim=0))
+
+
+@pytest.mark.parametrize("method", ["minmax", "search"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+def test_the_initial_grid_and_its_integers_agree(bits: int, symmetric: bool, method: str) -> None:
+    for outputs, inputs, group in SHAPES:
+        weight = weights(outputs, inputs)
+        here, there = (
+            initial_range(weight.to(d), bits, group, symmetric=symmetric, method=method, norm=2.5)
+            for d in (CPU, GPU)
+        )
+        # The search compares sums; where two candidates are as good as equal, either may win.
+        same = torch.isclose(here[0], there[0].cpu(), rtol=1e-5)
+        assert same.float().mean() > (0.999 if method == "minmax" else 0.98)
+        assert torch.equal(here[1][same], there[1].cpu()[same])
+        codes = quantize(weight, *here, bits)
+        there_codes = quantize(weight.to(GPU), here[0].to(GPU), here[1].to(GPU), bits)
+        assert torch.equal(codes, there_codes.cpu())
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("outputs", "inputs", "group"), SHAPES)
+def test_fake_quantization_and_its_gradients_agree(bits: int, outputs: int, inputs: int, group: int) -> None:
+    results = []
+    for device in (CPU, GPU):
+        weight = weights(outputs, inputs).to(device).requires_grad_(True)
+        scale, zero = initial_range(
+            weights(outputs, inputs), bits, group, symmetric=False, method="minmax", norm=2.5
+        )
+        scale = (scale * 0.8).to(device).requires_grad_(True)  # some weights are clipped
+        zero = zero.to(device).requires_grad_(True)
+        out = fake_quantize(weight, scale, zero, bits)
+        (out * weights(outputs, inputs, seed=1).to(device)).sum().backward()
+        results.append([t.detach().cpu() for t in (out, weight.grad, scale.grad, zero.grad)])  # type: ignore[union-attr]
+    for here, there in zip(*results, strict=True):
+        torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-4)
+    assert torch.equal(results[0][1], results[1][1]), "which weights are clipped"
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("outputs", "inputs", "group"), SHAPES)
+def test_packed_linears_compute_and_differentiate_alike(
+    bits: int, outputs: int, inputs: int, group: int
+) -> None:
+    weight = weights(outputs, inputs)
+    scale, zero = initial_range(weight, bits, group, symmetric=False, method="minmax", norm=2.5)
+    packed = PackedWeight.from_codes(quantize(weight, scale, zero, bits), scale, zero, bits, False)
+    assert torch.equal(packed.to(GPU).codes().cpu(), packed.codes())
+    assert torch.equal(packed.to(GPU).dequantize().cpu(), packed.dequantize())
+    x, direction = weights(3, inputs, seed=2), weights(3, outputs, seed=3)
+    results = []
+    for device in (CPU, GPU):
+        linear = PackedLinear(packed.to(device), weights(1, outputs, seed=4)[0].to(device))
+        linear.scale.requires_grad_(True)
+        zeros = linear.train_zero_points()
+        given = x.to(device).requires_grad_(True)
+        out = linear(given)
+        out.backward(direction.to(device))
+        results.append([t.detach().cpu() for t in (out, given.grad, linear.scale.grad, zeros.grad)])  # type: ignore[union-attr]
+    for here, there in zip(*results, strict=True):
+        torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-3)
+
+
+# -- activations ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["device", "host", "disk"])
+def test_every_store_returns_what_was_written_last(
+    kind: StoreKind, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Reads are asynchronous copies; a slot that is overwritten at once must not show in what was read."""
+    data = torch.randn(24, 64, 32).to(dtype)
+    with make_store(kind, (24, 64, 32), dtype, GPU, path=tmp_path / "store.bin") as store:
+        for start in range(0, 24, 4):
+            store.write(start, data[start : start + 4].to(GPU))
+        for _, _, rows in BatchSampler(24, 4, 2, seed=0):
+            assert torch.equal(store.read(rows).cpu(), data[rows])
+        for _ in range(5):
+            for start in range(0, 24, 4):
+                old = store.read(slice(start, start + 4))
+                store.write(start, old + 1)
+                store.write(start, old)
+                assert torch.equal(store.read(slice(start, start + 4)), old)
+        assert torch.equal(store.read(slice(0, 24)).cpu(), data)
+        assert store.read([3]).device.type == GPU.type
+
+
+# -- training ------------------------------------------------------------------------------------------
+
+
+class Listening:
+    """Progress that reads every step back."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.losses: list[float] = []
+
+    def due(self) -> bool:
+        return True
+
+    def metric(self, *, loss: float, **rest: object) -> None:
+        self.losses.append(loss)
+
+    def warning(self, code: str, message: str, hint: str = "") -> None:
+        self.warnings.append(message)
+
+    def checkpoint_requested(self) -> None:
+        pass
+
+
+def trained_block(device: torch.device, dtype: torch.dtype, bits: int = 3) -> tuple[BlockResult, Listening]:
+    config = configs.resolve(configs.load("smoke"))
+    lm = CausalLM(ModelSource.open(config.model), device, torch.float32)
+    ids = torch.randint(0, lm.vocab_size, (20, 32), generator=torch.Generator().manual_seed(0))
+    stores = [make_store("device", (20, 32, lm.hidden_size), dtype, device) for _ in range(2)]
+    for store in stores:
+        store.write(0, lm.embed(ids.to(device)))
+    heard = Listening()
+    result = train_block(
+        lm,
+        0,
+        Streams(*stores, 16),
+        config.block_ap,
+        GridConfig(bits=bits, group_size=32),
+        seed=0,
+        dtype=dtype,
+        progress=heard,
+    )
+    return result, heard
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_block_trained_in_float32_matches_the_cpu(bits: int) -> None:
+    (here, heard_here), (there, heard_there) = (trained_block(d, torch.float32, bits) for d in (CPU, GPU))
+    assert there.initial_loss == pytest.approx(here.initial_loss, rel=1e-3)
+    assert there.final_loss == pytest.approx(here.final_loss, rel=2e-2)
+    assert heard_there.losses[0] == pytest.approx(heard_here.losses[0], rel=1e-3)
+    for name, weight in here.packed.linears.items():
+        same = (weight.codes() == there.packed.linears[name].codes().cpu()).float().mean()
+        assert same > 0.97, f"{name}: rounding turns tiny differences into whole steps, but rarely"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_arithmetic_trains_as_well_as_float32(dtype: torch.dtype) -> None:
+    exact, _ = trained_block(GPU, torch.float32)
+    result, heard = trained_block(GPU, dtype)
+    assert not heard.warnings
+    assert all(math.isfinite(loss) for loss in heard.losses)
+    assert result.final_loss < result.initial_loss
+    assert result.final_loss == pytest.approx(exact.final_loss, rel=0.15)
+
+
+def test_a_non_finite_step_is_found_on_the_device_and_not_applied() -> None:
+    from engine.methods.optimization import ParameterGroup, Stepper
+
+    parameter = torch.nn.Parameter(torch.ones(8, device=GPU))
+    stepper = Stepper(
+        [ParameterGroup("weights", [parameter], 0.1)],
+        weight_decay=0.0,
+        grad_clip=1.0,
+        device=GPU,
+        dtype=torch.float32,
+    )
+    for step in range(3):
+        loss = (parameter * math.nan).sum()
+        stepper.scale(loss).backward()
+        stepper.step(loss)
+        assert torch.equal(parameter.detach().cpu(), torch.ones(8))
+        if step < 2:
+            stepper.check(step)
+    with pytest.raises(Diverged):
+        stepper.check(2)
+
+
+# -- whole runs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "store"), [("auto", "device"), ("float32", "host"), ("float16", "disk"), ("bfloat16", "host")]
+)
+def test_a_whole_run_completes_on_the_gpu_and_agrees_with_the_cpu(make: Make, dtype: str, store: str) -> None:
+    settings = {"block_ap.sequences": 16, "block_ap.epochs": 2, "runtime.activation_store": store}
+    cpu = make(**settings)
+    assert run_here(cpu) == 0
+    gpu = make(
+        **settings,
+        **{"runtime.device": "cuda", "block_ap.compute_dtype": dtype, "e2e_qp.compute_dtype": dtype},
+    )
+    assert run_here(gpu) == 0, [e.message for e in of(gpu, events.Error)]
+    assert not [e for e in of(gpu, events.Warning) if e.code == "rollback"]
+    assert of(gpu, events.Export)[0].verified
+    here, there = ({e.stage: e.perplexity for e in of(run, events.Eval)} for run in (cpu, gpu))
+    for stage, value in here.items():
+        assert there[stage] == pytest.approx(value, rel=0.1), stage
+    for phase in of(gpu, events.PhaseFinished):
+        assert phase.peak_gpu_bytes
+    readings = [e for e in of(gpu, events.Memory) if e.gpu_total]
+    for reading in readings:
+        assert reading.gpu_peak is not None
+        assert reading.gpu_used is not None
+        assert reading.gpu_total is not None
+        assert 0 < reading.gpu_peak <= reading.gpu_used <= reading.gpu_total
+
+
+def test_the_same_run_twice_gives_the_same_file_with_deterministic_kernels(make: Make) -> None:
+    from engine_runs import exported
+
+    settings = {"runtime.device": "cuda", "runtime.deterministic": True}
+    first, second = make(**settings), make(**settings)
+    try:
+        assert run_here(first) == 0
+        assert run_here(second) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert exported(first) == exported(second)
+
+
+def test_a_device_that_is_not_there_is_refused(make: Make) -> None:
+    run = make(**{"runtime.device": f"cuda:{torch.cuda.device_count()}"})
+    assert run_here(run) == 3
+    assert of(run, events.Error)[0].where == "runtime.device"

@@ -1,0 +1,236 @@
+"""What the engine lets others see while it works: a heartbeat, an estimate, readings of the machine."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from engine_runs import Child, of
+
+from engine import reporter as reporters
+from engine.reporter import Reporter
+from engine.run import events
+from engine.run.directory import RunDirectory, Status, classify, read_status, run_state
+from engine.telemetry import Telemetry, peak_host_bytes, reset_peaks
+
+Make = Callable[..., RunDirectory]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run(make: Make) -> RunDirectory:
+    return make()
+
+
+@pytest.fixture
+def report(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reporter]:
+    """A reporter whose status is written twenty times a second instead of every two seconds."""
+    monkeypatch.setattr(reporters, "STATUS_SECONDS", 0.05)
+    made = Reporter(run, 1, CPU)
+    yield made
+    made.close()
+
+
+def status_after(run: RunDirectory, moment: float = 0.2) -> Status:
+    time.sleep(moment)
+    status = read_status(run)
+    assert status is not None
+    return status
+
+
+# -- a real run ----------------------------------------------------------------------------------------
+
+
+def test_while_an_engine_trains_its_heartbeat_its_estimate_and_its_readings_go_on(
+    make: Make, engine: Callable[..., Child]
+) -> None:
+    # Half a minute of training; after four beats of it there is nothing more to learn.
+    run = make(**{"block_ap.sequences": 16, "block_ap.epochs": 250})
+    child = engine(run)
+    seen: dict[float, Status] = {}
+
+    def enough() -> bool:
+        status = read_status(run)
+        if status is not None and status.phase == "block_ap" and run_state(run) == "running":
+            seen.setdefault(status.heartbeat, status)
+        return len(seen) >= 4
+
+    child.until(enough)
+    child.send(signal.SIGTERM)
+    assert child.code() == 75
+
+    beats = sorted(seen)
+    assert max(b - a for a, b in itertools.pairwise(beats)) < 10
+    assert all(status.pid == child.pid for status in seen.values())
+    assert all(status.events_dropped == 0 for status in seen.values())
+    estimates = [seen[beat].eta_s for beat in beats if seen[beat].step]
+    assert len(estimates) >= 3
+    assert all(eta is not None and 0 < eta < 3600 for eta in estimates)
+    assert estimates[-1] < estimates[0] * 1.1  # type: ignore[operator]
+
+    started, finished = of(run, events.RunStarted)[0], of(run, events.RunFinished)[0]
+    seconds = finished.mono - started.mono
+    readings = of(run, events.Memory)
+    assert 0.6 * seconds - 1 <= len(readings) <= 1.2 * seconds + 1, "about one a second"
+    for reading in readings:
+        assert reading.host_used is not None
+        assert reading.host_peak is not None
+        assert 0 < reading.host_used <= 1.05 * reading.host_peak
+        assert reading.host_available
+        assert reading.disk_free
+        assert reading.gpu_used is None
+    for phase in of(run, events.PhaseFinished):
+        assert phase.peak_host_bytes is not None
+        assert phase.peak_host_bytes > 50 << 20
+        assert phase.peak_gpu_bytes is None
+        assert phase.seconds > 0
+    metrics = of(run, events.Metric)
+    assert all(m.tokens_per_second for m in metrics if m.lr)
+    # Four a second, and the first and last of each block; a validation loss is never left out.
+    steps = [m for m in metrics if m.val_loss is None]
+    blocks = len(of(run, events.BlockStarted))
+    assert len(steps) <= 4 * (metrics[-1].mono - metrics[0].mono) + 3 * blocks
+
+
+# -- heartbeat -----------------------------------------------------------------------------------------
+
+
+def test_a_loop_that_no_longer_beats_is_seen_although_the_status_is_still_written(
+    run: RunDirectory, report: Reporter
+) -> None:
+    report.checkpoint_requested()
+    first = status_after(run)
+    later = status_after(run, 0.3)
+    assert later.heartbeat == first.heartbeat, "the thread that writes the status must not beat for the loop"
+    report.checkpoint_requested()
+    assert status_after(run).heartbeat > first.heartbeat
+
+
+def test_an_announced_silence_is_not_taken_for_a_hang(run: RunDirectory, report: Reporter) -> None:
+    def seen_as(status: Status, silence: float) -> str:
+        return classify(
+            lock_held=True,
+            heartbeat_age=silence,
+            grace=status.grace_s,
+            finish_outcome=None,
+            ever_started=True,
+        )
+
+    report.expect_silence(600)
+    assert seen_as(status_after(run), 500) == "running"
+    assert seen_as(status_after(run), 700) == "hung"
+    report.beat()
+    assert seen_as(status_after(run), 500) == "hung", "it counts until the next beat"
+    report.expect_silence(1)
+    assert seen_as(status_after(run), 30) == "running", "never less patient than usual"
+
+
+# -- estimate ------------------------------------------------------------------------------------------
+
+
+def test_the_estimate_is_none_before_the_first_step_then_falls_as_steps_are_made(report: Reporter) -> None:
+    report.begin(["prepare", "block_ap", "export"], {"prepare": 0.01, "block_ap": 0.4, "export": 0.1})
+    with report.phase("prepare"):
+        assert report.eta_seconds() is None
+    estimates = []
+    with report.phase("block_ap"):
+        for block in range(2):
+            report.block_started(block, 2)
+            for step in range(1, 5):
+                time.sleep(0.05)
+                report.metric(step=step, steps=4, epoch=0, loss=1.0)
+                estimates.append(report.eta_seconds())
+            report.block_finished()
+    found = [eta for eta in estimates if eta is not None]
+    assert len(found) == 8
+    assert all(math.isfinite(eta) and eta >= 0 for eta in found)
+    assert found[-1] < found[0]
+    # Half of the phase took 0.2 s: 0.2 s are left of it, and an export that was planned as a quarter of it.
+    assert 0.15 < found[3] < 0.9
+
+
+def test_blocks_that_were_restored_do_not_make_the_rest_look_quick(report: Reporter) -> None:
+    report.begin(["block_ap"], {"block_ap": 10.0})
+    with report.phase("block_ap"):
+        for block in range(8):
+            report.block_started(block, 10)
+            report.block_finished(restored=True)
+        report.block_started(8, 10)
+        assert report.eta_seconds() is None
+        time.sleep(0.4)
+        report.metric(step=2, steps=4, epoch=0, loss=1.0)
+        eta = report.eta_seconds()
+        assert eta is not None
+        # Half a block took 0.4 s, one and a half are left.
+        assert 0.9 < eta < 2.5
+
+
+def test_the_estimate_never_fails_whatever_the_phases_do(report: Reporter) -> None:
+    """It is computed by a thread while the loop goes on; an error there would end the heartbeat."""
+    done = threading.Event()
+    problems: list[BaseException] = []
+
+    def watch() -> None:
+        while not done.is_set():
+            try:
+                eta = report.eta_seconds()
+                assert eta is None or math.isfinite(eta)
+            except BaseException as error:
+                problems.append(error)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for attempt in range(3):
+        report.begin(list(events.PHASES), {} if attempt % 2 else dict.fromkeys(events.PHASES, 0.0))
+        for name in events.PHASES:
+            with report.phase(name):
+                report.block_started(0, 1)
+                report.metric(step=1, steps=1, epoch=0, loss=math.nan)
+                report.block_finished()
+        report.phase_seconds.clear()
+    done.set()
+    watcher.join()
+    assert not problems
+
+
+# -- readings ------------------------------------------------------------------------------------------
+
+
+def test_peaks_belong_to_their_phase() -> None:
+    reset_peaks(CPU)
+    before = peak_host_bytes()
+    held = torch.ones(64 << 20, dtype=torch.uint8)
+    high = peak_host_bytes()
+    del held
+    assert high - before > 50 << 20
+    reset_peaks(CPU)
+    after = peak_host_bytes()
+    if after >= high:
+        pytest.skip("this system does not let a process reset its peak")
+    assert high - after > 30 << 20
+
+
+def test_readings_come_once_a_second_until_it_is_closed(tmp_path: Path) -> None:
+    heard: list[events.Memory] = []
+    telemetry = Telemetry(CPU, tmp_path, heard.append)
+    time.sleep(3.4)
+    telemetry.close()
+    count = len(heard)
+    assert 2 <= count <= 4
+    time.sleep(1.2)
+    assert len(heard) == count
+
+
+def test_where_it_is_can_be_said_in_words(report: Reporter) -> None:
+    report.begin(["block_ap"], {})
+    with report.phase("block_ap"):
+        report.block_started(3, 10)
+        report.metric(step=7, steps=32, epoch=0, loss=1.0)
+        assert report.position() == "block_ap, block 3, step 7 of 32"

@@ -1,0 +1,254 @@
+"""Stopped, killed, started again: nothing finished is done twice, and the result is the same to the bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from engine_runs import Child, change, exported, failure, make_run, of, output, run_here
+
+from engine.run import control, events
+from engine.run.directory import RunDirectory, run_state
+from engine.run.state import load_state
+
+Make = Callable[..., RunDirectory]
+Engine = Callable[..., Child]
+
+# Slow enough that a block takes a third of a second and end-to-end training two: time to interfere.
+SLOW = {"block_ap.sequences": 16, "block_ap.epochs": 8, "e2e_qp.sequences": 12, "e2e_qp.epochs": 5}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What SLOW exports when nobody interferes."""
+    run = make_run(tmp_path_factory.mktemp("runs"), SLOW)
+    assert run_here(run) == 0
+    return exported(run)
+
+
+def finished_blocks(run: RunDirectory) -> list[int]:
+    return [e.block for e in of(run, events.BlockFinished)]
+
+
+def training(run: RunDirectory, phase: str) -> bool:
+    return any(e.phase == phase for e in of(run, events.Metric))
+
+
+# -- killed --------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_continues_and_its_export_is_identical_to_the_bit(
+    make: Make, engine: Engine, uninterrupted: dict[str, str]
+) -> None:
+    run = make(**SLOW)
+    child = engine(run, module=True)
+    child.until(lambda: 1 in finished_blocks(run))
+    child.send(signal.SIGKILL)
+    assert child.code() == -signal.SIGKILL
+    assert run_state(run) == "crashed"
+    done = finished_blocks(run)
+    assert 1 in done
+    assert 3 not in done, "it was killed too late to test anything"
+
+    assert run_here(run) == 0
+    assert exported(run) == uninterrupted
+    again = of(run, events.BlockFinished, attempt=2)
+    assert [e.block for e in again] == [0, 1, 2, 3]
+    assert [e.block for e in again if e.restored][: len(done)] == done
+    assert not again[3].restored
+    losses = {e.block: e.final_loss for e in of(run, events.BlockFinished, attempt=1)}
+    assert all(e.final_loss == losses[e.block] for e in again if e.block in losses)
+    trained = {e.block for e in of(run, events.Metric, attempt=2) if e.phase == "block_ap"}
+    assert trained.isdisjoint(done), "a finished block was trained again"
+    assert load_state(run).outcome == "done"
+
+
+def test_killed_in_the_middle_of_end_to_end_training_it_trains_no_block_again(
+    make: Make, engine: Engine, uninterrupted: dict[str, str]
+) -> None:
+    run = make(**SLOW)
+    child = engine(run)
+    child.until(lambda: training(run, "e2e_qp"))
+    child.send(signal.SIGKILL)
+    child.code()
+    assert run_state(run) == "crashed"
+    assert run_here(run) == 0
+    assert exported(run) == uninterrupted
+    assert {e.phase for e in of(run, events.Metric, attempt=2)} == {"e2e_qp"}
+    assert all(e.restored for e in of(run, events.BlockFinished, attempt=2))
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(
+    make: Make, engine: Engine, uninterrupted: dict[str, str]
+) -> None:
+    run = make(**SLOW)
+    for moment in (0.4, 0.9, 1.4):
+        child = engine(run)
+        child.until(lambda: run_state(run) == "running")
+        time.sleep(moment)
+        child.end()
+    assert run_here(run) == 0
+    assert exported(run) == uninterrupted
+
+
+def test_blocks_rounded_without_training_are_restored_too(make: Make) -> None:
+    settings = {"block_ap.enabled": False, "e2e_qp.enabled": False}
+    run, whole = make(**settings), make(**settings)
+    assert run_here(whole) == 0
+    control.request(run, "stop")
+    assert run_here(run) == 75
+    assert run_here(run) == 0
+    assert run_here(run) == 0
+    assert [e.restored for e in of(run, events.BlockFinished, attempt=3)] == [True] * 4
+    assert exported(run) == exported(whole)
+
+
+# -- asked to stop -------------------------------------------------------------------------------------
+
+
+def test_sigterm_stops_at_a_step_and_the_run_can_be_resumed(
+    make: Make, engine: Engine, uninterrupted: dict[str, str]
+) -> None:
+    run = make(**SLOW)
+    child = engine(run)
+    child.until(lambda: training(run, "block_ap"))
+    asked = time.monotonic()
+    child.send(signal.SIGTERM)
+    assert child.code() == 75
+    assert time.monotonic() - asked < 5
+    assert run_state(run) == "stopped"
+    assert of(run, events.RunFinished)[-1].exit_code == 75
+    assert not of(run, events.Error)
+    assert "Traceback" not in output(run)
+    assert run_here(run) == 0
+    assert run_state(run) == "done"
+    assert exported(run) == uninterrupted
+
+
+def test_a_signal_while_the_libraries_load_is_a_stop_and_not_a_crash(make: Make, engine: Engine) -> None:
+    run = make(**SLOW)
+    child = engine(run, module=True)
+    child.until(lambda: run_state(run) == "running")
+    assert not of(run, events.RunStarted)
+    child.send(signal.SIGTERM)
+    assert child.code() == 75
+    assert run_state(run) == "stopped"
+
+
+def test_a_second_signal_aborts(make: Make, engine: Engine) -> None:
+    run = make(**SLOW)
+    child = engine(run)
+    child.until(lambda: training(run, "block_ap"))
+    child.send(signal.SIGSTOP)  # so that both arrive before it can act on the first
+    child.send(signal.SIGINT)
+    child.send(signal.SIGTERM)
+    child.send(signal.SIGCONT)
+    assert child.code() == 143
+    finished = of(run, events.RunFinished)[-1]
+    assert (finished.outcome, finished.exit_code) == ("aborted", 143)
+    assert run_state(run) == "aborted"
+
+
+@pytest.mark.parametrize(("request_", "code", "state"), [("stop", 75, "stopped"), ("abort", 130, "aborted")])
+def test_a_request_in_the_control_directory_is_acknowledged_and_obeyed(
+    make: Make, engine: Engine, request_: control.Action, code: int, state: str
+) -> None:
+    run = make(**SLOW)
+    child = engine(run)
+    child.until(lambda: training(run, "block_ap"))
+    number = control.request(run, request_)
+    assert child.code() == code
+    assert run_state(run) == state
+    assert [(e.request, e.id) for e in of(run, events.ControlAck)] == [(request_, number)]
+    assert not control.pending(run)
+
+
+def test_a_stop_is_heard_in_evaluation_and_export_and_leaves_no_half_export(make: Make) -> None:
+    run = make()
+    assert run_here(make()) == 0  # tokens are cached now, so the request below is not seen while drawing
+    control.request(run, "stop")
+    assert run_here(run) == 75
+    assert not list(run.export_dir.iterdir())
+    assert run_here(run) == 0
+    assert [path.name for path in run.export_dir.iterdir()] == ["gptq_v2"]
+
+
+# -- continued with something else ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("block_ap.epochs", 2, ("1", "2")),
+        ("grid.bits", 4, ("3", "4")),
+        ("runtime.seed", 7, ("0", "7")),
+        ("evaluation.windows", 3, ("4", "3")),
+    ],
+)
+def test_a_changed_setting_is_refused_by_name(
+    make: Make, field: str, value: object, words: tuple[str, ...]
+) -> None:
+    run = make()
+    assert run_here(run) == 0
+    before = {path: path.read_bytes() for path in run.checkpoints_dir.rglob("*") if path.is_file()}
+    change(run, **{field: value})
+    assert run_here(run) == 8
+    error = failure(run, 8)
+    assert error.where == field
+    for word in words:
+        assert word in error.message
+    after = {path: path.read_bytes() for path in run.checkpoints_dir.rglob("*") if path.is_file()}
+    assert after == before, "a refused attempt must not touch the checkpoints"
+
+
+def test_settings_that_decide_nothing_may_change(make: Make) -> None:
+    run = make()
+    assert run_here(run) == 0
+    before = exported(run)
+    change(run, **{"runtime.activation_store": "disk", "name": "renamed"})
+    assert run_here(run) == 0
+    assert exported(run)["model.safetensors"] == before["model.safetensors"]
+
+
+def test_changed_text_is_refused(make: Make, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"{n} times {m} is {n * m}." for n in range(40) for m in range(40)))
+    run = make(**{"data.source": str(text)})
+    assert run_here(run) == 0
+    text.write_text(text.read_text().replace("times", "plus"))
+    assert run_here(run) == 8
+    assert failure(run, 8).where == "data"
+
+
+def test_a_changed_model_is_refused(make: Make, stories: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in stories.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    settings = {"model.source": str(model), "grid.bits": 8, "grid.group_size": -1}
+    run = make(**settings, **{"block_ap.enabled": False, "e2e_qp.enabled": False})
+    assert run_here(run) == 0
+    config = json.loads((model / "config.json").read_text())
+    config["rms_norm_eps"] = 1e-3
+    (model / "config.json").write_text(json.dumps(config))
+    assert run_here(run) == 8
+    assert failure(run, 8).where == "model"
+
+
+def test_only_one_engine_works_on_a_run_and_the_second_is_told_who(
+    make: Make, engine: Engine, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = make(**SLOW)
+    child = engine(run)
+    child.until(lambda: training(run, "block_ap"))
+    assert run_here(run) == 3
+    said = capfd.readouterr().err
+    assert f"process {child.pid}" in said
+    assert len(said.strip().splitlines()) == 1
+    assert not of(run, events.Error)
+    assert not of(run, events.RunFinished)
+    assert child.alive()
