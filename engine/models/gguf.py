@@ -26,6 +26,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from engine.models.weights import read_exactly
 from engine.run.errors import PreflightError
+from engine.run.headers import read_gguf_header
 
 SLICE_BYTES = 8 << 20
 ROPE_DIVISORS = "rope_freqs.weight"
@@ -68,9 +69,8 @@ class GGUFReader:
         import gguf
 
         self.file = file
-        header = _open(file)
-        field = header.get_field("general.architecture")
-        self.architecture = str(field.contents()) if field is not None else "unknown"
+        header = read_gguf_header(file)
+        self.architecture = str(header.metadata.get("general.architecture", "unknown"))
         if self.architecture not in MODEL_TYPES:
             raise PreflightError(
                 f"GGUF architecture {self.architecture!r} is not supported",
@@ -78,24 +78,18 @@ class GGUFReader:
                 hint=f"supported are {', '.join(MODEL_TYPES)}; or use the model's safetensors checkpoint",
             )
         self._tensors = {
-            tensor.name: GGUFTensor(
-                int(tensor.data_offset),
-                int(tensor.n_bytes),
-                tensor.tensor_type,
-                tuple(int(n) for n in reversed(tensor.shape)),
-            )
-            for tensor in header.tensors
+            name: GGUFTensor(info.start, info.nbytes, gguf.GGMLQuantizationType[info.dtype], info.shape)
+            for name, info in header.tensors.items()
         }
-        # The parsed header maps the file and holds every token as an object of its own: it must go.
         self.metadata = {
-            name.removeprefix(f"{self.architecture}."): header.fields[name].contents()
-            for name in header.fields
+            name.removeprefix(f"{self.architecture}."): value
+            for name, value in header.metadata.items()
             if name.startswith(f"{self.architecture}.")
         }
         self.special_tokens = {
-            token: int(header.fields[name].contents())
+            token: int(header.metadata[name])
             for token in ("bos", "eos", "padding")
-            if (name := f"tokenizer.ggml.{token}_token_id") in header.fields
+            if (name := f"tokenizer.ggml.{token}_token_id") in header.metadata
         }
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
         self._map = gguf.get_tensor_name_map(arch, self.number("block_count"))
@@ -212,24 +206,6 @@ def _to_float(raw: np.ndarray, kind: Any, file: Path) -> np.ndarray:
             f"GGUF quantization {kind.name} cannot be read",
             where=str(file),
             hint="use a file of type F16, BF16, Q8_0, Q6_K or Q4_K, or the safetensors checkpoint",
-        ) from error
-
-
-def _open(file: Path) -> Any:
-    """The parsed header, with the file's size checked against every tensor."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise PreflightError(
-            "reading a GGUF file needs the gguf package", where=str(file), hint="pip install gguf"
-        ) from error
-    try:
-        return gguf.GGUFReader(str(file))
-    except OSError as error:
-        raise PreflightError(f"cannot be read: {error.strerror}", where=str(file)) from error
-    except (ValueError, IndexError, KeyError, OverflowError, TypeError) as error:
-        raise PreflightError(
-            "the file is damaged, cut off or not a GGUF file", where=str(file), hint="download it again"
         ) from error
 
 

@@ -26,7 +26,7 @@ class EqatError(Exception):
     """A failure the user can act on: shown as one line, never as a traceback.
 
     ``message`` says what is wrong, ``where`` names the field, file, layer or step, ``hint`` says what
-    to do about it, and ``exit_code`` is the documented code of DESIGN's table.
+    to do about it, and ``exit_code`` is one of those the README lists.
     """
 
     def __init__(self, message: str, *, exit_code: ExitCode, where: str = "", hint: str = "") -> None:

@@ -34,6 +34,12 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     heap_overhead: float = 1.3
     """Resident over live bytes of CPU activations: a block's tensors are below malloc's mmap threshold and
     fragment its heap. Measured on SmolLM2 blocks, 1024 to 4096 tokens."""
+    checkpoint_holes: float = 1.1
+    """Recomputing blocks keeps one small tensor of each between large ones that come and go, which leaves
+    holes in malloc's heap: this many times a block's widest temporaries, for every block. Measured on
+    SmolLM2 with 256 to 2048 tokens; a GPU's allocator does not do this."""
+    mmap_threshold: int = 32 * MIB
+    """Larger CPU tensors bypass the heap, and leave no holes."""
 
     # Memory of training
     fake_quant_tensors: int = 5
@@ -69,7 +75,7 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     parallel_efficiency: float = 0.9
     """Gain of each core after the first."""
 
-    # Time on a GPU (one H200, torch 2.11; see METHOD)
+    # Time on a GPU (one H200, torch 2.11)
     gpu_step_bytes: float = 400.0
     """Memory traffic of fake quantization and AdamW, for every weight and step, eager: of 27.5 ms for a
     7B-shaped block at 2 x 2048, 20 ms are left over by matrix products and attention."""
@@ -105,7 +111,7 @@ GPU_RATES: dict[str, tuple[float, float]] = {
     "V100": (90e12, 0.75e12),
     "T4": (40e12, 0.25e12),
 }
-"""H200 measured (METHOD, section 4); the others are about 80 % of the data sheet."""
+"""H200 measured; the others are about 80 % of the data sheet."""
 UNKNOWN_GPU = (60e12, 0.5e12)
 
 

@@ -15,6 +15,7 @@ of the file, data missing at the end, a shard that is not there) is a PreflightE
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import struct
 from pathlib import Path
@@ -26,11 +27,13 @@ from engine.run.errors import PreflightError
 
 
 class TensorInfo(msgspec.Struct, frozen=True):
-    """Shape, stored type and stored size of one tensor."""
+    """Shape, stored type, stored size and place of one tensor."""
 
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
+    start: int = 0
+    """First byte in the file; only GGUF headers say."""
 
     @property
     def elements(self) -> int:
@@ -218,15 +221,14 @@ class _Parser:
                     metadata[key] = values
             else:
                 metadata[key] = self.string() if kind == STRING else self.scalar(SCALAR_FORMATS[kind])
-        tensors: dict[str, TensorInfo] = {}
-        end = 0
-        for _ in range(tensor_count):
-            name, info, offset = self.tensor()
-            tensors[name] = info
-            end = max(end, offset + info.nbytes)
+        relative = dict(self.tensor() for _ in range(tensor_count))
         alignment = int(metadata.get("general.alignment", 32))
         start = -(-self.offset // alignment) * alignment
-        return GGUFHeader(metadata, lengths, tensors), start + end
+        tensors = {
+            name: msgspec.structs.replace(info, start=start + info.start) for name, info in relative.items()
+        }
+        end = max((info.start + info.nbytes for info in tensors.values()), default=start)
+        return GGUFHeader(metadata, lengths, tensors), end
 
     def array(self) -> tuple[list[Any] | None, int]:
         """A short array of numbers as a list; of any other only its length."""
@@ -252,12 +254,13 @@ class _Parser:
             offset += 8 + unpack(view, offset)[0]
         self.offset = offset
 
-    def tensor(self) -> tuple[str, TensorInfo, int]:
+    def tensor(self) -> tuple[str, TensorInfo]:
+        """Name and record; its ``start`` is still relative to the end of the header."""
         name = self.string()
         dimensions = [self.scalar("Q") for _ in range(self.scalar("I"))]
         kind, offset = self.scalar("I"), self.scalar("Q")
         if kind not in GGML_TYPES:
             raise ValueError(f"tensor {name} has the unknown GGML type {kind}")
         label, weights, size = GGML_TYPES[kind]
-        info = TensorInfo(tuple(reversed(dimensions)), label, 0)
-        return name, TensorInfo(info.shape, label, info.elements // weights * size), offset
+        shape = tuple(reversed(dimensions))
+        return name, TensorInfo(shape, label, math.prod(shape) // weights * size, offset)

@@ -152,7 +152,7 @@ def _e2e_qp(work: Workload, constants: Constants) -> dict[str, int]:
         work, section.micro_batch_size, section.sequence_length, compute, False, constants
     )
     inputs = arch.blocks * tokens * arch.hidden * compute
-    chunk = min(constants.head_tokens, section.sequence_length) * arch.vocab
+    chunk = min(constants.head_tokens, tokens) * arch.vocab
     tensors = constants.logits_kl if section.loss == "kl" else constants.logits_cross_entropy
     logits = chunk * (4 * tensors + (compute if compute < 4 else 0))
     backward = block + compute * tokens * 3 * arch.intermediate
@@ -164,8 +164,23 @@ def _e2e_qp(work: Workload, constants: Constants) -> dict[str, int]:
         + arch.blocks * (arch.norm_params_per_block + arch.bias_params_per_block) * work.model_bytes,
         "scales and optimizer": scales * (4 + kinds * (4 + 8 + 4 + 4 * copies)),
         "activations": kept + 3 * tokens * arch.hidden * compute,
-        "logits or one block's backward": max(logits, backward + largest * constants.unpack_bytes),
+        **_head_and_backward(work, logits, backward + largest * constants.unpack_bytes, constants),
     }
+
+
+def _head_and_backward(work: Workload, logits: int, backward: int, constants: Constants) -> dict[str, int]:
+    """The head's and the blocks' backward passes take turns: a GPU's allocator reuses the memory, the CPU's
+    heap keeps what blocks used while the logits, too large for it, are mapped beside it."""
+    if work.cuda:
+        return {"logits or one block's backward": max(logits, backward)}
+    section, arch = work.config.e2e_qp, work.arch
+    tokens = section.micro_batch_size * section.sequence_length
+    widest = 4 * tokens * arch.intermediate
+    holes = 0
+    if section.activation_checkpointing and widest < constants.mmap_threshold:
+        per_block = widest + 2 * 4 * tokens * arch.hidden
+        holes = int(constants.checkpoint_holes * arch.blocks * per_block)
+    return {"logits": logits, "one block's backward": backward, "holes in the heap": holes}
 
 
 def _evaluate(work: Workload, constants: Constants) -> dict[str, int]:
@@ -202,6 +217,7 @@ def _export(work: Workload, constants: Constants) -> dict[str, int]:
     logits = 2 * 512 * arch.vocab * 4 * 2
     return {
         "one block": 2 * work.model_bytes * arch.params_per_block,
+        "reloaded embeddings and head": work.model_bytes * arch.rest_params,
         "packing": largest * constants.unpack_bytes,
         "logits": logits,
         "one tensor at 16 bits": 2 * largest_tensor(arch),
