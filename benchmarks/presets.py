@@ -1,0 +1,94 @@
+"""Run presets from end to end and print what they reached: perplexity, time, memory against plan.
+
+    python benchmarks/presets.py demo demo-w2 --device cpu --device cuda --seed 0 --seed 1
+
+Each combination is one ordinary run (``eqat run``); the table at the end is read from ``eqat show --json``.
+Seeds show the noise of training, which is the measure for whether two devices agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+
+
+def eqat(*arguments: str, capture: bool = True) -> str:
+    command = [sys.executable, "-m", "eqat_tui", *arguments]
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE if capture else None, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} ended with {done.returncode}")
+    return done.stdout or ""
+
+
+def run(preset: str, device: str, seed: int, extra: list[str], runs_dir: Path) -> dict[str, Any]:
+    changes = [flag for change in extra for flag in ("--set", change)]
+    place = ["--runs-dir", str(runs_dir)]
+    eqat("run", preset, "--device", device, "--set", f"runtime.seed={seed}", *changes, *place)
+    return json.loads(eqat("show", "latest", "--json", *place))
+
+
+def plan_of(shown: dict[str, Any], runs_dir: Path) -> dict[str, Any]:
+    """The plan that the engine made, from the run's own events."""
+    lines = (runs_dir / shown["id"] / "events.jsonl").read_text().splitlines()
+    return next(event["plan"] for line in lines if (event := json.loads(line))["kind"] == "plan")
+
+
+def row(preset: str, device: str, seed: int, shown: dict[str, Any], plan: dict[str, Any]) -> list[str]:
+    perplexity = shown["perplexity"]
+    kind = "peak_gpu_bytes" if plan["device"] == "cuda" else "peak_host_bytes"
+    measured = max(phase[kind] or 0 for phase in shown["phases"])
+    predicted = max(phase[kind] or 0 for phase in plan["phases"])
+    seconds = {phase["name"]: phase["seconds"] for phase in shown["phases"]}
+    return [
+        preset,
+        device,
+        str(seed),
+        *(f"{perplexity[stage]:,.2f}" for stage in ("fp", "rtn", "block_ap", "e2e_qp")),
+        f"{perplexity['e2e_qp'] / perplexity['fp']:.3f}",
+        f"{seconds['block_ap']:.0f} + {seconds['e2e_qp']:.0f}",
+        f"{sum(seconds.values()):.0f}",
+        f"{measured / MIB:,.0f}",
+        f"{predicted / MIB:,.0f} ({predicted / measured - 1:+.0%})",
+        str(all(export["verified"] for export in shown["exports"])),
+    ]
+
+
+HEADER = [
+    *("preset", "device", "seed", "fp", "rtn", "Block-AP", "E2E-QP", "÷ fp"),
+    *("training s", "total s", "peak MiB", "planned MiB", "verified"),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("presets", nargs="+")
+    parser.add_argument("--device", action="append", dest="devices")
+    parser.add_argument("--seed", action="append", dest="seeds", type=int)
+    parser.add_argument("--set", action="append", dest="changes", default=[])
+    given = parser.parse_args()
+    rows, versions, devices = [], {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        runs_dir = Path(folder)
+        for preset in given.presets:
+            for device in given.devices or ["auto"]:
+                for seed in given.seeds or [0]:
+                    shown = run(preset, device, seed, given.changes, runs_dir)
+                    rows.append(row(preset, device, seed, shown, plan_of(shown, runs_dir)))
+                    manifest = json.loads((runs_dir / shown["id"] / "run.json").read_text())
+                    versions, devices[device] = manifest["versions"], manifest["device"]
+    print("\n| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
+    for cells in rows:
+        print("| " + " | ".join(cells) + " |")
+    named = ", ".join(f"{name} is {device}" for name, device in devices.items())
+    print(f"\n{named}; " + ", ".join(f"{name} {version}" for name, version in sorted(versions.items())))
+
+
+if __name__ == "__main__":
+    main()
