@@ -75,7 +75,10 @@ def test_the_initial_grid_and_its_integers_agree(bits: int, symmetric: bool, met
         # The search compares sums; where two candidates are as good as equal, either may win.
         same = torch.isclose(here[0], there[0].cpu(), rtol=1e-5)
         assert same.float().mean() > (0.999 if method == "minmax" else 0.98)
-        assert torch.equal(here[1][same], there[1].cpu()[same])
+        # A scale that differs in its last bit can round the zero point to the other side.
+        off = (here[1] - there[1].cpu()).abs()[same]
+        assert off.max() <= 1
+        assert (off == 0).float().mean() > 0.98
         codes = quantize(weight, *here, bits)
         there_codes = quantize(weight.to(GPU), here[0].to(GPU), here[1].to(GPU), bits)
         assert torch.equal(codes, there_codes.cpu())
@@ -116,7 +119,7 @@ def test_packed_linears_compute_and_differentiate_alike(
         linear = PackedLinear(packed.to(device), weights(1, outputs, seed=4)[0].to(device))
         linear.scale.requires_grad_(True)
         zeros = linear.train_zero_points()
-        given = x.to(device).requires_grad_(True)
+        given = x.detach().to(device, copy=True).requires_grad_(True)
         out = linear(given)
         out.backward(direction.to(device))
         results.append([t.detach().cpu() for t in (out, given.grad, linear.scale.grad, zeros.grad)])  # type: ignore[union-attr]
