@@ -23,15 +23,16 @@ def as_eqat_error(error: BaseException, position: str) -> EqatError:
             f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free now",
             exit_code=ExitCode.OUT_OF_MEMORY,
             where=position,
-            hint="resume with a smaller block_ap.batch_size or e2e_qp.micro_batch_size, or with "
-            'runtime.activation_store = "disk"; finished blocks are kept',
+            hint="start a new run with a smaller block_ap.batch_size or e2e_qp.micro_batch_size, or with "
+            'runtime.activation_store = "disk"; or free the GPU and resume: finished blocks are kept',
         )
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return EqatError(
             "out of host memory",
             exit_code=ExitCode.OUT_OF_MEMORY,
             where=position,
-            hint='use runtime.activation_store = "disk" or fewer sequences; finished blocks are kept',
+            hint='start a new run with runtime.activation_store = "disk" or fewer sequences, or free memory '
+            "and resume: finished blocks are kept",
         )
     if _is_disk_full(error):
         name = getattr(error, "filename", None)

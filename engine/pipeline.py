@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from engine import telemetry
 from engine.checkpoint import CheckpointStore
 from engine.data.activations import ActivationStore, make_store
+from engine.data.sampler import ALONE, World
 from engine.data.text import Part, corpus_name
 from engine.data.tokens import token_windows
 from engine.evaluation.perplexity import perplexity
@@ -56,7 +57,7 @@ from engine.run.config import (
 )
 from engine.run.directory import RunDirectory
 from engine.run.errors import UsageError
-from engine.run.plan import Plan
+from engine.run.plan import Plan, host_budget
 from engine.setup import device_name, package_versions
 
 # Part of the evaluation text on which exported and trained logits are compared.
@@ -94,6 +95,7 @@ class Pipeline:
     report: Reporter
     device: torch.device
     task: Literal["run", "eval", "export"] = "run"
+    world: World = ALONE
 
     source: ModelSource = field(init=False)
     lm: CausalLM = field(init=False)
@@ -256,6 +258,7 @@ class Pipeline:
                 batch_size=config.batch_size,
                 store_kind=self.plan.activation_store,
                 store_path=self.run.cache_dir / "evaluation.bin",
+                store_budget_bytes=host_budget(self.config, self.plan.machine) // 2,
                 on_progress=self.report.step,
                 should_stop=self._heartbeat,
             )
@@ -338,6 +341,7 @@ class Pipeline:
                     seed=_mix(self.config.runtime.seed, index),
                     dtype=dtype,
                     progress=self.report,
+                    world=self.world,
                 )
                 losses = {
                     "initial_loss": result.initial_loss,
@@ -371,11 +375,14 @@ class Pipeline:
             dtype,
             self.device,
             path=self.run.cache_dir / f"{name}.bin",
+            # Two streams live at the same time.
+            budget_bytes=host_budget(self.config, self.plan.machine) // 2,
         )
 
     @torch.no_grad()
     def _embed_into(self, tokens: Tensor, *stores: ActivationStore) -> None:
         for start in range(0, tokens.shape[0], self.config.block_ap.batch_size):
+            self.report.checkpoint_requested()
             rows = tokens[start : start + self.config.block_ap.batch_size]
             hidden = self.lm.embed(rows.to(self.device))
             for store in stores:
@@ -384,9 +391,9 @@ class Pipeline:
     def _replay(self, index: int, streams: Streams, dtype: torch.dtype) -> None:
         batch = self.config.block_ap.batch_size
         block = self.lm.load_block(index, dtype=torch.float32)
-        advance(self.lm, index, block, streams.full, batch, dtype)
+        advance(self.lm, index, block, streams.full, batch, dtype, self.report)
         self.packed(index).install(block)
-        advance(self.lm, index, block, streams.quantized, batch, dtype)
+        advance(self.lm, index, block, streams.quantized, batch, dtype, self.report)
         self.report.checkpoint_requested()
 
     def _keep_teacher(self, streams: Streams) -> None:
@@ -435,6 +442,7 @@ class Pipeline:
             seed=_mix(self.config.runtime.seed, self.lm.blocks),
             dtype=dtype,
             progress=self.report,
+            world=self.world,
         )
         for index, block in enumerate(blocks):
             trained = {
@@ -459,7 +467,7 @@ class Pipeline:
         self._embed_into(tokens, store)
         for index in range(self.lm.blocks):
             block = self.lm.load_block(index, dtype=torch.float32)
-            advance(self.lm, index, block, store, self.config.block_ap.batch_size, dtype)
+            advance(self.lm, index, block, store, self.config.block_ap.batch_size, dtype, self.report)
             self.report.checkpoint_requested()
         return store
 
@@ -490,7 +498,10 @@ class Pipeline:
                     bytes=written.bytes,
                     fp_bytes=written.fp_bytes,
                     bits_per_weight=written.bits_per_weight,
+                    logit_tolerance=verified.tolerance,
                     perplexity=verified.perplexity_packed,
+                    perplexity_trained=verified.perplexity_trained,
+                    tokens=verified.tokens,
                 )
             )
         shutil.rmtree(self.run.cache_dir, ignore_errors=True)
@@ -564,6 +575,7 @@ class Pipeline:
                 msgspec.structs.replace(config, runtime=RuntimeConfig(seed=config.runtime.seed))
             ),
             "perplexity": self.perplexities,
+            "versions": package_versions(),
             "evaluation": f"{corpus_name(config.evaluation.data)}, {evaluation.shape[0]} windows of "
             f"{evaluation.shape[1]} tokens",
         }

@@ -44,9 +44,9 @@ def error_event(error: EqatError) -> events.Error:
 class Reporter:
     """One attempt's voice. Create it once the lock is held; close it last."""
 
-    def __init__(self, run: RunDirectory, attempt: int, device: torch.device) -> None:
+    def __init__(self, run: RunDirectory, attempt: int, device: torch.device, rank: int = 0) -> None:
         self.run, self.attempt, self.device = run, attempt, device
-        self.events = events.EventWriter(run.events_path, attempt)
+        self.events = events.EventWriter(run.events_path, attempt, rank=rank)
         self.started = time.monotonic()
         self.phases: list[events.Phase] = []
         self.phase_seconds: dict[str, float] = {}

@@ -150,7 +150,10 @@ def plan(
 
 @app.command()
 def resume(run: Run, runs_dir: RunsDir = None, detach: Detach = False, as_json: Json = False) -> int:
-    """Go on with a run exactly where it was stopped, failed or crashed."""
+    """Go on with a run that was stopped, failed or crashed, behind its last finished block.
+
+    E2E-QP starts again from its beginning. The result is the same as without the interruption.
+    """
     from engine.run.directory import run_state
     from eqat_tui import actions
 
@@ -179,10 +182,10 @@ def attach(run: Run, runs_dir: RunsDir = None, as_json: Json = False) -> int:
 def stop(
     run: Run,
     runs_dir: RunsDir = None,
-    abort: Annotated[bool, typer.Option("--abort", help="Do not write a last checkpoint.")] = False,
+    abort: Annotated[bool, typer.Option("--abort", help="End with the exit code of an abort (130).")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Return when the engine is gone.")] = False,
 ) -> int:
-    """Ask a run to stop at its next step. eqat resume RUN goes on exactly there."""
+    """Ask a run to stop at its next step. eqat resume RUN goes on behind the last finished block."""
     from engine.run import control
     from engine.run.directory import run_state
     from eqat_tui import actions

@@ -318,10 +318,10 @@ def _allocate(store: ActivationStore, device: torch.device) -> Tensor:
 
 
 def _gather(data_NTH: Tensor, positions: Sequence[int], device: torch.device) -> Tensor:
-    """Rows of a tensor as a new tensor on the device: one copy, and none of it staged."""
-    if data_NTH.device.type == device.type:
-        chosen = torch.tensor(positions, dtype=torch.int64, device=data_NTH.device)
-        return data_NTH.index_select(0, chosen)
+    """Rows of a tensor as a new tensor on the device: one copy, and none of it staged.
+
+    Row by row, because a tensor of positions would have to reach the device first, and the host would wait.
+    """
     rows = torch.empty((len(positions), *data_NTH.shape[1:]), dtype=data_NTH.dtype, device=device)
     for target, index in enumerate(positions):
         rows[target].copy_(data_NTH[index], non_blocking=True)

@@ -8,7 +8,7 @@ bytes: no dates, durations or machine names.
 - ``base_model``: hub id or name of the quantized model
 - ``license``: licence identifier of the base model, passed on
 - ``command``: the exact command that made the run
-- ``perplexity``: ``{"fp", "rtn", "block_ap", "e2e_qp", "packed"}``, absent or None where not measured
+- ``perplexity``: ``{"fp", "rtn", "block_ap", "e2e_qp"}``, absent or None where not measured
 - ``evaluation``: one line: corpus, tokens, window length
 - ``method``: list of lines that say what was trained on what
 - ``config``: the run's configuration as TOML text
@@ -28,7 +28,6 @@ _STAGES = (
     ("rtn", "round to nearest"),
     ("block_ap", "after Block-AP"),
     ("e2e_qp", "after E2E-QP"),
-    ("packed", "this checkpoint, reloaded"),
 )
 
 _LOADING = """## Loading

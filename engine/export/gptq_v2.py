@@ -213,7 +213,7 @@ def auto_round_config(quantization: dict[str, Any], blocks_name: str) -> dict[st
 
 
 def write_card(directory: Path, result: ExportResult, card: dict[str, Any]) -> None:
-    """(Re)write ``README.md``, for instance once the export's own perplexity is known."""
+    """Write ``README.md``."""
     quantization = read_json(directory / "quantize_config.json")
     auto_round = auto_round_config(quantization, result.blocks_name)
     text = model_card(card, result=result, quantization=quantization, auto_round=auto_round)

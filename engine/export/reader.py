@@ -25,7 +25,6 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -186,11 +185,6 @@ class GPTQv2Reader:
             scale_OG=self.stored(f"{prefix}.scales").t().contiguous(),
             group_of_I=self.stored(f"{prefix}.g_idx"),
         )
-
-    @cached_property
-    def packed_bytes(self) -> int:
-        """Bytes of all safetensors files."""
-        return sum(path.stat().st_size for path in self.files())
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:

@@ -28,9 +28,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from engine.data.sampler import BatchSampler
+from engine.data.sampler import ALONE, BatchSampler, World
 from engine.methods.optimization import (
     NON_FINITE_HINT,
+    BestState,
     ParameterGroup,
     Progress,
     Stepper,
@@ -92,10 +93,20 @@ def distance(output: Tensor, target: Tensor, kind: str) -> Tensor:
 
 @torch.no_grad()
 def advance(
-    lm: CausalLM, index: int, block: nn.Module, stream: ActivationStore, batch: int, dtype: torch.dtype
+    lm: CausalLM,
+    index: int,
+    block: nn.Module,
+    stream: ActivationStore,
+    batch: int,
+    dtype: torch.dtype,
+    progress: Progress,
 ) -> None:
-    """Replace a stream by the block's output on it, batch by batch, in place."""
+    """Replace a stream by the block's output on it, batch by batch, in place.
+
+    A stop may come between two batches and leave the stream half advanced: it is rebuilt on resume.
+    """
     for start in range(0, stream.shape[0], batch):
+        progress.checkpoint_requested()
         rows = slice(start, min(start + batch, stream.shape[0]))
         with autocast(lm.device, dtype):
             stream.write(start, lm.run_block(block, index, stream.read(rows)))
@@ -111,6 +122,7 @@ def train_block(
     seed: int,
     dtype: torch.dtype,
     progress: Progress,
+    world: World = ALONE,
 ) -> BlockResult:
     """Quantize decoder block ``index`` and advance both streams past it.
 
@@ -121,12 +133,12 @@ def train_block(
         StopRequested: at a step boundary, after a stop was asked for.
     """
     block = lm.load_block(index, dtype=torch.float32)
-    advance(lm, index, block, streams.full, config.batch_size, dtype)
+    advance(lm, index, block, streams.full, config.batch_size, dtype, progress)
 
-    trainer = _BlockTrainer(lm, index, block, streams, config, grid, seed, dtype, progress)
+    trainer = _BlockTrainer(lm, index, block, streams, config, grid, seed, dtype, progress, world)
     initial = trainer.report_loss()
     if config.train:
-        with_rollback(trainer.train, progress, where=f"block {index}", restore=trainer.restore_start)
+        with_rollback(trainer.train, progress, where=f"block {index}", restore=trainer.state.restart)
     final = trainer.report_loss()
     if not math.isfinite(final):
         # Every later block would be trained on what this one puts out.
@@ -138,8 +150,8 @@ def train_block(
 
     packed = freeze_block(block, trainer.linears)
     packed.install(block)
-    advance(lm, index, block, streams.quantized, config.batch_size, dtype)
-    return BlockResult(packed, initial, final, trainer.best_val, trainer.steps_done)
+    advance(lm, index, block, streams.quantized, config.batch_size, dtype, progress)
+    return BlockResult(packed, initial, final, trainer.state.val_loss, trainer.steps_done)
 
 
 class _BlockTrainer:
@@ -156,25 +168,15 @@ class _BlockTrainer:
         seed: int,
         dtype: torch.dtype,
         progress: Progress,
+        world: World,
     ) -> None:
+        self.world = world
         self.lm, self.index, self.block, self.streams = lm, index, block, streams
         self.config, self.grid, self.seed, self.dtype, self.progress = config, grid, seed, dtype, progress
         self.linears = wrap_linears(block, lm.linear_names(index), grid)
         self.groups = _parameter_groups(block, self.linears, config)
-        self.parameters = [p for group in self.groups for p in group.parameters]
-        self.start = [p.detach().clone() for p in self.parameters]
-        self.best: list[Tensor] | None = None
-        self.best_val: float | None = None
+        self.state = BestState([p for group in self.groups for p in group.parameters])
         self.steps_done = 0
-
-    def restore_start(self) -> None:
-        self._load(self.start)
-        self.best = self.best_val = None
-
-    @torch.no_grad()
-    def _load(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
 
     def loss(self, rows: Tensor | slice) -> Tensor:
         with autocast(self.lm.device, self.dtype):
@@ -186,6 +188,7 @@ class _BlockTrainer:
         """Mean loss over sequences ``first`` to ``last``."""
         total = torch.zeros((), dtype=torch.float64, device=self.lm.device)
         for start in range(first, last, self.config.batch_size):
+            self.progress.checkpoint_requested()
             rows = slice(start, min(start + self.config.batch_size, last))
             total += self.loss(rows).double() * (rows.stop - rows.start)
         return total.item() / (last - first)
@@ -208,8 +211,8 @@ class _BlockTrainer:
             device=self.lm.device,
             dtype=self.dtype,
         )
-        sampler = BatchSampler(self.streams.train, config.batch_size, config.epochs, seed=self.seed)
-        self._keep_if_best(self.validate())
+        sampler = BatchSampler(self.streams.train, config.batch_size, config.epochs, self.seed, *self.world)
+        self.state.keep_if_best(self.validate())
         stale = 0
         for epoch, batches in _epochs(sampler):
             for step, rows in batches:
@@ -223,7 +226,7 @@ class _BlockTrainer:
                 self._after_step(stepper, step, sampler.steps, epoch, loss)
             stepper.check(step, last=step + 1 == sampler.steps)
             val = self.validate()
-            improved = self._keep_if_best(val)
+            improved = self.state.keep_if_best(val)
             if val is not None:
                 self.progress.metric(
                     step=step + 1, steps=sampler.steps, epoch=epoch, loss=loss.item(), val_loss=val
@@ -231,8 +234,7 @@ class _BlockTrainer:
             stale = 0 if improved else stale + 1
             if config.patience and val is not None and stale >= config.patience:
                 break
-        if self.best is not None:
-            self._load(self.best)
+        self.state.load_best()
 
     def _after_step(self, stepper: Stepper, step: int, steps: int, epoch: int, loss: Tensor) -> None:
         if self.progress.due():
@@ -247,13 +249,6 @@ class _BlockTrainer:
                 tokens=self.steps_done * self.config.batch_size * self.streams.full.shape[1],
             )
         self.progress.checkpoint_requested()
-
-    def _keep_if_best(self, val: float | None) -> bool:
-        if val is None or not val < (math.inf if self.best_val is None else self.best_val):
-            return False
-        self.best_val = val
-        self.best = [p.detach().clone() for p in self.parameters]
-        return True
 
 
 def _epochs(sampler: BatchSampler) -> Iterator[tuple[int, list[tuple[int, Tensor]]]]:

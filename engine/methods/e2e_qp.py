@@ -24,15 +24,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from engine.data.sampler import BatchSampler
+from engine.data.sampler import ALONE, BatchSampler, World
 from engine.methods.optimization import (
     NON_FINITE_HINT,
+    BestState,
     ParameterGroup,
     Progress,
     Stepper,
     cosine_factor,
     with_rollback,
 )
+from engine.quant.grid import RELATIVE_SCALE_FLOOR
 from engine.quant.packed import PackedLinear
 from engine.run.config import E2EQPConfig
 from engine.run.errors import NonFiniteError
@@ -76,6 +78,7 @@ def train_scales(
     seed: int,
     dtype: torch.dtype,
     progress: Progress,
+    world: World = ALONE,
 ) -> E2EResult:
     """Train the quantization parameters inside ``blocks`` (packed decoder blocks, on the device), in place.
 
@@ -83,15 +86,15 @@ def train_scales(
         NonFiniteError: if training diverges and two restarts at lower learning rates do not help.
         StopRequested: at a step boundary, after a stop was asked for.
     """
-    trainer = _EndToEndTrainer(lm, blocks, data, config, seed, dtype, progress)
-    with_rollback(trainer.train, progress, where="e2e_qp", restore=trainer.restore_start)
-    if trainer.initial_val is not None and trainer.best_val is None:
+    trainer = _EndToEndTrainer(lm, blocks, data, config, seed, dtype, progress, world)
+    with_rollback(trainer.train, progress, where="e2e_qp", restore=trainer.state.restart)
+    if trainer.initial_val is not None and trainer.state.val_loss is None:
         raise NonFiniteError(
             f"the validation loss is not finite after {trainer.steps_done} steps",
             where="e2e_qp",
             hint=NON_FINITE_HINT,
         )
-    return E2EResult(trainer.initial_val, trainer.best_val, trainer.steps_done)
+    return E2EResult(trainer.initial_val, trainer.state.val_loss, trainer.steps_done)
 
 
 class _EndToEndTrainer:
@@ -104,26 +107,19 @@ class _EndToEndTrainer:
         seed: int,
         dtype: torch.dtype,
         progress: Progress,
+        world: World,
     ) -> None:
+        self.world = world
         self.lm, self.blocks, self.data, self.config = lm, blocks, data, config
         self.seed, self.dtype, self.progress = seed, dtype, progress
         self.groups = _parameter_groups(blocks, config)
-        self.parameters = [p for group in self.groups for p in group.parameters]
-        self.floors = [p.detach() * 1e-2 for g in self.groups for p in g.parameters if g.kind == "scales"]
-        self.start = [p.detach().clone() for p in self.parameters]
-        self.best: list[Tensor] | None = None
+        self.state = BestState([p for group in self.groups for p in group.parameters])
+        starts = {id(p): value for p, value in zip(self.state.parameters, self.state.start, strict=True)}
+        layers = [m for block in blocks for m in block.modules() if isinstance(m, PackedLinear)]
+        # Each layer beside the scales it started from; none where they are not trained.
+        self.layers = [(layer, starts.get(id(layer.scale))) for layer in layers]
         self.initial_val: float | None = None
-        self.best_val: float | None = None
         self.steps_done = 0
-
-    def restore_start(self) -> None:
-        self._load(self.start)
-        self.best = self.best_val = None
-
-    @torch.no_grad()
-    def _load(self, values: list[Tensor]) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Last hidden states (before the final norm), ``[B, T, H]``."""
@@ -182,6 +178,7 @@ class _EndToEndTrainer:
             return None
         total = torch.zeros((), device=self.lm.device)
         for part in rows.split(self.config.micro_batch_size):
+            self.progress.checkpoint_requested()
             hidden = self.hidden(self.data.tokens[part].to(self.lm.device))
             total += self.head_loss(part, hidden, len(part) / len(rows), backward=False)
         return total.item()
@@ -195,10 +192,10 @@ class _EndToEndTrainer:
             device=self.lm.device,
             dtype=self.dtype,
         )
-        sampler = BatchSampler(self.data.train, config.batch_size, config.epochs, seed=self.seed)
+        sampler = BatchSampler(self.data.train, config.batch_size, config.epochs, self.seed, *self.world)
         warmup = math.ceil(config.warmup_fraction * sampler.steps)
         self.initial_val = self.validate()
-        self._keep_if_best(self.initial_val)
+        self.state.keep_if_best(self.initial_val)
         stale, last_epoch = 0, 0
         loss = torch.zeros((), device=self.lm.device)
         for epoch, step, rows in sampler:
@@ -219,14 +216,16 @@ class _EndToEndTrainer:
             self._after_step(step, sampler.steps, epoch, loss)
         else:
             self._end_of_epoch(sampler.steps, sampler.steps, last_epoch, loss)
-        if self.best is not None:
-            self._load(self.best)
+        self.state.load_best()
 
     @torch.no_grad()
     def _project(self) -> None:
-        scales = (p for g in self.groups for p in g.parameters if g.kind == "scales")
-        for scale, floor in zip(scales, self.floors, strict=True):
-            scale.copy_(torch.maximum(scale, floor))
+        """Bring scales and zero points back into their domain, so that what is trained can be saved."""
+        for layer, start in self.layers:
+            if start is not None:
+                layer.scale.copy_(torch.maximum(layer.scale, start * RELATIVE_SCALE_FLOOR))
+            if layer.zero_point.is_floating_point():
+                layer.zero_point.clamp_(0, 2**layer.bits - 1)
 
     def _after_step(self, step: int, steps: int, epoch: int, loss: Tensor) -> None:
         if self.progress.due():
@@ -249,14 +248,7 @@ class _EndToEndTrainer:
         if val is None:
             return True
         self.progress.metric(step=step, steps=steps, epoch=epoch, loss=loss.item(), val_loss=val)
-        return self._keep_if_best(val)
-
-    def _keep_if_best(self, val: float | None) -> bool:
-        if val is None or not val < (math.inf if self.best_val is None else self.best_val):
-            return False
-        self.best_val = val
-        self.best = [p.detach().clone() for p in self.parameters]
-        return True
+        return self.state.keep_if_best(val)
 
 
 def _parameter_groups(blocks: list[nn.Module], config: E2EQPConfig) -> list[ParameterGroup]:

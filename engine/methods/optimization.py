@@ -173,8 +173,13 @@ class Stepper:
         )
         if self.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, self.grad_norm)
-        loss_bad = (~torch.isfinite(loss.detach())).float().reshape(())
-        bad = loss_bad if scaling else (~torch.isfinite(self.grad_norm)).float().maximum(loss_bad)
+        bad_gradients = ~torch.isfinite(self.grad_norm)
+        if scaling:
+            # Gradients that overflow while the factor settles are expected; unscaled ones are not.
+            factor = self.scaler._get_scale_async()  # get_scale() would wait for the device
+            assert factor is not None, "the loss has not been scaled"
+            bad_gradients = bad_gradients & (factor <= 1)
+        bad = (bad_gradients | ~torch.isfinite(loss.detach())).float().reshape(())
         self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
         self.worst_in_a_row = torch.maximum(self.worst_in_a_row, self.bad_in_a_row)
         if scaling:
@@ -196,6 +201,41 @@ class Stepper:
         worst = int(self.worst_in_a_row.item())
         if worst >= limit:
             raise Diverged(step, worst)
+
+
+class BestState:
+    """The parameters' values at the start, and where they validated best."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.start = self._copy()
+        self.best: list[Tensor] | None = None
+        self.val_loss: float | None = None
+
+    def _copy(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def _load(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def keep_if_best(self, val_loss: float | None) -> bool:
+        """Remember the current values if ``val_loss`` is the lowest so far; whether it is."""
+        if val_loss is None or not val_loss < (math.inf if self.val_loss is None else self.val_loss):
+            return False
+        self.val_loss, self.best = val_loss, self._copy()
+        return True
+
+    def load_best(self) -> None:
+        """Put the best values in place; without any validation the current ones stay."""
+        if self.best is not None:
+            self._load(self.best)
+
+    def restart(self) -> None:
+        """Back to the start, as if nothing had been trained or validated."""
+        self._load(self.start)
+        self.best = self.val_loss = None
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.quant.grid import RELATIVE_SCALE_FLOOR, fake_quantize, initial_range, quantize
-from engine.quant.packed import PackedBlock, PackedWeight, replace_submodule
+from engine.quant.packed import PackedBlock, PackedWeight, replace_submodule, stored_scale
 from engine.run.config import GridConfig
 
 
@@ -57,7 +57,7 @@ class FakeQuantLinear(nn.Module):
         The scale is rounded to float16 before the integers are chosen, so that each weight goes to the
         nearest value that the saved file can express.
         """
-        scale = self.scale.to(torch.float16).float()
+        scale = stored_scale(self.scale).float()
         zero = self.zero_point.round()
         codes = quantize(self.weight, scale, zero, self.grid.bits)
         return PackedWeight.from_codes(codes, scale, zero, self.grid.bits, self.grid.symmetric)

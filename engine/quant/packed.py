@@ -19,6 +19,14 @@ from torch.nn import functional
 from engine.quant.grid import dequantize
 from engine.quant.packing import bitpack, bitunpack
 
+SMALLEST_STORED_SCALE, LARGEST_STORED_SCALE = 2.0**-24, 65504.0
+
+
+def stored_scale(scale: Tensor) -> Tensor:
+    """The scale as a file holds it: float16, and neither zero nor infinite where rounding would make it
+    so."""
+    return scale.clamp(SMALLEST_STORED_SCALE, LARGEST_STORED_SCALE).to(torch.float16)
+
 
 @dataclass(frozen=True)
 class PackedWeight:
@@ -42,7 +50,7 @@ class PackedWeight:
         saved."""
         return cls(
             words=bitpack(codes_OI, bits, dim=1),
-            scale=scale_OG.to(torch.float16),
+            scale=stored_scale(scale_OG),
             zero_point=zero_point_OG.round().clamp(0, 2**bits - 1).to(torch.uint8),
             bits=bits,
             symmetric=symmetric,
@@ -209,7 +217,7 @@ class PackedBlock:
             )
             for name in sorted(names)
         }
-        others = {k.removeprefix("other."): t for k, t in tensors.items() if k.startswith("other.")}
+        others = {k.removeprefix("other."): tensors[k] for k in sorted(tensors) if k.startswith("other.")}
         return cls(linears, others)
 
     def install(self, block: nn.Module) -> nn.Module:

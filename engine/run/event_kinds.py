@@ -159,7 +159,12 @@ class Export(Event, frozen=True, kw_only=True, tag="export"):
     fp_bytes: int
     bits_per_weight: float
     max_logit_diff: float | None = None
+    logit_tolerance: float | None = None
     perplexity: float | None = None
+    perplexity_trained: float | None = None
+    tokens: int | None = None
+    """The two perplexities are those of the reloaded and of the trained model on this many tokens only: their
+    difference counts, not their size."""
 
 
 class ControlAck(Event, frozen=True, kw_only=True, tag="control.ack"):

@@ -155,11 +155,13 @@ class EventWriter:
         path: str | os.PathLike[str],
         attempt: int,
         *,
+        rank: int = 0,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.path = Path(path)
         self.attempt = attempt
+        self.rank = rank
         self.dropped = 0
         self._clock = clock
         self._monotonic = monotonic
@@ -178,7 +180,12 @@ class EventWriter:
             ) from error
 
     def emit(self, event: Event) -> None:
-        """Write ``event``; of metrics that come faster than four a second, the latest."""
+        """Write ``event``; of metrics that come faster than four a second, the latest.
+
+        Of several processes that train together only the first (rank 0) speaks.
+        """
+        if self.rank:
+            return
         with self._lock:
             if isinstance(event, Metric):
                 self._emit_metric(event)

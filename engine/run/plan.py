@@ -314,6 +314,10 @@ def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> It
             f"calibration and evaluation both use {corpus(config.data)}: the result will look better than "
             "on other text; evaluate on another corpus to compare models"
         )
+    if model.kind == "gguf" and model.stored_bytes and model.stored_bytes < 1.5 * arch.params:
+        yield (
+            "the GGUF file holds quantized weights already: full precision here means as good as this file"
+        )
     if not arch.exact:
         yield f"sizes of model type {arch.model_type!r} are estimated as if it were a Llama"
     if model.kind == "config":

@@ -66,8 +66,11 @@ def render(run: RunState, *, state: str, config: Mapping[str, Any] | None) -> di
                 "path": done.path,
                 "verified": done.verified,
                 "max_logit_diff": done.max_logit_diff,
+                "logit_tolerance": done.logit_tolerance,
                 "bytes": done.bytes,
                 "perplexity": done.perplexity,
+                "perplexity_trained": done.perplexity_trained,
+                "tokens": done.tokens,
             }
             for done in run.exports.values()
         ],

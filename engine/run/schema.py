@@ -90,9 +90,11 @@ class BlockAPConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     lr_scaling: LearningRateScaling = "relative"
     """``relative`` multiplies a learning rate by each linear's mean initial scale; ``absolute`` does not."""
     lr_weight: float | None = None
-    """Learning rate of weights and norms; none: 2e-5 (2 bits) or 1e-5 when absolute, 0.02 when relative."""
+    """Learning rate of weights (when absolute, of norms too); none: 2e-5 (2 bits) or 1e-5 when absolute, 0.02
+    when relative."""
     lr_quant: float | None = None
-    """Learning rate of scales and zero points; none: 1e-4 when absolute, 0.005 when relative."""
+    """Learning rate of scales and zero points (when relative, of norms too, times their mean); none: 1e-4
+    when absolute, 0.005 when relative."""
     lr_final_fraction: float = 0.05
     """The cosine schedule ends at this fraction of the initial learning rate."""
     weight_decay: float = 0.0

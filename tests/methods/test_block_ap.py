@@ -15,7 +15,7 @@ from torch.nn import functional
 from engine.data.activations import make_store
 from engine.data.sampler import BatchSampler
 from engine.methods.block_ap import Streams, distance, train_block
-from engine.methods.optimization import Stepper, cosine_factor
+from engine.methods.optimization import Diverged, ParameterGroup, Stepper, cosine_factor
 from engine.methods.rtn import round_to_nearest
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
@@ -326,8 +326,6 @@ def test_endless_divergence_ends_with_exit_code_5_naming_block_and_step(lm: Caus
 
 def test_a_skipped_step_leaves_parameters_and_moments_untouched() -> None:
     parameter = nn.Parameter(torch.ones(4))
-    from engine.methods.optimization import ParameterGroup
-
     stepper = Stepper(
         [ParameterGroup("weights", [parameter], 0.1)],
         weight_decay=0,
@@ -342,6 +340,35 @@ def test_a_skipped_step_leaves_parameters_and_moments_untouched() -> None:
         stepper.step(loss)
         assert torch.equal(before, parameter) == (factor != factor)
     assert stepper.optimizer.state[parameter]["step"].item() == 2
+
+
+def test_float16_gradients_that_stay_non_finite_count_once_the_scale_cannot_fall_further() -> None:
+    parameter = nn.Parameter(torch.ones(4))
+    stepper = Stepper(
+        [ParameterGroup("weights", [parameter], 0.1)],
+        weight_decay=0,
+        grad_clip=0,
+        device=CPU,
+        dtype=torch.float16,
+    )
+
+    def step_number(step: int) -> None:
+        # The loss is finite, its gradient is not: infinity less infinity in the chain rule at a root of 0.
+        loss = (parameter - parameter).sqrt().sum() + 1.0
+        stepper.scale(loss).backward()
+        stepper.step(loss)
+        stepper.check(step)
+
+    step = 0
+    try:
+        for step in range(60):
+            step_number(step)
+    except Diverged:
+        pass
+    else:
+        pytest.fail("60 steps without a finite gradient went unnoticed")
+    assert step > 10, "overflow while the scale settles is no divergence"
+    assert torch.equal(parameter, torch.ones(4))
 
 
 def test_a_stop_is_heard_at_a_step_boundary(lm: CausalLM) -> None:
