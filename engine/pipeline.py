@@ -15,8 +15,6 @@ streams are brought there by the same code that produced them, and then training
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -33,16 +31,23 @@ from engine import telemetry
 from engine.checkpoint import CheckpointStore
 from engine.data.activations import ActivationStore, make_store
 from engine.data.sampler import ALONE, World
-from engine.data.text import Part, corpus_name
-from engine.data.tokens import token_windows
+from engine.data.text import corpus_name
 from engine.evaluation.perplexity import perplexity
 from engine.export.gptq_v2 import export_gptq_v2
 from engine.export.verify import VerifyResult, verify_gptq_v2
 from engine.methods.block_ap import Streams, advance, train_block
-from engine.methods.e2e_qp import E2EData, train_scales
+from engine.methods.e2e_qp import E2EData, Teacher, positions, train_scales
 from engine.methods.rtn import round_to_nearest
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
+from engine.preparation import (
+    PREPARE_SILENCE,
+    Tokens,
+    deciding_fields,
+    digest,
+    draw_tokens,
+    write_manifest,
+)
 from engine.quant.packed import PackedBlock, PackedLinear, PackedWeight
 from engine.reporter import Reporter
 from engine.run import events
@@ -50,39 +55,16 @@ from engine.run.config import (
     GridConfig,
     RunConfig,
     RuntimeConfig,
-    config_hash,
     equivalent_command,
-    to_dict,
     to_toml,
 )
 from engine.run.directory import RunDirectory
 from engine.run.errors import UsageError
 from engine.run.plan import Plan, host_budget
-from engine.setup import device_name, package_versions
+from engine.setup import package_versions
 
 # Part of the evaluation text on which exported and trained logits are compared.
 VERIFY_WINDOWS, VERIFY_TOKENS = 2, 512
-# Seconds that a download, a long text to tokenize, or the check of a large checkpoint may take unheard.
-PREPARE_SILENCE = 600
-
-
-@dataclass
-class Tokens:
-    """Token windows of every use, int ``[N, T]``."""
-
-    block_ap: Tensor
-    block_ap_train: int
-    e2e_qp: Tensor
-    e2e_qp_train: int
-    evaluation: Tensor
-
-    def digest(self) -> str:
-        """SHA-256 of everything that is read."""
-        digest = hashlib.sha256()
-        for tokens in (self.block_ap, self.e2e_qp, self.evaluation):
-            digest.update(f"{tuple(tokens.shape)};".encode())
-            digest.update(tokens.to(torch.int32).contiguous().numpy().data)
-        return digest.hexdigest()
 
 
 @dataclass
@@ -165,84 +147,21 @@ class Pipeline:
         self.report.expect_silence(PREPARE_SILENCE)
         self.source = ModelSource.open(self.config.model)
         self.lm = CausalLM(self.source, self.device, compute_dtype("auto", self.device))
-        self.tokens = self._draw_tokens()
-        model, data = _digest(self.source.identity()), self.tokens.digest()
+        self.tokens = draw_tokens(self.config, self.source.tokenizer(), self.report)
+        model, data = digest(self.source.identity()), self.tokens.digest()
         self.report.expect_silence(PREPARE_SILENCE)
         self.checkpoint = CheckpointStore(
             self.run.checkpoints_dir,
-            {**_deciding_fields(self.config), "model": model, "data": data},
+            {**deciding_fields(self.config), "model": model, "data": data},
             on_damage=lambda message: self.report.warning("checkpoint", message),
         )
-        self._write_manifest({"config": config_hash(self.config), "model": model, "data": data})
+        write_manifest(self.run, self.config, self.source, self.device, data)
         if self.task != "run":
             self._require_finished()
         for stage in events.STAGES:
             known = self.checkpoint.fact(f"eval_{stage}")
             if known and known["perplexity"] is not None:
                 self.perplexities[stage] = known["perplexity"]
-
-    def _write_manifest(self, identity: dict[str, str]) -> None:
-        """``run.json``: what this run was made from. Written by the first attempt that gets this far."""
-        if self.run.run_json.exists():
-            return
-        self.run.write_manifest(
-            {
-                "schema": 1,
-                "id": self.run.id,
-                "command": equivalent_command(self.config),
-                "config": to_dict(self.config),
-                "identity": identity,
-                "model": self.source.identity(),
-                "data": {
-                    "calibration": corpus_name(self.config.data),
-                    "evaluation": corpus_name(self.config.evaluation.data),
-                },
-                "versions": package_versions(),
-                "device": device_name(self.device),
-            }
-        )
-
-    def _draw_tokens(self) -> Tokens:
-        config, tokenizer = self.config, self.source.tokenizer()
-
-        def draw(part: Part, sequences: int, length: int) -> Tensor:
-            if not sequences:
-                return torch.zeros((0, length), dtype=torch.long)
-            self.report.checkpoint_requested()
-            self.report.expect_silence(PREPARE_SILENCE)
-            return token_windows(
-                tokenizer,
-                config.data,
-                part,
-                sequences=sequences,
-                length=length,
-                seed=config.runtime.seed,
-                warn=self.report.warning,
-            )
-
-        def both(section: Any) -> Tensor:
-            if not section.enabled:
-                return torch.zeros((0, section.sequence_length), dtype=torch.long)
-            train = draw("train", section.sequences, section.sequence_length)
-            validation = draw("validation", section.val_sequences, section.sequence_length)
-            return torch.cat([train, validation])
-
-        evaluation = torch.zeros((0, config.evaluation.sequence_length), dtype=torch.long)
-        # Both trainings draw before the evaluation does: an empty or unfit calibration text is named first.
-        block_ap, e2e_qp = both(config.block_ap), both(config.e2e_qp)
-        if config.evaluation.enabled:
-            self.report.checkpoint_requested()
-            self.report.expect_silence(PREPARE_SILENCE)
-            evaluation = token_windows(
-                tokenizer,
-                config.evaluation.data,
-                "evaluation",
-                sequences=config.evaluation.windows,
-                length=config.evaluation.sequence_length,
-                seed=config.runtime.seed,
-                warn=self.report.warning,
-            )
-        return Tokens(block_ap, config.block_ap.sequences, e2e_qp, config.e2e_qp.sequences, evaluation)
 
     # Evaluation
 
@@ -409,7 +328,7 @@ class Pipeline:
         Block-AP's, where that contains it and is computed in the same arithmetic. A resumed run computes it
         anew from the same text in the same batches: in other batches, the last bits would be others.
         """
-        rows = _positions(self.tokens.e2e_qp, self.tokens.block_ap)
+        rows = positions(self.tokens.e2e_qp, self.tokens.block_ap)
         stream_dtype = compute_dtype(self.config.block_ap.compute_dtype, self.device)
         if rows is None or stream_dtype != self._e2e_dtype():
             return self.tokens.e2e_qp, None
@@ -581,27 +500,6 @@ class Pipeline:
         }
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """The full-precision model's last hidden states; ``rows`` says where each sequence lies in the store."""
-
-    store: ActivationStore
-    rows: Tensor | None
-
-    def read(self, rows: Tensor) -> Tensor:
-        """Hidden states of the given sequences."""
-        return self.store.read(rows if self.rows is None else self.rows[rows])
-
-
-def _positions(wanted: Tensor, present: Tensor) -> Tensor | None:
-    """Where each row of ``wanted`` is among the rows of ``present``; none unless all of them are there."""
-    if wanted.shape[1:] != present.shape[1:]:
-        return None
-    known = {row.numpy().tobytes(): index for index, row in enumerate(present.contiguous())}
-    found = [known.get(row.numpy().tobytes()) for row in wanted.contiguous()]
-    return None if None in found else torch.tensor(found)
-
-
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     """The torch dtype of a configured one; ``auto`` is bfloat16 on a GPU and float32 on the CPU."""
     if name == "auto":
@@ -613,27 +511,6 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _deciding_fields(config: RunConfig) -> dict[str, str]:
-    """The settings a checkpoint depends on, by name; what is exported and where it runs are none of them."""
-
-    def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-        for name, value in tree.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", json.dumps(value)
-
-    tree = to_dict(config)
-    for name in ("name", "description", "export"):
-        del tree[name]
-    tree["runtime"] = {"seed": config.runtime.seed}
-    return dict(flat(tree))
 
 
 def _mix(seed: int, index: int) -> int:

@@ -54,6 +54,27 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """The full-precision model's last hidden states; ``rows`` says where each sequence lies in the store."""
+
+    store: Rows
+    rows: Tensor | None
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Hidden states of the given sequences."""
+        return self.store.read(rows if self.rows is None else self.rows[rows])
+
+
+def positions(wanted: Tensor, present: Tensor) -> Tensor | None:
+    """Where each row of ``wanted`` is among the rows of ``present``; none unless all of them are there."""
+    if wanted.shape[1:] != present.shape[1:]:
+        return None
+    known = {row.numpy().tobytes(): index for index, row in enumerate(present.contiguous())}
+    found = [known.get(row.numpy().tobytes()) for row in wanted.contiguous()]
+    return None if None in found else torch.tensor(found)
+
+
+@dataclass(frozen=True)
 class E2EData:
     """Token windows ``[N, T]`` (training, then validation) and, for KL, the teacher's last hidden states."""
 
