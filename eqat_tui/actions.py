@@ -37,6 +37,8 @@ def print_plan(config: RunConfig, runs_dir: Path, *, as_json: bool) -> int:
     from eqat_tui.plan_text import plan_text
 
     plan = make_plan(config, runs_dir=runs_dir)
+    if any(problem.where == "runtime.device" for problem in plan.problems):
+        check(plan)  # without the device there is nothing to plan
     if as_json:
         print_json(plan.to_dict())
     else:
@@ -75,8 +77,8 @@ def follow(run: RunDirectory, *, engine: Callable[[], int] | None, as_json: bool
     shown = show(run)
     if as_json:
         print_json(shown)
-    else:
-        print(report(shown))
+    elif shown["exports"] or any(value is not None for value in shown["perplexity"].values()):
+        print(report(shown, with_error=False))  # the display has told the error
     if code == ExitCode.STOPPED:
         say(f"stopped; eqat resume {run.id} goes on")
     elif code == ExitCode.BUG:

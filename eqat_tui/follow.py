@@ -104,6 +104,9 @@ class Follower:
             return self._finished.exit_code
         # No last word, or one that the process then contradicted by how it ended.
         print_tail(self.run, code, self.display)
+        if code is None:
+            # Not our child, so how it ended is not known; nearly always it was killed.
+            return 128 + signal.SIGKILL
         return _shell_code(code) if code else int(ExitCode.BUG)
 
     def _tell_hung(self, hung: bool) -> None:
@@ -167,6 +170,8 @@ def print_tail(run: RunDirectory, code: int | None, display: Display, lines: int
         tail = [f"({error})"]
     for line in tail or ["(empty)"]:
         display.note(f"  {line}")
+    if code in (None, -signal.SIGKILL):
+        display.note("it was probably killed: by somebody, or by the kernel for want of memory (see dmesg)")
     display.note(f"what it had checkpointed is kept: eqat resume {run.id}")
 
 

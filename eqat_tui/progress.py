@@ -209,8 +209,7 @@ class LiveDisplay:
         first.add_column(no_wrap=True, justify="right")
         share = "" if done is None else f"{done:4.0%}  "
         left = "" if state.eta_s is None else f"  {format_clock(state.eta_s)} left"
-        elapsed = format_clock(time.monotonic() - self._begun)
-        first.add_row(Text(position(state), style="bold"), bar, Text(f"{share}{elapsed}{left}"))
+        first.add_row(Text(position(state), style="bold"), bar, Text(f"{share}{left.strip()}"))
         second = Text("  " + "   ".join(measurements(state)), style="dim", no_wrap=True, overflow="ellipsis")
         return Group(first, second)
 

@@ -18,7 +18,7 @@ from eqat_tui.words import STAGES, model_name, phase_name, stage_name
 Tree = Mapping[str, Any]
 
 
-def report(run: Tree) -> str:
+def report(run: Tree, *, with_error: bool = True) -> str:
     """The run's report: what it made, how good that is, what it cost."""
     parts = [title(run)]
     perplexities = perplexity_table(run["perplexity"])
@@ -26,7 +26,7 @@ def report(run: Tree) -> str:
         parts.append(perplexities)
     parts.append(key_values(facts(run)))
     problem = error_line(run)
-    if problem:
+    if problem and with_error:
         parts.append(problem)
     return "\n\n".join(parts)
 
@@ -71,7 +71,7 @@ def facts(run: Tree) -> dict[str, str]:
         ratio = size["fp"] / size["quantized"]
         before, after = format_bytes(size["fp"]), format_bytes(size["quantized"])
         lines["size"] = f"{before} → {after} ({format_number(ratio, 3)}× smaller)"
-    if run["bits_per_weight"] is not None:
+    if run["bits_per_weight"] is not None and run["exports"]:
         lines["bits per weight"] = f"{run['bits_per_weight']:.2f}"
     phases = [phase for phase in run["phases"] if phase["seconds"]]
     if phases:

@@ -20,7 +20,7 @@ import msgspec
 
 from engine.run.architecture import ModelDescription, describe, refuse
 from engine.run.config import DataConfig, RunConfig
-from engine.run.errors import PreflightError
+from engine.run.errors import DataError, PreflightError
 from engine.run.estimate import CONSTANTS, GIB, Store, Workload, sizes
 from engine.run.families import Architecture
 from engine.run.machine import Machine, detect
@@ -95,6 +95,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return result
 
 
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow", ".gz", ".zst")
+
+
 def make_plan(
     config: RunConfig,
     *,
@@ -108,7 +111,9 @@ def make_plan(
 
     Raises:
         PreflightError: for a model that is missing or cannot be quantized in this way.
+        DataError: for a local text file or folder that is not there.
     """
+    _check_local_text(config)
     model = describe(config.model.source, config.model.revision)
     refuse(model.architecture, model.config, config.grid, config.export.formats)
     machine = machine or detect(runs_dir, device or config.runtime.device)
@@ -149,6 +154,20 @@ def make_plan(
         problems=tuple(_problems(work, store, machine)),
         machine=machine,
     )
+
+
+def _check_local_text(config: RunConfig) -> None:
+    """A mistyped path should not cost a run; what is in the files is for the engine to judge."""
+    used = [("data.source", config.data, config.block_ap.enabled or config.e2e_qp.enabled)]
+    used.append(("evaluation.data.source", config.evaluation.data, config.evaluation.enabled))
+    for name, data, wanted in used:
+        path = Path(data.source).expanduser()
+        if not wanted or not (data.source.startswith(("/", ".", "~")) or path.suffix in TEXT_SUFFIXES):
+            continue
+        if not path.exists():
+            raise DataError("no such file or folder", where=data.source, hint=f"check {name}")
+        if path.is_file() and path.stat().st_size == 0:
+            raise DataError("the file is empty", where=data.source, hint=f"check {name}")
 
 
 def check(plan: Plan) -> None:
@@ -273,34 +292,47 @@ def _changes(work: Workload, store: Store) -> Iterator[tuple[str, Workload, Stor
 
 
 def _smaller(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """Configurations that need less memory; changes add up from one to the next."""
-
-    def change(section: str, **values: Any) -> RunConfig:
-        part = msgspec.structs.replace(getattr(config, section), **values)
-        return msgspec.structs.replace(config, **{section: part})
-
+    """Configurations that need less: each change alone first, then all of them adding up."""
+    for section, field, values in _ladders(config):
+        for value in values:
+            yield f"{section}.{field} = {str(value).lower()}", _change(config, section, field, value)
     said: dict[str, str] = {}
+    for section, field, values in _ladders(config):
+        for value in values:
+            config = _change(config, section, field, value)
+            said[f"{section}.{field}"] = str(value).lower()
+            yield ", ".join(f"{name} = {value}" for name, value in said.items()), config
 
-    def step(section: str, field: str, value: Any) -> tuple[str, RunConfig]:
-        nonlocal config
-        config = change(section, **{field: value})
-        said[f"{section}.{field}"] = str(value).lower()
-        return ", ".join(f"{name} = {value}" for name, value in said.items()), config
 
-    if config.evaluation.enabled and config.evaluation.batch_size > 1:
-        yield step("evaluation", "batch_size", 1)
-    if config.e2e_qp.enabled and config.e2e_qp.micro_batch_size > 1:
-        yield step("e2e_qp", "micro_batch_size", 1)
-    if config.e2e_qp.enabled and not config.e2e_qp.activation_checkpointing:
-        yield step("e2e_qp", "activation_checkpointing", True)
-    while config.block_ap.enabled and config.block_ap.batch_size > 1:
-        yield step("block_ap", "batch_size", config.block_ap.batch_size // 2)
-    for section in ("block_ap", "e2e_qp"):
-        while getattr(config, section).enabled and getattr(config, section).sequences > 128:
-            yield step(section, "sequences", getattr(config, section).sequences // 2)
-    for section in ("block_ap", "e2e_qp", "evaluation"):
-        while getattr(config, section).enabled and getattr(config, section).sequence_length > 256:
-            yield step(section, "sequence_length", getattr(config, section).sequence_length // 2)
+def _change(config: RunConfig, section: str, field: str, value: Any) -> RunConfig:
+    part = msgspec.structs.replace(getattr(config, section), **{field: value})
+    return msgspec.structs.replace(config, **{section: part})
+
+
+def _ladders(config: RunConfig) -> list[tuple[str, str, list[Any]]]:
+    """Settings that can be lowered and the values to try, the least painful first."""
+
+    def halves(value: int, lowest: int) -> list[Any]:
+        values = []
+        while value > lowest:
+            value //= 2
+            values.append(value)
+        return values
+
+    block_ap, e2e_qp, evaluation = config.block_ap, config.e2e_qp, config.evaluation
+    recompute = [True] if not e2e_qp.activation_checkpointing else []
+    ladders: list[tuple[str, str, list[Any]]] = [
+        ("evaluation", "batch_size", [1] if evaluation.batch_size > 1 else []),
+        ("e2e_qp", "micro_batch_size", [1] if e2e_qp.micro_batch_size > 1 else []),
+        ("e2e_qp", "activation_checkpointing", recompute),
+        ("block_ap", "batch_size", halves(block_ap.batch_size, 1)),
+        ("block_ap", "sequences", halves(block_ap.sequences, 128)),
+        ("e2e_qp", "sequences", halves(e2e_qp.sequences, 128)),
+        ("block_ap", "sequence_length", halves(block_ap.sequence_length, 256)),
+        ("e2e_qp", "sequence_length", halves(e2e_qp.sequence_length, 256)),
+        ("evaluation", "sequence_length", halves(evaluation.sequence_length, 256)),
+    ]
+    return [ladder for ladder in ladders if getattr(config, ladder[0]).enabled]
 
 
 # ------------------------------------------------------------------------------------------- warnings

@@ -23,8 +23,10 @@ from engine.run.config import (
     ModelConfig,
     RunConfig,
     RuntimeConfig,
+    apply_overrides,
+    load,
 )
-from engine.run.errors import ExitCode, PreflightError
+from engine.run.errors import DataError, ExitCode, PreflightError
 from engine.run.estimate import CONSTANTS, GIB, MIB, sizes
 from engine.run.machine import Machine, detect
 from engine.run.memory_model import phase_memory
@@ -424,3 +426,32 @@ def test_smaller_runs_need_less(llama: str) -> None:
     ]:
         value = 4 * getattr(getattr(PAPER, phase), field)
         assert peak(phase, with_setting(PAPER, f"{phase}.{field}", str(value))) > peak(phase, PAPER)
+
+
+def test_a_missing_or_empty_text_file_is_found_before_a_run_is_made(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    for source, words in ((str(tmp_path / "none.txt"), "no such file"), (str(empty), "empty")):
+        with pytest.raises(DataError, match=words) as caught:
+            make_plan(apply_overrides(load("smoke"), {"data.source": source}))
+        assert caught.value.exit_code == 4
+
+
+def test_a_disk_that_is_too_small_is_answered_by_what_helps_and_nothing_else() -> None:
+    config = apply_overrides(
+        load("paper"),
+        {
+            "model.source": "random://tiny-llama",
+            "block_ap.sequence_length": "256",
+            "runtime.activation_store": "disk",
+            "evaluation.enabled": "false",
+        },
+    )
+    half = apply_overrides(config, {"block_ap.sequences": "2048"})
+    roomy = make_plan(half, device="cpu")
+    tight = msgspec.structs.replace(
+        roomy.machine, disk_free=roomy.disk_bytes, host_free=int(roomy.peak_host_bytes / 0.85)
+    )
+    problems = make_plan(config, machine=tight, device="cpu").problems
+    assert [problem.where for problem in problems] == ["disk"]
+    assert problems[0].hint == "block_ap.sequences = 2048 would fit"
