@@ -174,7 +174,6 @@ class LiveDisplay:
             redirect_stderr=False,
         )
         self._live.start()
-        self._begun = time.monotonic()
         self._drawn = float("-inf")
 
     def update(self, state: RunState, new: Sequence[Event]) -> None:

@@ -21,8 +21,9 @@ overflow on it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -214,8 +215,8 @@ class _BlockTrainer:
         sampler = BatchSampler(self.streams.train, config.batch_size, config.epochs, self.seed, *self.world)
         self.state.keep_if_best(self.validate())
         stale = 0
-        for epoch, batches in _epochs(sampler):
-            for step, rows in batches:
+        for epoch, batches in groupby(sampler, key=attrgetter("epoch")):
+            for _, step, rows in batches:
                 stepper.set_lr(lr_factor * cosine_factor(step, sampler.steps, config.lr_final_fraction))
                 loss = self.loss(rows)
                 stepper.scale(loss).backward()
@@ -249,14 +250,6 @@ class _BlockTrainer:
                 tokens=self.steps_done * self.config.batch_size * self.streams.full.shape[1],
             )
         self.progress.checkpoint_requested()
-
-
-def _epochs(sampler: BatchSampler) -> Iterator[tuple[int, list[tuple[int, Tensor]]]]:
-    """The sampler's batches, epoch by epoch."""
-    epochs: dict[int, list[tuple[int, Tensor]]] = {}
-    for epoch, step, rows in sampler:
-        epochs.setdefault(epoch, []).append((step, rows))
-    yield from epochs.items()
 
 
 def _parameter_groups(

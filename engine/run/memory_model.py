@@ -162,7 +162,7 @@ def _e2e_qp(work: Workload, constants: Constants) -> dict[str, int]:
         "packed blocks": arch.blocks * (arch.linear_params_per_block * grid.bits // 8)
         + scales
         + arch.blocks * (arch.norm_params_per_block + arch.bias_params_per_block) * work.model_bytes,
-        "scales and optimizer": scales * (4 + kinds * (4 + 8 + 4 + 4 * copies)),
+        "scales and optimizer": scales * (4 + kinds * (4 + 8 + 4 * copies)),
         "activations": kept + 3 * tokens * arch.hidden * compute,
         **_head_and_backward(work, logits, backward + largest * constants.unpack_bytes, constants),
     }
