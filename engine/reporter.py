@@ -60,7 +60,7 @@ class Reporter:
         self._beat, self._grace = time.time(), GRACE_SECONDS
         self._last_metric = self._last_control = 0.0
         self._signals = 0
-        self._signal_code = ExitCode.STOPPED
+        self._signal_code = ExitCode.ABORTED
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._keep_status, name="status", daemon=True)
         self._thread.start()
@@ -81,7 +81,10 @@ class Reporter:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         # Only a flag: anything more could run in the middle of a write.
         self._signals += 1
-        self._signal_code = ExitCode.TERMINATED if number == signal.SIGTERM else ExitCode.ABORTED
+        # Two signals that wait together are handed over in an order that is not the one they were sent in, so
+        # the code depends on which came, not on which came last.
+        if number == signal.SIGTERM:
+            self._signal_code = ExitCode.TERMINATED
 
     def checkpoint_requested(self) -> None:
         """A step boundary: beat, and raise :class:`StopRequested` when asked to stop or abort."""
