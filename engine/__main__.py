@@ -25,6 +25,7 @@ from engine.run.errors import EqatError, ExitCode, StopRequested
 from engine.run.launch import this_attempt
 
 Task = Literal["run", "eval", "export"]
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,20 +34,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--task", choices=("run", "eval", "export"), default="run")
     parser.add_argument("--format", help="with --task export: only this format")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="an operational setting, this time"
+    )
     arguments = parser.parse_args(argv)
     try:
         run = RunDirectory.open(arguments.run_dir)
         with RunLock(run.lock_path):
             attempt = this_attempt(run)
             # A stop that is asked for while the libraries load waits until there is someone to hear it.
-            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
             try:
-                return _attempt(run, attempt, arguments.task, arguments.format)
+                overrides: dict[str, object] = dict(item.partition("=")[::2] for item in arguments.set)
+                if arguments.format is not None:
+                    overrides["export.formats"] = [arguments.format]
+                return _attempt(run, attempt, arguments.task, overrides)
             except EqatError as error:
                 _record_refusal(run, attempt, error)
                 raise
             finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     except EqatError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)
@@ -61,17 +68,14 @@ def _record_refusal(run: RunDirectory, attempt: int, error: EqatError) -> None:
         writer.emit(events.RunFinished(outcome="failed", exit_code=int(error.exit_code), seconds=0.0))
 
 
-def _attempt(run: RunDirectory, attempt: int, task: Task, export_format: str | None) -> int:
-    config = run.config()
-    if export_format is not None:
-        config = apply_overrides(config, {"export.formats": [export_format]})
-    config = resolve(config)
+def _attempt(run: RunDirectory, attempt: int, task: Task, overrides: dict[str, object]) -> int:
+    config = resolve(apply_overrides(run.config(), overrides))
     validate(config)
     # Imported here, once the lock is held and the configuration is known to be good: torch takes seconds.
     from engine.failures import as_eqat_error
     from engine.pipeline import Pipeline
     from engine.reporter import Reporter
-    from engine.run.plan import check, make_plan
+    from engine.run.plan import Plan, check, make_plan
     from engine.setup import choose_device, prepare_process, started_event
     from engine.telemetry import Telemetry
 
@@ -81,6 +85,7 @@ def _attempt(run: RunDirectory, attempt: int, task: Task, export_format: str | N
     telemetry = Telemetry(device, run.path, report.emit)
     outcome: events.Outcome = "done"
     code = ExitCode.DONE
+    plan: Plan | None = None
     try:
         prepare_process(config.runtime, device)
         report.emit(started_event(run, device))
@@ -91,7 +96,7 @@ def _attempt(run: RunDirectory, attempt: int, task: Task, export_format: str | N
     except StopRequested as stop:
         outcome, code = ("aborted" if stop.abort else "stopped"), stop.exit_code
     except BaseException as error:
-        failure = as_eqat_error(error, report.position())
+        failure = as_eqat_error(error, report.position(), config, plan.machine if plan else None)
         if failure.exit_code == ExitCode.BUG:
             traceback.print_exc()
         report.fail(failure)

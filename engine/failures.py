@@ -4,35 +4,37 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 
+import msgspec
 import torch
 
+from engine.run.config import RunConfig
 from engine.run.errors import EqatError, ExitCode
+from engine.run.machine import Machine
+from engine.run.plan import out_of_memory_remedy
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def as_eqat_error(error: BaseException, position: str) -> EqatError:
-    """``position`` says where the run was (phase, block, step)."""
+def as_eqat_error(
+    error: BaseException, position: str, config: RunConfig | None = None, machine: Machine | None = None
+) -> EqatError:
+    """``position`` says where the run was (phase, block, step).
+
+    With the configuration and the machine it ran on, a GPU that is too small is told with what would fit.
+    """
     if isinstance(error, EqatError):
         return error
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        free, total = torch.cuda.mem_get_info()
-        return EqatError(
-            f"out of GPU memory: {_first_line(error)}; "
-            f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB are free now",
-            exit_code=ExitCode.OUT_OF_MEMORY,
-            where=position,
-            hint="start a new run with a smaller block_ap.batch_size or e2e_qp.micro_batch_size, or with "
-            'runtime.activation_store = "disk"; or free the GPU and resume: finished blocks are kept',
-        )
+    if isinstance(error, torch.OutOfMemoryError):
+        return _out_of_gpu_memory(error, position, config, machine)
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return EqatError(
             "out of host memory",
             exit_code=ExitCode.OUT_OF_MEMORY,
             where=position,
-            hint='start a new run with runtime.activation_store = "disk" or fewer sequences, or free memory '
-            "and resume: finished blocks are kept",
+            hint="free memory and resume, or resume with --set runtime.activation_store=disk; what was "
+            "checkpointed is kept",
         )
     if _is_disk_full(error):
         name = getattr(error, "filename", None)
@@ -40,7 +42,7 @@ def as_eqat_error(error: BaseException, position: str) -> EqatError:
             f"the disk is full{f' ({name})' if name else ''}",
             exit_code=ExitCode.DISK_FULL,
             where=position,
-            hint="free some space and resume the run; finished blocks are kept",
+            hint="free some space and resume the run; what was checkpointed is kept",
         )
     if isinstance(error, PermissionError):
         return EqatError(
@@ -53,6 +55,26 @@ def as_eqat_error(error: BaseException, position: str) -> EqatError:
         exit_code=ExitCode.BUG,
         where=position,
         hint="this is a bug; the traceback is in the run's log",
+    )
+
+
+def _out_of_gpu_memory(
+    error: torch.OutOfMemoryError, position: str, config: RunConfig | None, machine: Machine | None
+) -> EqatError:
+    """What was needed, what was free, and which setting would fit into what this process can have."""
+    free, total = torch.cuda.mem_get_info()
+    ours = torch.cuda.memory_reserved()
+    asked = re.search(r"Tried to allocate ([0-9.]+ [KMG]iB)", str(error))
+    needed = asked[1] if asked else "more than that"
+    remedy = ""
+    if config is not None and machine is not None:
+        remedy = out_of_memory_remedy(config, msgspec.structs.replace(machine, gpu_free=free + ours))
+    return EqatError(
+        f"out of GPU memory: {needed} more were needed and {free / 2**30:.2f} GiB were free "
+        f"({ours / 2**30:.1f} of {total / 2**30:.1f} GiB are ours)",
+        exit_code=ExitCode.OUT_OF_MEMORY,
+        where=position,
+        hint=f"{remedy or 'free the GPU'}, then resume: what was checkpointed is kept",
     )
 
 

@@ -8,22 +8,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from engine.checkpoint import CheckpointStore, newest_intact
 from engine.data.text import Part, corpus_name
 from engine.data.tokens import token_windows
 from engine.models.source import ModelSource
 from engine.reporter import Reporter
-from engine.run.config import DataConfig, RunConfig, config_hash, equivalent_command, to_dict
+from engine.run.config import (
+    DataConfig,
+    RunConfig,
+    config_hash,
+    equivalent_command,
+    is_operational,
+    to_dict,
+)
 from engine.run.directory import RunDirectory
+from engine.run.errors import IdentityError, PreflightError
+from engine.run.generations import DamagedCheckpoint
+from engine.run.redo import read_origin
 from engine.setup import device_name, package_versions
 
+DECIDING_PACKAGES = ("torch", "transformers")
+"""Other versions of these compute other last bits."""
 PREPARE_SILENCE = 600
 """Seconds that a download, a long text to tokenize, or the check of a large checkpoint may take unheard."""
 
@@ -38,13 +52,20 @@ class Tokens:
     e2e_qp_train: int
     evaluation: Tensor
 
-    def digest(self) -> str:
-        """SHA-256 of everything that is read."""
-        digest = hashlib.sha256()
-        for tokens in (self.block_ap, self.e2e_qp, self.evaluation):
-            digest.update(f"{tuple(tokens.shape)};".encode())
-            digest.update(tokens.to(torch.int32).contiguous().numpy().data)
-        return digest.hexdigest()
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the text that is trained on (``data``) and of the text that is evaluated."""
+        return {
+            "data": _token_digest(self.block_ap, self.e2e_qp),
+            "evaluation text": _token_digest(self.evaluation),
+        }
+
+
+def _token_digest(*windows: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tokens in windows:
+        digest.update(f"{tuple(tokens.shape)};".encode())
+        digest.update(tokens.to(torch.int32).contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def draw_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: Reporter) -> Tokens:
@@ -86,20 +107,23 @@ def draw_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: R
 
 
 def write_manifest(
-    run: RunDirectory, config: RunConfig, source: ModelSource, device: torch.device, data: str
+    run: RunDirectory,
+    config: RunConfig,
+    source: ModelSource,
+    device: torch.device,
+    made_from: Mapping[str, str],
 ) -> None:
     """``run.json``: what this run was made from. Written by the first attempt that gets this far."""
     if run.run_json.exists():
         return
-    identity = source.identity()
     run.write_manifest(
         {
             "schema": 1,
             "id": run.id,
             "command": equivalent_command(config),
             "config": to_dict(config),
-            "identity": {"config": config_hash(config), "model": digest(identity), "data": data},
-            "model": identity,
+            "identity": {"config": config_hash(config), **made_from},
+            "model": source.identity(),
             "data": {
                 "calibration": corpus_name(config.data),
                 "evaluation": corpus_name(config.evaluation.data),
@@ -110,13 +134,30 @@ def write_manifest(
     )
 
 
+def warn_of_changes(run: RunDirectory, device: torch.device, report: Reporter) -> None:
+    """Say when a run goes on elsewhere than it began: correct, but no longer the same to the last bit."""
+    manifest = run.manifest() or {}
+    versions = package_versions()
+    before = {"device": manifest.get("device"), **manifest.get("versions", {})}
+    now = {"device": device_name(device), **{name: versions.get(name) for name in DECIDING_PACKAGES}}
+    changed = [
+        f"{name} {before[name]} → {now[name]}" for name in now if before.get(name) not in (None, now[name])
+    ]
+    if changed:
+        report.warning(
+            "changed",
+            f"the run goes on with another {', another '.join(changed)}: "
+            "the result will not be the same to the last bit as without the interruption",
+        )
+
+
 def digest(value: Any) -> str:
     """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def deciding_fields(config: RunConfig) -> dict[str, str]:
-    """The settings a checkpoint depends on, by name; what is exported and where it runs are none of them."""
+    """The settings a checkpoint depends on, by name: all but labels and what is operational."""
 
     def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
         for name, value in tree.items():
@@ -125,8 +166,57 @@ def deciding_fields(config: RunConfig) -> dict[str, str]:
             else:
                 yield f"{prefix}{name}", json.dumps(value)
 
-    tree = to_dict(config)
-    for name in ("name", "description", "export"):
-        del tree[name]
-    tree["runtime"] = {"seed": config.runtime.seed}
-    return dict(flat(tree))
+    return {
+        name: value
+        for name, value in flat(to_dict(config))
+        if name not in ("name", "description") and not is_operational(name)
+    }
+
+
+def share_origin(run: RunDirectory, store: CheckpointStore, report: Reporter) -> None:
+    """A run that redoes another from some block on begins with what that one has before it.
+
+    Raises:
+        IdentityError: when the model or the grid is another than that of the blocks.
+        PreflightError: when the other run is gone, or has not finished those blocks.
+    """
+    origin = read_origin(run)
+    if origin is None or store.generation:
+        return
+    place = RunDirectory(Path(origin.path)).checkpoints_dir
+    found = newest_intact(place, lambda message: report.warning("checkpoint", f"{origin.id}: {message}"))
+    names = {f"{kind}-{index:03d}" for kind in ("block", "losses") for index in range(origin.from_block)}
+    if found is None or any(name not in found.entries for name in names if name.startswith("block")):
+        raise PreflightError(
+            f"the run it shares has no finished blocks 0 to {origin.from_block - 1} any more",
+            where=origin.path,
+            hint=f"finish that run first (eqat resume {origin.id}), or start a new one",
+        )
+    if origin.from_block:
+        _must_agree(found.identity, store.identity, ("model", "grid."), origin.id)
+    for stage, fields in (("fp", ("model", "evaluation")), ("rtn", ("model", "evaluation", "grid."))):
+        if _differing(found.identity, store.identity, fields) is None:
+            names.add(f"eval_{stage}")
+    try:
+        store.adopt(place, found, names.__contains__)
+    except (OSError, DamagedCheckpoint) as error:
+        raise PreflightError(f"blocks cannot be shared: {error}", where=origin.path) from error
+    store.commit()
+
+
+def _must_agree(
+    there: Mapping[str, str], here: Mapping[str, str], fields: tuple[str, ...], run_id: str
+) -> None:
+    name = _differing(there, here, fields)
+    if name is not None:
+        raise IdentityError(
+            f"the blocks of {run_id} were made with {there.get(name)}, this run has {here.get(name)}",
+            where=name,
+            hint="blocks can be shared only between runs of one model on one grid; start a new run",
+        )
+
+
+def _differing(there: Mapping[str, str], here: Mapping[str, str], fields: tuple[str, ...]) -> str | None:
+    """The first name, among those that begin with one of ``fields``, whose values differ."""
+    names = sorted(name for name in {*there, *here} if name.startswith(fields))
+    return next((name for name in names if there.get(name) != here.get(name)), None)

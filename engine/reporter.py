@@ -28,6 +28,7 @@ STATUS_SECONDS = 2.0
 # The main loop may be silent this long before a reader calls the run hung; slow single operations ask for
 # more.
 GRACE_SECONDS = 60.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def error_event(error: EqatError) -> events.Error:
@@ -61,6 +62,10 @@ class Reporter:
         self._last_metric = self._last_control = 0.0
         self._signals = 0
         self._signal_code = ExitCode.ABORTED
+        self._warned = False
+        self._requested: StopRequested | None = None
+        self.waiting = ""
+        """Why nothing happens at the moment; shown by whoever follows the run."""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._keep_status, name="status", daemon=True)
         self._thread.start()
@@ -72,26 +77,40 @@ class Reporter:
     # Hearing
 
     def listen(self) -> None:
-        """Install the signal handlers: the first SIGINT or SIGTERM stops at the next step, the second
-        aborts. What was sent and held back until now is heard now."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Install the signal handlers. What was sent and held back until now is heard now.
+
+        The first SIGINT or SIGTERM stops at the next step, the second aborts. SIGUSR1, by which batch systems
+        warn before they kill, stops too, and never aborts: SIGTERM follows it. A terminal that hangs up is
+        none of our business.
+        """
+        for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # Only a flag: anything more could run in the middle of a write.
+        # Only flags: anything more could run in the middle of a write.
+        if number == signal.SIGUSR1:
+            self._warned = True
+            return
         self._signals += 1
         # Two signals that wait together are handed over in an order that is not the one they were sent in, so
         # the code depends on which came, not on which came last.
         if number == signal.SIGTERM:
             self._signal_code = ExitCode.TERMINATED
 
-    def checkpoint_requested(self) -> None:
-        """A step boundary: beat, and raise :class:`StopRequested` when asked to stop or abort."""
+    def stop_asked(self) -> StopRequested | None:
+        """Whether somebody wants the run to stop, or to abort; beats."""
         self.beat()
-        if self._signals:
-            aborting = self._signals > 1
-            raise StopRequested(abort=aborting, exit_code=self._signal_code if aborting else ExitCode.STOPPED)
+        if self._signals > 1:
+            return StopRequested(abort=True, exit_code=self._signal_code)
+        self._hear_requests()
+        if self._requested is None and (self._signals or self._warned):
+            return StopRequested()
+        return self._requested
+
+    def _hear_requests(self) -> None:
+        """Requests in the control directory, looked for twice a second."""
         now = time.monotonic()
         if now - self._last_control < CONTROL_SECONDS:
             return
@@ -99,8 +118,16 @@ class Reporter:
         for request in pending(self.run):
             acknowledge(self.run, request.id)
             self.emit(events.ControlAck(request=request.request, id=request.id))
-            abort = request.request == "abort"
-            raise StopRequested(abort=abort, exit_code=ExitCode.ABORTED if abort else ExitCode.STOPPED)
+            if request.request == "abort":
+                self._requested = StopRequested(abort=True, exit_code=ExitCode.ABORTED)
+            elif self._requested is None:
+                self._requested = StopRequested()
+
+    def checkpoint_requested(self) -> None:
+        """A place where nothing is lost by leaving: raises :class:`StopRequested` when asked to stop."""
+        stop = self.stop_asked()
+        if stop is not None:
+            raise stop
 
     # Saying
 
@@ -247,6 +274,7 @@ class Reporter:
             grace_s=self._grace,
             attempt=self.attempt,
             events_dropped=self.events.dropped,
+            waiting=self.waiting,
         )
 
     def _keep_status(self) -> None:

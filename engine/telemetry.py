@@ -50,6 +50,8 @@ def release_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):
         pass  # another C library; nothing to trim
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def reset_peaks(device: torch.device) -> None:

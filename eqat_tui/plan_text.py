@@ -56,6 +56,7 @@ def totals(plan: Mapping[str, Any]) -> dict[str, str]:
     lines["disk"] = f"{format_bytes(plan['disk_bytes'])} of {format_bytes(machine['disk_free'])} free"
     store = STORES.get(plan["activation_store"], plan["activation_store"])
     lines["activations"] = f"{store}: {plan['activation_store_reason']}"
+    lines |= recovery(plan["recovery"])
     lines["size"] = f"{format_bytes(plan['fp_bytes'])} → {format_bytes(plan['export_bytes'])}"
     lines["bits per weight"] = f"{plan['bits_per_weight']:.2f}"
     published = plan.get("published")
@@ -65,6 +66,29 @@ def totals(plan: Mapping[str, Any]) -> dict[str, str]:
             f"full precision {published['fp_perplexity']} ({published['conditions']})"
         )
     return lines
+
+
+def recovery(found: Mapping[str, Any]) -> dict[str, str]:
+    """How the run is checkpointed, and what an interruption costs."""
+    size, share = format_bytes(found["checkpoint_bytes"]), f"{100 * found['share']:.1f} % of the time"
+    checkpoints = f"after every block, {size} at a stop; {share}"
+    if any(found["snapshots"].values()):
+        takes = format_seconds(found["checkpoint_seconds"])
+        checkpoints = f"every {_interval(found['interval_seconds'])}, {size} and {takes} each; {share}"
+    lost, resumed = format_seconds(found["lost_seconds"]), format_seconds(found["restart_seconds"])
+    every = found["streams_every"]
+    blocks = "block" if every == 1 else f"{every} blocks"
+    streams = f"stored every {blocks}" if found["streams"] == "stored" else "recomputed"
+    return {
+        "checkpoints": checkpoints,
+        "a kill": f"loses at most {lost}; going on takes at most {resumed}",
+        "streams": f"{streams}: {found['streams_reason']}",
+    }
+
+
+def _interval(seconds: float) -> str:
+    """``4 min`` rather than ``4 min 00 s``."""
+    return format_seconds(seconds).replace(" 00 s", "")
 
 
 def _problem(problem: Any) -> str:

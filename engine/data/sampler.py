@@ -87,12 +87,14 @@ class BatchSampler:
         return torch.randperm(self.count, generator=generator)
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, order = -1, torch.empty(0, dtype=torch.int64)
         while self.step < self.steps:
+            yield from self.rest_of_epoch(self.step // self.steps_per_epoch)
+
+    def rest_of_epoch(self, epoch: int) -> Iterator[Batch]:
+        """The steps of ``epoch`` that have not been taken yet; none when all of them have."""
+        order = self.order(epoch)
+        while self.step // self.steps_per_epoch == epoch:
             step = self.step
-            if step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
-                order = self.order(epoch)
             first = step % self.steps_per_epoch * self.batch_size
             share = order[first : first + self.batch_size].tensor_split(self.world_size)[self.rank]
             self.step = step + 1

@@ -27,29 +27,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor
+
+from engine.tensorfile import ALIGNMENT, DTYPE_NAMES, tensor_bytes
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
-_DTYPE_NAMES = {
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-}
 _ENTRY_OVERHEAD = 100  # dtype, shape and offsets of one header entry, written out in JSON
-_ALIGNMENT = 8
 
 
 def header_room(names: Iterable[str]) -> int:
     """Bytes that hold the header of a shard containing any of ``names``, a multiple of 8."""
     room = 64 + sum(len(json.dumps(name)) + _ENTRY_OVERHEAD for name in names)
-    return -(-room // _ALIGNMENT) * _ALIGNMENT
+    return -(-room // ALIGNMENT) * ALIGNMENT
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -63,13 +54,6 @@ def write_durably(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write readable JSON with the keys in the order given, so equal content gives equal bytes."""
     write_durably(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's elements in row-major order, little-endian, without a copy when it is on the host."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    data: memoryview = flat.view(torch.uint8).numpy().data
-    return data
 
 
 @dataclass
@@ -105,7 +89,7 @@ class ShardWriter:
         shard.size += size
         self.tensor_bytes += size
         self._shard_of[name] = len(self._finished)
-        if size % _ALIGNMENT:
+        if size % ALIGNMENT:
             shard.waiting.append((name, tensor.detach().cpu().clone()))
         else:
             self._append(shard, name, tensor)
@@ -145,7 +129,7 @@ class ShardWriter:
         data = tensor_bytes(tensor)
         end = shard.offset + data.nbytes
         shard.header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [shard.offset, end],
         }

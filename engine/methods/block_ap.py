@@ -21,25 +21,23 @@ overflow on it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from engine.data.sampler import ALONE, BatchSampler, World
+from engine.data.sampler import ALONE, World
 from engine.methods.optimization import (
     NON_FINITE_HINT,
-    BestState,
     ParameterGroup,
     Progress,
-    Stepper,
+    Snapshot,
+    TrainingProgress,
     autocast,
-    cosine_factor,
-    with_rollback,
 )
+from engine.methods.training import Settings, Training
 from engine.quant.fake_linear import FakeQuantLinear, freeze_block, wrap_linears
 from engine.quant.packed import PackedBlock
 from engine.run.config import BlockAPConfig, GridConfig
@@ -73,7 +71,8 @@ class BlockResult:
     """A trained block and its reconstruction losses (in the configured distance).
 
     ``initial_loss`` and ``final_loss`` are measured on the same training sequences before and after training,
-    ``val_loss`` is the best validation loss (none without validation sequences).
+    ``val_loss`` is the best validation loss (none without validation sequences). ``micro_batch`` is the
+    number of sequences at a time that memory sufficed for.
     """
 
     packed: PackedBlock
@@ -81,6 +80,7 @@ class BlockResult:
     final_loss: float
     val_loss: float | None
     steps: int
+    micro_batch: int
 
 
 def distance(output: Tensor, target: Tensor, kind: str) -> Tensor:
@@ -92,13 +92,34 @@ def distance(output: Tensor, target: Tensor, kind: str) -> Tensor:
     return squared.mean()
 
 
+class Passage:
+    """How many sequences pass through a block at a time, at every point of a stream's way.
+
+    When the GPU's memory does not suffice the number is halved from there on. Products of other sizes have
+    other last bits, so where that happened is kept: a stream that is computed again must come out the same.
+    """
+
+    def __init__(self, batch: int, halvings: Iterable[Sequence[int]] = ()) -> None:
+        self.batch = batch
+        self.halvings = [(int(block), int(row)) for block, row in halvings]
+        """Block and first sequence from which only half as many pass."""
+
+    def at(self, block: int, row: int) -> int:
+        """Sequences at a time."""
+        return max(1, self.batch >> sum(halving <= (block, row) for halving in self.halvings))
+
+    def halve(self, block: int, row: int) -> None:
+        """Only half as many from here on."""
+        self.halvings.append((block, row))
+
+
 @torch.no_grad()
 def advance(
     lm: CausalLM,
     index: int,
     block: nn.Module,
     stream: ActivationStore,
-    batch: int,
+    passage: Passage,
     dtype: torch.dtype,
     progress: Progress,
 ) -> None:
@@ -106,57 +127,102 @@ def advance(
 
     A stop may come between two batches and leave the stream half advanced: it is rebuilt on resume.
     """
-    for start in range(0, stream.shape[0], batch):
+    start = 0
+    while start < stream.shape[0]:
         progress.checkpoint_requested()
+        batch = passage.at(index, start)
         rows = slice(start, min(start + batch, stream.shape[0]))
-        with autocast(lm.device, dtype):
-            stream.write(start, lm.run_block(block, index, stream.read(rows)))
+        try:
+            with autocast(lm.device, dtype):
+                output = lm.run_block(block, index, stream.read(rows))
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        else:
+            stream.write(start, output)
+            start = rows.stop
+            continue
+        # After the handler: its traceback holds the tensors that have to go.
+        torch.cuda.empty_cache()
+        passage.halve(index, start)
+        progress.warning(
+            "micro_batch",
+            f"block {index}: out of memory with {batch} sequences at a time; going on with {batch // 2}",
+            hint="another process may be using the GPU; this run is only slower for it",
+        )
 
 
 def train_block(
     lm: CausalLM,
     index: int,
+    block: nn.Module,
     streams: Streams,
     config: BlockAPConfig,
     grid: GridConfig,
     *,
     seed: int,
     dtype: torch.dtype,
-    progress: Progress,
+    progress: TrainingProgress,
+    micro_batch: int | None = None,
+    snapshot: Snapshot | None = None,
     world: World = ALONE,
 ) -> BlockResult:
-    """Quantize decoder block ``index`` and advance both streams past it.
+    """Quantize ``block`` (decoder block ``index``, float32, as it came) in place.
 
-    ``dtype`` is the arithmetic of the forward pass; parameters are float32 throughout.
+    ``streams.full`` has passed the block already, ``streams.quantized`` has not. ``dtype`` is the arithmetic
+    of the forward pass; parameters are float32 throughout. ``micro_batch`` sequences pass at a time (all of a
+    batch, when not given); ``snapshot`` is the state to continue from.
 
     Raises:
         NonFiniteError: if training diverges and two restarts at lower learning rates do not help.
         StopRequested: at a step boundary, after a stop was asked for.
     """
-    block = lm.load_block(index, dtype=torch.float32)
-    advance(lm, index, block, streams.full, config.batch_size, dtype, progress)
-
-    trainer = _BlockTrainer(lm, index, block, streams, config, grid, seed, dtype, progress, world)
-    initial = trainer.report_loss()
+    reconstruction = _Reconstruction(lm, index, block, streams, config, grid, dtype)
+    settings = Settings(
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        micro_batch=micro_batch or config.batch_size,
+        weight_decay=config.weight_decay,
+        grad_clip=config.grad_clip,
+        lr_final_fraction=config.lr_final_fraction,
+        patience=config.patience,
+        seed=seed,
+        device=lm.device,
+        dtype=dtype,
+        where=f"block {index}",
+        tokens_per_sequence=streams.full.shape[1],
+        world=world,
+    )
+    training = Training(reconstruction, streams.train, settings, progress, snapshot)
+    reconstruction.poll = training.boundary
+    noted = training.position.noted
+    if "initial_loss" not in noted:
+        noted["initial_loss"] = training.with_memory(reconstruction.report_loss)
     if config.train:
-        with_rollback(trainer.train, progress, where=f"block {index}", restore=trainer.state.restart)
-    final = trainer.report_loss()
+        training.run()
+    final = training.with_memory(reconstruction.report_loss)
+    position = training.position
     if not math.isfinite(final):
         # Every later block would be trained on what this one puts out.
         raise NonFiniteError(
-            f"the block's output is not finite after {trainer.steps_done} steps",
+            f"the block's output is not finite after {position.steps_done} steps",
             where=f"block {index}",
             hint=NON_FINITE_HINT,
         )
-
-    packed = freeze_block(block, trainer.linears)
+    packed = freeze_block(block, reconstruction.linears)
     packed.install(block)
-    advance(lm, index, block, streams.quantized, config.batch_size, dtype, progress)
-    return BlockResult(packed, initial, final, trainer.state.val_loss, trainer.steps_done)
+    return BlockResult(
+        packed,
+        position.noted["initial_loss"],
+        final,
+        training.best.val_loss,
+        position.steps_done,
+        position.micro_batch,
+    )
 
 
-class _BlockTrainer:
-    """State of one block's training: parameters, start and best copies, and the loop."""
+class _Reconstruction:
+    """A block with fake-quantized linears, measured against its own output at full precision."""
 
     def __init__(
         self,
@@ -166,90 +232,45 @@ class _BlockTrainer:
         streams: Streams,
         config: BlockAPConfig,
         grid: GridConfig,
-        seed: int,
         dtype: torch.dtype,
-        progress: Progress,
-        world: World,
     ) -> None:
-        self.world = world
         self.lm, self.index, self.block, self.streams = lm, index, block, streams
-        self.config, self.grid, self.seed, self.dtype, self.progress = config, grid, seed, dtype, progress
+        self.config, self.dtype = config, dtype
         self.linears = wrap_linears(block, lm.linear_names(index), grid)
         self.groups = _parameter_groups(block, self.linears, config)
-        self.state = BestState([p for group in self.groups for p in group.parameters])
-        self.steps_done = 0
+        self.poll: Callable[[], None] = lambda: None
 
     def loss(self, rows: Tensor | slice) -> Tensor:
         with autocast(self.lm.device, self.dtype):
             output = self.lm.run_block(self.block, self.index, self.streams.quantized.read(rows))
         return distance(output, self.streams.full.read(rows), self.config.loss)
 
-    @torch.no_grad()
-    def mean_loss(self, first: int, last: int) -> float:
-        """Mean loss over sequences ``first`` to ``last``."""
-        total = torch.zeros((), dtype=torch.float64, device=self.lm.device)
-        for start in range(first, last, self.config.batch_size):
-            self.progress.checkpoint_requested()
-            rows = slice(start, min(start + self.config.batch_size, last))
-            total += self.loss(rows).double() * (rows.stop - rows.start)
-        return total.item() / (last - first)
+    def micro_step(self, rows: Tensor, weight: float, scale: Callable[[Tensor], Tensor]) -> Tensor:
+        loss = self.loss(rows) * weight
+        scale(loss).backward()
+        return loss.detach()
 
-    def report_loss(self) -> float:
-        return self.mean_loss(0, min(self.streams.train, REPORT_SEQUENCES))
+    def project(self) -> None:
+        for linear in self.linears.values():
+            linear.project()
 
-    def validate(self) -> float | None:
+    def validate(self, micro_batch: int) -> float | None:
         if self.streams.sequences == self.streams.train:
             return None
-        return self.mean_loss(self.streams.train, self.streams.sequences)
+        return self.mean_loss(self.streams.train, self.streams.sequences, micro_batch)
 
-    def train(self, lr_factor: float) -> None:
-        """All epochs from the current parameters; leaves the best validated ones in place."""
-        config = self.config
-        stepper = Stepper(
-            self.groups,
-            weight_decay=config.weight_decay,
-            grad_clip=config.grad_clip,
-            device=self.lm.device,
-            dtype=self.dtype,
-        )
-        sampler = BatchSampler(self.streams.train, config.batch_size, config.epochs, self.seed, *self.world)
-        self.state.keep_if_best(self.validate())
-        stale = 0
-        for epoch, batches in groupby(sampler, key=attrgetter("epoch")):
-            for _, step, rows in batches:
-                stepper.set_lr(lr_factor * cosine_factor(step, sampler.steps, config.lr_final_fraction))
-                loss = self.loss(rows)
-                stepper.scale(loss).backward()
-                stepper.step(loss)
-                for linear in self.linears.values():
-                    linear.project()
-                self.steps_done += 1
-                self._after_step(stepper, step, sampler.steps, epoch, loss)
-            stepper.check(step, last=step + 1 == sampler.steps)
-            val = self.validate()
-            improved = self.state.keep_if_best(val)
-            if val is not None:
-                self.progress.metric(
-                    step=step + 1, steps=sampler.steps, epoch=epoch, loss=loss.item(), val_loss=val
-                )
-            stale = 0 if improved else stale + 1
-            if config.patience and val is not None and stale >= config.patience:
-                break
-        self.state.load_best()
+    def report_loss(self, micro_batch: int) -> float:
+        return self.mean_loss(0, min(self.streams.train, REPORT_SEQUENCES), micro_batch)
 
-    def _after_step(self, stepper: Stepper, step: int, steps: int, epoch: int, loss: Tensor) -> None:
-        if self.progress.due():
-            stepper.check(step)
-            self.progress.metric(
-                step=step + 1,
-                steps=steps,
-                epoch=epoch,
-                loss=loss.item(),
-                grad_norm=stepper.grad_norm.item(),
-                lr=stepper.lr(),
-                tokens=self.steps_done * self.config.batch_size * self.streams.full.shape[1],
-            )
-        self.progress.checkpoint_requested()
+    @torch.no_grad()
+    def mean_loss(self, first: int, last: int, micro_batch: int) -> float:
+        """Mean loss over sequences ``first`` to ``last``."""
+        total = torch.zeros((), dtype=torch.float64, device=self.lm.device)
+        for start in range(first, last, micro_batch):
+            self.poll()
+            rows = slice(start, min(start + micro_batch, last))
+            total += self.loss(rows).double() * (rows.stop - rows.start)
+        return total.item() / (last - first)
 
 
 def _parameter_groups(

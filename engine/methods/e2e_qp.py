@@ -15,7 +15,7 @@ that turns them into logits is the student's own, since the head is not quantize
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,22 +24,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from engine.data.sampler import ALONE, BatchSampler, World
-from engine.methods.optimization import (
-    NON_FINITE_HINT,
-    BestState,
-    ParameterGroup,
-    Progress,
-    Stepper,
-    cosine_factor,
-    with_rollback,
-)
+from engine.data.sampler import ALONE, World
+from engine.methods.optimization import NON_FINITE_HINT, ParameterGroup, Snapshot, TrainingProgress
+from engine.methods.training import Settings, Training
 from engine.quant.grid import RELATIVE_SCALE_FLOOR
 from engine.quant.packed import PackedLinear
 from engine.run.config import E2EQPConfig
 from engine.run.errors import NonFiniteError
 
 if TYPE_CHECKING:
+    from engine.data.activations import ActivationStore
     from engine.models.causal_lm import CausalLM
 
 # Tokens whose logits exist at the same time: 512 x 128k vocabulary x 4 bytes is a quarter of a GiB.
@@ -57,12 +51,16 @@ class Rows(Protocol):
 class Teacher:
     """The full-precision model's last hidden states; ``rows`` says where each sequence lies in the store."""
 
-    store: Rows
+    store: ActivationStore
     rows: Tensor | None
 
     def read(self, rows: Tensor) -> Tensor:
         """Hidden states of the given sequences."""
         return self.store.read(rows if self.rows is None else self.rows[rows])
+
+    def close(self) -> None:
+        """Give the hidden states back."""
+        self.store.close()
 
 
 def positions(wanted: Tensor, present: Tensor) -> Tensor | None:
@@ -85,6 +83,8 @@ class E2EData:
 
 @dataclass(frozen=True)
 class E2EResult:
+    """Losses on the validation sequences before training and at its best (none without any)."""
+
     initial_loss: float | None
     val_loss: float | None
     steps: int
@@ -98,49 +98,69 @@ def train_scales(
     *,
     seed: int,
     dtype: torch.dtype,
-    progress: Progress,
+    progress: TrainingProgress,
+    snapshot: Snapshot | None = None,
     world: World = ALONE,
 ) -> E2EResult:
     """Train the quantization parameters inside ``blocks`` (packed decoder blocks, on the device), in place.
+
+    ``snapshot`` is the state to continue from.
 
     Raises:
         NonFiniteError: if training diverges and two restarts at lower learning rates do not help.
         StopRequested: at a step boundary, after a stop was asked for.
     """
-    trainer = _EndToEndTrainer(lm, blocks, data, config, seed, dtype, progress, world)
-    with_rollback(trainer.train, progress, where="e2e_qp", restore=trainer.state.restart)
-    if trainer.initial_val is not None and trainer.state.val_loss is None:
+    network = _Network(lm, blocks, data, config, dtype)
+    settings = Settings(
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        micro_batch=config.micro_batch_size,
+        weight_decay=config.weight_decay,
+        grad_clip=config.grad_clip,
+        lr_final_fraction=config.lr_final_fraction,
+        patience=config.patience,
+        seed=seed,
+        device=lm.device,
+        dtype=dtype,
+        where="e2e_qp",
+        tokens_per_sequence=data.tokens.shape[1],
+        warmup_fraction=config.warmup_fraction,
+        world=world,
+    )
+    training = Training(network, data.train, settings, progress, snapshot)
+    network.poll = training.boundary
+    training.run()
+    position, best = training.position, training.best.val_loss
+    if position.initial_val is not None and best is None:
         raise NonFiniteError(
-            f"the validation loss is not finite after {trainer.steps_done} steps",
+            f"the validation loss is not finite after {position.steps_done} steps",
             where="e2e_qp",
             hint=NON_FINITE_HINT,
         )
-    return E2EResult(trainer.initial_val, trainer.state.val_loss, trainer.steps_done)
+    return E2EResult(position.initial_val, best, position.steps_done)
 
 
-class _EndToEndTrainer:
+class _Network:
+    """All packed blocks together, measured by what they predict."""
+
     def __init__(
         self,
         lm: CausalLM,
         blocks: list[nn.Module],
         data: E2EData,
         config: E2EQPConfig,
-        seed: int,
         dtype: torch.dtype,
-        progress: Progress,
-        world: World,
     ) -> None:
-        self.world = world
-        self.lm, self.blocks, self.data, self.config = lm, blocks, data, config
-        self.seed, self.dtype, self.progress = seed, dtype, progress
+        self.lm, self.blocks, self.data, self.config, self.dtype = lm, blocks, data, config, dtype
         self.groups = _parameter_groups(blocks, config)
-        self.state = BestState([p for group in self.groups for p in group.parameters])
-        starts = {id(p): value for p, value in zip(self.state.parameters, self.state.start, strict=True)}
+        trained = {id(p) for group in self.groups for p in group.parameters}
         layers = [m for block in blocks for m in block.modules() if isinstance(m, PackedLinear)]
-        # Each layer beside the scales it started from; none where they are not trained.
-        self.layers = [(layer, starts.get(id(layer.scale))) for layer in layers]
-        self.initial_val: float | None = None
-        self.steps_done = 0
+        # Each layer beside the smallest scales it may have; none where they are not trained.
+        self.layers = [
+            (layer, layer.scale.detach() * RELATIVE_SCALE_FLOOR if id(layer.scale) in trained else None)
+            for layer in layers
+        ]
+        self.poll: Callable[[], None] = lambda: None
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Last hidden states (before the final norm), ``[B, T, H]``."""
@@ -162,9 +182,12 @@ class _EndToEndTrainer:
             target = self.lm.head(teacher_1TH)[0].float().log_softmax(-1)
         return functional.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True)
 
-    def head_loss(self, rows: Tensor, hidden: Tensor, weight: float, backward: bool) -> Tensor:
-        """``weight`` times the mean loss per predicted token of ``rows``; adds to ``hidden``'s gradient.
+    def head_loss(
+        self, rows: Tensor, hidden: Tensor, weight: float, scale: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """``weight`` times the mean loss per predicted token of ``rows``.
 
+        With ``scale`` it is also sent backward, scaled, and adds to ``hidden``'s gradient.
         The head works on every position alone, so the batch is one long row of tokens to it.
         """
         tokens = self.data.tokens[rows].to(self.lm.device)
@@ -178,98 +201,39 @@ class _EndToEndTrainer:
             part = slice(start, start + HEAD_CHUNK_TOKENS)
             teacher_part = None if teacher is None else teacher[None, part]
             loss = self.chunk_loss(flat_TH[None, part], labels_T[part], teacher_part) * (weight / predictions)
-            if backward:
-                self.stepper.scale(loss).backward()
+            if scale is not None:
+                scale(loss).backward()
             total += loss.detach()
         return total
 
-    def micro_step(self, rows: Tensor, weight: float) -> Tensor:
-        """Forward and backward of one micro-batch; returns its weighted loss."""
+    def micro_step(self, rows: Tensor, weight: float, scale: Callable[[Tensor], Tensor]) -> Tensor:
         hidden = self.hidden(self.data.tokens[rows].to(self.lm.device))
         # The head's gradient is collected here chunk by chunk, then sent through the blocks once.
         last = hidden.detach().requires_grad_(True)
-        loss = self.head_loss(rows, last, weight, backward=True)
+        loss = self.head_loss(rows, last, weight, scale)
         hidden.backward(last.grad)
         return loss
 
     @torch.no_grad()
-    def validate(self) -> float | None:
+    def validate(self, micro_batch: int) -> float | None:
         rows = torch.arange(self.data.train, self.data.tokens.shape[0])
         if not len(rows):
             return None
         total = torch.zeros((), device=self.lm.device)
-        for part in rows.split(self.config.micro_batch_size):
-            self.progress.checkpoint_requested()
+        for part in rows.split(micro_batch):
+            self.poll()
             hidden = self.hidden(self.data.tokens[part].to(self.lm.device))
-            total += self.head_loss(part, hidden, len(part) / len(rows), backward=False)
+            total += self.head_loss(part, hidden, len(part) / len(rows))
         return total.item()
 
-    def train(self, lr_factor: float) -> None:
-        config = self.config
-        self.stepper = Stepper(
-            self.groups,
-            weight_decay=config.weight_decay,
-            grad_clip=config.grad_clip,
-            device=self.lm.device,
-            dtype=self.dtype,
-        )
-        sampler = BatchSampler(self.data.train, config.batch_size, config.epochs, self.seed, *self.world)
-        warmup = math.ceil(config.warmup_fraction * sampler.steps)
-        self.initial_val = self.validate()
-        self.state.keep_if_best(self.initial_val)
-        stale, last_epoch = 0, 0
-        loss = torch.zeros((), device=self.lm.device)
-        for epoch, step, rows in sampler:
-            if epoch != last_epoch:
-                stale = 0 if self._end_of_epoch(step, sampler.steps, last_epoch, loss) else stale + 1
-                last_epoch = epoch
-                if config.patience and stale >= config.patience:
-                    break
-            self.stepper.set_lr(
-                lr_factor * cosine_factor(step, sampler.steps, config.lr_final_fraction, warmup)
-            )
-            loss = torch.zeros((), device=self.lm.device)
-            for part in rows.split(config.micro_batch_size):
-                loss += self.micro_step(part, len(part) / len(rows))
-            self.stepper.step(loss)
-            self._project()
-            self.steps_done += 1
-            self._after_step(step, sampler.steps, epoch, loss)
-        else:
-            self._end_of_epoch(sampler.steps, sampler.steps, last_epoch, loss)
-        self.state.load_best()
-
     @torch.no_grad()
-    def _project(self) -> None:
+    def project(self) -> None:
         """Bring scales and zero points back into their domain, so that what is trained can be saved."""
-        for layer, start in self.layers:
-            if start is not None:
-                layer.scale.copy_(torch.maximum(layer.scale, start * RELATIVE_SCALE_FLOOR))
+        for layer, floor in self.layers:
+            if floor is not None:
+                layer.scale.copy_(torch.maximum(layer.scale, floor))
             if layer.zero_point.is_floating_point():
                 layer.zero_point.clamp_(0, 2**layer.bits - 1)
-
-    def _after_step(self, step: int, steps: int, epoch: int, loss: Tensor) -> None:
-        if self.progress.due():
-            self.stepper.check(step)
-            self.progress.metric(
-                step=step + 1,
-                steps=steps,
-                epoch=epoch,
-                loss=loss.item(),
-                grad_norm=self.stepper.grad_norm.item(),
-                lr=self.stepper.lr(),
-                tokens=self.steps_done * self.config.batch_size * self.data.tokens.shape[1],
-            )
-        self.progress.checkpoint_requested()
-
-    def _end_of_epoch(self, step: int, steps: int, epoch: int, loss: Tensor) -> bool:
-        """Validate and keep the best; True when this epoch improved (always, without validation)."""
-        self.stepper.check(step, last=step == steps)
-        val = self.validate()
-        if val is None:
-            return True
-        self.progress.metric(step=step, steps=steps, epoch=epoch, loss=loss.item(), val_loss=val)
-        return self.state.keep_if_best(val)
 
 
 def _parameter_groups(blocks: list[nn.Module], config: E2EQPConfig) -> list[ParameterGroup]:

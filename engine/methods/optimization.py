@@ -1,22 +1,22 @@
-"""What both training phases share: learning rates, the cosine schedule, and steps that survive a non-finite
-loss."""
+"""The parts of a training: learning rates, the cosine schedule, steps that survive a non-finite loss, the
+best state; and what it takes to save and continue them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from engine.run.errors import NonFiniteError
-
 # A run of this many bad steps means that the weights themselves are bad, not one unlucky batch.
 BAD_STEPS_IN_A_ROW = 3
 MAX_ROLLBACKS = 2
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter."""
 NON_FINITE_HINT = (
     'check the model\'s weights, lower the learning rates, or use compute_dtype = "bfloat16" or "float32"'
 )
@@ -47,7 +47,38 @@ class Progress(Protocol):
         """Report something the user should know that does not end the run."""
 
     def checkpoint_requested(self) -> None:
-        """Called at step boundaries; raises StopRequested once a stop was asked for."""
+        """Called where nothing is lost by leaving; raises StopRequested once a stop was asked for."""
+
+
+class TrainingProgress(Progress, Protocol):
+    """What a training tells whoever runs it."""
+
+    def step_boundary(self, state: Callable[[], Snapshot]) -> None:
+        """Called where a training can be continued from ``state()``, which is only asked for when needed.
+
+        Saves it when a checkpoint is due; raises StopRequested, after saving it, once a stop was asked for.
+        """
+
+
+class Snapshot(NamedTuple):
+    """The state of a training: tensors by name, and values that JSON can hold."""
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+    @classmethod
+    def join(cls, parts: Mapping[str, Snapshot]) -> Snapshot:
+        """Several as one; each part's names begin with its prefix."""
+        tensors = {prefix + name: t for prefix, part in parts.items() for name, t in part.tensors.items()}
+        facts = {prefix + name: f for prefix, part in parts.items() for name, f in part.facts.items()}
+        return cls(tensors, facts)
+
+    def part(self, prefix: str) -> Snapshot:
+        """The part that was joined under ``prefix``."""
+        cut = len(prefix)
+        tensors = {name[cut:]: value for name, value in self.tensors.items() if name.startswith(prefix)}
+        facts = {name[cut:]: value for name, value in self.facts.items() if name.startswith(prefix)}
+        return Snapshot(tensors, facts)
 
 
 class Diverged(Exception):
@@ -66,36 +97,6 @@ def cosine_factor(step: int, steps: int, final_fraction: float, warmup_steps: in
         return (step + 1) / warmup_steps
     position = (step - warmup_steps) / max(1, steps - warmup_steps)
     return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, position)))
-
-
-def with_rollback(
-    attempt: Callable[[float], Any], progress: Progress, *, where: str, restore: Callable[[], None]
-) -> Any:
-    """Run ``attempt(lr_factor)``; after divergence call ``restore`` and try again at half the learning rate.
-
-    Raises:
-        NonFiniteError: when it diverges a third time; names ``where`` and the step.
-    """
-    factor = 1.0
-    for rollbacks in range(MAX_ROLLBACKS + 1):
-        try:
-            return attempt(factor)
-        except Diverged as diverged:
-            restore()
-            if rollbacks == MAX_ROLLBACKS:
-                raise NonFiniteError(
-                    f"the loss was not finite in {diverged.in_a_row} steps in a row (step {diverged.step}), "
-                    f"also after {MAX_ROLLBACKS} restarts at half the learning rate",
-                    where=where,
-                    hint=NON_FINITE_HINT,
-                ) from None
-            factor /= 2
-            progress.warning(
-                "rollback",
-                f"{where}: non-finite loss up to step {diverged.step}; "
-                f"starting it again with {factor:g} of the learning rate",
-            )
-    raise AssertionError("unreachable")
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,34 @@ class Stepper:
         if worst >= limit:
             raise Diverged(step, worst)
 
+    def state_dict(self) -> Snapshot:
+        """Parameters, moments, counters; the learning rates follow from the step."""
+        tensors = {"bad": self.bad_in_a_row, "worst": self.worst_in_a_row, "grad_norm": self.grad_norm}
+        for index, parameter in enumerate(self.parameters):
+            tensors[f"{index}.value"] = parameter.detach()
+            for name, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{index}.{name}"] = value
+        return Snapshot(tensors, {"steps": self.steps, "scaler": self.scaler.state_dict()})
+
+    @torch.no_grad()
+    def load_state_dict(self, snapshot: Snapshot) -> None:
+        """Continue where another stepper of the same parameters stood."""
+        tensors = snapshot.tensors
+        device = self.bad_in_a_row.device
+        self.bad_in_a_row, self.worst_in_a_row = tensors["bad"].to(device), tensors["worst"].to(device)
+        self.grad_norm = tensors["grad_norm"].to(device)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for index, parameter in enumerate(self.parameters):
+            parameter.copy_(tensors[f"{index}.value"])
+            found = {name: tensors[key] for name in MOMENTS if (key := f"{index}.{name}") in tensors}
+            if found:  # none before the first step
+                moments[index] = found
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.steps = snapshot.facts["steps"]
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(snapshot.facts["scaler"])
+
 
 class BestState:
     """The parameters' values at the start, and where they validated best."""
@@ -236,6 +265,21 @@ class BestState:
         """Back to the start, as if nothing had been trained or validated."""
         self._load(self.start)
         self.best = self.val_loss = None
+
+    def state_dict(self) -> Snapshot:
+        """The best values. Those of the start are not kept: they come from the model again."""
+        best = {} if self.best is None else {str(index): value for index, value in enumerate(self.best)}
+        return Snapshot(best, {"val_loss": self.val_loss})
+
+    def load_state_dict(self, snapshot: Snapshot) -> None:
+        """Remember what another one of the same parameters did."""
+        self.val_loss = snapshot.facts["val_loss"]
+        values = [snapshot.tensors.get(str(index)) for index in range(len(self.parameters))]
+        self.best = [
+            value.to(parameter.device)
+            for value, parameter in zip(values, self.parameters, strict=True)
+            if value is not None
+        ] or None
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

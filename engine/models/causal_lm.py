@@ -353,6 +353,8 @@ class CausalLM:
 
         try:
             output = self._forward(check, input_ids=torch.zeros((2, 3), dtype=torch.long, device=self.device))
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the model
         except (RuntimeError, IndexError, TypeError, AttributeError):
             return False
         in_order = seen == list(range(self.blocks))

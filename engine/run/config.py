@@ -347,6 +347,22 @@ def _suggest(wrong: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else ""
 
 
+OPERATIONAL = (
+    "runtime.",
+    "export.",
+    "e2e_qp.micro_batch_size",
+    "e2e_qp.activation_checkpointing",
+    "evaluation.batch_size",
+)
+"""Fields, or beginnings of their names, that say how a run is carried out and not what it computes."""
+DECIDING = ("runtime.seed", "runtime.deterministic")
+
+
+def is_operational(name: str) -> bool:
+    """Whether a resumed run may have another value of this field."""
+    return name.startswith(OPERATIONAL) and name not in DECIDING
+
+
 # -- derived values ------------------------------------------------------------------------------------
 
 
@@ -384,7 +400,8 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         path = os.path.expanduser(source)  # os.path, not Path: it takes any text without raising
         return os.path.realpath(path) if source and os.path.exists(path) else source
 
-    sources = {name: _get(config, name) for name in ("model.source", "data.source", "evaluation.data.source")}
+    names = ("model.source", "data.source", "evaluation.data.source")
+    sources = {name: value_of(config, name) for name in names}
     tree = to_dict(config)
     for name, source in sources.items():
         *sections, field = name.split(".")
@@ -395,7 +412,8 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     return convert(tree)
 
 
-def _get(config: RunConfig, name: str) -> Any:
+def value_of(config: RunConfig, name: str) -> Any:
+    """The value of the field called ``name`` (dotted)."""
     value: Any = config
     for part in name.split("."):
         value = getattr(value, part)

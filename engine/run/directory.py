@@ -68,6 +68,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """The engine; :func:`write_status` fills it in."""
     attempt: int = 1
     events_dropped: int = 0
+    waiting: str = ""
+    """Why the engine does nothing at the moment (a full disk), in one sentence; empty while it works."""
 
 
 class Launched(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +91,7 @@ class RunDirectory:
         self.id = path.name
         self.run_json = path / "run.json"
         self.config_toml = path / "config.toml"
+        self.origin_path = path / "origin.json"
         self.lock_path = path / "lock"
         self.status_path = path / "status.json"
         self.launch_path = path / "launch.json"

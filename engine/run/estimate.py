@@ -1,8 +1,8 @@
 """What estimates are made of: measured constants, a configuration applied to a model, sizes on disk.
 
-``memory_model.py`` and ``time_model.py`` count bytes and operations; everything that is not such a count
-is in :data:`CONSTANTS` and :data:`GPU_RATES`, each entry with what it stands for and where its value
-comes from. To calibrate, change a number here and nothing else.
+``memory_model.py``, ``disk_model.py`` and ``time_model.py`` count bytes and operations; everything that is
+not such a count is in :data:`CONSTANTS` and :data:`GPU_RATES`, each entry with what it stands for and where
+its value comes from. To calibrate, change a number here and nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +17,20 @@ from engine.run.families import Architecture
 MIB, GIB = 1 << 20, 1 << 30
 Store = Literal["device", "host", "disk"]
 """Where activation streams live."""
+
+
+def size_text(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
+
+
+def time_text(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 class Constants(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +107,36 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     """Opening and converting a block, beside its bytes."""
     read_rate: float = 500e6
     """Bytes a second at which stored weights are read and converted."""
+
+    # Checkpoints: bytes a second, except where it says otherwise. To be measured (benchmarks/checkpoints.py)
+    copy_rate_cuda: float = 3e9
+    """From GPU memory into fresh host memory that is not page-locked."""
+    copy_rate_cpu: float = 5e9
+    """From memory to memory: 3e9 to 8e9 on two cores."""
+    write_rate: float = 500e6
+    """SHA-256 on one core (1.8e9), then a file, then the disk: 0.2e9 to 0.7e9 on a virtual machine of two
+    cores that train, more on a local SSD."""
+    verify_rate: float = 1e9
+    """Reading and SHA-256."""
+    sync: float = 2e-3
+    """Seconds until one more file and its name are durable."""
+
+    # Disk: bytes
+    run_files: int = 10 << 10
+    """config.toml, run.json, status.json and the plan in the event log."""
+    generation_base: int = 3 << 10
+    """A generation file without its blocks: what it depends on, results, the position in a training."""
+    generation_per_block: int = 310
+    """Two entries and three losses."""
+    events_per_block: int = 900
+    """Begin, end and checkpoints in the event log."""
+    events_rate: float = 2000.0
+    """Of the event log, a second: metrics four times, memory once."""
+    export_texts: int = 7 << 10
+    """Model card and configurations."""
+    tokenizer_entry: int = 75
+    """Tokenizer files, for each token of the vocabulary, where they cannot be seen: tokenizer.json holds
+    every token and every merge (SmolLM2 72)."""
 
 
 CONSTANTS = Constants()
@@ -179,16 +223,15 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Sizes(msgspec.Struct, frozen=True):
-    """Bytes on disk."""
+    """Bytes of the tensors."""
 
     export: int
     fp: int
     bits_per_weight: float
-    checkpoint: int
 
 
 def sizes(arch: Architecture, grid: GridConfig) -> Sizes:
-    """Export (GPTQ v2), the 16-bit model, bits per quantized weight, and our checkpoint.
+    """Export (GPTQ v2), the 16-bit model, and bits per quantized weight.
 
     A group of g weights of b bits costs g*b bits of codes, b of zero point and 16 of scale; everything
     that is not the weight of a linear stays at 16 bits. GPTQ files also list each input's group (int32).
@@ -198,11 +241,4 @@ def sizes(arch: Architecture, grid: GridConfig) -> Sizes:
     others = arch.bias_params_per_block + arch.norm_params_per_block
     group_index = 4 * sum(linear.in_features for linear in arch.linears)
     export = arch.blocks * (packed_bits // 8 + 2 * others + group_index) + 2 * arch.rest_params
-    block = weights * grid.bits // 8 + 3 * groups + 2 * others  # zero points take a byte
-    scales = 3 * groups  # E2E-QP adds its own beside the integers
-    return Sizes(
-        export=export,
-        fp=2 * arch.params,
-        bits_per_weight=packed_bits / weights,
-        checkpoint=arch.blocks * (block + scales),
-    )
+    return Sizes(export=export, fp=2 * arch.params, bits_per_weight=packed_bits / weights)

@@ -140,13 +140,20 @@ class Eval(Event, frozen=True, kw_only=True, tag="eval"):
 
 
 class CheckpointCommitted(Event, frozen=True, kw_only=True, tag="checkpoint.committed"):
-    """Everything up to here survives a crash."""
+    """Everything up to here survives a crash.
+
+    ``bytes`` were written; training waited for ``seconds``, and the writing went on beside it for
+    ``background_seconds``. ``step`` is the last one contained, where the checkpoint lies inside a block or
+    inside end-to-end training.
+    """
 
     generation: int
     bytes: int
     seconds: float
     phase: Phase
     block: int | None = None
+    step: int | None = None
+    background_seconds: float = 0.0
 
 
 class Export(Event, frozen=True, kw_only=True, tag="export"):

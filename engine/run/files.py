@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ _NO_ACCESS = (
 )
 
 
-def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
+def atomic_write(path: str | os.PathLike[str], data: bytes | Iterable[bytes | memoryview]) -> None:
     """Replace ``path`` by ``data``, durably: new file in the same folder, fsync, rename, fsync the folder.
+
+    ``data`` may come in pieces, so that what is large need not be in memory twice.
 
     Raises what :func:`disk_error` makes of an :class:`OSError`; the old file is untouched then.
     """
@@ -37,7 +39,8 @@ def atomic_write(path: str | os.PathLike[str], data: bytes) -> None:
         try:
             fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             with os.fdopen(fd, "wb") as file:
-                file.write(data)
+                for piece in (data,) if isinstance(data, bytes) else data:
+                    file.write(piece)
                 file.flush()
                 os.fsync(fd)
             os.replace(new, path)

@@ -21,19 +21,22 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     gpu_total: int
     host_free: int
     disk_free: int
+    """What a run that is resumed has written already counts as free: it is part of what the run needs."""
     cpus: int
     avx512: bool = True
 
 
 def detect(directory: Path | None = None, device: str = "auto") -> Machine:
-    """This machine now; ``directory`` is where runs are written, ``device`` which GPU is meant."""
+    """This machine now; ``directory`` is where runs are written, or one of them; ``device`` says which GPU is
+    meant."""
     name, free, total = (None, 0, 0) if device == "cpu" else _gpu(_index(device))
+    place = directory or Path.cwd()
     return Machine(
         gpu_name=name,
         gpu_free=free,
         gpu_total=total,
         host_free=host_free(),
-        disk_free=shutil.disk_usage(_existing(directory or Path.cwd())).free,
+        disk_free=shutil.disk_usage(_existing(place)).free + _written(place),
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         avx512=_has_avx512(),
     )
@@ -64,6 +67,19 @@ def _cgroup_number(name: str) -> int | None:
         return int((CGROUP / name).read_text())
     except (OSError, ValueError):  # "max" means no limit
         return None
+
+
+def _written(directory: Path) -> int:
+    """Bytes on the disk of a run, if this is one."""
+    if not (directory / "config.toml").is_file():
+        return 0
+    written = 0
+    for path in directory.rglob("*"):
+        try:
+            written += path.lstat().st_blocks * 512
+        except OSError:  # gone meanwhile
+            continue
+    return written
 
 
 def _existing(directory: Path) -> Path:

@@ -12,13 +12,15 @@ they are the same memory and are added up.
                      every block (or all activations), one block's activations, logits of a chunk of tokens
     evaluate_*       one block in compute dtype, hidden states of all windows, logits of a chunk
     activation store two streams of sequences x length x hidden in block_ap, one (the teacher's) in e2e_qp
+    checkpoint       host memory: the copy of a training's state that a thread writes while training goes on
 """
 
 from __future__ import annotations
 
 import msgspec
 
-from engine.run.estimate import CONSTANTS, MIB, Constants, Store, Workload, sizes
+from engine.run.checkpoint_sizes import snapshot_bytes
+from engine.run.estimate import CONSTANTS, Constants, Store, Workload
 from engine.run.families import Architecture
 
 
@@ -28,6 +30,8 @@ class Memory(msgspec.Struct, frozen=True):
     device: dict[str, int]
     stored: int = 0
     """Activation store in this phase, wherever it is kept."""
+    written: int = 0
+    """Host memory of a checkpoint being written."""
 
     def gpu(self, store: Store) -> int:
         return sum(self.device.values()) + (self.stored if store == "device" else 0)
@@ -35,7 +39,7 @@ class Memory(msgspec.Struct, frozen=True):
 
 def host_memory(work: Workload, memory: Memory, store: Store, constants: Constants = CONSTANTS) -> int:
     """Resident memory of the process in a phase."""
-    stored = self_held(work, memory, store)
+    stored = self_held(work, memory, store) + memory.written
     if not work.cuda:
         return constants.base_cpu + constants.math_workspace + sum(memory.device.values()) + stored
     loading = int(max(largest_tensor(work.arch), work.arch.params_per_block) * 4 * constants.load_factor)
@@ -59,9 +63,11 @@ def phase_memory(work: Workload, phase: str, constants: Constants = CONSTANTS) -
         loading = int(largest_tensor(work.arch) * 4 * (constants.load_factor - 1))
         return Memory(outer | ({} if work.cuda else {"loading": loading}))
     if phase == "block_ap":
-        return Memory(outer | _block_ap(work, constants), 2 * work.stream_bytes())
+        return Memory(
+            outer | _block_ap(work, constants), 2 * work.stream_bytes(), snapshot_bytes(work, phase)
+        )
     if phase == "e2e_qp":
-        return Memory(outer | _e2e_qp(work, constants), work.teacher_bytes())
+        return Memory(outer | _e2e_qp(work, constants), work.teacher_bytes(), snapshot_bytes(work, phase))
     if phase == "rtn":
         return Memory(outer | _rounding(work, constants))
     if phase == "export":
@@ -222,13 +228,3 @@ def _export(work: Workload, constants: Constants) -> dict[str, int]:
         "logits": logits,
         "one tensor at 16 bits": 2 * largest_tensor(arch),
     }
-
-
-def disk_bytes(work: Workload, store: Store) -> int:
-    """What a run directory grows to."""
-    size = sizes(work.arch, work.config.grid)
-    exports = len(work.config.export.formats) * size.export
-    stored = 0
-    if store == "disk":
-        stored = max(phase_memory(work, phase).stored for phase in work.phases())
-    return size.checkpoint + exports + stored + 16 * MIB

@@ -1,7 +1,7 @@
 """The plan: what a run will need and whether it fits, before anything is loaded.
 
-    model header -> sizes -> memory of each phase, disk, time
-    machine      -> where the activation streams live, what does not fit and what would
+    model header -> sizes -> memory and disk of each phase, time, checkpoints
+    machine      -> where the activation streams live, what does not fit and what would (fit.py)
 
 Everything is computed from config.json or file headers in well under a second. Unsupported models raise
 at once (``refusals.py``); what does not fit is listed in :attr:`Plan.problems`, each in one sentence with
@@ -20,20 +20,18 @@ import msgspec
 
 from engine.run.architecture import ModelDescription, describe, refuse
 from engine.run.config import DataConfig, RunConfig
-from engine.run.errors import DataError, PreflightError
-from engine.run.estimate import CONSTANTS, GIB, Store, Workload, sizes
+from engine.run.disk_model import assets_bytes
+from engine.run.errors import DataError, EqatError, PreflightError
+from engine.run.estimate import Store, Workload, sizes
 from engine.run.families import Architecture
+from engine.run.fit import Place, Problem, choose_store, gpu_remedy, host_budget, problems
 from engine.run.machine import Machine, detect
-from engine.run.memory_model import disk_bytes, host_memory, phase_memory
+from engine.run.memory_model import host_memory, phase_memory
 from engine.run.published import Published, published
-from engine.run.time_model import phase_seconds, speed
+from engine.run.recovery_model import Recovery, broken_promise
+from engine.run.time_model import speed
 
-__all__ = ["Machine", "PhasePlan", "Plan", "check", "make_plan"]
-
-GPU_RESERVE = 0.10
-"""Part of the free GPU memory that the choice of the activation store leaves alone."""
-HOST_RESERVE = 0.10
-"""Part of the free host memory that a run leaves to others, unless a budget is given."""
+__all__ = ["Machine", "PhasePlan", "Plan", "check", "host_budget", "make_plan", "out_of_memory_remedy"]
 
 
 class PhasePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,20 +41,11 @@ class PhasePlan(msgspec.Struct, frozen=True, kw_only=True):
     peak_gpu_bytes: int | None
     """Peak of torch's allocator; none on the CPU."""
     peak_host_bytes: int
+    peak_disk_bytes: int
+    """What the run directory grows to, nameless files included, if nobody stops the run."""
     seconds: float
     parts: dict[str, int]
     """What the peak consists of, without the process itself; bytes."""
-
-
-class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that does not fit."""
-
-    where: str
-    message: str
-    hint: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.message} ({self.hint})"
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +63,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     peak_gpu_bytes: int | None
     peak_host_bytes: int
     disk_bytes: int
+    """What the run directory grows to at most: also where a stop adds a checkpoint to what there is."""
     export_bytes: int
     fp_bytes: int
     bits_per_weight: float
@@ -81,6 +71,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     activation_store_reason: str
     stream_bytes: int
     """One of Block-AP's two activation streams."""
+    recovery: Recovery
     evaluation_windows: int
     seconds: float
     time_basis: str
@@ -116,18 +107,17 @@ def make_plan(
     _check_local_text(config)
     model = describe(config.model.source, config.model.revision)
     refuse(model.architecture, model.config, config.grid, config.export.formats)
-    machine = machine or detect(runs_dir, device or config.runtime.device)
     wanted = device or config.runtime.device
-    cuda = wanted.startswith("cuda") or (wanted == "auto" and machine.gpu_name is not None)
-    windows, unknown_text = evaluation_windows(config, model.architecture)
-    work = Workload(arch=model.architecture, config=config, cuda=cuda, windows=windows)
+    machine = machine or detect(runs_dir, wanted)
+    work, unknown_text = _workload(config, model, machine, wanted)
+    place = _place(work, model, machine)
     store, reason = choose_store(work, machine)
-
-    rates = speed(cuda, machine.gpu_name or "", config.runtime.threads or machine.cpus, machine.avx512)
-    read = model.stored_bytes or work.arch.params * work.arch.dtype_bytes
-    phases = tuple(
-        _phase(work, name, store, phase_seconds(work, name, rates, read)) for name in work.phases()
-    )
+    recovery = place.recovery(work, store)
+    phases = tuple(_phases(work, store, place, recovery))
+    warnings = [
+        *_warnings(work, model, unknown_text),
+        broken_promise(work, place.pace(work), place.seconds(work), recovery),
+    ]
     size = sizes(work.arch, config.grid)
     return Plan(
         model=config.model.source,
@@ -135,23 +125,24 @@ def make_plan(
         parameters=work.arch.params,
         blocks=work.arch.blocks,
         exact=work.arch.exact,
-        device="cuda" if cuda else "cpu",
+        device="cuda" if work.cuda else "cpu",
         phases=phases,
-        peak_gpu_bytes=max(phase.peak_gpu_bytes or 0 for phase in phases) if cuda else None,
+        peak_gpu_bytes=max(phase.peak_gpu_bytes or 0 for phase in phases) if work.cuda else None,
         peak_host_bytes=max(phase.peak_host_bytes for phase in phases),
-        disk_bytes=disk_bytes(work, store),
+        disk_bytes=place.disk_needed(work, store, recovery),
         export_bytes=size.export * len(config.export.formats) or size.export,
         fp_bytes=size.fp,
         bits_per_weight=size.bits_per_weight,
         activation_store=store,
         activation_store_reason=reason,
         stream_bytes=work.stream_bytes(),
-        evaluation_windows=windows,
+        recovery=recovery,
+        evaluation_windows=work.windows,
         seconds=sum(phase.seconds for phase in phases),
-        time_basis=f"estimate: operations and memory traffic counted, at {rates.basis}",
+        time_basis=f"estimate: operations and memory traffic counted, at {place.rates.basis}",
         published=published(config.model.source, work.arch, config.grid),
-        warnings=tuple(_warnings(work, model, unknown_text)),
-        problems=tuple(_problems(work, store, machine)),
+        warnings=tuple(filter(None, warnings)),
+        problems=tuple(problems(work, store, place)),
         machine=machine,
     )
 
@@ -177,162 +168,57 @@ def check(plan: Plan) -> None:
         raise PreflightError(problem.message, where=problem.where, hint=problem.hint)
 
 
-def _phase(work: Workload, name: str, store: Store, seconds: float) -> PhasePlan:
-    memory = phase_memory(work, name)
-    parts = dict(memory.device)
-    if memory.stored and store != "disk":
-        parts[f"activation store ({store})"] = memory.stored
-    return PhasePlan(
-        name=name,
-        peak_gpu_bytes=memory.gpu(store) if work.cuda else None,
-        peak_host_bytes=host_memory(work, memory, store),
-        seconds=seconds,
-        parts=parts,
+def out_of_memory_remedy(config: RunConfig, machine: Machine) -> str:
+    """What to do about a GPU whose memory did not suffice although nothing is left to halve, as the begin of
+    a sentence that goes on with "then resume"; empty when no setting would help.
+
+    ``machine`` is the one that the run was planned on, its ``gpu_free`` what torch can have now: free memory
+    and what this process has reserved.
+    """
+    try:
+        model = describe(config.model.source, config.model.revision)
+        work, _ = _workload(config, model, machine, "cuda")
+        return gpu_remedy(work, _place(work, model, machine))
+    except EqatError:  # the model's files are gone, of all moments now: the failure at hand is the other one
+        return ""
+
+
+def _workload(
+    config: RunConfig, model: ModelDescription, machine: Machine, device: str
+) -> tuple[Workload, bool]:
+    """What is to be done, and whether the size of the evaluation text is a guess."""
+    cuda = device.startswith("cuda") or (device == "auto" and machine.gpu_name is not None)
+    windows, unknown_text = evaluation_windows(config, model.architecture)
+    return Workload(arch=model.architecture, config=config, cuda=cuda, windows=windows), unknown_text
+
+
+def _place(work: Workload, model: ModelDescription, machine: Machine) -> Place:
+    cpus = work.config.runtime.threads or machine.cpus
+    return Place(
+        machine=machine,
+        rates=speed(work.cuda, machine.gpu_name or "", cpus, machine.avx512),
+        stored_bytes=model.stored_bytes or work.arch.params * work.arch.dtype_bytes,
+        assets_bytes=assets_bytes(model),
     )
 
 
-# ----------------------------------------------------------------------------------- activation store
-
-
-def choose_store(work: Workload, machine: Machine) -> tuple[Store, str]:
-    """The fastest place with room for the activation streams, and why."""
-    wanted = work.config.runtime.activation_store
-    if wanted != "auto":
-        return wanted, "set by runtime.activation_store"
-    size = _text(max(phase_memory(work, phase).stored for phase in work.phases()))
-    if work.cuda:
-        room = (machine.gpu_free - CONSTANTS.cuda_context) * (1 - GPU_RESERVE)
-        if peak_gpu(work, "device") <= room:
-            return "device", f"{size} of activations fit into GPU memory beside the training"
-    if peak_host(work, "host") <= host_budget(work.config, machine):
-        return "host", f"{size} of activations fit into host memory"
-    return "disk", f"{size} of activations fit neither into GPU nor into host memory"
-
-
-def peak_gpu(work: Workload, store: Store) -> int:
-    return max(phase_memory(work, phase).gpu(store) for phase in work.phases())
-
-
-def peak_host(work: Workload, store: Store) -> int:
-    return max(host_memory(work, phase_memory(work, phase), store) for phase in work.phases())
-
-
-def host_budget(config: RunConfig, machine: Machine) -> int:
-    """Host memory that the run may use."""
-    if config.runtime.host_memory_gib:
-        return int(config.runtime.host_memory_gib * GIB)
-    return int(machine.host_free * (1 - HOST_RESERVE))
-
-
-# ------------------------------------------------------------------------------------------- problems
-
-
-def _problems(work: Workload, store: Store, machine: Machine) -> Iterator[Problem]:
-    """What does not fit, each with a setting that would."""
-    if work.cuda and machine.gpu_name is None:
-        yield Problem(
-            where="runtime.device", message="no usable NVIDIA GPU was found", hint="use --device cpu"
+def _phases(work: Workload, store: Store, place: Place, recovery: Recovery) -> Iterator[PhasePlan]:
+    seconds, disk = place.seconds(work), place.disk_peaks(work, store, recovery)
+    for name in work.phases():
+        memory = phase_memory(work, name)
+        parts = dict(memory.device)
+        if memory.stored and store != "disk":
+            parts[f"activation store ({store})"] = memory.stored
+        if memory.written:
+            parts["checkpoint being written"] = memory.written
+        yield PhasePlan(
+            name=name,
+            peak_gpu_bytes=memory.gpu(store) if work.cuda else None,
+            peak_host_bytes=host_memory(work, memory, store),
+            peak_disk_bytes=disk[name],
+            seconds=seconds[name],
+            parts=parts,
         )
-        return
-    gpu, host, disk = _limits(work, machine)
-    if work.cuda and peak_gpu(work, store) > gpu:
-        phase = max(work.phases(), key=lambda name: phase_memory(work, name).gpu(store))
-        yield Problem(
-            where=phase,
-            message=f"{_text(peak_gpu(work, store))} of GPU memory are needed and {_text(gpu)} are free "
-            f"on this {machine.gpu_name}",
-            hint=_remedy(work, store, machine) or "use a GPU with more memory, or --device cpu",
-        )
-    if peak_host(work, store) > host:
-        phase = max(work.phases(), key=lambda name: host_memory(work, phase_memory(work, name), store))
-        stated = "the budget is" if work.config.runtime.host_memory_gib else "what may be used is"
-        yield Problem(
-            where=phase,
-            message=f"{_text(peak_host(work, store))} of host memory are needed and {stated} {_text(host)}",
-            hint=_remedy(work, store, machine) or "use a machine with more memory",
-        )
-    if disk_bytes(work, store) > disk:
-        yield Problem(
-            where="disk",
-            message=f"the run needs {_text(disk_bytes(work, store))} of disk and {_text(disk)} are free",
-            hint=_remedy(work, store, machine) or "free some space or use --runs-dir on another disk",
-        )
-
-
-def _limits(work: Workload, machine: Machine) -> tuple[int, int, int]:
-    """What may be used of GPU memory, host memory and disk."""
-    gpu = max(0, machine.gpu_free - CONSTANTS.cuda_context)
-    return gpu, host_budget(work.config, machine), machine.disk_free
-
-
-def _remedy(work: Workload, store: Store, machine: Machine) -> str:
-    """The least painful change after which everything fits; empty when there is none."""
-    gpu, host, disk = _limits(work, machine)
-    for text, other, kept in _changes(work, store):
-        fits_gpu = not work.cuda or peak_gpu(other, kept) <= gpu
-        if fits_gpu and peak_host(other, kept) <= host and disk_bytes(other, kept) <= disk:
-            return f"{text} would fit"
-    return ""
-
-
-def _changes(work: Workload, store: Store) -> Iterator[tuple[str, Workload, Store]]:
-    """Ever smaller variants of the run, the least painful first: (what to set, workload, store)."""
-    slower: dict[Store, tuple[Store, ...]] = {
-        "device": ("host", "disk"),
-        "host": ("disk",),
-        "disk": ("host",),
-    }
-    for kept in slower[store]:
-        yield f"runtime.activation_store = {kept}", work, kept
-    for text, config in _smaller(work.config):
-        smaller = msgspec.structs.replace(work, config=config)
-        yield text, smaller, store
-        if store != "disk":
-            yield f"{text} with runtime.activation_store = disk", smaller, "disk"
-
-
-def _smaller(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """Configurations that need less: each change alone first, then all of them adding up."""
-    for section, field, values in _ladders(config):
-        for value in values:
-            yield f"{section}.{field} = {str(value).lower()}", _change(config, section, field, value)
-    said: dict[str, str] = {}
-    for section, field, values in _ladders(config):
-        for value in values:
-            config = _change(config, section, field, value)
-            said[f"{section}.{field}"] = str(value).lower()
-            yield ", ".join(f"{name} = {value}" for name, value in said.items()), config
-
-
-def _change(config: RunConfig, section: str, field: str, value: Any) -> RunConfig:
-    part = msgspec.structs.replace(getattr(config, section), **{field: value})
-    return msgspec.structs.replace(config, **{section: part})
-
-
-def _ladders(config: RunConfig) -> list[tuple[str, str, list[Any]]]:
-    """Settings that can be lowered and the values to try, the least painful first."""
-
-    def halves(value: int, lowest: int) -> list[Any]:
-        values = []
-        while value > lowest:
-            value //= 2
-            values.append(value)
-        return values
-
-    block_ap, e2e_qp, evaluation = config.block_ap, config.e2e_qp, config.evaluation
-    recompute = [True] if not e2e_qp.activation_checkpointing else []
-    ladders: list[tuple[str, str, list[Any]]] = [
-        ("evaluation", "batch_size", [1] if evaluation.batch_size > 1 else []),
-        ("e2e_qp", "micro_batch_size", [1] if e2e_qp.micro_batch_size > 1 else []),
-        ("e2e_qp", "activation_checkpointing", recompute),
-        ("block_ap", "batch_size", halves(block_ap.batch_size, 1)),
-        ("block_ap", "sequences", halves(block_ap.sequences, 128)),
-        ("e2e_qp", "sequences", halves(e2e_qp.sequences, 128)),
-        ("block_ap", "sequence_length", halves(block_ap.sequence_length, 256)),
-        ("e2e_qp", "sequence_length", halves(e2e_qp.sequence_length, 256)),
-        ("evaluation", "sequence_length", halves(evaluation.sequence_length, 256)),
-    ]
-    return [ladder for ladder in ladders if getattr(config, ladder[0]).enabled]
 
 
 # ------------------------------------------------------------------------------------------- warnings
@@ -425,8 +311,3 @@ def _characters_per_token(arch: Architecture) -> float:
     if arch.vocab < 1024:
         return 1.0 if arch.vocab <= 300 else 1.6
     return 3.8 if arch.vocab < 40_000 else 4.4
-
-
-def _text(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / (1 << 20):.0f} MiB"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from engine.run.events import Event
 
 if TYPE_CHECKING:
+    from engine.run.directory import Status
     from engine.run.state import RunState
 
 
@@ -30,6 +31,7 @@ def render(run: RunState, *, state: str, config: Mapping[str, Any] | None) -> di
         "exit_code": run.exit_code,
         "seconds": run.seconds,
         "eta_s": run.eta_s if state == "running" else None,
+        "waiting": waiting(run.status, state),
         "position": {
             name: getattr(run, name) for name in ("phase", "block", "blocks", "step", "steps", "epoch")
         },
@@ -88,6 +90,11 @@ def render(run: RunState, *, state: str, config: Mapping[str, Any] | None) -> di
     cleaned = _json_safe(tree)
     assert isinstance(cleaned, dict)
     return cleaned
+
+
+def waiting(status: Status | None, state: str) -> str | None:
+    """Why the engine does nothing at the moment; what a dead one waited for does not matter any more."""
+    return (status.waiting or None) if status is not None and state in ("running", "hung") else None
 
 
 def _payload(event: Event | None) -> dict[str, Any] | None:

@@ -183,6 +183,12 @@ class RuntimeConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Budget of host memory, GiB; 0: what is free now, less a reserve."""
     deterministic: bool = False
     """Bitwise reproducible kernels on a GPU, slower; the CPU always is."""
+    checkpoint_minutes: float = 5.0
+    """A kill loses at most this much training; 0 checkpoints between blocks only."""
+    checkpoint_share: float = 0.02
+    """Largest part of the time that may go into checkpoints; where the two disagree, this one wins."""
+    streams: Literal["auto", "stored", "recomputed"] = "auto"
+    """How a resumed run gets its activations back; auto: stored where that costs little time and disk."""
 
 
 class RunConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -60,13 +60,14 @@ def phase_seconds(
 ) -> float:
     """Estimated duration of one phase."""
     arch = work.arch
-    load = arch.blocks * constants.block_load + stored_bytes / constants.read_rate
+    load = load_seconds(arch, stored_bytes, constants)
     if phase == "prepare":
         return constants.prepare
     if phase == "block_ap":
         return load + arch.blocks * _block_seconds(work, rates)
     if phase == "e2e_qp":
-        return load + _e2e_seconds(work, rates)
+        taught = work.config.e2e_qp.loss == "kl" and not work.shares_teacher
+        return load + _e2e_seconds(work, rates) + (_teacher_seconds(work, rates) if taught else 0.0)
     if phase == "rtn":
         return load + arch.blocks * _search_seconds(work, rates)
     if phase == "export":
@@ -81,6 +82,44 @@ def phase_seconds(
     if phase != "evaluate_fp":
         seconds += arch.blocks * batches * arch.linear_params_per_block * rates.unpack_per_weight
     return seconds
+
+
+def load_seconds(arch: Architecture, stored_bytes: int, constants: Constants = CONSTANTS) -> float:
+    """Reading and converting all blocks once."""
+    return arch.blocks * constants.block_load + stored_bytes / constants.read_rate
+
+
+class Pace(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds of the parts of a training that a kill can undo, or that a restart does again."""
+
+    load: float
+    """Reading all blocks once."""
+    block: float
+    """Block-AP of one block, from one commit to the next."""
+    passage: float
+    """Of that, reading the block and sending both streams through it."""
+    block_step: float
+    e2e: float
+    """End-to-end training alone."""
+    e2e_step: float
+    teacher: float
+    """The teacher's forward pass through the whole model; 0 without a teacher."""
+
+
+def pace(work: Workload, rates: Speed, stored_bytes: int, constants: Constants = CONSTANTS) -> Pace:
+    """What checkpoints have to keep up with."""
+    arch, e2e = work.arch, work.config.e2e_qp
+    load = load_seconds(arch, stored_bytes, constants)
+    trained = _e2e_seconds(work, rates)
+    return Pace(
+        load=load,
+        block=load / arch.blocks + _block_seconds(work, rates),
+        passage=load / arch.blocks + _passage_seconds(work, rates),
+        block_step=_block_step_seconds(work, rates),
+        e2e=trained,
+        e2e_step=trained / (e2e.epochs * math.ceil(e2e.sequences / e2e.batch_size)),
+        teacher=load + _teacher_seconds(work, rates) if work.teacher_bytes() else 0.0,
+    )
 
 
 def _forward_flops(arch: Architecture, length: int) -> float:
@@ -110,8 +149,34 @@ def _block_seconds(work: Workload, rates: Speed) -> float:
     return compute + updates + steps * rates.block_launch + _search_seconds(work, rates)
 
 
+def _block_step_seconds(work: Workload, rates: Speed) -> float:
+    section, arch = work.config.block_ap, work.arch
+    tokens = section.batch_size * section.sequence_length
+    compute = 3 * tokens * _forward_flops(arch, section.sequence_length) / rates.flops
+    return compute + arch.linear_params_per_block * rates.step_per_weight + rates.block_launch
+
+
+def _passage_seconds(work: Workload, rates: Speed) -> float:
+    """Both streams through a finished block: one through its float weights, one through the packed ones."""
+    section, arch = work.config.block_ap, work.arch
+    sequences = section.sequences + section.val_sequences
+    batches = math.ceil(sequences / section.batch_size)
+    tokens = sequences * section.sequence_length
+    compute = 2 * tokens * _forward_flops(arch, section.sequence_length) / rates.flops
+    unpacking = batches * arch.linear_params_per_block * rates.unpack_per_weight
+    return compute + unpacking + 2 * batches * rates.block_launch / 3
+
+
+def _teacher_seconds(work: Workload, rates: Speed) -> float:
+    """The text of E2E-QP through the full-precision blocks."""
+    section, arch = work.config.e2e_qp, work.arch
+    tokens = (section.sequences + section.val_sequences) * section.sequence_length
+    return tokens * arch.blocks * _forward_flops(arch, section.sequence_length) / rates.flops
+
+
 def _e2e_seconds(work: Workload, rates: Speed) -> float:
-    """E2E-QP: 3 forward passes a token (4 with recomputation), and the head forward and backward."""
+    """E2E-QP without its teacher's blocks: 3 forward passes a token (4 with recomputation), and the head
+    forward and backward."""
     section, arch = work.config.e2e_qp, work.arch
     length = section.sequence_length
     training, validation = section.epochs * section.sequences, (section.epochs + 1) * section.val_sequences
@@ -121,8 +186,6 @@ def _e2e_seconds(work: Workload, rates: Speed) -> float:
     teacher = head if section.loss == "kl" else 0
     flops = training * length * (factor * forward + 2 * head + teacher)
     flops += validation * length * (forward + head + teacher)
-    if section.loss == "kl" and not work.shares_teacher:
-        flops += (section.sequences + section.val_sequences) * length * forward
     micro_steps = math.ceil(training / section.micro_batch_size)
     unpacking = micro_steps * arch.blocks * arch.linear_params_per_block * factor * rates.unpack_per_weight
     launches = micro_steps * arch.blocks * rates.block_launch * factor / 3

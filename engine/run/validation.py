@@ -164,6 +164,9 @@ def _runtime(runtime: RuntimeConfig) -> None:
     _count("runtime.seed", runtime.seed, least=0, most=_LARGEST_SEED)
     _count("runtime.threads", runtime.threads, least=0, most=4096)
     _not_negative("runtime.host_memory_gib", runtime.host_memory_gib, hint="0 takes what is free")
+    # At most a year: 0 is how to have none.
+    _between("runtime.checkpoint_minutes", runtime.checkpoint_minutes, 0.0, 525_600.0)
+    _between("runtime.checkpoint_share", runtime.checkpoint_share, 0.0001, 1.0)
 
 
 # -- the checks themselves -----------------------------------------------------------------------------

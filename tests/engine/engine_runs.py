@@ -157,20 +157,32 @@ class Child:
         assert condition(), f"ended with {self.code()} before; {output(self.run)}"
 
 
-def start(run: RunDirectory, *, module: bool = False, largest_file: int | None = None) -> Child:
-    """An engine process on ``run``, its output in the run's log."""
+def start(
+    run: RunDirectory,
+    *,
+    module: bool = False,
+    largest_file: int | None = None,
+    gpu_bytes: int | None = None,
+    die_at: int | None = None,
+) -> Child:
+    """An engine process on ``run``, its output in the run's log; with limits, if given.
+
+    ``die_at`` kills it at the n-th publication point: before and after each rename below its checkpoints and
+    its cache.
+    """
     if module:
         pid = launch.launch(run)
         return Child(launch._children[pid], run)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["engine.pipeline", "engine.reporter", "engine.telemetry"])
     attempt = launch.next_attempt(run)
-    process = context.Process(target=_engine, args=(str(run.path), attempt, largest_file, dict(os.environ)))
+    limits = {"largest_file": largest_file, "gpu_bytes": gpu_bytes, "die_at": die_at}
+    process = context.Process(target=_engine, args=(str(run.path), attempt, limits, dict(os.environ)))
     process.start()
     return Child(process, run)
 
 
-def _engine(path: str, attempt: int, largest_file: int | None, environment: dict[str, str]) -> None:
+def _engine(path: str, attempt: int, limits: dict[str, int | None], environment: dict[str, str]) -> None:
     """The body of a forked engine process: what ``launch`` and ``python -m engine`` do, with warm imports."""
     os.setsid()
     os.environ.update(environment)
@@ -179,6 +191,14 @@ def _engine(path: str, attempt: int, largest_file: int | None, environment: dict
     descriptor = os.open(launch.log_path(run, attempt), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    largest_file, gpu_bytes = limits["largest_file"], limits["gpu_bytes"]
+    if gpu_bytes is not None:
+        import torch
+
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(gpu_bytes / total)
+    if limits["die_at"] is not None:
+        _die_at(run, limits["die_at"])
     if largest_file is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
@@ -188,3 +208,26 @@ def _engine(path: str, attempt: int, largest_file: int | None, environment: dict
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _die_at(run: RunDirectory, point: int) -> None:
+    """In this process: SIGKILL at the n-th publication point."""
+    real = os.replace
+    folders = (str(run.checkpoints_dir.resolve()), str(run.cache_dir.resolve()))
+    seen = 0
+
+    def pass_point() -> None:
+        nonlocal seen
+        seen += 1
+        if seen == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def replace(source: Any, target: Any, **options: Any) -> None:
+        watched = os.path.abspath(target).startswith(folders)
+        if watched:
+            pass_point()
+        real(source, target, **options)
+        if watched:
+            pass_point()
+
+    os.replace = replace

@@ -310,7 +310,8 @@ def end_at(call: str, n: int) -> None:
         calls += 1
         if calls == n:
             if call == "write":
-                path, data = Path(str(args[0])), bytes(args[1])  # type: ignore[arg-type]
+                path, pieces = Path(str(args[0])), args[1]
+                data = pieces if isinstance(pieces, bytes) else b"".join(pieces)  # type: ignore[call-overload]
                 path.with_name(f".{path.name}.half.tmp").write_bytes(data[: len(data) // 2])
             os._exit(9)
         return real(*args, **kwargs)

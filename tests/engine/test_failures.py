@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import re
@@ -214,39 +213,6 @@ def test_ruinous_end_to_end_learning_ends_with_5_and_keeps_the_blocks(make: Make
 
 
 # -- disk (3, 7) ---------------------------------------------------------------------------------------
-
-
-def test_a_full_disk_keeps_what_was_committed_and_the_run_continues_once_there_is_space(
-    small_disk: Path, make: Make, engine: Engine
-) -> None:
-    slow = {"block_ap.sequences": 16, "block_ap.epochs": 8}
-    whole = make(**slow)
-    assert run_here(whole) == 0
-    run = make_run(small_disk / "runs", slow)
-    child = engine(run)
-    child.until(lambda: of(run, events.BlockFinished))
-    ballast = small_disk / "ballast"
-    fill(ballast)
-    assert child.code() == 7
-    error = failure(run, 7)
-    assert "disk is full" in error.message
-    assert error.hint
-    done = [e.block for e in of(run, events.BlockFinished)]
-    assert done
-    assert 3 not in done, "the disk was filled too late to test anything"
-    ballast.unlink()
-    assert run_here(run) == 0
-    assert [e.block for e in of(run, events.BlockFinished, attempt=2) if e.restored][: len(done)] == done
-    assert exported(run) == exported(whole)
-
-
-def fill(path: Path, left: int = 16 << 10) -> None:
-    """Use up the file system, but for room for a few lines of text."""
-    with path.open("wb", buffering=0) as file:
-        with contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(4096))
-        file.truncate(max(0, file.tell() - left))
 
 
 @pytest.fixture

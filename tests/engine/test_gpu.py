@@ -13,8 +13,8 @@ from torch import Tensor
 
 from engine.data.activations import StoreKind, make_store
 from engine.data.sampler import BatchSampler
-from engine.methods.block_ap import BlockResult, Streams, train_block
-from engine.methods.optimization import Diverged
+from engine.methods.block_ap import BlockResult, Passage, Streams, advance, train_block
+from engine.methods.optimization import Diverged, Snapshot
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.quant.grid import fake_quantize, initial_range, quantize
@@ -174,6 +174,9 @@ class Listening:
     def checkpoint_requested(self) -> None:
         pass
 
+    def step_boundary(self, state: Callable[[], Snapshot]) -> None:
+        pass
+
 
 def trained_block(device: torch.device, dtype: torch.dtype, bits: int = 3) -> tuple[BlockResult, Listening]:
     config = configs.resolve(configs.load("smoke"))
@@ -183,9 +186,12 @@ def trained_block(device: torch.device, dtype: torch.dtype, bits: int = 3) -> tu
     for store in stores:
         store.write(0, lm.embed(ids.to(device)))
     heard = Listening()
+    block = lm.load_block(0, dtype=torch.float32)
+    advance(lm, 0, block, stores[0], Passage(config.block_ap.batch_size), dtype, heard)
     result = train_block(
         lm,
         0,
+        block,
         Streams(*stores, 16),
         config.block_ap,
         GridConfig(bits=bits, group_size=32),

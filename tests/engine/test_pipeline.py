@@ -78,7 +78,9 @@ def test_every_phase_runs_and_the_events_say_so(make: Make) -> None:
         assert not block.restored
     commits = of(run, events.CheckpointCommitted)
     assert [e.generation for e in commits] == list(range(1, len(commits) + 1))
-    assert [e.block for e in commits if e.phase == "block_ap"] == [0, 1, 2, 3]
+    blocks = [e.block for e in commits if e.phase == "block_ap"]
+    assert sorted(set(blocks)) == [0, 1, 2, 3]
+    assert blocks == sorted(blocks)
     state = load_state(run)
     assert state.outcome == "done"
     assert state.exit_code == 0

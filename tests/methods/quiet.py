@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from engine.methods.block_ap import BlockResult, Passage, Streams, advance, train_block
+from engine.methods.optimization import Snapshot
+from engine.models.causal_lm import CausalLM
+from engine.run.config import BlockAPConfig, GridConfig
 from engine.run.errors import StopRequested
 
 
@@ -27,3 +34,25 @@ class Heard:
         self.boundaries += 1
         if self.boundaries == self._stop_at:
             raise StopRequested
+
+    def step_boundary(self, state: Callable[[], Snapshot]) -> None:
+        self.checkpoint_requested()
+
+
+def one_block(
+    lm: CausalLM,
+    index: int,
+    streams: Streams,
+    config: BlockAPConfig,
+    grid: GridConfig,
+    *,
+    progress: Heard,
+    **options: Any,
+) -> BlockResult:
+    """Train a block and bring both streams past it, as a run does."""
+    block = lm.load_block(index, dtype=torch.float32)
+    passage = Passage(config.batch_size)
+    advance(lm, index, block, streams.full, passage, options["dtype"], progress)
+    result = train_block(lm, index, block, streams, config, grid, progress=progress, **options)
+    advance(lm, index, block, streams.quantized, passage, options["dtype"], progress)
+    return result

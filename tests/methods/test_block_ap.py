@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from quiet import Heard
+from quiet import Heard, one_block
 from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.data.activations import make_store
 from engine.data.sampler import BatchSampler
-from engine.methods.block_ap import Streams, distance, train_block
+from engine.methods.block_ap import Streams, distance
 from engine.methods.optimization import Diverged, ParameterGroup, Stepper, cosine_factor
 from engine.methods.rtn import round_to_nearest
 from engine.models.causal_lm import CausalLM
@@ -61,7 +61,7 @@ def quantize_all(
     lm: CausalLM, streams: Streams, config: BlockAPConfig, grid: GridConfig, progress: Heard | None = None
 ) -> list[PackedBlock]:
     return [
-        train_block(
+        one_block(
             lm, i, streams, config, grid, seed=i, dtype=torch.float32, progress=progress or Heard()
         ).packed
         for i in range(lm.blocks)
@@ -189,7 +189,7 @@ def test_training_reduces_the_reconstruction_loss(
     grid = GridConfig(bits=bits, group_size=32, symmetric=symmetric)
     config = settings(loss=loss, epochs=8, val_sequences=0, sequences=16)
     streams = make_streams(lm, train=16, val=0)
-    result = train_block(lm, 0, streams, config, grid, seed=0, dtype=torch.float32, progress=Heard())
+    result = one_block(lm, 0, streams, config, grid, seed=0, dtype=torch.float32, progress=Heard())
     assert result.final_loss < 0.95 * result.initial_loss
     # The quantized stream has advanced by the frozen block, the full one by the original.
     block = result.packed.install(lm.load_block(0))
@@ -216,7 +216,7 @@ def test_only_what_is_switched_on_is_trained(lm: CausalLM, trained: str) -> None
         train=(trained,), val_sequences=0, lr_weight=0.01, lr_quant=0.2 if "zero" in trained else 0.01
     )
     start = round_to_nearest(lm.load_block(0), lm.linear_names(0), grid)
-    result = train_block(
+    result = one_block(
         lm, 0, make_streams(lm, val=0), config, grid, seed=0, dtype=torch.float32, progress=Heard()
     )
     assert SWITCHES[trained](start, result.packed), f"{trained} did not move"
@@ -230,9 +230,7 @@ def test_best_validated_state_is_kept_when_training_makes_it_worse(lm: CausalLM)
     grid = GridConfig(bits=4, group_size=32)
     start = round_to_nearest(lm.load_block(0), lm.linear_names(0), grid)
     ruinous = settings(lr_weight=5.0, lr_quant=1.0)
-    result = train_block(
-        lm, 0, make_streams(lm), ruinous, grid, seed=0, dtype=torch.float32, progress=Heard()
-    )
+    result = one_block(lm, 0, make_streams(lm), ruinous, grid, seed=0, dtype=torch.float32, progress=Heard())
     for name, weight in start.linears.items():
         assert torch.equal(result.packed.linears[name].words, weight.words)
     assert result.final_loss == pytest.approx(result.initial_loss)
@@ -241,9 +239,7 @@ def test_best_validated_state_is_kept_when_training_makes_it_worse(lm: CausalLM)
 def test_early_stopping_ends_a_block_that_no_longer_improves(lm: CausalLM) -> None:
     grid = GridConfig(bits=4, group_size=32)
     ruinous = settings(lr_weight=5.0, lr_quant=1.0, epochs=9, patience=2)
-    result = train_block(
-        lm, 0, make_streams(lm), ruinous, grid, seed=0, dtype=torch.float32, progress=Heard()
-    )
+    result = one_block(lm, 0, make_streams(lm), ruinous, grid, seed=0, dtype=torch.float32, progress=Heard())
     assert result.steps == 2 * 3
 
 
@@ -284,9 +280,7 @@ def poisoned(lm: CausalLM, count: int) -> Streams:
 
 def test_one_non_finite_step_is_not_applied_and_training_goes_on(lm: CausalLM) -> None:
     grid, heard = GridConfig(bits=3, group_size=32), Heard(due=True)
-    result = train_block(
-        lm, 0, poisoned(lm, 2), settings(), grid, seed=0, dtype=torch.float32, progress=heard
-    )
+    result = one_block(lm, 0, poisoned(lm, 2), settings(), grid, seed=0, dtype=torch.float32, progress=heard)
     assert not heard.warnings
     assert all(torch.isfinite(w.scale).all() for w in result.packed.linears.values())
     assert result.final_loss < result.initial_loss
@@ -294,9 +288,7 @@ def test_one_non_finite_step_is_not_applied_and_training_goes_on(lm: CausalLM) -
 
 def test_three_non_finite_steps_in_a_row_start_the_block_again_at_half_the_rate(lm: CausalLM) -> None:
     grid, heard = GridConfig(bits=3, group_size=32), Heard(due=True)
-    result = train_block(
-        lm, 0, poisoned(lm, 3), settings(), grid, seed=0, dtype=torch.float32, progress=heard
-    )
+    result = one_block(lm, 0, poisoned(lm, 3), settings(), grid, seed=0, dtype=torch.float32, progress=heard)
     assert [code for code, _ in heard.warnings] == ["rollback"]
     assert "0.5 of the learning rate" in heard.warnings[0][1]
     rates = [m["lr"]["scales"] for m in heard.metrics if m.get("lr")]
@@ -308,7 +300,7 @@ def test_three_non_finite_steps_in_a_row_start_the_block_again_at_half_the_rate(
 def test_endless_divergence_ends_with_exit_code_5_naming_block_and_step(lm: CausalLM) -> None:
     heard = Heard(due=True)
     with pytest.raises(NonFiniteError) as caught:
-        train_block(
+        one_block(
             lm,
             1,
             poisoned(lm, 10_000),

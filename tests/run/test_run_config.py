@@ -312,6 +312,9 @@ WRONG: list[tuple[str, Any]] = [
     *[("runtime.seed", seed) for seed in (-1, 2**63)],
     *[("runtime.threads", threads) for threads in (-1, 10**6)],
     ("runtime.host_memory_gib", -1.0),
+    *[("runtime.checkpoint_minutes", minutes) for minutes in (-1.0, 1e9)],
+    *[("runtime.checkpoint_share", share) for share in (0.0, -0.02, 1.5)],
+    ("runtime.streams", "kept"),
 ]
 
 

@@ -1,0 +1,298 @@
+"""When checkpoints are taken inside a block and inside E2E-QP, and what happens when the disk is full.
+
+A training offers its state at every step boundary (:meth:`TrainingCheckpoints.step_boundary`). It is taken
+
+* when so much time has passed since the last checkpoint that a kill would lose more than was promised
+  (``runtime.checkpoint_minutes``), and the last ones were cheap enough (``runtime.checkpoint_share``);
+* when a stop was asked for: then the run ends with nothing lost.
+
+Training waits only while its state is copied into host memory. A thread hashes, writes and publishes it, and
+until that is done the generation before stays in force.
+
+A full disk is no reason to lose a run: the previous checkpoint is whole, the run says what it needs and waits
+until there is room.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint import CheckpointStore, Committed
+from engine.methods.optimization import Snapshot
+from engine.reporter import Reporter
+from engine.run import events
+from engine.run.config import RuntimeConfig
+from engine.run.errors import EqatError, ExitCode, StopRequested
+from engine.run.recovery_model import PART_OF_THE_PROMISE, SNAPSHOT_SHARE
+
+T = TypeVar("T")
+
+ENTRY = "training"
+WAIT_SECONDS = 1.0
+TRY_AGAIN_SECONDS = 60.0
+"""Room may come back without showing (a quota), so the write is tried again after this long anyway."""
+NOTICEABLE_BYTES = 1 << 20
+"""Free space that came back, not the ups and downs of logs."""
+
+
+class Checkpoints:
+    """A run's checkpoint store as the pipeline uses it: says what it committed, waits while the disk is
+    full."""
+
+    def __init__(self, store: CheckpointStore, report: Reporter, runtime: RuntimeConfig) -> None:
+        self.store, self.report, self.runtime = store, report, runtime
+        self.cost = 0.0
+        """Seconds that training lost to its last snapshot."""
+
+    def commit(
+        self,
+        phase: events.Phase,
+        block: int | None = None,
+        entries: Mapping[str, Mapping[str, Tensor]] | None = None,
+        *,
+        beside: tuple[int, float] = (0, 0.0),
+    ) -> None:
+        """Publish ``entries`` (tensors on the CPU) and whatever was remembered; waits while the disk is full.
+
+        ``beside`` are bytes and seconds that were spent on files of the checkpoint before.
+        """
+
+        def publish() -> Committed:
+            for name, tensors in (entries or {}).items():
+                self.store.put(name, tensors)
+            return self.store.commit()
+
+        needed = sum(_bytes(tensors) for tensors in (entries or {}).values())
+        done = self.patiently(publish, needed)
+        done = Committed(done.generation, done.bytes + beside[0], done.seconds + beside[1])
+        self.say(done, phase, block)
+
+    def say(
+        self,
+        committed: Committed,
+        phase: events.Phase,
+        block: int | None,
+        step: int | None = None,
+        waited: float | None = None,
+    ) -> None:
+        """Tell what was committed; training ``waited`` so long for it (all the time, when not given)."""
+        foreground = committed.seconds if waited is None else waited
+        self.report.emit(
+            events.CheckpointCommitted(
+                generation=committed.generation,
+                bytes=committed.bytes,
+                seconds=foreground,
+                phase=phase,
+                block=block,
+                step=step,
+                background_seconds=0.0 if waited is None else committed.seconds,
+            )
+        )
+
+    def patiently(self, work: Callable[[], T], needed: int) -> T:
+        """``work()``, which writes ``needed`` bytes, again whenever there is room, while the disk is full.
+
+        Raises:
+            StopRequested: when a stop is asked for while there is no room.
+        """
+        try:
+            while True:
+                try:
+                    return work()
+                except EqatError as error:
+                    if not _disk_is_full(error):
+                        raise
+                    hint = error.hint
+                self._wait_for_room(needed, hint)
+        finally:
+            self.report.waiting = ""
+
+    def _wait_for_room(self, needed: int, hint: str) -> None:
+        place = self.store.directory
+        free = shutil.disk_usage(place).free
+        if not self.report.waiting:
+            self.report.waiting = (
+                f"the disk is full: a checkpoint of {needed / 2**20:.1f} MiB does not fit into the "
+                f"{free / 2**20:.1f} MiB free at {place}; the last one is whole, and the run goes on by "
+                "itself once there is room"
+            )
+            self.report.warning("disk_full", self.report.waiting, hint)
+        again = time.monotonic() + TRY_AGAIN_SECONDS
+        while time.monotonic() < again and shutil.disk_usage(place).free < free + NOTICEABLE_BYTES:
+            self.report.checkpoint_requested()
+            time.sleep(WAIT_SECONDS)
+
+
+class TrainingCheckpoints:
+    """What one block's training, or the end-to-end training, reports to (:class:`Progress`).
+
+    Use it as a context: on leaving, nothing is being written any more.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, phase: events.Phase, block: int | None = None) -> None:
+        self.checkpoints, self.report = checkpoints, checkpoints.report
+        self.store, self.runtime = checkpoints.store, checkpoints.runtime
+        self.phase, self.block = phase, block
+        self._last = time.monotonic()
+        self._thread: threading.Thread | None = None
+        self._write: _Write
+
+    def __enter__(self) -> TrainingCheckpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            self._finish_writing()
+        elif self._thread is not None and not (isinstance(error, StopRequested) and error.abort):
+            self._thread.join()  # whatever ends the run, the last checkpoint of it counts
+
+    # What a training says
+
+    def due(self) -> bool:
+        return self.report.due()
+
+    def metric(self, **values: Any) -> None:
+        self.report.metric(**values)
+
+    def warning(self, code: str, message: str, hint: str = "") -> None:
+        self.report.warning(code, message, hint)
+
+    def checkpoint_requested(self) -> None:
+        self.report.checkpoint_requested()
+
+    # Checkpoints
+
+    def step_boundary(self, state: Callable[[], Snapshot]) -> None:
+        """A state to continue from: kept when a checkpoint is due; after a stop, kept and left."""
+        stop = self.report.stop_asked()
+        if stop is None:
+            if self._is_due():
+                self._keep(state())
+            return
+        if not stop.abort:
+            self._finish_writing()
+            self._keep(state())
+            self._finish_writing()
+        raise stop
+
+    def _is_due(self) -> bool:
+        if self._thread is not None:
+            if self._thread.is_alive():
+                return False
+            self._finish_writing()
+        runtime = self.runtime
+        promised = PART_OF_THE_PROMISE * 60 * runtime.checkpoint_minutes
+        affordable = self.checkpoints.cost / (SNAPSHOT_SHARE * runtime.checkpoint_share)
+        return runtime.checkpoint_minutes > 0 and time.monotonic() - self._last >= max(promised, affordable)
+
+    def _keep(self, state: Snapshot) -> None:
+        """Copy the state; a thread does the rest."""
+        began = time.monotonic()
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors.items()}
+        tensors |= random_state(self.report.device)
+        self._last = time.monotonic()
+        self._write = _Write(self, tensors, state.facts, self._last - began)
+        self._thread = threading.Thread(target=self._write.try_once, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _finish_writing(self) -> None:
+        """Wait for the thread; what stood in its way is raised, a full disk waited for."""
+        if self._thread is None:
+            return
+        while self._thread.is_alive():
+            self._thread.join(0.05)
+            stop = self.report.stop_asked()
+            if stop is not None and stop.abort:
+                raise stop  # the process ends in the middle of the write: the generation before stays
+        self._thread = None
+        write = self._write
+        if write.failure is not None:
+            if not _disk_is_full(write.failure):
+                raise write.failure
+            self.checkpoints.patiently(write.publish, _bytes(write.tensors))
+        self.checkpoints.cost = write.cost()
+        del self._write  # and its copy of the state
+
+
+class _Write:
+    """One snapshot on its way to the disk."""
+
+    def __init__(
+        self, owner: TrainingCheckpoints, tensors: dict[str, Tensor], facts: dict[str, Any], waited: float
+    ) -> None:
+        self.owner, self.tensors, self.waited = owner, tensors, waited
+        self.facts = {"phase": owner.phase, "block": owner.block, **facts}
+        self.failure: BaseException | None = None
+        self.seconds = 0.0
+
+    def try_once(self) -> None:
+        """The body of the thread."""
+        try:
+            self.publish()
+        except BaseException as failure:
+            self.failure = failure
+
+    def publish(self) -> None:
+        owner = self.owner
+        owner.store.put(ENTRY, self.tensors)
+        owner.store.remember(ENTRY, self.facts)
+        committed = owner.store.commit()
+        self.seconds = committed.seconds
+        step = self.facts["sampler"]["step"]
+        owner.checkpoints.say(committed, owner.phase, owner.block, step, self.waited)
+
+    def cost(self) -> float:
+        """Seconds that training lost: on a GPU it goes on while the host writes, a CPU does one or the
+        other."""
+        on_cpu = self.owner.report.device.type == "cpu"
+        return self.waited + (self.seconds if on_cpu else 0.0)
+
+
+def snapshot_of(store: CheckpointStore, phase: events.Phase, block: int | None = None) -> Snapshot | None:
+    """Where an earlier attempt's training of this phase and block can be continued; the random numbers go
+    on from there too."""
+    facts = store.fact(ENTRY)
+    if facts is None or (facts["phase"], facts["block"]) != (phase, block):
+        return None
+    return Snapshot(store.get(ENTRY), facts)
+
+
+def forget_snapshot(store: CheckpointStore) -> None:
+    """What was trained to its end needs no state to continue from."""
+    store.drop(ENTRY)
+    store.forget(ENTRY)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The generators' states, by entry name."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_state(tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put the generators where they were."""
+    torch.set_rng_state(tensors["random.cpu"])
+    if device.type == "cuda" and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"], device)
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """A file that may not grow beyond a limit of this process (EFBIG) will not fit later either."""
+    if not isinstance(error, EqatError) or error.exit_code != ExitCode.DISK_FULL:
+        return False
+    cause = error.__cause__
+    return not (isinstance(cause, OSError) and cause.errno == errno.EFBIG)

@@ -1,0 +1,1 @@
+"""The phases of a run; :mod:`engine.pipeline` puts them in order."""

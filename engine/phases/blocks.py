@@ -1,0 +1,158 @@
+"""The phase ``block_ap``: all blocks one after the other, with the activation streams that run through them.
+
+A stream is a function of the text and of the blocks before it, so it need not be saved to be safe. A resumed
+run brings both streams to the first unfinished block: from the files of the last stored border, where the
+plan has them stored, else from the text; then through the finished blocks, by the code that did it first.
+
+A finished block is committed before the quantized stream passes it. From then on nothing of it can be lost: a
+kill in the middle of the passage costs the passage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from engine.checkpointer import TrainingCheckpoints, forget_snapshot, restore_random_state, snapshot_of
+from engine.data.activations import ActivationStore
+from engine.methods.block_ap import BlockResult, Streams, train_block
+from engine.methods.rtn import round_to_nearest
+from engine.phases.job import Job, block_entry, compute_dtype, losses_fact
+from engine.phases.passage import forget_streams, pass_through, store_at, stored_at
+from engine.phases.teacher import keep_as_teacher
+
+MICRO_BATCH = "block_ap_micro_batch"
+"""Name of the fact that says how many sequences at a time memory sufficed for, if that is less than a
+batch."""
+
+
+def round_blocks(job: Job) -> None:
+    """Without Block-AP: every block to its initial grid."""
+    for index in range(job.blocks):
+        job.report.block_started(index, job.blocks)
+        if job.is_finished(index):
+            job.report.block_finished(restored=True)
+            continue
+        block = job.lm.load_block(index, dtype=torch.float32)
+        packed = round_to_nearest(block, job.lm.linear_names(index), job.config.grid)
+        job.checkpoints.commit("rtn", index, {block_entry(index): packed.tensors()})
+        job.report.block_finished()
+        job.report.checkpoint_requested()
+
+
+def train_blocks(job: Job) -> ActivationStore | None:
+    """Block-AP over all blocks. Returns the full-precision stream behind the last of them where end-to-end
+    training learns from it; none too when all blocks were finished before."""
+    if not job.all_blocks_finished():
+        return _BlockPhase(job).run()
+    for index in range(job.blocks):
+        job.report.block_started(index, job.blocks)
+        job.report.block_finished(**job.store.fact(losses_fact(index)), restored=True)
+    return None
+
+
+class _BlockPhase:
+    def __init__(self, job: Job) -> None:
+        self.job, self.config = job, job.config.block_ap
+        self.dtype = compute_dtype(self.config.compute_dtype, job.device)
+        self.teacher: ActivationStore | None = None
+
+    def run(self) -> ActivationStore | None:
+        job = self.job
+        with self._streams() as streams:
+            border = self._restore(streams)
+            for index in range(job.blocks):
+                job.report.block_started(index, job.blocks)
+                if not job.is_finished(index):
+                    self._train(index, streams)
+                    continue
+                if index >= border:
+                    self._replay(index, streams)
+                job.report.block_finished(**job.store.fact(losses_fact(index)), restored=True)
+            if keep_as_teacher(job, streams.full):
+                self.teacher = streams.full
+            else:
+                forget_streams(job)
+        return self.teacher
+
+    @contextmanager
+    def _streams(self) -> Iterator[Streams]:
+        job = self.job
+        full = job.activations("full", job.tokens.block_ap, self.dtype)
+        quantized = job.activations("quantized", job.tokens.block_ap, self.dtype)
+        try:
+            yield Streams(full, quantized, job.tokens.block_ap_train)
+        finally:
+            quantized.close()
+            if full is not self.teacher:
+                full.close()
+
+    def _restore(self, streams: Streams) -> int:
+        """Fill the streams; returns how many blocks they have passed."""
+        border = stored_at(self.job, {"full": streams.full, "quantized": streams.quantized})
+        if border is not None:
+            return border
+        self.job.embed(self.job.tokens.block_ap, streams.full, streams.quantized)
+        return 0
+
+    def _replay(self, index: int, streams: Streams) -> None:
+        """Both streams past a finished block, by the code that did it first."""
+        block = self.job.lm.load_block(index, dtype=torch.float32)
+        pass_through(self.job, index, block, "full", streams.full, self.dtype)
+        self.job.packed(index).install(block)
+        self._leave(index, block, streams)
+
+    def _train(self, index: int, streams: Streams) -> None:
+        job = self.job
+        block = job.lm.load_block(index, dtype=torch.float32)
+        pass_through(job, index, block, "full", streams.full, self.dtype)
+        snapshot = snapshot_of(job.store, "block_ap", index)
+        if snapshot is not None:
+            restore_random_state(snapshot.tensors, job.device)
+        with TrainingCheckpoints(job.checkpoints, "block_ap", index) as progress:
+            result = train_block(
+                job.lm,
+                index,
+                block,
+                streams,
+                self.config,
+                job.config.grid,
+                seed=job.seed(index),
+                dtype=self.dtype,
+                progress=progress,
+                micro_batch=job.store.fact(MICRO_BATCH),
+                snapshot=snapshot,
+                world=job.world,
+            )
+        del snapshot
+        self._commit(index, result)
+        self._leave(index, block, streams)
+
+    def _commit(self, index: int, result: BlockResult) -> None:
+        store = self.job.store
+        losses: dict[str, Any] = {
+            "initial_loss": result.initial_loss,
+            "final_loss": result.final_loss,
+            "val_loss": result.val_loss,
+        }
+        store.remember(losses_fact(index), losses)
+        if result.micro_batch < self.config.batch_size:
+            store.remember(MICRO_BATCH, result.micro_batch)
+        forget_snapshot(store)
+        self.job.checkpoints.commit("block_ap", index, {block_entry(index): result.packed.tensors()})
+        self.job.report.block_finished(**losses)
+
+    def _leave(self, index: int, block: torch.nn.Module, streams: Streams) -> None:
+        """The quantized stream passes the finished block (nobody needs it behind the last one), and both are
+        stored where the plan wants it."""
+        job, border = self.job, index + 1
+        if border == job.blocks:
+            return
+        pass_through(job, index, block, "quantized", streams.quantized, self.dtype)
+        recovery = job.plan.recovery
+        if recovery.streams == "stored" and border % recovery.streams_every == 0:
+            store_at(job, border, {"full": streams.full, "quantized": streams.quantized})
+        job.report.checkpoint_requested()

@@ -1,0 +1,135 @@
+"""What every phase works with: the run, the model, the text, and what is checkpointed so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from engine.checkpoint import CheckpointStore
+from engine.checkpointer import Checkpoints
+from engine.data.activations import ActivationStore, make_store
+from engine.data.sampler import ALONE, World
+from engine.models.causal_lm import CausalLM
+from engine.models.source import ModelSource
+from engine.preparation import Tokens
+from engine.quant.packed import PackedBlock, PackedWeight
+from engine.reporter import Reporter
+from engine.run.config import RunConfig
+from engine.run.directory import RunDirectory
+from engine.run.plan import Plan, host_budget
+
+
+@dataclass
+class Job:
+    """One attempt at one run, prepared."""
+
+    run: RunDirectory
+    config: RunConfig
+    plan: Plan
+    report: Reporter
+    source: ModelSource
+    lm: CausalLM
+    tokens: Tokens
+    store: CheckpointStore
+    world: World = ALONE
+    perplexities: dict[str, float] = field(default_factory=dict)
+    """By stage, as far as measured."""
+
+    def __post_init__(self) -> None:
+        self.checkpoints = Checkpoints(self.store, self.report, self.config.runtime)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    @property
+    def blocks(self) -> int:
+        return self.lm.blocks
+
+    def seed(self, index: int) -> int:
+        """A seed of its own for each block (the end-to-end training counts as one more), so that a block
+        draws the same whether or not others ran before it."""
+        return self.config.runtime.seed * 1_000_003 + index
+
+    # What is trained so far
+
+    def is_finished(self, index: int) -> bool:
+        """Whether block ``index`` is quantized and committed."""
+        return block_entry(index) in self.store
+
+    def all_blocks_finished(self) -> bool:
+        return all(self.is_finished(index) for index in range(self.blocks))
+
+    def packed(self, index: int) -> PackedBlock:
+        """Block ``index`` as quantized so far: after E2E-QP with its trained scales."""
+        grid = self.config.grid
+        packed = PackedBlock.from_tensors(self.store.get(block_entry(index)), grid.bits, grid.symmetric)
+        if not self.store.fact("e2e_qp_done"):
+            return packed
+        trained = self.store.get(scales_entry(index))
+        linears = {
+            name: PackedWeight(
+                weight.words,
+                trained[f"{name}.scale"],
+                trained[f"{name}.zero_point"],
+                weight.bits,
+                weight.symmetric,
+            )
+            for name, weight in packed.linears.items()
+        }
+        return PackedBlock(linears, packed.others)
+
+    def packed_block(self, index: int) -> nn.Module:
+        """Block ``index`` as quantized so far, on the device."""
+        return self.packed(index).install(self.lm.load_block(index))
+
+    # Activations
+
+    def activations(self, name: str, tokens: Tensor, dtype: torch.dtype) -> ActivationStore:
+        """Room for the hidden states of ``tokens``."""
+        self.run.cache_dir.mkdir(mode=0o755, exist_ok=True)
+        return make_store(
+            self.plan.activation_store,
+            (*tokens.shape, self.lm.hidden_size),
+            dtype,
+            self.device,
+            path=self.run.cache_dir / f"{name}.bin",
+            # Two streams live at the same time.
+            budget_bytes=host_budget(self.config, self.plan.machine) // 2,
+        )
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor, *stores: ActivationStore) -> None:
+        """Fill ``stores`` with what the first block receives."""
+        batch = self.config.block_ap.batch_size
+        for start in range(0, tokens.shape[0], batch):
+            self.report.checkpoint_requested()
+            hidden = self.lm.embed(tokens[start : start + batch].to(self.device))
+            for store in stores:
+                store.write(start, hidden)
+
+
+def block_entry(index: int) -> str:
+    """Name of a quantized block in the checkpoint."""
+    return f"block-{index:03d}"
+
+
+def scales_entry(index: int) -> str:
+    """Name of a block's end-to-end trained scales."""
+    return f"scales-{index:03d}"
+
+
+def losses_fact(index: int) -> str:
+    """Name of a block's reconstruction losses."""
+    return f"losses-{index:03d}"
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of a configured one; ``auto`` is bfloat16 on a GPU and float32 on the CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

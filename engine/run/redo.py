@@ -1,0 +1,107 @@
+"""Training blocks K... of a run again with other settings: a new run that shares what came before.
+
+The new run's directory holds ``origin.json``, which names the other run. Its engine begins with that run's
+checkpoint: finished blocks below K are hard links to the same objects, so they cost no time and no disk, and
+deleting either run does not hurt the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from engine.run import config as configs
+from engine.run.config import RunConfig
+from engine.run.directory import RunDirectory
+from engine.run.errors import PreflightError, UsageError
+from engine.run.files import atomic_write_json
+from engine.run.state import load_state
+
+SHARED_FIELDS = ("model.", "grid.", "block_ap.enabled")
+"""What the shared blocks depend on, and every later one must agree with."""
+
+
+class Origin(msgspec.Struct, frozen=True, kw_only=True):
+    """``origin.json``."""
+
+    path: str
+    """The other run's directory."""
+    id: str
+    from_block: int
+    """The first block that is trained again; as many as there are blocks: only the end-to-end training."""
+
+
+def read_origin(run: RunDirectory) -> Origin | None:
+    """Which run this one redoes a part of, or none."""
+    try:
+        return msgspec.json.decode(run.origin_path.read_bytes(), type=Origin)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise PreflightError(f"cannot be read: {error}", where=str(run.origin_path)) from error
+
+
+def make_redo(run: RunDirectory, from_block: int, overrides: Mapping[str, object]) -> RunDirectory:
+    """A new run beside ``run`` that trains its blocks from ``from_block`` on, with ``overrides`` set.
+
+    Raises:
+        UsageError: as :func:`redo_config`.
+    """
+    made = RunDirectory.create(run.path.parent, redo_config(run, from_block, overrides))
+    atomic_write_json(made.origin_path, Origin(path=str(run.path), id=run.id, from_block=from_block))
+    return made
+
+
+def redo_config(run: RunDirectory, from_block: int, overrides: Mapping[str, object]) -> RunConfig:
+    """The configuration that :func:`make_redo` gives the new run; writes nothing.
+
+    Raises:
+        UsageError: for blocks that are not finished, and for settings that the shared blocks depend on.
+    """
+    _check_blocks(run, from_block)
+    before = run.config()
+    config = configs.resolve(configs.apply_overrides(before, overrides))
+    configs.validate(config)
+    if from_block:  # else no block is shared, and nothing has to agree
+        _check_settings(configs.resolve(before), config)
+    return config
+
+
+def _check_blocks(run: RunDirectory, from_block: int) -> None:
+    """Blocks 0 to K-1 must be finished."""
+    state = load_state(run, skip=frozenset({"metric", "memory"}))
+    finished = sum(row.finished for row in state.trained_blocks())
+    if 0 <= from_block <= finished:
+        return
+    end_to_end = f"; with {finished}, only the end-to-end training is done again"
+    all_of_them = finished and finished == (state.plan or {}).get("blocks")
+    raise UsageError(
+        f"cannot be {from_block}: {_finished_words(finished)}",
+        where="--from-block",
+        hint=(f"0 to {finished}" if finished else "only 0") + (end_to_end if all_of_them else ""),
+    )
+
+
+def _finished_words(finished: int) -> str:
+    if finished <= 1:
+        return "only block 0 is finished" if finished else "no block is finished yet"
+    return f"blocks 0 to {finished - 1} are finished"
+
+
+def _check_settings(before: RunConfig, now: RunConfig) -> None:
+    for name in configs.field_names():
+        if not name.startswith(SHARED_FIELDS) or name == "model.trust_remote_code":
+            continue
+        old, new = configs.value_of(before, name), configs.value_of(now, name)
+        if old != new:
+            raise UsageError(
+                f"is {_words(old)} in the blocks that would be shared and cannot become {_words(new)}",
+                where=name,
+                hint=f"start a new run instead: {configs.equivalent_command(now)}",
+            )
+
+
+def _words(value: object) -> str:
+    """A value as ``--set`` takes it."""
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

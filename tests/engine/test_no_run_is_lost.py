@@ -1,0 +1,378 @@
+"""The promises about interruptions, each with a real engine: one test, one promise."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from engine_runs import Child, exported, make_run, of, output, run_here, start, wait_until
+
+from engine.run import control, events, generations
+from engine.run.directory import RunDirectory, read_status, run_state
+
+Make = Callable[..., RunDirectory]
+Engine = Callable[..., Child]
+
+# Trainings of a second each, with a checkpoint as often as one can be written.
+OFTEN = {
+    "block_ap.sequences": 16,
+    "block_ap.epochs": 8,
+    "e2e_qp.sequences": 12,
+    "e2e_qp.epochs": 5,
+    "runtime.checkpoint_minutes": 1e-4,
+    "runtime.checkpoint_share": 1.0,
+}
+VARIANTS: dict[str, dict[str, object]] = {
+    "the teacher is Block-AP's stream": {},
+    "the teacher has a text of its own": {"e2e_qp.sequence_length": 24},
+    "no teacher, patience, clipping": {
+        "e2e_qp.loss": "cross_entropy",
+        "e2e_qp.patience": 2,
+        "block_ap.grad_clip": 0.01,
+        "block_ap.weight_decay": 0.1,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
+    """What a variant exports when nobody interferes."""
+    made: dict[str, dict[str, str]] = {}
+
+    def export_of(variant: str = "the teacher is Block-AP's stream") -> dict[str, str]:
+        if variant not in made:
+            run = make_run(tmp_path_factory.mktemp("runs"), {**OFTEN, **VARIANTS[variant]})
+            assert start(run).code() == 0, output(run)
+            made[variant] = exported(run)
+        return made[variant]
+
+    return export_of
+
+
+def inside(run: RunDirectory, phase: str, attempt: int | None = None) -> list[events.CheckpointCommitted]:
+    """Checkpoints in the middle of a training."""
+    return [e for e in of(run, events.CheckpointCommitted, attempt) if e.phase == phase and e.step]
+
+
+def steps(run: RunDirectory, phase: str, attempt: int) -> list[events.Metric]:
+    """Metrics of training steps."""
+    return [e for e in of(run, events.Metric, attempt) if e.phase == phase and e.val_loss is None]
+
+
+def warnings(run: RunDirectory, code: str) -> list[str]:
+    return [e.message for e in of(run, events.Warning) if e.code == code]
+
+
+# -- exact resume --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variant", "streams"), [*zip(VARIANTS, ["stored", "recomputed", "recomputed"], strict=True)]
+)
+@pytest.mark.parametrize("phase", ["block_ap", "e2e_qp"])
+def test_resume_is_bitwise_identical_after_a_kill_inside(
+    make: Make,
+    engine: Engine,
+    whole: Callable[[str], dict[str, str]],
+    phase: str,
+    variant: str,
+    streams: str,
+) -> None:
+    run = make(**{**OFTEN, **VARIANTS[variant], "runtime.streams": streams})
+    child = engine(run)
+    child.until(lambda: len(inside(run, phase)) > 3)
+    child.send(signal.SIGKILL)
+    child.code()
+    last = inside(run, phase)[-1]
+    assert run_state(run) == "crashed"
+    assert engine(run).code() == 0, output(run)
+    first = steps(run, phase, 2)[0]
+    assert (first.block, first.step > 1) == (last.block, True), "it began the training again"
+    assert exported(run) == whole(variant)
+    assert not warnings(run, "checkpoint")
+
+
+def test_what_a_kill_undoes_is_bounded_by_the_cadence(make: Make, engine: Engine) -> None:
+    """After a resume the step is at most so far behind the last one seen as checkpoints are apart."""
+    run = make(**OFTEN)
+    child = engine(run)
+    child.until(lambda: len(inside(run, "block_ap")) > 5)
+    child.send(signal.SIGKILL)
+    child.code()
+    kept = inside(run, "block_ap")[-1]
+    assert run_here(run) == 0
+    first = steps(run, "block_ap", 2)[0]
+    assert first.block == kept.block
+    assert kept.step is not None
+    assert first.step > kept.step
+
+
+def test_checkpoints_inside_a_training_come_only_as_often_as_promised(make: Make) -> None:
+    run = make(**{**OFTEN, "runtime.checkpoint_minutes": 5.0})
+    assert run_here(run) == 0
+    assert not inside(run, "block_ap")
+    assert not inside(run, "e2e_qp")
+    never = make(**{**OFTEN, "runtime.checkpoint_minutes": 0.0})
+    assert run_here(never) == 0
+    assert not inside(never, "block_ap")
+
+
+def test_a_damaged_stored_stream_is_computed_again_and_the_result_is_the_same(
+    make: Make, engine: Engine, whole: Callable[..., dict[str, str]]
+) -> None:
+    for damage in ("flip", "truncate", "delete"):
+        run = make(**{**OFTEN, "runtime.streams": "stored"})
+        child = engine(run)
+        child.until(lambda run=run: inside(run, "block_ap") and inside(run, "block_ap")[-1].block == 2)
+        child.send(signal.SIGKILL)
+        child.code()
+        (file, *_) = sorted(run.cache_dir.glob("streams-*-full.raw"))
+        content = file.read_bytes()
+        if damage == "flip":
+            file.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+        elif damage == "truncate":
+            file.write_bytes(content[:-1])
+        else:
+            file.unlink()
+        assert run_here(run) == 0
+        assert any("computing them again" in message for message in warnings(run, "streams")), damage
+        assert exported(run) == whole()
+
+
+# -- crash consistency ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["truncated object", "flipped bit", "missing object", "torn generation"])
+def test_a_damaged_newest_generation_falls_back_to_the_one_before_and_says_so(
+    make: Make, engine: Engine, whole: Callable[..., dict[str, str]], damage: str
+) -> None:
+    run = make(**OFTEN)
+    child = engine(run)
+    child.until(lambda: len(inside(run, "block_ap")) > 3)
+    child.send(signal.SIGKILL)
+    child.code()
+    number = generations.newest(run.checkpoints_dir)
+    newest = generations.read_generation(run.checkpoints_dir, number)
+    before = generations.read_generation(run.checkpoints_dir, number - 1)
+    (digest, *_) = [d for d in newest.entries.values() if d not in before.entries.values()] or [None]
+    place = generations.generation_path(run.checkpoints_dir, number)
+    if damage == "torn generation" or digest is None:
+        place.write_bytes(place.read_bytes()[:-20])
+    else:
+        file = generations.object_path(run.checkpoints_dir, digest)
+        content = file.read_bytes()
+        changed = {
+            "truncated object": content[: len(content) // 2],
+            "flipped bit": content[:-9] + bytes([content[-9] ^ 4]) + content[-8:],
+        }
+        if damage in changed:
+            file.write_bytes(changed[damage])
+        else:
+            file.unlink()
+    assert run_here(run) == 0
+    assert any(f"generation {number} is damaged" in message for message in warnings(run, "checkpoint"))
+    assert exported(run) == whole()
+
+
+def test_killed_at_every_publication_point_it_ends_with_the_same_bytes(make: Make) -> None:
+    """Every file of a checkpoint is durable before the next begins: die before and after each rename."""
+    settings: dict[str, object] = {
+        **OFTEN,
+        "runtime.streams": "stored",
+        "block_ap.epochs": 2,
+        "e2e_qp.epochs": 1,
+        "evaluation.enabled": False,
+    }
+    complete = make(**settings)
+    assert start(complete).code() == 0
+    struck, point = 0, 1
+    while True:
+        run = make(**settings)
+        code = start(run, die_at=point).code()
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, output(run)
+        struck += 1
+        assert start(run).code() == 0, output(run)
+        assert exported(run) == exported(complete), f"killed at publication point {point}"
+        point += 1 if point < 6 else 5
+    assert struck > 10
+
+
+# -- stop ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", ["block_ap", "e2e_qp"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_the_first_signal_checkpoints_at_the_next_step_and_nothing_is_done_twice(
+    make: Make, engine: Engine, whole: Callable[..., dict[str, str]], number: int, phase: str
+) -> None:
+    run = make(**{**OFTEN, "runtime.checkpoint_minutes": 5.0})
+    child = engine(run)
+    child.until(lambda: len(steps(run, phase, 1)) > 1)
+    child.send(number)
+    assert child.code() == 75
+    assert run_state(run) == "stopped"
+    kept = inside(run, phase)[-1]
+    assert kept.step is not None
+    assert kept.step >= steps(run, phase, 1)[-1].step
+    assert run_here(run) == 0
+    assert steps(run, phase, 2)[0].step == kept.step + 1
+    assert exported(run) == whole()
+
+
+def test_the_second_signal_aborts_and_the_run_goes_on_from_the_last_checkpoint(
+    make: Make, engine: Engine, whole: Callable[..., dict[str, str]]
+) -> None:
+    run = make(**OFTEN)
+    child = engine(run)
+    child.until(lambda: len(inside(run, "block_ap")) > 2)
+    child.send(signal.SIGSTOP)  # so that both are there before it can act on the first
+    child.send(signal.SIGINT)
+    child.send(signal.SIGTERM)
+    child.send(signal.SIGCONT)
+    assert child.code() == 143
+    assert run_state(run) == "aborted"
+    assert run_here(run) == 0
+    assert steps(run, "block_ap", 2)[0].step > 1
+    assert exported(run) == whole()
+
+
+def test_slurms_warning_followed_by_its_sigterm_is_a_stop_and_not_an_abort(
+    make: Make, engine: Engine
+) -> None:
+    run = make(**OFTEN)
+    child = engine(run)
+    child.until(lambda: len(steps(run, "block_ap", 1)) > 1)
+    child.send(signal.SIGSTOP)
+    child.send(signal.SIGUSR1)
+    child.send(signal.SIGTERM)
+    child.send(signal.SIGCONT)
+    assert child.code() == 75
+
+
+def test_a_hang_up_changes_nothing(make: Make, engine: Engine, whole: Callable[..., dict[str, str]]) -> None:
+    run = make(**OFTEN)
+    child = engine(run)
+    child.until(lambda: len(steps(run, "block_ap", 1)) > 1)
+    child.send(signal.SIGHUP)
+    assert child.code() == 0
+    assert exported(run) == whole()
+
+
+# -- disk full -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(place)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a file system of its own can only be mounted by root")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(path: Path, left: int = 16 << 10) -> None:
+    """Use up the file system, but for room for a few lines of text."""
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            file.truncate(max(0, file.tell() - left))
+
+
+def waiting(run: RunDirectory) -> str:
+    status = read_status(run)
+    return status.waiting if status is not None else ""
+
+
+def test_a_full_disk_during_a_checkpoint_pauses_the_run_and_room_lets_it_go_on(
+    small_disk: Path, engine: Engine, whole: Callable[..., dict[str, str]]
+) -> None:
+    run = make_run(small_disk / "runs", OFTEN)
+    child = engine(run)
+    child.until(lambda: len(inside(run, "block_ap")) > 2)
+    child.send(signal.SIGSTOP)
+    generation = generations.newest(run.checkpoints_dir)
+    ballast = small_disk / "ballast"
+    fill(ballast)
+    child.send(signal.SIGCONT)
+    # The status file cannot be written either: what the log could take is all there is to see.
+    time.sleep(4)
+    assert child.alive(), output(run)
+    assert run_state(run) == "running"
+    assert generations.newest(run.checkpoints_dir) - generation <= 1
+    generations.read_generation(run.checkpoints_dir, generations.newest(run.checkpoints_dir))
+    ballast.unlink()
+    assert child.code() == 0, output(run)
+    assert exported(run) == whole()
+    assert [e.attempt for e in of(run, events.RunFinished)] == [1]
+
+
+def test_a_run_that_waits_for_room_says_so_and_can_be_stopped(small_disk: Path, engine: Engine) -> None:
+    """A quota on checkpoints only: their folder lies on the small disk, the rest of the run does not."""
+    run = make_run(small_disk.parent / "runs", OFTEN)
+    run.checkpoints_dir.rmdir()
+    (small_disk / "checkpoints").mkdir()
+    run.checkpoints_dir.symlink_to(small_disk / "checkpoints")
+    child = engine(run)
+    child.until(lambda: len(inside(run, "block_ap")) > 2)
+    fill(small_disk / "ballast", left=0)
+    wait_until(lambda: waiting(run))
+    assert "the disk is full" in waiting(run)
+    assert "MiB" in waiting(run)
+    assert warnings(run, "disk_full")
+    assert child.alive()
+    control.request(run, "stop")
+    assert child.code() == 75
+    (small_disk / "ballast").unlink()
+    assert run_here(run) == 0
+
+
+def test_an_event_log_that_cannot_be_written_does_not_end_the_training(
+    make: Make, engine: Engine, whole: Callable[..., dict[str, str]]
+) -> None:
+    run = make(**OFTEN)
+    run.events_path.symlink_to("/dev/full")
+    assert engine(run).code() == 0, output(run)
+    assert exported(run) == whole()
+    status = read_status(run)
+    assert status is not None
+    assert status.events_dropped > 10
+
+
+# -- what remains --------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_keeps_no_activation_cache_and_no_training_state(make: Make) -> None:
+    for streams in ("stored", "recomputed"):
+        run = make(**{**OFTEN, "runtime.streams": streams})
+        assert run_here(run) == 0
+        assert not run.cache_dir.exists()
+        number = generations.newest(run.checkpoints_dir)
+        content = json.loads(generations.generation_path(run.checkpoints_dir, number).read_text())
+        assert "training" not in content["entries"]
+        assert "training" not in content["facts"]
+        assert "streams" not in content["facts"]
+
+
+def test_a_run_that_goes_on_with_other_software_says_so(make: Make) -> None:
+    run = make()
+    control.request(run, "stop")
+    assert run_here(run) == 75
+    assert run_here(run) == 0
+    manifest = json.loads(run.run_json.read_text())
+    manifest["versions"]["torch"] = "1.0"
+    run.run_json.write_text(json.dumps(manifest))
+    assert run_here(run) == 0
+    assert any("torch 1.0" in message for message in warnings(run, "changed"))
