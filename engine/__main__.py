@@ -19,9 +19,9 @@ from typing import Literal
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from engine.run import events
-from engine.run.config import apply_overrides, resolve, validate
+from engine.run.config import apply_overrides, is_operational, resolve, validate
 from engine.run.directory import RunDirectory, RunLock
-from engine.run.errors import EqatError, ExitCode, StopRequested
+from engine.run.errors import EqatError, ExitCode, IdentityError, StopRequested
 from engine.run.launch import this_attempt
 
 Task = Literal["run", "eval", "export"]
@@ -69,6 +69,13 @@ def _record_refusal(run: RunDirectory, attempt: int, error: EqatError) -> None:
 
 
 def _attempt(run: RunDirectory, attempt: int, task: Task, overrides: dict[str, object]) -> int:
+    for name in overrides:
+        if not is_operational(name):
+            raise IdentityError(
+                "decides what is computed, so a run cannot go on with another value",
+                where=name,
+                hint=f"eqat resume {run.id} --from-block K --set ... makes a new run of it",
+            )
     config = resolve(apply_overrides(run.config(), overrides))
     validate(config)
     # Imported here, once the lock is held and the configuration is known to be good: torch takes seconds.

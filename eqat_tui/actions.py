@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from engine.run import config as configs
+from engine.run import control
 from engine.run.config import RunConfig
-from engine.run.directory import RunDirectory, default_runs_dir, find_run
-from engine.run.errors import EqatError, ExitCode
+from engine.run.directory import (
+    RunDirectory,
+    default_runs_dir,
+    find_run,
+    holder,
+    read_launched,
+    run_state,
+)
+from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.launch import launch, log_path
+from engine.run.redo import make_redo
 from engine.run.state import show
-from eqat_tui.follow import Follower, Left
+from eqat_tui.follow import LIVE, Follower, Left
 from eqat_tui.output import print_json, say
 from eqat_tui.progress import open_display
 from eqat_tui.summary import report, shorten
@@ -65,6 +79,73 @@ def start(run: RunDirectory, *, args: Sequence[str] = (), detach: bool, as_json:
     return follow(run, engine=lambda: launch(run, args=args), as_json=as_json)
 
 
+def resume(run: RunDirectory, overrides: Mapping[str, str], *, detach: bool, as_json: bool) -> int:
+    """Start the engine again on a run that is not over, with other operational settings, if given."""
+    state = run_state(run)
+    if state in ("running", "hung"):
+        raise UsageError(f"is {state}", where=run.id, hint=f"eqat attach {run.id} follows it")
+    if state == "done":
+        raise UsageError("is done already", where=run.id, hint=f"eqat show {run.id} shows the result")
+    for name in overrides:
+        if name in configs.field_names() and not configs.is_operational(name):
+            raise UsageError(
+                "decides what is computed, so this run cannot go on with another value",
+                where=name,
+                hint=f"eqat resume {run.id} --from-block K --set ... trains blocks K... again, in a new run",
+            )
+    configs.validate(configs.resolve(configs.apply_overrides(run.config(), overrides)))
+    args = [part for name, value in overrides.items() for part in ("--set", f"{name}={value}")]
+    return start(run, args=args, detach=detach, as_json=as_json)
+
+
+def redo(
+    run: RunDirectory, from_block: int, overrides: Mapping[str, str], *, detach: bool, as_json: bool
+) -> int:
+    """Train a part of ``run`` again, as a new run."""
+    made = make_redo(run, from_block, overrides)
+    if from_block:
+        last = f" to {from_block - 1}" if from_block > 1 else ""
+        say(f"sharing block{'s' if from_block > 1 else ''} 0{last} of {run.id}")
+    return start(made, detach=detach, as_json=as_json)
+
+
+def stop(run: RunDirectory, *, abort: bool, wait: bool) -> int:
+    """Ask the engine to stop or to abort."""
+    state = run_state(run)
+    if state not in LIVE:
+        raise UsageError(f"is not running ({state})", where=run.id)
+    control.request(run, "abort" if abort else "stop")
+    say(f"asked {run.id} to {'abort' if abort else 'stop'}")
+    if state == "hung":
+        say(f"it gives no sign of life; eqat stop {run.id} --kill ends it, and what is checkpointed is kept")
+    if wait:
+        while state in LIVE:
+            time.sleep(0.2)
+            state = run_state(run)
+        say(f"{run.id} is {state}; eqat resume {run.id} goes on")
+    return ExitCode.DONE
+
+
+def kill(run: RunDirectory) -> int:
+    """End an engine that does not answer."""
+    pid = holder(run.lock_path)
+    if pid is None:
+        raise UsageError(f"is not running ({run_state(run)})", where=run.id)
+    launched = read_launched(run)
+    here = launched is None or launched.host == socket.gethostname()
+    try:
+        if not here or pid <= 0:
+            raise ProcessLookupError
+        os.kill(pid, signal.SIGKILL)
+    except OSError as error:
+        where = "another host" if not here else f"process {pid}"
+        raise PreflightError(
+            f"its engine ({where}) cannot be killed from here", where=run.id, hint="kill it where it runs"
+        ) from error
+    say(f"killed process {pid}; what was checkpointed is kept: eqat resume {run.id}")
+    return ExitCode.DONE
+
+
 def follow(run: RunDirectory, *, engine: Callable[[], int] | None, as_json: bool) -> int:
     """Follow to the end, then print the report; ``engine`` starts it, unless it runs already."""
     follower = Follower(run, open_display())
@@ -81,6 +162,8 @@ def follow(run: RunDirectory, *, engine: Callable[[], int] | None, as_json: bool
         print(report(shown, with_error=False))  # the display has told the error
     if code == ExitCode.STOPPED:
         say(f"stopped; eqat resume {run.id} goes on")
+    elif code in (ExitCode.ABORTED, ExitCode.TERMINATED):
+        say(f"aborted; eqat resume {run.id} goes on from its last checkpoint")
     elif code == ExitCode.BUG:
         say(f"log: {shorten(log_path(run, follower.state.attempt))}")
     return code

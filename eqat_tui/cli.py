@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -52,6 +51,14 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Any field of the configuration; repeatable."),
 ]
 Detach = Annotated[bool, typer.Option("--detach", help="Print the run's id and return at once.")]
+RemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that the model's repository ships, with your rights. Only for repositories "
+        "you have read.",
+    ),
+]
 
 
 # -- before any command --------------------------------------------------------------------------------
@@ -89,6 +96,7 @@ def run(
     data: Data = None,
     device: Device = None,
     settings: Settings = None,
+    trust_remote_code: RemoteCode = False,
     runs_dir: RunsDir = None,
     detach: Detach = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and start nothing.")] = False,
@@ -111,6 +119,7 @@ def run(
         data=data,
         device=device,
         settings=settings or (),
+        trust_remote_code=trust_remote_code,
     )
     place = default_runs_dir(runs_dir)
     if dry_run:
@@ -128,6 +137,7 @@ def plan(
     data: Data = None,
     device: Device = None,
     settings: Settings = None,
+    trust_remote_code: RemoteCode = False,
     runs_dir: RunsDir = None,
     as_json: Json = False,
 ) -> int:
@@ -144,26 +154,40 @@ def plan(
         data=data,
         device=device,
         settings=settings or (),
+        trust_remote_code=trust_remote_code,
     )
     return actions.print_plan(config, default_runs_dir(runs_dir), as_json=as_json)
 
 
 @app.command()
-def resume(run: Run, runs_dir: RunsDir = None, detach: Detach = False, as_json: Json = False) -> int:
-    """Go on with a run that was stopped, failed or crashed, behind its last finished block.
+def resume(
+    run: Run,
+    from_block: Annotated[
+        int | None,
+        typer.Option("--from-block", min=0, metavar="K", help="Train blocks K... again, in a new run."),
+    ] = None,
+    settings: Settings = None,
+    runs_dir: RunsDir = None,
+    detach: Detach = False,
+    as_json: Json = False,
+) -> int:
+    """Go on with a run that was stopped, failed or crashed, exactly where its last checkpoint is.
 
-    E2E-QP starts again from its beginning. The result is the same as without the interruption.
+    That may be inside a block or inside E2E-QP. The result is the same as without the interruption, to the
+    last bit on the same machine. --set changes what does not decide the result (runtime.*, export.*,
+    e2e_qp.micro_batch_size ...), this time only.
+
+    With --from-block K a new run is made that shares the blocks before K with this one and trains the others
+    again, with whatever --set changes; K = the number of blocks repeats only the end-to-end training.
     """
-    from engine.run.directory import run_state
     from eqat_tui import actions
+    from eqat_tui.configure import parse_settings
 
     found = actions.find(run, runs_dir)
-    state = run_state(found)
-    if state in ("running", "hung"):
-        raise UsageError(f"is {state}", where=found.id, hint=f"eqat attach {found.id} follows it")
-    if state == "done":
-        raise UsageError("is done already", where=found.id, hint=f"eqat show {found.id} shows the result")
-    return actions.start(found, detach=detach, as_json=as_json)
+    overrides = parse_settings(settings or ())
+    if from_block is not None:
+        return actions.redo(found, from_block, overrides, detach=detach, as_json=as_json)
+    return actions.resume(found, overrides, detach=detach, as_json=as_json)
 
 
 @app.command()
@@ -183,27 +207,21 @@ def stop(
     run: Run,
     runs_dir: RunsDir = None,
     abort: Annotated[bool, typer.Option("--abort", help="End with the exit code of an abort (130).")] = False,
+    kill: Annotated[
+        bool, typer.Option("--kill", help="Kill the engine, for one that does not answer.")
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Return when the engine is gone.")] = False,
 ) -> int:
-    """Ask a run to stop at its next step. eqat resume RUN goes on behind the last finished block."""
-    from engine.run import control
-    from engine.run.directory import run_state
+    """Ask a run to checkpoint at its next step and stop. eqat resume RUN goes on from there.
+
+    --abort ends it without a new checkpoint, --kill without asking; both leave the last one.
+    """
     from eqat_tui import actions
-    from eqat_tui.follow import LIVE
-    from eqat_tui.output import say
 
     found = actions.find(run, runs_dir)
-    state = run_state(found)
-    if state not in LIVE:
-        raise UsageError(f"is not running ({state})", where=found.id)
-    control.request(found, "abort" if abort else "stop")
-    say(f"asked {found.id} to {'abort' if abort else 'stop'}")
-    if wait:
-        while state in LIVE:
-            time.sleep(0.2)
-            state = run_state(found)
-        say(f"{found.id} is {state}")
-    return ExitCode.DONE
+    if kill:
+        return actions.kill(found)
+    return actions.stop(found, abort=abort, wait=wait)
 
 
 # -- looking -------------------------------------------------------------------------------------------
@@ -320,6 +338,43 @@ def export(
         raise UsageError(f"there is no format {format!r}", where="--format", hint="gptq_v2")
     args = ("--task", "export", "--format", format)
     return actions.start(actions.find(run, runs_dir), args=args, detach=detach, as_json=as_json)
+
+
+# -- housekeeping --------------------------------------------------------------------------------------
+
+
+@app.command()
+def rm(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Ids or their beginnings, or paths.")],
+    runs_dir: RunsDir = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> int:
+    """Delete runs, with everything in them. Blocks that another run shares stay there."""
+    from eqat_tui import actions
+    from eqat_tui.housekeeping import delete
+
+    return delete([actions.find(ref, runs_dir) for ref in runs], yes=yes)
+
+
+@app.command()
+def gc(
+    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN...]", help="Only these runs.")] = None,
+    runs_dir: RunsDir = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Forget tokenized text as well.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be freed.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Free what runs can make again: stored activations, old checkpoint generations, half-written files.
+
+    A run that is being worked on is left alone. What was trained stays.
+    """
+    from engine.run.directory import default_runs_dir, list_runs
+    from eqat_tui import actions
+    from eqat_tui.housekeeping import clean
+
+    place = default_runs_dir(runs_dir)
+    chosen = [actions.find(ref, runs_dir) for ref in runs] if runs else list_runs(place)
+    return clean(chosen, place, tokens=tokens, dry_run=dry_run, as_json=as_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

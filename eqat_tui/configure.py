@@ -19,6 +19,7 @@ def build_config(
     data: str | None = None,
     device: str | None = None,
     settings: Sequence[str] = (),
+    trust_remote_code: bool = False,
 ) -> RunConfig:
     """The preset or file ``target`` with flags and then ``--set`` on top, complete and valid."""
     flags: dict[str, object] = {
@@ -27,6 +28,7 @@ def build_config(
         "grid.group_size": group_size,
         "data.source": data,
         "runtime.device": device,
+        "model.trust_remote_code": True if trust_remote_code else None,
     }
     overrides = {name: value for name, value in flags.items() if value is not None}
     overrides.update(parse_settings(settings))

@@ -46,6 +46,8 @@ class Follower:
         self._interrupts = 0
         self._handled = 0
         self._terminated = False
+        self._on_interrupt: OnInterrupt = "stop"
+        self._waiting = ""
         self._said_hung = False
 
     def catch_up(self) -> None:
@@ -60,21 +62,22 @@ class Follower:
         It is called in here so that a Ctrl-C at any moment of it is a request to the engine. Without it,
         the run's lock tells that the run is over, and its last event how.
         """
+        self._on_interrupt = on_interrupt
         with _taking_signals(self):
             try:
                 pid = start() if start is not None else None
-                code = self._until_gone(pid, on_interrupt)
+                code = self._until_gone(pid)
                 self._take()
             finally:
                 self.display.close()
         return self._verdict(code)
 
-    def _until_gone(self, pid: int | None, on_interrupt: OnInterrupt) -> int | None:
+    def _until_gone(self, pid: int | None) -> int | None:
         """Wait for the end; the process's exit code where it can be known."""
         looked = float("-inf")
         while True:
             self._take()
-            self._answer_interrupts(on_interrupt)
+            self._answer_interrupts()
             code = exit_code(pid) if pid is not None else None
             if code is not None:
                 return code
@@ -94,6 +97,7 @@ class Follower:
             if isinstance(event, RunFinished):
                 self._finished = event
         self.state = msgspec.structs.replace(self.state, status=read_status(self.run))
+        self._tell_waiting()
         self.display.update(self.state, new)
 
     def _verdict(self, code: int | None) -> int:
@@ -115,6 +119,12 @@ class Follower:
             self.display.note(f"no sign of life from the engine (process {pid}); still waiting")
         self._said_hung = hung
 
+    def _tell_waiting(self) -> None:
+        waiting = self.state.status.waiting if self.state.status is not None else ""
+        if bool(waiting) != bool(self._waiting):
+            self.display.note(f"paused: {waiting}" if waiting else "there is room again; the run goes on")
+        self._waiting = waiting
+
     # -- Ctrl-C ------------------------------------------------------------------------------------
 
     def interrupted(self, number: int, frame: FrameType | None) -> None:
@@ -122,15 +132,26 @@ class Follower:
         self._interrupts += 1
 
     def terminated(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler: the follower is ended, not the run; first the terminal is restored."""
-        self._terminated = True
+        """Signal handler. For whoever started the run it is an interrupt: in a container or a batch job this
+        process is the one that is told, and the engine goes when it does. Others only stop looking."""
+        if self._on_interrupt == "leave":
+            self._terminated = True
+        else:
+            self._interrupts += 1
 
-    def _answer_interrupts(self, on_interrupt: OnInterrupt) -> None:
+    def warned(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: a batch system's warning. It stops the run and never aborts it."""
+        if self._on_interrupt == "leave":
+            self._terminated = True
+        else:
+            self._interrupts = max(1, self._interrupts)
+
+    def _answer_interrupts(self) -> None:
         if self._terminated:
             raise Left
         while self._handled < self._interrupts:
             self._handled += 1
-            if on_interrupt == "leave" or self._handled > 2:
+            if self._on_interrupt == "leave" or self._handled > 2:
                 raise Left
             if self._handled == 1:
                 control.request(self.run, "stop")
@@ -142,13 +163,17 @@ class Follower:
 
 @contextmanager
 def _taking_signals(follower: Follower) -> Iterator[None]:
-    interrupt: Any = signal.signal(signal.SIGINT, follower.interrupted)
-    terminate: Any = signal.signal(signal.SIGTERM, follower.terminated)
+    handlers: dict[int, Any] = {
+        signal.SIGINT: follower.interrupted,
+        signal.SIGTERM: follower.terminated,
+        signal.SIGUSR1: follower.warned,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, terminate)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _shell_code(code: int) -> int:

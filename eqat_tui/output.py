@@ -15,9 +15,9 @@ from typing import Any
 from engine.run.errors import EqatError
 
 
-def say(text: str) -> None:
+def say(text: str, end: str = "\n") -> None:
     """Narration: for the person watching, never part of the data."""
-    print(text, file=sys.stderr, flush=True)
+    print(text, end=end, file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:

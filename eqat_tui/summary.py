@@ -66,6 +66,10 @@ def facts(run: Tree) -> dict[str, str]:
     lines: dict[str, str] = {}
     if run["state"] in ("running", "hung"):
         lines["now"] = _position(run)
+        if run.get("waiting"):
+            lines["paused"] = run["waiting"]
+    if run.get("origin"):
+        lines["shares"] = origin_words(run["origin"])
     size = run["size_bytes"]
     if size["fp"] and size["quantized"]:
         ratio = size["fp"] / size["quantized"]
@@ -94,6 +98,13 @@ def facts(run: Tree) -> dict[str, str]:
         lines["export" if index == 0 else f"export {index + 1}"] = export_words(export, run)
     lines["directory"] = shorten(run["path"])
     return lines
+
+
+def origin_words(origin: Tree) -> str:
+    """What a run has from the one that it redoes a part of."""
+    count = origin["from_block"]
+    blocks = {0: "nothing but evaluations", 1: "block 0"}.get(count, f"blocks 0–{count - 1}")
+    return f"{blocks} of {origin['id']}"
 
 
 def export_words(export: Tree, run: Tree) -> str:
@@ -140,6 +151,8 @@ def runs_table(runs: Sequence[Tree], *, now: float | None = None) -> str:
 
 def state_words(run: Tree) -> str:
     """``running Block-AP 12/30``, or just the state."""
+    if run.get("waiting"):
+        return "paused (disk full)"
     if run["state"] != "running" or not run.get("phase"):
         return str(run["state"])
     block, blocks = run.get("block"), run.get("blocks")

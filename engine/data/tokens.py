@@ -320,7 +320,7 @@ def _store(path: Path, windows: Tensor, identity: dict[str, str], warn: Warn) ->
     # one entry only: safetensors writes several in random order, and equal tokens make equal files
     metadata = {"eqat": json.dumps({"sha256": _checksum(windows), "text": identity}, sort_keys=True)}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:12]}-")
         try:
             with os.fdopen(descriptor, "wb") as file:

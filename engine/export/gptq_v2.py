@@ -114,7 +114,7 @@ def export_gptq_v2(
     out_dir = Path(out_dir)
     partial = out_dir.with_name(out_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial.mkdir(mode=0o755, parents=True)
     writer = ShardWriter(partial, shard_bytes=shard_bytes, header_bytes=header_room(_all_names(lm)))
     try:
         grid = _write_tensors(writer, lm, block_for, on_block)

@@ -167,7 +167,7 @@ class ModelSource:
 
     def save_assets(self, out_dir: Path) -> None:
         """Write what belongs to a checkpoint besides its weights: config, generation config, tokenizer."""
-        out_dir.mkdir(parents=True, exist_ok=True)
+        out_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
         self.config.save_pretrained(out_dir)
         if self.directory is None:
             self.tokenizer().save_pretrained(out_dir)

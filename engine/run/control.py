@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 import msgspec
 
-from engine.run.directory import RunDirectory
+from engine.run.directory import FOLDER_MODE, RunDirectory
 from engine.run.errors import UsageError
 from engine.run.files import atomic_write_json, disk_error
 
@@ -39,7 +39,7 @@ def request(run: RunDirectory, action: Action) -> str:
         raise UsageError(f"cannot be {action!r}", where="request", hint="stop or abort")
     name = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
     try:
-        run.control_dir.mkdir(exist_ok=True)
+        run.control_dir.mkdir(mode=FOLDER_MODE, exist_ok=True)
     except OSError as error:
         raise disk_error(error, run.control_dir) from error
     made = Request(id=name, request=action, t=time.time(), pid=os.getpid())

@@ -48,6 +48,8 @@ __all__ = [
 
 State = Literal["created", "running", "hung", "crashed", "done", "stopped", "failed", "aborted"]
 
+FOLDER_MODE = 0o755
+"""Of folders, less the umask: whatever that is, nobody else may write into a run."""
 DEFAULT_GRACE_S = 120.0
 """A heartbeat older than this means a hung engine, unless its status asks for more patience."""
 
@@ -113,12 +115,12 @@ class RunDirectory:
         name = f"{stamp}-{_slug(config.model.source)}-w{config.grid.bits}g{config.grid.group_size}"
         text = to_toml(absolute_paths(config)).encode()
         try:
-            runs_dir.mkdir(parents=True, exist_ok=True)
+            runs_dir.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
             path = _make_new(runs_dir.resolve(), name)
             run = cls(path)
             folders = (run.control_dir, run.logs_dir, run.checkpoints_dir, run.cache_dir)
             for folder in (*folders, run.eval_dir, run.export_dir):
-                folder.mkdir()
+                folder.mkdir(mode=FOLDER_MODE)
         except OSError as error:
             raise disk_error(error, runs_dir) from error
         atomic_write(run.config_toml, text)  # last: without it the directory is no run
@@ -165,7 +167,7 @@ def _make_new(runs_dir: Path, name: str) -> Path:
     for _ in range(100):
         path = runs_dir / f"{name}-{secrets.token_hex(2)}"
         try:
-            path.mkdir()
+            path.mkdir(mode=FOLDER_MODE)
         except FileExistsError:  # made in the same minute with the same four digits
             continue
         return path
@@ -190,7 +192,9 @@ def default_runs_dir(flag: str | os.PathLike[str] | None = None) -> Path:
 def list_runs(runs_dir: Path) -> list[RunDirectory]:
     """The runs in ``runs_dir``, newest first; none where there is no such directory."""
     try:
-        runs = [RunDirectory(path.resolve()) for path in runs_dir.iterdir() if _is_run(path)]
+        # Hidden ones are deletions that were cut off.
+        found = [path for path in runs_dir.iterdir() if not path.name.startswith(".") and _is_run(path)]
+        runs = [RunDirectory(path.resolve()) for path in found]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:

@@ -105,7 +105,7 @@ def read_generation(directory: Path, number: int) -> Generation:
     return found
 
 
-def prune(directory: Path, *, keep: int = GENERATIONS_KEPT) -> int:
+def prune(directory: Path, *, keep: int = GENERATIONS_KEPT, dry_run: bool = False) -> int:
     """Remove generations beyond the newest ``keep``, objects that no remaining one names, and files that a
     kill left half written; returns the bytes that became free.
 
@@ -128,13 +128,15 @@ def prune(directory: Path, *, keep: int = GENERATIONS_KEPT) -> int:
     objects = objects_path(directory)
     garbage += [path for path in objects.glob("*.safetensors") if path.stem not in named]
     garbage += [*directory.glob(".*.tmp"), *objects.glob(".*.tmp")]
-    return sum(_remove(path) for path in garbage)
+    return sum(_remove(path, dry_run) for path in garbage)
 
 
-def _remove(path: Path) -> int:
+def _remove(path: Path, dry_run: bool) -> int:
+    """Bytes that come free; an object that another run shares frees none."""
     try:
         status = path.stat()
-        path.unlink()
+        if not dry_run:
+            path.unlink()
     except OSError:
         return 0
     return status.st_size if status.st_nlink == 1 else 0

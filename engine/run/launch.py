@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.run.control import discard_pending
-from engine.run.directory import Launched, RunDirectory, holder
+from engine.run.directory import FOLDER_MODE, Launched, RunDirectory, holder
 from engine.run.errors import EqatError, PreflightError
 from engine.run.events import tail_events
 from engine.run.files import atomic_write_json, disk_error
@@ -49,7 +49,7 @@ def launch(
         )
     discard_pending(run)
     try:
-        run.logs_dir.mkdir(exist_ok=True)
+        run.logs_dir.mkdir(mode=FOLDER_MODE, exist_ok=True)
         attempt, log = _new_log(run)
     except OSError as error:
         raise disk_error(error, run.logs_dir) from error

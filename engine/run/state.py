@@ -234,7 +234,7 @@ def _block_finished(state: RunState, event: events.BlockFinished) -> RunState:
 
 
 def _metric(state: RunState, event: events.Metric) -> RunState:
-    metrics = (*state.metrics, event)
+    metrics = (*_before(state.metrics, event), event)
     if len(metrics) > MAX_METRICS:
         # Every second of the older half goes; with each round the past gets coarser, the present stays.
         half = len(metrics) // 2
@@ -246,6 +246,17 @@ def _metric(state: RunState, event: events.Metric) -> RunState:
         step=event.step,
         steps=event.steps,
         epoch=event.epoch,
+    )
+
+
+def _before(metrics: tuple[events.Metric, ...], event: events.Metric) -> tuple[events.Metric, ...]:
+    """``metrics`` without those that a resumed attempt, going on from an earlier step, does again."""
+    if not metrics or metrics[-1].attempt == event.attempt:
+        return metrics
+    return tuple(
+        old
+        for old in metrics
+        if (old.phase, old.block) != (event.phase, event.block) or old.step < event.step
     )
 
 
@@ -364,7 +375,7 @@ def show(run: RunDirectory) -> dict[str, Any]:
     if metrics and (metrics[-1].attempt, metrics[-1].phase) == (state.attempt, state.phase):
         state = state.apply(metrics[-1])
     tree = state.to_json(state=run_state(run), config=_config(run))
-    return {**tree, "path": str(run.path)}
+    return {**tree, "path": str(run.path), "origin": _origin(run)}
 
 
 _NOT_SUMMARIZED = frozenset({"metric", "memory", "block.started", "block.finished"})
@@ -391,7 +402,17 @@ def summarize(run: RunDirectory) -> dict[str, Any]:
         "blocks": status.blocks if status is not None else None,
         "error": tree["error"]["message"] if tree["error"] else None,
         "exports": [done["format"] for done in tree["exports"] if done["verified"]],
+        "waiting": tree["waiting"],
     }
+
+
+def _origin(run: RunDirectory) -> dict[str, Any] | None:
+    """Which run this one redoes a part of."""
+    try:
+        found: dict[str, Any] = msgspec.json.decode(run.origin_path.read_bytes())
+        return {"id": str(found["id"]), "path": str(found["path"]), "from_block": int(found["from_block"])}
+    except (OSError, msgspec.MsgspecError, KeyError, TypeError, ValueError):
+        return None
 
 
 def _config(run: RunDirectory) -> dict[str, Any] | None:

@@ -11,18 +11,20 @@ import typer.main
 
 from eqat_tui.cli import app
 
-CONFIGURE = {"--model", "--bits", "--group-size", "--data", "--device", "--set"}
+CONFIGURE = {"--model", "--bits", "--group-size", "--data", "--device", "--set", "--trust-remote-code"}
 PUBLIC = {
     "run": {*CONFIGURE, "--runs-dir", "--detach", "--dry-run", "--json"},
     "plan": {*CONFIGURE, "--runs-dir", "--json"},
-    "resume": {"--runs-dir", "--detach", "--json"},
+    "resume": {"--from-block", "--set", "--runs-dir", "--detach", "--json"},
     "attach": {"--runs-dir", "--json"},
-    "stop": {"--runs-dir", "--abort", "--wait"},
+    "stop": {"--runs-dir", "--abort", "--kill", "--wait"},
     "runs": {"--runs-dir", "--limit", "-n", "--json"},
     "show": {"--runs-dir", "--json"},
     "presets": {"--json"},
     "doctor": {"--runs-dir", "--quick", "--json"},
     "eval": {"--runs-dir", "--detach", "--json"},
+    "rm": {"--runs-dir", "--yes", "-y"},
+    "gc": {"--runs-dir", "--tokens", "--dry-run", "--json"},
     "export": {"--format", "--runs-dir", "--detach", "--json"},
 }
 

@@ -11,6 +11,8 @@ import json
 import os
 import pty
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -143,14 +145,62 @@ def test_attach_follows_and_its_interrupt_leaves_the_run_alone(tmp_path: Path) -
     assert run_state(run) == "running"
 
 
-def test_ending_the_follower_leaves_the_run_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_whoever_started_the_run_stops_it_resumably(tmp_path: Path, number: int) -> None:
+    """In a container or a batch job this process is the one that is told."""
     process = start_eqat(tmp_path, "works", *RUN)
     run = working_run(tmp_path)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert f"eqat resume {run.id}" in err
+    assert run_state(run) == "stopped"
+
+
+def test_a_warning_signal_and_then_sigterm_do_not_abort_together_what_one_of_them_stops(
+    tmp_path: Path,
+) -> None:
+    process = start_eqat(tmp_path, "works", *RUN)
+    working_run(tmp_path)
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+
+
+def test_a_signal_to_a_viewer_leaves_the_run_alone(tmp_path: Path) -> None:
+    start_eqat(tmp_path, "works", *RUN, "--detach").communicate(timeout=60)
+    run = working_run(tmp_path)
+    process = start_eqat(tmp_path, "works", "attach", "latest")
+    time.sleep(1.5)
     process.terminate()
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 0
     assert "the engine goes on" in err
     assert run_state(run) == "running"
+
+
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="there is no tmux")
+def test_a_terminal_that_hangs_up_under_tmux_changes_nothing(tmp_path: Path) -> None:
+    """The session is killed while `eqat run` shows the run in it; the real engine goes on to the end."""
+    tmux = ["tmux", "-L", f"eqat-{os.getpid()}", "-f", "/dev/null"]
+    command = shlex.join([sys.executable, "-m", "eqat_tui", *RUN, "--set", "block_ap.epochs=12"])
+    subprocess.run(
+        [*tmux, "new-session", "-d", "-x", "80", "-y", "24", f"cd {tmp_path} && {command}"],
+        env=environment(TERM="xterm-256color"),
+        check=True,
+    )
+    try:
+        run = working_run(tmp_path)
+        screen = subprocess.run(
+            [*tmux, "capture-pane", "-p"], capture_output=True, text=True, check=True
+        ).stdout
+        assert run.id[-4:] in screen
+    finally:
+        subprocess.run([*tmux, "kill-server"], check=False)
+    wait_until(lambda: run_state(run) != "running", seconds=120)
+    assert run_state(run) == "done"
+    assert [event.attempt for event in load_state(run).exports.values()] == [1]
 
 
 def test_stop_and_wait_returns_when_the_engine_is_gone_and_attach_exits_as_the_run(
