@@ -1,5 +1,6 @@
 # make demo      quantize a real 135M-parameter model at 3 bits, from a fresh clone
 # make test      the test suite               make lint      ruff, types, import contracts
+# make soak      kill runs at 50 random instants and compare their exports (minutes)
 # make interop   load our exports with gptqmodel, in an environment of its own
 #
 # PYTHON=python3.12      which Python makes the environment (3.11 or newer)
@@ -14,7 +15,7 @@ INTEROP   := .venv-interop
 PIP        = $(1)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint interop clean
+.PHONY: help demo test lint soak interop clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -81,6 +82,9 @@ lint: $(VENV)/.stamp-dev
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports
+
+soak: $(VENV)/.stamp-dev
+	@$(VENV)/bin/python tests/engine/soak.py --kills 50 --seed 0
 
 interop: $(INTEROP)/.stamp-gptqmodel
 	@$(INTEROP)/bin/python -m pytest tests/interop

@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="an operational setting, this time"
     )
     arguments = parser.parse_args(argv)
+    # Libraries create files too: whatever the umask allows, nobody else may write into a run.
+    os.umask(os.umask(0o022) | 0o022)
     try:
         run = RunDirectory.open(arguments.run_dir)
         with RunLock(run.lock_path):

@@ -265,3 +265,17 @@ def test_show_knows_the_step_without_reading_every_metric(tmp_path: Path) -> Non
 def test_time_left_comes_from_the_status(finished: RunDirectory) -> None:
     assert write_status(finished, Status(phase="block_ap", eta_s=12.5, heartbeat=1.0))
     assert state.load_state(finished).eta_s == 12.5
+
+
+def test_a_resumed_training_that_goes_back_some_steps_leaves_no_zigzag() -> None:
+    def at(step: int, attempt: int, block: int = 1) -> events.Metric:
+        return events.Metric(
+            phase="block_ap", block=block, step=step, steps=20, epoch=0, loss=1.0, attempt=attempt
+        )
+
+    first = [started(1), *(at(step, 1, 0) for step in range(1, 21)), *(at(step, 1) for step in range(1, 11))]
+    second = [started(2), *(at(step, 2) for step in range(7, 13))]
+    result = reduce([*first, *second])
+    shown = [(m.block, m.step) for m in result.metrics]
+    assert shown == sorted(set(shown)), "each step once, in order"
+    assert [m.attempt for m in result.metrics if m.block == 1] == [1] * 6 + [2] * 6
