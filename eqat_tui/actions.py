@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from engine.run import config as configs
 from engine.run import control
@@ -17,22 +17,38 @@ from engine.run.directory import (
     default_runs_dir,
     find_run,
     holder,
+    is_held,
     read_launched,
     run_state,
 )
 from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.launch import launch, log_path
+from engine.run.lock import opened_by
 from engine.run.redo import make_redo
-from engine.run.state import show
+from engine.run.state import show, summarize
 from eqat_tui.follow import LIVE, Follower, Left
 from eqat_tui.output import print_json, say
 from eqat_tui.progress import open_display
 from eqat_tui.summary import report, shorten
 
+KILL_SECONDS = 10.0
+"""How long a killed engine may take to be gone."""
+
 
 def find(ref: str, runs_dir: Path | None) -> RunDirectory:
     """The run that was meant on the command line."""
     return find_run(default_runs_dir(runs_dir), ref)
+
+
+def summaries(runs: Sequence[RunDirectory]) -> list[dict[str, Any]]:
+    """A row for each run; one whose log cannot be read is named on stderr and hides no other."""
+    rows = []
+    for run in runs:
+        try:
+            rows.append(summarize(run))
+        except EqatError as error:
+            say(f"{run.id} is left out: {error}")
+    return rows
 
 
 def run_of(ref: str) -> str:
@@ -115,34 +131,48 @@ def stop(run: RunDirectory, *, abort: bool, wait: bool) -> int:
     if state not in LIVE:
         raise UsageError(f"is not running ({state})", where=run.id)
     control.request(run, "abort" if abort else "stop")
-    say(f"asked {run.id} to {'abort' if abort else 'stop'}")
+    then = "" if wait else f"; eqat resume {run.id} goes on"
+    say(f"asked {run.id} to {'abort' if abort else 'stop'}{then}")
     if state == "hung":
         say(f"it gives no sign of life; eqat stop {run.id} --kill ends it, and what is checkpointed is kept")
     if wait:
         while state in LIVE:
             time.sleep(0.2)
             state = run_state(run)
-        say(f"{run.id} is {state}; eqat resume {run.id} goes on")
+        then = "" if state == "done" else f"; eqat resume {run.id} goes on"
+        say(f"{run.id} is {state}{then}")
     return ExitCode.DONE
 
 
 def kill(run: RunDirectory) -> int:
-    """End an engine that does not answer."""
+    """End an engine that does not answer, and return when it is gone."""
     pid = holder(run.lock_path)
     if pid is None:
         raise UsageError(f"is not running ({run_state(run)})", where=run.id)
-    launched = read_launched(run)
-    here = launched is None or launched.host == socket.gethostname()
-    try:
-        if not here or pid <= 0:
-            raise ProcessLookupError
-        os.kill(pid, signal.SIGKILL)
-    except OSError as error:
-        where = "another host" if not here else f"process {pid}"
+    if not opened_by(run.lock_path, pid):
+        launched = read_launched(run)
+        host = launched.host if launched is not None else "an unknown host"
         raise PreflightError(
-            f"its engine ({where}) cannot be killed from here", where=run.id, hint="kill it where it runs"
-        ) from error
-    say(f"killed process {pid}; what was checkpointed is kept: eqat resume {run.id}")
+            f"its engine (process {pid}, started on {host}) cannot be killed from here",
+            where=run.id,
+            hint="it runs on another host, in another container or as another user; kill it there",
+        )
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # it was faster
+    except OSError as error:
+        raise PreflightError(f"process {pid} cannot be killed: {error.strerror}", where=run.id) from error
+    deadline = time.monotonic() + KILL_SECONDS
+    while is_held(run.lock_path):
+        if time.monotonic() > deadline:
+            raise PreflightError(
+                f"process {pid} was killed and is not gone yet: it waits for a disk or a driver",
+                where=run.id,
+                hint="nothing but that, or a restart of this machine, ends it",
+            )
+        time.sleep(0.05)
+    say(f"killed process {pid}; what was checkpointed is kept: eqat resume {run.id} goes on")
     return ExitCode.DONE
 
 
@@ -164,6 +194,8 @@ def follow(run: RunDirectory, *, engine: Callable[[], int] | None, as_json: bool
         say(f"stopped; eqat resume {run.id} goes on")
     elif code in (ExitCode.ABORTED, ExitCode.TERMINATED):
         say(f"aborted; eqat resume {run.id} goes on from its last checkpoint")
-    elif code == ExitCode.BUG:
-        say(f"log: {shorten(log_path(run, follower.state.attempt))}")
+    elif code != ExitCode.DONE:
+        if code == ExitCode.BUG:
+            say(f"log: {shorten(log_path(run, follower.state.attempt))}")
+        say(f"what was checkpointed is kept: eqat resume {run.id} goes on")
     return code

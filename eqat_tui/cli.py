@@ -7,6 +7,7 @@ needs them, so that ``eqat --help`` answers at once.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -235,12 +236,12 @@ def runs(
 ) -> None:
     """List the runs, newest first."""
     from engine.run.directory import default_runs_dir, list_runs
-    from engine.run.state import summarize
+    from eqat_tui.actions import summaries as summaries_of
     from eqat_tui.output import print_json, say
     from eqat_tui.summary import runs_table
 
     place = default_runs_dir(runs_dir)
-    summaries = [summarize(found) for found in list_runs(place)[: limit or None]]
+    summaries = summaries_of(list_runs(place)[: limit or None])
     if as_json:
         print_json(summaries)
     elif summaries:
@@ -379,6 +380,8 @@ def gc(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The ``eqat`` program."""
+    # Whatever the umask allows, nobody else may write into a run or a folder above it that is made here.
+    os.umask(os.umask(0o022) | 0o022)
     if hasattr(signal, "SIGPIPE"):
         # A reader that has seen enough (eqat runs | head) ends us quietly, as it does every Unix filter.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -19,7 +19,8 @@ import msgspec
 from engine.run import control
 from engine.run.directory import RunDirectory, holder, read_status, run_state
 from engine.run.errors import ExitCode
-from engine.run.events import EventFollower, RunFinished
+from engine.run.events import AnyEvent, EventFollower, RunFinished
+from engine.run.files import read_error
 from engine.run.launch import exit_code, log_path, next_attempt
 from engine.run.state import RunState
 from eqat_tui.progress import Display
@@ -45,6 +46,8 @@ class Follower:
         self._finished: RunFinished | None = None
         self._interrupts = 0
         self._handled = 0
+        self._warned = False
+        self._stopping = False
         self._terminated = False
         self._on_interrupt: OnInterrupt = "stop"
         self._waiting = ""
@@ -52,7 +55,7 @@ class Follower:
 
     def catch_up(self) -> None:
         """Take in what happened already without telling it again."""
-        for event in self._events.poll():
+        for event in self._poll():
             self.state = self.state.apply(event)
 
     def follow(self, *, start: Callable[[], int] | None = None, on_interrupt: OnInterrupt = "stop") -> int:
@@ -90,8 +93,14 @@ class Follower:
                 self._tell_hung(liveness == "hung")
             time.sleep(POLL_S)
 
+    def _poll(self) -> list[AnyEvent]:
+        try:
+            return self._events.poll()
+        except OSError as error:
+            raise read_error(error, self.run.events_path) from error
+
     def _take(self) -> None:
-        new = self._events.poll()
+        new = self._poll()
         for event in new:
             self.state = self.state.apply(event)
             if isinstance(event, RunFinished):
@@ -122,7 +131,7 @@ class Follower:
     def _tell_waiting(self) -> None:
         waiting = self.state.status.waiting if self.state.status is not None else ""
         if bool(waiting) != bool(self._waiting):
-            self.display.note(f"paused: {waiting}" if waiting else "there is room again; the run goes on")
+            self.display.note(f"paused: {waiting}" if waiting else "no longer paused")
         self._waiting = waiting
 
     # -- Ctrl-C ------------------------------------------------------------------------------------
@@ -140,25 +149,34 @@ class Follower:
             self._interrupts += 1
 
     def warned(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler: a batch system's warning. It stops the run and never aborts it."""
+        """Signal handler: a batch system's warning. It stops the run and never aborts it, not even together
+        with the SIGTERM that follows it."""
         if self._on_interrupt == "leave":
             self._terminated = True
         else:
-            self._interrupts = max(1, self._interrupts)
+            self._warned = True
 
     def _answer_interrupts(self) -> None:
         if self._terminated:
             raise Left
+        if self._warned:
+            self._stop()
         while self._handled < self._interrupts:
             self._handled += 1
             if self._on_interrupt == "leave" or self._handled > 2:
                 raise Left
             if self._handled == 1:
-                control.request(self.run, "stop")
-                self.display.note("stopping at the next step, resumable; Ctrl-C again to abort")
+                self._stop()
             else:
                 control.request(self.run, "abort")
                 self.display.note("aborting; Ctrl-C again leaves the engine to itself")
+
+    def _stop(self) -> None:
+        """Ask for a stop, once."""
+        if not self._stopping:
+            self._stopping = True
+            control.request(self.run, "stop")
+            self.display.note("stopping at the next step, resumable; Ctrl-C again to abort")
 
 
 @contextmanager
@@ -197,7 +215,6 @@ def print_tail(run: RunDirectory, code: int | None, display: Display, lines: int
         display.note(f"  {line}")
     if code in (None, -signal.SIGKILL):
         display.note("it was probably killed: by somebody, or by the kernel for want of memory (see dmesg)")
-    display.note(f"what it had checkpointed is kept: eqat resume {run.id}")
 
 
 def _signal_name(number: int) -> str:

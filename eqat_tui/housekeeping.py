@@ -16,6 +16,7 @@ from eqat_tui.output import format_bytes, print_json, say
 
 def delete(runs: Sequence[RunDirectory], *, yes: bool) -> int:
     """Delete ``runs``, after asking."""
+    runs = _distinct(runs)
     for run in runs:
         housekeeping.refuse_busy(run)
     if not yes and not _agreed(runs):
@@ -39,13 +40,22 @@ def _agreed(runs: Sequence[RunDirectory]) -> bool:
     for run in runs if len(runs) > 1 else ():
         say(f"  {run.id}")
     say(f"Delete {what} ({format_bytes(total)})? [y/N] ", end="")
-    return input().strip().lower() in ("y", "yes")
+    try:
+        return input().strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        say("")
+        return False
+
+
+def _distinct(runs: Sequence[RunDirectory]) -> list[RunDirectory]:
+    """Each run once, however often it was named."""
+    return list({run.path: run for run in runs}.values())
 
 
 def clean(runs: Sequence[RunDirectory], runs_dir: Path, *, tokens: bool, dry_run: bool, as_json: bool) -> int:
     """Free what can be made again, and say how much that was."""
     rows: list[dict[str, Any]] = []
-    for run in runs:
+    for run in _distinct(runs):
         try:
             rows.append(
                 {"id": run.id, "freed": housekeeping.clean_run(run, dry_run=dry_run), "skipped": None}

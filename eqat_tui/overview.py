@@ -7,7 +7,7 @@ from typing import Any
 from engine.run import config as configs
 from engine.run.directory import default_runs_dir, list_runs
 from engine.run.errors import EqatError
-from engine.run.state import summarize
+from eqat_tui.actions import summaries
 from eqat_tui.output import table
 from eqat_tui.summary import runs_table
 
@@ -17,6 +17,7 @@ COMMANDS = (
     ("eqat attach, stop, resume RUN", "come back to a run, end it, go on with it"),
     ("eqat eval, export RUN", "measure or write a quantized model again"),
     ("eqat presets, plan PRESET|FILE", "what to start from, and what it would need"),
+    ("eqat rm, gc RUN", "delete runs, free what can be made again"),
     ("eqat doctor", "is this machine ready?"),
 )
 
@@ -32,7 +33,7 @@ def overview_text() -> str:
         parts.append("presets\n" + table([(f"  {row['name']}", row["description"]) for row in rows]))
     recent = list_runs(default_runs_dir())[:5]
     if recent:
-        listing = runs_table([summarize(run) for run in recent])
+        listing = runs_table(summaries(recent))
         parts.append("recent runs\n" + "\n".join(f"  {line}" for line in listing.splitlines()))
     else:
         parts.append("no runs yet: eqat run demo makes one")

@@ -100,7 +100,9 @@ def position(state: RunState) -> str:
 
 
 def measurements(state: RunState) -> list[str]:
-    """Step, loss, speed and memory, as far as they are known."""
+    """Step, loss, speed and memory, as far as they are known; or why nothing moves."""
+    if state.status is not None and state.status.waiting:
+        return [f"paused: {state.status.waiting}"]
     parts = []
     if state.steps and state.step is not None:
         parts.append(f"step {state.step}/{state.steps}")

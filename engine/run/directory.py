@@ -14,6 +14,7 @@ import re
 import secrets
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +22,8 @@ import msgspec
 
 from engine.run.config import RunConfig, absolute_paths, load, to_toml
 from engine.run.errors import EqatError, PreflightError, UsageError
-from engine.run.events import Outcome, RunFinished, RunStarted, tail_events
-from engine.run.files import atomic_write, atomic_write_json, disk_error
+from engine.run.events import AnyEvent, Outcome, RunFinished, RunStarted, tail_events
+from engine.run.files import atomic_write, atomic_write_json, disk_error, read_error
 from engine.run.lock import RunLock, holder, is_held
 
 __all__ = [
@@ -38,11 +39,13 @@ __all__ = [
     "find_run",
     "holder",
     "is_held",
+    "last_events",
     "list_runs",
     "process_alive",
     "read_launched",
     "read_status",
     "run_state",
+    "starting",
     "write_status",
 ]
 
@@ -109,8 +112,15 @@ class RunDirectory:
         return f"RunDirectory({str(self.path)!r})"
 
     @classmethod
-    def create(cls, runs_dir: Path, config: RunConfig, *, now: float | None = None) -> RunDirectory:
-        """Make the directory of a new run, with its folders and ``config.toml``."""
+    def create(
+        cls,
+        runs_dir: Path,
+        config: RunConfig,
+        *,
+        now: float | None = None,
+        files: Mapping[str, msgspec.Struct] | None = None,
+    ) -> RunDirectory:
+        """Make the directory of a new run, with its folders, ``files`` (as JSON) and ``config.toml``."""
         stamp = time.strftime("%Y%m%d-%H%M", time.localtime(now))
         name = f"{stamp}-{_slug(config.model.source)}-w{config.grid.bits}g{config.grid.group_size}"
         text = to_toml(absolute_paths(config)).encode()
@@ -123,6 +133,8 @@ class RunDirectory:
                 folder.mkdir(mode=FOLDER_MODE)
         except OSError as error:
             raise disk_error(error, runs_dir) from error
+        for file, content in (files or {}).items():
+            atomic_write_json(run.path / file, content)
         atomic_write(run.config_toml, text)  # last: without it the directory is no run
         return run
 
@@ -256,11 +268,33 @@ def write_status(run: RunDirectory, status: Status) -> bool:
 
 
 def read_status(run: RunDirectory) -> Status | None:
-    """The last status, or none where there is none that can be read."""
+    """The last status, or none where there is none that can be read.
+
+    Only the engine that wrote it can be waiting: what a dead one, or a former attempt's, waited for is over.
+    """
     try:
-        return msgspec.json.decode(run.status_path.read_bytes(), type=Status)
+        status = msgspec.json.decode(run.status_path.read_bytes(), type=Status)
     except (OSError, msgspec.MsgspecError):
         return None
+    if status.waiting and not _written_by_holder(run, status):
+        return msgspec.structs.replace(status, waiting="")
+    return status
+
+
+def _written_by_holder(run: RunDirectory, status: Status) -> bool:
+    """Whether a status comes from the engine that holds the lock: taking it renews the file's time."""
+    try:
+        return is_held(run.lock_path) and status.heartbeat >= run.lock_path.stat().st_mtime
+    except OSError:
+        return False
+
+
+def last_events(run: RunDirectory) -> list[AnyEvent]:
+    """The end of the run's log; :class:`PreflightError` where there is one that cannot be read."""
+    try:
+        return tail_events(run.events_path)
+    except OSError as error:
+        raise read_error(error, run.events_path) from error
 
 
 def classify(
@@ -288,7 +322,7 @@ def run_state(run: RunDirectory, *, now: float | None = None) -> State:
     """The state of ``run`` now: gathers what :func:`classify` needs."""
     now = time.time() if now is None else now
     held = is_held(run.lock_path)
-    events = tail_events(run.events_path)
+    events = last_events(run)
     ends = [event for event in events if isinstance(event, RunStarted | RunFinished)]
     last = ends[-1] if ends else None
     # A finish counts only for the attempt that wrote last.
@@ -336,6 +370,15 @@ def read_launched(run: RunDirectory) -> Launched | None:
         return msgspec.json.decode(run.launch_path.read_bytes(), type=Launched)
     except (OSError, msgspec.MsgspecError):
         return None
+
+
+def starting(run: RunDirectory) -> int | None:
+    """The pid of an engine that was launched and has not taken the lock or written anything yet, or none."""
+    launched = read_launched(run)
+    if launched is None or not _starting(launched, time.time()):
+        return None
+    written = max((event.t for event in last_events(run)), default=0.0)
+    return launched.pid if launched.t > written else None
 
 
 def _starting(launched: Launched, now: float) -> bool:

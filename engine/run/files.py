@@ -69,6 +69,11 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def read_error(error: OSError, path: Path) -> PreflightError:
+    """What a failed read means for the user: no access, or a fault of the disk (3)."""
+    return PreflightError(f"cannot be read: {error.strerror or error}", where=str(path))
+
+
 def disk_error(error: OSError, path: Path) -> EqatError:
     """What a failed write means for the user: full disk (7), no access (3), or a fault of the disk (3)."""
     if error.errno in _NO_SPACE:

@@ -6,6 +6,8 @@ name: a deletion that is cut off leaves nothing that looks like a run, and ``eqa
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import secrets
 import shutil
@@ -14,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from engine.run import generations
-from engine.run.directory import RunDirectory, holder
+from engine.run.directory import RunDirectory, holder, starting
 from engine.run.errors import PreflightError
 from engine.run.files import disk_error
 from engine.run.lock import RunLock
@@ -43,8 +45,10 @@ def delete_run(run: RunDirectory) -> int:
 
 
 def refuse_busy(run: RunDirectory) -> None:
-    """PreflightError while somebody works on the run."""
+    """PreflightError while somebody works on the run, or an engine for it is just starting."""
     owner = holder(run.lock_path)
+    if owner is None:
+        owner = starting(run)
     if owner is not None:
         raise PreflightError(
             f"process {owner} works on it", where=run.id, hint=f"eqat stop {run.id} ends it first"
@@ -54,7 +58,7 @@ def refuse_busy(run: RunDirectory) -> None:
 def clean_run(run: RunDirectory, *, dry_run: bool = False) -> int:
     """Free what a run can make again: activations, old generations, half-written files; the bytes freed.
 
-    Of a finished run one generation is kept, of another two.
+    Of a finished run one generation is kept, if it is intact, of another two.
 
     Raises:
         PreflightError: while an engine works on it.
@@ -63,8 +67,7 @@ def clean_run(run: RunDirectory, *, dry_run: bool = False) -> int:
     with RunLock(run.lock_path):
         garbage = list(_garbage(run))
         freed = sum(size_of(path) for path in garbage)
-        keep = 1 if _is_done(run) else generations.GENERATIONS_KEPT
-        freed += generations.prune(run.checkpoints_dir, keep=keep, dry_run=dry_run)
+        freed += _prune(run, dry_run)
         if not dry_run:
             for path in garbage:
                 _remove_tree(path)
@@ -81,6 +84,37 @@ def clean_leftovers(runs_dir: Path, *, dry_run: bool = False) -> int:
     return freed
 
 
+def _prune(run: RunDirectory, dry_run: bool) -> int:
+    """Remove old generations, unless that could take the only good one.
+
+    What a generation that cannot be read is made of is not known, so then nothing is removed.
+    """
+    place = run.checkpoints_dir
+    last = generations.newest(place)
+    if not _is_inside(run, "checkpoints/objects") or not last:
+        return 0
+    keep = 1 if _is_done(run) and _is_intact(place, last) else generations.GENERATIONS_KEPT
+    try:
+        for number in range(last, max(0, last - keep), -1):
+            if generations.generation_path(place, number).exists():
+                generations.read_generation(place, number)
+    except generations.DamagedCheckpoint:
+        return 0
+    return generations.prune(place, keep=keep, dry_run=dry_run)
+
+
+def _is_intact(place: Path, number: int) -> bool:
+    """Whether all that a generation names is there and hashes to its name."""
+    try:
+        for digest in set(generations.read_generation(place, number).entries.values()):
+            with generations.object_path(place, digest).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    return False
+    except (OSError, generations.DamagedCheckpoint):
+        return False
+    return True
+
+
 def _is_done(run: RunDirectory) -> bool:
     """The outcome of the last attempt, which the lock that we hold hides from the state rule."""
     return load_state(run, skip=frozenset({"metric", "memory"})).outcome == "done"
@@ -88,18 +122,28 @@ def _is_done(run: RunDirectory) -> bool:
 
 def _garbage(run: RunDirectory) -> Iterator[Path]:
     """Files and folders that no continuation needs."""
-    yield from _inside(run, "cache", ("*", ".*"))
+    yield from _inside(run, "cache", ("*",))
     yield from _inside(run, "export", UNFINISHED_EXPORTS)
-    yield from run.path.glob(".*.tmp")
+    # An export that was replaced; where its successor is missing, it is the only one there is.
+    yield from (old for old in _inside(run, "export", ("*.old",)) if old.with_suffix("").exists())
+    for folder in (".", "control"):
+        yield from _inside(run, folder, (".*.tmp",))
+    if not generations.newest(run.checkpoints_dir):  # else pruning does it
+        for folder in ("checkpoints", "checkpoints/objects"):
+            yield from _inside(run, folder, (".*.tmp",))
 
 
 def _inside(run: RunDirectory, folder: str, patterns: Iterable[str]) -> Iterator[Path]:
-    """What lies directly in a folder of the run; nothing where that folder is a link to elsewhere."""
-    place = run.path / folder
-    if place.is_symlink() or not place.is_dir():
+    """What lies directly in a folder of the run; nothing where a link leads elsewhere."""
+    if not _is_inside(run, folder):
         return
     for pattern in patterns:
-        yield from place.glob(pattern)
+        yield from (run.path / folder).glob(pattern)
+
+
+def _is_inside(run: RunDirectory, folder: str) -> bool:
+    place = run.path / folder
+    return place.is_dir() and place.resolve() == run.path.resolve() / folder
 
 
 def size_of(path: Path) -> int:
@@ -127,9 +171,11 @@ def _walk(path: Path) -> Iterator[Path]:
 def _remove_tree(path: Path) -> None:
     """Delete a file, a link (not what it points to) or a folder."""
     try:
-        if path.is_symlink() or not path.is_dir():
-            path.unlink(missing_ok=True)
-        else:
-            shutil.rmtree(path)
+        while os.path.lexists(path):
+            if path.is_symlink() or not path.is_dir():
+                path.unlink(missing_ok=True)
+                continue
+            with contextlib.suppress(FileNotFoundError):  # somebody else deletes it too
+                shutil.rmtree(path)
     except OSError as error:
         raise disk_error(error, path) from error

@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.run.control import discard_pending
-from engine.run.directory import FOLDER_MODE, Launched, RunDirectory, holder
+from engine.run.directory import FOLDER_MODE, Launched, RunDirectory, holder, last_events
 from engine.run.errors import EqatError, PreflightError
-from engine.run.events import tail_events
 from engine.run.files import atomic_write_json, disk_error
 
 ATTEMPT_VARIABLE = "EQAT_ATTEMPT"
@@ -94,7 +93,7 @@ def exit_code(pid: int) -> int | None:
 def next_attempt(run: RunDirectory) -> int:
     """One more than any attempt that left a log or an event."""
     logged = [int(match[1]) for match in map(_LOG.fullmatch, _names(run.logs_dir)) if match]
-    written = [event.attempt for event in tail_events(run.events_path)]
+    written = [event.attempt for event in last_events(run)]
     return max([0, *logged, *written]) + 1
 
 
@@ -104,7 +103,7 @@ def this_attempt(run: RunDirectory) -> int:
     if re.fullmatch(r"[0-9]{1,6}", given):
         attempt = int(given)
         # A variable that was inherited from elsewhere must not make two attempts one.
-        if attempt > max((event.attempt for event in tail_events(run.events_path)), default=0):
+        if attempt > max((event.attempt for event in last_events(run)), default=0):
             return attempt
     return next_attempt(run)
 

@@ -106,6 +106,20 @@ def is_held(path: str | os.PathLike[str]) -> bool:
     return _probe(Path(path))[0]
 
 
+def opened_by(path: str | os.PathLike[str], pid: int) -> bool:
+    """Whether process ``pid`` of this machine has the file of a lock open.
+
+    The holder's pid may be that of another host or container, where it means another process than here.
+    Whoever wants to signal the holder asks this first.
+    """
+    import psutil
+
+    try:
+        return any(os.path.samefile(file.path, path) for file in psutil.Process(pid).open_files())
+    except (psutil.Error, OSError, ValueError):
+        return False
+
+
 def _probe(path: Path) -> tuple[bool, int]:
     try:
         status = os.stat(path)

@@ -15,7 +15,6 @@ from engine.run import config as configs
 from engine.run.config import RunConfig
 from engine.run.directory import RunDirectory
 from engine.run.errors import PreflightError, UsageError
-from engine.run.files import atomic_write_json
 from engine.run.state import load_state
 
 SHARED_FIELDS = ("model.", "grid.", "block_ap.enabled")
@@ -48,9 +47,10 @@ def make_redo(run: RunDirectory, from_block: int, overrides: Mapping[str, object
     Raises:
         UsageError: as :func:`redo_config`.
     """
-    made = RunDirectory.create(run.path.parent, redo_config(run, from_block, overrides))
-    atomic_write_json(made.origin_path, Origin(path=str(run.path), id=run.id, from_block=from_block))
-    return made
+    config = redo_config(run, from_block, overrides)
+    origin = Origin(path=str(run.path), id=run.id, from_block=from_block)
+    # Together with the run: one that had lost its origin would train every block with the new settings.
+    return RunDirectory.create(run.path.parent, config, files={"origin.json": origin})
 
 
 def redo_config(run: RunDirectory, from_block: int, overrides: Mapping[str, object]) -> RunConfig:

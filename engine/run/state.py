@@ -15,9 +15,10 @@ import msgspec
 
 from engine.run import events, report
 from engine.run.config import to_dict
-from engine.run.directory import RunDirectory, Status, read_status, run_state
+from engine.run.directory import RunDirectory, Status, last_events, read_status, run_state
 from engine.run.errors import EqatError
-from engine.run.events import Event, read_events, tail_events
+from engine.run.events import Event, read_events
+from engine.run.files import read_error
 
 MAX_METRICS = 2000
 MAX_WARNINGS = 200
@@ -250,14 +251,18 @@ def _metric(state: RunState, event: events.Metric) -> RunState:
 
 
 def _before(metrics: tuple[events.Metric, ...], event: events.Metric) -> tuple[events.Metric, ...]:
-    """``metrics`` without those that a resumed attempt, going on from an earlier step, does again."""
-    if not metrics or metrics[-1].attempt == event.attempt:
+    """``metrics`` without those that a resumed attempt, going on from an earlier step, does again.
+
+    It may go back by more than a block (to the generation before a damaged one), so this is looked for at
+    the first metric of every block, and only there.
+    """
+
+    def series(metric: events.Metric) -> tuple[int, str, int | None]:
+        return metric.attempt, metric.phase, metric.block
+
+    if not metrics or series(metrics[-1]) == series(event):
         return metrics
-    return tuple(
-        old
-        for old in metrics
-        if (old.phase, old.block) != (event.phase, event.block) or old.step < event.step
-    )
+    return tuple(old for old in metrics if series(old)[1:] != series(event)[1:] or old.step < event.step)
 
 
 def _memory(state: RunState, event: events.Memory) -> RunState:
@@ -363,7 +368,11 @@ def _perplexity(evaluation: events.Eval | None) -> float | None:
 def load_state(run: RunDirectory, *, skip: frozenset[str] = frozenset()) -> RunState:
     """The state of ``run`` from its whole log and its status; ``skip`` names kinds of events to pass over."""
     state = RunState(id=run.id)
-    for event in read_events(run.events_path, skip=skip)[0]:
+    try:
+        written, _ = read_events(run.events_path, skip=skip)
+    except OSError as error:
+        raise read_error(error, run.events_path) from error
+    for event in written:
         state = state.apply(event)
     return msgspec.structs.replace(state, id=run.id, status=read_status(run))
 
@@ -371,7 +380,7 @@ def load_state(run: RunDirectory, *, skip: frozenset[str] = frozenset()) -> RunS
 def show(run: RunDirectory) -> dict[str, Any]:
     """What ``eqat show RUN --json`` prints. Of the metrics, nine lines in ten, only the last matters here."""
     state = load_state(run, skip=frozenset({"metric"}))
-    metrics = [event for event in tail_events(run.events_path) if isinstance(event, events.Metric)]
+    metrics = [event for event in last_events(run) if isinstance(event, events.Metric)]
     if metrics and (metrics[-1].attempt, metrics[-1].phase) == (state.attempt, state.phase):
         state = state.apply(metrics[-1])
     tree = state.to_json(state=run_state(run), config=_config(run))

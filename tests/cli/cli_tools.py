@@ -90,7 +90,11 @@ with RunLock(run.lock_path), EventWriter(run.events_path, this_attempt(run)) as 
     writer.emit(events.BlockStarted(phase="block_ap", block=0, blocks=4))
     ignored = set()
     for step in range(1, 1201):
-        write_status(run, Status(phase="block_ap", heartbeat=time.time(), pid=os.getpid(), eta_s=90.0))
+        write_status(run, Status(
+            phase="block_ap", heartbeat=time.time(), pid=os.getpid(), eta_s=90.0,
+            grace_s=1.0 if mode == "hangs" else 120.0,
+            waiting="the disk is full" if mode == "waits" and 3 <= step < 100 else "",
+        ))
         writer.emit(events.Metric(
             phase="block_ap", block=0, step=step, steps=1200, epoch=0, loss=1 / step, tokens_per_second=1234.0
         ))
@@ -98,6 +102,8 @@ with RunLock(run.lock_path), EventWriter(run.events_path, this_attempt(run)) as 
         if step == 3 and mode == "dies":
             print("Fatal: something terrible", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
+        if step == 3 and mode == "hangs":
+            time.sleep(600)
         if step == 3 and mode == "fails":
             writer.emit(events.Error(
                 code="data", where="data.source", message="too little text", hint="give more", exit_code=4

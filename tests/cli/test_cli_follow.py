@@ -17,14 +17,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from cli_tools import EQAT_WITH_SCRIPTED_ENGINE, SCRIPTED_ENGINE, Eqat, environment, start_eqat, wait_until
 
 from engine.run.directory import RunDirectory, holder, list_runs, run_state
+from engine.run.errors import PreflightError
 from engine.run.state import load_state
+from eqat_tui import actions
 
 RUN = ("run", "smoke", "--device", "cpu")
 
@@ -157,15 +159,32 @@ def test_a_signal_to_whoever_started_the_run_stops_it_resumably(tmp_path: Path, 
     assert run_state(run) == "stopped"
 
 
-def test_a_warning_signal_and_then_sigterm_do_not_abort_together_what_one_of_them_stops(
+def test_a_second_sigterm_aborts_like_a_second_interrupt(tmp_path: Path) -> None:
+    process = start_eqat(tmp_path, "ignores stop", *RUN)
+    run = working_run(tmp_path)
+    process.terminate()
+    wait_until(lambda: load_state(run).acknowledged)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, run_state(run)) == (130, "aborted")
+    assert f"eqat resume {run.id}" in err
+
+
+def test_warnings_of_a_batch_system_and_the_sigterm_after_them_are_one_stop_and_no_abort(
     tmp_path: Path,
 ) -> None:
-    process = start_eqat(tmp_path, "works", *RUN)
-    working_run(tmp_path)
-    process.send_signal(signal.SIGUSR1)
-    process.send_signal(signal.SIGUSR1)
-    process.communicate(timeout=60)
-    assert process.returncode == 75
+    process = start_eqat(tmp_path, "ignores stop", *RUN)
+    run = working_run(tmp_path)
+    for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
+        process.send_signal(number)
+        wait_until(lambda: load_state(run).acknowledged)
+        time.sleep(0.5)
+    assert [event.request for event in load_state(run).acknowledged] == ["stop"]
+    assert run_state(run) == "running"
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, run_state(run)) == (130, "aborted")
+    assert err.count("stopping at the next step") == 1
 
 
 def test_a_signal_to_a_viewer_leaves_the_run_alone(tmp_path: Path) -> None:
@@ -178,6 +197,80 @@ def test_a_signal_to_a_viewer_leaves_the_run_alone(tmp_path: Path) -> None:
     assert process.returncode == 0
     assert "the engine goes on" in err
     assert run_state(run) == "running"
+
+
+def test_a_full_disk_is_told_while_it_lasts_and_not_of_an_engine_that_is_gone(
+    tmp_path: Path, eqat: Eqat
+) -> None:
+    process = start_eqat(tmp_path, "waits", *RUN)
+    run = working_run(tmp_path)
+    wait_until(lambda: json.loads(eqat("show", "latest", "--json").stdout)["waiting"])
+    assert "paused    the disk is full" in re.sub(" {2,}", "    ", eqat("show", "latest").stdout)
+    assert "paused (disk full)" in eqat("runs").stdout
+    process.kill()
+    os.kill(holder(run.lock_path) or 0, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert err.count("paused: the disk is full") == 1
+    wait_until(lambda: run_state(run) == "crashed")
+    assert json.loads(eqat("show", "latest", "--json").stdout)["waiting"] is None
+    out, err = start_eqat(tmp_path, "finishes", "resume", "latest").communicate(timeout=60)
+    assert "paused" not in err
+    assert "23.67" in out
+
+
+def test_a_hung_engine_is_named_and_can_be_killed_and_the_run_goes_on(tmp_path: Path, eqat: Eqat) -> None:
+    start_eqat(tmp_path, "hangs", *RUN, "--detach").communicate(timeout=60)
+    run = working_run(tmp_path)
+    wait_until(lambda: run_state(run) == "hung")
+    asked = eqat("stop", "latest")
+    assert asked.returncode == 0
+    assert f"eqat stop {run.id} --kill" in asked.stderr
+    assert eqat("rm", "latest", "--yes").returncode == 3
+    pid = holder(run.lock_path)
+    killed = eqat("stop", "latest", "--kill")
+    assert (killed.returncode, holder(run.lock_path), run_state(run)) == (0, None, "crashed")
+    assert f"killed process {pid}" in killed.stderr
+    assert f"eqat resume {run.id}" in killed.stderr
+    again = start_eqat(tmp_path, "finishes", "resume", "latest")
+    again.communicate(timeout=60)
+    assert again.returncode == 0, "the stop that the hung engine never heard does not stop the next one"
+    refused = eqat("stop", "latest", "--kill")
+    assert (refused.returncode, "not running" in refused.stderr) == (2, True)
+
+
+def test_a_process_that_only_has_the_pid_of_the_engine_is_not_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_run: Callable[[], RunDirectory]
+) -> None:
+    """The engine's pid in another container, or on another host, is somebody else's here."""
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(actions, "holder", lambda path: bystander.pid)
+    try:
+        with pytest.raises(PreflightError, match="cannot be killed from here"):
+            actions.kill(new_run())
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+@pytest.mark.parametrize(("umask", "forbidden"), [(0, 0o022), (0o077, 0o077)])
+def test_nobody_else_may_write_into_a_run_or_the_folders_made_for_it(
+    tmp_path: Path, umask: int, forbidden: int
+) -> None:
+    command = [sys.executable, "-c", EQAT_WITH_SCRIPTED_ENGINE, SCRIPTED_ENGINE, *RUN]
+    done = subprocess.run(
+        [*command, "--runs-dir", "deep/er/runs"],
+        cwd=tmp_path,
+        env=environment(SCRIPT="finishes"),
+        capture_output=True,
+        umask=umask,
+        check=False,
+    )
+    assert done.returncode == 0
+    made = list((tmp_path / "deep").rglob("*"))
+    assert len(made) > 12
+    for path in (tmp_path / "deep", *made):
+        assert not path.stat().st_mode & forbidden, path
 
 
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="there is no tmux")

@@ -8,14 +8,17 @@ import os
 import pty
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from cli_tools import Eqat, environment
 
+from engine.data.tokens import default_cache_dir
 from engine.run import generations
 from engine.run.directory import RunDirectory, list_runs, run_state
 from engine.run.lock import RunLock
+from eqat_tui.housekeeping import token_cache
 
 SMALL = {
     "block_ap.sequences": 4,
@@ -171,6 +174,60 @@ def test_rm_asks_on_a_terminal(eqat: Eqat, tmp_path: Path, finished_run: RunDire
         _, err = process.communicate(timeout=30)
         assert b"Delete" in err
         assert (not finished_run.path.exists()) == gone
+
+
+def test_the_end_of_input_deletes_nothing_and_a_run_named_twice_is_deleted_once(
+    eqat: Eqat, tmp_path: Path, finished_run: RunDirectory
+) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eqat_tui", "rm", finished_run.id],
+        cwd=tmp_path,
+        env=environment(),
+        stdin=theirs,
+        stderr=subprocess.PIPE,
+    )
+    os.write(ours, b"\x04")
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert b"nothing was deleted" in err
+    assert b"Traceback" not in err
+    done = eqat("rm", finished_run.id, str(finished_run.path), "-y")
+    assert (done.returncode, done.stderr.count("deleted")) == (0, 1)
+
+
+def test_a_log_that_cannot_be_read_is_one_line_and_hides_no_other_run(
+    eqat: Eqat, new_run: Callable[[], RunDirectory], finished_run: RunDirectory
+) -> None:
+    broken = new_run()
+    broken.events_path.mkdir()
+    listed = eqat("runs", "--json")
+    assert [row["id"] for row in json.loads(listed.stdout)] == [finished_run.id]
+    assert f"{broken.id} is left out" in listed.stderr
+    for command in (("show",), ("attach",), ("resume",), ("export",)):
+        refused = eqat(*command, broken.id)
+        assert refused.returncode == 3, command
+        assert "events.jsonl: cannot be read" in refused.stderr
+        assert "Traceback" not in refused.stderr
+    assert eqat("gc").returncode == 0
+    assert eqat("rm", broken.id, "--yes").returncode == 0
+
+
+def test_gc_forgets_tokens_where_the_engine_keeps_them(
+    eqat: Eqat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EQAT_CACHE_DIR", str(tmp_path / "cache"))
+    assert token_cache() == default_cache_dir()
+    token_cache().mkdir(parents=True)
+    (token_cache() / "abc.safetensors").write_bytes(bytes(700))
+    (tmp_path / "cache" / "else").write_bytes(bytes(700))
+    for arguments, left in ((("--tokens", "--dry-run"), 1), ((), 1), (("--tokens",), 0)):
+        said = json.loads(eqat("gc", "--json", *arguments, EQAT_CACHE_DIR=str(tmp_path / "cache")).stdout)
+        assert said["tokens"] == (700 if "--tokens" in arguments else 0)
+        assert len(list(token_cache().iterdir())) == left
+    assert (tmp_path / "cache" / "else").exists()
+    monkeypatch.delenv("EQAT_CACHE_DIR")
+    assert token_cache() == default_cache_dir()
 
 
 def test_a_run_that_is_being_worked_on_is_neither_deleted_nor_cleaned(

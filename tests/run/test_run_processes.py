@@ -17,7 +17,7 @@ from engine.run import config as configs
 from engine.run import control, launch
 from engine.run.directory import RunDirectory, run_state
 from engine.run.errors import PreflightError, UsageError
-from engine.run.lock import RunLock, holder, is_held
+from engine.run.lock import RunLock, holder, is_held, opened_by
 from engine.run.state import load_state
 
 REPOSITORY = Path(__file__).parents[2]
@@ -134,6 +134,18 @@ def test_forked_child_that_survives_sigkill_of_the_holder_does_not_keep_the_lock
             assert is_held(run.lock_path)
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_a_pid_is_believed_only_of_a_process_that_has_the_lock_open(
+    run: RunDirectory, python: Callable[..., subprocess.Popen[str]]
+) -> None:
+    child = python(HOLD, str(run.lock_path))
+    assert said(child) == "held"
+    assert opened_by(run.lock_path, child.pid)
+    assert not opened_by(run.lock_path, os.getpid())
+    for nobody in (-1, 0, 2**22 + 1):
+        assert not opened_by(run.lock_path, nobody)
+    assert holder(run.lock_path) == child.pid, "asking did not cost the lock"
 
 
 def test_forked_child_knows_that_the_lock_is_its_parents(

@@ -279,3 +279,19 @@ def test_a_resumed_training_that_goes_back_some_steps_leaves_no_zigzag() -> None
     shown = [(m.block, m.step) for m in result.metrics]
     assert shown == sorted(set(shown)), "each step once, in order"
     assert [m.attempt for m in result.metrics if m.block == 1] == [1] * 6 + [2] * 6
+
+
+def test_an_attempt_that_goes_back_by_more_than_a_block_leaves_no_zigzag_in_any_of_them() -> None:
+    """After a damaged generation the one before is taken, which may be in an earlier block."""
+
+    def at(attempt: int, block: int, step: int) -> events.Metric:
+        return events.Metric(
+            phase="block_ap", block=block, step=step, steps=9, epoch=0, loss=1.0, attempt=attempt
+        )
+
+    first = [at(1, block, step) for block in (0, 1) for step in (1, 2, 3)]
+    second = [at(2, block, step) for block in (0, 1) for step in (2, 3)]
+    shown = reduce([started(1), *first, started(2), *second]).metrics
+    for block in (0, 1):
+        steps = [(m.step, m.attempt) for m in shown if m.block == block]
+        assert steps == [(1, 1), (2, 2), (3, 2)]
