@@ -43,7 +43,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""What an export copies from the model's folder (``engine.models.source``)."""
+"""What an export copies from the model's folder."""
 BYTE_TOKENIZER = 13 << 10
 """The tokenizer of a random model."""
 HEADER_ENTRY = 100

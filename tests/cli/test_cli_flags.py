@@ -10,6 +10,7 @@ import sys
 import typer.main
 
 from eqat_tui.cli import app
+from eqat_tui.configure import build_config
 
 CONFIGURE = {"--model", "--bits", "--group-size", "--data", "--device", "--set", "--trust-remote-code"}
 PUBLIC = {
@@ -56,3 +57,13 @@ def test_help_answers_in_three_tenths_of_a_second() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 0.3
+
+
+def test_a_repositorys_own_code_is_trusted_only_when_that_is_typed() -> None:
+    for model in (None, "somebody/model"):
+        assert not build_config("smoke", model=model).model.trust_remote_code
+        assert build_config("smoke", model=model, trust_remote_code=True).model.trust_remote_code
+    for name in ("run", "plan"):
+        command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+        (flag,) = [found for found in command.params if "--trust-remote-code" in found.opts]
+        assert "with your rights" in flag.help
