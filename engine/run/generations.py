@@ -116,6 +116,7 @@ def prune(directory: Path, *, keep: int = GENERATIONS_KEPT, dry_run: bool = Fals
         return 0
     named: set[str] = set()
     garbage: list[Path] = []
+    readable = True
     for path in directory.glob("generation-*.json"):
         match = _GENERATION.fullmatch(path.name)
         if match is None or not last - keep < int(match[1]) <= last:
@@ -124,9 +125,11 @@ def prune(directory: Path, *, keep: int = GENERATIONS_KEPT, dry_run: bool = Fals
         try:
             named.update(read_generation(directory, int(match[1])).entries.values())
         except DamagedCheckpoint:
-            continue
+            # A disk that hiccups for a moment must not cost the objects of a generation that is whole.
+            readable = False
     objects = objects_path(directory)
-    garbage += [path for path in objects.glob("*.safetensors") if path.stem not in named]
+    if readable:
+        garbage += [path for path in objects.glob("*.safetensors") if path.stem not in named]
     garbage += [*directory.glob(".*.tmp"), *objects.glob(".*.tmp")]
     return sum(_remove(path, dry_run) for path in garbage)
 

@@ -163,7 +163,7 @@ def test_unknown_model_type(folder: Path) -> None:
 def test_repository_code_is_not_run_unasked(folder: Path) -> None:
     edit_config(folder, model_type="own_code", auto_map={"AutoConfig": "configuration.Own"})
     (folder / "configuration.py").write_text("raise SystemExit('ran')")
-    assert "trust_remote_code" in refusal(folder)
+    assert "--trust-remote-code" in refusal(folder)
 
 
 # -- tensors ---------------------------------------------------------------------------------------------
