@@ -112,7 +112,11 @@ def torch_build() -> Check:
     """Whether PyTorch imports, asked in a process of its own: a broken one can take its process down."""
     try:
         answer = subprocess.run(
-            [sys.executable, "-c", _TORCH_QUESTIONS], capture_output=True, text=True, timeout=120, check=True
+            [sys.executable, "-P", "-c", _TORCH_QUESTIONS],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=True,
         )
         facts = json.loads(answer.stdout.strip().splitlines()[-1])
     except subprocess.CalledProcessError as error:

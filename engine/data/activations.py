@@ -332,7 +332,7 @@ def _reserve_file(path: Path, length: int) -> int:
     """A nameless file with all of its blocks allocated; its descriptor."""
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise _disk_error(error, str(path), length) from None
     try:

@@ -222,7 +222,7 @@ class PackedSource:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.directory)
+        return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=False)
 
     def identity(self) -> dict[str, Any]:
         """What was opened: the files' names and sizes, hashed together with the configuration."""

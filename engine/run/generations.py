@@ -128,8 +128,14 @@ def prune(directory: Path, *, keep: int = GENERATIONS_KEPT, dry_run: bool = Fals
             # A disk that hiccups for a moment must not cost the objects of a generation that is whole.
             readable = False
     objects = objects_path(directory)
+    if objects.is_symlink():
+        return 0  # nothing of ours makes links; what lies there may be somebody's model
     if readable:
-        garbage += [path for path in objects.glob("*.safetensors") if path.stem not in named]
+        garbage += [
+            path
+            for path in objects.glob("*.safetensors")
+            if _DIGEST.fullmatch(path.stem) and path.stem not in named
+        ]
     garbage += [*directory.glob(".*.tmp"), *objects.glob(".*.tmp")]
     return sum(_remove(path, dry_run) for path in garbage)
 

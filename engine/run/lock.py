@@ -39,7 +39,7 @@ class RunLock:
         if owner is not None:
             raise self._taken(owner)
         try:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise PreflightError(f"cannot be opened: {error.strerror}", where=str(self.path)) from error
         try:
