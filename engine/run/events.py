@@ -47,6 +47,7 @@ from engine.run.event_kinds import (
     Plan,
     RunFinished,
     RunStarted,
+    Sample,
     Stage,
     Warning,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "Plan",
     "RunFinished",
     "RunStarted",
+    "Sample",
     "Stage",
     "Warning",
     "encode",
@@ -262,7 +264,8 @@ class EventWriter:
         if written < len(data):
             # A disk that fills up takes the beginning of a line. The next line starts on a new one.
             self._torn = self._torn if written == 0 else True
-            self.dropped += 1
+            # One that lacks only its newline gets it with the next line, and is read like any other.
+            self.dropped += written < len(data) - 1
         else:
             self._torn = False
 
