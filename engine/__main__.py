@@ -9,7 +9,6 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Literal
 
 # OpenMP threads that wait for each other by spinning take the core from the very thread they wait for as soon
 # as anything else runs on this machine. By default they spin for so long that a training step on two shared
@@ -21,10 +20,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 from engine.run import events
 from engine.run.config import apply_overrides, is_operational, resolve, validate
 from engine.run.directory import RunDirectory, RunLock
-from engine.run.errors import EqatError, ExitCode, IdentityError, StopRequested
+from engine.run.errors import EqatError, ExitCode, IdentityError, StopRequested, UsageError
 from engine.run.launch import this_attempt
 
-Task = Literal["run", "eval", "export"]
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -32,8 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code; everything else it has to say goes into the run directory."""
     parser = argparse.ArgumentParser(prog="python -m engine", description=__doc__)
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--task", choices=("run", "eval", "export"), default="run")
-    parser.add_argument("--format", help="with --task export: only this format")
+    parser.add_argument("--task", choices=("run", "eval", "export", "generate"), default="run")
+    parser.add_argument("--format", action="append", help="with --task export: only this format; repeatable")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="with --task export: where a copy goes")
+    parser.add_argument("--prompt", default="", help="with --task generate: what the models continue")
+    parser.add_argument("--new-tokens", type=int, default=64, help="with --task generate: at most so many")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="an operational setting, this time"
     )
@@ -49,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 overrides: dict[str, object] = dict(item.partition("=")[::2] for item in arguments.set)
                 if arguments.format is not None:
-                    overrides["export.formats"] = [arguments.format]
-                return _attempt(run, attempt, arguments.task, overrides)
+                    overrides["export.formats"] = arguments.format
+                return _attempt(run, attempt, arguments, overrides)
             except EqatError as error:
                 _record_refusal(run, attempt, error)
                 raise
@@ -70,7 +71,22 @@ def _record_refusal(run: RunDirectory, attempt: int, error: EqatError) -> None:
         writer.emit(events.RunFinished(outcome="failed", exit_code=int(error.exit_code), seconds=0.0))
 
 
-def _attempt(run: RunDirectory, attempt: int, task: Task, overrides: dict[str, object]) -> int:
+def _check_prompt(prompt: str, new_tokens: int) -> None:
+    if not prompt.strip():
+        raise UsageError("is empty", where="--prompt", hint="give the models something to continue")
+    try:
+        prompt.encode()
+    except (
+        UnicodeEncodeError
+    ) as error:  # Python passes bytes of arguments that are not text through like this
+        raise UsageError("is not valid UTF-8", where="--prompt", hint="type it anew") from error
+    if new_tokens < 1:
+        raise UsageError(f"{new_tokens} is no number of tokens", where="--new-tokens", hint="1 or more")
+
+
+def _attempt(
+    run: RunDirectory, attempt: int, arguments: argparse.Namespace, overrides: dict[str, object]
+) -> int:
     for name in overrides:
         if not is_operational(name):
             raise IdentityError(
@@ -80,6 +96,8 @@ def _attempt(run: RunDirectory, attempt: int, task: Task, overrides: dict[str, o
             )
     config = resolve(apply_overrides(run.config(), overrides))
     validate(config)
+    if arguments.task == "generate":
+        _check_prompt(arguments.prompt, arguments.new_tokens)
     # Imported here, once the lock is held and the configuration is known to be good: torch takes seconds.
     from engine.failures import as_eqat_error
     from engine.pipeline import Pipeline
@@ -101,7 +119,17 @@ def _attempt(run: RunDirectory, attempt: int, task: Task, overrides: dict[str, o
         plan = make_plan(config, device=str(device), runs_dir=run.path)
         report.emit(events.Plan(plan=plan.to_dict()))
         check(plan)
-        Pipeline(run, config, plan, report, device, task)()
+        Pipeline(
+            run,
+            config,
+            plan,
+            report,
+            device,
+            arguments.task,
+            prompt=arguments.prompt,
+            new_tokens=arguments.new_tokens,
+            export_to=arguments.to,
+        )()
     except StopRequested as stop:
         outcome, code = ("aborted" if stop.abort else "stopped"), stop.exit_code
     except BaseException as error:

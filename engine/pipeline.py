@@ -9,6 +9,9 @@
     evaluate_e2e_qp
     export           write, verify
 
+A finished run can be evaluated or exported again, and its models asked for a sample of their words
+(``generate``).
+
 A phase that an earlier attempt finished is found in the checkpoint and told again; one that was interrupted
 goes on where it was.
 """
@@ -19,6 +22,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -37,6 +41,7 @@ from engine.phases.blocks import round_blocks, train_blocks
 from engine.phases.end_to_end import train_end_to_end
 from engine.phases.export import export
 from engine.phases.job import Job, compute_dtype
+from engine.phases.samples import NEW_TOKENS, write_samples
 from engine.preparation import (
     PREPARE_SILENCE,
     deciding_fields,
@@ -53,6 +58,8 @@ from engine.run.directory import RunDirectory
 from engine.run.errors import UsageError
 from engine.run.plan import Plan, host_budget
 
+Task = Literal["run", "eval", "export", "generate"]
+
 
 @dataclass
 class Pipeline:
@@ -63,8 +70,13 @@ class Pipeline:
     plan: Plan
     report: Reporter
     device: torch.device
-    task: Literal["run", "eval", "export"] = "run"
+    task: Task = "run"
     world: World = ALONE
+    prompt: str = ""
+    """What the models continue in the task ``generate``, by at most ``new_tokens`` tokens."""
+    new_tokens: int = NEW_TOKENS
+    export_to: Path | None = None
+    """Where the task ``export`` copies its checkpoints as well."""
 
     job: Job = field(init=False)
     full: ActivationStore | None = None
@@ -80,6 +92,8 @@ class Pipeline:
             return ["prepare", final]
         if self.task == "export":
             return ["prepare", "export"]
+        if self.task == "generate":
+            return ["prepare", "generate"]
         wanted: list[tuple[events.Phase, bool]] = [
             ("prepare", True),
             ("evaluate_fp", evaluate),
@@ -117,7 +131,8 @@ class Pipeline:
             "evaluate_block_ap": lambda: self.evaluate("block_ap", self.job.packed_block),
             "e2e_qp": lambda: train_end_to_end(self.job, self.full),
             "evaluate_e2e_qp": lambda: self.evaluate("e2e_qp", self.job.packed_block),
-            "export": lambda: export(self.job),
+            "export": lambda: export(self.job, self.export_to),
+            "generate": lambda: write_samples(self.job, self.prompt, self.new_tokens),
         }
         return methods[name]
 
@@ -147,7 +162,7 @@ class Pipeline:
                 self.job.perplexities[stage] = known["perplexity"]
 
     def _require_finished(self) -> None:
-        """`eval` and `export` work on what a run has trained; there must be all of it."""
+        """`eval`, `export` and `generate` work on what a run has trained; there must be all of it."""
         trained = self.job.all_blocks_finished()
         if not trained or (self.config.e2e_qp.enabled and not self.job.store.fact("e2e_qp_done")):
             raise UsageError(

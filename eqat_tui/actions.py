@@ -31,6 +31,9 @@ from eqat_tui.output import print_json, say
 from eqat_tui.progress import open_display
 from eqat_tui.summary import report, shorten
 
+Told = Callable[[Mapping[str, Any]], str]
+"""From what ``eqat show --json`` prints to what a person reads."""
+
 KILL_SECONDS = 10.0
 """How long a killed engine may take to be gone."""
 
@@ -82,7 +85,14 @@ def print_plan(config: RunConfig, runs_dir: Path, *, as_json: bool) -> int:
     return ExitCode.DONE
 
 
-def start(run: RunDirectory, *, args: Sequence[str] = (), detach: bool, as_json: bool) -> int:
+def start(
+    run: RunDirectory,
+    *,
+    args: Sequence[str] = (),
+    detach: bool,
+    as_json: bool,
+    told: Told | None = None,
+) -> int:
     """Start the engine on ``run``; follow it, or say its id and return."""
     if detach:
         pid = launch(run, args=args)
@@ -92,7 +102,7 @@ def start(run: RunDirectory, *, args: Sequence[str] = (), detach: bool, as_json:
             print(run.id)
         return ExitCode.DONE
     say(f"run {run.id}")
-    return follow(run, engine=lambda: launch(run, args=args), as_json=as_json)
+    return follow(run, engine=lambda: launch(run, args=args), as_json=as_json, told=told)
 
 
 def resume(run: RunDirectory, overrides: Mapping[str, str], *, detach: bool, as_json: bool) -> int:
@@ -146,6 +156,13 @@ def stop(run: RunDirectory, *, abort: bool, wait: bool) -> int:
 
 def kill(run: RunDirectory) -> int:
     """End an engine that does not answer, and return when it is gone."""
+    pid = kill_engine(run)
+    say(f"killed process {pid}; what was checkpointed is kept: eqat resume {run.id} goes on")
+    return ExitCode.DONE
+
+
+def kill_engine(run: RunDirectory) -> int:
+    """Kill the engine of ``run`` and wait until it is gone; its pid."""
     pid = holder(run.lock_path)
     if pid is None:
         raise UsageError(f"is not running ({run_state(run)})", where=run.id)
@@ -172,12 +189,16 @@ def kill(run: RunDirectory) -> int:
                 hint="nothing but that, or a restart of this machine, ends it",
             )
         time.sleep(0.05)
-    say(f"killed process {pid}; what was checkpointed is kept: eqat resume {run.id} goes on")
-    return ExitCode.DONE
+    return pid
 
 
-def follow(run: RunDirectory, *, engine: Callable[[], int] | None, as_json: bool) -> int:
-    """Follow to the end, then print the report; ``engine`` starts it, unless it runs already."""
+def follow(
+    run: RunDirectory, *, engine: Callable[[], int] | None, as_json: bool, told: Told | None = None
+) -> int:
+    """Follow to the end, then print the report, or what ``told`` makes of the run.
+
+    ``engine`` starts it, unless it runs already.
+    """
     follower = Follower(run, open_display())
     follower.catch_up()  # before the launch: what a former attempt did is not told again
     try:
@@ -188,6 +209,8 @@ def follow(run: RunDirectory, *, engine: Callable[[], int] | None, as_json: bool
     shown = show(run)
     if as_json:
         print_json(shown)
+    elif told is not None and code == ExitCode.DONE:
+        print(told(shown))
     elif shown["exports"] or any(value is not None for value in shown["perplexity"].values()):
         print(report(shown, with_error=False))  # the display has told the error
     if code == ExitCode.STOPPED:

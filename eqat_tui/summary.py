@@ -100,6 +100,19 @@ def facts(run: Tree) -> dict[str, str]:
     return lines
 
 
+def samples(run: Tree) -> str:
+    """What the full-precision and the quantized model wrote after the same prompt."""
+    parts: list[str] = []
+    for sample in run["samples"]:
+        if not parts:
+            parts.append(f"prompt: {sample['prompt']}")
+        made = (
+            f" ({sample['tokens']} tokens in {format_seconds(sample['seconds'])})" if sample["tokens"] else ""
+        )
+        parts.append(f"{stage_name(sample['stage'])}{made}:\n{sample['problem'] or sample['text'].strip()}")
+    return "\n\n".join(parts)
+
+
 def origin_words(origin: Tree) -> str:
     """What a run has from the one that it redoes a part of."""
     count = origin["from_block"]

@@ -12,6 +12,7 @@ PHASES = {
     "e2e_qp": "E2E-QP",
     "evaluate_e2e_qp": "evaluate E2E-QP",
     "export": "export",
+    "generate": "sample texts",
 }
 
 STAGES = {

@@ -90,6 +90,10 @@ class CausalLM:
         """Size of the whole model at 16 bits per parameter."""
         return 2 * self.parameters_count
 
+    def blocks_bytes(self) -> int:
+        """Size of all blocks together, as they are loaded."""
+        return sum(parameter.numel() for parameter in self._blocks.parameters()) * self.dtype.itemsize
+
     def block_prefix(self, index: int) -> str:
         """Name of a block in the checkpoint, such as ``model.layers.3``."""
         return f"{self._prefix}.{index}"
@@ -147,6 +151,21 @@ class CausalLM:
         ids_BT = torch.zeros(hidden_BTH.shape[:2], dtype=torch.long, device=self.device)
         logits_BTV: Tensor = self._forward(finish, input_ids=ids_BT).logits
         return logits_BTV
+
+    @contextmanager
+    def whole(self, block_for: Callable[[int], nn.Module]) -> Iterator[Any]:
+        """The model in one piece while the context lasts, its blocks being ``block_for(0)``, ...
+
+        All of them are in memory at once.
+        """
+        structure = list(self._blocks)
+        try:
+            for index in range(self.blocks):
+                self._blocks[index] = block_for(index)
+            yield self.model
+        finally:
+            for index, block in enumerate(structure):
+                self._blocks[index] = block
 
     # -- loading -----------------------------------------------------------------------------------
 

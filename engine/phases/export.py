@@ -15,15 +15,22 @@ from engine.export.verify import VerifyResult, verify_gptq_v2
 from engine.phases.job import Job
 from engine.run import events
 from engine.run.config import RuntimeConfig, equivalent_command, to_toml
+from engine.run.publish import check_target, publish
 from engine.setup import package_versions
 
 # Part of the evaluation text on which exported and trained logits are compared.
 VERIFY_WINDOWS, VERIFY_TOKENS = 2, 512
+COPY_SILENCE = 1800
+"""Seconds that copying a checkpoint to another disk may take unheard."""
 
 
-def export(job: Job) -> None:
-    """Write and verify every requested format."""
-    for name in job.config.export.formats:
+def export(job: Job, copy_to: Path | None = None) -> None:
+    """Write and verify every requested format; ``copy_to`` gets a copy, of several formats a folder each."""
+    names = job.config.export.formats
+    targets = {name: copy_to / name if len(names) > 1 else copy_to for name in names if copy_to is not None}
+    for target in targets.values():
+        check_target(target)
+    for name in names:
         assert name == "gptq_v2", name
         path = job.run.export_dir / name
         card = _card(job)
@@ -37,6 +44,9 @@ def export(job: Job) -> None:
             on_block=job.report.step,
         )
         verified = _verify(job, path, card)
+        if name in targets:
+            job.report.expect_silence(COPY_SILENCE)
+            publish(path, targets[name])
         job.report.emit(
             events.Export(
                 format=name,
@@ -50,6 +60,7 @@ def export(job: Job) -> None:
                 perplexity=verified.perplexity_packed,
                 perplexity_trained=verified.perplexity_trained,
                 tokens=verified.tokens,
+                copied_to=str(targets.get(name, "")),
             )
         )
 

@@ -222,11 +222,7 @@ class PackedBlock:
 
     def install(self, block: nn.Module) -> nn.Module:
         """Replace the block's linears by packed ones and load its other parameters; returns the block."""
-        device = next(block.parameters()).device
-        own = dict(block.named_parameters())
-        for name, tensor in self.others.items():
-            if name.removesuffix(".bias") not in self.linears:
-                own[name].data = tensor.to(device=device, dtype=own[name].dtype)
+        device = self._install_others(block)
         for name, weight in self.linears.items():
             bias = self.others.get(f"{name}.bias")
             old = block.get_submodule(name)
@@ -234,6 +230,27 @@ class PackedBlock:
                 bias = bias.to(device=device, dtype=old.weight.dtype)  # type: ignore[arg-type]
             replace_submodule(block, name, PackedLinear(weight.to(device), bias))
         return block
+
+    def install_dense(self, block: nn.Module) -> nn.Module:
+        """Give the block's linears dequantized weights, and load its other parameters; returns the block."""
+        device = self._install_others(block)
+        for name, weight in self.linears.items():
+            linear = block.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            linear.weight.data = weight.to(device).dequantize(linear.weight.dtype)
+            bias = self.others.get(f"{name}.bias")
+            if bias is not None:
+                linear.bias.data = bias.to(device=device, dtype=linear.weight.dtype)
+        return block
+
+    def _install_others(self, block: nn.Module) -> torch.device:
+        """Load the parameters that are not part of a quantized linear; the block's device."""
+        device = next(block.parameters()).device
+        own = dict(block.named_parameters())
+        for name, tensor in self.others.items():
+            if name.removesuffix(".bias") not in self.linears:
+                own[name].data = tensor.to(device=device, dtype=own[name].dtype)
+        return device
 
 
 def replace_submodule(module: nn.Module, name: str, new: nn.Module) -> None:

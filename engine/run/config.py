@@ -11,6 +11,7 @@ resolved configuration has no learning rate left that training would have to gue
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import os
 import shlex
@@ -287,9 +288,10 @@ def apply_overrides(config: RunConfig, overrides: Mapping[str, object]) -> RunCo
     return convert(_merge(to_dict(config), layer))
 
 
-def field_names() -> list[str]:
+@functools.lru_cache(1)
+def field_names() -> tuple[str, ...]:
     """Dotted names of all fields, as ``--set`` takes them."""
-    return list(_leaves(RunConfig, ""))
+    return tuple(_leaves(RunConfig, ""))
 
 
 def _leaves(section: type[Section], prefix: str) -> Iterable[str]:

@@ -21,6 +21,7 @@ Phase = Literal[
     "e2e_qp",
     "evaluate_e2e_qp",
     "export",
+    "generate",
 ]
 Stage = Literal["fp", "rtn", "block_ap", "e2e_qp", "packed"]
 Outcome = Literal["done", "stopped", "failed", "aborted"]
@@ -169,9 +170,26 @@ class Export(Event, frozen=True, kw_only=True, tag="export"):
     logit_tolerance: float | None = None
     perplexity: float | None = None
     perplexity_trained: float | None = None
+    copied_to: str = ""
+    """A folder outside of the run that has a copy, where one was asked for."""
     tokens: int | None = None
     """The two perplexities are those of the reloaded and of the trained model on this many tokens only: their
     difference counts, not their size."""
+
+
+class Sample(Event, frozen=True, kw_only=True, tag="sample"):
+    """Text that one version of the model (``fp`` or the newest quantized stage) wrote after a prompt.
+
+    ``text`` is the continuation only, of ``tokens`` tokens written in ``seconds``, loading the model not
+    counted; ``problem`` says why there is none.
+    """
+
+    stage: Stage
+    prompt: str
+    text: str = ""
+    tokens: int = 0
+    seconds: float = 0.0
+    problem: str = ""
 
 
 class ControlAck(Event, frozen=True, kw_only=True, tag="control.ack"):
@@ -219,6 +237,7 @@ AnyEvent = (
     | Eval
     | CheckpointCommitted
     | Export
+    | Sample
     | ControlAck
     | Warning
     | Error

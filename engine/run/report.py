@@ -73,9 +73,11 @@ def render(run: RunState, *, state: str, config: Mapping[str, Any] | None) -> di
                 "perplexity": done.perplexity,
                 "perplexity_trained": done.perplexity_trained,
                 "tokens": done.tokens,
+                "copied_to": done.copied_to or None,
             }
             for done in run.exports.values()
         ],
+        "samples": [_payload(sample) for sample in run.samples.values()],
         "checkpoint": None
         if run.checkpoint is None
         else {name: getattr(run.checkpoint, name) for name in ("generation", "bytes", "phase", "block", "t")},

@@ -6,8 +6,10 @@ structs from there), and :mod:`engine.run.validation` holds every rule about the
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -68,6 +70,7 @@ class BlockAPConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Block-wise training of all parameters (EfficientQAT, section 3.2)."""
 
     enabled: bool = True
+    """Train block by block; without it the blocks are only rounded."""
     train: tuple[Literal["weights", "scales", "zero_points", "norms"], ...] = (
         "weights",
         "scales",
@@ -111,6 +114,7 @@ class E2EQPConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True
     """End-to-end training of quantization parameters (EfficientQAT, section 3.3)."""
 
     enabled: bool = True
+    """Train the scales of the whole model after its blocks."""
     train: tuple[Literal["scales", "zero_points"], ...] = ("scales",)
     """What is trained; the integers are fixed."""
     sequences: int = 512
@@ -151,6 +155,7 @@ class EvaluationConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields
     """Perplexity on non-overlapping windows."""
 
     enabled: bool = True
+    """Measure perplexity before, between and after."""
     data: DataConfig = DataConfig(source="wikitext2", split="test")
     sequence_length: int = 2048
     """Tokens per window (context)."""
@@ -164,6 +169,7 @@ class ExportConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Which packed checkpoints are written at the end."""
 
     formats: tuple[Literal["gptq_v2"], ...] = ("gptq_v2",)
+    """Layouts of the packed checkpoint; none writes nothing."""
     shard_gib: float = 4.0
     """Largest safetensors file, GiB."""
 
@@ -207,7 +213,8 @@ class RunConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     runtime: RuntimeConfig = RuntimeConfig()
 
 
-def field_types(section: type[Section]) -> dict[str, Any]:
+@functools.cache
+def field_types(section: type[Section]) -> Mapping[str, Any]:
     """Type of each field of a section, by name."""
     return {field.name: field.type for field in msgspec.structs.fields(section)}
 

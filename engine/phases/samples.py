@@ -1,0 +1,119 @@
+"""The phase ``generate``: the full-precision and the quantized model continue the same prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from engine import telemetry
+from engine.evaluation.generation import continuation, prompt_ids
+from engine.models.skeleton import text_config
+from engine.phases.job import Job
+from engine.run import events
+from engine.run.errors import UsageError
+from engine.run.fit import GPU_RESERVE
+from engine.run.machine import host_free
+from engine.run.plan import host_budget
+
+NEW_TOKENS = 64
+FIRST_TOKEN_SILENCE = 600
+"""Seconds that reading a long prompt may take unheard."""
+
+
+def write_samples(
+    job: Job, prompt: str, new_tokens: int = NEW_TOKENS, *, budget_bytes: int | None = None
+) -> None:
+    """Emit a :class:`~engine.run.events.Sample` for each of the two models; nothing is checkpointed.
+
+    One that has no room as a whole, in ``budget_bytes`` or what is free, gets a problem in place of a text.
+
+    Raises:
+        UsageError: for a prompt longer than the model can read.
+    """
+    ids_1T = prompt_ids(job.source.tokenizer(), prompt)
+    new_tokens = _room_after(job, ids_1T.shape[1], new_tokens)
+    # Two models one after the other, each with all of its blocks.
+    models = (("fp", job.lm.load_block), (_quantized_stage(job), job.dense_block))
+    for position, (stage, block_for) in enumerate(models):
+        job.report.step(position * job.blocks, len(models) * job.blocks)
+        problem = _too_large(job, budget_bytes)
+        sample = events.Sample(stage=stage, prompt=prompt, problem=problem)
+        if not problem:
+            load = _told(job, block_for, position, len(models))
+            sample = _written(job, sample, load, ids_1T, new_tokens)
+        job.report.emit(sample)
+        telemetry.release_memory()
+
+
+def _quantized_stage(job: Job) -> events.Stage:
+    """The newest quantized version."""
+    if job.store.fact("e2e_qp_done"):
+        return "e2e_qp"
+    return "block_ap" if job.config.block_ap.enabled else "rtn"
+
+
+def _room_after(job: Job, tokens: int, wanted: int) -> int:
+    """How many of the ``wanted`` tokens have a place after so many: a model knows no position beyond its last."""
+    longest = getattr(text_config(job.lm.model.config), "max_position_embeddings", None)
+    if longest is None:
+        return wanted
+    if tokens >= longest:
+        raise UsageError(
+            f"has {tokens} tokens, and the model reads at most {longest}",
+            where="--prompt",
+            hint="give it a shorter one",
+        )
+    return min(wanted, int(longest) - tokens)
+
+
+def _told(
+    job: Job, block_for: Callable[[int], nn.Module], position: int, models: int
+) -> Callable[[int], nn.Module]:
+    """``block_for``, saying how far it is; a stop is heard between two blocks."""
+
+    def load(index: int) -> nn.Module:
+        job.report.step(position * job.blocks + index, models * job.blocks)
+        block = block_for(index)
+        if index == job.blocks - 1:
+            job.report.expect_silence(FIRST_TOKEN_SILENCE)
+        return block
+
+    return load
+
+
+def _written(
+    job: Job, sample: events.Sample, load: Callable[[int], nn.Module], ids_1T: Tensor, new_tokens: int
+) -> events.Sample:
+    """``sample`` with its text. A stop is heard after the next token, and half a text is not handed out."""
+
+    def should_stop() -> bool:
+        return job.report.stop_asked() is not None
+
+    try:
+        made = continuation(job.lm, load, ids_1T, new_tokens, should_stop=should_stop)
+    except (torch.OutOfMemoryError, MemoryError):
+        return msgspec.structs.replace(sample, problem="memory ran out with the whole model in it")
+    job.report.checkpoint_requested()
+    return msgspec.structs.replace(sample, text=made.text, tokens=made.tokens, seconds=made.seconds)
+
+
+def _too_large(job: Job, budget_bytes: int | None) -> str:
+    """Why not all blocks can be in memory at once; empty when they can."""
+    needed = job.lm.blocks_bytes()
+    free, place = _free(job) if budget_bytes is None else (budget_bytes, "the budget")
+    if needed <= free:
+        return ""
+    return f"all blocks together take {needed / 2**30:.2f} GiB, and {place} has room for {max(0, free) / 2**30:.2f}"
+
+
+def _free(job: Job) -> tuple[int, str]:
+    """Bytes that blocks may take, less a reserve for the cache of keys and values, and of what."""
+    if job.device.type == "cuda":
+        # What torch keeps for its next tensor is not free to others, but it is to us.
+        kept = torch.cuda.memory_reserved(job.device) - torch.cuda.memory_allocated(job.device)
+        return int((torch.cuda.mem_get_info(job.device)[0] + kept) * (1 - GPU_RESERVE)), "the GPU"
+    machine = msgspec.structs.replace(job.plan.machine, host_free=host_free())
+    return host_budget(job.config, machine), "this machine"
