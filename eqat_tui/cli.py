@@ -52,6 +52,8 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Any field of the configuration; repeatable."),
 ]
 Detach = Annotated[bool, typer.Option("--detach", help="Print the run's id and return at once.")]
+Ascii = Annotated[bool, typer.Option("--ascii", help="In the app: ASCII characters only.")]
+ReadOnly = Annotated[bool, typer.Option("--read-only", help="In the app: look, and change nothing.")]
 RemoteCode = Annotated[
     bool,
     typer.Option(
@@ -77,12 +79,22 @@ def overview(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    ascii_only: Ascii = False,
+    read_only: ReadOnly = False,
 ) -> None:
-    """Quantization-aware training of language models to 2, 3 and 4 bits, on one GPU, from a terminal."""
-    if context.invoked_subcommand is None:
-        from eqat_tui.overview import overview_text
+    """Quantization-aware training of language models to 2, 3 and 4 bits, on one GPU, from a terminal.
 
-        print(overview_text())
+    Without a command it opens the terminal app.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from eqat_tui.terminal import Look, can_open_app, open_app
+
+    if can_open_app():
+        raise typer.Exit(open_app(None, look=Look(ascii_only, read_only)))
+    from eqat_tui.overview import overview_text
+
+    print(overview_text())
 
 
 # -- starting and following ----------------------------------------------------------------------------
@@ -192,15 +204,55 @@ def resume(
 
 
 @app.command()
-def attach(run: Run, runs_dir: RunsDir = None, as_json: Json = False) -> int:
-    """Follow a run from any terminal. Ctrl-C leaves it running. Exits as the run does."""
+def attach(
+    run: Run,
+    runs_dir: RunsDir = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Lines of progress instead of the app, as in a pipe.")
+    ] = False,
+    read_only: ReadOnly = False,
+    ascii_only: Ascii = False,
+    as_json: Json = False,
+) -> int:
+    """Show a run again, from any terminal, as often as wanted. Leaving never ends it.
+
+    In a pipe, with --plain or --json it follows the run in lines until its end and exits as the run does.
+    """
     from engine.run.directory import read_launched, run_state
     from eqat_tui import actions
+    from eqat_tui.terminal import Look, can_open_app, open_app
 
     found = actions.find(run, runs_dir)
     if run_state(found) == "created" and read_launched(found) is None:
         raise UsageError("was never started", where=found.id, hint=f"eqat resume {found.id} starts it")
+    if can_open_app() and not (plain or as_json):
+        return open_app(runs_dir, run=found, look=Look(ascii_only, read_only))
     return actions.follow(found, engine=None, as_json=as_json)
+
+
+@app.command()
+def replay(
+    run: Run,
+    speed: Annotated[float, typer.Option("--speed", min=0.1, help="Times as fast as it was.")] = 10.0,
+    runs_dir: RunsDir = None,
+    ascii_only: Ascii = False,
+) -> int:
+    """Show a run from its beginning again, from its log, at any speed."""
+    from eqat_tui import actions
+    from eqat_tui.terminal import Look, open_app, require_terminal
+
+    require_terminal("eqat replay")
+    found = actions.find(run, runs_dir)
+    return open_app(runs_dir, run=found, replay_speed=speed, look=Look(ascii_only, True))
+
+
+@app.command()
+def monitor(runs_dir: RunsDir = None, ascii_only: Ascii = False) -> int:
+    """Show this machine's GPU and host memory live, with history and processes."""
+    from eqat_tui.terminal import Look, open_app, require_terminal
+
+    require_terminal("eqat monitor")
+    return open_app(runs_dir, mode="memory", look=Look(ascii_only))
 
 
 @app.command()
@@ -328,17 +380,43 @@ def evaluate(
 def export(
     run: Run,
     format: Annotated[str, typer.Option("--format", help="gptq_v2.")] = "gptq_v2",
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="FOLDER", help="Copy the verified checkpoint here as well.")
+    ] = None,
     runs_dir: RunsDir = None,
     detach: Detach = False,
     as_json: Json = False,
 ) -> int:
     """Write a run's packed checkpoint again, and verify it."""
+    from engine.run.publish import check_target
     from eqat_tui import actions
 
     if format != "gptq_v2":
         raise UsageError(f"there is no format {format!r}", where="--format", hint="gptq_v2")
-    args = ("--task", "export", "--format", format)
-    return actions.start(actions.find(run, runs_dir), args=args, detach=detach, as_json=as_json)
+    args = ["--task", "export", "--format", format]
+    found = actions.find(run, runs_dir)
+    if to is not None:
+        to = to.expanduser().absolute()
+        check_target(to)
+        args += ["--to", str(to)]
+    return actions.start(found, args=args, detach=detach, as_json=as_json)
+
+
+@app.command()
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option("--prompt", help="What the models are to continue.")],
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="At most so many.")] = 64,
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+) -> int:
+    """Let the full-precision and the quantized model continue a prompt, side by side."""
+    from eqat_tui import actions
+    from eqat_tui.summary import samples
+
+    args = ("--task", "generate", "--prompt", prompt, "--new-tokens", str(new_tokens))
+    found = actions.find(run, runs_dir)
+    return actions.start(found, args=args, detach=False, as_json=as_json, told=samples)
 
 
 # -- housekeeping --------------------------------------------------------------------------------------

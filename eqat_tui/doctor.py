@@ -128,12 +128,12 @@ def torch_build() -> Check:
     usable = ", GPU usable" if facts["available"] else ""
     status: Literal["ok", "warning"] = "ok"
     hint = ""
-    if _gpu_names() and not facts["available"]:
+    if gpu_names() and not facts["available"]:
         status, hint = "warning", "this machine has a GPU that this build of torch cannot use"
     return Check(name="torch", status=status, detail=f"{facts['version']}, {build}{usable}", hint=hint)
 
 
-def _gpu_names() -> list[str]:
+def gpu_names() -> list[str]:
     """What the NVIDIA driver sees; nothing without a driver."""
     try:
         import pynvml
@@ -158,7 +158,7 @@ def _gpu_names() -> list[str]:
 
 def gpu() -> Check:
     """The GPUs and what is free on them."""
-    names = _gpu_names()
+    names = gpu_names()
     if not names:
         return Check(
             name="gpu",

@@ -17,7 +17,10 @@ PUBLIC = {
     "run": {*CONFIGURE, "--runs-dir", "--detach", "--dry-run", "--json"},
     "plan": {*CONFIGURE, "--runs-dir", "--json"},
     "resume": {"--from-block", "--set", "--runs-dir", "--detach", "--json"},
-    "attach": {"--runs-dir", "--json"},
+    "attach": {"--runs-dir", "--plain", "--read-only", "--ascii", "--json"},
+    "replay": {"--runs-dir", "--speed", "--ascii"},
+    "monitor": {"--runs-dir", "--ascii"},
+    "generate": {"--prompt", "--new-tokens", "--runs-dir", "--json"},
     "stop": {"--runs-dir", "--abort", "--kill", "--wait"},
     "runs": {"--runs-dir", "--limit", "-n", "--json"},
     "show": {"--runs-dir", "--json"},
@@ -26,7 +29,7 @@ PUBLIC = {
     "eval": {"--runs-dir", "--detach", "--json"},
     "rm": {"--runs-dir", "--yes", "-y"},
     "gc": {"--runs-dir", "--tokens", "--dry-run", "--json"},
-    "export": {"--format", "--runs-dir", "--detach", "--json"},
+    "export": {"--format", "--to", "--runs-dir", "--detach", "--json"},
 }
 
 

@@ -1,0 +1,327 @@
+"""The workbench: five screens over the same files that the commands read.
+
+The app holds no truth. A thread reads the current run twice a second (:mod:`eqat_tui.feed`) and posts a view;
+the screen that is in front shows it. Training is another process, so whatever happens to this one (a crash,
+a lost connection, ``kill``) only ends the looking.
+"""
+
+from __future__ import annotations
+
+import gc
+import signal
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from textual.app import App, SystemCommand
+from textual.binding import BindingType
+from textual.filter import LineFilter
+from textual.message import Message
+from textual.screen import Screen
+
+from engine.run.directory import RunDirectory
+from engine.run.errors import EqatError
+from eqat_tui.feed import Feed, LiveFeed, ReplayFeed, RunView
+from eqat_tui.keys import EVERYWHERE, bindings
+from eqat_tui.palette import OUR_THEMES, THEMES, AsciiFilter, Terminal
+from eqat_tui.screens.base import WorkScreen
+
+POLL_S = 0.5
+"""Files are looked at twice a second, and never more is drawn."""
+
+MODE_NAMES = ("setup", "monitor", "result", "runs", "memory")
+
+
+def _setup() -> Screen[None]:
+    from eqat_tui.screens.setup import SetupScreen
+
+    return SetupScreen()
+
+
+def _monitor() -> Screen[None]:
+    from eqat_tui.screens.monitor import MonitorScreen
+
+    return MonitorScreen()
+
+
+def _result() -> Screen[None]:
+    from eqat_tui.screens.result import ResultScreen
+
+    return ResultScreen()
+
+
+def _runs() -> Screen[None]:
+    from eqat_tui.screens.runs import RunsScreen
+
+    return RunsScreen()
+
+
+def _memory() -> Screen[None]:
+    from eqat_tui.screens.memory import MemoryScreen
+
+    return MemoryScreen()
+
+
+class Looked(Message):
+    """The reading thread has a new view of the current run."""
+
+    def __init__(self, feed: Feed, view: RunView) -> None:
+        self.feed, self.view = feed, view
+        super().__init__()
+
+
+class Watcher(threading.Thread):
+    """Reads the current run. A daemon: a network file system that hangs must not keep the app from ending."""
+
+    def __init__(self, feed: Feed, post: Callable[[Looked], Any]) -> None:
+        super().__init__(name="watcher", daemon=True)
+        self._feed, self._post = feed, post
+        self._wake = threading.Event()
+        self._over = False
+
+    def look_now(self) -> None:
+        """Read at once and not at the next turn."""
+        self._wake.set()
+
+    def end(self) -> None:
+        """Read no more."""
+        self._over = True
+        self._wake.set()
+
+    def run(self) -> None:
+        last: RunView | None = None
+        while not self._over:
+            view = self._feed.poll()
+            if last is None or not _same(last, view):
+                self._post(Looked(self._feed, view))
+            last = view
+            self._wake.wait(POLL_S)
+            self._wake.clear()
+
+
+def _same(one: RunView, other: RunView) -> bool:
+    """Whether nothing has happened; the clock alone is nothing, except for an engine that is silent."""
+    return (
+        (
+            one.state is other.state
+            or (one.state.event_count, one.state.status) == (other.state.event_count, other.state.status)
+        )
+        and (one.liveness, one.requests, one.replay, one.problem)
+        == (
+            other.liveness,
+            other.requests,
+            other.replay,
+            other.problem,
+        )
+        and one.liveness != "hung"
+    )
+
+
+class EqatApp(App[str]):
+    """The terminal app. It returns a line to print after it has left the screen."""
+
+    TITLE = "eqat"
+    CSS_PATH = "app.tcss"
+    MODES: ClassVar[dict[str, Any]] = {
+        "setup": _setup,
+        "monitor": _monitor,
+        "result": _result,
+        "runs": _runs,
+        "memory": _memory,
+    }
+    BINDINGS: ClassVar[list[BindingType]] = bindings(EVERYWHERE)
+    NOTIFICATION_TIMEOUT = 6
+
+    def __init__(
+        self,
+        *,
+        runs_dir: Path,
+        terminal: Terminal,
+        run: RunDirectory | None = None,
+        mode: str = "setup",
+        read_only: bool = False,
+        replay_speed: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.runs_dir = runs_dir
+        self.terminal = terminal
+        self.read_only = read_only
+        self.feed: Feed | None = None
+        self.view: RunView | None = None
+        self._watcher: Watcher | None = None
+        self._first_run, self._first_mode, self._replay_speed = run, mode, replay_speed
+        self._ascii = AsciiFilter()
+        for theme in OUR_THEMES:
+            self.register_theme(theme)
+        self.theme = terminal.theme
+        self.animation_level = "none"
+        self.exit_code = 0
+
+    # -- life --------------------------------------------------------------------------------------
+
+    def on_mount(self) -> None:
+        self._catch_signals()
+        if self._first_run is not None:
+            if self._replay_speed is not None:
+                self.replay(self._first_run, self._replay_speed, show=False)
+            else:
+                self.open_run(self._first_run, show=False)
+        self.switch_mode(self._first_mode)
+
+    def on_ready(self) -> None:
+        gc.enable()  # see __main__.py
+
+    def _catch_signals(self) -> None:
+        """Textual takes neither, and would leave the terminal in its alternate screen."""
+        if self._loop is None or threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            self._loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: int) -> None:
+        self.exit_code = 128 + number
+        self.leave()
+
+    def on_unmount(self) -> None:
+        if self._watcher is not None:
+            self._watcher.end()
+
+    def leave(self) -> None:
+        """End the app; whatever runs goes on."""
+        message = ""
+        if self.view is not None and self.view.live:
+            message = f"{self.view.id} goes on; eqat attach {self.view.id} shows it again"
+        self.exit(message)
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        filters = super().get_line_filters()
+        return [*filters, self._ascii] if self.terminal.ascii_only else filters
+
+    # -- the current run ---------------------------------------------------------------------------
+
+    def current(self) -> RunDirectory:
+        """The run that is open."""
+        assert self.feed is not None
+        return self.feed.run
+
+    def open_run(self, run: RunDirectory, *, show: bool = True, mode: str = "monitor") -> None:
+        """Make ``run`` the current one."""
+        self._watch(LiveFeed(run))
+        if show:
+            self.switch_mode(mode)
+
+    def replay(self, run: RunDirectory, speed: float = 10.0, *, show: bool = True) -> None:
+        """Show ``run`` from its beginning."""
+        self._watch(ReplayFeed(run, speed))
+        if show:
+            self.switch_mode("monitor")
+
+    def _watch(self, feed: Feed) -> None:
+        if self._watcher is not None:
+            self._watcher.end()
+        self.feed, self.view = feed, None
+        self._watcher = Watcher(feed, self.post_message)
+        self._watcher.start()
+
+    def close_run(self) -> None:
+        """No run is open any more."""
+        if self._watcher is not None:
+            self._watcher.end()
+        self.feed = self.view = self._watcher = None
+
+    def look_now(self) -> None:
+        """Show the effect of something the user did."""
+        if self._watcher is not None:
+            self._watcher.look_now()
+
+    def on_looked(self, message: Looked) -> None:
+        if message.feed is not self.feed:
+            return  # of the run that was open before
+        self.view = message.view
+        screen = self.screen_stack[0] if self.screen_stack else None
+        if isinstance(screen, WorkScreen) and screen.is_mounted:
+            screen.take(message.view)
+
+    # -- doing -------------------------------------------------------------------------------------
+
+    async def action_do(self, action: str) -> None:
+        """A key of the app, where the screen has none of its own."""
+        await self.do_everywhere(action)
+
+    async def do_everywhere(self, action: str) -> None:
+        """What works on every screen."""
+        if action in MODE_NAMES:
+            await self.switch_mode(action)
+            screen = self.screen
+            if isinstance(screen, WorkScreen) and self.view is not None:
+                self.call_after_refresh(screen.take, self.view)
+        elif action == "help":
+            from eqat_tui.screens.help import help_for
+
+            if isinstance(self.screen, WorkScreen):
+                self.push_screen(help_for(self.screen, min(100, self.size.width - 8)))
+        elif action == "palette":
+            self.action_command_palette()
+        elif action == "quit":
+            self.leave()
+
+    def start_engine(self, run: RunDirectory, start: Callable[[RunDirectory], int]) -> None:
+        """Start an engine and show its run."""
+
+        def begin() -> None:
+            start(run)
+            self.call_from_thread(self.open_run, run)
+
+        self.in_background(begin)
+
+    def in_background(self, work: Callable[[], Any], done: str = "") -> None:
+        """Do something that may take a moment; what fails is told, never a crash of the app."""
+
+        def guarded() -> None:
+            try:
+                work()
+            except (EqatError, OSError) as error:
+                self.call_from_thread(self.tell, error)
+            else:
+                if done:
+                    self.call_from_thread(self.notify, done)
+                self.look_now()
+
+        self.run_worker(guarded, thread=True, exit_on_error=False)
+
+    def tell(self, error: Exception) -> None:
+        """Show what went wrong."""
+        text = str(error) if isinstance(error, EqatError) else f"{getattr(error, 'strerror', '') or error}"
+        self.notify(text, title="that did not work", severity="error", timeout=12, markup=False)
+
+    def copy(self, text: str, what: str) -> None:
+        """Put ``text`` on the terminal's clipboard, over SSH too where the terminal allows it (OSC 52)."""
+        self.copy_to_clipboard(text)
+        self.notify(f"{what} copied; if your terminal has no clipboard for it, select it with the mouse")
+
+    # -- palette and themes ------------------------------------------------------------------------
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        if isinstance(screen, WorkScreen):
+            for key in screen.offered():
+                yield self._command(screen, key.label, key.tip, key.action)
+        for key in EVERYWHERE:
+            if key.action != "palette":
+                yield self._command(screen, key.label, key.tip, key.action)
+        for theme in THEMES:
+            yield SystemCommand(f"theme {theme}", f"Colours: {theme}", lambda theme=theme: self._use(theme))
+
+    def _command(self, screen: Screen[Any], label: str, tip: str, action: str) -> SystemCommand:
+        def run() -> None:
+            self.run_worker(screen.run_action(f"do('{action}')"))
+
+        return SystemCommand(label, tip, run)
+
+    def _use(self, theme: str) -> None:
+        self.theme = theme
+        for mode in list(self._current_mode_screens()):
+            mode.refill()
+
+    def _current_mode_screens(self) -> Iterable[WorkScreen]:
+        return [screen for screen in self.screen_stack if isinstance(screen, WorkScreen)]

@@ -1,0 +1,342 @@
+"""Where the app's screens get a run from: the live one on disk, or a finished one replayed.
+
+A feed turns files into a :class:`RunView`, everything that a screen may show of a run at one moment. It only
+reads, so any number of viewers may follow a run, and it never raises for what a file holds: a directory that
+vanished or a log that cannot be read is a view too. :meth:`LiveFeed.poll` reads what is new since the last
+time and is called on a thread, because a network file system may hang.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import msgspec
+
+from engine import __version__
+from engine.run import control, events
+from engine.run.config import to_dict
+from engine.run.directory import RunDirectory, Status, holder, read_status, run_state
+from engine.run.errors import EqatError
+from engine.run.events import AnyEvent, EventFollower, read_events
+from engine.run.launch import log_path
+from engine.run.state import RunState
+from eqat_tui.progress import lasting_line
+
+Liveness = Literal[
+    "created", "running", "hung", "crashed", "done", "stopped", "failed", "aborted", "starting", "gone"
+]
+JOURNAL_LINES = 1000
+LOG_LINES = 40
+LOG_BYTES = 1 << 14
+LONGEST_PAUSE_S = 2.0
+"""A replay passes over longer silences: a run that was resumed the next day need not be waited for."""
+
+
+class Entry(NamedTuple):
+    """One line of the journal: what happened when."""
+
+    t: float
+    text: str
+    role: str = ""
+
+
+class RunView(msgspec.Struct, frozen=True, kw_only=True):
+    """A run at one moment."""
+
+    id: str
+    path: str
+    state: RunState
+    liveness: Liveness
+    now: float
+    config: Mapping[str, Any] | None = None
+    journal: tuple[Entry, ...] = ()
+    requests: tuple[control.Request, ...] = ()
+    """What was asked of the engine and not acknowledged yet."""
+    log_tail: tuple[str, ...] = ()
+    """The end of the engine's output, where it died or gives no sign of life."""
+    pid: int | None = None
+    """The engine, while there is one."""
+    problem: str = ""
+    """Why some of this cannot be read."""
+    replay: Replay | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether an engine works on it, or is about to."""
+        return self.liveness in ("running", "hung", "starting")
+
+    @property
+    def waiting(self) -> str:
+        """Why the engine does nothing at the moment."""
+        return self.state.status.waiting if self.state.status is not None and self.live else ""
+
+    @property
+    def asked(self) -> str:
+        """``stop`` or ``abort`` from the request until the engine has ended, else nothing."""
+        if not self.live:
+            return ""
+        asked: list[str] = [request.request for request in self.requests]
+        asked += [ack.request for ack in self.state.acknowledged if ack.attempt == self.state.attempt]
+        return "abort" if "abort" in asked else "stop" if asked else ""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the engine has seen what it was asked."""
+        return any(ack.attempt == self.state.attempt for ack in self.state.acknowledged)
+
+
+class Replay(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a replay is."""
+
+    position: float
+    """Part of it that has been shown, 0 to 1."""
+    speed: float
+    paused: bool
+
+
+class Feed(Protocol):
+    """Something that shows a run."""
+
+    run: RunDirectory
+
+    def poll(self) -> RunView:
+        """The run now."""
+
+
+class Journal:
+    """The lines that stay, as events come in."""
+
+    def __init__(self) -> None:
+        self.entries: deque[Entry] = deque(maxlen=JOURNAL_LINES)
+
+    def take(self, state: RunState, new: Iterable[AnyEvent]) -> None:
+        """Add what ``new`` has to tell; ``state`` is the one after them."""
+        for event in new:
+            text, role = _words(event, state)
+            if text:
+                self.entries.append(Entry(event.t, text, role))
+
+
+def _words(event: AnyEvent, state: RunState) -> tuple[str, str]:
+    match event:
+        case events.Metric() | events.Memory():
+            return "", ""
+        case events.RunStarted():
+            return f"attempt {event.attempt} on {event.device} ({event.host}, process {event.pid})", "strong"
+        case events.CheckpointCommitted():
+            place = f"block {event.block}" if event.block is not None else event.phase
+            step = f", step {event.step}" if event.step is not None else ""
+            return f"checkpoint {event.generation}: {place}{step}", "muted"
+        case events.RunFinished():
+            return f"{event.outcome} (exit code {event.exit_code})", "strong"
+        case events.Error():
+            return lasting_line(event, state) or "", "bad"
+        case events.Warning() | events.ControlAck():
+            return lasting_line(event, state) or "", "warn"
+    return (lasting_line(event, state) or "").strip(), ""
+
+
+class LiveFeed:
+    """A run on disk."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self._follower = EventFollower(run.events_path)
+        self._state = RunState(id=run.id)
+        self._journal = Journal()
+        self._config: dict[str, Any] | None = None
+        self._problem = ""
+        self._looked_at_config = False
+
+    def poll(self) -> RunView:
+        """What is on disk now; reads only what is new."""
+        now = time.time()
+        if not self.run.config_toml.exists():
+            return self._view(now, "gone", problem="the run's directory is gone")
+        problem = self._read_config()
+        try:
+            new = self._follower.poll()
+            found = run_state(self.run)
+        except (EqatError, OSError) as error:
+            return self._view(now, "gone", problem=f"cannot be read: {_words_of(error)}")
+        self._state = self._state.apply_all(new)
+        self._journal.take(self._state, new)
+        status = read_status(self.run)
+        self._state = msgspec.structs.replace(self._state, id=self.run.id, status=status)
+        liveness: Liveness = found
+        if found == "created" and self.run.launch_path.exists():
+            liveness = "starting"
+        return self._view(now, liveness, problem=problem or self._newer())
+
+    def _view(self, now: float, liveness: Liveness, *, problem: str) -> RunView:
+        requests: tuple[control.Request, ...] = ()
+        tail: tuple[str, ...] = ()
+        pid: int | None = None
+        if liveness in ("running", "hung", "starting"):
+            requests = tuple(control.pending(self.run))
+            pid = holder(self.run.lock_path)
+        if liveness in ("crashed", "hung") or (liveness == "failed" and self._state.exit_code == 1):
+            tail = tuple(log_tail(self.run, self._state.attempt))
+        return RunView(
+            id=self.run.id,
+            path=str(self.run.path),
+            state=self._state,
+            liveness=liveness,
+            now=now,
+            config=self._config,
+            journal=tuple(self._journal.entries),
+            requests=requests,
+            log_tail=tail,
+            pid=pid,
+            problem=problem,
+        )
+
+    def _read_config(self) -> str:
+        """The configuration never changes; what is wrong with it, if anything."""
+        if not self._looked_at_config:
+            self._looked_at_config = True
+            self._config, self._problem = read_config(self.run)
+        return self._problem
+
+    def _newer(self) -> str:
+        made_by = self._state.versions.get("eqat", "")
+        if made_by and _numbers(made_by) > _numbers(__version__):
+            return f"written by eqat {made_by}; this is {__version__}, which may not know all of it"
+        return ""
+
+
+def read_config(run: RunDirectory) -> tuple[dict[str, Any] | None, str]:
+    """The configuration as a tree, or why it cannot be read."""
+    try:
+        return to_dict(run.config()), ""
+    except EqatError as error:
+        return None, f"config.toml was not written by this version: {error.message}"
+    except OSError as error:
+        return None, f"config.toml cannot be read: {_words_of(error)}"
+
+
+def _words_of(error: Exception) -> str:
+    return str(error.strerror if isinstance(error, OSError) and error.strerror else error)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def log_tail(run: RunDirectory, attempt: int) -> Sequence[str]:
+    """The last lines of what the engine printed, in its newest log."""
+    logs = sorted(run.logs_dir.glob("attempt-*.log")) if run.logs_dir.is_dir() else []
+    log = logs[-1] if logs else log_path(run, max(1, attempt))
+    return end_of_file(log)
+
+
+def end_of_file(path: Path) -> list[str]:
+    """The last lines of a text file, or why there are none."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - LOG_BYTES))
+            text = file.read(LOG_BYTES).decode(errors="replace")
+    except OSError as error:
+        return [f"({path.name}: {error.strerror or error})"]
+    lines = ["".join(letter if letter.isprintable() else " " for letter in row) for row in text.splitlines()]
+    return lines[-LOG_LINES:]
+
+
+class ReplayFeed:
+    """A run as it was, from its event log, at any speed."""
+
+    def __init__(self, run: RunDirectory, speed: float = 10.0) -> None:
+        self.run = run
+        self.speed = speed
+        self.paused = False
+        self._config, self._problem = read_config(run)
+        try:
+            self._events, _ = read_events(run.events_path)
+        except OSError as error:
+            self._events, self._problem = [], f"the log cannot be read: {_words_of(error)}"
+        self._times = _shortened([event.t for event in self._events])
+        self._clock = 0.0
+        self._last_poll = time.monotonic()
+        self._rewind()
+
+    @property
+    def duration(self) -> float:
+        """Seconds of the log, long silences left out."""
+        return self._times[-1] if self._times else 0.0
+
+    def _rewind(self) -> None:
+        self._done = 0
+        self._state = RunState(id=self.run.id)
+        self._journal = Journal()
+
+    def seek(self, by: float) -> None:
+        """Go on or back by a part of the whole."""
+        self._advance()
+        self._clock = min(self.duration, max(0.0, self._clock + by * self.duration))
+
+    def faster(self, factor: float) -> None:
+        """Change the speed."""
+        self._advance()
+        self.speed = min(10_000.0, max(0.1, self.speed * factor))
+
+    def pause(self) -> None:
+        """Stop the clock, or start it again; at the end, from the beginning."""
+        self._advance()
+        if self._clock >= self.duration and not self.paused:
+            self._clock = 0.0
+        else:
+            self.paused = not self.paused
+
+    def _advance(self) -> None:
+        now = time.monotonic()
+        if not self.paused:
+            self._clock = min(self.duration, self._clock + (now - self._last_poll) * self.speed)
+        self._last_poll = now
+
+    def poll(self) -> RunView:
+        """The run at this moment of the replay."""
+        self._advance()
+        if self._done and self._times[self._done - 1] > self._clock:
+            self._rewind()
+        end = self._done
+        while end < len(self._times) and self._times[end] <= self._clock:
+            end += 1
+        new = self._events[self._done : end]
+        self._done = end
+        self._state = self._state.apply_all(new)
+        self._journal.take(self._state, new)
+        left = self.duration - self._clock
+        now = self._state.last_t or 0.0
+        state = msgspec.structs.replace(self._state, status=Status(eta_s=left, heartbeat=now))
+        outcome: Any = state.outcome or ("crashed" if left <= 0 else "running")
+        return RunView(
+            id=self.run.id,
+            path=str(self.run.path),
+            state=state,
+            liveness=outcome,
+            now=now,
+            config=self._config,
+            journal=tuple(self._journal.entries),
+            problem=self._problem,
+            replay=Replay(
+                position=self._clock / self.duration if self.duration else 1.0,
+                speed=self.speed,
+                paused=self.paused,
+            ),
+        )
+
+
+def _shortened(times: Sequence[float]) -> list[float]:
+    """Times from 0 on, ascending, without silences of more than ``LONGEST_PAUSE_S``."""
+    shown: list[float] = []
+    before = clock = 0.0
+    for index, t in enumerate(times):
+        clock += min(LONGEST_PAUSE_S, max(0.0, t - before)) if index else 0.0
+        shown.append(clock)
+        before = max(before, t) if index else t
+    return shown

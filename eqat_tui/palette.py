@@ -1,0 +1,204 @@
+"""Colours of the app, by role, and what the terminal can show.
+
+The hues are those of Okabe and Ito (https://jfly.uni-koeln.de/color/), which people with any common form of
+colour blindness tell apart. A role has a colour in the dark and the light theme, and one of the terminal's
+own sixteen in the ANSI themes, which cost a slow connection a third of the bytes. No state is told by colour
+alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import msgspec
+from rich.segment import Segment
+from rich.style import Style
+from textual.filter import LineFilter
+from textual.theme import Theme
+
+if TYPE_CHECKING:
+    from textual.color import Color
+
+DARK, LIGHT, ANSI_DARK, ANSI_LIGHT = "eqat-dark", "eqat-light", "ansi-dark", "ansi-light"
+THEMES = (DARK, LIGHT, ANSI_DARK, ANSI_LIGHT)
+
+_DARK = {
+    "muted": "#8b949e",
+    "accent": "#56b4e9",
+    "good": "#2fc49a",
+    "warn": "#e69f00",
+    "bad": "#ff7b54",
+    "key": "#f0e442",
+    "series1": "#56b4e9",
+    "series2": "#e69f00",
+    "series3": "#2fc49a",
+    "series4": "#cc79a7",
+}
+_LIGHT = {
+    "muted": "#5f6670",
+    "accent": "#0072b2",
+    "good": "#00684a",
+    "warn": "#8a5a00",
+    "bad": "#b23a00",
+    "key": "#7a2f62",
+    "series1": "#0072b2",
+    "series2": "#a85f00",
+    "series3": "#00684a",
+    "series4": "#9c3f74",
+}
+_ANSI = {
+    "muted": "dim",
+    "accent": "cyan",
+    "good": "green",
+    "warn": "yellow",
+    "bad": "bold red",
+    "key": "bold magenta",
+    "series1": "cyan",
+    "series2": "yellow",
+    "series3": "green",
+    "series4": "magenta",
+}
+_ANSI_LIGHT = {**_ANSI, "accent": "blue", "warn": "red", "series1": "blue", "series2": "red"}
+_EVERYWHERE = {"strong": "bold", "cursor": "reverse", "title": "bold", "link": "underline"}
+
+STYLES: Mapping[str, Mapping[str, str]] = {
+    DARK: _DARK,
+    LIGHT: _LIGHT,
+    ANSI_DARK: _ANSI,
+    ANSI_LIGHT: _ANSI_LIGHT,
+}
+
+OUR_THEMES = (
+    Theme(
+        name=DARK,
+        primary="#56b4e9",
+        secondary="#2fc49a",
+        accent="#e69f00",
+        warning="#e69f00",
+        error="#ff7b54",
+        success="#2fc49a",
+        foreground="#d8dee4",
+        background="#0f1419",
+        surface="#161c23",
+        panel="#1d242d",
+        dark=True,
+    ),
+    Theme(
+        name=LIGHT,
+        primary="#0072b2",
+        secondary="#00684a",
+        accent="#a85f00",
+        warning="#8a5a00",
+        error="#b23a00",
+        success="#00684a",
+        foreground="#1b1f24",
+        background="#fbfbf9",
+        surface="#f1f1ee",
+        panel="#e6e6e2",
+        dark=False,
+    ),
+)
+
+
+@lru_cache(256)
+def style_of(role: str, theme: str) -> Style:
+    """The style of a role; several roles are joined by blanks (``good strong``)."""
+    table = STYLES.get(theme, _ANSI)
+    style = Style.null()
+    for name in role.split():
+        style += Style.parse(table.get(name) or _EVERYWHERE.get(name, ""))
+    return style
+
+
+class Terminal(msgspec.Struct, frozen=True, kw_only=True):
+    """What the terminal can show and how much it should be sent."""
+
+    ascii_only: bool = False
+    colour: bool = True
+    theme: str = DARK
+
+    @property
+    def marks(self) -> bool:
+        """Whether series of a chart need different characters, because colours do not tell them apart."""
+        return not self.colour
+
+
+def look_at_terminal(
+    *, ascii_only: bool = False, theme: str | None = None, environ: Mapping[str, str] = os.environ
+) -> Terminal:
+    """What ``$TERM``, ``$COLORTERM``, ``$NO_COLOR``, ``$COLORFGBG`` and the locale say, unless flags say
+    more.
+
+    Without a promise of true colour, and under NO_COLOR, the theme is an ANSI one: there Textual's own would
+    still be sent as 24-bit colours or greys.
+    """
+    colour = not environ.get("NO_COLOR")
+    term = environ.get("TERM", "")
+    if term in ("vt100", "vt220", "linux-m", "xterm-mono"):
+        colour = False
+    rich_colour = environ.get("COLORTERM", "").lower() in ("truecolor", "24bit") or term.endswith("-direct")
+    light = environ.get("COLORFGBG", "").rpartition(";")[2] in ("7", "15")
+    if theme is None:
+        plain, full = (ANSI_LIGHT, LIGHT) if light else (ANSI_DARK, DARK)
+        theme = full if colour and rich_colour else plain
+    return Terminal(ascii_only=ascii_only or not _speaks_utf8(environ), colour=colour, theme=theme)
+
+
+def _speaks_utf8(environ: Mapping[str, str]) -> bool:
+    """The locale's word; with none at all a terminal of today is believed to."""
+    locale = environ.get("LC_ALL") or environ.get("LC_CTYPE") or environ.get("LANG") or ""
+    if not locale or locale in ("C", "POSIX"):
+        return environ.get("TERM") != "linux"
+    return "utf" in locale.lower()
+
+
+# -- ASCII ---------------------------------------------------------------------------------------------
+
+_ASCII = str.maketrans(
+    {
+        **dict.fromkeys("─━╌┄┈═▔▁⎯╴╶╸╺", "-"),
+        **dict.fromkeys("│┃╎┆┊║▌▐▏▕▎▍", "|"),
+        **dict.fromkeys("┌┐└┘├┤┬┴┼╭╮╰╯┏┓┗┛╔╗╚╝╠╣╦╩╬╇╈", "+"),
+        **dict.fromkeys("█▉▊▋■●◉⬤", "#"),
+        **dict.fromkeys("░▒▓·•∙○◌□", "."),
+        **dict.fromkeys("▸▶→❯➜›", ">"),
+        **dict.fromkeys("◂◀←❮‹", "<"),
+        **dict.fromkeys("▾▼↓", "v"),
+        **dict.fromkeys("▴▲↑", "^"),
+        **dict.fromkeys("✓✔", "+"),
+        **dict.fromkeys("✗✘×", "x"),
+        **dict.fromkeys("–—−", "-"),
+        **dict.fromkeys("“”", '"'),
+        **dict.fromkeys("‘’", "'"),
+        **dict.fromkeys("▀▄", "="),
+        "…": "~",
+        "°": " ",
+        "≤": "<",
+        "≥": ">",
+        "≈": "~",
+        "\xa0": " ",
+    }
+)
+
+
+def to_ascii(text: str) -> str:
+    """``text`` in ASCII, as many cells wide as before."""
+    if text.isascii():
+        return text
+    from rich.cells import cell_len
+
+    text = text.translate(_ASCII)
+    return "".join(letter if letter.isascii() else "?" * cell_len(letter) for letter in text)
+
+
+class AsciiFilter(LineFilter):
+    """The last step before the terminal: whatever any widget draws becomes ASCII."""
+
+    def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
+        return [
+            segment if segment.control else Segment(to_ascii(segment.text), segment.style)
+            for segment in segments
+        ]

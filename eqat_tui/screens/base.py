@@ -1,0 +1,100 @@
+"""What all screens have in common: a bar on top, keys at the bottom, and one way to do things."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from textual.app import ComposeResult
+from textual.screen import Screen
+from textual.widget import Widget
+
+from eqat_tui.keys import EVERYWHERE, Key
+from eqat_tui.lines import Line
+from eqat_tui.widgets.chrome import KeyBar, TopBar
+from eqat_tui.widgets.panel import Panel
+
+if TYPE_CHECKING:
+    from eqat_tui.app import EqatApp
+    from eqat_tui.feed import RunView
+
+READ_ONLY = "this viewer was opened with --read-only"
+
+
+class WorkScreen(Screen[None]):
+    """One of the five screens."""
+
+    MODE: ClassVar[str] = ""
+    KEYS: ClassVar[tuple[Key, ...]] = ()
+    ABOUT: ClassVar[str] = ""
+    WRITES: ClassVar[frozenset[str]] = frozenset()
+    """Actions that change something, which a read-only viewer may not."""
+
+    @property
+    def eqat(self) -> EqatApp:
+        """The app, as what it is."""
+        from eqat_tui.app import EqatApp
+
+        assert isinstance(self.app, EqatApp)
+        return self.app
+
+    def compose(self) -> ComposeResult:
+        yield TopBar()
+        yield from self.body()
+        yield KeyBar()
+
+    def body(self) -> Iterable[Widget]:
+        """What lies between the two bars."""
+        return ()
+
+    def offered(self) -> Sequence[Key]:
+        """The keys that the footer and the help show now."""
+        return self.KEYS
+
+    def why_not(self, action: str) -> str:
+        """Why ``action`` cannot be done now; empty when it can."""
+        if action in self.WRITES and self.eqat.read_only:
+            return READ_ONLY
+        return self.impossible(action)
+
+    def impossible(self, action: str) -> str:
+        """The screen's own reasons."""
+        return ""
+
+    async def action_do(self, action: str) -> None:
+        """Every key and every command of the palette ends here."""
+        if any(key.action == action for key in EVERYWHERE):
+            await self.eqat.do_everywhere(action)
+            return
+        reason = self.why_not(action)
+        if reason:
+            key = next((key for key in self.KEYS if key.action == action), None)
+            self.notify(reason, title=key.label if key else action, severity="warning", timeout=6)
+            return
+        result = getattr(self, f"do_{action}")()
+        if result is not None:
+            await result
+        self.refresh_bars()
+
+    def refresh_bars(self, right: Line | None = None) -> None:
+        """Bring the two bars up to date."""
+        if self.is_mounted and self.is_current:
+            self.query_one(TopBar).say(self.MODE, right)
+            self.query_one(KeyBar).say(self)
+
+    def on_screen_resume(self) -> None:
+        self.refresh_bars()
+
+    def on_panel_resized(self, message: Panel.Resized) -> None:
+        """Another size needs other lines."""
+        message.stop()
+        if isinstance(message.panel, TopBar | KeyBar):
+            self.refresh_bars()
+        else:
+            self.refill()
+
+    def refill(self) -> None:
+        """Compute all panels again: the size or the theme has changed."""
+
+    def take(self, view: RunView) -> None:
+        """A new view of the current run."""

@@ -1,0 +1,127 @@
+"""Small questions on top of a screen: yes or no, one line of text, a long text to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from textual import events
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical, VerticalScroll
+from textual.screen import ModalScreen
+from textual.suggester import SuggestFromList
+from textual.widgets import Input
+
+from eqat_tui.lines import Line, line, wrap
+from eqat_tui.widgets.panel import Panel, ScrollPanel
+
+
+class Confirm(ModalScreen[bool]):
+    """Asked only for what is hard to undo. Enter alone does not agree."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("y", "answer(True)", "Yes"),
+        Binding("n,escape,q", "answer(False)", "No"),
+    ]
+
+    def __init__(self, question: str, consequence: str, yes: str) -> None:
+        super().__init__()
+        self._question, self._consequence, self._yes = question, consequence, yes
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog"):
+            yield Panel(id="question")
+
+    def on_resize(self, event: events.Resize) -> None:
+        width = max(20, min(70, event.size.width - 8))
+        self.query_one(Panel).show(
+            [
+                *wrap(self._question, width, "strong"),
+                line(),
+                *wrap(self._consequence, width),
+                line(),
+                line((" y", "key"), f" {self._yes}   ", (" n", "key"), " leave it"),
+            ]
+        )
+
+    def action_answer(self, yes: bool) -> None:
+        self.dismiss(yes)
+
+
+class Ask(ModalScreen[str | None]):
+    """One line of text."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Cancel")]
+
+    def __init__(
+        self, question: str, value: str = "", *, help: Sequence[str] = (), choices: Sequence[str] = ()
+    ) -> None:
+        super().__init__()
+        self._question, self._value, self._help = question, value, help
+        self._choices = list(choices)
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog"):
+            yield Panel(id="question")
+            suggester = SuggestFromList(self._choices) if self._choices else None
+            yield Input(self._value, id="answer", suggester=suggester, select_on_focus=True)
+            yield Panel(id="keys")
+
+    def on_resize(self, event: events.Resize) -> None:
+        width = max(20, min(70, event.size.width - 8))
+        explained = [row for text in self._help for row in wrap(text, width, "muted")]
+        self.query_one("#question", Panel).show([*wrap(self._question, width, "strong"), *explained])
+        self.query_one("#keys", Panel).show(
+            [line((" enter", "key"), " take it   ", (" esc", "key"), " leave it as it was")]
+        )
+
+    def on_mount(self) -> None:
+        self.query_one(Input).focus()
+
+    def on_input_submitted(self, message: Input.Submitted) -> None:
+        message.stop()
+        self.dismiss(message.value)
+
+
+class Reader(ModalScreen[None]):
+    """A text to scroll through."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,enter,question_mark", "dismiss", "Close")]
+
+    def __init__(self, title: str, lines: Sequence[Line]) -> None:
+        super().__init__()
+        self._title, self._lines = title, lines
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog tall"):
+            yield ScrollPanel(id="text", title=self._title)
+            yield Panel(id="keys")
+
+    def on_mount(self) -> None:
+        self.query_one("#text", ScrollPanel).show(self._lines)
+        self.query_one("#text").focus()
+        self.query_one("#keys", Panel).show([line((" esc", "key"), " close   ", (" ↑↓", "key"), " scroll")])
+
+
+class MarkdownReader(ModalScreen[None]):
+    """A Markdown file as it will look."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "dismiss", "Close")]
+
+    def __init__(self, title: str, text: str) -> None:
+        super().__init__()
+        self._title, self._text = title, text
+
+    def compose(self) -> ComposeResult:
+        from textual.widgets import Markdown
+
+        with Vertical(classes="dialog tall"):
+            with VerticalScroll(id="text"):
+                yield Markdown(self._text, open_links=False)
+            yield Panel(id="keys")
+
+    def on_mount(self) -> None:
+        self.query_one("#text").border_title = self._title
+        self.query_one("#text").focus()
+        self.query_one("#keys", Panel).show([line((" esc", "key"), " close   ", (" ↑↓", "key"), " scroll")])

@@ -1,0 +1,366 @@
+"""The monitor: a run as it goes, or as it went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from textual.containers import Horizontal, Vertical
+from textual.widget import Widget
+
+from engine.run import control
+from engine.run.errors import EqatError
+from engine.run.launch import launch
+from eqat_tui.charts import Series, chart, legend
+from eqat_tui.feed import ReplayFeed, RunView
+from eqat_tui.keys import Key, bindings
+from eqat_tui.lines import Line, line, wrap
+from eqat_tui.screens.base import WorkScreen
+from eqat_tui.screens.dialogs import Confirm, Reader
+from eqat_tui.views import monitor as views
+from eqat_tui.widgets.list_panel import ListPanel
+from eqat_tui.widgets.panel import Panel, ScrollPanel
+
+CHART_SECONDS = 1.0
+"""Charts are drawn at most this often: nine parts in ten of what goes over the line are theirs."""
+
+ChartKind = Literal["loss", "profile", "memory"]
+CHARTS: tuple[ChartKind, ...] = ("loss", "profile", "memory")
+
+LIVE_KEYS = (
+    Key(
+        "p", "pause", "pause", "Checkpoint at the next step and end the engine; resume goes on exactly there"
+    ),
+    Key("r", "resume", "resume", "Start the engine again, from its last checkpoint"),
+    Key("a", "abort", "abort", "End the engine now; what came after the last checkpoint is lost"),
+    Key("d", "detach", "detach", "Leave the app; the run goes on, eqat attach shows it again"),
+)
+REPLAY_KEYS = (
+    Key("space", "play", "play", "Stop the replay, or go on; at the end, from the beginning"),
+    Key("plus,equals_sign", "faster", "faster", "Twice as fast"),
+    Key("minus", "slower", "slower", "Half as fast"),
+    Key("left", "back", "back", "Back by a twentieth of the run"),
+    Key("right", "ahead", "ahead", "Ahead by a twentieth of the run"),
+    Key("escape", "live", "leave", "Leave the replay"),
+)
+COMMON_KEYS = (
+    Key("c", "chart", "chart", "Loss of a block, loss per block, memory"),
+    Key("b", "blocks", "blocks", "The table of blocks, instead of the chart on a narrow terminal"),
+    Key("s", "scale", "scale", "Logarithmic or linear scale"),
+    Key("l", "log", "log", "Everything that happened, and what the engine printed"),
+    Key("f", "follow", "follow", "Draw the block that is being trained again, not a chosen one"),
+    Key("t", "replay", "replay", "Show the run from its beginning again, at any speed", footer=False),
+    Key("K", "kill", "kill", "Kill an engine that does not answer", footer=False),
+)
+
+
+class MonitorScreen(WorkScreen):
+    """Progress, blocks, losses, machine and journal of the current run."""
+
+    MODE = "monitor"
+    KEYS = (*LIVE_KEYS, *REPLAY_KEYS, *COMMON_KEYS)
+    ABOUT = (
+        "The run, live. It is a process of its own: leaving this app, losing the connection or closing the "
+        "terminal does not end it."
+    )
+    WRITES = frozenset({"pause", "resume", "abort", "kill"})
+    BINDINGS = bindings(KEYS)
+    HORIZONTAL_BREAKPOINTS = [
+        (0, "-narrow"),
+        (78, "-normal"),
+        (120, "-wide"),
+    ]
+    VERTICAL_BREAKPOINTS = [
+        (0, "-low"),
+        (23, "-middle"),
+        (36, "-tall"),
+    ]
+    DEFAULT_CSS = """
+    MonitorScreen #progress { height: 2; }
+    MonitorScreen #title { height: 1; }
+    MonitorScreen #middle { height: 1fr; }
+    MonitorScreen #loss { height: 1fr; }
+    MonitorScreen #profile { height: 1fr; display: none; }
+    MonitorScreen #tables { width: 40; margin-left: 1; }
+    MonitorScreen #machine { height: auto; }
+    MonitorScreen #journal { height: 4; }
+    MonitorScreen.-wide #tables { width: 54; }
+    MonitorScreen.-tall #journal { height: 9; }
+    MonitorScreen.-tall #profile { display: block; }
+    MonitorScreen.-low #journal { display: none; }
+    MonitorScreen.-narrow #tables { display: none; margin: 0; width: 1fr; }
+    MonitorScreen.-narrow.-blocks #tables { display: block; }
+    MonitorScreen.-narrow.-blocks #charts { display: none; }
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._chart: ChartKind = "loss"
+        self._log_scale = True
+        self._chosen: int | None = None
+        self._drawn = 0.0
+        self._view: RunView | None = None
+
+    def body(self) -> Iterable[Widget]:
+        yield Panel(id="title")
+        yield Panel(id="progress")
+        yield Panel(id="notices")
+        with Horizontal(id="middle"):
+            with Vertical(id="charts"):
+                yield Panel(id="loss", classes="section", title="loss")
+                yield Panel(id="profile", classes="section", title="loss per block")
+            with Vertical(id="tables"):
+                yield ListPanel(id="blocks", classes="section", title="blocks")
+        yield Panel(id="machine", classes="section", title="machine")
+        yield ScrollPanel(id="journal", classes="section", title="journal")
+
+    def offered(self) -> Sequence[Key]:
+        replaying = self._view is not None and self._view.replay is not None
+        return (*(REPLAY_KEYS if replaying else LIVE_KEYS), *COMMON_KEYS)
+
+    # -- what is shown -----------------------------------------------------------------------------
+
+    def take(self, view: RunView) -> None:
+        if self._view is None or self._view.id != view.id:
+            self._chosen, self._drawn = None, 0.0
+            self.query_one("#blocks", ListPanel).cursor = 0
+        self._view = view
+        self._fill(charts=time.monotonic() - self._drawn >= CHART_SECONDS)
+
+    def refill(self) -> None:
+        self._fill(charts=True)
+
+    def _fill(self, *, charts: bool) -> None:
+        view = self._view
+        if view is None:
+            self._fill_empty()
+            return
+        width = self.size.width
+        self.query_one("#title", Panel).show([views.title(view, width)])
+        self.query_one("#progress", Panel).show(views.progress(view, width))
+        self.query_one("#notices", Panel).show(views.notices(view, width))
+        self.query_one("#machine", Panel).show(views.machine(view, width))
+        journal = self.query_one("#journal", ScrollPanel)
+        journal.show(views.journal(view.journal[-200:], max(10, journal.size.width)), follow=True)
+        self._fill_blocks(view)
+        if charts:
+            self._drawn = time.monotonic()
+            self._fill_charts(view)
+        self.refresh_bars(line(views.state_span(view), " "))
+
+    def _fill_empty(self) -> None:
+        words = "No run is open. 1 sets one up, 4 lists those there are."
+        self.query_one("#title", Panel).show([line((words, "muted"))])
+        self.refresh_bars(line())
+
+    def _fill_blocks(self, view: RunView) -> None:
+        panel = self.query_one("#blocks", ListPanel)
+        if not panel.size.width:
+            return
+        header, rows = views.block_table(view, panel.size.width - 2)
+        panel.show(rows, header=header)
+        if self._chosen is None and view.state.block is not None:
+            panel.move_to(view.state.block, tell=False)
+
+    def _fill_charts(self, view: RunView) -> None:
+        self._draw("#loss", *self._wanted(view))
+        if self.query_one("#profile").display:
+            other: ChartKind = "profile" if self._chart != "profile" else "loss"
+            self._draw("#profile", *self._wanted(view, other))
+
+    def _wanted(
+        self, view: RunView, kind: ChartKind | None = None
+    ) -> tuple[str, Sequence[Series], str, bool]:
+        """Title, series, name of the x axis, and whether a logarithm makes sense."""
+        kind = kind or self._chart
+        if kind == "profile":
+            return "loss per block", views.profile_series(view.state), "block", True
+        if kind == "memory":
+            return "memory, GiB", views.memory_series(view.state), "seconds", False
+        name, series = views.loss_series(view, self._chosen)
+        return name, series, "step", True
+
+    def _draw(self, where: str, name: str, series: Sequence[Series], x_name: str, may_log: bool) -> None:
+        panel = self.query_one(where, Panel)
+        log = self._log_scale and may_log
+        terminal = self.eqat.terminal
+        marks = terminal.marks or terminal.ascii_only
+        scale = " (log)" if log else ""
+        panel.border_title = f"{name}{scale}"
+        panel.border_subtitle = (
+            "" if len(series) < 2 else "".join(text for text, _ in legend(series, marks=marks))
+        )
+        made = chart(
+            series,
+            panel.size.width,
+            panel.size.height,
+            log=log,
+            ascii_only=terminal.ascii_only,
+            marks=terminal.marks and len(series) > 1,
+            x_name=x_name,
+            y_from_zero=not may_log,
+        )
+        panel.show(made)
+
+    # -- choosing a block --------------------------------------------------------------------------
+
+    def on_list_panel_moved(self, message: ListPanel.Moved) -> None:
+        message.stop()
+        if self._view is not None:
+            self._chosen, self._chart = message.row, "loss"
+            self._fill_charts(self._view)
+            self.refresh_bars()
+
+    def on_list_panel_chosen(self, message: ListPanel.Chosen) -> None:
+        message.stop()
+        self._chosen, self._chart = message.row, "loss"
+        self.refill()
+
+    # -- keys --------------------------------------------------------------------------------------
+
+    def impossible(self, action: str) -> str:
+        view = self._view
+        if view is None:
+            return "no run is open: 1 sets one up, 4 lists those there are"
+        if view.replay is not None and action in self.WRITES:
+            return "this is a replay; esc leaves it"
+        if view.replay is None and any(key.action == action for key in REPLAY_KEYS):
+            return "this is no replay"
+        running = view.live
+        if action in ("pause", "abort", "kill") and not running:
+            return f"the run is {view.liveness}: no engine works on it"
+        if action == "pause" and view.asked:
+            return "it was asked to already, and ends at its next step"
+        if action == "abort" and view.asked == "abort":
+            return "it was asked to already"
+        if action == "resume":
+            if running:
+                return f"the run is {view.liveness}"
+            if view.liveness == "done":
+                return "the run is done: 3 shows its result"
+            if view.liveness == "gone":
+                return "the run's directory is gone"
+        if action == "kill" and view.liveness == "running" and not view.asked:
+            return "the engine answers: p pauses it, a aborts it"
+        if action == "follow" and self._chosen is None:
+            return "it does already"
+        if action == "replay" and (view.replay is not None or not view.state.event_count):
+            return "there is nothing to replay" if view.replay is None else "this is a replay already"
+        if action == "scale" and self._chart == "memory":
+            return "memory has a linear scale"
+        return ""
+
+    def do_pause(self) -> None:
+        self._ask_engine("stop")
+
+    def do_abort(self) -> None:
+        question = Confirm(
+            "Abort the run?",
+            "The engine ends at once; what it trained after its last checkpoint is lost. "
+            "p pauses instead and loses nothing.",
+            "abort",
+        )
+        self.app.push_screen(question, lambda yes: self._ask_engine("abort") if yes else None)
+
+    def _ask_engine(self, request: control.Action) -> None:
+        try:
+            control.request(self.eqat.current(), request)
+        except EqatError as error:
+            self.eqat.tell(error)
+        self.eqat.look_now()
+
+    def do_resume(self) -> None:
+        self.eqat.start_engine(self.eqat.current(), launch)
+
+    def do_kill(self) -> None:
+        def kill(yes: bool | None) -> None:
+            if yes:
+                from eqat_tui.actions import kill_engine
+
+                self.eqat.in_background(lambda: kill_engine(self.eqat.current()), "the engine was killed")
+
+        question = Confirm(
+            "Kill the engine?", "It has no time for a checkpoint; the last one is kept.", "kill"
+        )
+        self.app.push_screen(question, kill)
+
+    def do_detach(self) -> None:
+        self.eqat.leave()
+
+    def do_chart(self) -> None:
+        self._chart = CHARTS[(CHARTS.index(self._chart) + 1) % len(CHARTS)]
+        self.refill()
+
+    def do_blocks(self) -> None:
+        if self.has_class("-narrow"):
+            self.toggle_class("-blocks")
+        blocks = self.query_one("#blocks", ListPanel)
+        if not self.has_class("-narrow") or self.has_class("-blocks"):
+            blocks.focus()
+        self.call_after_refresh(self.refill)
+
+    def do_scale(self) -> None:
+        self._log_scale = not self._log_scale
+        self.refill()
+
+    def do_follow(self) -> None:
+        self._chosen = None
+        self.set_focus(None)
+        self.refill()
+
+    def do_log(self) -> None:
+        view = self._view
+        assert view is not None
+        width = max(30, min(106, self.size.width - 8))
+        lines: list[Line] = [
+            row for entry in views.journal(view.journal, 10_000) for row in _wrapped(entry, width)
+        ]
+        lines += [line(), line(("what the engine printed", "strong"))]
+        from eqat_tui.feed import log_tail
+
+        for text in log_tail(self.eqat.current(), view.state.attempt) or ["(nothing)"]:
+            lines += wrap(text, width)
+        reader = Reader(f"{view.id}: journal", lines)
+        self.app.push_screen(reader)
+
+    # -- replay ------------------------------------------------------------------------------------
+
+    def do_replay(self) -> None:
+        self.eqat.replay(self.eqat.current())
+
+    def do_live(self) -> None:
+        self.eqat.open_run(self.eqat.current())
+
+    def _replay(self) -> ReplayFeed:
+        feed = self.eqat.feed
+        assert isinstance(feed, ReplayFeed)
+        return feed
+
+    def do_play(self) -> None:
+        self._replay().pause()
+        self.eqat.look_now()
+
+    def do_faster(self) -> None:
+        self._replay().faster(2.0)
+        self.eqat.look_now()
+
+    def do_slower(self) -> None:
+        self._replay().faster(0.5)
+        self.eqat.look_now()
+
+    def do_back(self) -> None:
+        self._replay().seek(-0.05)
+        self.eqat.look_now()
+
+    def do_ahead(self) -> None:
+        self._replay().seek(0.05)
+        self.eqat.look_now()
+
+
+def _wrapped(entry: Line, width: int) -> list[Line]:
+    """A journal line over as many lines as it needs, its continuation indented."""
+    (stamp, role), *rest = entry
+    words, kind = rest[0] if rest else ("", "")
+    rows = wrap(words, width - len(stamp), kind)
+    return [[(stamp if index == 0 else " " * len(stamp), role), *row] for index, row in enumerate(rows)]

@@ -1,0 +1,316 @@
+"""The result: how good the quantized model is, what it writes, where it lies, how others load it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.screen import ModalScreen
+from textual.widget import Widget
+from textual.widgets import Input
+
+from engine.run import control
+from engine.run.errors import EqatError
+from engine.run.launch import launch
+from engine.run.publish import check_target
+from engine.run.schema import ExportConfig, field_types
+from engine.run.state import show
+from eqat_tui.feed import RunView
+from eqat_tui.keys import Key, bindings
+from eqat_tui.lines import Line, line
+from eqat_tui.screens.base import WorkScreen
+from eqat_tui.screens.dialogs import Ask, MarkdownReader
+from eqat_tui.views import monitor as monitor_views
+from eqat_tui.views import result as views
+from eqat_tui.widgets.list_panel import ListPanel
+from eqat_tui.widgets.panel import Panel
+
+FIRST_PROMPT = "The capital of France is"
+CARD = "README.md"
+
+
+def export_formats() -> tuple[str, ...]:
+    """The formats that the configuration knows."""
+    import typing
+
+    kind = typing.get_args(field_types(ExportConfig)["formats"])[0]
+    return tuple(typing.get_args(kind))
+
+
+class ResultScreen(WorkScreen):
+    """Perplexity, figures, samples and packed checkpoints of the current run."""
+
+    MODE = "result"
+    KEYS = (
+        Key(
+            "g",
+            "sample",
+            "sample",
+            "Let the full-precision and the quantized model continue a prompt of yours",
+        ),
+        Key("e", "export", "export", "Write a packed checkpoint again, into this run or a folder of yours"),
+        Key("m", "card", "card", "The model card as it was written"),
+        Key("y", "copy", "copy", "Copy the lines of Python that load the packed checkpoint"),
+        Key("v", "evaluate", "evaluate", "Measure the perplexity of the quantized model again"),
+        Key("t", "replay", "replay", "Show the run from its beginning again, at any speed"),
+        Key("x", "stop", "stop", "Stop what was started here"),
+    )
+    ABOUT = "What came of the run. Perplexity is measured on the same tokens before, between and after."
+    WRITES = frozenset({"sample", "export", "evaluate", "stop"})
+    BINDINGS = bindings(KEYS)
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (120, "-wide")]
+    DEFAULT_CSS = """
+    ResultScreen #headline { height: auto; }
+    ResultScreen #columns { layout: vertical; height: 1fr; overflow-y: auto; }
+    ResultScreen #columns > Vertical { height: auto; width: 1fr; }
+    ResultScreen.-wide #columns { layout: horizontal; }
+    ResultScreen.-wide #columns > Vertical { width: 1fr; margin-right: 1; }
+    ResultScreen .section { height: auto; }
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._view: RunView | None = None
+        self._prompt = FIRST_PROMPT
+        self._figures: list[Line] = []
+        self._figures_of: object = None
+
+    def body(self) -> Iterable[Widget]:
+        yield Panel(id="headline")
+        with Horizontal(id="columns", classes="focusable"):
+            with Vertical():
+                yield Panel(id="perplexity", classes="section", title="quality")
+                yield Panel(id="figures", classes="section", title="figures")
+            with Vertical():
+                yield Panel(id="samples", classes="section", title="samples")
+                yield Panel(id="exports", classes="section", title="packed checkpoints")
+                yield Panel(id="loading", classes="section", title="load it elsewhere")
+
+    def on_mount(self) -> None:
+        columns = self.query_one("#columns")
+        columns.can_focus = True
+        columns.focus()
+
+    # -- what is shown -----------------------------------------------------------------------------
+
+    def take(self, view: RunView) -> None:
+        self._view = view
+        self.refill()
+
+    def refill(self) -> None:
+        view = self._view
+        headline = self.query_one("#headline", Panel)
+        if view is None:
+            headline.show([line(("No run is open. 4 lists those there are.", "muted"))])
+            self.refresh_bars(line())
+            return
+        width = self.size.width
+        busy = self._busy_lines(view, width)
+        headline.show([views.headline(view, width), *busy])
+        half = self.query_one("#perplexity").size.width or width
+        self.query_one("#perplexity", Panel).show(views.perplexities(view.state, half))
+        self.query_one("#figures", Panel).show(self._read_figures(view, half))
+        self.query_one("#samples", Panel).show(views.samples(view.state, half))
+        self.query_one("#exports", Panel).show(views.exports(view, half))
+        path = self._export_path(view)
+        snippet = views.loading_snippet(path).splitlines() if path else ["packed checkpoints come first"]
+        self.query_one("#loading", Panel).show(
+            [line((text, "muted" if path is None else "")) for text in snippet]
+        )
+        self.refresh_bars(line(monitor_views.state_span(view), " "))
+
+    def _busy_lines(self, view: RunView, width: int) -> list[Line]:
+        lines = monitor_views.notices(view, width)
+        if view.live:
+            lines += monitor_views.progress(view, width)[:1]
+        return lines
+
+    def _read_figures(self, view: RunView, width: int) -> list[Line]:
+        """From the files, like ``eqat show``; read again only when something has happened."""
+        stamp = (
+            view.id,
+            view.state.outcome,
+            len(view.state.exports),
+            view.state.attempt,
+            width,
+            view.liveness,
+        )
+        if stamp != self._figures_of:
+            try:
+                self._figures = views.figures(show(self.eqat.current()), width)
+            except (EqatError, OSError) as error:
+                self._figures = [line((str(error), "bad"))]
+            self._figures_of = stamp
+        return self._figures
+
+    def _export_path(self, view: RunView) -> Path | None:
+        done = [export for export in view.state.exports.values() if export.verified]
+        return views.export_path(view.path, done[-1].path) if done else None
+
+    # -- keys --------------------------------------------------------------------------------------
+
+    def impossible(self, action: str) -> str:
+        view = self._view
+        if view is None:
+            return "no run is open: 4 lists those there are"
+        if view.replay is not None and action != "replay":
+            return "this is a replay; open the run from 4"
+        if action in ("sample", "export", "evaluate"):
+            if view.live:
+                return "an engine works on the run already"
+            if not self._trained(view):
+                return "the run has not finished training: r on 2 goes on with it"
+        if action in ("card", "copy") and self._export_path(view) is None:
+            return "there is no verified packed checkpoint yet"
+        if action == "stop" and not view.live:
+            return "nothing is being done"
+        return ""
+
+    @staticmethod
+    def _trained(view: RunView) -> bool:
+        """Whether all phases that train are finished."""
+        finished = {row.name for row in view.state.phases if row.finished}
+        config = view.config or {}
+        wanted = {name for name in ("block_ap", "e2e_qp") if config.get(name, {}).get("enabled")}
+        return bool(view.state.trained_blocks()) and wanted <= finished
+
+    def do_sample(self) -> None:
+        def begin(prompt: str | None) -> None:
+            if prompt and prompt.strip():
+                self._prompt = prompt
+                self._launch("--task", "generate", "--prompt", prompt)
+
+        self.app.push_screen(
+            Ask("Continue this prompt", self._prompt, help=["Both models write on, greedily."]), begin
+        )
+
+    def do_evaluate(self) -> None:
+        self._launch("--task", "eval")
+
+    def do_stop(self) -> None:
+        control.request(self.eqat.current(), "stop")
+        self.eqat.look_now()
+
+    def do_export(self) -> None:
+        assert self._view is not None
+
+        def begin(answer: tuple[list[str], str] | None) -> None:
+            if answer is None:
+                return
+            formats, folder = answer
+            args = ["--task", "export"]
+            for name in formats:
+                args += ["--format", name]
+            if folder:
+                target = Path(folder).expanduser().absolute()
+                try:
+                    check_target(target)
+                except EqatError as error:
+                    self.eqat.tell(error)
+                    return
+                args += ["--to", str(target)]
+            self._launch(*args)
+
+        self.app.push_screen(ExportDialog(export_formats(), f"{self._view.path}/export"), begin)
+
+    def _launch(self, *args: str) -> None:
+        run = self.eqat.current()
+        self.eqat.in_background(lambda: launch(run, args=args))
+
+    def do_card(self) -> None:
+        view = self._view
+        assert view is not None
+        path = self._export_path(view)
+        assert path is not None
+        try:
+            text = (path / CARD).read_text(errors="replace")
+        except OSError as error:
+            self.eqat.tell(error)
+            return
+        # The front matter is for the hub's index, not for a reader.
+        if text.startswith("---"):
+            text = text.partition("\n---")[2].lstrip("-\n")
+        self.app.push_screen(MarkdownReader(str(path / CARD), text))
+
+    def do_copy(self) -> None:
+        assert self._view is not None
+        path = self._export_path(self._view)
+        assert path is not None
+        self.eqat.copy(views.loading_snippet(path), "the lines that load it")
+
+    def do_replay(self) -> None:
+        self.eqat.replay(self.eqat.current())
+
+
+class ExportDialog(ModalScreen[tuple[list[str], str] | None]):
+    """Which formats, and where to."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "dismiss(None)", "Cancel"),
+        Binding("space", "switch", "Switch", show=False),
+    ]
+
+    def __init__(self, formats: tuple[str, ...], folder: str) -> None:
+        super().__init__()
+        self._formats, self._chosen, self._folder = formats, set(formats[:1]), folder
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog"):
+            yield Panel(id="question")
+            yield ListPanel(id="formats")
+            yield Panel(id="where")
+            yield Input(placeholder=self._folder, id="folder")
+            yield Panel(id="keys")
+
+    def on_mount(self) -> None:
+        formats = self.query_one("#formats", ListPanel)
+        formats.styles.height = len(self._formats)
+        formats.focus()
+        self.query_one("#question", Panel).show([line(("Write packed checkpoints", "strong"))])
+        self.query_one("#where", Panel).show(
+            [line(), line(("Copy them to this folder as well (empty: they stay in the run)", "muted"))]
+        )
+        self.query_one("#keys", Panel).show(
+            [
+                line(
+                    (" space", "key"),
+                    " choose  ",
+                    (" tab", "key"),
+                    " folder  ",
+                    (" enter", "key"),
+                    " write  ",
+                    (" esc", "key"),
+                    " leave it",
+                )
+            ]
+        )
+        self._fill()
+
+    def _fill(self) -> None:
+        self.query_one("#formats", ListPanel).show(
+            [line(f"[{'x' if name in self._chosen else ' '}] {name}") for name in self._formats]
+        )
+
+    def action_switch(self) -> None:
+        name = self._formats[self.query_one("#formats", ListPanel).cursor]
+        self._chosen ^= {name}
+        self._fill()
+
+    def on_list_panel_chosen(self, message: ListPanel.Chosen) -> None:
+        message.stop()
+        self._done()
+
+    def on_input_submitted(self, message: Input.Submitted) -> None:
+        message.stop()
+        self._done()
+
+    def _done(self) -> None:
+        if not self._chosen:
+            self.notify("choose a format with space", severity="warning")
+            return
+        folder = self.query_one("#folder", Input).value.strip()
+        self.dismiss(([name for name in self._formats if name in self._chosen], folder))

@@ -1,0 +1,395 @@
+"""Setup: model, method, bits, group size, text, and every other setting; beside them the plan, live."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from textual.containers import Horizontal
+from textual.timer import Timer
+from textual.widget import Widget
+from textual.widgets import Input
+
+from engine.run import config as configs
+from engine.run.config import RunConfig, to_toml
+from engine.run.directory import RunDirectory
+from engine.run.errors import EqatError
+from engine.run.files import atomic_write
+from engine.run.launch import launch
+from eqat_tui.keys import Key, bindings
+from eqat_tui.lines import line, wrap
+from eqat_tui.screens.base import WorkScreen
+from eqat_tui.screens.dialogs import Ask
+from eqat_tui.views import setup as views
+from eqat_tui.views.setup import Draft, Row
+from eqat_tui.widgets.list_panel import ListPanel
+from eqat_tui.widgets.panel import Panel, ScrollPanel
+
+PLAN_DELAY_S = 0.15
+"""The plan is computed when the keys have rested this long."""
+
+
+class SetupScreen(WorkScreen):
+    """The form and the plan."""
+
+    MODE = "setup"
+    KEYS = (
+        Key("r", "run", "run", "Start the run; it goes on when this app is left"),
+        Key("enter", "edit", "edit", "Choose or type a value; fold or unfold a section"),
+        Key("right", "next", "change", "The next value; unfold a section"),
+        Key("left", "previous", "back", "The value before; fold a section", footer=False),
+        Key("y", "copy", "copy command", "Copy the equal `eqat run …`"),
+        Key("slash", "find", "find", "Find a setting by its name or meaning"),
+        Key("backspace", "reset", "reset", "What the preset says, again", footer=False),
+        Key("w", "save", "save", "Save these settings as a file that `eqat run` takes", footer=False),
+        Key("p", "plan", "plan", "Compute the plan again: what is free now?", footer=False),
+    )
+    ABOUT = (
+        "Choose a model and how to quantize it. The plan says what it would need on this machine now; "
+        "what does not fit is explained there. * marks what you changed."
+    )
+    WRITES = frozenset({"run", "save"})
+    BINDINGS = bindings(key for key in KEYS if key.action != "edit")
+    HORIZONTAL_BREAKPOINTS = [
+        (0, "-narrow"),
+        (78, "-normal"),
+        (120, "-wide"),
+    ]
+    DEFAULT_CSS = """
+    SetupScreen #find { display: none; }
+    SetupScreen #find.-shown { display: block; }
+    SetupScreen #halves { height: 1fr; }
+    SetupScreen #form { width: 1fr; }
+    SetupScreen #plan { width: 1fr; margin-left: 1; }
+    SetupScreen.-narrow #halves { layout: vertical; }
+    SetupScreen.-narrow #form { height: 9; }
+    SetupScreen.-narrow #plan { margin: 0; height: 1fr; }
+    SetupScreen #meaning { height: 3; }
+    SetupScreen.-narrow #meaning { height: 2; }
+    SetupScreen.-wide #meaning { height: 3; }
+    SetupScreen #command { height: auto; max-height: 4; }
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.draft = Draft(base="demo" if "demo" in configs.preset_names() else "paper")
+        self._config: RunConfig = self.draft.shown()
+        self._unfolded: frozenset[str] = frozenset()
+        self._words = ""
+        self._rows: list[Row] = []
+        self._wrong = ""
+        self._plan: dict[str, Any] | None = None
+        self._error: Exception | None = None
+        self._planning = 0
+        self._timer: Timer | None = None
+        self._devices: Sequence[str] = ()
+
+    def body(self) -> Iterable[Widget]:
+        yield Input(placeholder="words in the name or meaning of a setting; esc shows all again", id="find")
+        with Horizontal(id="halves"):
+            yield ListPanel(id="form", classes="section", title="a new run")
+            yield ScrollPanel(id="plan", classes="section", title="plan")
+        yield Panel(id="meaning", classes="section")
+        yield Panel(id="command", classes="section", title="the same from the command line")
+
+    def on_mount(self) -> None:
+        self.query_one("#form").focus()
+        self._change(self.draft)
+
+    def start_from(self, base: str) -> None:
+        """Begin again with a preset or a file."""
+        self._change(Draft(base=base))
+
+    # -- the draft ---------------------------------------------------------------------------------
+
+    def _change(self, draft: Draft) -> None:
+        """Take a new draft, unless it cannot even be shown."""
+        try:
+            config = draft.shown()
+        except EqatError as error:
+            self.eqat.tell(error)
+            return
+        self.draft, self._config = draft, config
+        self._error, self._wrong = None, ""
+        try:
+            draft.config()
+        except EqatError as error:
+            self._error, self._wrong = error, error.where
+            self._plan = None
+        self._planning += 1
+        if self._error is None:
+            if self._timer is not None:
+                self._timer.stop()
+            self._timer = self.set_timer(PLAN_DELAY_S, self._make_plan)
+        self.refill()
+
+    def _make_plan(self) -> None:
+        """Compute the plan on a thread: a hub id may need the network."""
+        number, draft = self._planning, self.draft
+
+        def work() -> None:
+            from engine.run.plan import make_plan
+
+            try:
+                result: Any = make_plan(draft.config(), runs_dir=self.eqat.runs_dir).to_dict()
+            except (EqatError, OSError) as error:
+                result = error
+            self.app.call_from_thread(self._planned, number, result)
+
+        self.run_worker(work, thread=True, exit_on_error=False, group="plan")
+
+    def _planned(self, number: int, result: Any) -> None:
+        if number != self._planning:
+            return  # of settings that have changed since
+        if isinstance(result, Exception):
+            self._plan, self._error = None, result
+            self._wrong = getattr(result, "where", "")
+        else:
+            self._plan, self._error = result, None
+            self._wrong = result["problems"][0]["where"] if result["problems"] else ""
+        self.refill()
+
+    # -- what is shown -----------------------------------------------------------------------------
+
+    def refill(self) -> None:
+        form, plan = self.query_one("#form", ListPanel), self.query_one("#plan", ScrollPanel)
+        self._rows = views.rows(self._unfolded, self._words)
+        width = max(20, form.size.width - 3)
+        form.show(
+            [
+                views.form_line(row, self.draft, self._config, self._unfolded, self._wrong, width)
+                for row in self._rows
+            ]
+        )
+        room = max(20, plan.size.width - 1)
+        if self._error is not None:
+            plan.show(views.error_lines(self._error, room))
+        elif self._plan is not None:
+            plan.show(views.plan_lines(self._plan, room))
+        else:
+            plan.show([line(("computing …", "muted"))])
+        self._fill_meaning()
+        command = self.draft.command(self.eqat.runs_dir)
+        self.query_one("#command", Panel).show(wrap(command, max(20, self.size.width - 1)))
+        ready = self._plan is not None and not self._plan["problems"]
+        words = ("ready: r runs it ", "good") if ready else ("not ready ", "warn")
+        self.refresh_bars(line(words))
+
+    def _fill_meaning(self) -> None:
+        panel = self.query_one("#meaning", Panel)
+        row = self._row()
+        words = views.meaning(row, self.draft, self._config) if row is not None else ""
+        panel.show(wrap(words, max(20, self.size.width - 1), "muted")[: max(1, panel.size.height)])
+
+    def _row(self) -> Row | None:
+        cursor = self.query_one("#form", ListPanel).cursor
+        return self._rows[cursor] if cursor < len(self._rows) else None
+
+    def on_list_panel_moved(self, message: ListPanel.Moved) -> None:
+        message.stop()
+        self._fill_meaning()
+        self.refresh_bars()
+
+    async def on_list_panel_chosen(self, message: ListPanel.Chosen) -> None:
+        message.stop()
+        await self.action_do("edit")
+
+    # -- keys --------------------------------------------------------------------------------------
+
+    def impossible(self, action: str) -> str:
+        row = self._row()
+        if action == "run":
+            if self._error is not None:
+                return str(self._error)
+            if self._plan is None:
+                return "the plan is not ready yet"
+            if self._plan["problems"]:
+                problem = self._plan["problems"][0]
+                return f"{problem['message']} ({problem['hint']})"
+        if action in ("edit", "next", "previous", "reset") and row is None:
+            return "no setting is under the cursor"
+        if action == "reset" and row is not None and not self._names(row) & set(self.draft.changes):
+            return "this is what the preset says"
+        return ""
+
+    def _names(self, row: Row) -> set[str]:
+        """The fields that a line of the form stands for."""
+        if row.kind == "method":
+            return {"block_ap.enabled", "e2e_qp.enabled"}
+        return set(views.section_fields(row.name)) if row.kind == "section" else {row.name}
+
+    def do_run(self) -> None:
+        config = self.draft.config()
+
+        def begin() -> None:
+            run = RunDirectory.create(self.eqat.runs_dir, config)
+            launch(run)
+            self.app.call_from_thread(self.eqat.open_run, run)
+
+        self.eqat.in_background(begin)
+
+    def do_edit(self) -> None:
+        row = self._row()
+        assert row is not None
+        if row.kind == "section":
+            self._unfolded = self._unfolded ^ {row.name}
+            self.refill()
+        elif row.kind == "model":
+            self._choose_model()
+        elif row.kind == "base":
+            self._choose_preset()
+        elif row.kind == "method" or (
+            views.choices(row.name)
+            and row.name not in ("data.source", "evaluation.data.source", "runtime.device")
+        ):
+            self._step(row, 1)
+        else:
+            self._ask(row)
+
+    def _ask(self, row: Row) -> None:
+        value = views.value_words(configs.value_of(self._config, row.name))
+
+        def answered(text: str | None) -> None:
+            if text is not None:
+                self._set(row.name, text)
+
+        self.app.push_screen(
+            Ask(
+                row.name,
+                value,
+                help=[views.meaning(row, self.draft, self._config)],
+                choices=[str(choice) for choice in views.choices(row.name, self._gpu_names())],
+            ),
+            answered,
+        )
+
+    def _set(self, name: str, value: object) -> None:
+        try:
+            self._change(self.draft.set(name, value))
+        except EqatError as error:
+            self.eqat.tell(error)
+
+    def _choose_model(self) -> None:
+        from eqat_tui.screens.pickers import ModelPicker
+
+        def chosen(source: str | None) -> None:
+            if source:
+                self._set("model.source", source)
+
+        self.app.push_screen(
+            ModelPicker(self.eqat.runs_dir, self._config.grid, self._config.model.source), chosen
+        )
+
+    def _choose_preset(self) -> None:
+        from eqat_tui.screens.pickers import PresetPicker
+
+        def chosen(name: str | None) -> None:
+            if name:
+                self._change(self.draft.on(name))
+
+        self.app.push_screen(PresetPicker(self.draft.base), chosen)
+
+    def do_next(self) -> None:
+        row = self._row()
+        assert row is not None
+        if row.kind == "section":
+            self._unfolded = self._unfolded | {row.name}
+            self.refill()
+        else:
+            self._step(row, 1)
+
+    def do_previous(self) -> None:
+        row = self._row()
+        assert row is not None
+        section = row.name.partition(".")[0]
+        if row.kind == "section" or (row not in views.HEAD and not views.choices(row.name)):
+            self._unfolded = self._unfolded - {section}
+            self.refill()
+            places = [i for i, one in enumerate(self._rows) if one.kind == "section" and one.name == section]
+            if places:
+                self.query_one("#form", ListPanel).move_to(places[0])
+        else:
+            self._step(row, -1)
+
+    def _step(self, row: Row, by: int) -> None:
+        """The next or the last of a row's values."""
+        if row.kind == "method":
+            names = list(views.METHODS)
+            block_ap, e2e_qp = views.METHODS[_beside(names, views.method_of(self._config), by)]
+            self._change(self.draft.set("block_ap.enabled", block_ap).set("e2e_qp.enabled", e2e_qp))
+        elif row.kind == "base":
+            names = configs.preset_names()
+            self._change(self.draft.on(_beside(names, self.draft.base, by)))
+        elif row.kind == "model":
+            self._choose_model()
+        elif choices := views.choices(row.name, self._gpu_names()):
+            self._set(row.name, _beside(list(choices), configs.value_of(self._config, row.name), by))
+        else:
+            self._ask(row)
+
+    def _gpu_names(self) -> Sequence[str]:
+        """``cuda:0`` … for as many GPUs as there are; asked once."""
+        if not self._devices:
+            from eqat_tui.doctor import gpu_names
+
+            self._devices = [f"cuda:{index}" for index in range(len(gpu_names()))]
+        return self._devices
+
+    def do_reset(self) -> None:
+        row = self._row()
+        assert row is not None
+        self._change(self.draft.reset(sorted(self._names(row))))
+
+    def do_copy(self) -> None:
+        self.eqat.copy(self.draft.command(self.eqat.runs_dir), "the command")
+
+    def do_plan(self) -> None:
+        self._change(self.draft)
+
+    def do_save(self) -> None:
+        def save(path: str | None) -> None:
+            if path and path.strip():
+                target = Path(path.strip()).expanduser()
+                text = to_toml(self.draft.config()).encode()
+                self.eqat.in_background(lambda: _write_new(target, text), f"saved; eqat run {target}")
+
+        if self._error is not None:
+            self.eqat.tell(self._error)
+            return
+        self.app.push_screen(Ask("Save the settings as", "eqat.toml", help=["A .toml file."]), save)
+
+    def do_find(self) -> None:
+        box = self.query_one("#find", Input)
+        box.add_class("-shown")
+        box.focus()
+
+    def on_input_changed(self, message: Input.Changed) -> None:
+        message.stop()
+        self._words = message.value.strip()
+        self.refill()
+
+    def on_input_submitted(self, message: Input.Submitted) -> None:
+        message.stop()
+        self.query_one("#form").focus()
+
+    def key_escape(self) -> None:
+        box = self.query_one("#find", Input)
+        box.value = ""
+        box.remove_class("-shown")
+        self.query_one("#form").focus()
+
+
+def _beside(values: Sequence[Any], value: Any, by: int) -> Any:
+    """The next value, or the one before, round and round; the first for one that is not among them."""
+    return values[(values.index(value) + by) % len(values)] if value in values else values[0]
+
+
+def _write_new(path: Path, text: bytes) -> None:
+    from engine.run.errors import UsageError
+
+    if path.suffix != ".toml":
+        raise UsageError("must end in .toml, or eqat run takes it for a preset", where=str(path))
+    if path.exists():
+        raise UsageError("exists already", where=str(path), hint="choose another name")
+    atomic_write(path, text)

@@ -1,0 +1,75 @@
+"""Opening the app, where there is a terminal for it, and leaving that as it was found."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from engine.run.directory import RunDirectory, default_runs_dir, is_held, list_runs
+from engine.run.errors import EqatError, PreflightError, UsageError
+
+RECENT = 20
+"""Among so many of the newest runs one that is running is looked for."""
+
+
+class Look(NamedTuple):
+    """What was said about how the app is to look and what it may do."""
+
+    ascii_only: bool = False
+    read_only: bool = False
+
+
+def can_open_app() -> bool:
+    """Whether somebody sits at a terminal that can show the app."""
+    return sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "")
+
+
+def require_terminal(command: str) -> None:
+    """For commands that are nothing without the app."""
+    if not can_open_app():
+        raise PreflightError("needs a terminal", where=command, hint="eqat show and eqat runs print")
+
+
+def open_app(
+    runs_dir: Path | None,
+    *,
+    look: Look,
+    run: RunDirectory | None = None,
+    mode: str | None = None,
+    replay_speed: float | None = None,
+) -> int:
+    """Run the app to its end; the exit code.
+
+    It opens on ``run``, else on ``mode``, else on the newest run that is working, else on the setup.
+    """
+    from eqat_tui.app import EqatApp
+    from eqat_tui.palette import THEMES, look_at_terminal
+
+    theme = os.environ.get("EQAT_THEME") or None
+    if theme is not None and theme not in THEMES:
+        raise UsageError(f"there is no theme {theme!r}", where="EQAT_THEME", hint=", ".join(THEMES))
+    place = default_runs_dir(runs_dir)
+    if run is None and mode is None:
+        run = _working(place)
+    app = EqatApp(
+        runs_dir=place,
+        terminal=look_at_terminal(ascii_only=look.ascii_only, theme=theme),
+        run=run,
+        mode=mode or ("monitor" if run is not None else "setup"),
+        read_only=look.read_only,
+        replay_speed=replay_speed,
+    )
+    message = app.run()
+    if message:
+        print(message)
+    return app.exit_code or app.return_code or 0
+
+
+def _working(place: Path) -> RunDirectory | None:
+    """The newest run that an engine works on."""
+    try:
+        return next((run for run in list_runs(place)[:RECENT] if is_held(run.lock_path)), None)
+    except EqatError:
+        return None

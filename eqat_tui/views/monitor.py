@@ -1,0 +1,402 @@
+"""What the monitor says about a run: progress, blocks, losses, machine, and what the user asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engine.run import events
+from engine.run.state import BlockRow, RunState
+from eqat_tui.charts import Series
+from eqat_tui.feed import Entry, RunView
+from eqat_tui.lines import Line, Span, bar, beside, columns, cut, line, width_of, wrap
+from eqat_tui.output import format_bytes, format_clock, format_number, format_seconds
+from eqat_tui.progress import fraction
+from eqat_tui.summary import group_words
+from eqat_tui.words import model_name, phase_name
+
+STATE_ROLES = {
+    "running": "accent",
+    "starting": "accent",
+    "created": "muted",
+    "done": "good",
+    "stopped": "warn",
+    "aborted": "warn",
+    "hung": "bad",
+    "crashed": "bad",
+    "failed": "bad",
+    "gone": "bad",
+}
+STATE_MARKS = {
+    "running": "▶",
+    "starting": "▶",
+    "created": "○",
+    "done": "✓",
+    "stopped": "■",
+    "aborted": "■",
+    "hung": "?",
+    "crashed": "✗",
+    "failed": "✗",
+    "gone": "✗",
+}
+
+
+# -- title and progress --------------------------------------------------------------------------------
+
+
+def what(config: Mapping[str, Any] | None) -> str:
+    """``SmolLM2-135M-Instruct w3g64``."""
+    if not config:
+        return "?"
+    grid = config["grid"]
+    group = "channel" if grid["group_size"] == -1 else f"g{grid['group_size']}"
+    return f"{model_name(config['model']['source'])} w{grid['bits']}{group}"
+
+
+def state_span(view: RunView) -> Span:
+    """The state with its mark, as words and colour."""
+    words: str = view.liveness
+    if view.waiting:
+        return "‖ paused: disk full", "warn"
+    if view.replay is not None:
+        words = "replay, paused" if view.replay.paused else f"replay ×{view.replay.speed:g}"
+        return f"▶ {words}", "accent"
+    return f"{STATE_MARKS.get(words, '?')} {words}", STATE_ROLES.get(words, "")
+
+
+def title(view: RunView, width: int) -> Line:
+    """Which run."""
+    left = line((what(view.config), "strong"), "  ", (view.id, "muted"))
+    attempt = f"attempt {view.state.attempt}" if view.state.attempt > 1 else ""
+    right = line((attempt or view.state.device, "muted"))
+    return beside(cut(left, width - width_of(right) - 2), right, width)
+
+
+def elapsed(state: RunState) -> float:
+    """Seconds of work in all attempts, the phase that is open included."""
+    done = sum(row.seconds for row in state.phases)
+    if state.open_since is not None:
+        done += max(0.0, state.last_mono - state.open_since)
+    return done
+
+
+def remaining(view: RunView) -> tuple[float | None, bool]:
+    """Seconds left, and whether that is only the plan's word because nothing is measured yet."""
+    state = view.state
+    if state.eta_s is not None and view.live:
+        return state.eta_s, not _measured(state)
+    planned = (state.plan or {}).get("seconds")
+    if planned is None or not view.live:
+        return state.eta_s if view.replay is not None else None, False
+    return max(0.0, planned - elapsed(state)), True
+
+
+def _measured(state: RunState) -> bool:
+    """Whether the pace rests on a finished block, or on enough steps of something without blocks."""
+    if state.blocks:
+        return any(row.finished for row in state.blocks_of(state.phase or ""))
+    return (fraction(state) or 0.0) >= 0.05
+
+
+def progress(view: RunView, width: int) -> list[Line]:
+    """Two lines: the phase, and the whole run with the time left."""
+    state = view.state
+    if view.liveness == "done" and view.replay is None:
+        took = f"took {format_seconds(elapsed(state))}"
+        return [
+            _bar_line(line(("finished", "strong")), 1.0, "good", line(took), width),
+            line((f"{state.phase_count or len(state.phases)} phases", "muted")),
+        ]
+    done = fraction(state)
+    index = next((row.index for row in state.phases if row.name == state.phase), None)
+    count = f" {index + 1}/{state.phase_count}" if index is not None and state.phase_count else ""
+    name = phase_name(state.phase) if state.phase else ("starting" if view.live else "not started")
+    words = line((name, "strong"), (count, "muted"))
+    if state.blocks and state.block is not None:
+        words += line(f"  block {state.block + 1}/{state.blocks}")
+    if state.steps and state.step is not None:
+        words += line((f"  step {state.step}/{state.steps}", "muted"))
+    share = line(f"{done:4.0%}" if done is not None else "")
+    left, guess = remaining(view)
+    worked = elapsed(state)
+    whole = worked / (worked + left) if left is not None and worked + left > 0 else None
+    clock = line(f"{whole:4.0%}  " if whole is not None else "", (f"{format_clock(worked)} done", "muted"))
+    if left is not None:
+        clock += line("  ", (f"{'about ' if guess else ''}{format_clock(left)} left", "strong"))
+        if guess:
+            clock += line((" by the plan", "muted"))
+    role = "accent" if view.live or view.replay is not None else "muted"
+    return [
+        _bar_line(words, done, role, share, width),
+        _bar_line(line(("run", "strong")), whole, role, clock, width),
+    ]
+
+
+def _bar_line(left: Line, share: float | None, role: str, right: Line, width: int) -> Line:
+    """Words, a bar in what room is left, and numbers."""
+    right = cut(right, width)
+    left = cut(left, max(0, width - width_of(right) - 2))
+    pad = max(0, 44 - width_of(left)) if width >= 100 else max(0, 34 - width_of(left)) if width >= 70 else 0
+    room = width - width_of(left) - pad - width_of(right) - 4
+    if room < 6:
+        return beside(left, right, width)
+    return [*left, (" " * (pad + 2), ""), *bar(share, room, role), ("  ", ""), *right]
+
+
+# -- what needs attention ------------------------------------------------------------------------------
+
+
+def notices(view: RunView, width: int) -> list[Line]:
+    """What went wrong or was asked for, and what to do about it; empty while all is well."""
+    lines: list[Line] = []
+    if view.problem:
+        lines += wrap(f"! {view.problem}", width, "warn")
+    if view.waiting:
+        lines += wrap(f"‖ {view.waiting}; the run goes on by itself when there is room", width, "warn")
+    if view.asked:
+        lines.append(request_line(view))
+    if view.liveness == "hung":
+        pid = f" (process {view.pid})" if view.pid else ""
+        silent = _silence(view)
+        lines += wrap(
+            f"? no sign of life from the engine{pid} for {silent}; K kills it, what is checkpointed is kept",
+            width,
+            "bad",
+        )
+    if view.liveness == "crashed":
+        lines += wrap(
+            "✗ the engine died without a word: killed, or out of host memory; r goes on from its last "
+            "checkpoint, l shows its last words",
+            width,
+            "bad",
+        )
+    if view.state.error is not None and view.liveness not in ("running", "starting"):
+        error = view.state.error
+        where = f"{error.where}: " if error.where else ""
+        hint = f" ({error.hint})" if error.hint else ""
+        lines += wrap(f"✗ {where}{error.message}{hint}", width, "bad")
+    if broken(view.state):
+        lines += wrap("! the loss is not finite; the engine goes back to its last good state", width, "bad")
+    return lines
+
+
+def request_line(view: RunView) -> Line:
+    """How far a stop or an abort has come: asked, accepted, done."""
+    name = {"stop": "pause", "abort": "abort"}[view.asked]
+    steps = (("asked", True), ("accepted", view.accepted), ("done", False))
+    spans = line((f"{name}: ", "warn strong"))
+    for index, (word, reached) in enumerate(steps):
+        spans += line(
+            " → " if index else "", (f"{word} {'✓' if reached else '…'}", "warn" if reached else "muted")
+        )
+    return spans
+
+
+def _silence(view: RunView) -> str:
+    status = view.state.status
+    return format_seconds(max(0.0, view.now - status.heartbeat)) if status is not None else "a while"
+
+
+def broken(state: RunState) -> bool:
+    """Whether the newest step's numbers were not finite."""
+    metric = state.metrics[-1] if state.metrics else None
+    return metric is not None and metric.phase == state.phase and metric.non_finite
+
+
+# -- losses --------------------------------------------------------------------------------------------
+
+
+def shown_block(view: RunView, chosen: int | None) -> tuple[str | None, int | None]:
+    """The phase and block whose loss is drawn: the chosen block, else where training is or last was."""
+    state = view.state
+    if chosen is not None:
+        row = next((row for row in state.trained_blocks() if row.index == chosen), None)
+        if row is not None:
+            return row.phase, row.index
+    last = state.metrics[-1] if state.metrics else None
+    return (last.phase, last.block) if last is not None else (None, None)
+
+
+def loss_series(view: RunView, chosen: int | None) -> tuple[str, list[Series]]:
+    """What is drawn and its title: training loss, and validation where there is one."""
+    phase, block = shown_block(view, chosen)
+    if phase is None:
+        return "loss", [Series("loss", [])]
+    own = [metric for metric in view.state.metrics if metric.phase == phase and metric.block == block]
+    name = "E2E-QP" if block is None else f"block {block}"
+    series = [Series("train", [(m.step, _value(m)) for m in own], "series1")]
+    checked = [(float(m.step), m.val_loss) for m in own if m.val_loss is not None]
+    if checked:
+        series.append(Series("validation", checked, "series2"))
+    return f"loss of {name}", series
+
+
+def _value(metric: events.Metric) -> float | None:
+    """The loss; a number that was not finite is NaN again, so that the chart can show it."""
+    return metric.loss if metric.loss is not None else math.nan if metric.non_finite else None
+
+
+def profile_series(state: RunState) -> list[Series]:
+    """Reconstruction loss per block: before training, after it, and on validation text."""
+    rows = state.trained_blocks()
+    made = [
+        Series("initial", [(row.index, row.initial_loss) for row in rows if row.finished], "series2"),
+        Series("final", [(row.index, row.final_loss) for row in rows if row.finished], "series1"),
+    ]
+    if any(row.val_loss is not None for row in rows):
+        made.append(
+            Series("validation", [(row.index, row.val_loss) for row in rows if row.finished], "series3")
+        )
+    return made
+
+
+def memory_series(state: RunState) -> list[Series]:
+    """Memory over the run, GiB: of the GPU where there is one, else of the process."""
+    first = state.readings[0].t if state.readings else 0.0
+    gpu = [(r.t - first, r.gpu_used / 2**30) for r in state.readings if r.gpu_used is not None]
+    if gpu:
+        return [Series("GPU", gpu, "series1")]
+    host = [(r.t - first, r.host_used / 2**30) for r in state.readings if r.host_used is not None]
+    return [Series("process", host, "series3")]
+
+
+# -- blocks --------------------------------------------------------------------------------------------
+
+
+def block_table(view: RunView, width: int) -> tuple[Line, list[Line]]:
+    """Header and a row for every block of the model, those to come included."""
+    state = view.state
+    rows = {row.index: row for row in state.trained_blocks()}
+    count = max([(state.plan or {}).get("blocks") or 0, *(index + 1 for index in rows)])
+    training = view.live or view.replay is not None
+    current = state.block if training and state.phase in ("block_ap", "rtn") else None
+    cells = [_block_cells(rows.get(index), index, index == current) for index in range(count)]
+    names: Sequence[str | Span] = ("#", "state", "initial", "final", "valid.", "time")
+    keep = (0, 1, 2, 3, 4, 5) if width >= 45 else (0, 1, 2, 3, 5) if width >= 36 else (0, 1, 3)
+    sizes = {0: 3, 1: 8, 2: 8, 3: 8, 4: 8, 5: 5}
+    made = columns(
+        [[row[index] for index in keep] for row in [names, *cells]],
+        [sizes[index] for index in keep],
+        right="".join("l" if index == 1 else "r" for index in keep),
+        gap=" ",
+    )
+    return made[0], made[1:]
+
+
+def _block_cells(row: BlockRow | None, index: int, current: bool) -> list[str | Span]:
+    if row is None or not row.finished:
+        state: Span = ("▶ now", "accent") if current else ("· waits", "muted")
+        return [str(index), state, "", "", "", ""]
+    worse = row.final_loss is not None and row.initial_loss is not None and row.final_loss > row.initial_loss
+    mark: Span = ("! worse", "warn") if worse else ("✓ kept", "good") if row.restored else ("✓ done", "good")
+    if current:
+        mark = ("▶ now", "accent")
+    return [
+        str(index),
+        mark,
+        _short(row.initial_loss),
+        _short(row.final_loss),
+        _short(row.val_loss),
+        format_clock(row.seconds) if row.seconds is not None else "",
+    ]
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else format_number(value, 3)
+
+
+# -- machine -------------------------------------------------------------------------------------------
+
+
+def machine(view: RunView, width: int) -> list[Line]:
+    """Memory now, peak and planned; GPU load, temperature and power; disk; speed."""
+    state = view.state
+    reading, plan = state.memory, state.plan or {}
+    return [
+        *_gpu_lines(reading, plan, state, width),
+        cut(_host_line(reading, plan), width),
+        cut(_speed_line(view, reading), width),
+    ]
+
+
+def _gpu_lines(
+    reading: events.Memory | None, plan: Mapping[str, Any], state: RunState, width: int
+) -> list[Line]:
+    if reading is None or reading.gpu_used is None:
+        if plan.get("device") == "cuda" and reading is not None:
+            return [line(("GPU   ", "strong"), ("no readings from the driver", "warn"))]
+        device = state.device or plan.get("device") or "not known yet"
+        return [cut(line(("GPU   ", "strong"), (f"none used; {device}", "muted")), width)]
+    total = reading.gpu_total or 0
+    words = line(("GPU   ", "strong"), f"{format_bytes(reading.gpu_used)} of {format_bytes(total)}")
+    facts = [("peak", reading.gpu_peak), ("plan", plan.get("peak_gpu_bytes")), ("others", reading.gpu_other)]
+    for name, value in facts:
+        if value is not None:
+            over = name == "peak" and plan.get("peak_gpu_bytes") and value > 1.05 * plan["peak_gpu_bytes"]
+            words += line((f"  {name} ", "muted"), (format_bytes(value), "warn" if over else ""))
+    load = line()
+    for value, unit in (
+        (reading.gpu_utilization, "%"),
+        (reading.gpu_temperature, "°C"),
+        (reading.gpu_power, "W"),
+    ):
+        if value is not None:
+            load += line(f"{value:.0f} {unit}  ")
+    share = reading.gpu_used / total if total else None
+    room = width - width_of(words) - width_of(load) - 4
+    if room >= 8:
+        return [[*words, ("  ", ""), *bar(share, min(room, 30)), ("  ", ""), *load]]
+    return [cut(words, width), cut(line("      ", *load), width)]
+
+
+def _host_line(reading: events.Memory | None, plan: Mapping[str, Any]) -> Line:
+    spans = line(("host  ", "strong"))
+    if reading is None or reading.host_used is None:
+        return [*spans, ("nothing measured yet", "muted")]
+    spans += line(format_bytes(reading.host_used))
+    facts = [
+        ("peak", reading.host_peak),
+        ("plan", plan.get("peak_host_bytes")),
+        ("free", reading.host_available),
+        ("disk free", reading.disk_free),
+    ]
+    for name, value in facts:
+        if value is not None:
+            spans += line((f"  {name} ", "muted"), format_bytes(value))
+    return spans
+
+
+def _speed_line(view: RunView, reading: events.Memory | None) -> Line:
+    state = view.state
+    metric = state.metrics[-1] if state.metrics else None
+    spans = line(("train ", "strong"))
+    if metric is None or metric.phase != state.phase:
+        return [*spans, ("no training at the moment", "muted")]
+    if metric.tokens_per_second:
+        spans += line(f"{metric.tokens_per_second:,.0f} tokens/s")
+    loss = "not finite" if metric.non_finite else format_number(metric.loss)
+    spans += line(("  loss ", "muted"), (loss, "bad" if metric.non_finite else ""))
+    for name, rate in metric.lr.items():
+        spans += line((f"  lr {name} ", "muted"), format_number(rate, 3))
+    if metric.grad_norm is not None:
+        spans += line(("  gradient ", "muted"), format_number(metric.grad_norm, 3))
+    return spans
+
+
+# -- journal -------------------------------------------------------------------------------------------
+
+
+def journal(entries: Sequence[Entry], width: int) -> list[Line]:
+    """What happened, oldest first, each on one line."""
+    import time
+
+    return [
+        cut(line((time.strftime("%H:%M:%S ", time.localtime(one.t)), "muted"), (one.text, one.role)), width)
+        for one in entries
+    ]
+
+
+def describe_grid(config: Mapping[str, Any]) -> str:
+    """``3 bits, groups of 64``."""
+    return f"{config['grid']['bits']} bits, {group_words(config['grid']['group_size'])}"

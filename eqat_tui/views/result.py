@@ -1,0 +1,157 @@
+"""What the result screen says: how good, how small, what it writes, where it lies, how others load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.run.state import RunState
+from eqat_tui.feed import RunView
+from eqat_tui.lines import Line, Span, beside, columns, cut, line, widths_of, wrap
+from eqat_tui.output import format_bytes, format_number, format_seconds
+from eqat_tui.summary import facts, shorten
+from eqat_tui.views.monitor import state_span, what
+from eqat_tui.words import STAGES, stage_name
+
+QUANTIZED = ("e2e_qp", "block_ap", "rtn")
+
+
+def perplexities(state: RunState, width: int) -> list[Line]:
+    """Perplexity of each stage beside full precision, and what the paper reached where that compares."""
+    base = state.perplexity().get("fp")
+    rows: list[list[str | Span]] = []
+    for stage in STAGES:
+        found = state.evaluations.get(stage)
+        if found is None:
+            continue
+        value = found.perplexity
+        ratio = f"{format_number(value / base, 3)}×" if value is not None and base else ""
+        words: Span = (format_number(value), "strong") if value is not None else ("not finite", "bad")
+        share = 0.0 if value is None or not base else min(1.0, base / value)
+        rows.append([stage_name(stage), words, (ratio, "muted"), ("█" * round(24 * share), _role(stage))])
+    if not rows:
+        return [line(("nothing was evaluated yet", "muted"))]
+    head: list[str | Span] = [("perplexity", "muted"), "", ("of full", "muted"), ("quality kept", "muted")]
+    made = [head, *rows]
+    lines = [cut(row, width) for row in columns(made, widths_of(made), right="lrr")]
+    lines += _conditions(state, width)
+    return lines
+
+
+def _role(stage: str) -> str:
+    return {"fp": "muted", "rtn": "series2", "block_ap": "series3", "e2e_qp": "series1"}.get(stage, "")
+
+
+def _conditions(state: RunState, width: int) -> list[Line]:
+    lines: list[Line] = []
+    found = next(iter(state.evaluations.values()), None)
+    if found is not None:
+        words = f"{found.corpus}, {found.tokens:,} tokens at context {found.sequence_length}"
+        lines.append(cut(line((words, "muted")), width))
+    paper = (state.plan or {}).get("published")
+    if paper:
+        lines += wrap(
+            f"published: {paper['perplexity']} of {paper['fp_perplexity']} for {paper['model']} "
+            f"{paper['setting']}, accuracy {paper['accuracy']} of {paper['fp_accuracy']} "
+            f"({paper['conditions']})",
+            width,
+            "muted",
+        )
+    return lines
+
+
+def figures(shown: Mapping[str, Any], width: int) -> list[Line]:
+    """Size, bits, time, memory and exports: what ``eqat show`` prints."""
+    pairs = facts(shown)
+    size = max((len(name) for name in pairs), default=0)
+    lines: list[Line] = []
+    for name, value in pairs.items():
+        wrapped = wrap(value, max(10, width - size - 2))
+        for index, spans in enumerate(wrapped):
+            lines.append(line((name.ljust(size) if index == 0 else " " * size, "muted"), "  ", *spans))
+    return lines
+
+
+def headline(view: RunView, width: int) -> Line:
+    """The model, and in one phrase what became of it."""
+    state = view.state
+    ppl = state.perplexity()
+    trained = next((ppl[stage] for stage in QUANTIZED if ppl.get(stage) is not None), None)
+    words = line((what(view.config), "strong"))
+    if trained is not None and ppl.get("fp"):
+        words += line("  perplexity ", (format_number(trained), "strong"))
+        words += line((f", full precision {format_number(ppl['fp'])}", "muted"))
+    return beside(words, line(state_span(view)), width)
+
+
+def samples(state: RunState, width: int) -> list[Line]:
+    """What both models wrote, side by side where there is room."""
+    full = state.samples.get("fp")
+    trained = next((state.samples[stage] for stage in QUANTIZED if stage in state.samples), None)
+    if full is None and trained is None:
+        return [line(("no sample yet: g lets both models continue a prompt of yours", "muted"))]
+    one = full or trained
+    assert one is not None
+    lines = wrap(f"prompt: {one.prompt}", width, "muted")
+    halves = [(stage_name(s.stage), s) for s in (full, trained) if s is not None]
+    beside_each_other = width >= 70 and len(halves) == 2
+    half = (width - 3) // 2 if beside_each_other else width
+    texts = []
+    for name, sample in halves:
+        made = f", {sample.tokens} tokens in {format_seconds(sample.seconds)}" if sample.tokens else ""
+        texts.append(
+            [
+                line((name, "strong"), (made, "muted")),
+                *wrap(
+                    sample.problem or sample.text.strip() or "(nothing)",
+                    half,
+                    "warn" if sample.problem else "",
+                ),
+            ]
+        )
+    if not beside_each_other:
+        return lines + [row for text in texts for row in [*text, line()]]
+    from eqat_tui.lines import fit
+
+    for index in range(max(map(len, texts))):
+        left, right = (text[index] if index < len(text) else [] for text in texts)
+        lines.append([*fit(left, half), (" │ ", "muted"), *right])
+    return lines
+
+
+def export_path(run: str, path: str) -> Path:
+    """Where an export lies."""
+    return Path(path) if Path(path).is_absolute() else Path(run) / path
+
+
+def exports(view: RunView, width: int) -> list[Line]:
+    """Every packed checkpoint, and what its verification found."""
+    lines: list[Line] = []
+    for done in view.state.exports.values():
+        mark: Span = ("✓ verified", "good") if done.verified else ("✗ NOT VERIFIED", "bad")
+        size = f"{format_bytes(done.bytes)}, {done.bits_per_weight:.2f} bits per weight"
+        lines.append(line((done.format, "strong"), "  ", mark, (f"  {size}", "muted")))
+        checks = []
+        if done.max_logit_diff is not None:
+            checks.append(f"largest logit difference {format_number(done.max_logit_diff, 2)}")
+        if done.perplexity is not None and done.perplexity_trained is not None:
+            checks.append(
+                f"perplexity on {done.tokens or 0:,} tokens {format_number(done.perplexity)} reloaded, "
+                f"{format_number(done.perplexity_trained)} trained"
+            )
+        lines += [line("  ", *row) for row in wrap("; ".join(checks), width - 2, "muted") if checks]
+        lines += [line("  ", *row) for row in wrap(shorten(export_path(view.path, done.path)), width - 2)]
+        if done.copied_to:
+            lines += [line("  ", *row) for row in wrap(f"copied to {done.copied_to}", width - 2, "good")]
+    return lines or [line(("no packed checkpoint yet: e writes one", "muted"))]
+
+
+def loading_snippet(path: str | Path) -> str:
+    """How another program loads the packed checkpoint."""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'path = "{path}"\n'
+        'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")  # pip install gptqmodel\n'
+        "tokenizer = AutoTokenizer.from_pretrained(path)"
+    )

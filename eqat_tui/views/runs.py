@@ -1,0 +1,210 @@
+"""The list of runs and their comparison, from the summaries that ``eqat runs --json`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from engine.run.config import field_names, to_dict
+from engine.run.directory import RunDirectory
+from engine.run.errors import EqatError
+from engine.run.state import RunState, load_state
+from eqat_tui.charts import Series
+from eqat_tui.lines import Line, Span, columns, cut, line, widths_of, wrap
+from eqat_tui.output import format_bytes, format_number, format_seconds
+from eqat_tui.summary import ago
+from eqat_tui.views.monitor import STATE_MARKS, STATE_ROLES, elapsed
+from eqat_tui.words import model_name, phase_name
+
+Summary = Mapping[str, Any]
+SortBy = Literal["started", "state", "model", "perplexity", "size"]
+SORTS: tuple[SortBy, ...] = ("started", "state", "model", "perplexity", "size")
+
+_BY_STATE = ("running", "hung", "created", "crashed", "failed", "stopped", "aborted", "done")
+
+
+def trained_perplexity(run: Summary) -> float | None:
+    """Of the newest quantized version that was evaluated."""
+    values = run["perplexity"]
+    return next((values[s] for s in ("e2e_qp", "block_ap", "rtn") if values.get(s) is not None), None)
+
+
+def chosen(runs: Sequence[Summary], words: str, sort: SortBy) -> list[Summary]:
+    """The runs in which every word of the filter occurs, in the order asked for."""
+    wanted = words.lower().split()
+    found = [run for run in runs if all(word in _text(run) for word in wanted)]
+    worst = float("inf")
+    keys: dict[SortBy, Any] = {
+        "started": lambda run: -(run["started"] or worst),
+        "state": lambda run: _BY_STATE.index(run["state"]) if run["state"] in _BY_STATE else 99,
+        "model": lambda run: (model_name(run["model"]).lower(), run["bits"] or 0, run["group_size"] or 0),
+        "perplexity": lambda run: trained_perplexity(run) or worst,
+        "size": lambda run: run["size_bytes"]["quantized"] or worst,
+    }
+    return sorted(found, key=keys[sort])
+
+
+def _text(run: Summary) -> str:
+    words = [run[name] for name in ("id", "state", "model", "name", "device")]
+    return f"{' '.join(map(str, words))} w{run['bits']}g{run['group_size']}".lower()
+
+
+def rows(runs: Sequence[Summary], marked: frozenset[str], width: int, now: float) -> tuple[Line, list[Line]]:
+    """Header and one row a run."""
+    names: list[str | Span] = ["", "model", "grid", "state", "ppl", "full", "size", "started"]
+    cells = [_cells(run, run["id"] in marked, now) for run in runs]
+    keep = [0, 1, 2, 3, 4, 7]
+    if width >= 76:
+        keep = [0, 1, 2, 3, 4, 5, 6, 7]
+    table = [[row[index] for index in keep] for row in [names, *cells]]
+    sizes = widths_of(table)
+    spare = width - sum(sizes) - 2 * (len(sizes) - 1)
+    sizes[1] = max(8, sizes[1] + min(0, spare))
+    over = sum(sizes) + 2 * (len(sizes) - 1) - width
+    if over > 0:
+        sizes[3] = max(8, sizes[3] - over)
+    right = "".join("r" if index in (4, 5, 6) else "l" for index in keep)
+    made = columns(table, sizes, right=right)
+    return cut(made[0], width), [cut(row, width) for row in made[1:]]
+
+
+def _cells(run: Summary, marked: bool, now: float) -> list[str | Span]:
+    state = run["state"]
+    words = f"{STATE_MARKS.get(state, '?')} {state}"
+    if run["waiting"]:
+        words = "‖ paused: disk full"
+    elif state == "running" and run["phase"]:
+        block, blocks = run["block"], run["blocks"]
+        words += f" {phase_name(run['phase'])}" + (
+            f" {block + 1}/{blocks}" if blocks and block is not None else ""
+        )
+    group = "channel" if run["group_size"] == -1 else f"g{run['group_size']}"
+    return [
+        ("*", "strong") if marked else " ",
+        model_name(run["model"]),
+        f"w{run['bits']}{group}" if run["bits"] else "?",
+        (words, STATE_ROLES.get(state, "")),
+        format_number(trained_perplexity(run)),
+        (format_number(run["perplexity"].get("fp")), "muted"),
+        format_bytes(run["size_bytes"]["quantized"]),
+        (ago(run["started"], now), "muted"),
+    ]
+
+
+def details(run: Summary, width: int) -> list[Line]:
+    """More about the run under the cursor."""
+    lines = [cut(line((run["id"], "strong"), (f"  preset {run['name'] or '?'}", "muted")), width)]
+    words = [f"model {run['model']}"]
+    if run["device"]:
+        words.append(f"on {run['device']}")
+    if run["seconds"]:
+        words.append(f"worked {format_seconds(run['seconds'])}")
+    if run["exports"]:
+        words.append(f"verified: {', '.join(run['exports'])}")
+    lines.append(cut(line(("; ".join(words), "muted")), width))
+    lines.append(cut(line((run["error"] or run["path"], "bad" if run["error"] else "muted")), width))
+    return lines
+
+
+# -- comparing -----------------------------------------------------------------------------------------
+
+
+class Compared:
+    """A run as far as a comparison needs it."""
+
+    def __init__(self, run: RunDirectory, letter: str) -> None:
+        self.letter, self.id = letter, run.id
+        try:
+            self.settings = _flat(to_dict(run.config()))
+        except EqatError:
+            self.settings = {}
+        try:
+            self.state = load_state(run, skip=frozenset({"metric", "memory"}))
+        except EqatError:
+            self.state = RunState(id=run.id)
+
+
+def differences(runs: Sequence[Compared], width: int) -> list[Line]:
+    """Settings that are not the same in all runs, and what came of it."""
+    head: list[str | Span] = [
+        "",
+        *((f"{run.letter}", f"series{index % 4 + 1} strong") for index, run in enumerate(runs)),
+    ]
+    table: list[list[str | Span]] = [head]
+    for name in field_names():
+        values = [run.settings.get(name, "?") for run in runs]
+        if name not in ("name", "description") and any(value != values[0] for value in values):
+            table.append([(name, "muted"), *map(_value, values)])
+    if len(table) == 1:
+        table.append([("settings", "muted"), *("the same" for _ in runs)])
+    table.append(["", *("" for _ in runs)])
+    for stage, name in (
+        ("fp", "perplexity, full precision"),
+        ("rtn", "round-to-nearest"),
+        ("block_ap", "Block-AP"),
+        ("e2e_qp", "E2E-QP"),
+    ):
+        values = [run.state.perplexity().get(stage) for run in runs]
+        if any(value is not None for value in values):
+            table.append([(name, "muted"), *_best(values, format_number)])
+    exports = [next(reversed(run.state.exports.values()), None) for run in runs]
+    table.append([("size", "muted"), *_best([e.bytes if e else None for e in exports], format_bytes)])
+    table.append(
+        [
+            ("bits per weight", "muted"),
+            *_best([e.bits_per_weight if e else None for e in exports], lambda v: format_number(v, 3)),
+        ]
+    )
+    table.append([("time", "muted"), *_best([elapsed(run.state) or None for run in runs], format_seconds)])
+    sizes = widths_of(table)
+    room = max(8, (width - sizes[0] - 2 * len(runs)) // max(1, len(runs)))
+    sizes = [sizes[0], *(min(size, room) for size in sizes[1:])]
+    lines = [line((f"{run.letter} ", f"series{i % 4 + 1} strong"), run.id) for i, run in enumerate(runs)]
+    return [*lines, line(), *(cut(row, width) for row in columns(table, sizes))]
+
+
+def _best(values: Sequence[Any], words: Any) -> list[str | Span]:
+    """Each value; the smallest one is marked, unless all are the same."""
+    known = [value for value in values if value is not None]
+    best = min(known) if len(known) > 1 and len(set(known)) > 1 else None
+    return [
+        (f"{words(value)} ◂", "good") if value is not None and value == best else words(value)
+        for value in values
+    ]
+
+
+def overlaid(runs: Sequence[Compared]) -> list[Series]:
+    """Final loss per block of every run."""
+    return [
+        Series(
+            run.letter,
+            [(row.index, row.final_loss) for row in run.state.trained_blocks() if row.finished],
+            f"series{index % 4 + 1}",
+        )
+        for index, run in enumerate(runs)
+    ]
+
+
+def _value(value: Any) -> str:
+    return (
+        "none"
+        if value is None
+        else ",".join(map(str, value))
+        if isinstance(value, list | tuple)
+        else str(value)
+    )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def nothing_here(place: str, width: int) -> list[Line]:
+    """Where there are no runs yet."""
+    return wrap(f"No runs in {place} yet. 1 sets one up.", width, "muted")

@@ -1,0 +1,374 @@
+"""The draft of a run: a preset, what was changed about it, and what the setup screen says about both."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from engine.run import config as configs
+from engine.run.config import BITS, GROUP_SIZES, RunConfig, value_of
+from engine.run.errors import EqatError
+from engine.run.schema import field_types, is_section
+from eqat_tui.lines import Line, Span, bar, cut, line, wrap
+from eqat_tui.output import format_bytes, format_seconds
+from eqat_tui.words import model_name
+
+METHODS: Mapping[str, tuple[bool, bool]] = {
+    "EfficientQAT: Block-AP, then E2E-QP": (True, True),
+    "Block-AP only": (True, False),
+    "E2E-QP only, on rounded weights": (False, True),
+    "rounding only, nothing is trained": (False, False),
+}
+TEXTS = ("builtin", "wikitext2", "c4", "redpajama", "slimpajama", "fineweb-edu")
+"""What ``left`` and ``right`` go through; enter takes anything else."""
+
+SECTIONS = {
+    "model": "Model",
+    "grid": "Grid",
+    "data": "Calibration text",
+    "block_ap": "Block-AP",
+    "e2e_qp": "E2E-QP",
+    "evaluation": "Evaluation",
+    "export": "Export",
+    "runtime": "Where and how it runs",
+}
+
+FLAGS = {
+    "model.source": "--model",
+    "grid.bits": "--bits",
+    "grid.group_size": "--group-size",
+    "data.source": "--data",
+    "runtime.device": "--device",
+}
+
+
+class Draft(msgspec.Struct, frozen=True, kw_only=True):
+    """What has been chosen so far."""
+
+    base: str = "paper"
+    """A preset, or a path to a file."""
+    changes: Mapping[str, object] = {}
+    """Fields that were set, by dotted name."""
+
+    def set(self, name: str, value: object) -> Draft:
+        """With another value of a field; the one that the base has anyway is no change."""
+        changes = {key: old for key, old in self.changes.items() if key != name}
+        bare = Draft(base=self.base, changes=changes)
+        changed = Draft(base=self.base, changes={**changes, name: value})
+        if value_of(bare.loaded(), name) != value_of(changed.loaded(), name):
+            return changed
+        return Draft(base=self.base, changes=changes)
+
+    def reset(self, names: Sequence[str]) -> Draft:
+        """With what the base says about these fields."""
+        return Draft(base=self.base, changes={k: v for k, v in self.changes.items() if k not in names})
+
+    def on(self, base: str) -> Draft:
+        """The same changes on another base; those that it has anyway go."""
+        draft = Draft(base=base)
+        for name, value in self.changes.items():
+            draft = draft.set(name, value)
+        return draft
+
+    def loaded(self) -> RunConfig:
+        """The configuration, not checked and with derived values left out."""
+        return configs.load(self.base, overrides=self.changes)
+
+    def config(self) -> RunConfig:
+        """The configuration that would run; UsageError names the field that is wrong."""
+        config = configs.resolve(self.loaded())
+        configs.validate(config)
+        return config
+
+    def shown(self) -> RunConfig:
+        """The configuration as far as it can be shown, right or wrong."""
+        return configs.resolve(self.loaded())
+
+    def command(self, runs_dir: Path | None = None) -> str:
+        """The equal ``eqat run``."""
+        words = ["eqat", "run", self.base]
+        for name, value in self.changes.items():
+            text = value_words(value)
+            if name in FLAGS:
+                words += [FLAGS[name], text]
+            elif name == "model.trust_remote_code" and value is True:
+                words.append("--trust-remote-code")
+            else:
+                words += ["--set", f"{name}={text}"]
+        if runs_dir is not None and not os.environ.get("EQAT_RUNS_DIR") and str(runs_dir) != "runs":
+            words += ["--runs-dir", str(runs_dir)]
+        return shlex.join(words)
+
+
+def value_words(value: object) -> str:
+    """A value as ``--set`` takes it and as people read it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value)
+
+
+# -- the form ------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One line of the form."""
+
+    kind: Literal["model", "base", "method", "field", "section"]
+    name: str
+    """Dotted name of the field or of the section."""
+    label: str
+
+
+HEAD = (
+    Row("model", "model.source", "Model"),
+    Row("base", "", "Preset"),
+    Row("method", "", "Method"),
+    Row("field", "grid.bits", "Bits"),
+    Row("field", "grid.group_size", "Group size"),
+    Row("field", "data.source", "Text"),
+    Row("field", "runtime.device", "Device"),
+)
+_IN_HEAD = frozenset(row.name for row in HEAD if row.name) | {"block_ap.enabled", "e2e_qp.enabled"}
+
+
+@functools.cache
+def section_fields(section: str) -> tuple[str, ...]:
+    """The fields that are folded away in a section."""
+    names = configs.field_names()
+    return tuple(name for name in names if name.startswith(f"{section}.") and name not in _IN_HEAD)
+
+
+def rows(unfolded: frozenset[str], words: str = "") -> list[Row]:
+    """The form from top to bottom; with ``words``, every field in whose name or meaning they occur."""
+    if words:
+        return [Row("field", name, name) for name in matching(words)]
+    made = list(HEAD)
+    for section, label in SECTIONS.items():
+        made.append(Row("section", section, label))
+        if section in unfolded:
+            made += [Row("field", name, name.removeprefix(f"{section}.")) for name in section_fields(section)]
+    return made
+
+
+def matching(words: str) -> list[str]:
+    """Fields that have all of ``words`` in name or meaning."""
+    from engine.run.field_docs import field_help
+
+    help_of = field_help()
+    wanted = words.lower().split()
+    return [
+        name
+        for name in configs.field_names()
+        if name not in ("name", "description")
+        and all(word in f"{name} {help_of.get(name, '')}".lower() for word in wanted)
+    ]
+
+
+def kind_of(name: str) -> Any:
+    """Type of a field."""
+    kind: Any = RunConfig
+    for part in name.split("."):
+        kind = field_types(kind)[part]
+    return kind
+
+
+def choices(name: str, devices: Sequence[str] = ()) -> tuple[object, ...]:
+    """What left and right go through; nothing for a number or a text."""
+    known: dict[str, tuple[object, ...]] = {
+        "grid.bits": BITS,
+        "grid.group_size": GROUP_SIZES,
+        "data.source": TEXTS,
+        "evaluation.data.source": ("wikitext2", "builtin", "c4"),
+        "runtime.device": ("auto", *devices, "cpu"),
+    }
+    if name in known:
+        return known[name]
+    kind = kind_of(name)
+    if kind is bool:
+        return (False, True)
+    if typing.get_origin(kind) is Literal:
+        return typing.get_args(kind)
+    return ()
+
+
+def method_of(config: RunConfig) -> str:
+    """Which of the methods a configuration is."""
+    wanted = (config.block_ap.enabled, config.e2e_qp.enabled)
+    return next(name for name, switches in METHODS.items() if switches == wanted)
+
+
+def form_line(
+    row: Row, draft: Draft, config: RunConfig, unfolded: frozenset[str], wrong: str, width: int
+) -> Line:
+    """One line of the form: label, value, and marks for what was changed and what is wrong."""
+    if row.kind == "section":
+        names = section_fields(row.name)
+        changed = sum(name in draft.changes for name in names)
+        count = f"{len(names)} settings" + (f", {changed} changed" if changed else "")
+        mark = "▾" if row.name in unfolded else "▸"
+        bad = "! " if wrong.startswith(f"{row.name}.") and wrong in names else ""
+        return cut(
+            line((f"{mark} {row.label}", "strong"), (f"  {count}", "muted"), (f" {bad}", "bad")), width
+        )
+    size = 11 if row.kind != "field" or row.name in _IN_HEAD else min(30, max(14, width // 2))
+    indent = "" if row in HEAD else "  "
+    changed_here = row.name in draft.changes or (
+        row.kind == "method" and {"block_ap.enabled", "e2e_qp.enabled"} & set(draft.changes)
+    )
+    mark = "*" if changed_here else " "
+    is_wrong = bool(wrong) and (wrong == row.name or (row.kind == "base" and wrong == "preset"))
+    spans = line(
+        indent, (mark, "warn"), (row.label.ljust(size - len(indent)), "muted"), *_value(row, draft, config)
+    )
+    return cut([*spans, *line(("  !" if is_wrong else "", "bad"))], width)
+
+
+def _value(row: Row, draft: Draft, config: RunConfig) -> Line:
+    if row.kind == "model":
+        source = config.model.source
+        return line((model_name(source), "strong")) if source else line(("choose one: enter", "warn"))
+    if row.kind == "base":
+        return line(draft.base if len(draft.base) < 40 else f"…{draft.base[-38:]}")
+    if row.kind == "method":
+        return line(method_of(config))
+    value = value_of(config, row.name)
+    if row.name in ("grid.bits", "grid.group_size"):
+        spans: Line = []
+        for option in choices(row.name):
+            word = "channel" if option == -1 else str(option)
+            spans += [(f"[{word}]", "strong accent") if option == value else (f" {word} ", "muted")]
+        return spans
+    return line(value_words(value))
+
+
+def meaning(row: Row, draft: Draft, config: RunConfig) -> str:
+    """What a line of the form means, with its default."""
+    from engine.run.field_docs import field_help
+
+    if row.kind == "model":
+        return "The model to quantize. enter lists what is here, and takes a folder, a file or a hub id."
+    if row.kind == "base":
+        description = config.description or "a file of yours"
+        return f"{description}. enter lists the presets; what you changed (*) stays changed."
+    if row.kind == "method":
+        return (
+            "Block-AP trains one block at a time with all its parameters; E2E-QP then trains the scales of "
+            "the whole model."
+        )
+    if row.kind == "section":
+        return "enter or → unfolds these settings, ← folds them. / finds one by name or meaning."
+    words = field_help().get(row.name, "")
+    default = value_of(configs.resolve(Draft(base=draft.base).loaded()), row.name)
+    takes = configs_describe(row.name)
+    return f"{row.name}: {words} Takes {takes}. Preset: {value_words(default)}."
+
+
+def configs_describe(name: str) -> str:
+    """What a field takes, in words."""
+    from engine.run.schema import describe
+
+    if name == "grid.bits":
+        return "2, 3, 4 or 8"
+    if name == "grid.group_size":
+        return "32, 64, 128, 256, or -1 for whole rows (channel)"
+    kind = kind_of(name)
+    return describe(kind) if not (isinstance(kind, type) and is_section(kind)) else "a table"
+
+
+def is_list(name: str) -> bool:
+    """Whether a field holds several values."""
+    kind = kind_of(name)
+    if isinstance(kind, types.UnionType):
+        return any(typing.get_origin(option) is tuple for option in typing.get_args(kind))
+    return typing.get_origin(kind) is tuple
+
+
+# -- the plan ------------------------------------------------------------------------------------------
+
+
+def plan_lines(plan: Mapping[str, Any], width: int) -> list[Line]:
+    """What the run would need against what is free, what it makes, and what stands in its way."""
+    machine = plan["machine"]
+    lines = [_heading(plan)]
+    for problem in plan["problems"]:
+        hint = f" ({problem['hint']})" if problem.get("hint") else ""
+        lines += wrap(f"✗ {problem['message']}{hint}", width, "bad")
+    lines.append(line(("where  ", "muted"), _place(plan)))
+    if plan["device"] == "cuda":
+        lines += _need("GPU", plan["peak_gpu_bytes"], machine["gpu_free"], width)
+    lines += _need("host", plan["peak_host_bytes"], machine["host_free"], width)
+    lines += _need("disk", plan["disk_bytes"], machine["disk_free"], width)
+    ratio = plan["fp_bytes"] / plan["export_bytes"] if plan["export_bytes"] else 0
+    lines += [
+        line(("time   ", "muted"), (f"about {format_seconds(plan['seconds'])}", "strong")),
+        line(
+            ("size   ", "muted"),
+            f"{format_bytes(plan['fp_bytes'])} → {format_bytes(plan['export_bytes'])}",
+            (f"  {ratio:.2f}×", "muted"),
+        ),
+        line(("bits   ", "muted"), f"{plan['bits_per_weight']:.2f} per weight"),
+    ]
+    lost = plan["recovery"]["lost_seconds"]
+    lines.append(line(("a kill ", "muted"), f"loses at most {format_seconds(lost)}"))
+    lines += _published(plan, width)
+    for warning in plan["warnings"]:
+        lines += wrap(f"! {warning}", width, "warn")
+    return [cut(row, width) for row in lines]
+
+
+def _heading(plan: Mapping[str, Any]) -> Line:
+    count = plan["parameters"]
+    size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+    return line(
+        (plan["model_type"], "strong"), f", {size} parameters, {plan['blocks']} blocks", ("", "muted")
+    )
+
+
+def _place(plan: Mapping[str, Any]) -> str:
+    machine = plan["machine"]
+    return machine["gpu_name"] if plan["device"] == "cuda" else f"{machine['cpus']} CPU cores"
+
+
+def _need(name: str, needed: int | None, free: int, width: int) -> list[Line]:
+    needed = needed or 0
+    over = needed > free
+    role = "bad" if over else "good"
+    words: Span = (f"{format_bytes(needed)} of {format_bytes(free)} free", "bad strong" if over else "")
+    head = line((name.ljust(7), "muted"), words)
+    room = min(20, width - 7 - len(words[0]) - 2)
+    if room >= 6:
+        head += line("  ", *bar(needed / free if free else 1.0, room, role))
+    return [head]
+
+
+def _published(plan: Mapping[str, Any], width: int) -> list[Line]:
+    paper = plan.get("published")
+    if not paper:
+        return []
+    return wrap(
+        f"paper: {paper['model']} {paper['setting']} reached perplexity {paper['perplexity']} "
+        f"(full precision {paper['fp_perplexity']}), accuracy {paper['accuracy']} % "
+        f"of {paper['fp_accuracy']} %",
+        width,
+        "accent",
+    )
+
+
+def error_lines(error: Exception, width: int) -> list[Line]:
+    """Why there is no plan."""
+    if isinstance(error, EqatError):
+        hint = f" ({error.hint})" if error.hint else ""
+        return wrap(f"✗ {error.where + ': ' if error.where else ''}{error.message}{hint}", width, "bad")
+    return wrap(f"✗ {error}", width, "bad")

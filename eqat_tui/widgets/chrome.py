@@ -1,0 +1,96 @@
+"""The first and the last line of every screen: where one is, and which keys there are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from textual import events
+
+from eqat_tui.keys import EVERYWHERE, Key
+from eqat_tui.lines import Line, beside, line, width_of
+from eqat_tui.widgets.panel import Panel
+
+if TYPE_CHECKING:
+    from eqat_tui.screens.base import WorkScreen
+
+TABS = ("setup", "monitor", "result", "runs", "memory")
+
+
+class TopBar(Panel):
+    """``eqat  1 Setup  2 Monitor …`` and what the screen has to say at the right."""
+
+    DEFAULT_CSS = "TopBar { dock: top; height: 1; background: $panel; }"
+
+    def __init__(self) -> None:
+        super().__init__(id="top-bar")
+        self.right: Line = []
+
+    def say(self, mode: str, right: Line | None = None) -> None:
+        """Mark the tab of ``mode``."""
+        if right is not None:
+            self.right = right
+        self.show([beside(self._tabs(mode), self.right, self.size.width)])
+
+    def _tabs(self, mode: str) -> Line:
+        short = self.size.width < 70
+        spans: Line = [(" eqat ", "strong")]
+        for key in EVERYWHERE[: len(TABS)]:
+            here = key.action == mode
+            label = f"[{key.shown} {key.label}]" if here else f" {key.shown} {key.label} "
+            spans.append(
+                (label[:-1] + "" if short and not here else label, "strong accent" if here else "muted")
+            )
+        return spans
+
+    def on_click(self, event: events.Click) -> None:
+        x = 0
+        for index, (text, _) in enumerate(self.lines[0] if self.lines else []):
+            x += len(text)
+            if event.x < x:
+                if 0 < index <= len(TABS):
+                    self.screen.run_worker(self.screen.run_action(f"do('{TABS[index - 1]}')"))
+                return
+
+
+class KeyBar(Panel):
+    """The keys of the screen. What is in brackets cannot be done now; pressing it says why."""
+
+    DEFAULT_CSS = "KeyBar { dock: bottom; height: 1; background: $panel; }"
+
+    def __init__(self) -> None:
+        super().__init__(id="key-bar")
+        self._places: list[tuple[int, str]] = []
+
+    def say(self, screen: WorkScreen) -> None:
+        """The keys of ``screen`` as they stand; the ones for help and leaving are always there."""
+        always = [key for key in EVERYWHERE if key.footer]
+        last: Line = []
+        for key in always:
+            last += self._key(key, "")
+        room = self.size.width - width_of(last)
+        spans: Line = []
+        self._places = []
+        for key in screen.offered():
+            if not key.footer:
+                continue
+            made = self._key(key, screen.why_not(key.action))
+            if width_of(spans) + width_of(made) > room:
+                break
+            spans += made
+            self._places.append((width_of(spans), key.action))
+        blank = max(0, room - width_of(spans))
+        x = width_of(spans) + blank
+        for key in always:
+            x += width_of(self._key(key, ""))
+            self._places.append((x, key.action))
+        self.show([line(*spans, " " * blank, *last)])
+
+    def _key(self, key: Key, why_not: str) -> Line:
+        if why_not:
+            return [(f"({key.shown} {key.label})", "muted")]
+        return [(f" {key.shown}", "key"), (f" {key.label} ", "")]
+
+    def on_click(self, event: events.Click) -> None:
+        action = next((action for end, action in self._places if event.x < end), None)
+        if action is not None:
+            self.screen.run_worker(self.screen.run_action(f"do('{action}')"))
