@@ -72,13 +72,13 @@ def _record_refusal(run: RunDirectory, attempt: int, error: EqatError) -> None:
 
 
 def _check_prompt(prompt: str, new_tokens: int) -> None:
+    """What is wrong with a prompt is said before the model is opened."""
     if not prompt.strip():
         raise UsageError("is empty", where="--prompt", hint="give the models something to continue")
     try:
+        # Bytes of an argument that are no text reach Python as lone surrogates.
         prompt.encode()
-    except (
-        UnicodeEncodeError
-    ) as error:  # Python passes bytes of arguments that are not text through like this
+    except UnicodeEncodeError as error:
         raise UsageError("is not valid UTF-8", where="--prompt", hint="type it anew") from error
     if new_tokens < 1:
         raise UsageError(f"{new_tokens} is no number of tokens", where="--new-tokens", hint="1 or more")
@@ -103,9 +103,11 @@ def _attempt(
     from engine.pipeline import Pipeline
     from engine.reporter import Reporter
     from engine.run.plan import Plan, check, make_plan
+    from engine.run.state import BULK, load_state
     from engine.setup import choose_device, prepare_process, started_event
     from engine.telemetry import Telemetry
 
+    before = load_state(run, skip=BULK).outcome if arguments.task != "run" else None
     device = choose_device(config.runtime.device)
     report = Reporter(run, attempt, device)
     report.listen()
@@ -140,7 +142,8 @@ def _attempt(
         outcome, code = "failed", failure.exit_code
     finally:
         telemetry.close()
-        report.finish(outcome, code)
+        exported = arguments.task == "export" and outcome == "done"
+        report.finish(outcome, code, leaves=None if exported else before)
         report.close()
     return int(code)
 

@@ -143,7 +143,8 @@ class Pipeline:
         source = ModelSource.open(config.model)
         lm = CausalLM(source, self.device, compute_dtype("auto", self.device))
         tokens = draw_tokens(config, source.tokenizer(), report)
-        made_from = {"model": digest(source.identity()), **tokens.digests()}
+        identity = {name: value for name, value in source.identity().items() if name not in ("path", "name")}
+        made_from = {"model": digest(identity), **tokens.digests()}
         report.expect_silence(PREPARE_SILENCE)
         store = CheckpointStore(
             run.checkpoints_dir,

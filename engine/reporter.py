@@ -297,12 +297,13 @@ class Reporter:
         """Record why the attempt ends."""
         self.emit(error_event(error))
 
-    def finish(self, outcome: events.Outcome, exit_code: ExitCode) -> None:
-        """The last event."""
+    def finish(
+        self, outcome: events.Outcome, exit_code: ExitCode, leaves: events.Outcome | None = None
+    ) -> None:
+        """The last event; ``leaves`` is the run's state where that is not how this attempt ended."""
+        seconds = time.monotonic() - self.started
         self.emit(
-            events.RunFinished(
-                outcome=outcome, exit_code=int(exit_code), seconds=time.monotonic() - self.started
-            )
+            events.RunFinished(outcome=outcome, exit_code=int(exit_code), seconds=seconds, leaves=leaves)
         )
 
     def close(self) -> None:

@@ -53,8 +53,8 @@ def continuation(
 ) -> Continuation:
     """What the model whose ``i``-th block is ``block_for(i)`` writes after ``ids_1T``.
 
-    It ends with the model's end-of-text token, after ``new_tokens`` tokens, or when ``should_stop()``, which is
-    asked after each, says so.
+    It ends with an end-of-text token, after ``new_tokens`` tokens, or when ``should_stop()``, which is asked
+    after each, says so.
     """
     tokenizer = lm.source.tokenizer()
     ends = end_tokens(lm)

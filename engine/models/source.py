@@ -146,8 +146,9 @@ class ModelSource:
 
         The digest covers the configuration, every tensor's name, shape and stored size, the sizes of the
         files, 64 samples of each file's bytes, which training changes all over, and the model's own code
-        where that is run. Neither the folder nor a file's time counts. Thirty shards of 140 GB cost 1920
-        reads of 64 KiB. What it cannot see is a change that is confined to the bytes between the samples.
+        where that is run. No file's time counts; ``path`` and ``name`` tell where it was found and are not
+        compared, so a model may move. Thirty shards of 140 GB cost 1920 reads of 64 KiB. What it cannot see
+        is a change that is confined to the bytes between the samples.
         """
         place = self.file or self.directory
         return {

@@ -36,7 +36,10 @@ def write_samples(
     ids_1T = prompt_ids(job.source.tokenizer(), prompt)
     new_tokens = _room_after(job, ids_1T.shape[1], new_tokens)
     # Two models one after the other, each with all of its blocks.
-    models = (("fp", job.lm.load_block), (_quantized_stage(job), job.dense_block))
+    models: list[tuple[events.Stage, Callable[[int], nn.Module]]] = [
+        ("fp", job.lm.load_block),
+        (_quantized_stage(job), job.dense_block),
+    ]
     for position, (stage, block_for) in enumerate(models):
         job.report.step(position * job.blocks, len(models) * job.blocks)
         problem = _too_large(job, budget_bytes)
@@ -56,7 +59,7 @@ def _quantized_stage(job: Job) -> events.Stage:
 
 
 def _room_after(job: Job, tokens: int, wanted: int) -> int:
-    """How many of the ``wanted`` tokens have a place after so many: a model knows no position beyond its last."""
+    """How many of the ``wanted`` tokens have a place after so many: a model knows only so many positions."""
     longest = getattr(text_config(job.lm.model.config), "max_position_embeddings", None)
     if longest is None:
         return wanted
@@ -106,7 +109,8 @@ def _too_large(job: Job, budget_bytes: int | None) -> str:
     free, place = _free(job) if budget_bytes is None else (budget_bytes, "the budget")
     if needed <= free:
         return ""
-    return f"all blocks together take {needed / 2**30:.2f} GiB, and {place} has room for {max(0, free) / 2**30:.2f}"
+    room = f"{place} has room for {max(0, free) / 2**30:.2f}"
+    return f"all blocks together take {needed / 2**30:.2f} GiB, and {room}"
 
 
 def _free(job: Job) -> tuple[int, str]:

@@ -327,7 +327,7 @@ def run_state(run: RunDirectory, *, now: float | None = None) -> State:
     last = ends[-1] if ends else None
     # A finish counts only for the attempt that wrote last.
     finished = isinstance(last, RunFinished) and last.attempt == events[-1].attempt
-    outcome = last.outcome if isinstance(last, RunFinished) and finished else None
+    outcome = last.leaves or last.outcome if isinstance(last, RunFinished) and finished else None
     started = _size(run.events_path) > 0
     if not held:
         launched = read_launched(run)

@@ -218,11 +218,16 @@ class Error(Event, frozen=True, kw_only=True, tag="error"):
 
 
 class RunFinished(Event, frozen=True, kw_only=True, tag="run.finished"):
-    """The attempt's last word; an attempt without one crashed."""
+    """The attempt's last word; an attempt without one crashed.
+
+    An attempt that did something with a finished run (an evaluation, an export) and failed leaves the run as
+    finished as it was: ``leaves``.
+    """
 
     outcome: Outcome
     exit_code: int
     seconds: float
+    leaves: Outcome | None = None
 
 
 AnyEvent = (

@@ -12,6 +12,7 @@ it finds: it stops at the last newline, skips bad lines and unknown kinds, and i
 from __future__ import annotations
 
 import errno
+import functools
 import math
 import os
 import threading
@@ -120,10 +121,13 @@ def _plain(value: Any) -> Any:
 _encoder = msgspec.json.Encoder(enc_hook=_plain)
 
 
+_fields = functools.cache(msgspec.structs.fields)
+
+
 def _finite(event: _E) -> _E:
     """``event`` with numbers that JSON cannot hold replaced, so that every reader can decode the line."""
     changes: dict[str, Any] = {}
-    for field in msgspec.structs.fields(type(event)):
+    for field in _fields(type(event)):
         value = getattr(event, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             changes[field.name] = 0.0 if field.type is float else None

@@ -20,7 +20,7 @@ from engine.run.directory import RunDirectory, holder, starting
 from engine.run.errors import PreflightError
 from engine.run.files import disk_error
 from engine.run.lock import RunLock
-from engine.run.state import load_state
+from engine.run.state import BULK, load_state
 
 REMOVED = ".removed-"
 UNFINISHED_EXPORTS = ("*.partial", "*.failed")
@@ -117,7 +117,7 @@ def _is_intact(place: Path, number: int) -> bool:
 
 def _is_done(run: RunDirectory) -> bool:
     """The outcome of the last attempt, which the lock that we hold hides from the state rule."""
-    return load_state(run, skip=frozenset({"metric", "memory"})).outcome == "done"
+    return load_state(run, skip=BULK).outcome == "done"
 
 
 def _garbage(run: RunDirectory) -> Iterator[Path]:

@@ -15,7 +15,7 @@ from engine.run import config as configs
 from engine.run.config import RunConfig
 from engine.run.directory import RunDirectory
 from engine.run.errors import PreflightError, UsageError
-from engine.run.state import load_state
+from engine.run.state import BULK, load_state
 
 SHARED_FIELDS = ("model.", "grid.", "block_ap.enabled")
 """What the shared blocks depend on, and every later one must agree with."""
@@ -70,7 +70,7 @@ def redo_config(run: RunDirectory, from_block: int, overrides: Mapping[str, obje
 
 def _check_blocks(run: RunDirectory, from_block: int) -> None:
     """Blocks 0 to K-1 must be finished."""
-    state = load_state(run, skip=frozenset({"metric", "memory"}))
+    state = load_state(run, skip=BULK)
     finished = sum(row.finished for row in state.trained_blocks())
     if 0 <= from_block <= finished:
         return

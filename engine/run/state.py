@@ -20,6 +20,8 @@ from engine.run.errors import EqatError
 from engine.run.events import Event, read_events
 from engine.run.files import read_error
 
+BULK = frozenset({"metric", "memory"})
+"""Nineteen events in twenty: who wants to know only what was achieved may skip them."""
 MAX_METRICS = 2000
 MAX_READINGS = 600
 MAX_WARNINGS = 200
@@ -67,7 +69,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     """Wall clock of the latest event."""
     event_count: int = 0
     """Events seen."""
-    outcome: str | None = None
+    outcome: events.Outcome | None = None
     exit_code: int | None = None
     seconds: float = 0.0
     """Working time of the attempts that finished."""
@@ -375,7 +377,7 @@ def _run_finished(state: RunState, event: events.RunFinished) -> RunState:
     state = _close_phase(state)
     return _change(
         state,
-        outcome=event.outcome,
+        outcome=event.leaves or event.outcome,
         exit_code=event.exit_code,
         seconds=state.seconds + event.seconds,
     )

@@ -8,11 +8,11 @@ from typing import Any, Literal
 from engine.run.config import field_names, to_dict
 from engine.run.directory import RunDirectory
 from engine.run.errors import EqatError
-from engine.run.state import RunState, load_state
+from engine.run.state import BULK, RunState, load_state
 from eqat_tui.charts import Series
 from eqat_tui.lines import Line, Span, columns, cut, line, widths_of, wrap
 from eqat_tui.output import format_bytes, format_number, format_seconds
-from eqat_tui.summary import ago
+from eqat_tui.summary import ago, shorten
 from eqat_tui.views.monitor import STATE_MARKS, STATE_ROLES, elapsed
 from eqat_tui.words import model_name, phase_name
 
@@ -102,7 +102,7 @@ def details(run: Summary, width: int) -> list[Line]:
     if run["exports"]:
         words.append(f"verified: {', '.join(run['exports'])}")
     lines.append(cut(line(("; ".join(words), "muted")), width))
-    lines.append(cut(line((run["error"] or run["path"], "bad" if run["error"] else "muted")), width))
+    lines.append(cut(line((run["error"] or shorten(run["path"]), "bad" if run["error"] else "muted")), width))
     return lines
 
 
@@ -119,7 +119,7 @@ class Compared:
         except EqatError:
             self.settings = {}
         try:
-            self.state = load_state(run, skip=frozenset({"metric", "memory"}))
+            self.state = load_state(run, skip=BULK)
         except EqatError:
             self.state = RunState(id=run.id)
 

@@ -25,7 +25,7 @@ def values(kind: Any, *, any_float: bool = False) -> st.SearchStrategy[Any]:
     def inner(part: Any) -> st.SearchStrategy[Any]:
         return values(part, any_float=any_float)
 
-    if isinstance(kind, types.UnionType):
+    if isinstance(kind, types.UnionType) or origin is typing.Union:
         return st.one_of([inner(arg) for arg in args])
     if origin is Literal:
         return st.sampled_from(args)

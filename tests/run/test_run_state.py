@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,13 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from run_strategies import some_event
+from run_strategies import log_of, some_event
 
 from engine.run import config as configs
 from engine.run import events, state
-from engine.run.directory import RunDirectory, Status, write_status
+from engine.run.directory import RunDirectory, Status, run_state, write_status
 from engine.run.events import EventWriter
-from engine.run.state import RunState
+from engine.run.state import MAX_METRICS, MAX_READINGS, RunState, load_state
 
 CONFIG = configs.resolve(configs.load("smoke"))
 
@@ -295,3 +296,58 @@ def test_an_attempt_that_goes_back_by_more_than_a_block_leaves_no_zigzag_in_any_
     for block in (0, 1):
         steps = [(m.step, m.attempt) for m in shown if m.block == block]
         assert steps == [(1, 1), (2, 2), (3, 2)]
+
+
+@given(st.lists(some_event(), max_size=40))
+def test_many_events_at_once_give_the_same_state_as_one_by_one(some: list[events.Event]) -> None:
+    one_by_one = RunState()
+    for event in some:
+        one_by_one = one_by_one.apply(event)
+    assert RunState().apply_all(some) == one_by_one
+    half = len(some) // 2
+    assert RunState().apply_all(some[:half]).apply_all(some[half:]) == one_by_one
+
+
+def long_log(count: int) -> list[events.Event]:
+    """Events of blocks of 500 steps each, a reading of the machine with every fourth."""
+    log: list[events.Event] = []
+    while len(log) < count:
+        block = len(log) // 626
+        log.append(events.BlockStarted(phase="block_ap", block=block, blocks=400))
+        for step in range(1, 501):
+            log.append(
+                events.Metric(phase="block_ap", block=block, step=step, steps=500, epoch=0, loss=1 / step)
+            )
+            if step % 4 == 0:
+                log.append(events.Memory(gpu_used=step))
+    return [msgspec.structs.replace(event, seq=i, t=i / 5, mono=i / 5) for i, event in enumerate(log[:count])]
+
+
+def test_thinning_is_the_same_at_once_and_one_by_one() -> None:
+    log = long_log(7000)
+    one_by_one = RunState()
+    for event in log:
+        one_by_one = one_by_one.apply(event)
+    assert RunState().apply_all(log) == one_by_one
+    assert len(one_by_one.metrics) <= MAX_METRICS
+    assert len(one_by_one.readings) <= MAX_READINGS
+
+
+def test_a_log_of_200_000_events_is_read_in_under_two_seconds(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, CONFIG)
+    run.events_path.write_bytes(log_of(long_log(200_000)))
+    begun = time.process_time()
+    assert load_state(run).event_count == 200_000
+    assert time.process_time() - begun < 2.0
+
+
+@pytest.mark.parametrize("after", ["failed", "stopped", "done"])
+def test_a_side_task_leaves_a_finished_run_finished(tmp_path: Path, after: events.Outcome) -> None:
+    run = RunDirectory.create(tmp_path, CONFIG)
+    with EventWriter(run.events_path, 1) as writer:
+        writer.emit(events.RunFinished(outcome="done", exit_code=0, seconds=1.0))
+    with EventWriter(run.events_path, 2) as writer:
+        writer.emit(events.RunFinished(outcome=after, exit_code=6, seconds=1.0, leaves="done"))
+    assert run_state(run) == "done"
+    assert load_state(run).outcome == "done"
+    assert load_state(run).exit_code == 6
