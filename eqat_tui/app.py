@@ -207,17 +207,18 @@ class EqatApp(App[str]):
 
     def open_run(self, run: RunDirectory, *, show: bool = True, mode: str = "monitor") -> None:
         """Make ``run`` the current one."""
-        self._watch(LiveFeed(run))
+        self.show_feed(LiveFeed(run))
         if show:
             self.switch_mode(mode)
 
     def replay(self, run: RunDirectory, speed: float = 10.0, *, show: bool = True) -> None:
         """Show ``run`` from its beginning."""
-        self._watch(ReplayFeed(run, speed))
+        self.show_feed(ReplayFeed(run, speed))
         if show:
             self.switch_mode("monitor")
 
-    def _watch(self, feed: Feed) -> None:
+    def show_feed(self, feed: Feed) -> None:
+        """Show what ``feed`` has from now on."""
         if self._watcher is not None:
             self._watcher.end()
         self.feed, self.view = feed, None

@@ -414,7 +414,9 @@ def generate(
     from eqat_tui import actions
     from eqat_tui.summary import samples
 
-    args = ("--task", "generate", "--prompt", prompt, "--new-tokens", str(new_tokens))
+    if not prompt.strip():
+        raise UsageError("is empty", where="--prompt", hint="give the models something to continue")
+    args = ("--task", "generate", f"--prompt={prompt}", "--new-tokens", str(new_tokens))
     found = actions.find(run, runs_dir)
     return actions.start(found, args=args, detach=False, as_json=as_json, told=samples)
 

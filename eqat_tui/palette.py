@@ -19,6 +19,8 @@ from rich.style import Style
 from textual.filter import LineFilter
 from textual.theme import Theme
 
+from eqat_tui.lines import Line
+
 if TYPE_CHECKING:
     from textual.color import Color
 
@@ -111,6 +113,22 @@ def style_of(role: str, theme: str) -> Style:
     for name in role.split():
         style += Style.parse(table.get(name) or _EVERYWHERE.get(name, ""))
     return style
+
+
+def markup(spans: Line, theme: str) -> str:
+    """``spans`` as Textual's markup, for the titles of panels."""
+    words = []
+    for text, role in spans:
+        styles = [STYLES.get(theme, _ANSI).get(name) or _EVERYWHERE.get(name, "") for name in role.split()]
+        named = [_markup_style(part) for style in styles for part in style.split()]
+        text = text.replace("[", "\\[")
+        words.append(f"[{' '.join(named)}]{text}[/]" if named else text)
+    return "".join(words)
+
+
+def _markup_style(part: str) -> str:
+    """Markup takes a bare name for a web colour; the terminal's own ones have a prefix there."""
+    return part if part.startswith("#") or part in ("bold", "dim", "reverse", "underline") else f"ansi_{part}"
 
 
 class Terminal(msgspec.Struct, frozen=True, kw_only=True):

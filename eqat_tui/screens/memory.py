@@ -15,6 +15,7 @@ from engine.run.errors import EqatError
 from eqat_tui.charts import chart, legend
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line
+from eqat_tui.palette import markup
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.views import memory as views
 from eqat_tui.widgets.list_panel import ListPanel
@@ -100,7 +101,7 @@ class MemoryScreen(WorkScreen):
         self._fill_history()
         panel = self.query_one("#processes", ListPanel)
         header, rows = views.processes(reading, max(20, width - 3))
-        panel.border_subtitle = "" if rows else "none on a GPU, no engine of ours"
+        panel.border_title = "processes" if rows else "processes: none on a GPU, no engine of ours"
         panel.show(rows, header=header)
         words = ("held ", "warn") if self._held.is_set() else ("live ", "muted")
         self.refresh_bars(line(words))
@@ -109,10 +110,9 @@ class MemoryScreen(WorkScreen):
         panel = self.query_one("#history", Panel)
         terminal = self.eqat.terminal
         name, series, top = views.history(self._readings)
-        panel.border_title = f"{name}, last {_span(self._readings)}"
-        panel.border_subtitle = (
-            "".join(text for text, _ in legend(series, marks=terminal.marks)) if len(series) > 1 else ""
-        )
+        names = legend(series, marks=terminal.marks) if len(series) > 1 else []
+        title = line(f"{name}, last {_span(self._readings)}", "   " if names else "", *names)
+        panel.border_title = markup(title, self.app.theme)
         panel.show(
             chart(
                 series,

@@ -16,6 +16,7 @@ from eqat_tui.charts import Series, chart, legend
 from eqat_tui.feed import ReplayFeed, RunView
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import Line, line, wrap
+from eqat_tui.palette import markup
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Confirm, Reader
 from eqat_tui.views import monitor as views
@@ -85,7 +86,9 @@ class MonitorScreen(WorkScreen):
     MonitorScreen #tables { width: 40; margin-left: 1; }
     MonitorScreen #machine { height: auto; }
     MonitorScreen #journal { height: 4; }
+    MonitorScreen #history { height: 40%; display: none; }
     MonitorScreen.-wide #tables { width: 54; }
+    MonitorScreen.-wide.-tall #history { display: block; }
     MonitorScreen.-tall #journal { height: 9; }
     MonitorScreen.-tall #profile { display: block; }
     MonitorScreen.-low #journal { display: none; }
@@ -112,6 +115,7 @@ class MonitorScreen(WorkScreen):
                 yield Panel(id="profile", classes="section", title="loss per block")
             with Vertical(id="tables"):
                 yield ListPanel(id="blocks", classes="section", title="blocks")
+                yield Panel(id="history", classes="section", title="memory")
         yield Panel(id="machine", classes="section", title="machine")
         yield ScrollPanel(id="journal", classes="section", title="journal")
 
@@ -164,33 +168,41 @@ class MonitorScreen(WorkScreen):
             panel.move_to(view.state.block, tell=False)
 
     def _fill_charts(self, view: RunView) -> None:
-        self._draw("#loss", *self._wanted(view))
+        self._draw("#loss", view, self._chart)
         if self.query_one("#profile").display:
-            other: ChartKind = "profile" if self._chart != "profile" else "loss"
-            self._draw("#profile", *self._wanted(view, other))
+            self._draw("#profile", view, "profile" if self._chart != "profile" else "loss")
+        if self.query_one("#history").display:
+            self._draw("#history", view, "memory")
 
-    def _wanted(
-        self, view: RunView, kind: ChartKind | None = None
-    ) -> tuple[str, Sequence[Series], str, bool]:
-        """Title, series, name of the x axis, and whether a logarithm makes sense."""
-        kind = kind or self._chart
+    def _wanted(self, view: RunView, kind: ChartKind) -> tuple[str, Sequence[Series], str]:
+        """Title, series, and name of the x axis."""
         if kind == "profile":
-            return "loss per block", views.profile_series(view.state), "block", True
+            return "loss per block", views.profile_series(view.state), "block"
         if kind == "memory":
-            return "memory, GiB", views.memory_series(view.state), "seconds", False
+            return "memory, GiB", views.memory_series(view.state), "seconds"
         name, series = views.loss_series(view, self._chosen)
-        return name, series, "step", True
+        return name, series, "step"
 
-    def _draw(self, where: str, name: str, series: Sequence[Series], x_name: str, may_log: bool) -> None:
+    def _range(self, view: RunView, kind: ChartKind) -> tuple[float, float] | None:
+        """The x axis: all steps and all blocks, those to come included, so that progress shows."""
+        if kind == "profile":
+            blocks = (view.state.plan or {}).get("blocks") or view.state.blocks
+            return (0, blocks - 1) if blocks and blocks > 1 else None
+        if kind == "loss":
+            place = views.shown_block(view, self._chosen)
+            steps = [m.steps for m in view.state.metrics if (m.phase, m.block) == place]
+            return (1, steps[-1]) if steps and steps[-1] > 1 else None
+        return None
+
+    def _draw(self, where: str, view: RunView, kind: ChartKind) -> None:
         panel = self.query_one(where, Panel)
-        log = self._log_scale and may_log
+        name, series, x_name = self._wanted(view, kind)
+        log = self._log_scale and kind != "memory"
         terminal = self.eqat.terminal
         marks = terminal.marks or terminal.ascii_only
         scale = " (log)" if log else ""
-        panel.border_title = f"{name}{scale}"
-        panel.border_subtitle = (
-            "" if len(series) < 2 else "".join(text for text, _ in legend(series, marks=marks))
-        )
+        names = legend(series, marks=marks) if len(series) > 1 else []
+        panel.border_title = markup(line(f"{name}{scale}", "   " if names else "", *names), self.app.theme)
         made = chart(
             series,
             panel.size.width,
@@ -199,7 +211,8 @@ class MonitorScreen(WorkScreen):
             ascii_only=terminal.ascii_only,
             marks=terminal.marks and len(series) > 1,
             x_name=x_name,
-            y_from_zero=not may_log,
+            x_range=self._range(view, kind),
+            y_from_zero=kind == "memory",
         )
         panel.show(made)
 

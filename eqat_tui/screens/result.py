@@ -182,7 +182,7 @@ class ResultScreen(WorkScreen):
         def begin(prompt: str | None) -> None:
             if prompt and prompt.strip():
                 self._prompt = prompt
-                self._launch("--task", "generate", "--prompt", prompt)
+                self._launch("--task", "generate", f"--prompt={prompt}")
 
         self.app.push_screen(
             Ask("Continue this prompt", self._prompt, help=["Both models write on, greedily."]), begin

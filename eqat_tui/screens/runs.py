@@ -19,6 +19,7 @@ from eqat_tui.charts import chart, legend
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line
 from eqat_tui.output import format_bytes
+from eqat_tui.palette import markup
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Confirm
 from eqat_tui.views import runs as views
@@ -161,9 +162,8 @@ class RunsScreen(WorkScreen):
             if place is not None:
                 panel.move_to(place, tell=False)
         order = f"by {self._sort}" + (f", with “{self._words}”" if self._words else "")
-        panel.border_title = f"runs, {order}"
-        bad = self._catalogue.unreadable
-        panel.border_subtitle = f"{len(bad)} cannot be read" if bad else ""
+        bad = len(self._catalogue.unreadable)
+        panel.border_title = f"runs, {order}" + (f"; {bad} cannot be read" if bad else "")
         self._fill_details(details)
         self.refresh_bars(line((f"{len(self._shown)} of {len(self._all)} ", "muted")))
 
@@ -351,7 +351,8 @@ class CompareScreen(WorkScreen):
         panel, table = self.query_one("#losses", Panel), self.query_one("#table", ScrollPanel)
         terminal = self.eqat.terminal
         series = views.overlaid(self._runs)
-        panel.border_subtitle = "".join(text for text, _ in legend(series, marks=True))
+        names = legend(series, marks=True)
+        panel.border_title = markup(line("final loss per block   ", *names), self.app.theme)
         panel.show(
             chart(
                 series,

@@ -92,6 +92,16 @@ def remaining(view: RunView) -> tuple[float | None, bool]:
     return max(0.0, planned - elapsed(state)), True
 
 
+def _by_plan(state: RunState) -> float | None:
+    """How much of the run is done, by the plan's seconds for its phases."""
+    planned = {phase["name"]: phase["seconds"] for phase in (state.plan or {}).get("phases", ())}
+    total = sum(planned.values())
+    done = sum(planned.get(row.name, 0.0) for row in state.phases if row.finished)
+    if state.phase is not None and not any(row.finished for row in state.phases if row.name == state.phase):
+        done += planned.get(state.phase, 0.0) * (fraction(state) or 0.0)
+    return done / total if total else None
+
+
 def _measured(state: RunState) -> bool:
     """Whether the pace rests on a finished block, or on enough steps of something without blocks."""
     if state.blocks:
@@ -120,7 +130,7 @@ def progress(view: RunView, width: int) -> list[Line]:
     share = line(f"{done:4.0%}" if done is not None else "")
     left, guess = remaining(view)
     worked = elapsed(state)
-    whole = worked / (worked + left) if left is not None and worked + left > 0 else None
+    whole = worked / (worked + left) if left is not None and worked + left > 0 else _by_plan(state)
     clock = line(f"{whole:4.0%}  " if whole is not None else "", (f"{format_clock(worked)} done", "muted"))
     if left is not None:
         clock += line("  ", (f"{'about ' if guess else ''}{format_clock(left)} left", "strong"))
@@ -176,7 +186,7 @@ def notices(view: RunView, width: int) -> list[Line]:
         where = f"{error.where}: " if error.where else ""
         hint = f" ({error.hint})" if error.hint else ""
         lines += wrap(f"✗ {where}{error.message}{hint}", width, "bad")
-    if broken(view.state):
+    if broken(view.state) and view.live:
         lines += wrap("! the loss is not finite; the engine goes back to its last good state", width, "bad")
     return lines
 

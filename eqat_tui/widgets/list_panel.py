@@ -25,7 +25,7 @@ CURSOR = "▸"
 class ListPanel(ScrollView, can_focus=True):
     """Rows with a cursor, below an optional header that does not scroll."""
 
-    DEFAULT_CSS = "ListPanel { height: 1fr; scrollbar-size-vertical: 1; }"
+    DEFAULT_CSS = "ListPanel { height: 1fr; overflow-x: hidden; scrollbar-size-vertical: 1; }"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up,k", "move(-1)", "Up", show=False),
         Binding("down,j", "move(1)", "Down", show=False),

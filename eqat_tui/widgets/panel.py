@@ -75,22 +75,21 @@ class Panel(Widget):
 class ScrollPanel(ScrollView, can_focus=True):
     """Lines that scroll, for texts longer than the screen."""
 
-    DEFAULT_CSS = "ScrollPanel { height: 1fr; }"
+    DEFAULT_CSS = "ScrollPanel { height: 1fr; overflow-x: hidden; scrollbar-size-vertical: 1; }"
 
     def __init__(self, *, id: str | None = None, classes: str | None = None, title: str = "") -> None:
         super().__init__(id=id, classes=classes)
         self.lines: list[Line] = []
+        self._follows = False
         if title:
             self.border_title = title
 
     def show(self, lines: Sequence[Line], *, follow: bool = False) -> None:
         """Show ``lines``; ``follow`` stays at the end if that is where the reader is."""
-        at_end = self.scroll_offset.y >= self.max_scroll_y
         before, self.lines = self.lines, list(lines)
+        self._follows = follow and self.scroll_offset.y >= len(before) - self.size.height
         if len(before) != len(self.lines):
-            self.virtual_size = Size(self.size.width, len(self.lines))
-            if follow and at_end:
-                self.scroll_end(animate=False)
+            self._fit()
             self.refresh()
             return
         for row, (old, new) in enumerate(zip(before, self.lines, strict=True)):
@@ -103,4 +102,9 @@ class ScrollPanel(ScrollView, can_focus=True):
         return paint(spans, self.size.width, self.app.theme, self.visual_style.rich_style)
 
     def on_resize(self, event: events.Resize) -> None:
+        self._fit()
+
+    def _fit(self) -> None:
         self.virtual_size = Size(self.size.width, len(self.lines))
+        if self._follows:
+            self.scroll_to(y=len(self.lines), animate=False, force=True, immediate=True)

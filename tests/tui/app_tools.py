@@ -1,0 +1,105 @@
+"""Running the app in a test, and reading its screen as text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from textual.app import App
+from textual.pilot import Pilot
+
+from engine.run.directory import RunDirectory, Status
+from eqat_tui.app import EqatApp
+from eqat_tui.feed import LiveFeed, Liveness, RunView
+from eqat_tui.palette import ANSI_DARK, DARK, Terminal
+from eqat_tui.widgets.panel import Panel
+
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+PLAIN = Terminal(theme=DARK)
+MONOCHROME = Terminal(theme=ANSI_DARK, colour=False, ascii_only=True)
+
+Script = Callable[[Pilot[Any], EqatApp], Awaitable[None]]
+
+
+def picture(app: App[Any]) -> str:
+    """The screen as text, after all filters, as the terminal gets it."""
+    rows = app.screen._compositor.render_strips()
+    return "\n".join("".join(segment.text for segment in row).rstrip() for row in rows)
+
+
+def drive(app: EqatApp, script: Script, size: tuple[int, int] = (80, 24)) -> None:
+    """Run ``app`` without a terminal and do what ``script`` says."""
+
+    async def run() -> None:
+        async with app.run_test(size=size) as pilot:
+            await pilot.pause()
+            await script(pilot, app)
+
+    asyncio.run(run())
+
+
+async def until(pilot: Pilot[Any], condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Let the app go on until ``condition`` holds; a test that waits in vain fails with the screen."""
+    for _ in range(round(seconds / 0.02)):
+        if condition():
+            return
+        await pilot.pause(0.02)
+    raise AssertionError(f"did not happen in time; the screen shows\n{picture(pilot.app)}")
+
+
+async def press(pilot: Pilot[Any], *keys: str) -> None:
+    """Press keys one by one and let each take effect."""
+    for key in keys:
+        await pilot.press(key)
+        await pilot.pause()
+
+
+def words_of(panel: Panel) -> str:
+    """What a panel shows."""
+    return "\n".join("".join(text for text, _ in line) for line in panel.lines)
+
+
+class StillFeed:
+    """One moment of a run, for ever."""
+
+    def __init__(self, run: RunDirectory, view: RunView) -> None:
+        self.run, self._view = run, view
+
+    def poll(self) -> RunView:
+        return self._view
+
+
+def view_of(run: RunDirectory, liveness: Liveness, *, eta: float | None = None, **changes: Any) -> RunView:
+    """The view of a recorded run, as if it were in this state ten seconds after its last event."""
+    view = LiveFeed(run).poll()
+    now = (view.state.last_t or 0.0) + 10
+    status = Status(phase=view.state.phase or "", eta_s=eta, heartbeat=now - 3, pid=4242)
+    state = msgspec.structs.replace(view.state, status=status)
+    pid = 4242 if liveness in ("running", "hung") else None
+    return msgspec.structs.replace(view, state=state, liveness=liveness, now=now, pid=pid, **changes)
+
+
+def app_of(
+    run: RunDirectory | None = None,
+    view: RunView | None = None,
+    *,
+    mode: str = "monitor",
+    terminal: Terminal = PLAIN,
+    runs_dir: Path | None = None,
+    read_only: bool = False,
+) -> EqatApp:
+    """The app on ``run``; with ``view`` it shows that moment of it."""
+    app = EqatApp(
+        runs_dir=runs_dir or Path("runs"),
+        terminal=terminal,
+        run=run if view is None else None,
+        mode=mode,
+        read_only=read_only,
+    )
+    if run is not None and view is not None:
+        feed = StillFeed(run, view)
+        app.call_later(app.show_feed, feed)
+    return app

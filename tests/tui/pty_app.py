@@ -1,0 +1,128 @@
+"""The app in a terminal of its own (a pseudo-terminal), to measure what it sends and what it costs."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import signal
+import struct
+import sys
+import termios
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+REPOSITORY = Path(__file__).parents[2]
+NOT_OURS = ("NO_COLOR", "COLUMNS", "LINES", "COLORFGBG", "EQAT_RUNS_DIR", "EQAT_THEME")
+TRUE_COLOUR = {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
+SIXTEEN = {"TERM": "xterm", "COLORTERM": ""}
+
+
+class PtyApp:
+    """``eqat ARGUMENTS`` behind a pseudo-terminal; what it wrote is read with :meth:`read`."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        cwd: Path,
+        size: tuple[int, int] = (80, 24),
+        python: Sequence[str] = ("-m", "eqat_tui"),
+        **environment: str,
+    ) -> None:
+        self.output = b""
+        self.began = time.monotonic()
+        self.pid, self._fd = pty.fork()
+        if self.pid == 0:
+            os.chdir(cwd)
+            kept = {
+                k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES", "COLORFGBG")
+            }
+            base = {
+                **kept,
+                "PYTHONPATH": str(REPOSITORY),
+                "LANG": "C.UTF-8",
+                "LC_ALL": "C.UTF-8",
+                **TRUE_COLOUR,
+            }
+            os.execve(sys.executable, [sys.executable, *python, *arguments], {**base, **environment})
+        self.resize(size)
+
+    def __enter__(self) -> PtyApp:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.end(0.0)
+
+    def resize(self, size: tuple[int, int]) -> None:
+        """Make the terminal ``size`` (columns, rows)."""
+        fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
+
+    def type(self, keys: str) -> None:
+        """Press keys."""
+        os.write(self._fd, keys.encode())
+
+    def signal(self, number: int) -> None:
+        """Send the app a signal."""
+        os.kill(self.pid, number)
+
+    def read(self, seconds: float, until: bytes | None = None) -> bytes:
+        """What it writes in so many seconds, or until ``until`` occurs in it."""
+        got, deadline = b"", time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            ready, _, _ = select.select([self._fd], [], [], 0.01)
+            if not ready:
+                continue
+            try:
+                part = os.read(self._fd, 1 << 16)
+            except OSError:  # the terminal is gone with the app
+                break
+            if not part:
+                break
+            got += part
+            if until is not None and until in got:
+                break
+        self.output += got
+        return got
+
+    def frames(self, seconds: float, pause: float = 0.1) -> list[int]:
+        """Sizes in bytes of the bursts in so many seconds; silence of ``pause`` ends a burst."""
+        sizes: list[int] = []
+        last, deadline = 0.0, time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            got = self.read(0.02)
+            now = time.monotonic()
+            if got and sizes and now - last < pause:
+                sizes[-1] += len(got)
+            elif got:
+                sizes.append(len(got))
+            if got:
+                last = now
+        return sizes
+
+    def cpu_seconds(self) -> float:
+        """Processor time that the app has used."""
+        times = psutil.Process(self.pid).cpu_times()
+        return times.user + times.system
+
+    def end(self, seconds: float = 5.0) -> int | None:
+        """Wait for its end; the exit code, negative for a signal."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG if seconds else 0)
+            except ChildProcessError:
+                return None
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            self.read(0.02)
+            if time.monotonic() > deadline:
+                return None
