@@ -215,8 +215,12 @@ class ModelPicker(Picker):
         self._look_at()
 
     def _row(self, one: Found, width: int) -> Line:
-        mark = "" if one.is_model else "/"
-        return cut(line(f"{one.source}{mark}", (f"  {one.detail or one.origin}", "muted")), width)
+        detail = f"  {one.detail or one.origin}"
+        name = one.source + ("" if one.is_model else "/")
+        room = max(12, width - len(detail))
+        if len(name) > room:  # of a long path the end tells more
+            name = f"…{name[1 - room :]}"
+        return cut(line(name, (detail, "muted")), width)
 
     def _under(self) -> Found | None:
         cursor = self.query_one("#list", ListPanel).cursor

@@ -367,6 +367,7 @@ class SetupScreen(WorkScreen):
     def on_input_changed(self, message: Input.Changed) -> None:
         message.stop()
         self._words = message.value.strip()
+        self.query_one("#form", ListPanel).move_to(0, tell=False)
         self.refill()
 
     def on_input_submitted(self, message: Input.Submitted) -> None:

@@ -163,17 +163,18 @@ def rows(unfolded: frozenset[str], words: str = "") -> list[Row]:
 
 
 def matching(words: str) -> list[str]:
-    """Fields that have all of ``words`` in name or meaning."""
+    """Fields that have all of ``words`` in name or meaning, those with a name like it first."""
     from engine.run.field_docs import field_help
 
     help_of = field_help()
     wanted = words.lower().split()
-    return [
+    found = [
         name
         for name in configs.field_names()
         if name not in ("name", "description")
         and all(word in f"{name} {help_of.get(name, '')}".lower() for word in wanted)
     ]
+    return sorted(found, key=lambda name: not all(word in name for word in wanted))
 
 
 def kind_of(name: str) -> Any:

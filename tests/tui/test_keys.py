@@ -1,0 +1,424 @@
+"""What keys do, and what they say when they can do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from app_tools import app_of, drive, picture, press, until, view_of, words_of
+from logs import RECORDED
+from textual.pilot import Pilot
+from textual.widgets import Input
+
+from engine.run import control
+from engine.run.directory import RunDirectory, RunLock, list_runs
+from eqat_tui.app import EqatApp
+from eqat_tui.feed import ReplayFeed
+from eqat_tui.keys import EVERYWHERE, key_name
+from eqat_tui.screens.base import READ_ONLY, WorkScreen
+from eqat_tui.screens.dialogs import Confirm, Reader
+from eqat_tui.screens.monitor import MonitorScreen
+from eqat_tui.screens.runs import CompareScreen, RunsScreen
+from eqat_tui.screens.setup import SetupScreen
+from eqat_tui.widgets.chrome import KeyBar
+from eqat_tui.widgets.list_panel import ListPanel
+
+Recorded = Callable[[str], RunDirectory]
+Play = Pilot[Any]
+
+
+def told(app: EqatApp) -> list[str]:
+    """What the app has notified."""
+    return [note.message for note in app._notifications]
+
+
+def running(recorded: Recorded, **options: Any) -> tuple[RunDirectory, EqatApp]:
+    run = recorded("running")
+    return run, app_of(run, view_of(run, "running", eta=300.0), **options)
+
+
+def test_pause_asks_the_engine_to_stop(recorded: Recorded) -> None:
+    run, app = running(recorded)
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "machine" in picture(app))
+        await press(pilot, "p")
+        await until(pilot, lambda: len(control.pending(run)) == 1)
+
+    drive(app, script)
+    assert [request.request for request in control.pending(run)] == ["stop"]
+
+
+@pytest.mark.parametrize(("answer", "requests"), [("y", ["abort"]), ("n", []), ("enter", []), ("escape", [])])
+def test_abort_asks_first_and_enter_alone_does_not_agree(
+    answer: str, requests: list[str], recorded: Recorded
+) -> None:
+    run, app = running(recorded)
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "machine" in picture(app))
+        await press(pilot, "a")
+        assert isinstance(app.screen, Confirm)
+        await press(pilot, answer)
+        assert isinstance(app.screen, Confirm) == (answer == "enter")
+
+    drive(app, script)
+    assert [request.request for request in control.pending(run)] == requests
+
+
+@pytest.mark.parametrize(
+    ("name", "liveness", "key", "reason"),
+    [
+        ("finished", "done", "p", "the run is done: no engine works on it"),
+        ("finished", "done", "r", "the run is done: 3 shows its result"),
+        ("running", "running", "r", "the run is running"),
+        ("running", "running", "K", "the engine answers: p pauses it, a aborts it"),
+        ("running", "running", "f", "it does already"),
+        ("stopped", "stopped", "a", "the run is stopped: no engine works on it"),
+    ],
+)
+def test_a_key_that_can_do_nothing_says_why(
+    name: str, liveness: Any, key: str, reason: str, recorded: Recorded
+) -> None:
+    run = recorded(name)
+    app = app_of(run, view_of(run, liveness))
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "machine" in picture(app))
+        await press(pilot, key)
+        assert told(app) == [reason]
+
+    drive(app, script)
+    assert control.pending(run) == []
+
+
+def test_disabled_keys_stay_in_the_footer_in_brackets(recorded: Recorded) -> None:
+    run = recorded("finished")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "(p pause)" in picture(app))
+        bar = words_of(app.screen.query_one(KeyBar))
+        assert "(r resume)" in bar
+        assert "d detach" in bar
+        assert "(d detach)" not in bar
+
+    drive(app_of(run, view_of(run, "done")), script)
+
+
+def test_a_read_only_viewer_changes_nothing(recorded: Recorded) -> None:
+    run, app = running(recorded, read_only=True)
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "machine" in picture(app))
+        await press(pilot, "p", "a", "K", "3", "e", "4")
+        await until(pilot, lambda: "1 of 1" in picture(app))
+        await press(pilot, "D", "r", "g", "1", "r", "w")
+        assert set(told(app)) == {READ_ONLY}
+        assert len(told(app)) == 9
+
+    drive(app, script)
+    assert control.pending(run) == []
+    assert [one.id for one in list_runs(Path("runs"))] == [run.id]
+
+
+def test_every_key_is_in_the_help_and_in_the_palette(recorded: Recorded) -> None:
+    run = recorded("finished")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "machine" in picture(app))
+        for key in ("1", "2", "3", "4", "5"):
+            await press(pilot, key)
+            screen = app.screen
+            assert isinstance(screen, WorkScreen)
+            commands = {command.title for command in app.get_system_commands(screen)}
+            offered = [*screen.offered(), *(one for one in EVERYWHERE if one.action != "palette")]
+            assert {one.label for one in offered} <= commands
+            await press(pilot, "question_mark")
+            assert isinstance(app.screen, Reader)
+            text = "\n".join("".join(part for part, _ in line) for line in app.screen._lines)
+            for one in (*screen.offered(), *EVERYWHERE):
+                assert one.tip in text
+                assert one.shown in text
+            await press(pilot, "escape")
+            assert app.screen is screen
+
+    drive(app_of(run, view_of(run, "done")), script, size=(120, 40))
+
+
+def test_no_screen_has_a_key_twice() -> None:
+    from eqat_tui.screens.memory import MemoryScreen
+    from eqat_tui.screens.monitor import COMMON_KEYS, LIVE_KEYS, REPLAY_KEYS
+    from eqat_tui.screens.result import ResultScreen
+
+    sets = [(*LIVE_KEYS, *COMMON_KEYS), (*REPLAY_KEYS, *COMMON_KEYS)]
+    sets += [screen.KEYS for screen in (SetupScreen, ResultScreen, RunsScreen, MemoryScreen, CompareScreen)]
+    for keys in sets:
+        names = [name for key in (*keys, *EVERYWHERE) for name in key.keys.split(",")]
+        assert len(names) == len(set(names))
+
+
+def test_keys_are_named_as_people_write_them() -> None:
+    assert [key_name(key) for key in ("ctrl+p", "question_mark", "q", "slash")] == ["^p", "?", "q", "/"]
+
+
+def test_digits_go_to_every_screen_and_the_title_says_which(recorded: Recorded) -> None:
+    run = recorded("finished")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        names = ("Setup", "Monitor", "Result", "Runs", "Memory")
+        for number in (5, 4, 3, 2, 1):
+            await press(pilot, str(number))
+            await until(pilot, lambda: f"[{number} {names[number - 1]}]" in picture(app))  # noqa: B023
+
+    drive(app_of(run, view_of(run, "done")), script)
+
+
+def test_choosing_a_block_draws_its_loss_and_f_goes_back(recorded: Recorded) -> None:
+    _, app = running(recorded)
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "loss of block 3" in picture(app))
+        await press(pilot, "up", "up")
+        await until(pilot, lambda: "loss of block 1" in picture(app))
+        await press(pilot, "c")
+        await until(pilot, lambda: "loss per block" in picture(app))
+        await press(pilot, "c", "c", "f")
+        await until(pilot, lambda: "loss of block 3" in picture(app))
+        await press(pilot, "s")
+        await until(pilot, lambda: "loss of block 3 (log)" not in picture(app))
+
+    drive(app, script)
+
+
+def test_the_log_shows_everything_that_happened(recorded: Recorded) -> None:
+    run = recorded("failed")
+    log = run.logs_dir / "attempt-001.log"
+    log.write_text("the engine's last words\x1b[31m\n")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "machine" in picture(app))
+        await press(pilot, "l")
+        await until(pilot, lambda: isinstance(app.screen, Reader))
+        await press(pilot, "end")
+        await until(pilot, lambda: "last words" in picture(app))
+        assert "\x1b" not in picture(app)
+
+    drive(app_of(run, view_of(run, "failed")), script)
+
+
+# -- replay --------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_replayed_at_any_speed(recorded: Recorded) -> None:
+    run = recorded("finished")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "finished" in picture(app))
+        await press(pilot, "t")
+        await until(pilot, lambda: "replay ×10" in picture(app))
+        await press(pilot, "space")
+        await until(pilot, lambda: "replay, paused" in picture(app))
+        await press(pilot, *["right"] * 10)
+        await until(pilot, lambda: "block 4/6" in picture(app) or "block 3/6" in picture(app))
+        await press(pilot, "p")
+        assert told(app) == ["this is a replay; esc leaves it"]
+        await press(pilot, "space", *["plus"] * 10)
+        await until(pilot, lambda: "✓ done" in picture(app) or "E2E-QP: 17.44" in picture(app))
+        feed = app.feed
+        assert isinstance(feed, ReplayFeed)
+        assert feed.speed == 10_000.0
+        await press(pilot, "escape")
+        await until(pilot, lambda: "took" in picture(app))
+
+    drive(app_of(run), script)
+
+
+# -- runs ----------------------------------------------------------------------------------------------
+
+
+def test_runs_are_filtered_and_sorted(recorded: Recorded) -> None:
+    for name in RECORDED:
+        recorded(name)
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "7 of 7" in picture(app))
+        await press(pilot, "slash", *"failed")
+        await until(pilot, lambda: "1 of 7" in picture(app))
+        await press(pilot, "enter")
+        assert app.screen.focused is app.screen.query_one("#list")
+        await press(pilot, "escape")
+        await until(pilot, lambda: "7 of 7" in picture(app))
+        await press(pilot, "o")
+        await until(pilot, lambda: "runs, by state" in picture(app))
+        rows = app.screen.query_one("#list", ListPanel).rows
+        states = ["".join(text for text, _ in row).split("  ")[3].strip() for row in rows]
+        assert states[-1] == "✓ done"
+
+    drive(app_of(mode="runs"), script)
+
+
+def test_two_marked_runs_are_compared_and_one_is_not_enough(recorded: Recorded) -> None:
+    recorded("finished"), recorded("stopped")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "2 of 2" in picture(app))
+        await press(pilot, "space", "c")
+        assert told(app) == ["mark two or more runs with space first"]
+        await press(pilot, "space", "c")
+        await until(pilot, lambda: isinstance(app.screen, CompareScreen))
+        await until(pilot, lambda: "perplexity" in picture(app))
+        await press(pilot, "escape")
+        assert isinstance(app.screen, RunsScreen)
+
+    drive(app_of(mode="runs"), script)
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_deleting_asks_and_does_it(answer: str, recorded: Recorded) -> None:
+    run = recorded("finished")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "1 of 1" in picture(app))
+        await press(pilot, "delete")
+        assert isinstance(app.screen, Confirm)
+        await press(pilot, answer)
+        if answer == "y":
+            await until(pilot, lambda: "No runs in" in picture(app))
+
+    drive(app_of(mode="runs"), script)
+    assert run.path.exists() == (answer == "n")
+
+
+def test_a_run_that_an_engine_works_on_is_not_deleted(recorded: Recorded) -> None:
+    run = recorded("running")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "running Block-AP" in picture(app))
+        await press(pilot, "delete")
+        assert told(app) == ["an engine works on it: open it and pause it first"]
+
+    with RunLock(run.lock_path):
+        drive(app_of(mode="runs"), script)
+
+
+# -- setup ---------------------------------------------------------------------------------------------
+
+
+def setup_of(app: EqatApp) -> SetupScreen:
+    screen = app.screen
+    assert isinstance(screen, SetupScreen)
+    return screen
+
+
+def test_settings_are_changed_found_and_reset_by_keys_alone() -> None:
+    async def script(pilot: Play, app: EqatApp) -> None:
+        screen = setup_of(app)
+        screen.start_from("smoke")
+        await press(pilot, "down", "down", "down", "left")
+        assert screen.draft.changes == {"grid.bits": 3}
+        await press(pilot, "down", "right")
+        assert screen.draft.changes == {"grid.bits": 3, "grid.group_size": 64}
+        await until(pilot, lambda: "eqat run smoke --bits 3 --group-size 64" in picture(app))
+        await press(pilot, "slash", *"epochs", "enter")
+        await until(pilot, lambda: "block_ap.epochs" in picture(app))
+        await press(pilot, "enter")
+        box = app.screen.query_one(Input)
+        box.value = "5"
+        await press(pilot, "enter")
+        assert screen.draft.changes["block_ap.epochs"] == "5"
+        await press(pilot, "backspace", "escape")
+        assert "block_ap.epochs" not in screen.draft.changes
+        await until(pilot, lambda: "ready" in picture(app))
+
+    drive(app_of(mode="setup"), script)
+
+
+def test_an_impossible_choice_is_explained_where_it_is_made_and_nothing_starts() -> None:
+    async def script(pilot: Play, app: EqatApp) -> None:
+        screen = setup_of(app)
+        screen.start_from("smoke")
+        await press(pilot, "down", "down", "down", "down", "right", "right")  # groups of 128, rows of 64
+        await until(pilot, lambda: "not ready" in picture(app))
+        await until(pilot, lambda: "✗" in picture(app))
+        await press(pilot, "r")
+        assert told(app)
+        assert "128" in told(app)[-1]
+
+    drive(app_of(mode="setup"), script)
+    assert not Path("runs").exists()
+
+
+def test_a_value_of_the_wrong_kind_is_refused_in_words() -> None:
+    async def script(pilot: Play, app: EqatApp) -> None:
+        screen = setup_of(app)
+        screen.start_from("smoke")
+        await press(pilot, "slash", *"weight_decay", "enter", "enter")
+        app.screen.query_one(Input).value = "much"
+        await press(pilot, "enter")
+        await until(pilot, lambda: any("cannot be 'much'" in text for text in told(app)))
+        assert screen.draft.changes == {}
+
+    drive(app_of(mode="setup"), script)
+
+
+def test_settings_are_saved_as_a_file_that_runs() -> None:
+    async def script(pilot: Play, app: EqatApp) -> None:
+        setup_of(app).start_from("smoke")
+        await press(pilot, "down", "down", "down", "left", "w")
+        app.screen.query_one(Input).value = "mine.toml"
+        await press(pilot, "enter")
+        await until(pilot, lambda: Path("mine.toml").exists())
+
+    drive(app_of(mode="setup"), script)
+    from engine.run.config import load
+
+    assert load("mine.toml").grid.bits == 3
+
+
+def test_a_preset_keeps_what_was_changed() -> None:
+    async def script(pilot: Play, app: EqatApp) -> None:
+        screen = setup_of(app)
+        screen.start_from("smoke")
+        await press(pilot, "down", "down", "down", "left", "up", "up", "enter")
+        for letter in "demo-w2":
+            await press(pilot, "minus" if letter == "-" else letter)
+        await press(pilot, "enter")
+        await until(pilot, lambda: screen.draft.base == "demo-w2")
+        assert screen.draft.changes == {"grid.bits": 3}
+
+    drive(app_of(mode="setup"), script)
+
+
+def test_a_model_is_found_by_typing_its_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "small"
+    folder.mkdir(parents=True)
+    from engine.run.architecture import TINY_LLAMA
+
+    folder.joinpath("config.json").write_bytes(msgspec.json.encode(TINY_LLAMA))
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        screen = setup_of(app)
+        screen.start_from("smoke")
+        await press(pilot, "enter")
+        await until(pilot, lambda: "Choose a model" in picture(app))
+        app.screen.query_one(Input).value = f"{tmp_path}/mod"
+        await until(pilot, lambda: "models/" in picture(app))
+        await press(pilot, "tab", *"sm")
+        await until(pilot, lambda: "supported" in picture(app))
+        await press(pilot, "enter")
+        await until(pilot, lambda: screen.draft.changes.get("model.source") == str(folder))
+
+    drive(app_of(mode="setup"), script)
+
+
+def test_the_monitor_screen_without_a_run_says_where_to_go() -> None:
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "No run is open" in picture(app))
+        await press(pilot, "p")
+        assert told(app) == ["no run is open: 1 sets one up, 4 lists those there are"]
+        assert isinstance(app.screen, MonitorScreen)
+
+    drive(app_of(mode="monitor"), script)
