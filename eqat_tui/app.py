@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from textual.app import App, SystemCommand
 from textual.binding import BindingType
-from textual.filter import LineFilter
+from textual.filter import LineFilter, Monochrome, NoColor
 from textual.message import Message
 from textual.screen import Screen
 
@@ -151,7 +151,7 @@ class EqatApp(App[str]):
         self.view: RunView | None = None
         self._watcher: Watcher | None = None
         self._first_run, self._first_mode, self._replay_speed = run, mode, replay_speed
-        self._ascii = AsciiFilter()
+        self._ascii, self._no_colour = AsciiFilter(), NoColor()
         for theme in OUR_THEMES:
             self.register_theme(theme)
         self.theme = terminal.theme
@@ -195,7 +195,10 @@ class EqatApp(App[str]):
         self.exit(message)
 
     def get_line_filters(self) -> Sequence[LineFilter]:
-        filters = super().get_line_filters()
+        filters = list(super().get_line_filters())
+        if not self.terminal.colour:
+            # Textual chooses before the theme is known, and would send 24-bit greys.
+            filters = [one for one in filters if not isinstance(one, Monochrome)] + [self._no_colour]
         return [*filters, self._ascii] if self.terminal.ascii_only else filters
 
     # -- the current run ---------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import Line, line
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Ask, MarkdownReader
+from eqat_tui.summary import shorten
 from eqat_tui.views import monitor as monitor_views
 from eqat_tui.views import result as views
 from eqat_tui.widgets.list_panel import ListPanel
@@ -98,8 +99,23 @@ class ResultScreen(WorkScreen):
     # -- what is shown -----------------------------------------------------------------------------
 
     def take(self, view: RunView) -> None:
-        self._view = view
+        before, self._view = self._view, view
         self.refill()
+        if before is not None and before.id == view.id:
+            self._tell_news(before, view)
+
+    def _tell_news(self, before: RunView, view: RunView) -> None:
+        """What was started here has an end: say so, and show it where it is further down."""
+        for name, done in view.state.exports.items():
+            old = before.state.exports.get(name)
+            if old is None or old.t != done.t:
+                where = done.copied_to or shorten(views.export_path(view.path, done.path))
+                words = "written and verified" if done.verified else "written and NOT verified"
+                copied = "copied to" if done.copied_to else "in"
+                self.notify(f"{words}, {copied} {where}", title=name, timeout=12, markup=False)
+                self.query_one("#exports").scroll_visible(animate=False)
+        if view.state.samples != before.state.samples:
+            self.query_one("#samples").scroll_visible(animate=False)
 
     def refill(self) -> None:
         view = self._view

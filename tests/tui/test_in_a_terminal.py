@@ -1,0 +1,183 @@
+"""The whole way in a real terminal, with the keyboard only.
+
+Set up, watch, lose the connection, come back, stop, go on, finish, export: the result is that of a run
+without any of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from pty_app import NOT_OURS, REPOSITORY
+
+from engine.run.config import apply_overrides, load, resolve
+from engine.run.directory import RunDirectory, list_runs, run_state
+from engine.run.launch import launch
+from engine.run.state import load_state
+
+pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
+EPOCHS = 24
+
+
+class Tmux:
+    """A tmux server of our own with one session."""
+
+    def __init__(self, cwd: Path) -> None:
+        self.cwd = cwd
+        self.socket = f"eqat-{os.getpid()}"
+
+    def __call__(self, *arguments: str) -> str:
+        kept = {name: value for name, value in os.environ.items() if name not in NOT_OURS}
+        environment = {**kept, "PYTHONPATH": str(REPOSITORY), "LC_ALL": "C.UTF-8", "LANG": "C.UTF-8"}
+        return subprocess.run(
+            ["tmux", "-L", self.socket, "-f", "/dev/null", *arguments],
+            cwd=self.cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout
+
+    def open(self, *arguments: str) -> None:
+        """A new terminal of 80×24 that runs ``eqat``."""
+        self(
+            "new-session",
+            "-d",
+            "-s",
+            "one",
+            "-x",
+            "80",
+            "-y",
+            "24",
+            sys.executable,
+            "-m",
+            "eqat_tui",
+            *arguments,
+        )
+
+    def lose(self) -> None:
+        """The terminal is gone, as when a connection is lost."""
+        self("kill-session", "-t", "one")
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            self("send-keys", "-t", "one", key)
+            time.sleep(0.15)
+
+    def type(self, text: str) -> None:
+        self("send-keys", "-t", "one", "-l", text)
+        time.sleep(0.3)
+
+    def screen(self) -> str:
+        return self("capture-pane", "-t", "one", "-p")
+
+    def until(self, condition: Callable[[str], bool], seconds: float = 30.0) -> str:
+        """The screen, once ``condition`` holds for it."""
+        deadline = time.monotonic() + seconds
+        while True:
+            screen = self.screen()
+            if condition(screen):
+                return screen
+            assert time.monotonic() < deadline, f"did not happen in time; the screen shows\n{screen}"
+            time.sleep(0.1)
+
+    def sees(self, words: str, seconds: float = 30.0) -> str:
+        return self.until(lambda screen: words in screen, seconds)
+
+
+@pytest.fixture
+def tmux(tmp_path: Path) -> Iterator[Tmux]:
+    terminal = Tmux(tmp_path)
+    yield terminal
+    terminal("kill-server")
+    for run in list_runs(tmp_path / "runs"):
+        for _ in range(200):
+            if run_state(run) not in ("running", "created"):
+                break
+            time.sleep(0.1)
+
+
+def weights(run: RunDirectory) -> dict[str, str]:
+    """SHA-256 of every file of the packed checkpoint that holds tensors."""
+    folder = run.export_dir / "gptq_v2"
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+
+
+def headless(folder: Path) -> RunDirectory:
+    """The same settings without a terminal and without an interruption."""
+    config = resolve(apply_overrides(load("smoke"), {"block_ap.epochs": EPOCHS}))
+    run = RunDirectory.create(folder, config)
+    launch(run)
+    deadline = time.monotonic() + 120
+    while run_state(run) != "done":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return run
+
+
+def test_a_run_from_setup_to_export_with_the_keyboard_only(tmux: Tmux, tmp_path: Path) -> None:
+    tmux.open()
+    tmux.sees("a new run")
+    tmux.press("Down", "Enter")
+    tmux.sees("Start from a preset")
+    tmux.type("smoke")
+    tmux.press("Enter")
+    tmux.sees("eqat run smoke")
+    tmux.press("/")
+    tmux.type("block_ap.epochs")
+    tmux.press("Enter", "Enter")
+    tmux.sees("leave it as it was")
+    tmux.type(str(EPOCHS))
+    tmux.press("Enter")
+    tmux.sees(f"--set block_ap.epochs={EPOCHS}")
+    tmux.press("Escape")
+    tmux.sees("ready: r runs it")
+    tmux.press("r")
+    tmux.sees("loss of block")
+    tmux.sees("▶ running")
+
+    tmux.lose()
+    (run,) = list_runs(tmp_path / "runs")
+    time.sleep(0.5)
+    assert run_state(run) == "running"
+
+    tmux.open("attach", "latest")
+    tmux.sees("loss of block", seconds=5)
+    tmux.press("p")
+    tmux.sees("■ stopped")
+    assert load_state(run).exit_code == 75
+    assert any(row.finished for row in load_state(run).phases if row.name == "evaluate_fp")
+    tmux.press("r")
+    tmux.sees("attempt 2")
+    tmux.sees("finished", seconds=90)
+
+    tmux.press("3")
+    tmux.sees("quality")
+    tmux.press("e")
+    tmux.sees("Write packed checkpoints")
+    tmux.press("Tab")
+    tmux.type("mine")
+    tmux.press("Enter")
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "mine").is_dir():
+        assert time.monotonic() < deadline, tmux.screen()
+        time.sleep(0.1)
+    tmux.sees("copied to")
+    tmux.press("q")
+    time.sleep(0.5)
+
+    other = headless(tmp_path / "headless")
+    assert weights(run) == weights(other)
+    copied = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (tmp_path / "mine").glob("*.safetensors")
+    }
+    assert copied == weights(other)

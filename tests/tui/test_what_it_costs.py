@@ -1,0 +1,97 @@
+"""Bytes and processor time: what a viewer costs the connection and the machine, in a real terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from logs import LiveEngine, make_run
+from pty_app import SIXTEEN, TRUE_COLOUR, PtyApp
+
+from engine.run.directory import RunDirectory
+
+RUN = "20251124-1600-tiny-llama-w4g32-0001"
+KB = 1000
+
+
+@pytest.fixture
+def working(tmp_path: Path) -> Iterator[RunDirectory]:
+    """A run with an engine that emits events at its full rate."""
+    run = make_run(tmp_path / "runs", None, name=RUN)
+    with LiveEngine(run):
+        yield run
+
+
+@pytest.mark.parametrize(("terminal", "most"), [(TRUE_COLOUR, 30 * KB), (SIXTEEN, 12 * KB)])
+def test_following_a_run_stays_in_the_budget(
+    terminal: dict[str, str], most: int, working: RunDirectory, tmp_path: Path
+) -> None:
+    """At 80×24, per refresh and in refreshes per second; at most 2 % of a core."""
+    seconds = 8.0
+    with PtyApp(["attach", working.id], cwd=tmp_path, **terminal) as app:
+        app.read(4.0)
+        assert b"loss of block 3" in app.output
+        before = app.cpu_seconds()
+        frames = app.frames(seconds)
+        used = (app.cpu_seconds() - before) / seconds
+    assert 2 <= len(frames) <= 2 * seconds + 1
+    assert max(frames) <= most
+    assert used <= 0.02
+
+
+def test_changing_the_screen_stays_in_the_budget(working: RunDirectory, tmp_path: Path) -> None:
+    """The largest refresh there is: another screen, all of it."""
+    with PtyApp(["attach", working.id], cwd=tmp_path) as app:
+        app.read(3.0)
+        for key in "13452":
+            app.type(key)
+            assert max(app.frames(1.2, pause=0.05), default=0) <= 30 * KB
+
+
+def test_an_idle_app_sends_almost_nothing(tmp_path: Path) -> None:
+    """The setup screen, and the monitor of a run that is over."""
+    run = make_run(tmp_path / "runs", None, name=RUN)
+    with LiveEngine(run):
+        pass
+    with PtyApp(["attach", run.id], cwd=tmp_path) as app:
+        app.read(3.0)
+        assert len(app.read(4.0)) <= 4 * KB
+        app.type("1")
+        app.read(2.0)
+        assert len(app.read(4.0)) <= 4 * KB
+
+
+def first_paint(cwd: Path) -> float:
+    """Seconds from the start of the process to the first line of the app."""
+    with PtyApp([], cwd=cwd) as app:
+        app.read(10.0, until=b"Setup")
+        return time.monotonic() - app.began
+
+
+def test_the_first_paint_comes_within_half_a_second(tmp_path: Path) -> None:
+    """The best of five: what the machine does besides is not counted."""
+    assert min(first_paint(tmp_path) for _ in range(5)) < 0.5
+
+
+def test_attach_shows_a_run_with_its_history_within_a_second(working: RunDirectory, tmp_path: Path) -> None:
+    times = []
+    for _ in range(3):
+        with PtyApp(["attach", working.id], cwd=tmp_path) as app:
+            app.read(10.0, until=b"perplexity, round-to-nearest")
+            times.append(time.monotonic() - app.began)
+    assert min(times) < 1.0
+
+
+@pytest.mark.parametrize("ascii_only", [False, True])
+def test_no_color_sends_no_colour(ascii_only: bool, working: RunDirectory, tmp_path: Path) -> None:
+    arguments = ["attach", working.id, *(["--ascii"] if ascii_only else [])]
+    with PtyApp(arguments, cwd=tmp_path, NO_COLOR="1") as app:
+        app.read(3.0)
+    for start in (b"\x1b[38;", b"\x1b[48;", b";38;", b";48;"):
+        assert start not in app.output
+    colours = [f"\x1b[{code}m".encode() for code in (*range(31, 38), *range(90, 98))]
+    assert not any(code in app.output for code in colours)
+    if ascii_only:
+        assert app.output.isascii()
