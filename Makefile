@@ -1,6 +1,7 @@
 # make demo      quantize a real 135M-parameter model at 3 bits, from a fresh clone
 # make test      the test suite               make lint      ruff, types, import contracts
 # make soak      kill runs at 50 random instants and compare their exports (minutes)
+# make screenshot  the app's pictures in README.md, from a run (RUN=latest)
 # make interop   load our exports with gptqmodel, in an environment of its own
 #
 # PYTHON=python3.12      which Python makes the environment (3.11 or newer)
@@ -10,12 +11,13 @@
 PYTHON    ?= python3
 PIP_FLAGS ?=
 DEVICE    ?= auto
+RUN       ?= latest
 VENV      := .venv
 INTEROP   := .venv-interop
 PIP        = $(1)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint soak interop clean
+.PHONY: help demo test lint soak screenshot interop clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -85,6 +87,9 @@ lint: $(VENV)/.stamp-dev
 
 soak: $(VENV)/.stamp-dev
 	@$(VENV)/bin/python tests/engine/soak.py --kills 50 --seed 0
+
+screenshot: $(VENV)/.stamp-dev
+	@$(VENV)/bin/python benchmarks/screenshot.py $(RUN)
 
 interop: $(INTEROP)/.stamp-gptqmodel
 	@$(INTEROP)/bin/python -m pytest tests/interop

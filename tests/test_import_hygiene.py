@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+REPOSITORY = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "textual", "numpy", "gguf", "huggingface_hub")
 
 
@@ -63,3 +65,31 @@ def test_help_does_not_load_what_only_progress_needs() -> None:
 def test_the_grid_needs_only_torch() -> None:
     loaded = modules_after("import engine.quant.grid, engine.quant.packing, engine.quant.packed")
     assert not loaded & {"transformers", "datasets", "accelerate", "rich", "typer", "textual", "eqat_tui"}
+
+
+def test_the_app_loads_no_engine_library_whatever_it_shows(tmp_path: Path) -> None:
+    """Through all screens, with a plan, a model picker and a run."""
+    code = f"""
+import os, sys
+os.chdir({str(tmp_path)!r})
+sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "tests" / "tui")!r}]
+from pathlib import Path
+from app_tools import app_of, drive, picture, press, until
+from logs import RECORDED, make_run
+run = make_run(Path("runs"), RECORDED["finished"])
+
+async def script(pilot, app):
+    for key, words in (("1", "blocks"), ("2", "loss"), ("3", "quality"), ("4", "1 of 1"), ("5", "live")):
+        await press(pilot, key)
+        await until(pilot, lambda: words in picture(app))
+    await press(pilot, "1", "enter")
+    await until(pilot, lambda: "supported" in picture(app))
+
+drive(app_of(run), script)
+"""
+    assert not modules_after(code) & {"torch", "transformers", "datasets", "accelerate", "safetensors"}
+
+
+def test_the_app_opens_without_what_only_some_screens_need() -> None:
+    loaded = modules_after("import eqat_tui.app, eqat_tui.screens.setup, eqat_tui.screens.monitor")
+    assert not loaded & {"typer", "psutil", "pynvml", "huggingface_hub", "numpy", "markdown_it"}

@@ -1,0 +1,123 @@
+"""The form: what it changes, what it calls it, and the command that does the same."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.run import config as configs
+from engine.run.config import to_dict
+from engine.run.errors import UsageError
+from engine.run.field_docs import field_help
+from eqat_tui.cli import app
+from eqat_tui.configure import build_config
+from eqat_tui.lines import plain
+from eqat_tui.views import setup as views
+from eqat_tui.views.setup import Draft
+
+FIELDS = [name for name in configs.field_names() if name not in ("name", "description")]
+SOME = {
+    "grid.bits": (2, 3, 4, 8),
+    "grid.group_size": (32, 64, -1),
+    "grid.symmetric": (True, False),
+    "block_ap.epochs": ("1", "7"),
+    "block_ap.lr_weight": ("1e-4", "none"),
+    "block_ap.train": ("weights", "scales,zero_points"),
+    "data.source": ("builtin", "c4", "a text with 'quotes'.txt"),
+    "model.source": ("org/name", "/a folder/model"),
+    "model.trust_remote_code": (True,),
+    "runtime.device": ("cpu", "cuda:1"),
+    "runtime.seed": ("3",),
+}
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from(["smoke", "demo", "paper", "llama-2-7b-w2g64"]),
+    st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in SOME.items()}),
+)
+def test_the_shown_command_makes_the_same_configuration(base: str, changes: dict[str, object]) -> None:
+    draft = Draft(base=base)
+    for name, value in changes.items():
+        draft = draft.set(name, value)
+    words = shlex.split(draft.command(Path("runs")))
+    assert words[:2] == ["eqat", "run"]
+    command = typer.main.get_command(app).commands["run"]  # type: ignore[attr-defined]
+    given = command.make_context("run", words[2:], resilient_parsing=True).params
+    try:
+        wanted = draft.config()
+    except UsageError:
+        return  # a combination that the form explains and the command refuses
+    made = build_config(
+        given["target"],
+        model=given["model"],
+        bits=given["bits"],
+        group_size=given["group_size"],
+        data=given["data"],
+        device=given["device"],
+        settings=given["settings"] or (),
+        trust_remote_code=bool(given["trust_remote_code"]),
+    )
+    assert to_dict(made) == to_dict(wanted)
+
+
+def test_every_setting_is_in_the_form_with_its_meaning() -> None:
+    everything = views.rows(frozenset(views.SECTIONS))
+    shown = {row.name for row in everything if row.kind in ("field", "model")}
+    assert shown | {"block_ap.enabled", "e2e_qp.enabled"} == set(FIELDS)
+    draft = Draft(base="smoke")
+    for row in everything:
+        assert views.meaning(row, draft, draft.shown()).strip()
+
+
+def test_every_setting_says_what_it_means() -> None:
+    texts = field_help()
+    assert set(FIELDS) <= set(texts)
+    assert [name for name in FIELDS if not texts[name]] == []
+    assert texts["block_ap.epochs"] == "Passes over the training sequences, per block."
+    assert texts["e2e_qp.lr_scaling"] == texts["block_ap.lr_scaling"]
+    assert "``" not in "".join(texts.values())
+
+
+def test_the_value_of_the_preset_is_no_change() -> None:
+    draft = Draft(base="smoke").set("grid.bits", 3)
+    assert draft.changes == {"grid.bits": 3}
+    assert draft.set("grid.bits", 4).changes == {}
+    assert draft.set("grid.bits", "4").changes == {}
+    assert draft.reset(["grid.bits"]).changes == {}
+
+
+def test_a_wrong_value_is_marked_where_it_is() -> None:
+    draft = Draft(base="smoke").set("block_ap.batch_size", "0")
+    with pytest.raises(UsageError) as caught:
+        draft.config()
+    assert caught.value.where == "block_ap.batch_size"
+    unfolded = frozenset({"block_ap"})
+    rows = views.rows(unfolded)
+    lines = {
+        row.name: plain(
+            views.form_line(row, draft, draft.shown(), frozenset({"block_ap"}), caught.value.where, 60)
+        )
+        for row in rows
+    }
+    assert lines["block_ap.batch_size"].endswith("!")
+    assert "!" in lines["block_ap"]
+    assert not lines["grid.bits"].endswith("!")
+
+
+@pytest.mark.parametrize("name", views.METHODS)
+def test_methods_are_what_they_say(name: str) -> None:
+    block_ap, e2e_qp = views.METHODS[name]
+    draft = Draft(base="smoke").set("block_ap.enabled", block_ap).set("e2e_qp.enabled", e2e_qp)
+    assert views.method_of(draft.shown()) == name
+
+
+def test_settings_are_found_by_name_before_meaning() -> None:
+    assert views.matching("epochs")[:2] == ["block_ap.epochs", "e2e_qp.epochs"]
+    assert "runtime.checkpoint_minutes" in views.matching("kill loses")
+    assert views.matching("no such word") == []
