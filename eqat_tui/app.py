@@ -285,7 +285,8 @@ class EqatApp(App[str]):
         def guarded() -> None:
             try:
                 work()
-            except (EqatError, OSError) as error:
+            except Exception as error:
+                # Whatever it is, it must not end the app, and it must not go unseen.
                 self.call_from_thread(self.tell, error)
             else:
                 if done:
@@ -296,7 +297,12 @@ class EqatApp(App[str]):
 
     def tell(self, error: Exception) -> None:
         """Show what went wrong."""
-        text = str(error) if isinstance(error, EqatError) else f"{getattr(error, 'strerror', '') or error}"
+        if isinstance(error, EqatError):
+            text = str(error)
+        elif isinstance(error, OSError):
+            text = f"{error.filename or ''} {error.strerror or error}".strip()
+        else:
+            text = f"a bug: {type(error).__name__}: {error}"
         self.notify(text, title="that did not work", severity="error", timeout=12, markup=False)
 
     def copy(self, text: str, what: str) -> None:

@@ -17,6 +17,8 @@ from eqat_tui.output import format_number
 
 MARKS = "*o+x"
 """One a series, for terminals without braille and where colour cannot tell series apart."""
+LARGEST = 1e300
+"""What is larger is as good as infinite, and differences of two such numbers are."""
 LABEL = 8
 """Cells of the y axis' labels."""
 
@@ -111,12 +113,12 @@ def legend(series: Sequence[Series], *, marks: bool) -> Line:
 
 
 def _is_broken(value: float | None) -> bool:
-    return value is not None and not math.isfinite(value)
+    return value is not None and not abs(value) < LARGEST
 
 
 def _finite(points: Sequence[tuple[float, float | None]], log: bool) -> list[tuple[float, float | None]]:
     """Points with whatever cannot be drawn turned into gaps."""
-    return [(x, y if y is not None and math.isfinite(y) and (y > 0 or not log) else None) for x, y in points]
+    return [(x, y if y is not None and abs(y) < LARGEST and (y > 0 or not log) else None) for x, y in points]
 
 
 def _y_axis(values: Sequence[float], log: bool, from_zero: bool) -> Axis:

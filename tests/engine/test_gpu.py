@@ -292,3 +292,25 @@ def test_a_device_that_is_not_there_is_refused(make: Make) -> None:
     run = make(**{"runtime.device": f"cuda:{torch.cuda.device_count()}"})
     assert run_here(run) == 3
     assert of(run, events.Error)[0].where == "runtime.device"
+
+
+def test_both_models_write_on_the_gpu(make: Make) -> None:
+    run = make(**{"runtime.device": "cuda"})
+    assert run_here(run) == 0
+    assert run_here(run, "--task", "generate", "--prompt=Once upon", "--new-tokens", "8") == 0
+    written = of(run, events.Sample)
+    assert [sample.stage for sample in written] == ["fp", "e2e_qp"]
+    assert all(sample.text and not sample.problem for sample in written)
+
+
+def test_telemetry_tells_what_the_app_shows_of_a_gpu(make: Make) -> None:
+    run = make(**{"runtime.device": "cuda", "block_ap.epochs": 30})
+    assert run_here(run) == 0
+    readings = of(run, events.Memory)
+    assert readings
+    for reading in readings:
+        assert reading.gpu_total is not None
+        assert reading.gpu_used is not None
+        assert 0 < reading.gpu_used <= reading.gpu_total
+        assert reading.gpu_peak is not None
+    assert any(reading.gpu_utilization is not None for reading in readings)

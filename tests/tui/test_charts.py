@@ -6,7 +6,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from eqat_tui.charts import Series, chart, legend
@@ -15,6 +15,8 @@ from eqat_tui.lines import beside, columns, cut, fit, plain, width_of, wrap
 NUMBERS = st.none() | st.floats(allow_nan=True, allow_infinity=True)
 
 
+@example([[(0, 1.7976931348623157e308), (1, 1e307)]], 30, 5, False, False)
+@example([[(0, -1.7976931348623157e308), (1, 1.7976931348623157e308)]], 30, 5, True, True)
 @given(
     st.lists(st.lists(st.tuples(st.integers(0, 10_000), NUMBERS), max_size=60), max_size=3),
     st.integers(0, 90),
