@@ -41,13 +41,19 @@ class Axis(NamedTuple):
     high: float
     log: bool = False
 
-    def place(self, value: float, size: int) -> int:
-        """Where ``value`` lies among ``size`` positions, the lowest being 0."""
+    def places(self, size: int) -> Callable[[float], int]:
+        """From a value to where it lies among ``size`` positions, the lowest being 0."""
         low, high = self.low, self.high
         if self.log:
-            low, high, value = math.log10(low), math.log10(high), math.log10(value)
-        share = (value - low) / (high - low) if high > low else 0.5
-        return min(size - 1, max(0, round(share * (size - 1))))
+            low, high = math.log10(low), math.log10(high)
+        step = (size - 1) / (high - low) if high > low else 0.0
+        last, middle, log = size - 1, 0.0 if step else (size - 1) / 2, self.log
+
+        def place(value: float) -> int:
+            position = ((math.log10(value) if log else value) - low) * step + middle
+            return min(last, max(0, round(position)))
+
+        return place
 
     def value(self, share: float) -> float:
         """The value at ``share`` of the way up."""
@@ -142,11 +148,12 @@ def _dots(
     spans: list[tuple[int, int, int, int, int]] = []  # column, first, last, lowest, highest
     joined: list[bool] = []
     gap = True
+    column_of, row_of = x_axis.places(width), y_axis.places(height)
     for x, y in points:
         if y is None:
             gap = True
             continue
-        column, row = x_axis.place(x, width), y_axis.place(y, height)
+        column, row = column_of(x), row_of(y)
         if spans and spans[-1][0] == column and not gap:
             _, first, _, lowest, highest = spans[-1]
             spans[-1] = (column, first, row, min(lowest, row), max(highest, row))
@@ -198,8 +205,9 @@ def _x_line(axis: Axis, name: str, inner: int, broken: Sequence[float]) -> Line:
     room = inner - len(left) - len(right)
     middle = middle.center(room) if len(middle) + 2 <= room else " " * max(0, room)
     text = list((left + middle + right)[:inner].ljust(inner))
+    place = axis.places(inner)
     for x in broken:
-        text[axis.place(x, inner)] = "!"
+        text[place(x)] = "!"
     spans: Line = [(" " * (LABEL + 1), "")]
     for letter in text:
         role = "bad" if letter == "!" else "muted"

@@ -79,7 +79,7 @@ class SetupScreen(WorkScreen):
         self._unfolded: frozenset[str] = frozenset()
         self._words = ""
         self._rows: list[Row] = []
-        self._wrong = ""
+        self._wrong = self._touched = ""
         self._plan: dict[str, Any] | None = None
         self._error: Exception | None = None
         self._planning = 0
@@ -186,8 +186,23 @@ class SetupScreen(WorkScreen):
     def _fill_meaning(self) -> None:
         panel = self.query_one("#meaning", Panel)
         row = self._row()
+        width = max(20, self.size.width - 1)
         words = views.meaning(row, self.draft, self._config) if row is not None else ""
-        panel.show(wrap(words, max(20, self.size.width - 1), "muted")[: max(1, panel.size.height)])
+        lines = wrap(words, width, "muted")
+        if row is not None and self._trouble and self._names(row) & {self._wrong, self._touched}:
+            # What this choice makes impossible is said here, where it was made.
+            lines = wrap(f"✗ {self._trouble}", width, "bad")
+        panel.show(lines[: max(1, panel.size.height)])
+
+    @property
+    def _trouble(self) -> str:
+        """Why the run cannot start."""
+        if self._error is not None:
+            return str(self._error)
+        if self._plan is not None and self._plan["problems"]:
+            problem = self._plan["problems"][0]
+            return f"{problem['message']} ({problem['hint']})"
+        return ""
 
     def _row(self) -> Row | None:
         cursor = self.query_one("#form", ListPanel).cursor
@@ -207,13 +222,10 @@ class SetupScreen(WorkScreen):
     def impossible(self, action: str) -> str:
         row = self._row()
         if action == "run":
-            if self._error is not None:
-                return str(self._error)
+            if self._trouble:
+                return self._trouble
             if self._plan is None:
                 return "the plan is not ready yet"
-            if self._plan["problems"]:
-                problem = self._plan["problems"][0]
-                return f"{problem['message']} ({problem['hint']})"
         if action in ("edit", "next", "previous", "reset") and row is None:
             return "no setting is under the cursor"
         if action == "reset" and row is not None and not self._names(row) & set(self.draft.changes):
@@ -272,6 +284,7 @@ class SetupScreen(WorkScreen):
         )
 
     def _set(self, name: str, value: object) -> None:
+        self._touched = name
         try:
             self._change(self.draft.set(name, value))
         except EqatError as error:

@@ -281,39 +281,40 @@ def block_table(view: RunView, width: int) -> tuple[Line, list[Line]]:
     count = max([(state.plan or {}).get("blocks") or 0, *(index + 1 for index in rows)])
     training = view.live or view.replay is not None
     current = state.block if training and state.phase in ("block_ap", "rtn") else None
-    cells = [_block_cells(rows.get(index), index, index == current) for index in range(count)]
-    names: Sequence[str | Span] = ("#", "state", "initial", "final", "valid.", "time")
-    keep = (0, 1, 2, 3, 4, 5) if width >= 45 else (0, 1, 2, 3, 5) if width >= 36 else (0, 1, 3)
-    sizes = {0: 3, 1: 8, 2: 8, 3: 8, 4: 8, 5: 5}
-    made = columns(
-        [[row[index] for index in keep] for row in [names, *cells]],
-        [sizes[index] for index in keep],
-        right="".join("l" if index == 1 else "r" for index in keep),
-        gap=" ",
-    )
+    wide = width >= 45
+    cells = [_block_cells(rows.get(index), index, index == current, wide) for index in range(count)]
+    names = ["#", "state" if wide else "", "initial", "final", "valid.", "time"]
+    # Where the words of the state do not fit beside the numbers, its mark says the same.
+    sizes = [3, 8, 8, 8, 8, 5] if wide else [3, 1, 7, 7, 7, 5]
+    made = columns([names, *cells], sizes, right="rlrrrr", gap=" ")
     return made[0], made[1:]
 
 
-def _block_cells(row: BlockRow | None, index: int, current: bool) -> list[str | Span]:
+def _block_cells(row: BlockRow | None, index: int, current: bool, wide: bool) -> list[str | Span]:
     if row is None or not row.finished:
         state: Span = ("▶ now", "accent") if current else ("· waits", "muted")
-        return [str(index), state, "", "", "", ""]
+        return [str(index), state if wide else (state[0][0], state[1]), "", "", "", ""]
     worse = row.final_loss is not None and row.initial_loss is not None and row.final_loss > row.initial_loss
     mark: Span = ("! worse", "warn") if worse else ("✓ kept", "good") if row.restored else ("✓ done", "good")
     if current:
         mark = ("▶ now", "accent")
+    room = 8 if wide else 7
     return [
         str(index),
-        mark,
-        _short(row.initial_loss),
-        _short(row.final_loss),
-        _short(row.val_loss),
+        mark if wide else (mark[0][0], mark[1]),
+        _short(row.initial_loss, room),
+        _short(row.final_loss, room),
+        _short(row.val_loss, room),
         format_clock(row.seconds) if row.seconds is not None else "",
     ]
 
 
-def _short(value: float | None) -> str:
-    return "" if value is None else format_number(value, 3)
+def _short(value: float | None, room: int) -> str:
+    """A loss in as many digits as fit."""
+    if value is None:
+        return ""
+    text = format_number(value, 3)
+    return text if len(text) <= room else format_number(value, 2)
 
 
 # -- machine -------------------------------------------------------------------------------------------

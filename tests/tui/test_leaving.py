@@ -62,7 +62,7 @@ def test_every_size_and_every_resize_is_survived(tmp_path: Path) -> None:
             app.type(key)
             for size in ((200, 50), (60, 20), (20, 5), (1, 1), (300, 100), (80, 24)):
                 app.resize(size)
-                app.read(0.3)
+                app.read(0.12)
         app.type("2")
         assert b"Block-AP" in app.read(3.0, until=b"Block-AP")
         app.type("q")
