@@ -66,6 +66,7 @@ __all__ = [
     "config_hash",
     "equivalent_command",
     "field_names",
+    "flat",
     "from_toml",
     "load",
     "preset_names",
@@ -143,10 +144,10 @@ def equivalent_command(config: RunConfig) -> str:
     """
     if config.name not in preset_names():
         return "eqat run config.toml"
-    base = _flat(to_dict(resolve(load(config.name))))
+    base = flat(to_dict(resolve(load(config.name))))
     changes = [
         f"--set {key}={_flag_value(value)}"
-        for key, value in _flat(to_dict(resolve(config))).items()
+        for key, value in flat(to_dict(resolve(config))).items()
         if base.get(key) != value
         and key not in ("name", "description")
         and (not key.startswith("runtime.") or key == "runtime.seed")
@@ -154,11 +155,12 @@ def equivalent_command(config: RunConfig) -> str:
     return shlex.join(shlex.split(" ".join(["eqat run", config.name, *changes])))
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of a configuration tree by their dotted names."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            leaves |= _flat(value, f"{prefix}{key}.")
+            leaves |= flat(value, f"{prefix}{key}.")
         else:
             leaves[prefix + key] = value
     return leaves

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from textual.containers import Horizontal, Vertical
+from textual.timer import Timer
 from textual.widget import Widget
 
 from engine.run import control
@@ -103,6 +104,7 @@ class MonitorScreen(WorkScreen):
         self._log_scale = True
         self._chosen: int | None = None
         self._drawn = 0.0
+        self._later: Timer | None = None
         self._view: RunView | None = None
 
     def body(self) -> Iterable[Widget]:
@@ -134,6 +136,13 @@ class MonitorScreen(WorkScreen):
             self._tell_end(view)
         self._fill(charts=time.monotonic() - self._drawn >= CHART_SECONDS)
 
+    def _draw_charts(self) -> None:
+        if self._later is not None:
+            self._later.stop()
+        self._later, self._drawn = None, time.monotonic()
+        if self._view is not None:
+            self._fill_charts(self._view)
+
     def _tell_end(self, view: RunView) -> None:
         """The engine has ended while somebody watched."""
         words = {
@@ -162,8 +171,10 @@ class MonitorScreen(WorkScreen):
         journal.show(views.journal(view.journal[-200:], max(10, journal.size.width)), follow=True)
         self._fill_blocks(view)
         if charts:
-            self._drawn = time.monotonic()
-            self._fill_charts(view)
+            self._draw_charts()
+        elif self._later is None:
+            # What is left out now is drawn a little later, even if nothing more happens.
+            self._later = self.set_timer(CHART_SECONDS, self._draw_charts)
         self.refresh_bars(line(views.state_span(view), " "))
 
     def _fill_empty(self) -> None:

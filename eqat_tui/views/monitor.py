@@ -112,7 +112,7 @@ def _measured(state: RunState) -> bool:
 def progress(view: RunView, width: int) -> list[Line]:
     """Two lines: the phase, and the whole run with the time left."""
     state = view.state
-    if view.liveness == "done" and view.replay is None:
+    if view.liveness == "done":
         took = f"took {format_seconds(elapsed(state))}"
         return [
             _bar_line(line(("finished", "strong")), 1.0, "good", line(took), width),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from engine.run.config import field_names, to_dict
+from engine.run.config import field_names, flat, to_dict
 from engine.run.directory import RunDirectory
 from engine.run.errors import EqatError
 from engine.run.state import BULK, RunState, load_state
@@ -115,7 +115,7 @@ class Compared:
     def __init__(self, run: RunDirectory, letter: str) -> None:
         self.letter, self.id = letter, run.id
         try:
-            self.settings = _flat(to_dict(run.config()))
+            self.settings = flat(to_dict(run.config()))
         except EqatError:
             self.settings = {}
         try:
@@ -193,16 +193,6 @@ def _value(value: Any) -> str:
         if isinstance(value, list | tuple)
         else str(value)
     )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def nothing_here(place: str, width: int) -> list[Line]:

@@ -22,6 +22,19 @@ from eqat_tui.widgets.panel import paint
 CURSOR = "▸"
 
 
+class RowMessage(Message):
+    """Something about a row of a list."""
+
+    def __init__(self, panel: ListPanel, row: int) -> None:
+        self.panel, self.row = panel, row
+        super().__init__()
+
+    @property
+    def control(self) -> ListPanel:
+        """The list it comes from."""
+        return self.panel
+
+
 class ListPanel(ScrollView, can_focus=True):
     """Rows with a cursor, below an optional header that does not scroll."""
 
@@ -36,27 +49,11 @@ class ListPanel(ScrollView, can_focus=True):
         Binding("enter", "choose", "Choose", show=False),
     ]
 
-    class Moved(Message):
+    class Moved(RowMessage):
         """The cursor is on another row."""
 
-        def __init__(self, panel: ListPanel, row: int) -> None:
-            self.panel, self.row = panel, row
-            super().__init__()
-
-        @property
-        def control(self) -> ListPanel:
-            return self.panel
-
-    class Chosen(Message):
+    class Chosen(RowMessage):
         """Enter, or a click on the row of the cursor."""
-
-        def __init__(self, panel: ListPanel, row: int) -> None:
-            self.panel, self.row = panel, row
-            super().__init__()
-
-        @property
-        def control(self) -> ListPanel:
-            return self.panel
 
     def __init__(
         self, *, id: str | None = None, classes: str | None = None, title: str = "", cursor: bool = True

@@ -17,16 +17,7 @@ from engine.run.events import Event, EventWriter, encode
 
 START = 1_764_000_000.0
 """2025-11-24 16:00 UTC."""
-PHASES: tuple[events.Phase, ...] = (
-    "prepare",
-    "evaluate_fp",
-    "evaluate_rtn",
-    "block_ap",
-    "evaluate_block_ap",
-    "e2e_qp",
-    "evaluate_e2e_qp",
-    "export",
-)
+PHASES = tuple(phase for phase in events.PHASES if phase not in ("rtn", "generate"))
 BLOCKS, STEPS = 6, 40
 PLAN = {
     "device": "cuda",
