@@ -279,21 +279,31 @@ class EqatApp(App[str]):
 
         self.in_background(begin)
 
-    def in_background(self, work: Callable[[], Any], done: str = "") -> None:
-        """Do something that may take a moment; what fails is told, never a crash of the app."""
+    def in_thread(self, work: Callable[[], Any]) -> None:
+        """Do ``work`` on a thread that nobody waits for; what it raises is told.
+
+        One that hangs on a network must not keep the app from ending, as the threads of a pool would.
+        """
 
         def guarded() -> None:
             try:
                 work()
             except Exception as error:
-                # Whatever it is, it must not end the app, and it must not go unseen.
-                self.call_from_thread(self.tell, error)
-            else:
-                if done:
-                    self.call_from_thread(self.notify, done)
-                self.look_now()
+                if self.is_running:
+                    self.call_from_thread(self.tell, error)
 
-        self.run_worker(guarded, thread=True, exit_on_error=False)
+        threading.Thread(target=guarded, daemon=True).start()
+
+    def in_background(self, work: Callable[[], Any], done: str = "") -> None:
+        """Do something that may take a moment, say that it is ``done``, and show its effect."""
+
+        def whole() -> None:
+            work()
+            if done:
+                self.call_from_thread(self.notify, done)
+            self.look_now()
+
+        self.in_thread(whole)
 
     def tell(self, error: Exception) -> None:
         """Show what went wrong."""

@@ -84,6 +84,7 @@ class WorkScreen(Screen[None]):
 
     def on_screen_resume(self) -> None:
         self.refresh_bars()
+        self.call_after_refresh(self.refill)
 
     def on_panel_resized(self, message: Panel.Resized) -> None:
         """Another size needs other lines."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import events
-from textual.app import ComposeResult
+from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.screen import ModalScreen
@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from eqat_tui.models import Found, ModelFacts
 
 INSPECT_DELAY_S = 0.15
+
+
+def in_thread(app: App[Any], work: Callable[[], None]) -> None:
+    """:meth:`eqat_tui.app.EqatApp.in_thread`."""
+    from eqat_tui.app import EqatApp
+
+    assert isinstance(app, EqatApp)
+    app.in_thread(work)
 
 
 class Picker(ModalScreen[str | None]):
@@ -177,7 +185,7 @@ class ModelPicker(Picker):
             found = known_models(self._runs_dir)
             self.app.call_from_thread(self._found, found)
 
-        self.run_worker(look, thread=True, exit_on_error=False)
+        in_thread(self.app, look)
 
     def _found(self, known: list[Found]) -> None:
         self._known = known
@@ -254,7 +262,7 @@ class ModelPicker(Picker):
                 facts = inspect(source, grid=grid)
                 self.app.call_from_thread(self._learn, source, facts)
 
-        self.set_timer(INSPECT_DELAY_S, lambda: self.run_worker(look, thread=True, exit_on_error=False))
+        self.set_timer(INSPECT_DELAY_S, lambda: in_thread(self.app, look))
 
     def _learn(self, source: str, facts: ModelFacts | str) -> None:
         self._facts[source] = facts

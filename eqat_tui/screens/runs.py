@@ -145,7 +145,7 @@ class RunsScreen(WorkScreen):
                 found = []
             self.app.call_from_thread(self._took, found)
 
-        self.run_worker(read, thread=True, exit_on_error=False)
+        self.eqat.in_thread(read)
 
     def _took(self, found: list[dict[str, Any]]) -> None:
         self._reading, self._loaded, self._all = False, True, found

@@ -144,7 +144,7 @@ class SetupScreen(WorkScreen):
                 result = error
             self.app.call_from_thread(self._planned, number, result)
 
-        self.run_worker(work, thread=True, exit_on_error=False, group="plan")
+        self.eqat.in_thread(work)
 
     def _planned(self, number: int, result: Any) -> None:
         if number != self._planning:
