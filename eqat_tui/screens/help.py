@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from eqat_tui.keys import EVERYWHERE
-from eqat_tui.lines import Line, line, wrap
+from eqat_tui.keys import EVERYWHERE, Key
+from eqat_tui.lines import Line, line, width_of, wrap
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Reader
 
@@ -12,15 +12,24 @@ MOVING = (("↑ ↓", "Move"), ("enter", "Choose"), ("tab", "Next part of the sc
 
 def help_for(screen: WorkScreen, width: int) -> Reader:
     """The help of ``screen``."""
+    keys = screen.offered()
     lines: list[Line] = [*wrap(screen.ABOUT, width), line()]
-    for key in screen.offered():
-        lines.append(line((f"{key.shown:>7}  ", "key"), f"{key.label:<10} ", (key.tip, "muted")))
-        why = screen.why_not(key.action)
-        if why:
-            lines.append(line(" " * 20, (f"not now: {why}", "warn")))
+    for key in keys:
+        lines += _key(key, screen.why_not(key.action), width)
     lines += [line(), line(("everywhere", "strong"))]
     for key in EVERYWHERE:
-        lines.append(line((f"{key.shown:>7}  ", "key"), f"{key.label:<10} ", (key.tip, "muted")))
+        lines += _key(key, "", width)
     for name, words in MOVING:
-        lines.append(line((f"{name:>7}  ", "key"), words))
+        lines.append(line((f"{name:>9}  ", "key"), words))
     return Reader(f"{screen.MODE.title()}: keys", lines)
+
+
+def _key(key: Key, why_not: str, width: int) -> list[Line]:
+    """The key, its name, what it does, and why it cannot do that now."""
+    head = line((f"{key.shown:>9}  ", "key"), f"{key.label:<12}  ")
+    indent = width_of(head)
+    room = max(12, width - indent)
+    rows = wrap(key.tip, room, "muted")
+    if why_not:
+        rows += wrap(f"not now: {why_not}", room, "warn")
+    return [[*(head if index == 0 else line(" " * indent)), *row] for index, row in enumerate(rows)]
