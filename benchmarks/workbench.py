@@ -25,6 +25,7 @@ from test_run_state import log_of, long_log  # noqa: E402
 
 from engine.run.state import load_state  # noqa: E402
 
+SIZES = ((80, 24), (200, 50))
 SECONDS = 15.0
 REPEATS = 5
 
@@ -59,7 +60,7 @@ def seconds_until(arguments: list[str], words: bytes, folder: Path) -> float:
 def main() -> None:
     print("| following a run | refreshes/s | largest, KB | mean, KB | % of a core |")
     print("|---|---|---|---|---|")
-    for size in ((80, 24), (200, 50)):
+    for size in SIZES:
         for terminal in (TRUE_COLOUR, SIXTEEN):
             print(following(size, terminal), flush=True)
     with tempfile.TemporaryDirectory() as name:
@@ -70,7 +71,7 @@ def main() -> None:
         load_state(run)
         read = time.perf_counter() - begun
         print(f"\nfirst paint of `eqat`: {seconds_until([], b'Setup', folder):.2f} s")
-        attached = seconds_until(["attach", run.id], b"loss", folder)
+        attached = seconds_until(["attach", run.id], b"loss of block", folder)
         print(f"`eqat attach` on a log of 200 000 events: {attached:.2f} s; reading it alone: {read:.2f} s")
     processor = platform.processor() or platform.machine()
     print(f"Python {platform.python_version()}, textual {version('textual')}, {processor}")
