@@ -238,7 +238,7 @@ def loss_series(view: RunView, chosen: int | None) -> tuple[str, list[Series]]:
     series = [Series("train", [(m.step, _value(m)) for m in own], "series1")]
     checked = [(float(m.step), m.val_loss) for m in own if m.val_loss is not None]
     if checked:
-        series.append(Series("validation", checked, "series2"))
+        series.append(Series("valid.", checked, "series2"))
     return f"loss of {name}", series
 
 
@@ -256,7 +256,7 @@ def profile_series(state: RunState) -> list[Series]:
     ]
     if any(row.val_loss is not None for row in rows):
         made.append(
-            Series("validation", [(row.index, row.val_loss) for row in rows if row.finished], "series3")
+            Series("valid.", [(row.index, row.val_loss) for row in rows if row.finished], "series3")
         )
     return made
 
