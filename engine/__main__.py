@@ -117,7 +117,7 @@ def _attempt(
     plan: Plan | None = None
     try:
         prepare_process(config.runtime, device)
-        report.emit(started_event(run, device))
+        report.emit(started_event(run, device, arguments.task))
         plan = make_plan(config, device=str(device), runs_dir=run.path)
         report.emit(events.Plan(plan=plan.to_dict()))
         check(plan)

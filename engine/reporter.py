@@ -25,6 +25,8 @@ from engine.run.errors import EqatError, ExitCode, StopRequested
 METRIC_SECONDS = 0.25
 CONTROL_SECONDS = 0.5
 STATUS_SECONDS = 2.0
+PLAN_COUNTS = 0.1
+"""The plan is believed as if it were a measurement of this part of the run."""
 # The main loop may be silent this long before a reader calls the run hung; slow single operations ask for
 # more.
 GRACE_SECONDS = 60.0
@@ -239,7 +241,7 @@ class Reporter:
 
     def eta_seconds(self) -> float | None:
         """Seconds left: this phase by its own measured pace, later phases as planned times how far off the
-        plan was."""
+        plan was, which counts for little while little is measured."""
         elapsed = time.monotonic() - self._pace_began
         fraction = self._fraction_done()
         if fraction is None:
@@ -249,7 +251,9 @@ class Reporter:
         measured = sum(finished.values()) + elapsed
         predicted = sum(self.predicted_seconds.get(p, 0.0) for p in finished)
         predicted += self.predicted_seconds.get(self.phase_name, 0.0) * fraction
-        pace = measured / predicted if predicted > 0 else 1.0
+        # What was measured so far says little while it is short: a tenth of the plan speaks for the plan.
+        prior = PLAN_COUNTS * sum(self.predicted_seconds.values())
+        pace = (measured + prior) / (predicted + prior) if predicted + prior > 0 else 1.0
         position = self.phases.index(self.phase_name) if self.phase_name in self.phases else len(self.phases)
         return rest + pace * sum(self.predicted_seconds.get(p, 0.0) for p in self.phases[position + 1 :])
 

@@ -64,7 +64,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
 
 
-def started_event(run: RunDirectory, device: torch.device) -> events.RunStarted:
+def started_event(run: RunDirectory, device: torch.device, task: str = "run") -> events.RunStarted:
     """What this attempt runs on."""
     return events.RunStarted(
         id=run.id,
@@ -73,6 +73,7 @@ def started_event(run: RunDirectory, device: torch.device) -> events.RunStarted:
         device=device_name(device),
         versions=package_versions(),
         argv=sys.argv,
+        task=task,
     )
 
 

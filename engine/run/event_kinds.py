@@ -40,7 +40,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", omit_de
 
 
 class RunStarted(Event, frozen=True, kw_only=True, tag="run.started"):
-    """An attempt begins: the first of a run, or a resumption."""
+    """An attempt begins: the first of a run, a resumption, or something else that is done with a finished run
+    (``task``: ``eval``, ``export``, ``generate``)."""
 
     id: str
     pid: int
@@ -48,6 +49,7 @@ class RunStarted(Event, frozen=True, kw_only=True, tag="run.started"):
     device: str
     versions: dict[str, str]
     argv: list[str]
+    task: str = "run"
 
 
 class Plan(Event, frozen=True, kw_only=True, tag="plan"):

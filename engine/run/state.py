@@ -63,6 +63,8 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     device: str = ""
     versions: dict[str, str] = {}
     argv: tuple[str, ...] = ()
+    task: str = "run"
+    """What the attempt does: ``run``, or something with a finished run that is no part of its phases."""
     first_t: float | None = None
     """Wall clock of the first event."""
     last_t: float | None = None
@@ -174,6 +176,7 @@ def _begin_attempt(state: RunState, event: Event) -> RunState:
         outcome=None,
         exit_code=None,
         error=None,
+        task="run",
         phase=None,
         **_NOWHERE,
     )
@@ -188,6 +191,7 @@ def _run_started(state: RunState, event: events.RunStarted) -> RunState:
         device=event.device,
         versions=event.versions,
         argv=tuple(event.argv),
+        task=event.task,
     )
 
 
@@ -197,18 +201,16 @@ def _plan(state: RunState, event: events.Plan) -> RunState:
 
 def _phase_started(state: RunState, event: events.PhaseStarted) -> RunState:
     state = _close_phase(state)
+    here = {"phase": event.phase, "phase_count": event.phases, **_NOWHERE}
+    if state.task != "run":
+        return _change(state, **here)
     row = _change(_phase_row(state, event.phase), index=event.index, started=True, finished=False)
-    return _change(
-        state,
-        phases=_with_phase(state.phases, row),
-        phase=event.phase,
-        phase_count=event.phases,
-        open_since=event.mono,
-        **_NOWHERE,
-    )
+    return _change(state, phases=_with_phase(state.phases, row), open_since=event.mono, **here)
 
 
 def _phase_finished(state: RunState, event: events.PhaseFinished) -> RunState:
+    if state.task != "run":
+        return state
     row = _phase_row(state, event.phase)
     row = _change(
         row,
@@ -379,7 +381,7 @@ def _run_finished(state: RunState, event: events.RunFinished) -> RunState:
         state,
         outcome=event.leaves or event.outcome,
         exit_code=event.exit_code,
-        seconds=state.seconds + event.seconds,
+        seconds=state.seconds + (event.seconds if state.task == "run" else 0.0),
     )
 
 
