@@ -18,6 +18,7 @@ from textual.app import App, SystemCommand
 from textual.binding import BindingType
 from textual.filter import LineFilter, Monochrome, NoColor
 from textual.message import Message
+from textual.notifications import SeverityLevel
 from textual.screen import Screen
 
 from engine.run.directory import RunDirectory
@@ -131,7 +132,7 @@ class EqatApp(App[str]):
         "memory": _memory,
     }
     BINDINGS: ClassVar[list[BindingType]] = bindings(EVERYWHERE)
-    NOTIFICATION_TIMEOUT = 6
+    NOTIFICATION_TIMEOUT = 5
 
     def __init__(
         self,
@@ -191,7 +192,7 @@ class EqatApp(App[str]):
         """End the app; whatever runs goes on."""
         message = ""
         if self.view is not None and self.view.live:
-            message = f"{self.view.id} goes on; eqat attach {self.view.id} shows it again"
+            message = f"{self.view.id} goes on;\neqat attach {self.view.id[-4:]} shows it again"
         self.exit(message)
 
     def get_line_filters(self) -> Sequence[LineFilter]:
@@ -256,6 +257,7 @@ class EqatApp(App[str]):
     async def do_everywhere(self, action: str) -> None:
         """What works on every screen."""
         if action in MODE_NAMES:
+            self.clear_notifications()
             await self.switch_mode(action)
             screen = self.screen
             if isinstance(screen, WorkScreen) and self.view is not None:
@@ -269,6 +271,28 @@ class EqatApp(App[str]):
             self.action_command_palette()
         elif action == "quit":
             self.leave()
+        elif action == "how_to_leave":
+            self.notify("q leaves the app, and runs go on; p on 2 pauses a run")
+        elif action == "suspend":
+            self.action_suspend_process()
+
+    def notify(
+        self,
+        message: str,
+        *,
+        title: str = "",
+        severity: SeverityLevel = "information",
+        timeout: float | None = None,
+        markup: bool = False,
+    ) -> None:
+        """One note at a time: the newest is what the user waits for, and each one hides something."""
+        self.clear_notifications()
+        super().notify(message, title=title, severity=severity, timeout=timeout, markup=markup)
+
+    def push_screen(self, *args: Any, **kwargs: Any) -> Any:
+        """A dialog is not to be read through a note."""
+        self.clear_notifications()
+        return super().push_screen(*args, **kwargs)
 
     def start_engine(self, run: RunDirectory, start: Callable[[RunDirectory], int]) -> None:
         """Start an engine and show its run."""
@@ -318,7 +342,7 @@ class EqatApp(App[str]):
     def copy(self, text: str, what: str) -> None:
         """Put ``text`` on the terminal's clipboard, over SSH too where the terminal allows it (OSC 52)."""
         self.copy_to_clipboard(text)
-        self.notify(f"{what} copied; if your terminal has no clipboard for it, select it with the mouse")
+        self.notify(f"{what}: sent to the terminal's clipboard", timeout=3)
 
     # -- palette and themes ------------------------------------------------------------------------
 
@@ -329,6 +353,7 @@ class EqatApp(App[str]):
         for key in EVERYWHERE:
             if key.action != "palette":
                 yield self._command(screen, key.label, key.tip, key.action)
+        yield from self._elsewhere(screen)
         for theme in THEMES:
             yield SystemCommand(f"theme {theme}", f"Colours: {theme}", lambda theme=theme: self._use(theme))
 
@@ -337,6 +362,23 @@ class EqatApp(App[str]):
             self.run_worker(screen.run_action(f"do('{action}')"))
 
         return SystemCommand(label, tip, run)
+
+    def _elsewhere(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        """What the other screens can do: found here by name, done there."""
+        from eqat_tui.screens import memory, monitor, result, runs, setup
+
+        others: tuple[type[WorkScreen], ...] = (
+            setup.SetupScreen,
+            monitor.MonitorScreen,
+            result.ResultScreen,
+            runs.RunsScreen,
+            memory.MemoryScreen,
+        )
+        for other in others:
+            if not isinstance(screen, other):
+                for key in other.KEYS:
+                    words = f"{key.label} ({other.MODE.title()}: {key.shown})"
+                    yield self._command(screen, words, f"Go to {other.MODE.title()}. {key.tip}", other.MODE)
 
     def _use(self, theme: str) -> None:
         self.theme = theme

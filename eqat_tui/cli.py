@@ -241,8 +241,8 @@ def replay(
     from eqat_tui import actions
     from eqat_tui.terminal import Look, open_app, require_terminal
 
-    require_terminal("eqat replay")
     found = actions.find(run, runs_dir)
+    require_terminal("eqat replay", hint=f"eqat show {found.id} prints its result")
     return open_app(runs_dir, run=found, replay_speed=speed, look=Look(ascii_only, True))
 
 
@@ -251,7 +251,7 @@ def monitor(runs_dir: RunsDir = None, ascii_only: Ascii = False) -> int:
     """Show this machine's GPU and host memory live, with history and processes."""
     from eqat_tui.terminal import Look, open_app, require_terminal
 
-    require_terminal("eqat monitor")
+    require_terminal("eqat monitor", hint="eqat doctor --quick prints what is free")
     return open_app(runs_dir, mode="memory", look=Look(ascii_only))
 
 

@@ -19,7 +19,14 @@ import msgspec
 from engine import __version__
 from engine.run import control, events
 from engine.run.config import to_dict
-from engine.run.directory import RunDirectory, Status, holder, read_status, run_state
+from engine.run.directory import (
+    RunDirectory,
+    Status,
+    holder,
+    read_launched,
+    read_status,
+    run_state,
+)
 from engine.run.errors import EqatError
 from engine.run.events import AnyEvent, EventFollower, read_events
 from engine.run.launch import log_path
@@ -80,6 +87,8 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True):
         if not self.live:
             return ""
         asked: list[str] = [request.request for request in self.requests]
+        if self.liveness == "starting":
+            return "abort" if "abort" in asked else "stop" if asked else ""
         asked += [ack.request for ack in self.state.acknowledged if ack.attempt == self.state.attempt]
         return "abort" if "abort" in asked else "stop" if asked else ""
 
@@ -112,13 +121,33 @@ class Journal:
 
     def __init__(self) -> None:
         self.entries: deque[Entry] = deque(maxlen=JOURNAL_LINES)
+        self._open: events.RunStarted | None = None
+        self._last_t = 0.0
 
     def take(self, state: RunState, new: Iterable[AnyEvent]) -> None:
         """Add what ``new`` has to tell; ``state`` is the one after them."""
         for event in new:
+            if isinstance(event, events.RunStarted):
+                if self._open is not None:
+                    self.entries.append(died(self._open.attempt, self._last_t))
+                self._open = event
+            elif isinstance(event, events.RunFinished):
+                self._open = None
+            self._last_t = event.t
             text, role = _words(event, state)
             if text:
                 self.entries.append(Entry(event.t, text, role))
+
+    def told(self, liveness: Liveness) -> tuple[Entry, ...]:
+        """All entries; a crash is one, although no engine could write it."""
+        crashed = liveness == "crashed" and self._open is not None
+        attempt = self._open.attempt if self._open is not None else 0
+        return (*self.entries, *([died(attempt, self._last_t)] if crashed else []))
+
+
+def died(attempt: int, t: float) -> Entry:
+    """An attempt that ended without a last word."""
+    return Entry(t, f"attempt {attempt} died without a word: killed, or out of host memory", "bad")
 
 
 def _words(event: AnyEvent, state: RunState) -> tuple[str, str]:
@@ -168,11 +197,19 @@ class LiveFeed:
         status = read_status(self.run)
         self._state = msgspec.structs.replace(self._state, id=self.run.id, status=status)
         liveness: Liveness = found
-        if found == "created" and self.run.launch_path.exists():
+        launched = read_launched(self.run)
+        if launched is not None and (
+            found == "created" or (found == "running" and launched.attempt > self._state.attempt)
+        ):
             liveness = "starting"
         return self._view(now, liveness, problem=problem or self._newer())
 
     def _view(self, now: float, liveness: Liveness, *, problem: str) -> RunView:
+        state = self._state
+        if liveness == "starting":
+            # An engine imports its libraries; where the attempt before was and what it was asked is over.
+            nowhere = dict.fromkeys(("phase", "block", "blocks", "step", "steps", "status", "error"))
+            state = msgspec.structs.replace(state, task="run", **nowhere)
         requests: tuple[control.Request, ...] = ()
         tail: tuple[str, ...] = ()
         pid: int | None = None
@@ -184,11 +221,11 @@ class LiveFeed:
         return RunView(
             id=self.run.id,
             path=str(self.run.path),
-            state=self._state,
+            state=state,
             liveness=liveness,
             now=now,
             config=self._config,
-            journal=tuple(self._journal.entries),
+            journal=self._journal.told(liveness),
             requests=requests,
             log_tail=tail,
             pid=pid,
@@ -256,7 +293,7 @@ class ReplayFeed:
         self.paused = False
         self._config, self._problem = read_config(run)
         try:
-            self._events, _ = read_events(run.events_path)
+            self._events = _the_run_itself(read_events(run.events_path)[0])
         except OSError as error:
             self._events, self._problem = [], f"the log cannot be read: {_words_of(error)}"
         self._times = _shortened([event.t for event in self._events])
@@ -287,15 +324,15 @@ class ReplayFeed:
     def pause(self) -> None:
         """Stop the clock, or start it again; at the end, from the beginning."""
         self._advance()
-        if self._clock >= self.duration and not self.paused:
+        if self._clock >= self.duration:
             self._clock = 0.0
-        else:
-            self.paused = not self.paused
+        self.paused = not self.paused
 
     def _advance(self) -> None:
         now = time.monotonic()
         if not self.paused:
             self._clock = min(self.duration, self._clock + (now - self._last_poll) * self.speed)
+            self.paused = self._clock >= self.duration  # the end stays, until it is wound back
         self._last_poll = now
 
     def poll(self) -> RunView:
@@ -321,7 +358,7 @@ class ReplayFeed:
             liveness=outcome,
             now=now,
             config=self._config,
-            journal=tuple(self._journal.entries),
+            journal=self._journal.told(outcome),
             problem=self._problem,
             replay=Replay(
                 position=self._clock / self.duration if self.duration else 1.0,
@@ -329,6 +366,14 @@ class ReplayFeed:
                 paused=self.paused,
             ),
         )
+
+
+def _the_run_itself(log: list[AnyEvent]) -> list[AnyEvent]:
+    """The log up to where the run was done; what was done with it afterwards is not its story."""
+    for index, event in enumerate(log):
+        if isinstance(event, events.RunFinished) and event.outcome == "done":
+            return log[: index + 1]
+    return log
 
 
 def _shortened(times: Sequence[float]) -> list[float]:

@@ -68,4 +68,6 @@ EVERYWHERE = (
     Key("question_mark,f1", "help", "help", "All keys of this screen"),
     Key("ctrl+p", "palette", "palette", "Find any action by its name"),
     Key("q,ctrl+q", "quit", "quit", "Leave the app; runs go on"),
+    Key("ctrl+z", "suspend", "suspend", "Back to the shell for a while; fg comes back", footer=False),
+    Key("ctrl+c", "how_to_leave", "how to leave", "Say how to leave", footer=False),
 )

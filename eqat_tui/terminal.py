@@ -26,10 +26,10 @@ def can_open_app() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "")
 
 
-def require_terminal(command: str) -> None:
+def require_terminal(command: str, *, hint: str) -> None:
     """For commands that are nothing without the app."""
     if not can_open_app():
-        raise PreflightError("needs a terminal", where=command, hint="eqat show and eqat runs print")
+        raise PreflightError("needs a terminal", where=command, hint=hint)
 
 
 def open_app(

@@ -66,6 +66,8 @@ class WorkScreen(Screen[None]):
         if any(key.action == action for key in EVERYWHERE):
             await self.eqat.do_everywhere(action)
             return
+        if all(key.action != action for key in self.offered()):
+            return  # a key of another state of this screen
         reason = self.why_not(action)
         if reason:
             key = next((key for key in self.KEYS if key.action == action), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from textual import events
@@ -14,6 +14,7 @@ from textual.suggester import SuggestFromList
 from textual.widgets import Input
 
 from eqat_tui.lines import Line, line, wrap
+from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel, ScrollPanel
 
 
@@ -55,9 +56,16 @@ class Ask(ModalScreen[str | None]):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Cancel")]
 
     def __init__(
-        self, question: str, value: str = "", *, help: Sequence[str] = (), choices: Sequence[str] = ()
+        self,
+        question: str,
+        value: str = "",
+        *,
+        help: Sequence[str] = (),
+        choices: Sequence[str] = (),
+        check: Callable[[str], str] = lambda text: "",
     ) -> None:
         super().__init__()
+        self._check = check
         self._question, self._value, self._help = question, value, help
         self._choices = list(choices)
 
@@ -66,6 +74,7 @@ class Ask(ModalScreen[str | None]):
             yield Panel(id="question")
             suggester = SuggestFromList(self._choices) if self._choices else None
             yield Input(self._value, id="answer", suggester=suggester, select_on_focus=True)
+            yield Panel(id="wrong")
             yield Panel(id="keys")
 
     def on_resize(self, event: events.Resize) -> None:
@@ -81,7 +90,49 @@ class Ask(ModalScreen[str | None]):
 
     def on_input_submitted(self, message: Input.Submitted) -> None:
         message.stop()
-        self.dismiss(message.value)
+        problem = self._check(message.value)
+        if problem:  # what was typed stays, to be put right
+            wrong = self.query_one("#wrong", Panel)
+            wrong.show(wrap(f"✗ {problem}", max(20, wrong.size.width), "bad"))
+        else:
+            self.dismiss(message.value)
+
+
+class Choose(ModalScreen[str | None]):
+    """One of a few words."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "dismiss(None)", "Cancel")]
+
+    def __init__(self, title: str, words: Sequence[str], now: str) -> None:
+        super().__init__()
+        self._title, self._words, self._now = title, list(words), now
+
+    def compose(self) -> ComposeResult:
+        with Vertical(classes="dialog"):
+            yield Panel(id="question")
+            yield ListPanel(id="words")
+            yield Panel(id="keys")
+
+    def on_mount(self) -> None:
+        words = self.query_one("#words", ListPanel)
+        words.styles.height = min(12, len(self._words))
+        words.show([line(word) for word in self._words])
+        if self._now in self._words:
+            words.move_to(self._words.index(self._now))
+        words.focus()
+        self.query_one("#question", Panel).show([line((self._title, "strong")), line()])
+        self.query_one("#keys", Panel).show(
+            [
+                line(),
+                line(
+                    (" ↑↓", "key"), " move   ", (" enter", "key"), " take it   ", (" esc", "key"), " leave it"
+                ),
+            ]
+        )
+
+    def on_list_panel_chosen(self, message: ListPanel.Chosen) -> None:
+        message.stop()
+        self.dismiss(self._words[message.row])
 
 
 class Reader(ModalScreen[None]):
@@ -89,9 +140,9 @@ class Reader(ModalScreen[None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,enter,question_mark", "dismiss", "Close")]
 
-    def __init__(self, title: str, lines: Sequence[Line]) -> None:
+    def __init__(self, title: str, lines: Sequence[Line], *, at_end: bool = False) -> None:
         super().__init__()
-        self._title, self._lines = title, lines
+        self._title, self._lines, self._at_end = title, lines, at_end
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog tall"):
@@ -99,7 +150,7 @@ class Reader(ModalScreen[None]):
             yield Panel(id="keys")
 
     def on_mount(self) -> None:
-        self.query_one("#text", ScrollPanel).show(self._lines)
+        self.query_one("#text", ScrollPanel).show(self._lines, follow=self._at_end)
         self.query_one("#text").focus()
         self.query_one("#keys", Panel).show([line((" esc", "key"), " close   ", (" ↑↓", "key"), " scroll")])
 

@@ -132,7 +132,8 @@ class MonitorScreen(WorkScreen):
             self._chosen, self._drawn = None, 0.0
             self.query_one("#blocks", ListPanel).cursor = 0
         before, self._view = self._view, view
-        if before is not None and before.id == view.id and before.live and not view.live:
+        ended = before is not None and before.id == view.id and before.live and not view.live
+        if ended and view.replay is None and view.state.task == "run":
             self._tell_end(view)
         self._fill(charts=time.monotonic() - self._drawn >= CHART_SECONDS)
 
@@ -145,14 +146,18 @@ class MonitorScreen(WorkScreen):
 
     def _tell_end(self, view: RunView) -> None:
         """The engine has ended while somebody watched."""
+        trains = view.state.phase in ("block_ap", "e2e_qp", "rtn")
+        place = "exactly there" if trains else "with this phase from its beginning"
         words = {
             "done": "the run is done: 3 shows its result",
-            "stopped": "paused at a checkpoint: r goes on exactly there",
+            "stopped": f"paused: r goes on {place}",
             "aborted": "aborted: r goes on from the last checkpoint",
+            "failed": "the run failed: see above, or l for the log",
+            "crashed": "the engine died: l shows its last words",
+            "gone": "the run's directory is gone",
         }
-        fine = view.liveness in words
-        text = words.get(view.liveness, f"the run has {view.liveness}: see above, or l for the log")
-        self.notify(text, severity="information" if fine else "error", timeout=10)
+        fine = view.liveness in ("done", "stopped", "aborted")
+        self.notify(words.get(view.liveness, view.liveness), severity="information" if fine else "error")
 
     def refill(self) -> None:
         self._fill(charts=True)
@@ -358,7 +363,7 @@ class MonitorScreen(WorkScreen):
 
         for text in log_tail(self.eqat.current(), view.state.attempt) or ["(nothing)"]:
             lines += wrap(text, width)
-        reader = Reader(f"{view.id}: journal", lines)
+        reader = Reader(f"{view.id}: journal", lines, at_end=True)
         self.app.push_screen(reader)
 
     # -- replay ------------------------------------------------------------------------------------

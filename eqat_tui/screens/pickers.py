@@ -163,7 +163,7 @@ class ModelPicker(Picker):
     """Models that are here, a folder browser, or whatever is typed."""
 
     TITLE = "Choose a model"
-    HINT = "search, or a path (tab goes into a folder), or a hub id such as org/name"
+    HINT = "search, type a path, or a hub id: org/name"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("tab", "complete", "Complete", show=False, priority=True),
     ]
@@ -243,7 +243,7 @@ class ModelPicker(Picker):
         one = self._under()
         about = self.query_one("#about", Panel)
         if one is None or not one.is_model:
-            about.show([line(("a folder: enter or tab goes in", "muted"))] if one else [])
+            about.show([line(("a folder, no model: enter or tab goes in", "muted"))] if one else [])
             return
         if one.source in self._facts:
             self._tell(one.source)

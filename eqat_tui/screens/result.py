@@ -21,7 +21,7 @@ from engine.run.schema import ExportConfig, field_types
 from engine.run.state import show
 from eqat_tui.feed import RunView
 from eqat_tui.keys import Key, bindings
-from eqat_tui.lines import Line, line
+from eqat_tui.lines import Line, line, wrap
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Ask, MarkdownReader
 from eqat_tui.summary import shorten
@@ -58,7 +58,7 @@ class ResultScreen(WorkScreen):
         Key("y", "copy", "copy", "Copy the lines of Python that load the packed checkpoint"),
         Key("v", "evaluate", "evaluate", "Measure the perplexity of the quantized model again"),
         Key("t", "replay", "replay", "Show the run from its beginning again, at any speed"),
-        Key("x", "stop", "stop", "Stop what was started here"),
+        Key("x", "stop", "stop", "Stop the sample, export or evaluation that was started here"),
     )
     ABOUT = "What came of the run. Perplexity is measured on the same tokens before, between and after."
     WRITES = frozenset({"sample", "export", "evaluate", "stop"})
@@ -182,8 +182,11 @@ class ResultScreen(WorkScreen):
                 return "the run has not finished training: r on 2 goes on with it"
         if action in ("card", "copy") and self._export_path(view) is None:
             return "there is no verified packed checkpoint yet"
-        if action == "stop" and not view.live:
-            return "nothing is being done"
+        if action == "stop":
+            if not view.live:
+                return "nothing is being done"
+            if view.state.task == "run":
+                return "the run itself is at work: p on 2 pauses it"
         return ""
 
     @staticmethod
@@ -222,16 +225,10 @@ class ResultScreen(WorkScreen):
             for name in formats:
                 args += ["--format", name]
             if folder:
-                target = Path(folder).expanduser().absolute()
-                try:
-                    check_target(target)
-                except EqatError as error:
-                    self.eqat.tell(error)
-                    return
-                args += ["--to", str(target)]
+                args += ["--to", folder]
             self._launch(*args)
 
-        self.app.push_screen(ExportDialog(export_formats(), f"{self._view.path}/export"), begin)
+        self.app.push_screen(ExportDialog(export_formats()), begin)
 
     def _launch(self, *args: str) -> None:
         run = self.eqat.current()
@@ -270,16 +267,17 @@ class ExportDialog(ModalScreen[tuple[list[str], str] | None]):
         Binding("space", "switch", "Switch", show=False),
     ]
 
-    def __init__(self, formats: tuple[str, ...], folder: str) -> None:
+    def __init__(self, formats: tuple[str, ...]) -> None:
         super().__init__()
-        self._formats, self._chosen, self._folder = formats, set(formats[:1]), folder
+        self._formats, self._chosen = formats, set(formats[:1])
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
             yield Panel(id="question")
             yield ListPanel(id="formats")
             yield Panel(id="where")
-            yield Input(placeholder=self._folder, id="folder")
+            yield Input(placeholder="a folder of yours, or nothing", id="folder")
+            yield Panel(id="wrong")
             yield Panel(id="keys")
 
     def on_mount(self) -> None:
@@ -329,4 +327,12 @@ class ExportDialog(ModalScreen[tuple[list[str], str] | None]):
             self.notify("choose a format with space", severity="warning")
             return
         folder = self.query_one("#folder", Input).value.strip()
+        if folder:
+            folder = str(Path(folder).expanduser().absolute())
+            try:
+                check_target(Path(folder))
+            except EqatError as error:
+                wrong = self.query_one("#wrong", Panel)
+                wrong.show(wrap(f"✗ {error}", max(20, wrong.size.width), "bad"))
+                return
         self.dismiss(([name for name in self._formats if name in self._chosen], folder))

@@ -288,13 +288,22 @@ class RunsScreen(WorkScreen):
         self.eqat.replay(self._directory())
 
     def do_clean(self) -> None:
-        run = self._directory()
+        run, summary = self._directory(), self._under()
 
         def clean() -> None:
             freed = housekeeping.clean_run(run)
             self.app.call_from_thread(self.notify, f"freed {format_bytes(freed)}")
 
-        self.eqat.in_background(clean)
+        if summary is not None and summary["state"] == "done":
+            self.eqat.in_background(clean)  # nothing that anybody could miss
+            return
+        question = Confirm(
+            f"Free what {run.id} can make again?",
+            "Nothing trained is lost. Going on will take longer, though: the activations that lead up to the "
+            "next block are computed again, through all finished ones.",
+            "free it",
+        )
+        self.app.push_screen(question, lambda yes: self.eqat.in_background(clean) if yes else None)
 
     def do_delete(self) -> None:
         run = self._directory()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from engine.run.launch import launch
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line, wrap
 from eqat_tui.screens.base import WorkScreen
-from eqat_tui.screens.dialogs import Ask
+from eqat_tui.screens.dialogs import Ask, Choose, Confirm
 from eqat_tui.views import setup as views
 from eqat_tui.views.setup import Draft, Row
 from eqat_tui.widgets.list_panel import ListPanel
@@ -43,6 +43,7 @@ class SetupScreen(WorkScreen):
         Key("y", "copy", "copy command", "Copy the equal `eqat run …`"),
         Key("slash", "find", "find", "Find a setting by its name or meaning"),
         Key("backspace", "reset", "reset", "What the preset says, again", footer=False),
+        Key("R", "fresh", "reset all", "Forget everything that was changed about the preset", footer=False),
         Key("w", "save", "save", "Save these settings as a file that `eqat run` takes", footer=False),
         Key("p", "plan", "plan", "Compute the plan again: what is free now?", footer=False),
     )
@@ -66,8 +67,8 @@ class SetupScreen(WorkScreen):
     SetupScreen.-narrow #halves { layout: vertical; }
     SetupScreen.-narrow #form { height: 9; }
     SetupScreen.-narrow #plan { margin: 0; height: 1fr; }
-    SetupScreen #meaning { height: 3; }
-    SetupScreen.-narrow #meaning { height: 2; }
+    SetupScreen #meaning { height: 4; }
+    SetupScreen.-narrow #meaning { height: 3; }
     SetupScreen.-wide #meaning { height: 3; }
     SetupScreen #command { height: auto; max-height: 4; }
     """
@@ -228,6 +229,8 @@ class SetupScreen(WorkScreen):
                 return "the plan is not ready yet"
         if action in ("edit", "next", "previous", "reset") and row is None:
             return "no setting is under the cursor"
+        if action == "fresh" and not self.draft.changes:
+            return "nothing was changed about the preset"
         if action == "reset" and row is not None and not self._names(row) & set(self.draft.changes):
             return "this is what the preset says"
         return ""
@@ -258,13 +261,24 @@ class SetupScreen(WorkScreen):
             self._choose_model()
         elif row.kind == "base":
             self._choose_preset()
-        elif row.kind == "method" or (
-            views.choices(row.name)
-            and row.name not in ("data.source", "evaluation.data.source", "runtime.device")
-        ):
-            self._step(row, 1)
+        elif row.kind == "method":
+            names = list(views.METHODS)
+            self._choose("Method", names, views.method_of(self._config), self._set_method)
+        elif views.choices(row.name) and row.name not in views.OPEN:
+            values = list(views.choices(row.name))
+            words = ["channel (whole rows)" if value == -1 else views.value_words(value) for value in values]
+            now = words[values.index(configs.value_of(self._config, row.name))]
+            self._choose(row.name, words, now, lambda word: self._set(row.name, values[words.index(word)]))
         else:
             self._ask(row)
+
+    def _choose(self, title: str, words: list[str], now: str, take: Callable[[str], None]) -> None:
+        """One of a few."""
+        self.app.push_screen(Choose(title, words, now), lambda word: take(word) if word is not None else None)
+
+    def _set_method(self, name: str) -> None:
+        block_ap, e2e_qp = views.METHODS[name]
+        self._change(self.draft.set("block_ap.enabled", block_ap).set("e2e_qp.enabled", e2e_qp))
 
     def _ask(self, row: Row) -> None:
         value = views.value_words(configs.value_of(self._config, row.name))
@@ -279,6 +293,7 @@ class SetupScreen(WorkScreen):
                 value,
                 help=[views.meaning(row, self.draft, self._config)],
                 choices=[str(choice) for choice in views.choices(row.name, self._gpu_names())],
+                check=lambda text: views.complaint(self.draft, row.name, text),
             ),
             answered,
         )
@@ -342,9 +357,7 @@ class SetupScreen(WorkScreen):
     def _step(self, row: Row, by: int) -> None:
         """The next or the last of a row's values."""
         if row.kind == "method":
-            names = list(views.METHODS)
-            block_ap, e2e_qp = views.METHODS[_beside(names, views.method_of(self._config), by)]
-            self._change(self.draft.set("block_ap.enabled", block_ap).set("e2e_qp.enabled", e2e_qp))
+            self._set_method(_beside(list(views.METHODS), views.method_of(self._config), by))
         elif row.kind == "base":
             names = configs.preset_names()
             self._start_on(_beside(names, self.draft.base, by))
@@ -367,6 +380,15 @@ class SetupScreen(WorkScreen):
         row = self._row()
         assert row is not None
         self._change(self.draft.reset(sorted(self._names(row))))
+
+    def do_fresh(self) -> None:
+        question = Confirm(
+            "Forget all changes?",
+            f"{len(self.draft.changes)} settings go back to what {self.draft.base} says.",
+            "forget them",
+        )
+        again = Draft(base=self.draft.base)
+        self.app.push_screen(question, lambda yes: self._change(again) if yes else None)
 
     def do_copy(self) -> None:
         self.eqat.copy(self.draft.command(self.eqat.runs_dir), "the command")

@@ -82,7 +82,7 @@ def history(readings: Sequence[Reading]) -> tuple[str, list[Series], float]:
             Series(
                 f"GPU {gpu.index}",
                 [
-                    (one.t - last.t, one.gpus[place].used / 2**30 if place < len(one.gpus) else None)
+                    (round(one.t - last.t), one.gpus[place].used / 2**30 if place < len(one.gpus) else None)
                     for one in readings
                 ],
                 f"series{place % 4 + 1}",
@@ -90,5 +90,5 @@ def history(readings: Sequence[Reading]) -> tuple[str, list[Series], float]:
             for place, gpu in enumerate(last.gpus[:4])
         ]
         return "GPU memory, GiB", series, max(gpu.total for gpu in last.gpus) / 2**30
-    used = [(one.t - last.t, one.host.used / 2**30) for one in readings]
+    used = [(round(one.t - last.t), one.host.used / 2**30) for one in readings]
     return "host memory, GiB", [Series("host", used, "series3")], last.host.total / 2**30

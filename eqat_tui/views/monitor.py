@@ -28,6 +28,7 @@ STATE_ROLES = {
     "failed": "bad",
     "gone": "bad",
 }
+SIDE_TASKS = {"export": "export", "generate": "sample", "eval": "evaluation"}
 STATE_MARKS = {
     "running": "▶",
     "starting": "▶",
@@ -60,16 +61,20 @@ def state_span(view: RunView) -> Span:
     if view.waiting:
         return "‖ paused: disk full", "warn"
     if view.replay is not None:
-        words = "replay, paused" if view.replay.paused else f"replay ×{view.replay.speed:g}"
-        return f"▶ {words}", "accent"
+        if view.replay.position >= 1:
+            return "■ replay, at its end", "accent"
+        held = view.replay.paused
+        return "‖ replay, held" if held else f"▶ replay ×{view.replay.speed:g}", "accent"
     return f"{STATE_MARKS.get(words, '?')} {words}", STATE_ROLES.get(words, "")
 
 
 def title(view: RunView, width: int) -> Line:
     """Which run."""
-    left = line((what(view.config), "strong"), "  ", (view.id, "muted"))
     attempt = f"attempt {view.state.attempt}" if view.state.attempt > 1 else ""
     right = line((attempt or view.state.device, "muted"))
+    room = max(0, width - width_of(right) - 2 - len(what(view.config)) - 2)
+    name = view.id if len(view.id) <= room else f"…{view.id[len(view.id) - room + 1 :]}" if room > 1 else ""
+    left = line((what(view.config), "strong"), "  ", (name, "muted"))  # of a long name the end tells it apart
     return beside(cut(left, width - width_of(right) - 2), right, width)
 
 
@@ -92,14 +97,29 @@ def remaining(view: RunView) -> tuple[float | None, bool]:
     return max(0.0, planned - elapsed(state)), True
 
 
-def _by_plan(state: RunState) -> float | None:
-    """How much of the run is done, by the plan's seconds for its phases."""
+def share_done(state: RunState) -> float | None:
+    """How much of the run is done, its phases weighed by the plan's seconds.
+
+    What is finished stays finished, whatever the pace and however often the run was interrupted.
+    """
     planned = {phase["name"]: phase["seconds"] for phase in (state.plan or {}).get("phases", ())}
     total = sum(planned.values())
-    done = sum(planned.get(row.name, 0.0) for row in state.phases if row.finished)
-    if state.phase is not None and not any(row.finished for row in state.phases if row.name == state.phase):
-        done += planned.get(state.phase, 0.0) * (fraction(state) or 0.0)
+    done = sum(seconds * _share_of(state, name) for name, seconds in planned.items())
     return done / total if total else None
+
+
+def _share_of(state: RunState, phase: str) -> float:
+    if any(row.finished for row in state.phases if row.name == phase):
+        return 1.0
+    blocks = (state.plan or {}).get("blocks") or state.blocks
+    done = sum(row.finished for row in state.blocks_of(phase)) / blocks if blocks else 0.0
+    last = state.metrics[-1] if state.metrics else None
+    if last is not None and last.phase == phase and last.steps:
+        # What an interrupted block or phase had reached; a resumed one goes on there.
+        row = state.block_rows.get((phase, last.block)) if last.block is not None else None
+        if row is None or not row.finished:
+            done += last.step / last.steps / (blocks if last.block is not None and blocks else 1)
+    return min(1.0, max(done, (fraction(state) or 0.0) if state.phase == phase else 0.0))
 
 
 def _measured(state: RunState) -> bool:
@@ -125,12 +145,15 @@ def progress(view: RunView, width: int) -> list[Line]:
     words = line((name, "strong"), (count, "muted"))
     if state.blocks and state.block is not None:
         words += line(f"  block {state.block + 1}/{state.blocks}")
-    if state.steps and state.step is not None:
+    row = state.block_rows.get((state.phase or "", state.block if state.block is not None else -1))
+    if row is not None and row.finished and view.live:
+        words += line(("  passing on", "muted"))  # finished before: only its activations are needed again
+    elif state.steps and state.step is not None:
         words += line((f"  step {state.step}/{state.steps}", "muted"))
     share = line(f"{done:4.0%}" if done is not None else "")
     left, guess = remaining(view)
     worked = elapsed(state)
-    whole = worked / (worked + left) if left is not None and worked + left > 0 else _by_plan(state)
+    whole = share_done(state)
     clock = line(f"{whole:4.0%}  " if whole is not None else "", (f"{format_clock(worked)} done", "muted"))
     if left is not None:
         clock += line("  ", (f"{'about ' if guess else ''}{format_clock(left)} left", "strong"))
@@ -184,11 +207,18 @@ def notices(view: RunView, width: int) -> list[Line]:
     if view.state.error is not None and view.liveness not in ("running", "starting"):
         error = view.state.error
         where = f"{error.where}: " if error.where else ""
-        hint = f" ({error.hint})" if error.hint else ""
-        lines += wrap(f"✗ {where}{error.message}{hint}", width, "bad")
+        failed = SIDE_TASKS.get(view.state.task)
+        text = f"{where}{error.message}{hint_for_app(error.hint)}"
+        words = f"! the last {failed} failed: {text}" if failed else f"✗ {text}"
+        lines += wrap(words, width, "warn" if failed else "bad")
     if broken(view.state) and view.live:
         lines += wrap("! the loss is not finite; the engine goes back to its last good state", width, "bad")
     return lines
+
+
+def hint_for_app(hint: str) -> str:
+    """A hint in brackets; one that speaks of flags and commands is of no use here."""
+    return f" ({hint})" if hint and "--" not in hint and not hint.startswith("eqat ") else ""
 
 
 def request_line(view: RunView) -> Line:
@@ -255,20 +285,26 @@ def profile_series(state: RunState) -> list[Series]:
         Series("final", [(row.index, row.final_loss) for row in rows if row.finished], "series1"),
     ]
     if any(row.val_loss is not None for row in rows):
-        made.append(
-            Series("valid.", [(row.index, row.val_loss) for row in rows if row.finished], "series3")
-        )
+        made.append(Series("valid.", [(row.index, row.val_loss) for row in rows if row.finished], "series3"))
     return made
 
 
 def memory_series(state: RunState) -> list[Series]:
     """Memory over the run, GiB: of the GPU where there is one, else of the process."""
     first = state.readings[0].t if state.readings else 0.0
-    gpu = [(r.t - first, r.gpu_used / 2**30) for r in state.readings if r.gpu_used is not None]
-    if gpu:
-        return [Series("GPU", gpu, "series1")]
-    host = [(r.t - first, r.host_used / 2**30) for r in state.readings if r.host_used is not None]
-    return [Series("process", host, "series3")]
+    plan = state.plan or {}
+    for name, used, planned, role in (
+        ("GPU", "gpu_used", "peak_gpu_bytes", "series1"),
+        ("process", "host_used", "peak_host_bytes", "series3"),
+    ):
+        points = [(round(r.t - first), getattr(r, used)) for r in state.readings]
+        known = [(t, value / 2**30) for t, value in points if value is not None]
+        if known:
+            made = [Series(name, known, role)]
+            if plan.get(planned):
+                made.append(Series("plan", [(t, plan[planned] / 2**30) for t, _ in known], "series2"))
+            return made
+    return [Series("process", [], "series3")]
 
 
 # -- blocks --------------------------------------------------------------------------------------------
@@ -291,13 +327,13 @@ def block_table(view: RunView, width: int) -> tuple[Line, list[Line]]:
 
 
 def _block_cells(row: BlockRow | None, index: int, current: bool, wide: bool) -> list[str | Span]:
+    if row is not None and row.finished and current:
+        current = False  # it is only passed on again
     if row is None or not row.finished:
         state: Span = ("▶ now", "accent") if current else ("· waits", "muted")
         return [str(index), state if wide else (state[0][0], state[1]), "", "", "", ""]
     worse = row.final_loss is not None and row.initial_loss is not None and row.final_loss > row.initial_loss
     mark: Span = ("! worse", "warn") if worse else ("✓ kept", "good") if row.restored else ("✓ done", "good")
-    if current:
-        mark = ("▶ now", "accent")
     room = 8 if wide else 7
     return [
         str(index),
@@ -324,11 +360,14 @@ def machine(view: RunView, width: int) -> list[Line]:
     """Memory now, peak and planned; GPU load, temperature and power; disk; speed."""
     state = view.state
     reading, plan = state.memory, state.plan or {}
-    return [
+    lines = [
         *_gpu_lines(reading, plan, state, width),
         cut(_host_line(reading, plan), width),
         cut(_speed_line(view, reading), width),
     ]
+    if view.live or view.replay is not None:
+        return lines
+    return [[(text, "muted") for text, _ in spans] for spans in lines]  # of an engine that is gone
 
 
 def _gpu_lines(

@@ -8,10 +8,10 @@ from typing import Any
 
 from engine.run.state import RunState
 from eqat_tui.feed import RunView
-from eqat_tui.lines import Line, Span, beside, columns, cut, line, widths_of, wrap
+from eqat_tui.lines import Line, Span, columns, cut, line, widths_of, wrap
 from eqat_tui.output import format_bytes, format_number, format_seconds
 from eqat_tui.summary import facts, shorten
-from eqat_tui.views.monitor import state_span, what
+from eqat_tui.views.monitor import what
 from eqat_tui.words import STAGES, stage_name
 
 QUANTIZED = ("e2e_qp", "block_ap", "rtn")
@@ -82,7 +82,7 @@ def headline(view: RunView, width: int) -> Line:
     if trained is not None and ppl.get("fp"):
         words += line("  perplexity ", (format_number(trained), "strong"))
         words += line((f", full precision {format_number(ppl['fp'])}", "muted"))
-    return beside(words, line(state_span(view)), width)
+    return cut(words, width)
 
 
 def samples(state: RunState, width: int) -> list[Line]:

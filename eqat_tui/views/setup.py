@@ -19,6 +19,7 @@ from engine.run.errors import EqatError
 from engine.run.schema import field_types, is_section
 from eqat_tui.lines import Line, Span, bar, cut, line, wrap
 from eqat_tui.output import format_bytes, format_seconds
+from eqat_tui.views.monitor import hint_for_app
 from eqat_tui.words import model_name
 
 
@@ -216,6 +217,20 @@ def choices(name: str, devices: Sequence[str] = ()) -> tuple[object, ...]:
     return ()
 
 
+OPEN = ("data.source", "evaluation.data.source", "runtime.device")
+"""Fields that take more than what left and right go through."""
+
+
+def complaint(draft: Draft, name: str, text: str) -> str:
+    """Why ``text`` is no value for the field; empty when it is one, whatever else may be wrong."""
+    try:
+        draft.set(name, text).config()
+    except EqatError as error:
+        if error.where == name:
+            return f"{error.message}{hint_for_app(error.hint)}"
+    return ""
+
+
 def method_of(config: RunConfig) -> str:
     """Which of the methods a configuration is."""
     wanted = (config.block_ap.enabled, config.e2e_qp.enabled)
@@ -235,7 +250,7 @@ def form_line(
         return cut(
             line((f"{mark} {row.label}", "strong"), (f"  {count}", "muted"), (f" {bad}", "bad")), width
         )
-    size = 11 if row.kind != "field" or row.name in _IN_HEAD else min(30, max(14, width // 2))
+    size = 11 if row.kind != "field" or row.name in _IN_HEAD else max(18, len(row.label) + 4)
     indent = "" if row in HEAD else "  "
     changed_here = row.name in draft.changes or (
         row.kind == "method" and {"block_ap.enabled", "e2e_qp.enabled"} & set(draft.changes)
@@ -285,7 +300,7 @@ def meaning(row: Row, draft: Draft, config: RunConfig) -> str:
     words = field_help().get(row.name, "")
     default = value_of(configs.resolve(Draft(base=draft.base).loaded()), row.name)
     takes = configs_describe(row.name)
-    return f"{row.name}: {words} Takes {takes}. Preset: {value_words(default)}."
+    return f"{row.name} (preset: {value_words(default)}; takes {takes}): {words}"
 
 
 def configs_describe(name: str) -> str:
@@ -386,6 +401,6 @@ def error_lines(error: Exception, width: int) -> list[Line]:
             "no model is chosen yet: enter on the first line lists those that are here", width, "warn"
         )
     if isinstance(error, EqatError):
-        hint = f" ({error.hint})" if error.hint else ""
-        return wrap(f"✗ {error.where + ': ' if error.where else ''}{error.message}{hint}", width, "bad")
+        where = f"{error.where}: " if error.where else ""
+        return wrap(f"✗ {where}{error.message}{hint_for_app(error.hint)}", width, "bad")
     return wrap(f"✗ {error}", width, "bad")

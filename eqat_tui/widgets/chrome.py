@@ -36,10 +36,9 @@ class TopBar(Panel):
         spans: Line = [(" eqat ", "strong")]
         for key in EVERYWHERE[: len(TABS)]:
             here = key.action == mode
-            label = f"[{key.shown} {key.label}]" if here else f" {key.shown} {key.label} "
-            spans.append(
-                (label[:-1] + "" if short and not here else label, "strong accent" if here else "muted")
-            )
+            name = key.label[:3] if short else key.label
+            label = f"[{key.shown} {name}]" if here else f" {key.shown} {name} "
+            spans.append((label, "strong accent" if here else "muted"))
         return spans
 
     def on_click(self, event: events.Click) -> None:

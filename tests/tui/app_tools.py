@@ -62,6 +62,19 @@ def words_of(panel: Panel) -> str:
     return "\n".join("".join(text for text, _ in line) for line in panel.lines)
 
 
+def _listen(app: EqatApp) -> None:
+    """Keep what the app tells; on the screen only the newest note stays."""
+    notes: list[str] = []
+    tell = app.notify
+
+    def notify(message: str, **options: Any) -> None:
+        notes.append(message)
+        tell(message, **options)
+
+    app.notify = notify  # type: ignore[method-assign]
+    app.notes = notes  # type: ignore[attr-defined]
+
+
 class StillFeed:
     """One moment of a run, for ever."""
 
@@ -99,6 +112,7 @@ def app_of(
         mode=mode,
         read_only=read_only,
     )
+    _listen(app)
     if run is not None and view is not None:
         feed = StillFeed(run, view)
         app.call_later(app.show_feed, feed)

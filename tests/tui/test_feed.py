@@ -38,7 +38,8 @@ def test_a_log_that_grows_is_read_on(recorded: Recorded) -> None:
         writer.emit(events.Warning(code="x", message="news"))
     view = feed.poll()
     assert view.state.event_count == before + 1
-    assert "news" in view.journal[-1].text
+    assert "news" in view.journal[-2].text
+    assert "died without a word" in view.journal[-1].text  # no engine holds this run
 
 
 @pytest.mark.parametrize(
@@ -184,9 +185,29 @@ def test_a_replay_can_be_held_and_wound_back(recorded: Recorded, clock: Clock) -
     feed.seek(-0.5)
     early = feed.poll()
     assert early.state.outcome is None
-    feed.pause()
     clock.now += 100
-    assert feed.poll().state.event_count == early.state.event_count
+    assert feed.poll().state.event_count == early.state.event_count  # the end held it
+    feed.pause()
+    clock.now += feed.duration
+    assert feed.poll().state.outcome == "done"
+
+
+def test_what_was_done_with_a_finished_run_is_not_replayed(recorded: Recorded, clock: Clock) -> None:
+    run = recorded("finished")
+    with EventWriter(run.events_path, 2) as writer:
+        writer.emit(
+            events.RunStarted(id=run.id, pid=1, host="h", device="cpu", versions={}, argv=[], task="export")
+        )
+        writer.emit(events.Error(code="x", where="", message="no room", hint="", exit_code=7))
+        writer.emit(events.RunFinished(outcome="failed", exit_code=7, seconds=1.0, leaves="done"))
+    feed = ReplayFeed(run)
+    clock.now += feed.duration
+    assert feed.poll().state.error is None
+    live = LiveFeed(run).poll()
+    assert (live.liveness, live.state.task) == ("done", "export")
+    assert sum(row.seconds for row in live.state.phases) == sum(
+        row.seconds for row in feed.poll().state.phases
+    )
 
 
 def test_the_night_between_two_attempts_is_not_replayed(recorded: Recorded) -> None:

@@ -32,7 +32,8 @@ Play = Pilot[Any]
 
 def told(app: EqatApp) -> list[str]:
     """What the app has notified."""
-    return [note.message for note in app._notifications]
+    notes: list[str] = app.notes  # type: ignore[attr-defined]
+    return notes
 
 
 def running(recorded: Recorded, **options: Any) -> tuple[RunDirectory, EqatApp]:
@@ -220,14 +221,17 @@ def test_a_finished_run_is_replayed_at_any_speed(recorded: Recorded) -> None:
         await press(pilot, "t")
         await until(pilot, lambda: "replay ×10" in picture(app))
         await press(pilot, "space")
-        await until(pilot, lambda: "replay, paused" in picture(app))
+        await until(pilot, lambda: "replay, held" in picture(app))
         await press(pilot, *["right"] * 10)
         await until(pilot, lambda: "block 4/6" in picture(app) or "block 3/6" in picture(app))
         await press(pilot, "p")
-        assert told(app) == ["this is a replay; esc leaves it"]
+        assert told(app) == []  # no key of a replay
         await press(pilot, "space", *["plus"] * 10)
+        await until(pilot, lambda: "replay, at its end" in picture(app))
         await until(pilot, lambda: "finished" in picture(app))
         await until(pilot, lambda: "loss of E2E-QP" in picture(app))
+        await press(pilot, "left")
+        await until(pilot, lambda: "replay, held" in picture(app))
         feed = app.feed
         assert isinstance(feed, ReplayFeed)
         assert feed.speed == 10_000.0
@@ -359,7 +363,9 @@ def test_a_value_of_the_wrong_kind_is_refused_in_words() -> None:
         await press(pilot, "slash", *"weight_decay", "enter", "enter")
         app.screen.query_one(Input).value = "much"
         await press(pilot, "enter")
-        await until(pilot, lambda: any("cannot be 'much'" in text for text in told(app)))
+        await until(pilot, lambda: "cannot be 'much'" in picture(app))
+        assert app.screen.query_one(Input).value == "much"  # to be put right
+        await press(pilot, "escape")
         assert screen.draft.changes == {}
 
     drive(app_of(mode="setup"), script)
@@ -423,3 +429,76 @@ def test_the_monitor_screen_without_a_run_says_where_to_go() -> None:
         assert isinstance(app.screen, MonitorScreen)
 
     drive(app_of(mode="monitor"), script)
+
+
+def test_enter_on_a_choice_lists_what_there_is_and_letters_typed_there_do_nothing_else() -> None:
+    async def script(pilot: Play, app: EqatApp) -> None:
+        screen = setup_of(app)
+        screen.start_from("smoke")
+        await press(pilot, "down", "down", "down", "enter")
+        await until(pilot, lambda: "grid.bits" in picture(app))
+        await press(pilot, *"3ra", "up", "enter")
+        await until(pilot, lambda: screen.draft.changes == {"grid.bits": 3})
+        assert app.screen is screen
+        await press(pilot, "R", "y")
+        await until(pilot, lambda: screen.draft.changes == {})
+
+    drive(app_of(mode="setup"), script)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("name", "asks"), [("stopped", True), ("finished", False)])
+def test_freeing_asks_only_where_going_on_would_take_longer(
+    name: str, asks: bool, recorded: Recorded
+) -> None:
+    run = recorded(name)
+    run.cache_dir.joinpath("streams.raw").write_bytes(b"x" * 1000)
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "1 of 1" in picture(app))
+        await press(pilot, "g")
+        assert isinstance(app.screen, Confirm) == asks
+        if asks:
+            await press(pilot, "y")
+        await until(pilot, lambda: not run.cache_dir.joinpath("streams.raw").exists())
+
+    drive(app_of(mode="runs"), script)
+
+
+def test_the_result_stops_what_it_started_and_not_the_training(recorded: Recorded) -> None:
+    run = recorded("running")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "quality" in picture(app))
+        await press(pilot, "x")
+        assert told(app) == ["the run itself is at work: p on 2 pauses it"]
+
+    drive(app_of(run, view_of(run, "running"), mode="result"), script)
+    assert control.pending(run) == []
+
+
+def test_a_folder_that_is_taken_is_said_in_the_dialog(recorded: Recorded, tmp_path: Path) -> None:
+    run = recorded("finished")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "quality" in picture(app))
+        await press(pilot, "e", "tab", *"taken", "enter")
+        await until(pilot, lambda: "not an empty folder" in picture(app))
+        await press(pilot, *["backspace"] * 5, *"/proc/x", "enter")
+        await until(pilot, lambda: "cannot be made in" in picture(app))
+        await press(pilot, "escape")
+
+    drive(app_of(run, view_of(run, "done"), mode="result"), script)
+    assert not run.launch_path.exists()
+
+
+def test_what_other_screens_can_do_is_found_in_the_palette_too() -> None:
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await press(pilot, "ctrl+p", *"delete")
+        await until(pilot, lambda: "delete (Runs: del)" in picture(app))
+        await press(pilot, "enter")
+        await until(pilot, lambda: "[4 Runs]" in picture(app))
+
+    drive(app_of(mode="setup"), script)

@@ -1,0 +1,76 @@
+"""Numbers that a person plans the day by: they never go backwards and say what they rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import pytest
+from logs import RECORDED, Log
+
+from engine.run.directory import Launched, RunDirectory
+from engine.run.files import atomic_write_json
+from engine.run.lock import RunLock
+from engine.run.state import RunState
+from eqat_tui.feed import LiveFeed, RunView
+from eqat_tui.lines import plain
+from eqat_tui.views import monitor
+
+Recorded = Callable[[str], RunDirectory]
+
+
+def shares(log: Log) -> list[float]:
+    """The part of the run that is shown as done, after each event."""
+    state, found = RunState(), []
+    for event in log.events:
+        state = state.apply(event)
+        share = monitor.share_done(state)
+        if share is not None:
+            found.append(share)
+    return found
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_what_is_done_never_becomes_less(name: str) -> None:
+    found = shares(RECORDED[name]("run"))
+    assert found == sorted(found)
+    assert found[-1] == pytest.approx(1.0) if name == "finished" else 0.0 < found[-1] < 1.0
+
+
+def test_before_anything_is_measured_the_time_left_is_the_plans_and_says_so() -> None:
+    log = Log()
+    log.attempt_begins("run")
+    state = RunState().apply_all(log.events)
+    view = RunView(id="run", path="/run", state=state, liveness="running", now=log.t)
+    left, guess = monitor.remaining(view)
+    assert guess
+    assert left == pytest.approx(900.0, abs=5)
+    assert "about 15:00 left by the plan" in plain(monitor.progress(view, 100)[1])
+
+
+def test_an_engine_that_has_just_been_started_shows_nothing_of_the_attempt_before(recorded: Recorded) -> None:
+    run = recorded("stopped")
+    atomic_write_json(run.launch_path, Launched(pid=1, host="h", attempt=2, t=2e9, created=2e9))
+    with RunLock(run.lock_path):
+        view = LiveFeed(run).poll()
+    assert view.liveness == "starting"
+    assert (view.state.phase, view.asked) == (None, "")
+    assert plain(monitor.progress(view, 80)[0]).startswith("starting")
+    assert view.state.block_rows  # what was achieved stays
+
+
+def test_a_block_that_is_only_passed_on_is_no_training(recorded: Recorded) -> None:
+    run = recorded("resumed")
+    view = LiveFeed(run).poll()
+    state = msgspec.structs.replace(view.state, block=1, step=None, steps=None)
+    view = msgspec.structs.replace(view, state=state, liveness="running")
+    assert "passing on" in plain(monitor.progress(view, 100)[0])
+    rows = [plain(row) for row in monitor.block_table(view, 50)[1]]
+    assert "kept" in rows[1]
+    assert "now" not in rows[1]
+
+
+def test_hints_of_the_command_line_are_left_out() -> None:
+    assert monitor.hint_for_app("choose another --to") == ""
+    assert monitor.hint_for_app("eqat runs lists the runs") == ""
+    assert monitor.hint_for_app("halve block_ap.lr_weight") == " (halve block_ap.lr_weight)"
