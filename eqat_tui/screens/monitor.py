@@ -171,7 +171,10 @@ class MonitorScreen(WorkScreen):
         self.query_one("#title", Panel).show([views.title(view, width)])
         self.query_one("#progress", Panel).show(views.progress(view, width))
         self.query_one("#notices", Panel).show(views.notices(view, width))
-        self.query_one("#machine", Panel).show(views.machine(view, width))
+        machine = self.query_one("#machine", Panel)
+        works = view.live or view.replay is not None
+        machine.border_title = "machine" if works else "machine, as it was"
+        machine.show(views.machine(view, width))
         journal = self.query_one("#journal", ScrollPanel)
         journal.show(views.journal(view.journal[-200:], max(10, journal.size.width)), follow=True)
         self._fill_blocks(view)
