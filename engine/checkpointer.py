@@ -168,6 +168,9 @@ class TrainingCheckpoints:
     def checkpoint_requested(self) -> None:
         self.report.checkpoint_requested()
 
+    def expect_silence(self, seconds: float) -> None:
+        self.report.expect_silence(seconds)
+
     # Checkpoints
 
     def step_boundary(self, state: Callable[[], Snapshot]) -> None:

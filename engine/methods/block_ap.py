@@ -23,12 +23,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from engine.data.sampler import ALONE, World
+from engine.methods.compiled import Compiled
 from engine.methods.optimization import (
     NON_FINITE_HINT,
     ParameterGroup,
@@ -81,6 +82,20 @@ class BlockResult:
     val_loss: float | None
     steps: int
     micro_batch: int
+
+
+def reconstruction_loss(
+    block: nn.Module,
+    hidden: Tensor,
+    arguments: dict[str, Any],
+    target: Tensor,
+    kind: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Distance between the block's output for ``hidden`` ``[B, T, H]`` and ``target``, a float32 scalar."""
+    with autocast(hidden.device, dtype):
+        output = block(hidden, **arguments)
+    return distance(output[0] if isinstance(output, tuple) else output, target, kind)
 
 
 def distance(output: Tensor, target: Tensor, kind: str) -> Tensor:
@@ -166,18 +181,29 @@ def train_block(
     micro_batch: int | None = None,
     snapshot: Snapshot | None = None,
     world: World = ALONE,
+    compiles: bool = False,
 ) -> BlockResult:
     """Quantize ``block`` (decoder block ``index``, float32, as it came) in place.
 
     ``streams.full`` has passed the block already, ``streams.quantized`` has not. ``dtype`` is the arithmetic
     of the forward pass; parameters are float32 throughout. ``micro_batch`` sequences pass at a time (all of a
-    batch, when not given); ``snapshot`` is the state to continue from.
+    batch, when not given); ``snapshot`` is the state to continue from; ``compiles`` compiles the steps.
 
     Raises:
         NonFiniteError: if training diverges and two restarts at lower learning rates do not help.
         StopRequested: at a step boundary, after a stop was asked for.
     """
     reconstruction = _Reconstruction(lm, index, block, streams, config, grid, dtype)
+    if compiles:
+        reconstruction.train_loss = Compiled(
+            reconstruction_loss,
+            expect_silence=progress.expect_silence,
+            on_failure=lambda why: progress.warning(
+                "compile",
+                f"block {index}: not compiled, and slower for it: {why}",
+                hint="runtime.compile=off does not try",
+            ),
+        )
     settings = Settings(
         epochs=config.epochs,
         batch_size=config.batch_size,
@@ -239,14 +265,17 @@ class _Reconstruction:
         self.linears = wrap_linears(block, lm.linear_names(index), grid)
         self.groups = _parameter_groups(block, self.linears, config)
         self.poll: Callable[[], None] = lambda: None
+        self.train_loss: Callable[..., Tensor] = reconstruction_loss
+        """What the steps minimise; compiled where that pays. Reports and validations stay plain."""
 
-    def loss(self, rows: Tensor | slice) -> Tensor:
-        with autocast(self.lm.device, self.dtype):
-            output = self.lm.run_block(self.block, self.index, self.streams.quantized.read(rows))
-        return distance(output, self.streams.full.read(rows), self.config.loss)
+    def loss(self, rows: Tensor | slice, function: Callable[..., Tensor] = reconstruction_loss) -> Tensor:
+        hidden, target = self.streams.quantized.read(rows), self.streams.full.read(rows)
+        batch, length = hidden.shape[:2]
+        arguments = self.lm.block_kwargs(self.index, batch, length, hidden.dtype)
+        return function(self.block, hidden, arguments, target, self.config.loss, self.dtype)
 
     def micro_step(self, rows: Tensor, weight: float, scale: Callable[[Tensor], Tensor]) -> Tensor:
-        loss = self.loss(rows) * weight
+        loss = self.loss(rows, self.train_loss) * weight
         scale(loss).backward()
         return loss.detach()
 

@@ -53,6 +53,9 @@ class Progress(Protocol):
 class TrainingProgress(Progress, Protocol):
     """What a training tells whoever runs it."""
 
+    def expect_silence(self, seconds: float) -> None:
+        """One operation may take so long that nothing is heard meanwhile."""
+
     def step_boundary(self, state: Callable[[], Snapshot]) -> None:
         """Called where a training can be continued from ``state()``, which is only asked for when needed.
 

@@ -126,6 +126,7 @@ class _BlockPhase:
                 micro_batch=job.store.fact(MICRO_BATCH),
                 snapshot=snapshot,
                 world=job.world,
+                compiles=job.plan.compiles,
             )
         del snapshot
         self._commit(index, result)

@@ -93,6 +93,12 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     gpu_step_bytes: float = 400.0
     """Memory traffic of fake quantization and AdamW, for every weight and step, eager: of 27.5 ms for a
     7B-shaped block at 2 x 2048, 20 ms are left over by matrix products and attention."""
+    gpu_compiled_step_bytes: float = 85.0
+    """The same, compiled: of 11.4 ms for that block 4.2 are left over."""
+    gpu_compiled_launch: float = 5.7e-3
+    """Kernel launches of one compiled step, while which the GPU works: the floor for small models."""
+    gpu_compile: float = 30.0
+    """Compiling a block's step, once a run."""
     gpu_unpack_bytes: float = 40.0
     """Memory traffic of unpacking a packed weight once, eager."""
     gpu_block_launch: float = 6e-3

@@ -29,7 +29,7 @@ from engine.run.machine import Machine, detect
 from engine.run.memory_model import host_memory, phase_memory
 from engine.run.published import Published, published
 from engine.run.recovery_model import Recovery, broken_promise
-from engine.run.time_model import speed
+from engine.run.time_model import compiles, speed
 
 __all__ = ["Machine", "PhasePlan", "Plan", "check", "host_budget", "make_plan", "out_of_memory_remedy"]
 
@@ -75,6 +75,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     evaluation_windows: int
     seconds: float
     time_basis: str
+    compiles: bool
+    """Block-AP's steps are compiled."""
     published: Published | None
     warnings: tuple[str, ...]
     problems: tuple[Problem, ...]
@@ -140,6 +142,7 @@ def make_plan(
         evaluation_windows=work.windows,
         seconds=sum(phase.seconds for phase in phases),
         time_basis=f"estimate: operations and memory traffic counted, at {place.rates.basis}",
+        compiles=compiles(work, place.rates),
         published=published(config.model.source, work.arch, config.grid),
         warnings=tuple(filter(None, warnings)),
         problems=tuple(problems(work, store, place)),

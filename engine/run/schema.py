@@ -189,6 +189,8 @@ class RuntimeConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Budget of host memory, GiB; 0: what is free now, less a reserve."""
     deterministic: bool = False
     """Bitwise reproducible kernels on a GPU, slower; the CPU always is."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile Block-AP's steps on a GPU (torch.compile); auto: where that saves more than its half minute."""
     checkpoint_minutes: float = 5.0
     """A kill loses at most this much training; 0 checkpoints between blocks only."""
     checkpoint_share: float = 0.02

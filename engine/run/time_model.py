@@ -13,12 +13,17 @@ import msgspec
 from engine.run.estimate import CONSTANTS, GPU_RATES, UNKNOWN_GPU, Constants, Workload
 from engine.run.families import Architecture
 
+COMPILING_PAYS = 90.0
+"""Seconds of plain steps without matrix products; compiling takes half a minute and saves most of them."""
+
 
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
     """What the machine does in a second, and how that is known."""
 
     flops: float
     step_per_weight: float
+    compiled_step_per_weight: float
+    compiled_launch: float
     unpack_per_weight: float
     search_per_weight: float
     block_launch: float
@@ -36,6 +41,8 @@ def speed(cuda: bool, gpu_name: str, cpus: int, avx512: bool, constants: Constan
         return Speed(
             flops=flops,
             step_per_weight=constants.gpu_step_bytes / traffic,
+            compiled_step_per_weight=constants.gpu_compiled_step_bytes / traffic,
+            compiled_launch=constants.gpu_compiled_launch,
             unpack_per_weight=constants.gpu_unpack_bytes / traffic,
             search_per_weight=constants.gpu_search_bytes / traffic,
             block_launch=constants.gpu_block_launch,
@@ -47,6 +54,8 @@ def speed(cuda: bool, gpu_name: str, cpus: int, avx512: bool, constants: Constan
     return Speed(
         flops=one * cores,
         step_per_weight=constants.cpu_step_per_weight * slower / cores,
+        compiled_step_per_weight=0.0,  # on the CPU nothing is compiled
+        compiled_launch=0.0,
         unpack_per_weight=constants.cpu_unpack_per_weight * slower / cores,
         search_per_weight=constants.cpu_search_per_weight * slower / cores,
         block_launch=0.0,
@@ -64,7 +73,8 @@ def phase_seconds(
     if phase == "prepare":
         return constants.prepare
     if phase == "block_ap":
-        return load + arch.blocks * _block_seconds(work, rates)
+        compiling = constants.gpu_compile if compiles(work, rates) else 0.0
+        return load + compiling + arch.blocks * _block_seconds(work, rates)
     if phase == "e2e_qp":
         taught = work.config.e2e_qp.loss == "kl" and not work.shares_teacher
         return load + _e2e_seconds(work, rates) + (_teacher_seconds(work, rates) if taught else 0.0)
@@ -134,6 +144,21 @@ def _search_seconds(work: Workload, rates: Speed) -> float:
     return candidates * work.arch.linear_params_per_block * rates.search_per_weight
 
 
+def compiles(work: Workload, rates: Speed) -> bool:
+    """Whether Block-AP's steps are compiled: on a GPU, where all of them together take long enough.
+
+    Deterministic kernels are the plain ones.
+    """
+    runtime, section = work.config.runtime, work.config.block_ap
+    if not work.cuda or not section.enabled or not section.train or runtime.deterministic:
+        return False
+    if runtime.compile != "auto":
+        return runtime.compile == "on"
+    steps = section.epochs * math.ceil(section.sequences / section.batch_size) * work.arch.blocks
+    plain = work.arch.linear_params_per_block * rates.step_per_weight + rates.block_launch
+    return steps * plain >= COMPILING_PAYS
+
+
 def _block_seconds(work: Workload, rates: Speed) -> float:
     """Block-AP of one block: 3 forward passes a training token, 1 for validation, 2 to advance streams."""
     section, arch = work.config.block_ap, work.arch
@@ -145,6 +170,9 @@ def _block_seconds(work: Workload, rates: Speed) -> float:
         + 2 * (section.sequences + section.val_sequences)
     )
     compute = passes * length * _forward_flops(arch, length) / rates.flops
+    if compiles(work, rates):
+        one = compute / steps + arch.linear_params_per_block * rates.compiled_step_per_weight
+        return steps * max(one, rates.compiled_launch) + _search_seconds(work, rates)
     updates = steps * arch.linear_params_per_block * rates.step_per_weight
     return compute + updates + steps * rates.block_launch + _search_seconds(work, rates)
 
@@ -153,6 +181,10 @@ def _block_step_seconds(work: Workload, rates: Speed) -> float:
     section, arch = work.config.block_ap, work.arch
     tokens = section.batch_size * section.sequence_length
     compute = 3 * tokens * _forward_flops(arch, section.sequence_length) / rates.flops
+    if compiles(work, rates):
+        return max(
+            compute + arch.linear_params_per_block * rates.compiled_step_per_weight, rates.compiled_launch
+        )
     return compute + arch.linear_params_per_block * rates.step_per_weight + rates.block_launch
 
 

@@ -314,3 +314,19 @@ def test_telemetry_tells_what_the_app_shows_of_a_gpu(make: Make) -> None:
         assert 0 < reading.gpu_used <= reading.gpu_total
         assert reading.gpu_peak is not None
     assert any(reading.gpu_utilization is not None for reading in readings)
+
+
+def test_compiled_steps_train_what_plain_ones_do_and_blocks_share_them(make: Make) -> None:
+    from torch._dynamo.utils import counters
+
+    settings = {"runtime.device": "cuda", "block_ap.sequences": 64, "block_ap.epochs": 4}
+    losses = {}
+    for compiling in ("off", "on"):
+        counters.clear()
+        run = make(**settings, **{"runtime.compile": compiling})
+        assert run_here(run) == 0, [e.message for e in of(run, events.Error)]
+        assert not of(run, events.Warning) or all(e.code != "compile" for e in of(run, events.Warning))
+        losses[compiling] = [(e.initial_loss, e.final_loss) for e in of(run, events.BlockFinished)]
+    assert counters["stats"]["unique_graphs"] <= 2  # one forward for four blocks, not one each
+    for plain, fast in zip(losses["off"], losses["on"], strict=True):
+        assert fast == pytest.approx(plain, rel=0.05)

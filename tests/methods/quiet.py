@@ -35,6 +35,9 @@ class Heard:
         if self.boundaries == self._stop_at:
             raise StopRequested
 
+    def expect_silence(self, seconds: float) -> None:
+        pass
+
     def step_boundary(self, state: Callable[[], Snapshot]) -> None:
         self.checkpoint_requested()
 

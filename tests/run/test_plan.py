@@ -25,6 +25,7 @@ from engine.run.config import (
     RuntimeConfig,
     apply_overrides,
     load,
+    resolve,
 )
 from engine.run.errors import DataError, ExitCode, PreflightError
 from engine.run.estimate import CONSTANTS, GIB, MIB, sizes
@@ -160,11 +161,34 @@ def test_the_7b_model_trains_in_less_gpu_memory_than_its_weights_take(llama: str
 
 def test_time_estimates_are_of_the_right_order(llama: str) -> None:
     """An eager step of 2 x 2048 tokens takes 27.5 ms on an H200; two epochs are 4096 of them a block."""
-    plan = make_plan(paper(llama), machine=LARGE)
+    plan = make_plan(paper(llama, runtime=RuntimeConfig(compile="off")), machine=LARGE)
     seconds = {phase.name: phase.seconds for phase in plan.phases}
     assert 0.8 < seconds["block_ap"] / (27.5e-3 * 4096 * 32) < 1.6
+    assert not plan.compiles
     assert "H200" in plan.time_basis
     assert plan.time_basis.startswith("estimate")
+
+
+def test_a_long_training_on_a_gpu_is_compiled_and_planned_so(llama: str) -> None:
+    """Compiled, the same step takes 11.4 ms."""
+    plan = make_plan(paper(llama), machine=LARGE)
+    seconds = {phase.name: phase.seconds for phase in plan.phases}
+    assert plan.compiles
+    assert 0.8 < seconds["block_ap"] / (11.4e-3 * 4096 * 32) < 1.6
+
+
+@pytest.mark.parametrize(
+    ("runtime", "compiles"),
+    [
+        ({"compile": "on"}, True),
+        ({"compile": "auto"}, False),  # it is over before compiling would be
+        ({"compile": "on", "deterministic": True}, False),
+        ({"compile": "on", "device": "cpu"}, False),
+    ],
+)
+def test_what_compiling_depends_on(runtime: dict[str, Any], compiles: bool) -> None:
+    config = apply_overrides(load("smoke"), {f"runtime.{name}": value for name, value in runtime.items()})
+    assert make_plan(resolve(config), machine=LARGE).compiles == compiles
 
 
 def test_phases_follow_the_configuration() -> None:
