@@ -56,7 +56,8 @@ def named(node: ast.AST, known: dict[str, str]) -> list[str]:
     if isinstance(node, ast.ImportFrom):
         return [f"{node.module}.{alias.name}" for alias in node.names]
     if isinstance(node, ast.Attribute | ast.Name):
-        return [dotted(node, known)]
+        # A name that is only given a value (a setting called ``compile``) runs nothing.
+        return [dotted(node, known)] if isinstance(node.ctx, ast.Load) else []
     if isinstance(node, ast.keyword) and node.arg is not None:
         off = isinstance(node.value, ast.Constant) and not node.value.value
         return [] if off else [f"{node.arg}="]

@@ -83,7 +83,8 @@ class SetupScreen(WorkScreen):
         self._wrong = self._touched = ""
         self._plan: dict[str, Any] | None = None
         self._error: Exception | None = None
-        self._planning = 0
+        self._planning = self._answered = 0
+        """Numbers of the plan that was asked for last and of the one that is shown."""
         self._timer: Timer | None = None
         self._devices: Sequence[str] = ()
 
@@ -150,6 +151,7 @@ class SetupScreen(WorkScreen):
     def _planned(self, number: int, result: Any) -> None:
         if number != self._planning:
             return  # of settings that have changed since
+        self._answered = number
         if isinstance(result, Exception):
             self._plan, self._error = None, result
             self._wrong = getattr(result, "where", "")
@@ -180,8 +182,12 @@ class SetupScreen(WorkScreen):
         self._fill_meaning()
         command = self.draft.command(self.eqat.runs_dir)
         self.query_one("#command", Panel).show(wrap(command, max(20, self.size.width - 1)))
-        ready = self._plan is not None and not self._plan["problems"]
-        words = ("ready: r runs it ", "good") if ready else ("not ready ", "warn")
+        if self._error is None and not self._is_current_plan:
+            words = ("planning … ", "muted")
+        elif self._plan is not None and not self._plan["problems"]:
+            words = ("ready: r runs it ", "good")
+        else:
+            words = ("not ready ", "warn")
         self.refresh_bars(line(words))
 
     def _fill_meaning(self) -> None:
@@ -196,11 +202,16 @@ class SetupScreen(WorkScreen):
         panel.show(lines[: max(1, panel.size.height)])
 
     @property
+    def _is_current_plan(self) -> bool:
+        """Whether the plan that is shown is that of the present settings; the last one stays meanwhile."""
+        return self._plan is not None and self._answered == self._planning
+
+    @property
     def _trouble(self) -> str:
         """Why the run cannot start."""
         if self._error is not None:
             return str(self._error)
-        if self._plan is not None and self._plan["problems"]:
+        if self._plan is not None and self._is_current_plan and self._plan["problems"]:
             problem = self._plan["problems"][0]
             return f"{problem['message']} ({problem['hint']})"
         return ""
@@ -225,8 +236,8 @@ class SetupScreen(WorkScreen):
         if action == "run":
             if self._trouble:
                 return self._trouble
-            if self._plan is None:
-                return "the plan is not ready yet"
+            if not self._is_current_plan:
+                return "the plan is not ready yet: press it again in a moment"
         if action in ("edit", "next", "previous", "reset") and row is None:
             return "no setting is under the cursor"
         if action == "fresh" and not self.draft.changes:

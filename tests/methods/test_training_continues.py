@@ -196,14 +196,16 @@ class Small:
 
     def __init__(self, lm: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
         self.room = 100
-        real = lm.run_block
+        real = lm.block_kwargs
 
-        def run_block(block: nn.Module, index: int, hidden: Tensor) -> Tensor:
-            if len(hidden) > self.room:
+        def block_kwargs(
+            index: int, batch: int, length: int, dtype: torch.dtype | None = None
+        ) -> dict[str, Any]:
+            if batch > self.room:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
-            return real(block, index, hidden)
+            return real(index, batch, length, dtype)
 
-        monkeypatch.setattr(lm, "run_block", run_block)
+        monkeypatch.setattr(lm, "block_kwargs", block_kwargs)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
 

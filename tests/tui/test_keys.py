@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from engine.run import control
+from engine.run import plan as planning
 from engine.run.directory import RunDirectory, RunLock, list_runs
 from eqat_tui.app import EqatApp
 from eqat_tui.feed import ReplayFeed
@@ -351,6 +353,29 @@ def test_an_impossible_choice_is_explained_where_it_is_made_and_nothing_starts()
         await press(pilot, "r")
         assert told(app)
         assert "128" in told(app)[-1]
+
+    drive(app_of(mode="setup"), script)
+    assert not Path("runs").exists()
+
+
+def test_a_plan_of_earlier_settings_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the new plan is being made the last one still shows, but it says nothing about these settings."""
+    may_plan, real = threading.Event(), planning.make_plan
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        may_plan.wait(10)
+        return real(*args, **kwargs)
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        setup_of(app).start_from("smoke")
+        await until(pilot, lambda: "eqat run smoke" in picture(app) and "ready: r" in picture(app))
+        monkeypatch.setattr(planning, "make_plan", slow)
+        await press(pilot, "down", "down", "down", "left", "r")
+        assert "ready: r" not in picture(app)
+        assert "planning" in picture(app)
+        assert "not ready yet" in told(app)[-1]
+        may_plan.set()
+        await until(pilot, lambda: "ready: r" in picture(app))
 
     drive(app_of(mode="setup"), script)
     assert not Path("runs").exists()
