@@ -1,16 +1,25 @@
-"""A Block-AP step, plain and compiled, beside each other in the same run.
+"""A Block-AP step in all its forms, beside its floor, in the same run.
 
     python benchmarks/block_step.py Llama-2-7B SmolLM2-135M
 
 A block of each shape (random weights, w2g64, ranges by minimum and maximum) is trained on random sequences
-that lie on the GPU. Each variant trains two blocks one after the other: the first pays for compiling, the
-second shows that it is not paid again. The table says what a step took (median of the second block), the peak
-of allocated memory beside the activations, how much longer the first block took, and the final loss.
+that lie on the GPU:
+
+    plain      torch's kernels one after the other
+    compiled   forward, backward and quantizer compiled
+    recorded   quantizer and AdamW in one kernel a linear, the step recorded as a graph
+    fast       the last two together: what a long run does
+
+Each trains three blocks one after the other; what is measured is the median step of the last two, without
+waiting for the GPU in between. "compiling" is by how much the first block took longer, with whatever the
+compiler's cache holds. The floor adds up the matrix products at the rate of a large one, the bytes of AdamW
+(28 a weight) and of the quantizer (16 a weight) at the bandwidth of a copy, and attention.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import statistics
 import sys
@@ -21,25 +30,51 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from checkpoints import SHAPES, Clock, model
+from checkpoints import Clock
+from common import SHAPES, Linears, attention_ms, bandwidth, matrix_rate, model, table, where
 
 from engine.data.activations import make_store
-from engine.methods.block_ap import Streams, train_block
+from engine.methods.block_ap import train_block
+from engine.methods.reconstruction import Streams
 from engine.run.config import BlockAPConfig, GridConfig
-from engine.setup import device_name, package_versions
 
 BATCHES = {"SmolLM2-135M": (4, 1024)}
 """Sequences a step and their length; otherwise (2, 2048)."""
+VARIANTS = {
+    "plain": {},
+    "compiled": {"compiles": True},
+    "recorded": {"fast": True},
+    "fast": {"fast": True, "compiles": True},
+}
 
 
-class Losses(Clock):
-    """Keeps the loss of every step as well."""
+class Marks(Clock):
+    """Marks every step on the GPU's own time line."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.events: list[torch.cuda.Event] = []
 
     def step_boundary(self, state: Any) -> None:
-        self.stop_asked()
+        self.events.append(torch.cuda.Event(enable_timing=True))
+        self.events[-1].record()
+
+    def steps(self) -> list[float]:
+        """Milliseconds of every step but the first ones."""
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in zip(self.events[8:], self.events[9:], strict=False)]
 
 
-def measure(shape: str, compiles: bool, steps: int) -> list[str]:
+def floor(shape: dict[str, int], batch: int, length: int) -> float:
+    """Milliseconds."""
+    block = Linears.of(shape)
+    products = 6 * block.weights * batch * length / matrix_rate()
+    bytes_ = (28 + 16) * block.weights / bandwidth()
+    attention = attention_ms(batch, block.heads, block.kv_heads, length, block.head_dim, backward=True)
+    return 1e3 * (products + bytes_) + attention
+
+
+def measure(shape: str, variant: str, steps: int) -> list[str]:
     device, (batch, length) = torch.device("cuda"), BATCHES.get(shape, (2, 2048))
     lm = model(SHAPES[shape], device)
     config = BlockAPConfig(
@@ -60,40 +95,48 @@ def measure(shape: str, compiles: bool, steps: int) -> list[str]:
             part = torch.randn(batch, length, lm.hidden_size, device=device, generator=generator)
             store.write(row, part.to(lm.dtype))
     streams = Streams(stores[0], stores[1], shape_NTH[0])
-    stored = torch.cuda.memory_allocated()
-    whole, took, peak, final = [], [0.0], 0, 0.0
-    for number in range(2):
-        block = lm.load_block(0, dtype=torch.float32)
+    stored = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    weights = lm.load_block(0, dtype=torch.float32, device=torch.device("cpu"))
+    whole: list[float] = []
+    took: list[float] = []
+    peaks, final = (0, 0), 0.0
+    for number in range(3):
+        block = copy.deepcopy(weights).to(device)
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        clock = Losses(device)
+        marks = Marks(device)
         begun = time.perf_counter()
         result = train_block(
-            lm,
-            0,
-            block,
-            streams,
-            config,
-            grid,
+            *(lm, 0, block, streams, config, grid),
             seed=number,
             dtype=torch.bfloat16,
-            progress=clock,
-            compiles=compiles,
+            progress=marks,
+            **VARIANTS[variant],
         )
+        torch.cuda.synchronize()
         whole.append(time.perf_counter() - begun)
-        took = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
-        peak, final = torch.cuda.max_memory_allocated() - stored, result.final_loss
+        took += marks.steps() if number else []
+        peaks = (
+            torch.cuda.max_memory_allocated() - stored[0],
+            torch.cuda.max_memory_reserved() - stored[1],
+        )
+        final = result.final_loss
         del block, result
         gc.collect()
     for store in stores:
         store.close()
-    name = "compiled" if compiles else "plain"
+    least = floor(SHAPES[shape], batch, length)
+    step = statistics.median(took)
     return [
         shape,
-        name,
-        f"{1000 * statistics.median(took[5:]):.2f}",
-        f"{peak / 2**30:.2f}",
-        f"{whole[0] - whole[1]:.1f}",
+        variant,
+        f"{step:.2f}",
+        f"{least:.2f}",
+        f"{step / least:.2f}",
+        f"{peaks[0] / 2**30:.2f}",
+        f"{peaks[1] / 2**30:.2f}",
+        f"{whole[0] - whole[2]:.1f}",
         f"{final:.5f}",
     ]
 
@@ -102,21 +145,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shapes", nargs="*", default=["Llama-2-7B"], choices=[*SHAPES, []])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     args = parser.parse_args()
     rows = []
     for shape in args.shapes:
-        for compiles in (False, True):
-            rows.append(measure(shape, compiles, args.steps))
+        for variant in args.variants:
+            rows.append(measure(shape, variant, args.steps))
             print(rows[-1], file=sys.stderr, flush=True)
             torch.cuda.empty_cache()
-    print("| block | variant | ms a step | peak GiB | first block longer by, s | final loss |")
-    print("|---|---|---|---|---|---|")
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-    packages = package_versions()
-    print(
-        device_name(torch.device("cuda")), ", ".join(f"{k} {packages[k]}" for k in ("torch", "transformers"))
+    table(
+        "block | form | ms a step | floor | ÷ floor | peak GiB | reserved GiB | compiling s | loss",
+        rows,
     )
+    print(where())
 
 
 if __name__ == "__main__":

@@ -22,37 +22,19 @@ from typing import Any
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
+from common import SHAPES, model
 from torch import Tensor
-from transformers import LlamaConfig
 
 from engine.checkpoint import CheckpointStore
 from engine.checkpointer import Checkpoints, TrainingCheckpoints, snapshot_of
 from engine.data.activations import make_store
-from engine.methods.block_ap import Streams, train_block
+from engine.methods.block_ap import train_block
 from engine.methods.optimization import Snapshot
+from engine.methods.reconstruction import Streams
 from engine.models.causal_lm import CausalLM
-from engine.models.random_weights import RandomReader
-from engine.models.source import ModelSource
 from engine.quant.packed import PackedBlock
 from engine.run.config import BlockAPConfig, GridConfig, RuntimeConfig
 from engine.setup import device_name, package_versions
-
-SHAPES: dict[str, dict[str, int]] = {
-    "SmolLM2-135M": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-    },
-    "Llama-2-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32},
-    "Llama-2-13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40},
-    "Llama-2-70B": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-}
 
 
 class Clock:
@@ -94,13 +76,6 @@ class AtStep(TrainingCheckpoints):
         self.report.stop_asked()
         if self.step is not None and len(self.report.times) == self.step:
             self._keep(state())
-
-
-def model(shape: dict[str, int], device: torch.device) -> CausalLM:
-    config = LlamaConfig(num_hidden_layers=1, vocab_size=1024, max_position_embeddings=4096, **shape)
-    config._attn_implementation = "sdpa"
-    source = ModelSource("random", "random", config, RandomReader(config))
-    return CausalLM(source, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
 def train(

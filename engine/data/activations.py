@@ -9,16 +9,14 @@ kind       holds                                                  a read costs
 =========  =====================================================  ==========================
 device     everything on the compute device                       a copy on the device
 host       everything in host memory, page-locked for a GPU       an asynchronous copy
-disk       one chunk at a time in host memory, the rest on disk   page cache or disk, a copy
+disk       one batch at a time in host memory, the rest on disk   page cache or disk, a copy
 =========  =====================================================  ==========================
 
 All kinds return the same bits. A read is always a copy: what a caller holds never changes under it when
 the slot is overwritten.
 
-The file is memory-mapped for reading, and every touched page is given back at once: mapped pages count
-as resident memory of this process until then. It is written with ``pwrite`` after its whole length was
-reserved up front, so a full disk is an error before the work starts, never a SIGBUS in the middle of it.
-The file loses its name as soon as it exists; however the process ends, the disk space comes back.
+The file's whole length is reserved up front, so a full disk is an error before the work starts. It loses its
+name as soon as it exists; however the process ends, the disk space comes back.
 """
 
 from __future__ import annotations
@@ -26,10 +24,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-import mmap
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -42,11 +40,9 @@ from engine.run.errors import EqatError, ExitCode, PreflightError
 StoreKind = Literal["device", "host", "disk"]
 Indices = slice | Sequence[int] | Tensor
 
-# Pages are mapped in pieces of up to 2 MiB (huge pages, fault-around): rounding what is given back to
-# that size leaves no strays behind. Touching a neighbour's page again costs a minor fault.
-_GIVE_BACK_ALIGNMENT = 2 << 20
-_LARGEST_CHUNK = 16 << 20
-_SMALLEST_CHUNK = 256 << 10
+_PIECE = 4 << 20
+"""Bytes of one read or write of a file."""
+_DISK_THREADS = 8
 
 
 def make_store(
@@ -60,7 +56,7 @@ def make_store(
     """A store of ``shape`` = (sequences, tokens, hidden), its contents undefined until written.
 
     ``device`` is where reads arrive. ``path`` names the file of a disk store. ``budget_bytes`` is the host
-    memory that may be used: a host store that is larger is refused, a disk store adapts to it.
+    memory that may be used: a host store that is larger is refused.
     """
     device = torch.device(device)
     if kind == "device":
@@ -70,7 +66,7 @@ def make_store(
     if kind == "disk":
         if path is None:
             raise ValueError("a disk store needs a path")
-        return DiskStore(shape, dtype, device, path, budget_bytes)
+        return DiskStore(shape, dtype, device, path)
     raise ValueError(f"no activation store of kind {kind!r}")
 
 
@@ -98,7 +94,15 @@ class ActivationStore(ABC):
     def read(self, indices: Indices) -> Tensor:
         """The sequences at ``indices`` as a new tensor ``[len(indices), tokens, hidden]`` on the device."""
         self._check_open()
-        return self._read(self._positions(indices))
+        positions = self._positions(indices)
+        target = torch.empty((len(positions), *self.shape[1:]), dtype=self.dtype, device=self.device)
+        self._read_into(positions, target)
+        return target
+
+    def read_into(self, indices: Indices, target: Tensor) -> None:
+        """The same into ``target``, in the order of the current stream; the host does not wait for copies."""
+        self._check_open()
+        self._read_into(self._positions(indices), target)
 
     def write(self, start: int, tensor: Tensor) -> None:
         """Overwrite the sequences from ``start`` on; ``tensor`` may be on any device and of any dtype."""
@@ -141,7 +145,7 @@ class ActivationStore(ABC):
             raise ValueError("the activation store is closed")
 
     @abstractmethod
-    def _read(self, positions: Sequence[int]) -> Tensor: ...
+    def _read_into(self, positions: Sequence[int], target: Tensor) -> None: ...
 
     @abstractmethod
     def _write(self, start: int, tensor: Tensor) -> None: ...
@@ -159,8 +163,8 @@ class DeviceStore(ActivationStore):
         super().__init__(shape, dtype, device)
         self._data_NTH = _allocate(self, device)
 
-    def _read(self, positions: Sequence[int]) -> Tensor:
-        return _gather(self._data_NTH, positions, self.device)
+    def _read_into(self, positions: Sequence[int], target: Tensor) -> None:
+        _gather(self._data_NTH, positions, target)
 
     def _write(self, start: int, tensor: Tensor) -> None:
         self._data_NTH[start : start + len(tensor)].copy_(tensor)
@@ -211,8 +215,8 @@ class HostStore(ActivationStore):
             )
         self._pinned = True
 
-    def _read(self, positions: Sequence[int]) -> Tensor:
-        return _gather(self._data_NTH, positions, self.device)
+    def _read_into(self, positions: Sequence[int], target: Tensor) -> None:
+        _gather(self._data_NTH, positions, target)
 
     def _write(self, start: int, tensor: Tensor) -> None:
         target = self._data_NTH[start : start + len(tensor)]
@@ -237,7 +241,12 @@ class HostStore(ActivationStore):
 
 
 class DiskStore(ActivationStore):
-    """A nameless file, read through a memory map that is given back chunk by chunk."""
+    """A nameless file, read and written piece by piece, several at a time.
+
+    It is read with ``pread``: what a memory map touches counts as this process's memory until it is given
+    back, and faults in page by page. One thread copies some gigabytes a second out of the page cache, which
+    is too slow for a large block's steps, so the pieces of a batch are read side by side.
+    """
 
     kind = "disk"
 
@@ -247,60 +256,67 @@ class DiskStore(ActivationStore):
         dtype: torch.dtype,
         device: torch.device,
         path: Path,
-        budget_bytes: int | None = None,
     ) -> None:
         super().__init__(shape, dtype, device)
         self._row_bytes = self.nbytes // len(self)
-        share = _LARGEST_CHUNK if budget_bytes is None else budget_bytes // 8
-        chunk = max(_SMALLEST_CHUNK, min(_LARGEST_CHUNK, share))
-        self._chunk_bytes = chunk - chunk % mmap.PAGESIZE
         self._where = str(path)
         self._descriptor = _reserve_file(path, self.nbytes)
-        try:
-            self._map = mmap.mmap(self._descriptor, self.nbytes)
-        except OSError as error:
-            os.close(self._descriptor)
-            raise _disk_error(error, self._where, self.nbytes) from None
+        self._threads = ThreadPoolExecutor(_DISK_THREADS, thread_name_prefix="activations")
 
-    def _read(self, positions: Sequence[int]) -> Tensor:
-        cuda = self.device.type == "cuda"
-        rows = torch.empty((len(positions), *self.shape[1:]), dtype=self.dtype, pin_memory=cuda)
-        flat = rows.view(-1).view(torch.uint8)
-        for target, index in enumerate(positions):
-            self._copy_out(
-                index * self._row_bytes, flat[target * self._row_bytes : (target + 1) * self._row_bytes]
-            )
-        return rows.to(self.device, non_blocking=True) if cuda else rows
+    def _read_into(self, positions: Sequence[int], target: Tensor) -> None:
+        cuda = target.is_cuda
+        rows = torch.empty(target.shape, dtype=self.dtype, pin_memory=True) if cuda else target
+        whole = _bytes_of(rows)
+        pieces = [
+            (whole[place * self._row_bytes + piece.start : place * self._row_bytes + piece.stop], start)
+            for place, index in enumerate(positions)
+            for piece, start in self._pieces(index)
+        ]
+        list(self._threads.map(self._read_piece, *zip(*pieces, strict=True)))
+        if cuda:
+            target.copy_(rows, non_blocking=True)
 
-    def _copy_out(self, offset: int, target: Tensor) -> None:
-        for start in range(0, len(target), self._chunk_bytes):
-            count = min(self._chunk_bytes, len(target) - start)
-            mapped = torch.frombuffer(self._map, dtype=torch.uint8, count=count, offset=offset + start)
-            target[start : start + count].copy_(mapped)
-            del mapped  # the map cannot be closed while a tensor looks into it
-            self._give_back(offset + start, offset + start + count)
+    def _pieces(self, index: int) -> Iterator[tuple[slice, int]]:
+        """Parts of a row, and where they begin in the file."""
+        for start in range(0, self._row_bytes, _PIECE):
+            yield slice(start, min(start + _PIECE, self._row_bytes)), index * self._row_bytes + start
 
-    def _give_back(self, start: int, end: int) -> None:
-        start -= start % _GIVE_BACK_ALIGNMENT
-        end = min(end + -end % _GIVE_BACK_ALIGNMENT, self.nbytes)
-        self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+    def _read_piece(self, target: memoryview, offset: int) -> None:
+        while target:
+            try:
+                count = os.preadv(self._descriptor, [target], offset)
+            except OSError as error:
+                raise _disk_error(error, self._where, self.nbytes) from None
+            target, offset = target[count:], offset + count
 
     def _write(self, start: int, tensor: Tensor) -> None:
         host = tensor.to(device="cpu", dtype=self.dtype).contiguous()
-        raw: Any = host.view(-1).view(torch.uint8).numpy()
-        pending = memoryview(raw)
+        whole = _bytes_of(host)
+        pieces = range(0, len(whole), _PIECE)
         offset = start * self._row_bytes
-        while pending:
+        list(
+            self._threads.map(
+                lambda piece: self._write_piece(whole[piece : piece + _PIECE], offset + piece), pieces
+            )
+        )
+
+    def _write_piece(self, source: memoryview, offset: int) -> None:
+        while source:
             try:
-                written = os.pwrite(self._descriptor, pending[: self._chunk_bytes], offset)
+                count = os.pwrite(self._descriptor, source, offset)
             except OSError as error:
                 raise _disk_error(error, self._where, self.nbytes) from None
-            offset += written
-            pending = pending[written:]
+            source, offset = source[count:], offset + count
 
     def _close(self) -> None:
-        self._map.close()
+        self._threads.shutdown()
         os.close(self._descriptor)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor of the host."""
+    raw: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
 
 
 def _allocate(store: ActivationStore, device: torch.device) -> Tensor:
@@ -317,15 +333,13 @@ def _allocate(store: ActivationStore, device: torch.device) -> Tensor:
         ) from None
 
 
-def _gather(data_NTH: Tensor, positions: Sequence[int], device: torch.device) -> Tensor:
-    """Rows of a tensor as a new tensor on the device: one copy, and none of it staged.
+def _gather(data_NTH: Tensor, positions: Sequence[int], target: Tensor) -> None:
+    """Rows of a tensor: one copy, and none of it staged.
 
     Row by row, because a tensor of positions would have to reach the device first, and the host would wait.
     """
-    rows = torch.empty((len(positions), *data_NTH.shape[1:]), dtype=data_NTH.dtype, device=device)
-    for target, index in enumerate(positions):
-        rows[target].copy_(data_NTH[index], non_blocking=True)
-    return rows
+    for place, index in enumerate(positions):
+        target[place].copy_(data_NTH[index], non_blocking=True)
 
 
 def _reserve_file(path: Path, length: int) -> int:

@@ -68,6 +68,7 @@ class BatchSampler:
         self.world_size = world_size
         self.drop_last = drop_last
         self.step = 0
+        self._order: tuple[int, Tensor] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -81,7 +82,12 @@ class BatchSampler:
         return self.steps_per_epoch * self.epochs
 
     def order(self, epoch: int) -> Tensor:
-        """The permutation of an epoch."""
+        """The permutation of an epoch; the last one is kept."""
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, self._draw(epoch)
+        return self._order[1]
+
+    def _draw(self, epoch: int) -> Tensor:
         digest = hashlib.blake2b(f"{self.seed}/{epoch}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
         return torch.randperm(self.count, generator=generator)
@@ -95,10 +101,18 @@ class BatchSampler:
         order = self.order(epoch)
         while self.step // self.steps_per_epoch == epoch:
             step = self.step
-            first = step % self.steps_per_epoch * self.batch_size
-            share = order[first : first + self.batch_size].tensor_split(self.world_size)[self.rank]
             self.step = step + 1
-            yield Batch(epoch, step, share.clone())
+            yield Batch(epoch, step, self._share(order, step))
+
+    def upcoming(self) -> Tensor | None:
+        """The sequences of the next step; none where this epoch has no other."""
+        if self.step == self.steps or self.step % self.steps_per_epoch == 0:
+            return None
+        return self._share(self.order(self.step // self.steps_per_epoch), self.step)
+
+    def _share(self, order: Tensor, step: int) -> Tensor:
+        first = step % self.steps_per_epoch * self.batch_size
+        return order[first : first + self.batch_size].tensor_split(self.world_size)[self.rank].clone()
 
     def __len__(self) -> int:
         return self.steps

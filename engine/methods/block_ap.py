@@ -20,26 +20,21 @@ overflow on it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine.data.sampler import ALONE, World
 from engine.methods.compiled import Compiled
-from engine.methods.optimization import (
-    NON_FINITE_HINT,
-    ParameterGroup,
-    Progress,
-    Snapshot,
-    TrainingProgress,
-    autocast,
-)
+from engine.methods.optimization import NON_FINITE_HINT, Progress, Snapshot, TrainingProgress, autocast
+from engine.methods.reconstruction import Reconstruction, Streams, reconstruction_loss
 from engine.methods.training import Settings, Training
-from engine.quant.fake_linear import FakeQuantLinear, freeze_block, wrap_linears
+from engine.quant.fake_linear import freeze_block
 from engine.quant.packed import PackedBlock
 from engine.run.config import BlockAPConfig, GridConfig
 from engine.run.errors import NonFiniteError
@@ -47,24 +42,6 @@ from engine.run.errors import NonFiniteError
 if TYPE_CHECKING:
     from engine.data.activations import ActivationStore
     from engine.models.causal_lm import CausalLM
-
-# Training sequences on which a block's loss is reported before and after; enough to be steady, few enough to
-# be free.
-REPORT_SEQUENCES = 16
-
-
-@dataclass(frozen=True)
-class Streams:
-    """The two activation streams ``[N, T, H]``: ``train`` training sequences, then the validation
-    sequences."""
-
-    full: ActivationStore
-    quantized: ActivationStore
-    train: int
-
-    @property
-    def sequences(self) -> int:
-        return self.full.shape[0]
 
 
 @dataclass(frozen=True)
@@ -82,29 +59,6 @@ class BlockResult:
     val_loss: float | None
     steps: int
     micro_batch: int
-
-
-def reconstruction_loss(
-    block: nn.Module,
-    hidden: Tensor,
-    arguments: dict[str, Any],
-    target: Tensor,
-    kind: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Distance between the block's output for ``hidden`` ``[B, T, H]`` and ``target``, a float32 scalar."""
-    with autocast(hidden.device, dtype):
-        output = block(hidden, **arguments)
-    return distance(output[0] if isinstance(output, tuple) else output, target, kind)
-
-
-def distance(output: Tensor, target: Tensor, kind: str) -> Tensor:
-    """Reconstruction loss of a batch ``[B, T, H]``, a float32 scalar."""
-    target = target.float()
-    squared = (output.float() - target).square().mean(-1)
-    if kind == "token_relative_mse":
-        squared = squared / target.square().mean(-1).clamp_(min=1e-12)
-    return squared.mean()
 
 
 class Passage:
@@ -181,28 +135,34 @@ def train_block(
     micro_batch: int | None = None,
     snapshot: Snapshot | None = None,
     world: World = ALONE,
+    fast: bool = False,
     compiles: bool = False,
 ) -> BlockResult:
     """Quantize ``block`` (decoder block ``index``, float32, as it came) in place.
 
     ``streams.full`` has passed the block already, ``streams.quantized`` has not. ``dtype`` is the arithmetic
     of the forward pass; parameters are float32 throughout. ``micro_batch`` sequences pass at a time (all of a
-    batch, when not given); ``snapshot`` is the state to continue from; ``compiles`` compiles the steps.
+    batch, when not given); ``snapshot`` is the state to continue from. ``fast`` takes the steps by
+    :mod:`engine.methods.fast_reconstruction` where that is possible, ``compiles`` compiles them.
 
     Raises:
         NonFiniteError: if training diverges and two restarts at lower learning rates do not help.
         StopRequested: at a step boundary, after a stop was asked for.
     """
-    reconstruction = _Reconstruction(lm, index, block, streams, config, grid, dtype)
+
+    def slower(why: str) -> None:
+        progress.warning(
+            "compile", f"block {index}: steps are slower, {why}", hint="runtime.compile=off does not try"
+        )
+
+    reconstruction = _reconstruction(
+        lm, index, block, streams, config, grid, dtype, fast=fast, on_failure=slower
+    )
     if compiles:
         reconstruction.train_loss = Compiled(
             reconstruction_loss,
             expect_silence=progress.expect_silence,
-            on_failure=lambda why: progress.warning(
-                "compile",
-                f"block {index}: not compiled, and slower for it: {why}",
-                hint="runtime.compile=off does not try",
-            ),
+            on_failure=lambda why: slower(f"they cannot be compiled: {why}"),
         )
     settings = Settings(
         epochs=config.epochs,
@@ -235,6 +195,7 @@ def train_block(
             where=f"block {index}",
             hint=NON_FINITE_HINT,
         )
+    reconstruction.close()
     packed = freeze_block(block, reconstruction.linears)
     packed.install(block)
     return BlockResult(
@@ -247,101 +208,48 @@ def train_block(
     )
 
 
-class _Reconstruction:
-    """A block with fake-quantized linears, measured against its own output at full precision."""
+def _reconstruction(
+    lm: CausalLM,
+    index: int,
+    block: nn.Module,
+    streams: Streams,
+    config: BlockAPConfig,
+    grid: GridConfig,
+    dtype: torch.dtype,
+    *,
+    fast: bool,
+    on_failure: Callable[[str], None],
+) -> Reconstruction:
+    """The fast form if it is wanted and possible here."""
+    if not fast or not config.train:
+        return Reconstruction(lm, index, block, streams, config, grid, dtype)
+    if why := _obstacle(lm.device):
+        on_failure(f"Triton does not work here: {why}")
+        return Reconstruction(lm, index, block, streams, config, grid, dtype)
+    from engine.methods.fast_reconstruction import FastReconstruction
 
-    def __init__(
-        self,
-        lm: CausalLM,
-        index: int,
-        block: nn.Module,
-        streams: Streams,
-        config: BlockAPConfig,
-        grid: GridConfig,
-        dtype: torch.dtype,
-    ) -> None:
-        self.lm, self.index, self.block, self.streams = lm, index, block, streams
-        self.config, self.dtype = config, dtype
-        self.linears = wrap_linears(block, lm.linear_names(index), grid)
-        self.groups = _parameter_groups(block, self.linears, config)
-        self.poll: Callable[[], None] = lambda: None
-        self.train_loss: Callable[..., Tensor] = reconstruction_loss
-        """What the steps minimise; compiled where that pays. Reports and validations stay plain."""
-
-    def loss(self, rows: Tensor | slice, function: Callable[..., Tensor] = reconstruction_loss) -> Tensor:
-        hidden, target = self.streams.quantized.read(rows), self.streams.full.read(rows)
-        batch, length = hidden.shape[:2]
-        arguments = self.lm.block_kwargs(self.index, batch, length, hidden.dtype)
-        return function(self.block, hidden, arguments, target, self.config.loss, self.dtype)
-
-    def micro_step(self, rows: Tensor, weight: float, scale: Callable[[Tensor], Tensor]) -> Tensor:
-        loss = self.loss(rows, self.train_loss) * weight
-        scale(loss).backward()
-        return loss.detach()
-
-    def project(self) -> None:
-        for linear in self.linears.values():
-            linear.project()
-
-    def validate(self, micro_batch: int) -> float | None:
-        if self.streams.sequences == self.streams.train:
-            return None
-        return self.mean_loss(self.streams.train, self.streams.sequences, micro_batch)
-
-    def report_loss(self, micro_batch: int) -> float:
-        return self.mean_loss(0, min(self.streams.train, REPORT_SEQUENCES), micro_batch)
-
-    @torch.no_grad()
-    def mean_loss(self, first: int, last: int, micro_batch: int) -> float:
-        """Mean loss over sequences ``first`` to ``last``."""
-        total = torch.zeros((), dtype=torch.float64, device=self.lm.device)
-        for start in range(first, last, micro_batch):
-            self.poll()
-            rows = slice(start, min(start + micro_batch, last))
-            total += self.loss(rows).double() * (rows.stop - rows.start)
-        return total.item() / (last - first)
+    return FastReconstruction(
+        lm,
+        index,
+        block,
+        streams,
+        config,
+        grid,
+        dtype,
+        on_failure=lambda why: on_failure(f"they cannot be recorded: {why}"),
+    )
 
 
-def _parameter_groups(
-    block: nn.Module, linears: dict[str, FakeQuantLinear], config: BlockAPConfig
-) -> list[ParameterGroup]:
-    """What is trained, at which learning rate; marks it as requiring gradients.
+@functools.cache
+def _obstacle(device: torch.device) -> str:
+    """Why the fast form is impossible on this device; empty where it works."""
+    try:
+        from engine.quant.quant_step import try_out
 
-    A relative learning rate is a fraction of one grid step: Adam moves a parameter by about its learning rate
-    per step, and what matters to a quantized weight is how many steps it takes to cross into the next
-    integer.
-    """
-    assert config.lr_weight is not None, "the configuration is not resolved"
-    assert config.lr_quant is not None, "the configuration is not resolved"
-    relative = config.lr_scaling == "relative"
-    groups: list[ParameterGroup] = []
-
-    def add(kind: str, parameter: nn.Parameter, lr: float) -> None:
-        parameter.requires_grad_(True)
-        groups.append(ParameterGroup(kind, [parameter], lr))
-
-    for linear in linears.values():
-        unit = linear.scale.mean().item() if relative else 1.0
-        if "weights" in config.train:
-            add("weights", linear.weight, config.lr_weight * unit)
-        if "scales" in config.train:
-            add("scales", linear.scale, config.lr_quant * unit)
-        if "zero_points" in config.train and not linear.grid.symmetric:
-            # A zero point is counted in grid steps already.
-            add("zero_points", linear.zero_point, config.lr_quant)
-    if "norms" in config.train:
-        inner = {id(p) for linear in linears.values() for p in linear.parameters()}
-        for name, parameter in block.named_parameters():
-            if id(parameter) not in inner and parameter.ndim == 1 and not name.endswith("bias"):
-                unit = parameter.abs().mean().item() if relative else 1.0
-                lr = config.lr_quant * unit if relative else config.lr_weight
-                add("norms", parameter, lr)
-    return _merge(groups)
-
-
-def _merge(groups: list[ParameterGroup]) -> list[ParameterGroup]:
-    """Join groups of the same kind and learning rate, so that the fused optimizer launches fewer kernels."""
-    merged: dict[tuple[str, float], list[nn.Parameter]] = {}
-    for group in groups:
-        merged.setdefault((group.kind, group.lr), []).extend(group.parameters)
-    return [ParameterGroup(kind, parameters, lr) for (kind, lr), parameters in merged.items()]
+        try_out(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of Triton, its compiler, the host's compiler, the driver
+        lines = str(error).strip().splitlines()
+        return lines[0] if lines else type(error).__name__
+    return ""

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.data.sampler import ALONE, World
 from engine.methods.optimization import NON_FINITE_HINT, ParameterGroup, Snapshot, TrainingProgress
-from engine.methods.training import Settings, Training
+from engine.methods.training import Method, Settings, Training
 from engine.quant.grid import RELATIVE_SCALE_FLOOR
 from engine.quant.packed import PackedLinear
 from engine.run.config import E2EQPConfig
@@ -140,7 +140,7 @@ def train_scales(
     return E2EResult(position.initial_val, best, position.steps_done)
 
 
-class _Network:
+class _Network(Method):
     """All packed blocks together, measured by what they predict."""
 
     def __init__(

@@ -15,6 +15,8 @@ from torch.optim import AdamW
 # A run of this many bad steps means that the weights themselves are bad, not one unlucky batch.
 BAD_STEPS_IN_A_ROW = 3
 MAX_ROLLBACKS = 2
+GROWTH_INTERVAL = 2000
+"""Good steps after which float16's loss scale is doubled."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter."""
 NON_FINITE_HINT = (
@@ -111,6 +113,43 @@ class ParameterGroup:
     lr: float
 
 
+class LossScale:
+    """Keeps small float16 gradients from vanishing: the loss is multiplied before the backward pass, the
+    gradients are divided after it.
+
+    An overflow halves the factor (expected while it settles), 2000 good steps double it. Powers of two lose
+    no bit. Everything happens on the device, in place, and so fits into a recorded graph.
+    """
+
+    def __init__(self, device: torch.device, enabled: bool) -> None:
+        self.enabled = enabled
+        self.factor = torch.full((), 2.0**16 if enabled else 1.0, device=device)
+        self.good_steps = torch.zeros((), device=device)
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        return loss * self.factor if self.enabled else loss
+
+    def update(self, overflowed: Tensor) -> None:
+        """After a step; ``overflowed`` is 1 when its gradients did, else 0."""
+        if not self.enabled:
+            return
+        good = (self.good_steps + 1) * (1 - overflowed)
+        grown = (good >= GROWTH_INTERVAL).float()
+        self.factor.mul_(1 - 0.5 * overflowed).mul_(1 + grown)
+        self.good_steps.copy_(good * (1 - grown))
+
+    def state_dict(self) -> dict[str, float]:
+        """As values of JSON; waits for the device."""
+        if not self.enabled:
+            return {}
+        return {"scale": self.factor.item(), "good_steps": self.good_steps.item()}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        if self.enabled:
+            self.factor.fill_(state["scale"])
+            self.good_steps.fill_(state.get("good_steps", 0.0))
+
+
 class Stepper:
     """AdamW whose step is not applied when the loss is not finite, without waiting for the device.
 
@@ -119,9 +158,8 @@ class Stepper:
     only when a metric is due; a bad step is never applied in the meantime, so finding out late loses nothing
     but time.
 
-    With float16 arithmetic the loss is scaled to keep small gradients from vanishing; an overflow halves the
-    factor (that is expected while the factor settles and does not count as a bad step), 2000 good steps
-    double it.
+    With float16 arithmetic the loss is scaled (:class:`LossScale`); an overflow while the factor is above 1
+    does not count as a bad step.
     """
 
     def __init__(
@@ -137,63 +175,67 @@ class Stepper:
         self.groups = [g for g in groups if g.parameters]
         self.parameters = [p for g in self.groups for p in g.parameters]
         self.grad_clip = grad_clip
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.scale = LossScale(device, enabled=dtype == torch.float16)
+        """Called with a loss: the loss as the backward pass should see it."""
         self.optimizer = AdamW(
             [{"params": g.parameters, "lr": g.lr} for g in self.groups],
             betas=betas,
             weight_decay=weight_decay,
             fused=True,
+            capturable=device.type == "cuda",
         )
         self.bad_in_a_row = torch.zeros((), device=device)
         self.worst_in_a_row = torch.zeros((), device=device)
         self.steps = 0
         self.grad_norm = torch.zeros((), device=device)
-
-    def scale(self, loss: Tensor) -> Tensor:
-        """The loss as the backward pass should see it."""
-        scaled: Tensor = self.scaler.scale(loss)
-        return scaled
+        self._lr_factor = 1.0
 
     def set_lr(self, factor: float) -> None:
+        self._lr_factor = factor
         for group, state in zip(self.groups, self.optimizer.param_groups, strict=True):
             state["lr"] = group.lr * factor
 
     def lr(self) -> dict[str, float]:
         """Mean learning rate of each kind of parameter, as set now."""
         rates: dict[str, list[float]] = {}
-        for group, state in zip(self.groups, self.optimizer.param_groups, strict=True):
-            rates.setdefault(group.kind, []).append(state["lr"])
+        for group in self.groups:
+            rates.setdefault(group.kind, []).append(group.lr * self._lr_factor)
         return {kind: sum(values) / len(values) for kind, values in rates.items()}
 
     @torch.no_grad()
     def step(self, loss: Tensor) -> None:
         """Apply the accumulated gradients unless ``loss`` or their norm is not finite; clears them."""
         self.steps += 1
-        scaling = self.scaler.is_enabled()
-        if scaling:
-            self.scaler.unscale_(self.optimizer)
-        self.grad_norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.parameters if p.grad is not None]
-        )
+        scaled_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        self.grad_norm = scaled_norm / self.scale.factor if self.scale.enabled else scaled_norm
         if self.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, self.grad_norm)
-        bad_gradients = ~torch.isfinite(self.grad_norm)
-        if scaling:
-            # Gradients that overflow while the factor settles are expected; unscaled ones are not.
-            factor = self.scaler._get_scale_async()  # get_scale() would wait for the device
-            assert factor is not None, "the loss has not been scaled"
-            bad_gradients = bad_gradients & (factor <= 1)
-        bad = (bad_gradients | ~torch.isfinite(loss.detach())).float().reshape(())
-        self.bad_in_a_row = (self.bad_in_a_row + 1) * bad
-        self.worst_in_a_row = torch.maximum(self.worst_in_a_row, self.bad_in_a_row)
-        if scaling:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            # The fused kernels of AdamW read these two attributes; GradScaler sets them the same way.
-            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-            self.optimizer.found_inf = bad  # type: ignore[attr-defined]
-            self.optimizer.step()
+        self.apply(self.judge(scaled_norm, loss))
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def judge(self, scaled_norm: Tensor, loss: Tensor) -> Tensor:
+        """Whether this step is to be skipped (1 or 0, float32); counts the bad ones."""
+        overflow = ~torch.isfinite(scaled_norm)
+        nonsense = ~torch.isfinite(loss.detach())
+        skip = (overflow | nonsense).float().reshape(())
+        # Gradients that overflow while the factor settles are expected; unscaled ones are not.
+        bad = skip
+        if self.scale.enabled:
+            bad = ((overflow & (self.scale.factor <= 1)) | nonsense).float().reshape(())
+        self.bad_in_a_row.add_(1).mul_(bad)
+        self.worst_in_a_row.copy_(torch.maximum(self.worst_in_a_row, self.bad_in_a_row))
+        return skip
+
+    def apply(self, skip: Tensor) -> None:
+        """AdamW's step, if it is not to be skipped."""
+        # The fused kernels of AdamW read these two attributes; torch.amp.GradScaler sets them the same way.
+        self.optimizer.grad_scale = self.scale.factor if self.scale.enabled else None  # type: ignore[attr-defined]
+        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.scale.update(skip)
+
+    def drop_gradients(self) -> None:
+        """Forget what has been added up."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def check(self, step: int, *, last: bool = False) -> None:
@@ -213,15 +255,15 @@ class Stepper:
             tensors[f"{index}.value"] = parameter.detach()
             for name, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{index}.{name}"] = value
-        return Snapshot(tensors, {"steps": self.steps, "scaler": self.scaler.state_dict()})
+        return Snapshot(tensors, {"steps": self.steps, "scaler": self.scale.state_dict()})
 
     @torch.no_grad()
     def load_state_dict(self, snapshot: Snapshot) -> None:
         """Continue where another stepper of the same parameters stood."""
         tensors = snapshot.tensors
-        device = self.bad_in_a_row.device
-        self.bad_in_a_row, self.worst_in_a_row = tensors["bad"].to(device), tensors["worst"].to(device)
-        self.grad_norm = tensors["grad_norm"].to(device)
+        self.bad_in_a_row.copy_(tensors["bad"])
+        self.worst_in_a_row.copy_(tensors["worst"])
+        self.grad_norm = tensors["grad_norm"].to(self.bad_in_a_row.device)
         moments: dict[int, dict[str, Tensor]] = {}
         for index, parameter in enumerate(self.parameters):
             parameter.copy_(tensors[f"{index}.value"])
@@ -231,12 +273,14 @@ class Stepper:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.steps = snapshot.facts["steps"]
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(snapshot.facts["scaler"])
+        self.scale.load_state_dict(snapshot.facts["scaler"])
 
 
 class BestState:
-    """The parameters' values at the start, and where they validated best."""
+    """The parameters' values at the start, and where they validated best.
+
+    A GPU's memory is the scarcer one and these are read at most once or twice, so they lie on the host.
+    """
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
@@ -245,7 +289,7 @@ class BestState:
         self.val_loss: float | None = None
 
     def _copy(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.parameters]
+        return [_aside(p.detach()) for p in self.parameters]
 
     @torch.no_grad()
     def _load(self, values: list[Tensor]) -> None:
@@ -278,11 +322,13 @@ class BestState:
         """Remember what another one of the same parameters did."""
         self.val_loss = snapshot.facts["val_loss"]
         values = [snapshot.tensors.get(str(index)) for index in range(len(self.parameters))]
-        self.best = [
-            value.to(parameter.device)
-            for value, parameter in zip(values, self.parameters, strict=True)
-            if value is not None
-        ] or None
+        self.best = [value for value in values if value is not None] or None
+
+
+def _aside(value: Tensor) -> Tensor:
+    """A copy in host memory; page-locked, which is several times faster to copy to, for a GPU."""
+    copy = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+    return copy.copy_(value)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from itertools import zip_longest
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,24 +37,6 @@ from engine.methods.optimization import (
 from engine.run.errors import NonFiniteError
 
 T = TypeVar("T")
-
-
-class Method(Protocol):
-    """What is trained, and on what."""
-
-    groups: list[ParameterGroup]
-
-    def micro_step(self, rows: Tensor, weight: float, scale: Callable[[Tensor], Tensor]) -> Tensor:
-        """Forward and backward of ``rows`` (sequences); their mean loss times ``weight``, detached.
-
-        What is sent backward is ``scale(loss)``.
-        """
-
-    def project(self) -> None:
-        """Bring the parameters back into their domain after a step."""
-
-    def validate(self, micro_batch: int) -> float | None:
-        """Mean loss over the validation sequences, so many at a time; none without any."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +59,46 @@ class Settings:
     tokens_per_sequence: int
     warmup_fraction: float = 0.0
     world: World = ALONE
+
+
+class Method:
+    """What is trained, and on what."""
+
+    groups: list[ParameterGroup]
+
+    def stepper(self, settings: Settings) -> Stepper:
+        """The optimizer, new."""
+        return Stepper(
+            self.groups,
+            weight_decay=settings.weight_decay,
+            grad_clip=settings.grad_clip,
+            device=settings.device,
+            dtype=settings.dtype,
+        )
+
+    def micro_step(self, rows: Tensor, weight: float, scale: Callable[[Tensor], Tensor]) -> Tensor:
+        """Forward and backward of ``rows`` (sequences); their mean loss times ``weight``, detached.
+
+        What is sent backward is ``scale(loss)``.
+        """
+        raise NotImplementedError
+
+    def upcoming(self, rows: Tensor) -> None:
+        """The next micro-batch, as far as one can tell; told right after a :meth:`micro_step`."""
+
+    def memory_is_short(self, micro_batch: int) -> None:
+        """From now on only ``micro_batch`` sequences pass at a time."""
+
+    def project(self) -> None:
+        """Bring the parameters back into their domain after a step."""
+        raise NotImplementedError
+
+    def refresh(self) -> None:
+        """The parameters have got other values than a step gave them."""
+
+    def validate(self, micro_batch: int) -> float | None:
+        """Mean loss over the validation sequences, so many at a time; none without any."""
+        raise NotImplementedError
 
 
 @dataclass
@@ -114,7 +137,7 @@ class Training:
         )
         self.position = Position(micro_batch=settings.micro_batch)
         self.loss = torch.zeros((), device=settings.device)
-        self.stepper = self._new_stepper()
+        self.stepper = self.method.stepper(self.settings)
         self._steps_here = 0
         if snapshot is not None:
             self.load_state_dict(snapshot)
@@ -146,6 +169,7 @@ class Training:
                 self._step(step, rows)
             self._end_of_epoch()
         self.best.load_best()
+        self.method.refresh()
 
     def _patience_is_over(self) -> bool:
         return 0 < self.settings.patience <= self.position.stale
@@ -167,8 +191,13 @@ class Training:
 
     def _accumulate(self, rows: Tensor, micro_batch: int) -> Tensor:
         loss = torch.zeros((), device=self.settings.device)
-        for part in rows.split(micro_batch):
+        parts = rows.split(micro_batch)
+        next_batch = self.sampler.upcoming()
+        following = [*parts[1:], *([] if next_batch is None else next_batch.split(micro_batch)[:1])]
+        for part, after in zip_longest(parts, following):
             loss += self.method.micro_step(part, len(part) / len(rows), self.stepper.scale)
+            if after is not None:
+                self.method.upcoming(after)
         return loss
 
     def _end_of_epoch(self) -> None:
@@ -211,16 +240,6 @@ class Training:
         """Halved at each restart."""
         return 0.5**self.position.restarts
 
-    def _new_stepper(self) -> Stepper:
-        settings = self.settings
-        return Stepper(
-            self.method.groups,
-            weight_decay=settings.weight_decay,
-            grad_clip=settings.grad_clip,
-            device=settings.device,
-            dtype=settings.dtype,
-        )
-
     def _restart(self, diverged: Diverged) -> None:
         """From the beginning at half the learning rate."""
         old, where = self.position, self.settings.where
@@ -239,7 +258,7 @@ class Training:
             noted=old.noted,
         )
         self.sampler.seek(0)
-        self.stepper = self._new_stepper()
+        self.stepper = self.method.stepper(self.settings)
         self.progress.warning(
             "rollback",
             f"{where}: non-finite loss up to step {diverged.step}; "
@@ -265,7 +284,8 @@ class Training:
     def _halve(self) -> None:
         position, settings = self.position, self.settings
         before, position.micro_batch = position.micro_batch, position.micro_batch // 2
-        self.stepper.optimizer.zero_grad(set_to_none=True)
+        self.stepper.drop_gradients()
+        self.method.memory_is_short(position.micro_batch)
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
         self.progress.warning(

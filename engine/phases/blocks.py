@@ -18,7 +18,8 @@ import torch
 
 from engine.checkpointer import TrainingCheckpoints, forget_snapshot, restore_random_state, snapshot_of
 from engine.data.activations import ActivationStore
-from engine.methods.block_ap import BlockResult, Streams, train_block
+from engine.methods.block_ap import BlockResult, train_block
+from engine.methods.reconstruction import Streams
 from engine.methods.rtn import round_to_nearest
 from engine.phases.job import Job, block_entry, compute_dtype, losses_fact
 from engine.phases.passage import forget_streams, pass_through, store_at, stored_at
@@ -126,6 +127,7 @@ class _BlockPhase:
                 micro_batch=job.store.fact(MICRO_BATCH),
                 snapshot=snapshot,
                 world=job.world,
+                fast=job.plan.fast,
                 compiles=job.plan.compiles,
             )
         del snapshot

@@ -1,4 +1,10 @@
-"""A linear layer that trains its weight, scale and zero point on the grid."""
+"""A linear layer that trains its weight, scale and zero point on the grid.
+
+In its plain form the forward pass quantizes the weight, and autograd brings the gradients back through the
+quantizer. In its fast form (after :meth:`FakeQuantLinear.keep_quantized`) the quantized weight is a tensor of
+its own: forward and backward are those of an ordinary linear layer, and whoever takes the optimizer's step
+brings the gradient back and quantizes anew (:mod:`engine.quant.quant_step`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,9 @@ from torch.nn import functional
 from engine.quant.grid import RELATIVE_SCALE_FLOOR, fake_quantize, initial_range, quantize
 from engine.quant.packed import PackedBlock, PackedWeight, replace_submodule, stored_scale
 from engine.run.config import GridConfig
+
+TRAINED = ("weight", "scale", "zero_point", "quantized")
+"""A linear's parameters that its packed weight stands for."""
 
 
 class FakeQuantLinear(nn.Module):
@@ -35,9 +44,19 @@ class FakeQuantLinear(nn.Module):
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.zero_point = nn.Parameter(zero_point, requires_grad=False)
         self.register_buffer("scale_floor", scale * RELATIVE_SCALE_FLOOR)
+        self.quantized: nn.Parameter | None
+        """``[O, I]`` in the arithmetic's dtype; none in the plain form."""
+        self.register_parameter("quantized", None)
+
+    def keep_quantized(self, dtype: torch.dtype) -> nn.Parameter:
+        """Make room for the quantized weight, which is the caller's to fill and to keep up to date."""
+        self.quantized = nn.Parameter(torch.empty_like(self.weight, dtype=dtype))
+        return self.quantized
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = fake_quantize(self.weight, self.scale, self.zero_point, self.grid.bits)
+        weight: Tensor | None = self.quantized
+        if weight is None:
+            weight = fake_quantize(self.weight, self.scale, self.zero_point, self.grid.bits)
         bias = None if self.bias is None else self.bias.to(weight.dtype)
         if not torch.is_autocast_enabled(x.device.type):
             weight = weight.to(x.dtype)
@@ -76,7 +95,7 @@ def wrap_linears(block: nn.Module, names: tuple[str, ...], grid: GridConfig) -> 
 
 def freeze_block(block: nn.Module, linears: dict[str, FakeQuantLinear]) -> PackedBlock:
     """Round a trained block to the grid; its other parameters go to float16, as they will be saved."""
-    inner = {f"{name}.{part}" for name in linears for part in ("weight", "scale", "zero_point")}
+    inner = {f"{name}.{part}" for name in linears for part in TRAINED}
     others = {
         name: parameter.detach().to(torch.float16)
         for name, parameter in block.named_parameters()

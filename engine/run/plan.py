@@ -29,7 +29,7 @@ from engine.run.machine import Machine, detect
 from engine.run.memory_model import host_memory, phase_memory
 from engine.run.published import Published, published
 from engine.run.recovery_model import Recovery, broken_promise
-from engine.run.time_model import compiles, speed
+from engine.run.time_model import compiles, fast, speed
 
 __all__ = ["Machine", "PhasePlan", "Plan", "check", "host_budget", "make_plan", "out_of_memory_remedy"]
 
@@ -75,6 +75,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     evaluation_windows: int
     seconds: float
     time_basis: str
+    fast: bool
+    """Block-AP's steps are recorded, and quantize, train and quantize again in one kernel."""
     compiles: bool
     """Block-AP's steps are compiled."""
     published: Published | None
@@ -142,6 +144,7 @@ def make_plan(
         evaluation_windows=work.windows,
         seconds=sum(phase.seconds for phase in phases),
         time_basis=f"estimate: operations and memory traffic counted, at {place.rates.basis}",
+        fast=fast(work),
         compiles=compiles(work, place.rates),
         published=published(config.model.source, work.arch, config.grid),
         warnings=tuple(filter(None, warnings)),

@@ -159,6 +159,16 @@ def compiles(work: Workload, rates: Speed) -> bool:
     return steps * plain >= COMPILING_PAYS
 
 
+def fast(work: Workload) -> bool:
+    """Whether Block-AP takes its steps by one kernel a linear, recorded: on every GPU, where it can.
+
+    Deterministic kernels are the plain ones, and clipping needs the gradients' norm before the step.
+    """
+    runtime, section = work.config.runtime, work.config.block_ap
+    wanted = section.enabled and bool(section.train) and runtime.compile != "off"
+    return work.cuda and wanted and not runtime.deterministic and not section.grad_clip
+
+
 def _block_seconds(work: Workload, rates: Speed) -> float:
     """Block-AP of one block: 3 forward passes a training token, 1 for validation, 2 to advance streams."""
     section, arch = work.config.block_ap, work.arch

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from engine.data.activations import StoreKind, make_store
 from engine.data.sampler import BatchSampler
-from engine.methods.block_ap import BlockResult, Passage, Streams, advance, train_block
+from engine.methods.block_ap import BlockResult, Passage, advance, train_block
 from engine.methods.optimization import Diverged, Snapshot
+from engine.methods.reconstruction import Streams
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.quant.grid import fake_quantize, initial_range, quantize

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from engine.methods.block_ap import BlockResult, Passage, Streams, advance, train_block
+from engine.methods.block_ap import BlockResult, Passage, advance, train_block
 from engine.methods.optimization import Snapshot
+from engine.methods.reconstruction import Streams
 from engine.models.causal_lm import CausalLM
 from engine.run.config import BlockAPConfig, GridConfig
 from engine.run.errors import StopRequested

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from engine.data.activations import make_store
 from engine.data.sampler import BatchSampler
-from engine.methods.block_ap import Streams, distance
 from engine.methods.optimization import Diverged, ParameterGroup, Stepper, cosine_factor
+from engine.methods.reconstruction import Streams, distance
 from engine.methods.rtn import round_to_nearest
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource

@@ -14,9 +14,10 @@ from quiet import Heard
 from torch import Tensor, nn
 
 from engine.data.activations import make_store
-from engine.methods.block_ap import Passage, Streams, advance, train_block
+from engine.methods.block_ap import Passage, advance, train_block
 from engine.methods.e2e_qp import E2EData, train_scales
 from engine.methods.optimization import Snapshot
+from engine.methods.reconstruction import Streams
 from engine.methods.rtn import round_to_nearest
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
@@ -167,9 +168,9 @@ def test_a_restart_at_half_the_learning_rate_is_continued_as_one(
     lm: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three bad steps in the first attempt at the training; the interruption comes after it began again."""
-    from engine.methods.block_ap import _Reconstruction
+    from engine.methods.reconstruction import Reconstruction
 
-    real = _Reconstruction.micro_step
+    real = Reconstruction.micro_step
     calls = 0
 
     def poisoned(self: Any, rows: Tensor, weight: float, scale: Any) -> Tensor:
@@ -178,7 +179,7 @@ def test_a_restart_at_half_the_learning_rate_is_continued_as_one(
         loss = real(self, rows, weight, scale)
         return loss * float("nan") if 2 <= calls <= 4 else loss
 
-    monkeypatch.setattr(_Reconstruction, "micro_step", poisoned)
+    monkeypatch.setattr(Reconstruction, "micro_step", poisoned)
     heard = Heard(due=True)
     whole = block_ap(lm, None, heard)
     assert [code for code, _ in heard.warnings] == ["rollback"]

@@ -137,7 +137,8 @@ def snapshot_of_block_ap(config: RunConfig, progress: Any) -> None:
     import torch
 
     from engine.data.activations import make_store
-    from engine.methods.block_ap import Streams, train_block
+    from engine.methods.block_ap import train_block
+    from engine.methods.reconstruction import Streams
 
     lm, section = tiny(), config.block_ap
     shape = (section.sequences + section.val_sequences, section.sequence_length, lm.hidden_size)
