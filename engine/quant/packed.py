@@ -90,6 +90,21 @@ class PackedWeight:
         )
 
 
+class Kernels:
+    """Whether packed weights on a GPU are worked on by :mod:`engine.quant.packed_kernels`."""
+
+    on = False
+
+    @classmethod
+    def switch_on(cls, device: torch.device) -> None:
+        """Use them from now on; raises what stands in their way (no Triton, no compiler) and leaves them
+        off."""
+        from engine.quant import packed_kernels
+
+        packed_kernels.try_out(device)
+        cls.on = True
+
+
 class _PackedMatmul(torch.autograd.Function):
     """``x @ W^T`` from packed integers, keeping no float weight between forward and backward.
 
@@ -99,40 +114,55 @@ class _PackedMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, words: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, bits: int
+        ctx: Any, x: Tensor, words: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, bits: int, kernels: bool
     ) -> Tensor:
         ctx.save_for_backward(x, words, scale_OG, zero_point_OG)
-        ctx.bits = bits
-        weight = _float_weight(words, scale_OG, zero_point_OG, bits, x.dtype)
+        ctx.bits, ctx.kernels = bits, kernels
+        weight = _float_weight(words, scale_OG, zero_point_OG, bits, x.dtype, kernels)
         return functional.linear(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, words, scale_OG, zero_point_OG = ctx.saved_tensors
         grad_out = grads[0]
         grad_x = grad_scale = grad_zero = None
         if ctx.needs_input_grad[0]:
-            weight = _float_weight(words, scale_OG, zero_point_OG, ctx.bits, grad_out.dtype)
+            weight = _float_weight(words, scale_OG, zero_point_OG, ctx.bits, grad_out.dtype, ctx.kernels)
             grad_x = grad_out @ weight
             del weight
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
             grad_weight_OI = grad_out.flatten(0, -2).t() @ x.flatten(0, -2)
-            groups = scale_OG.shape[1]
-            grad_OGg = grad_weight_OI.reshape(grad_weight_OI.shape[0], groups, -1)
+            weighted, plain = _group_sums(grad_weight_OI, words, scale_OG.shape[1], ctx.bits, ctx.kernels)
             if ctx.needs_input_grad[2]:
-                codes_OGg = bitunpack(words, ctx.bits, dim=1).reshape(grad_OGg.shape)
-                weighted = (grad_OGg * codes_OGg).sum(-1, dtype=torch.float32)
-                zero = zero_point_OG.round() if zero_point_OG.is_floating_point() else zero_point_OG
-                grad_scale = weighted - zero * grad_OGg.sum(-1, dtype=torch.float32)
+                grad_scale = weighted - _whole(zero_point_OG) * plain
             if ctx.needs_input_grad[3]:
-                grad_zero = -grad_OGg.sum(-1, dtype=torch.float32) * scale_OG
-        return grad_x, None, grad_scale, grad_zero, None
+                grad_zero = -plain * scale_OG
+        return grad_x, None, grad_scale, grad_zero, None, None
+
+
+def _whole(zero_point_OG: Tensor) -> Tensor:
+    return zero_point_OG.round() if zero_point_OG.is_floating_point() else zero_point_OG
+
+
+def _group_sums(
+    grad_OI: Tensor, words: Tensor, groups: int, bits: int, kernels: bool
+) -> tuple[Tensor, Tensor]:
+    """Sums over each group of ``q dW^`` and of ``dW^``, float32 ``[O, G]``."""
+    if kernels:
+        weighted, plain = torch.ops.eqat.group_gradients(grad_OI, words, groups, bits).unbind()
+        return weighted, plain
+    grad_OGg = grad_OI.reshape(grad_OI.shape[0], groups, -1)
+    codes_OGg = bitunpack(words, bits, dim=1).reshape(grad_OGg.shape)
+    return (grad_OGg * codes_OGg).sum(-1, dtype=torch.float32), grad_OGg.sum(-1, dtype=torch.float32)
 
 
 def _float_weight(
-    words: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, bits: int, dtype: torch.dtype
+    words: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, bits: int, dtype: torch.dtype, kernels: bool
 ) -> Tensor:
-    zero = zero_point_OG.round() if zero_point_OG.is_floating_point() else zero_point_OG
+    zero = _whole(zero_point_OG)
+    if kernels:
+        weight: Tensor = torch.ops.eqat.dequantize(words, scale_OG, zero, bits, dtype)
+        return weight
     return dequantize(bitunpack(words, bits, dim=1), scale_OG.float(), zero).to(dtype)
 
 
@@ -168,7 +198,10 @@ class PackedLinear(nn.Module):
         # Autocast does not reach the backward pass, so the arithmetic's dtype is settled here for both.
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        out: Tensor = _PackedMatmul.apply(x.to(dtype), self.words, self.scale, self.zero_point, self.bits)
+        kernels = Kernels.on and x.is_cuda
+        out: Tensor = _PackedMatmul.apply(
+            x.to(dtype), self.words, self.scale, self.zero_point, self.bits, kernels
+        )
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def packed(self) -> PackedWeight:
