@@ -50,6 +50,17 @@ async def until(pilot: Pilot[Any], condition: Callable[[], bool], seconds: float
     raise AssertionError(f"did not happen in time; the screen shows\n{picture(pilot.app)}")
 
 
+async def shown(pilot: Pilot[Any]) -> None:
+    """Let the app go on until the screen in front shows the run; its titles are there before."""
+
+    def took() -> bool:
+        view = pilot.app.view  # type: ignore[attr-defined]
+        return view is not None and getattr(pilot.app.screen, "_view", None) is view
+
+    await until(pilot, took)
+    await pilot.pause()
+
+
 async def press(pilot: Pilot[Any], *keys: str) -> None:
     """Press keys one by one and let each take effect."""
     for key in keys:

@@ -490,35 +490,6 @@ def test_freeing_asks_only_where_going_on_would_take_longer(
     drive(app_of(mode="runs"), script)
 
 
-def test_the_result_stops_what_it_started_and_not_the_training(recorded: Recorded) -> None:
-    run = recorded("running")
-
-    async def script(pilot: Play, app: EqatApp) -> None:
-        await until(pilot, lambda: "quality" in picture(app))
-        await press(pilot, "x")
-        assert told(app) == ["the run itself is at work: p on 2 pauses it"]
-
-    drive(app_of(run, view_of(run, "running"), mode="result"), script)
-    assert control.pending(run) == []
-
-
-def test_a_folder_that_is_taken_is_said_in_the_dialog(recorded: Recorded, tmp_path: Path) -> None:
-    run = recorded("finished")
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "file").write_text("")
-
-    async def script(pilot: Play, app: EqatApp) -> None:
-        await until(pilot, lambda: "quality" in picture(app))
-        await press(pilot, "e", "tab", *"taken", "enter")
-        await until(pilot, lambda: "not an empty folder" in picture(app))
-        await press(pilot, *["backspace"] * 5, *"/proc/x", "enter")
-        await until(pilot, lambda: "cannot be made in" in picture(app))
-        await press(pilot, "escape")
-
-    drive(app_of(run, view_of(run, "done"), mode="result"), script)
-    assert not run.launch_path.exists()
-
-
 def test_what_other_screens_can_do_is_found_in_the_palette_too() -> None:
     async def script(pilot: Play, app: EqatApp) -> None:
         await press(pilot, "ctrl+p", *"delete")
