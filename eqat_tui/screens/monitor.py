@@ -290,6 +290,8 @@ class MonitorScreen(WorkScreen):
             return "the engine answers: p pauses it, a aborts it"
         if action == "follow" and self._chosen is None:
             return "it does already"
+        if action == "replay" and view.liveness == "gone":
+            return "the run's directory is gone"
         if action == "replay" and (view.replay is not None or not view.state.event_count):
             return "there is nothing to replay" if view.replay is None else "this is a replay already"
         if action == "scale" and self._chart == "memory":

@@ -173,6 +173,8 @@ class ResultScreen(WorkScreen):
             return "no run is open: 4 lists those there are"
         if view.replay is not None and action != "replay":
             return "this is a replay; open the run from 4"
+        if view.liveness == "gone" and action != "stop":
+            return "the run's directory is gone"
         if action in ("sample", "export", "evaluate"):
             if view.live:
                 return "an engine works on the run already"

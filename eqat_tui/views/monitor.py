@@ -136,11 +136,12 @@ def progress(view: RunView, width: int) -> list[Line]:
         took = f"took {format_seconds(elapsed(state))}"
         return [
             _bar_line(line(("finished", "strong")), 1.0, "good", line(took), width),
-            line((f"{state.phase_count or len(state.phases)} phases", "muted")),
+            line((f"{len(state.phases)} phases", "muted")),
         ]
     done = fraction(state)
     index = next((row.index for row in state.phases if row.name == state.phase), None)
-    count = f" {index + 1}/{state.phase_count}" if index is not None and state.phase_count else ""
+    of_the_run = state.task == "run" and state.phase_count  # an export made later has phases of its own
+    count = f" {index + 1}/{state.phase_count}" if index is not None and of_the_run else ""
     name = phase_name(state.phase) if state.phase else ("starting" if view.live else "not started")
     words = line((name, "strong"), (count, "muted"))
     if state.blocks and state.block is not None:

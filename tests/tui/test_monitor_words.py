@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from logs import RECORDED, Log
 
+from engine.run import events
 from engine.run.directory import Launched, RunDirectory
 from engine.run.files import atomic_write_json
 from engine.run.lock import RunLock
@@ -68,6 +69,19 @@ def test_a_block_that_is_only_passed_on_is_no_training(recorded: Recorded) -> No
     rows = [plain(row) for row in monitor.block_table(view, 50)[1]]
     assert "kept" in rows[1]
     assert "now" not in rows[1]
+
+
+def test_an_export_made_later_leaves_the_run_its_phases() -> None:
+    log = RECORDED["finished"]("run")
+    state = RunState().apply_all(log.events)
+    log.attempt_begins("run")
+    log.events[-2] = msgspec.structs.replace(log.events[-2], task="export")  # type: ignore[call-arg]
+    log.add(events.PhaseStarted(phase="export", index=1, phases=2))
+    later = RunState().apply_all(log.events)
+    view = RunView(id="run", path="/run", state=later, liveness="running", now=log.t)
+    assert plain(monitor.progress(view, 80)[0]).startswith("export  ")
+    done = msgspec.structs.replace(view, liveness="done")
+    assert plain(monitor.progress(done, 80)[1]) == f"{len(state.phases)} phases"
 
 
 def test_hints_of_the_command_line_are_left_out() -> None:

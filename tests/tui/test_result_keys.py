@@ -1,4 +1,4 @@
-"""The result screen by keys: everything on it can be reached, and it starts and stops only what is its own."""
+"""The result screen by keys: all of it can be reached, and it starts and stops only what is its own."""
 
 from __future__ import annotations
 
@@ -63,4 +63,19 @@ def test_a_folder_that_is_taken_is_said_in_the_dialog(recorded: Recorded, tmp_pa
         await press(pilot, "escape")
 
     drive(app_of(run, view_of(run, "done"), mode="result"), script)
+    assert not run.launch_path.exists()
+
+
+def test_where_the_directory_is_gone_nothing_is_started_in_it(recorded: Recorded) -> None:
+    run = recorded("finished")
+    view = view_of(run, "gone", problem="the run's directory is gone")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await shown(pilot)
+        for count, key in enumerate("gevt", 1):
+            await press(pilot, key)
+            await until(pilot, lambda count=count: len(told(app)) == count)  # type: ignore[misc]
+        assert set(told(app)) == {"the run's directory is gone"}
+
+    drive(app_of(run, view, mode="result"), script)
     assert not run.launch_path.exists()
