@@ -86,15 +86,25 @@ def elapsed(state: RunState) -> float:
     return done
 
 
+PLAN_COUNTS = 0.1
+"""What was measured says little while it is short: a tenth of the plan speaks for the plan."""
+
+
 def remaining(view: RunView) -> tuple[float | None, bool]:
-    """Seconds left, and whether that is only the plan's word because nothing is measured yet."""
+    """Seconds left, and whether that is only the plan's word because nothing is measured yet.
+
+    The first steps of a phase are no measurement: they are slow, and a hundred times a wrong number is a very
+    wrong one. Until a block is finished the plan's seconds count, times how far off the plan was so far.
+    """
     state = view.state
-    if state.eta_s is not None and view.live:
-        return state.eta_s, not _measured(state)
-    planned = (state.plan or {}).get("seconds")
-    if planned is None or not view.live:
+    if view.replay is not None or not view.live:
         return state.eta_s if view.replay is not None else None, False
-    return max(0.0, planned - elapsed(state)), True
+    planned = (state.plan or {}).get("seconds")
+    if planned is None or (state.eta_s is not None and _measured(state)):
+        return state.eta_s, not _measured(state)
+    share = share_done(state) or 0.0
+    pace = (elapsed(state) + PLAN_COUNTS * planned) / (planned * (share + PLAN_COUNTS))
+    return planned * (1 - share) * pace, True
 
 
 def share_done(state: RunState) -> float | None:
@@ -377,8 +387,9 @@ def _gpu_lines(
     if reading is None or reading.gpu_used is None:
         if plan.get("device") == "cuda" and reading is not None:
             return [line(("GPU   ", "strong"), ("no readings from the driver", "warn"))]
-        device = state.device or plan.get("device") or "not known yet"
-        return [cut(line(("GPU   ", "strong"), (f"none used; {device}", "muted")), width)]
+        unused = state.device and plan.get("device", "cpu") != "cuda"
+        why = f"none used; {state.device}" if unused else "nothing measured yet"
+        return [cut(line(("GPU   ", "strong"), (why, "muted")), width)]
     total = reading.gpu_total or 0
     words = line(("GPU   ", "strong"), f"{format_bytes(reading.gpu_used)} of {format_bytes(total)}")
     facts = [("peak", reading.gpu_peak), ("plan", plan.get("peak_gpu_bytes")), ("others", reading.gpu_other)]

@@ -9,7 +9,7 @@ import pytest
 from logs import RECORDED, Log
 
 from engine.run import events
-from engine.run.directory import Launched, RunDirectory
+from engine.run.directory import Launched, RunDirectory, Status
 from engine.run.files import atomic_write_json
 from engine.run.lock import RunLock
 from engine.run.state import RunState
@@ -47,6 +47,32 @@ def test_before_anything_is_measured_the_time_left_is_the_plans_and_says_so() ->
     assert guess
     assert left == pytest.approx(900.0, abs=5)
     assert "about 15:00 left by the plan" in plain(monitor.progress(view, 100)[1])
+
+
+def test_the_first_steps_of_a_block_are_no_measurement() -> None:
+    """An engine that has done one step of hundreds knows nothing; a finished block counts."""
+    log = Log()
+    log.until_block_ap("run")
+    log.add(events.BlockStarted(phase="block_ap", block=0, blocks=6))
+    log.metric(1, 0, 0.1)
+    state = msgspec.structs.replace(RunState().apply_all(log.events), status=Status(eta_s=90_000.0))
+    view = RunView(id="run", path="/run", state=state, liveness="running", now=log.t)
+    left, guess = monitor.remaining(view)
+    assert guess
+    assert left is not None
+    assert left < 900.0
+    log.add(events.BlockFinished(phase="block_ap", block=0, seconds=12.0, initial_loss=0.1, final_loss=0.05))
+    state = msgspec.structs.replace(RunState().apply_all(log.events), status=Status(eta_s=500.0))
+    view = msgspec.structs.replace(view, state=state)
+    assert monitor.remaining(view) == (500.0, False)
+
+
+def test_a_gpu_that_was_not_read_yet_is_not_called_unused() -> None:
+    log = Log()
+    log.attempt_begins("run")
+    for state in (RunState(), RunState().apply_all(log.events)):
+        view = RunView(id="run", path="/run", state=state, liveness="running", now=log.t)
+        assert plain(monitor.machine(view, 80)[0]).split() == ["GPU", "nothing", "measured", "yet"]
 
 
 def test_an_engine_that_has_just_been_started_shows_nothing_of_the_attempt_before(recorded: Recorded) -> None:
