@@ -13,13 +13,17 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 from textual.app import App, SystemCommand
 from textual.binding import BindingType
+from textual.events import Event, Key
 from textual.filter import LineFilter, Monochrome, NoColor
 from textual.message import Message
 from textual.notifications import SeverityLevel
 from textual.screen import Screen
+from textual.widget import Widget
+from textual.widgets import Input
 
 from engine.run.directory import RunDirectory
 from engine.run.errors import EqatError
@@ -154,6 +158,7 @@ class EqatApp(App[str]):
         self._first_run, self._first_mode, self._replay_speed = run, mode, replay_speed
         self._ascii, self._no_colour = AsciiFilter(), NoColor()
         for theme in OUR_THEMES:
+        self._typed_into: WeakKeyDictionary[Key, Widget | None] = WeakKeyDictionary()
             self.register_theme(theme)
         self.theme = terminal.theme
         self.animation_level = "none"
@@ -251,6 +256,20 @@ class EqatApp(App[str]):
     # -- doing -------------------------------------------------------------------------------------
 
     async def action_do(self, action: str) -> None:
+    async def on_event(self, event: Event) -> None:
+        if isinstance(event, Key) and not event.is_forwarded:
+            self._typed_into[event] = self.focused
+        await super().on_event(event)
+
+    def on_key(self, event: Key) -> None:
+        """Letters that came in one packet with the key that opened an input are meant for the input.
+
+        They were handed to what had the focus when they arrived; they must neither be lost nor act as keys.
+        """
+        if isinstance(self.focused, Input) and self._typed_into.get(event) is not self.focused:
+            event.prevent_default()
+            self.post_message(event.copy())
+
         """A key of the app, where the screen has none of its own."""
         await self.do_everywhere(action)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual.app import ComposeResult
 from textual.screen import Screen
 from textual.widget import Widget
+from textual.widgets import Input
 
 from eqat_tui.keys import EVERYWHERE, Key
 from eqat_tui.lines import Line
@@ -101,3 +102,13 @@ class WorkScreen(Screen[None]):
 
     def take(self, view: RunView) -> None:
         """A new view of the current run."""
+
+
+def show_input(screen: Screen[Any], box: Input) -> None:
+    """Show ``box`` and give it the keys at once.
+
+    Over a slow connection ``/`` and the first letters of a word arrive together; a focus that comes a moment
+    later would let those letters act as keys.
+    """
+    box.display = True
+    screen.set_focus(box)

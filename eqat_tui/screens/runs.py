@@ -20,7 +20,7 @@ from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line
 from eqat_tui.output import format_bytes
 from eqat_tui.palette import markup
-from eqat_tui.screens.base import WorkScreen
+from eqat_tui.screens.base import WorkScreen, show_input
 from eqat_tui.screens.dialogs import Confirm
 from eqat_tui.views import runs as views
 from eqat_tui.widgets.list_panel import ListPanel
@@ -104,7 +104,6 @@ class RunsScreen(WorkScreen):
     BINDINGS = bindings(KEYS[1:])
     DEFAULT_CSS = """
     RunsScreen #filter { display: none; }
-    RunsScreen #filter.-shown { display: block; }
     RunsScreen #details { height: auto; }
     """
 
@@ -226,9 +225,7 @@ class RunsScreen(WorkScreen):
             self._look()
 
     def do_filter(self) -> None:
-        box = self.query_one("#filter", Input)
-        box.add_class("-shown")
-        box.focus()
+        show_input(self, self.query_one("#filter", Input))
 
     def on_input_changed(self, message: Input.Changed) -> None:
         message.stop()
@@ -246,7 +243,7 @@ class RunsScreen(WorkScreen):
         box = self.query_one("#filter", Input)
         if not keep:
             box.value = ""
-        box.set_class(keep and bool(box.value), "-shown")
+        box.display = keep and bool(box.value)
         self.query_one("#list").focus()
 
     def do_sort(self) -> None:

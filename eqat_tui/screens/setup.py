@@ -19,7 +19,7 @@ from engine.run.files import atomic_write
 from engine.run.launch import launch
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line, wrap
-from eqat_tui.screens.base import WorkScreen
+from eqat_tui.screens.base import WorkScreen, show_input
 from eqat_tui.screens.dialogs import Ask, Choose, Confirm
 from eqat_tui.views import setup as views
 from eqat_tui.views.setup import Draft, Row
@@ -60,7 +60,6 @@ class SetupScreen(WorkScreen):
     ]
     DEFAULT_CSS = """
     SetupScreen #find { display: none; }
-    SetupScreen #find.-shown { display: block; }
     SetupScreen #halves { height: 1fr; }
     SetupScreen #form { width: 1fr; }
     SetupScreen #plan { width: 1fr; margin-left: 1; }
@@ -420,9 +419,7 @@ class SetupScreen(WorkScreen):
         self.app.push_screen(Ask("Save the settings as", "eqat.toml", help=["A .toml file."]), save)
 
     def do_find(self) -> None:
-        box = self.query_one("#find", Input)
-        box.add_class("-shown")
-        box.focus()
+        show_input(self, self.query_one("#find", Input))
 
     def on_input_changed(self, message: Input.Changed) -> None:
         message.stop()
@@ -437,7 +434,7 @@ class SetupScreen(WorkScreen):
     def key_escape(self) -> None:
         box = self.query_one("#find", Input)
         box.value = ""
-        box.remove_class("-shown")
+        box.display = False
         self.query_one("#form").focus()
 
 
