@@ -285,7 +285,7 @@ class EqatApp(App[str]):
             from eqat_tui.screens.help import help_for
 
             if isinstance(self.screen, WorkScreen):
-                self.push_screen(help_for(self.screen, min(100, self.size.width - 8)))
+                self.push_screen(help_for(self.screen))
         elif action == "palette":
             self.action_command_palette()
         elif action == "quit":
