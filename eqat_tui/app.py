@@ -278,9 +278,6 @@ class EqatApp(App[str]):
         if action in MODE_NAMES:
             self.clear_notifications()
             await self.switch_mode(action)
-            screen = self.screen
-            if isinstance(screen, WorkScreen) and self.view is not None:
-                self.call_after_refresh(screen.take, self.view)
         elif action == "help":
             from eqat_tui.screens.help import help_for
 

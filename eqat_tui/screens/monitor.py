@@ -313,7 +313,7 @@ class MonitorScreen(WorkScreen):
     def _ask_engine(self, request: control.Action) -> None:
         try:
             control.request(self.eqat.current(), request)
-        except EqatError as error:
+        except (EqatError, OSError) as error:
             self.eqat.tell(error)
         self.eqat.look_now()
 

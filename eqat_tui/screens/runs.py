@@ -137,11 +137,11 @@ class RunsScreen(WorkScreen):
         self._reading = True
 
         def read() -> None:
+            found: list[dict[str, Any]] = []
             try:
                 found = self._catalogue.read(list_runs(self.eqat.runs_dir))
-            except EqatError as error:
+            except Exception as error:  # whatever it is, the next look may find it gone
                 self.app.call_from_thread(self.eqat.tell, error)
-                found = []
             self.app.call_from_thread(self._took, found)
 
         self.eqat.in_thread(read)
