@@ -278,6 +278,8 @@ class EqatApp(App[str]):
         if action in MODE_NAMES:
             self.clear_notifications()
             await self.switch_mode(action)
+            if action == self.current_mode and len(self.screen_stack) > 1:
+                self.pop_screen()  # a comparison lies over the list of runs
         elif action == "help":
             from eqat_tui.screens.help import help_for
 

@@ -333,7 +333,7 @@ class CompareScreen(WorkScreen):
         Key("escape", "back", "back", "Back to the list of runs"),
         Key("s", "scale", "scale", "Logarithmic or linear scale"),
     )
-    ABOUT = "Runs side by side: only settings that differ are listed; the arrow marks the smallest number."
+    ABOUT = "Runs side by side; the arrow marks the smallest number. Only settings that differ are listed."
     BINDINGS = bindings(KEYS)
     DEFAULT_CSS = """
     CompareScreen #losses { height: 40%; }
@@ -348,7 +348,7 @@ class CompareScreen(WorkScreen):
     def body(self) -> Iterable[Widget]:
         with Vertical():
             yield Panel(id="losses", classes="section", title="final loss per block")
-            yield ScrollPanel(id="table", classes="section", title="what differs")
+            yield ScrollPanel(id="table", classes="section", title="what came of them, and what differs")
 
     def on_mount(self) -> None:
         self.query_one("#table").focus()
