@@ -31,6 +31,7 @@ from eqat_tui.feed import Feed, LiveFeed, ReplayFeed, RunView
 from eqat_tui.keys import EVERYWHERE, bindings
 from eqat_tui.palette import OUR_THEMES, THEMES, AsciiFilter, Terminal
 from eqat_tui.screens.base import WorkScreen
+from eqat_tui.words import error_for_app
 
 POLL_S = 0.5
 """Files are looked at twice a second, and never more is drawn."""
@@ -157,8 +158,8 @@ class EqatApp(App[str]):
         self._watcher: Watcher | None = None
         self._first_run, self._first_mode, self._replay_speed = run, mode, replay_speed
         self._ascii, self._no_colour = AsciiFilter(), NoColor()
-        for theme in OUR_THEMES:
         self._typed_into: WeakKeyDictionary[Key, Widget | None] = WeakKeyDictionary()
+        for theme in OUR_THEMES:
             self.register_theme(theme)
         self.theme = terminal.theme
         self.animation_level = "none"
@@ -255,7 +256,6 @@ class EqatApp(App[str]):
 
     # -- doing -------------------------------------------------------------------------------------
 
-    async def action_do(self, action: str) -> None:
     async def on_event(self, event: Event) -> None:
         if isinstance(event, Key) and not event.is_forwarded:
             self._typed_into[event] = self.focused
@@ -270,6 +270,7 @@ class EqatApp(App[str]):
             event.prevent_default()
             self.post_message(event.copy())
 
+    async def action_do(self, action: str) -> None:
         """A key of the app, where the screen has none of its own."""
         await self.do_everywhere(action)
 
@@ -277,9 +278,9 @@ class EqatApp(App[str]):
         """What works on every screen."""
         if action in MODE_NAMES:
             self.clear_notifications()
-            await self.switch_mode(action)
             if action == self.current_mode and len(self.screen_stack) > 1:
                 self.pop_screen()  # a comparison lies over the list of runs
+            await self.switch_mode(action)
         elif action == "help":
             from eqat_tui.screens.help import help_for
 
@@ -350,7 +351,7 @@ class EqatApp(App[str]):
     def tell(self, error: Exception) -> None:
         """Show what went wrong."""
         if isinstance(error, EqatError):
-            text = str(error)
+            text = error_for_app(error)
         elif isinstance(error, OSError):
             text = f"{error.filename or ''} {error.strerror or error}".strip()
         else:

@@ -25,6 +25,7 @@ from eqat_tui.views import setup as views
 from eqat_tui.views.setup import Draft, Row
 from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel, ScrollPanel
+from eqat_tui.words import hint_for_app
 
 PLAN_AGAIN_S = 15.0
 PLAN_DELAY_S = 0.15
@@ -183,6 +184,8 @@ class SetupScreen(WorkScreen):
         self.query_one("#command", Panel).show(wrap(command, max(20, self.size.width - 1)))
         if self._error is None and not self._is_current_plan:
             words = ("planning … ", "muted")
+        elif self.eqat.read_only:
+            words = ("read-only ", "muted")
         elif self._plan is not None and not self._plan["problems"]:
             words = ("ready: r runs it ", "good")
         else:
@@ -209,10 +212,10 @@ class SetupScreen(WorkScreen):
     def _trouble(self) -> str:
         """Why the run cannot start."""
         if self._error is not None:
-            return str(self._error)
+            return views.error_words(self._error)
         if self._plan is not None and self._is_current_plan and self._plan["problems"]:
             problem = self._plan["problems"][0]
-            return f"{problem['message']} ({problem['hint']})"
+            return f"{problem['message']}{hint_for_app(problem['hint'])}"
         return ""
 
     def _row(self) -> Row | None:
@@ -302,7 +305,7 @@ class SetupScreen(WorkScreen):
                 row.name,
                 value,
                 help=[views.meaning(row, self.draft, self._config)],
-                choices=[str(choice) for choice in views.choices(row.name, self._gpu_names())],
+                choices=[str(choice) for choice in views.choices(row.name, self._devices_for(row))],
                 check=lambda text: views.complaint(self.draft, row.name, text),
             ),
             answered,
@@ -373,14 +376,14 @@ class SetupScreen(WorkScreen):
             self._start_on(_beside(names, self.draft.base, by))
         elif row.kind == "model":
             self._choose_model()
-        elif choices := views.choices(row.name, self._gpu_names()):
+        elif choices := views.choices(row.name, self._devices_for(row)):
             self._set(row.name, _beside(list(choices), configs.value_of(self._config, row.name), by))
         else:
             self._ask(row)
 
-    def _gpu_names(self) -> Sequence[str]:
-        """``cuda:0`` … for as many GPUs as there are; asked once."""
-        if not self._devices:
+    def _devices_for(self, row: Row) -> Sequence[str]:
+        """``cuda:0`` … for as many GPUs as there are; the driver is asked once, and only where it matters."""
+        if not self._devices and row.name == "runtime.device":
             from eqat_tui.doctor import gpu_names
 
             self._devices = [f"cuda:{index}" for index in range(len(gpu_names()))]
@@ -392,12 +395,15 @@ class SetupScreen(WorkScreen):
         self._change(self.draft.reset(sorted(self._names(row))))
 
     def do_fresh(self) -> None:
+        again = Draft(base=self.draft.base)
+        if len(self.draft.changes) == 1:  # is soon made again
+            self._change(again)
+            return
         question = Confirm(
             "Forget all changes?",
             f"{len(self.draft.changes)} settings go back to what {self.draft.base} says.",
             "forget them",
         )
-        again = Draft(base=self.draft.base)
         self.app.push_screen(question, lambda yes: self._change(again) if yes else None)
 
     def do_copy(self) -> None:

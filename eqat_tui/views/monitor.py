@@ -14,7 +14,7 @@ from eqat_tui.lines import Line, Span, bar, beside, columns, cut, line, width_of
 from eqat_tui.output import format_bytes, format_clock, format_number, format_seconds
 from eqat_tui.progress import fraction
 from eqat_tui.summary import group_words
-from eqat_tui.words import model_name, phase_name
+from eqat_tui.words import hint_for_app, model_name, phase_name
 
 STATE_ROLES = {
     "running": "accent",
@@ -225,11 +225,6 @@ def notices(view: RunView, width: int) -> list[Line]:
     if broken(view.state) and view.live:
         lines += wrap("! the loss is not finite; the engine goes back to its last good state", width, "bad")
     return lines
-
-
-def hint_for_app(hint: str) -> str:
-    """A hint in brackets; one that speaks of flags and commands is of no use here."""
-    return f" ({hint})" if hint and "--" not in hint and not hint.startswith("eqat ") else ""
 
 
 def request_line(view: RunView) -> Line:
