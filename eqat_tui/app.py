@@ -13,13 +13,17 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 from textual.app import App, SystemCommand
 from textual.binding import BindingType
+from textual.events import Event, Key
 from textual.filter import LineFilter, Monochrome, NoColor
 from textual.message import Message
 from textual.notifications import SeverityLevel
 from textual.screen import Screen
+from textual.widget import Widget
+from textual.widgets import Input
 
 from engine.run.directory import RunDirectory
 from engine.run.errors import EqatError
@@ -27,6 +31,7 @@ from eqat_tui.feed import Feed, LiveFeed, ReplayFeed, RunView
 from eqat_tui.keys import EVERYWHERE, bindings
 from eqat_tui.palette import OUR_THEMES, THEMES, AsciiFilter, Terminal
 from eqat_tui.screens.base import WorkScreen
+from eqat_tui.words import error_for_app
 
 POLL_S = 0.5
 """Files are looked at twice a second, and never more is drawn."""
@@ -153,6 +158,7 @@ class EqatApp(App[str]):
         self._watcher: Watcher | None = None
         self._first_run, self._first_mode, self._replay_speed = run, mode, replay_speed
         self._ascii, self._no_colour = AsciiFilter(), NoColor()
+        self._typed_into: WeakKeyDictionary[Key, Widget | None] = WeakKeyDictionary()
         for theme in OUR_THEMES:
             self.register_theme(theme)
         self.theme = terminal.theme
@@ -250,6 +256,20 @@ class EqatApp(App[str]):
 
     # -- doing -------------------------------------------------------------------------------------
 
+    async def on_event(self, event: Event) -> None:
+        if isinstance(event, Key) and not event.is_forwarded:
+            self._typed_into[event] = self.focused
+        await super().on_event(event)
+
+    def on_key(self, event: Key) -> None:
+        """Letters that came in one packet with the key that opened an input are meant for the input.
+
+        They were handed to what had the focus when they arrived; they must neither be lost nor act as keys.
+        """
+        if isinstance(self.focused, Input) and self._typed_into.get(event) is not self.focused:
+            event.prevent_default()
+            self.post_message(event.copy())
+
     async def action_do(self, action: str) -> None:
         """A key of the app, where the screen has none of its own."""
         await self.do_everywhere(action)
@@ -258,15 +278,14 @@ class EqatApp(App[str]):
         """What works on every screen."""
         if action in MODE_NAMES:
             self.clear_notifications()
+            if action == self.current_mode and len(self.screen_stack) > 1:
+                self.pop_screen()  # a comparison lies over the list of runs
             await self.switch_mode(action)
-            screen = self.screen
-            if isinstance(screen, WorkScreen) and self.view is not None:
-                self.call_after_refresh(screen.take, self.view)
         elif action == "help":
             from eqat_tui.screens.help import help_for
 
             if isinstance(self.screen, WorkScreen):
-                self.push_screen(help_for(self.screen, min(100, self.size.width - 8)))
+                self.push_screen(help_for(self.screen))
         elif action == "palette":
             self.action_command_palette()
         elif action == "quit":
@@ -332,7 +351,7 @@ class EqatApp(App[str]):
     def tell(self, error: Exception) -> None:
         """Show what went wrong."""
         if isinstance(error, EqatError):
-            text = str(error)
+            text = error_for_app(error)
         elif isinstance(error, OSError):
             text = f"{error.filename or ''} {error.strerror or error}".strip()
         else:

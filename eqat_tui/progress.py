@@ -92,7 +92,7 @@ def position(state: RunState) -> str:
     """``Block-AP [4/8]  block 12/30``."""
     index = next((row.index for row in state.phases if row.name == state.phase), None)
     text = phase_name(state.phase)
-    if index is not None and state.phase_count:
+    if index is not None and state.phase_count and state.task == "run":
         text += f" [{index + 1}/{state.phase_count}]"
     if state.blocks and state.block is not None:
         text += f"  block {state.block + 1}/{state.blocks}"

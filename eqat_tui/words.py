@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from engine.run.errors import EqatError
+
 PHASES = {
     "prepare": "prepare",
     "evaluate_fp": "evaluate full precision",
@@ -38,3 +40,14 @@ def model_name(source: str | None) -> str:
     """The last part of a model's source, as people say it."""
     name = (source or "").rstrip("/").rsplit("/", 1)[-1]
     return name.removesuffix(".gguf") or "?"
+
+
+def hint_for_app(hint: str) -> str:
+    """A hint in brackets; one that speaks of flags and commands is of no use where there are keys."""
+    return f" ({hint})" if hint and "--" not in hint and not hint.startswith("eqat ") else ""
+
+
+def error_for_app(error: EqatError) -> str:
+    """Where, what, and what to do about it there."""
+    where = f"{error.where}: " if error.where else ""
+    return f"{where}{error.message}{hint_for_app(error.hint)}"

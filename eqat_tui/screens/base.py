@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual.app import ComposeResult
 from textual.screen import Screen
 from textual.widget import Widget
+from textual.widgets import Input
 
+from engine.run.errors import EqatError
 from eqat_tui.keys import EVERYWHERE, Key
 from eqat_tui.lines import Line
 from eqat_tui.widgets.chrome import KeyBar, TopBar
@@ -73,9 +75,12 @@ class WorkScreen(Screen[None]):
             key = next((key for key in self.KEYS if key.action == action), None)
             self.notify(reason, title=key.label if key else action, severity="warning", timeout=6)
             return
-        result = getattr(self, f"do_{action}")()
-        if result is not None:
-            await result
+        try:
+            result = getattr(self, f"do_{action}")()
+            if result is not None:
+                await result
+        except (EqatError, OSError) as error:  # others may delete the run that is shown
+            self.eqat.tell(error)
         self.refresh_bars()
 
     def refresh_bars(self, right: Line | None = None) -> None:
@@ -86,7 +91,13 @@ class WorkScreen(Screen[None]):
 
     def on_screen_resume(self) -> None:
         self.refresh_bars()
-        self.call_after_refresh(self.refill)
+        self.call_after_refresh(self._come_up)
+
+    def _come_up(self) -> None:
+        """Show what happened while another screen was in front, or while this one was being made."""
+        if self.eqat.view is not None:
+            self.take(self.eqat.view)
+        self.refill()
 
     def on_panel_resized(self, message: Panel.Resized) -> None:
         """Another size needs other lines."""
@@ -101,3 +112,13 @@ class WorkScreen(Screen[None]):
 
     def take(self, view: RunView) -> None:
         """A new view of the current run."""
+
+
+def show_input(screen: Screen[Any], box: Input) -> None:
+    """Show ``box`` and give it the keys at once.
+
+    Over a slow connection ``/`` and the first letters of a word arrive together; a focus that comes a moment
+    later would let those letters act as keys.
+    """
+    box.display = True
+    screen.set_focus(box)

@@ -140,9 +140,11 @@ class Reader(ModalScreen[None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q,enter,question_mark", "dismiss", "Close")]
 
-    def __init__(self, title: str, lines: Sequence[Line], *, at_end: bool = False) -> None:
+    def __init__(self, title: str, lines: Callable[[int], Sequence[Line]], *, at_end: bool = False) -> None:
         super().__init__()
-        self._title, self._lines, self._at_end = title, lines, at_end
+        self._title, self._at_end = title, at_end
+        self._lines = lines
+        """The text for a width: a terminal may get another size while one reads."""
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog tall"):
@@ -150,9 +152,16 @@ class Reader(ModalScreen[None]):
             yield Panel(id="keys")
 
     def on_mount(self) -> None:
-        self.query_one("#text", ScrollPanel).show(self._lines, follow=self._at_end)
         self.query_one("#text").focus()
         self.query_one("#keys", Panel).show([line((" esc", "key"), " close   ", (" ↑↓", "key"), " scroll")])
+
+    def on_resize(self, event: events.Resize) -> None:
+        self.call_after_refresh(self._fill)
+
+    def _fill(self) -> None:
+        text = self.query_one("#text", ScrollPanel)
+        # A text that scrolls has a bar beside it, which is there only once the text is.
+        text.show(self._lines(max(20, text.container_size.width - 1)), follow=self._at_end)
 
 
 class MarkdownReader(ModalScreen[None]):

@@ -10,17 +10,19 @@ from eqat_tui.screens.dialogs import Reader
 MOVING = (("↑ ↓", "Move"), ("enter", "Choose"), ("tab", "Next part of the screen"), ("esc", "Close, go back"))
 
 
-def help_for(screen: WorkScreen, width: int) -> Reader:
-    """The help of ``screen``."""
-    keys = screen.offered()
-    lines: list[Line] = [*wrap(screen.ABOUT, width), line()]
-    for key in keys:
-        lines += _key(key, screen.why_not(key.action), width)
-    lines += [line(), line(("everywhere", "strong"))]
-    for key in EVERYWHERE:
-        lines += _key(key, "", width)
-    for name, words in MOVING:
-        lines.append(line((f"{name:>9}  ", "key"), words))
+def help_for(screen: WorkScreen) -> Reader:
+    """The help of ``screen`` as it is now."""
+    keys = [(key, screen.why_not(key.action)) for key in screen.offered()]
+
+    def lines(width: int) -> list[Line]:
+        made: list[Line] = [*wrap(screen.ABOUT, width), line()]
+        for key, why_not in keys:
+            made += _key(key, why_not, width)
+        made += [line(), line(("everywhere", "strong"))]
+        for key in EVERYWHERE:
+            made += _key(key, "", width)
+        return [*made, *(line((f"{name:>9}  ", "key"), words) for name, words in MOVING)]
+
     return Reader(f"{screen.MODE.title()}: keys", lines)
 
 

@@ -290,6 +290,8 @@ class MonitorScreen(WorkScreen):
             return "the engine answers: p pauses it, a aborts it"
         if action == "follow" and self._chosen is None:
             return "it does already"
+        if action == "replay" and view.liveness == "gone":
+            return "the run's directory is gone"
         if action == "replay" and (view.replay is not None or not view.state.event_count):
             return "there is nothing to replay" if view.replay is None else "this is a replay already"
         if action == "scale" and self._chart == "memory":
@@ -311,7 +313,7 @@ class MonitorScreen(WorkScreen):
     def _ask_engine(self, request: control.Action) -> None:
         try:
             control.request(self.eqat.current(), request)
-        except EqatError as error:
+        except (EqatError, OSError) as error:
             self.eqat.tell(error)
         self.eqat.look_now()
 
@@ -357,17 +359,20 @@ class MonitorScreen(WorkScreen):
     def do_log(self) -> None:
         view = self._view
         assert view is not None
-        width = max(30, min(106, self.size.width - 8))
-        lines: list[Line] = [
-            row for entry in views.journal(view.journal, 10_000) for row in _wrapped(entry, width)
-        ]
-        lines += [line(), line(("what the engine printed", "strong"))]
         from eqat_tui.feed import log_tail
 
-        for text in log_tail(self.eqat.current(), view.state.attempt) or ["(nothing)"]:
-            lines += wrap(text, width)
-        reader = Reader(f"{view.id}: journal", lines, at_end=True)
-        self.app.push_screen(reader)
+        entries = views.journal(view.journal, 10_000)
+        printed = log_tail(self.eqat.current(), view.state.attempt) or ["(nothing)"]
+
+        def lines(width: int) -> list[Line]:
+            return [
+                *(row for entry in entries for row in _wrapped(entry, width)),
+                line(),
+                line(("what the engine printed", "strong")),
+                *(row for text in printed for row in wrap(text, width)),
+            ]
+
+        self.app.push_screen(Reader(f"{view.id}: journal", lines, at_end=True))
 
     # -- replay ------------------------------------------------------------------------------------
 

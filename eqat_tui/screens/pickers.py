@@ -119,11 +119,13 @@ class PresetPicker(Picker):
 
     def fill(self) -> None:
         words = self.words.lower().split()
-        self._shown = [
+        found = [
             row
             for row in self._all
             if all(word in f"{row['name']} {row['description']}".lower() for word in words)
         ]
+        # Who types a name means it, and not the first description that has these letters.
+        self._shown = sorted(found, key=lambda row: not all(word in str(row["name"]) for word in words))
         table = [
             [row["name"], (f"w{row['bits']}g{row['group_size']}" if row["bits"] else "", "muted")]
             for row in self._shown

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical
+from textual.containers import ScrollableContainer, Vertical
 from textual.screen import ModalScreen
 from textual.widget import Widget
 from textual.widgets import Input
@@ -66,7 +66,7 @@ class ResultScreen(WorkScreen):
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (120, "-wide")]
     DEFAULT_CSS = """
     ResultScreen #headline { height: auto; }
-    ResultScreen #columns { layout: vertical; height: 1fr; overflow-y: auto; }
+    ResultScreen #columns { layout: vertical; height: 1fr; overflow-x: hidden; overflow-y: auto; }
     ResultScreen #columns > Vertical { height: auto; width: 1fr; }
     ResultScreen.-wide #columns { layout: horizontal; }
     ResultScreen.-wide #columns > Vertical { width: 1fr; margin-right: 1; }
@@ -82,7 +82,7 @@ class ResultScreen(WorkScreen):
 
     def body(self) -> Iterable[Widget]:
         yield Panel(id="headline")
-        with Horizontal(id="columns", classes="focusable"):
+        with ScrollableContainer(id="columns"):
             with Vertical():
                 yield Panel(id="perplexity", classes="section", title="quality")
                 yield Panel(id="figures", classes="section", title="figures")
@@ -92,9 +92,7 @@ class ResultScreen(WorkScreen):
                 yield Panel(id="loading", classes="section", title="load it elsewhere")
 
     def on_mount(self) -> None:
-        columns = self.query_one("#columns")
-        columns.can_focus = True
-        columns.focus()
+        self.query_one("#columns").focus()
 
     # -- what is shown -----------------------------------------------------------------------------
 
@@ -175,6 +173,8 @@ class ResultScreen(WorkScreen):
             return "no run is open: 4 lists those there are"
         if view.replay is not None and action != "replay":
             return "this is a replay; open the run from 4"
+        if view.liveness == "gone" and action != "stop":
+            return "the run's directory is gone"
         if action in ("sample", "export", "evaluate"):
             if view.live:
                 return "an engine works on the run already"

@@ -20,7 +20,7 @@ from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line
 from eqat_tui.output import format_bytes
 from eqat_tui.palette import markup
-from eqat_tui.screens.base import WorkScreen
+from eqat_tui.screens.base import WorkScreen, show_input
 from eqat_tui.screens.dialogs import Confirm
 from eqat_tui.views import runs as views
 from eqat_tui.widgets.list_panel import ListPanel
@@ -104,7 +104,6 @@ class RunsScreen(WorkScreen):
     BINDINGS = bindings(KEYS[1:])
     DEFAULT_CSS = """
     RunsScreen #filter { display: none; }
-    RunsScreen #filter.-shown { display: block; }
     RunsScreen #details { height: auto; }
     """
 
@@ -138,11 +137,11 @@ class RunsScreen(WorkScreen):
         self._reading = True
 
         def read() -> None:
+            found: list[dict[str, Any]] = []
             try:
                 found = self._catalogue.read(list_runs(self.eqat.runs_dir))
-            except EqatError as error:
+            except Exception as error:  # whatever it is, the next look may find it gone
                 self.app.call_from_thread(self.eqat.tell, error)
-                found = []
             self.app.call_from_thread(self._took, found)
 
         self.eqat.in_thread(read)
@@ -226,9 +225,7 @@ class RunsScreen(WorkScreen):
             self._look()
 
     def do_filter(self) -> None:
-        box = self.query_one("#filter", Input)
-        box.add_class("-shown")
-        box.focus()
+        show_input(self, self.query_one("#filter", Input))
 
     def on_input_changed(self, message: Input.Changed) -> None:
         message.stop()
@@ -246,7 +243,7 @@ class RunsScreen(WorkScreen):
         box = self.query_one("#filter", Input)
         if not keep:
             box.value = ""
-        box.set_class(keep and bool(box.value), "-shown")
+        box.display = keep and bool(box.value)
         self.query_one("#list").focus()
 
     def do_sort(self) -> None:
@@ -336,7 +333,7 @@ class CompareScreen(WorkScreen):
         Key("escape", "back", "back", "Back to the list of runs"),
         Key("s", "scale", "scale", "Logarithmic or linear scale"),
     )
-    ABOUT = "Runs side by side: only settings that differ are listed; the arrow marks the smallest number."
+    ABOUT = "Runs side by side; the arrow marks the smallest number. Only settings that differ are listed."
     BINDINGS = bindings(KEYS)
     DEFAULT_CSS = """
     CompareScreen #losses { height: 40%; }
@@ -351,7 +348,7 @@ class CompareScreen(WorkScreen):
     def body(self) -> Iterable[Widget]:
         with Vertical():
             yield Panel(id="losses", classes="section", title="final loss per block")
-            yield ScrollPanel(id="table", classes="section", title="what differs")
+            yield ScrollPanel(id="table", classes="section", title="what came of them, and what differs")
 
     def on_mount(self) -> None:
         self.query_one("#table").focus()

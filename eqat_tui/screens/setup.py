@@ -19,12 +19,13 @@ from engine.run.files import atomic_write
 from engine.run.launch import launch
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line, wrap
-from eqat_tui.screens.base import WorkScreen
+from eqat_tui.screens.base import WorkScreen, show_input
 from eqat_tui.screens.dialogs import Ask, Choose, Confirm
 from eqat_tui.views import setup as views
 from eqat_tui.views.setup import Draft, Row
 from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel, ScrollPanel
+from eqat_tui.words import hint_for_app
 
 PLAN_AGAIN_S = 15.0
 PLAN_DELAY_S = 0.15
@@ -60,7 +61,6 @@ class SetupScreen(WorkScreen):
     ]
     DEFAULT_CSS = """
     SetupScreen #find { display: none; }
-    SetupScreen #find.-shown { display: block; }
     SetupScreen #halves { height: 1fr; }
     SetupScreen #form { width: 1fr; }
     SetupScreen #plan { width: 1fr; margin-left: 1; }
@@ -184,6 +184,8 @@ class SetupScreen(WorkScreen):
         self.query_one("#command", Panel).show(wrap(command, max(20, self.size.width - 1)))
         if self._error is None and not self._is_current_plan:
             words = ("planning … ", "muted")
+        elif self.eqat.read_only:
+            words = ("read-only ", "muted")
         elif self._plan is not None and not self._plan["problems"]:
             words = ("ready: r runs it ", "good")
         else:
@@ -210,10 +212,10 @@ class SetupScreen(WorkScreen):
     def _trouble(self) -> str:
         """Why the run cannot start."""
         if self._error is not None:
-            return str(self._error)
+            return views.error_words(self._error)
         if self._plan is not None and self._is_current_plan and self._plan["problems"]:
             problem = self._plan["problems"][0]
-            return f"{problem['message']} ({problem['hint']})"
+            return f"{problem['message']}{hint_for_app(problem['hint'])}"
         return ""
 
     def _row(self) -> Row | None:
@@ -303,7 +305,7 @@ class SetupScreen(WorkScreen):
                 row.name,
                 value,
                 help=[views.meaning(row, self.draft, self._config)],
-                choices=[str(choice) for choice in views.choices(row.name, self._gpu_names())],
+                choices=[str(choice) for choice in views.choices(row.name, self._devices_for(row))],
                 check=lambda text: views.complaint(self.draft, row.name, text),
             ),
             answered,
@@ -374,14 +376,14 @@ class SetupScreen(WorkScreen):
             self._start_on(_beside(names, self.draft.base, by))
         elif row.kind == "model":
             self._choose_model()
-        elif choices := views.choices(row.name, self._gpu_names()):
+        elif choices := views.choices(row.name, self._devices_for(row)):
             self._set(row.name, _beside(list(choices), configs.value_of(self._config, row.name), by))
         else:
             self._ask(row)
 
-    def _gpu_names(self) -> Sequence[str]:
-        """``cuda:0`` … for as many GPUs as there are; asked once."""
-        if not self._devices:
+    def _devices_for(self, row: Row) -> Sequence[str]:
+        """``cuda:0`` … for as many GPUs as there are; the driver is asked once, and only where it matters."""
+        if not self._devices and row.name == "runtime.device":
             from eqat_tui.doctor import gpu_names
 
             self._devices = [f"cuda:{index}" for index in range(len(gpu_names()))]
@@ -393,12 +395,15 @@ class SetupScreen(WorkScreen):
         self._change(self.draft.reset(sorted(self._names(row))))
 
     def do_fresh(self) -> None:
+        again = Draft(base=self.draft.base)
+        if len(self.draft.changes) == 1:  # is soon made again
+            self._change(again)
+            return
         question = Confirm(
             "Forget all changes?",
             f"{len(self.draft.changes)} settings go back to what {self.draft.base} says.",
             "forget them",
         )
-        again = Draft(base=self.draft.base)
         self.app.push_screen(question, lambda yes: self._change(again) if yes else None)
 
     def do_copy(self) -> None:
@@ -420,9 +425,7 @@ class SetupScreen(WorkScreen):
         self.app.push_screen(Ask("Save the settings as", "eqat.toml", help=["A .toml file."]), save)
 
     def do_find(self) -> None:
-        box = self.query_one("#find", Input)
-        box.add_class("-shown")
-        box.focus()
+        show_input(self, self.query_one("#find", Input))
 
     def on_input_changed(self, message: Input.Changed) -> None:
         message.stop()
@@ -437,7 +440,7 @@ class SetupScreen(WorkScreen):
     def key_escape(self) -> None:
         box = self.query_one("#find", Input)
         box.value = ""
-        box.remove_class("-shown")
+        box.display = False
         self.query_one("#form").focus()
 
 

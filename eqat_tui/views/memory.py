@@ -63,7 +63,10 @@ def processes(reading: Reading, width: int) -> tuple[Line, list[Line]]:
             cells.append(_cells(f"GPU {gpu.index}", one))
     cells += [_cells("host", one) for one in reading.engines]
     table = [names, *cells]
-    made = columns(table, widths_of(table), right="lrr")
+    sizes = widths_of(table)
+    # What a process is called can be long; whose it is must not fall off the edge.
+    sizes[3] = max(8, min(sizes[3], width - sum(sizes[:3]) - sizes[4] - 8))
+    made = columns(table, sizes, right="lrr")
     return cut(made[0], width), [cut(row, width) for row in made[1:]]
 
 

@@ -14,7 +14,7 @@ from eqat_tui.lines import Line, Span, bar, beside, columns, cut, line, width_of
 from eqat_tui.output import format_bytes, format_clock, format_number, format_seconds
 from eqat_tui.progress import fraction
 from eqat_tui.summary import group_words
-from eqat_tui.words import model_name, phase_name
+from eqat_tui.words import hint_for_app, model_name, phase_name
 
 STATE_ROLES = {
     "running": "accent",
@@ -86,15 +86,25 @@ def elapsed(state: RunState) -> float:
     return done
 
 
+PLAN_COUNTS = 0.1
+"""What was measured says little while it is short: a tenth of the plan speaks for the plan."""
+
+
 def remaining(view: RunView) -> tuple[float | None, bool]:
-    """Seconds left, and whether that is only the plan's word because nothing is measured yet."""
+    """Seconds left, and whether that is only the plan's word because nothing is measured yet.
+
+    The first steps of a phase are no measurement: they are slow, and a hundred times a wrong number is a very
+    wrong one. Until a block is finished the plan's seconds count, times how far off the plan was so far.
+    """
     state = view.state
-    if state.eta_s is not None and view.live:
-        return state.eta_s, not _measured(state)
-    planned = (state.plan or {}).get("seconds")
-    if planned is None or not view.live:
+    if view.replay is not None or not view.live:
         return state.eta_s if view.replay is not None else None, False
-    return max(0.0, planned - elapsed(state)), True
+    planned = (state.plan or {}).get("seconds")
+    if planned is None or (state.eta_s is not None and _measured(state)):
+        return state.eta_s, not _measured(state)
+    share = share_done(state) or 0.0
+    pace = (elapsed(state) + PLAN_COUNTS * planned) / (planned * (share + PLAN_COUNTS))
+    return planned * (1 - share) * pace, True
 
 
 def share_done(state: RunState) -> float | None:
@@ -136,11 +146,12 @@ def progress(view: RunView, width: int) -> list[Line]:
         took = f"took {format_seconds(elapsed(state))}"
         return [
             _bar_line(line(("finished", "strong")), 1.0, "good", line(took), width),
-            line((f"{state.phase_count or len(state.phases)} phases", "muted")),
+            line((f"{len(state.phases)} phases", "muted")),
         ]
     done = fraction(state)
     index = next((row.index for row in state.phases if row.name == state.phase), None)
-    count = f" {index + 1}/{state.phase_count}" if index is not None and state.phase_count else ""
+    of_the_run = state.task == "run" and state.phase_count  # an export made later has phases of its own
+    count = f" {index + 1}/{state.phase_count}" if index is not None and of_the_run else ""
     name = phase_name(state.phase) if state.phase else ("starting" if view.live else "not started")
     words = line((name, "strong"), (count, "muted"))
     if state.blocks and state.block is not None:
@@ -214,11 +225,6 @@ def notices(view: RunView, width: int) -> list[Line]:
     if broken(view.state) and view.live:
         lines += wrap("! the loss is not finite; the engine goes back to its last good state", width, "bad")
     return lines
-
-
-def hint_for_app(hint: str) -> str:
-    """A hint in brackets; one that speaks of flags and commands is of no use here."""
-    return f" ({hint})" if hint and "--" not in hint and not hint.startswith("eqat ") else ""
 
 
 def request_line(view: RunView) -> Line:
@@ -376,8 +382,9 @@ def _gpu_lines(
     if reading is None or reading.gpu_used is None:
         if plan.get("device") == "cuda" and reading is not None:
             return [line(("GPU   ", "strong"), ("no readings from the driver", "warn"))]
-        device = state.device or plan.get("device") or "not known yet"
-        return [cut(line(("GPU   ", "strong"), (f"none used; {device}", "muted")), width)]
+        unused = state.device and plan.get("device", "cpu") != "cuda"
+        why = f"none used; {state.device}" if unused else "nothing measured yet"
+        return [cut(line(("GPU   ", "strong"), (why, "muted")), width)]
     total = reading.gpu_total or 0
     words = line(("GPU   ", "strong"), f"{format_bytes(reading.gpu_used)} of {format_bytes(total)}")
     facts = [("peak", reading.gpu_peak), ("plan", plan.get("peak_gpu_bytes")), ("others", reading.gpu_other)]

@@ -53,11 +53,14 @@ def rows(runs: Sequence[Summary], marked: frozenset[str], width: int, now: float
     """Header and one row a run."""
     names: list[str | Span] = ["", "model", "grid", "state", "ppl", "full", "size", "started"]
     cells = [_cells(run, run["id"] in marked, now) for run in runs]
-    keep = [0, 1, 2, 3, 4, 7]
-    if width >= 76:
-        keep = [0, 1, 2, 3, 4, 5, 6, 7]
+    keep = [0, 1, 2, 3, 4, 5, 6, 7] if width >= 76 else [0, 1, 2, 3, 4, 7]
     table = [[row[index] for index in keep] for row in [names, *cells]]
     sizes = widths_of(table)
+    if 5 in keep and sum(sizes) - max(0, sizes[1] - 16) + 2 * (len(sizes) - 1) > width:
+        # Which model it is counts for more than how good it was in full precision.
+        del keep[5]
+        table = [[row[index] for index in keep] for row in [names, *cells]]
+        sizes = widths_of(table)
     spare = width - sum(sizes) - 2 * (len(sizes) - 1)
     sizes[1] = max(8, sizes[1] + min(0, spare))
     over = sum(sizes) + 2 * (len(sizes) - 1) - width
@@ -125,19 +128,12 @@ class Compared:
 
 
 def differences(runs: Sequence[Compared], width: int) -> list[Line]:
-    """Settings that are not the same in all runs, and what came of it."""
+    """What came of each run, then the settings that are not the same in all of them."""
     head: list[str | Span] = [
         "",
         *((f"{run.letter}", f"series{index % 4 + 1} strong") for index, run in enumerate(runs)),
     ]
     table: list[list[str | Span]] = [head]
-    for name in field_names():
-        values = [run.settings.get(name, "?") for run in runs]
-        if name not in ("name", "description") and any(value != values[0] for value in values):
-            table.append([(name, "muted"), *map(_value, values)])
-    if len(table) == 1:
-        table.append([("settings", "muted"), *("the same" for _ in runs)])
-    table.append(["", *("" for _ in runs)])
     for stage, name in (
         ("fp", "perplexity, full precision"),
         ("rtn", "round-to-nearest"),
@@ -156,6 +152,14 @@ def differences(runs: Sequence[Compared], width: int) -> list[Line]:
         ]
     )
     table.append([("time", "muted"), *_best([elapsed(run.state) or None for run in runs], format_seconds)])
+    table.append(["", *("" for _ in runs)])
+    before = len(table)
+    for name in field_names():
+        values = [run.settings.get(name, "?") for run in runs]
+        if name not in ("name", "description") and any(value != values[0] for value in values):
+            table.append([(name, "muted"), *map(_value, values)])
+    if len(table) == before:
+        table.append([("settings", "muted"), *("the same" for _ in runs)])
     sizes = widths_of(table)
     room = max(8, (width - sizes[0] - 2 * len(runs)) // max(1, len(runs)))
     sizes = [sizes[0], *(min(size, room) for size in sizes[1:])]

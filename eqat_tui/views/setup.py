@@ -19,8 +19,7 @@ from engine.run.errors import EqatError
 from engine.run.schema import field_types, is_section
 from eqat_tui.lines import Line, Span, bar, cut, line, wrap
 from eqat_tui.output import format_bytes, format_seconds
-from eqat_tui.views.monitor import hint_for_app
-from eqat_tui.words import model_name
+from eqat_tui.words import error_for_app, hint_for_app, model_name
 
 
 def first_preset() -> str:
@@ -331,8 +330,7 @@ def plan_lines(plan: Mapping[str, Any], width: int) -> list[Line]:
     machine = plan["machine"]
     lines = [_heading(plan)]
     for problem in plan["problems"]:
-        hint = f" ({problem['hint']})" if problem.get("hint") else ""
-        lines += wrap(f"✗ {problem['message']}{hint}", width, "bad")
+        lines += wrap(f"✗ {problem['message']}{hint_for_app(problem['hint'])}", width, "bad")
     lines.append(line(("where  ", "muted"), _place(plan)))
     if plan["device"] == "cuda":
         lines += _need("GPU", plan["peak_gpu_bytes"], machine["gpu_free"], width)
@@ -394,13 +392,22 @@ def _published(plan: Mapping[str, Any], width: int) -> list[Line]:
     )
 
 
+NO_MODEL = "no model is chosen yet: enter on the first line lists those that are here"
+
+
+def error_words(error: Exception) -> str:
+    """Why there is no plan, in one sentence."""
+    if _wants_a_model(error):
+        return NO_MODEL
+    return error_for_app(error) if isinstance(error, EqatError) else str(error)
+
+
 def error_lines(error: Exception, width: int) -> list[Line]:
-    """Why there is no plan."""
-    if isinstance(error, EqatError) and error.where == "model.source" and error.message == "is empty":
-        return wrap(
-            "no model is chosen yet: enter on the first line lists those that are here", width, "warn"
-        )
-    if isinstance(error, EqatError):
-        where = f"{error.where}: " if error.where else ""
-        return wrap(f"✗ {where}{error.message}{hint_for_app(error.hint)}", width, "bad")
-    return wrap(f"✗ {error}", width, "bad")
+    """The same in the plan's place; a choice that is still to be made is no mistake."""
+    if _wants_a_model(error):
+        return wrap(NO_MODEL, width, "warn")
+    return wrap(f"✗ {error_words(error)}", width, "bad")
+
+
+def _wants_a_model(error: Exception) -> bool:
+    return isinstance(error, EqatError) and (error.where, error.message) == ("model.source", "is empty")

@@ -10,6 +10,8 @@ from typing import Any
 import msgspec
 from textual.app import App
 from textual.pilot import Pilot
+from textual.screen import Screen
+from textual.widgets import Input
 
 from engine.run.directory import RunDirectory, Status
 from eqat_tui.app import EqatApp
@@ -48,6 +50,37 @@ async def until(pilot: Pilot[Any], condition: Callable[[], bool], seconds: float
             return
         await pilot.pause(0.02)
     raise AssertionError(f"did not happen in time; the screen shows\n{picture(pilot.app)}")
+
+
+async def shown(pilot: Pilot[Any]) -> None:
+    """Let the app go on until the screen in front shows the run; its titles are there before."""
+
+    def took() -> bool:
+        view = pilot.app.view  # type: ignore[attr-defined]
+        return view is not None and getattr(pilot.app.screen, "_view", None) is view
+
+    await until(pilot, took)
+    await pilot.pause()
+
+
+async def settled(pilot: Pilot[Any]) -> str:
+    """The screen once it has stopped changing; on a busy machine what belongs to it comes in parts."""
+    same, before = 0, picture(pilot.app)
+    for _ in range(200):
+        await pilot.pause(0.04)
+        now = picture(pilot.app)
+        same, before = (same + 1 if now == before else 0), now
+        if same == 3:
+            return now
+    raise AssertionError(f"never stopped changing; the screen shows\n{before}")
+
+
+async def asked(pilot: Pilot[Any], dialog: type[Screen[Any]]) -> Input:
+    """The input of a dialog that a key has opened, once it takes keys."""
+    app = pilot.app
+    await until(pilot, lambda: isinstance(app.screen, dialog) and isinstance(app.focused, Input))
+    assert isinstance(app.focused, Input)
+    return app.focused
 
 
 async def press(pilot: Pilot[Any], *keys: str) -> None:

@@ -39,9 +39,7 @@ class PtyApp:
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
             os.chdir(cwd)
-            kept = {
-                k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES", "COLORFGBG")
-            }
+            kept = {k: v for k, v in os.environ.items() if k not in NOT_OURS}
             base = {
                 **kept,
                 "PYTHONPATH": str(REPOSITORY),
@@ -93,6 +91,12 @@ class PtyApp:
         self.output += got
         return got
 
+    def settle(self, silence: float = 0.6, seconds: float = 20.0) -> None:
+        """Read until it has written nothing for a while: what it had to catch up with is done."""
+        deadline = time.monotonic() + seconds
+        while self.read(silence) and time.monotonic() < deadline:
+            pass
+
     def frames(self, seconds: float, pause: float = 0.1) -> list[int]:
         """Sizes in bytes of the bursts in so many seconds; silence of ``pause`` ends a burst."""
         sizes: list[int] = []
@@ -113,7 +117,7 @@ class PtyApp:
         times = psutil.Process(self.pid).cpu_times()
         return times.user + times.system
 
-    def end(self, seconds: float = 5.0) -> int | None:
+    def end(self, seconds: float = 20.0) -> int | None:
         """Wait for its end; the exit code, negative for a signal."""
         deadline = time.monotonic() + seconds
         while True:

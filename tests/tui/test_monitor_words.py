@@ -8,7 +8,8 @@ import msgspec
 import pytest
 from logs import RECORDED, Log
 
-from engine.run.directory import Launched, RunDirectory
+from engine.run import events
+from engine.run.directory import Launched, RunDirectory, Status
 from engine.run.files import atomic_write_json
 from engine.run.lock import RunLock
 from engine.run.state import RunState
@@ -48,6 +49,32 @@ def test_before_anything_is_measured_the_time_left_is_the_plans_and_says_so() ->
     assert "about 15:00 left by the plan" in plain(monitor.progress(view, 100)[1])
 
 
+def test_the_first_steps_of_a_block_are_no_measurement() -> None:
+    """An engine that has done one step of hundreds knows nothing; a finished block counts."""
+    log = Log()
+    log.until_block_ap("run")
+    log.add(events.BlockStarted(phase="block_ap", block=0, blocks=6))
+    log.metric(1, 0, 0.1)
+    state = msgspec.structs.replace(RunState().apply_all(log.events), status=Status(eta_s=90_000.0))
+    view = RunView(id="run", path="/run", state=state, liveness="running", now=log.t)
+    left, guess = monitor.remaining(view)
+    assert guess
+    assert left is not None
+    assert left < 900.0
+    log.add(events.BlockFinished(phase="block_ap", block=0, seconds=12.0, initial_loss=0.1, final_loss=0.05))
+    state = msgspec.structs.replace(RunState().apply_all(log.events), status=Status(eta_s=500.0))
+    view = msgspec.structs.replace(view, state=state)
+    assert monitor.remaining(view) == (500.0, False)
+
+
+def test_a_gpu_that_was_not_read_yet_is_not_called_unused() -> None:
+    log = Log()
+    log.attempt_begins("run")
+    for state in (RunState(), RunState().apply_all(log.events)):
+        view = RunView(id="run", path="/run", state=state, liveness="running", now=log.t)
+        assert plain(monitor.machine(view, 80)[0]).split() == ["GPU", "nothing", "measured", "yet"]
+
+
 def test_an_engine_that_has_just_been_started_shows_nothing_of_the_attempt_before(recorded: Recorded) -> None:
     run = recorded("stopped")
     atomic_write_json(run.launch_path, Launched(pid=1, host="h", attempt=2, t=2e9, created=2e9))
@@ -68,6 +95,19 @@ def test_a_block_that_is_only_passed_on_is_no_training(recorded: Recorded) -> No
     rows = [plain(row) for row in monitor.block_table(view, 50)[1]]
     assert "kept" in rows[1]
     assert "now" not in rows[1]
+
+
+def test_an_export_made_later_leaves_the_run_its_phases() -> None:
+    log = RECORDED["finished"]("run")
+    state = RunState().apply_all(log.events)
+    log.attempt_begins("run")
+    log.events[-2] = msgspec.structs.replace(log.events[-2], task="export")  # type: ignore[call-arg]
+    log.add(events.PhaseStarted(phase="export", index=1, phases=2))
+    later = RunState().apply_all(log.events)
+    view = RunView(id="run", path="/run", state=later, liveness="running", now=log.t)
+    assert plain(monitor.progress(view, 80)[0]).startswith("export  ")
+    done = msgspec.structs.replace(view, liveness="done")
+    assert plain(monitor.progress(done, 80)[1]) == f"{len(state.phases)} phases"
 
 
 def test_hints_of_the_command_line_are_left_out() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from app_tools import MONOCHROME, PLAIN, app_of, drive, picture, press, until, view_of
+from app_tools import MONOCHROME, PLAIN, app_of, drive, picture, press, settled, until, view_of
 from logs import GIB, RECORDED, START, make_run, pure_nonsense
 from textual.pilot import Pilot
 
@@ -48,8 +48,7 @@ def shot(
         await press(pilot, *keys)
         if then:
             await until(pilot, lambda: then in picture(app))
-        await pilot.pause(0.1)
-        taken.append(picture(app))
+        taken.append(await settled(pilot))
 
     drive(app, script, size)
     return taken[0]
@@ -127,7 +126,7 @@ def test_a_small_terminal_shows_the_blocks_instead_of_the_chart(
 ) -> None:
     run = recorded("running")
     app = app_of(run, view_of(run, "running", eta=340.0))
-    text = shot(app, (60, 20), lambda text: "machine" in text, "b", then="initial")
+    text = shot(app, (60, 20), lambda text: "tiny-llama" in text, "b", then="initial")
     same_picture("monitor-blocks-60x20", text)
 
 

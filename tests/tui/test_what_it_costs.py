@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,32 +58,37 @@ def test_an_idle_app_sends_almost_nothing(tmp_path: Path) -> None:
     with LiveEngine(run):
         pass
     with PtyApp(["attach", run.id], cwd=tmp_path) as app:
-        app.read(2.0)
+        app.read(20.0, until=b"Block-AP")
+        app.settle()
         assert len(app.read(2.0)) <= 2 * KB
         app.type("1")
-        app.read(2.0)
+        app.read(20.0, until=b"new run")
+        app.settle(silence=1.5)
         assert len(app.read(2.0)) <= 2 * KB
 
 
-def first_paint(cwd: Path) -> float:
-    """Seconds from the start of the process to the first line of the app."""
-    with PtyApp([], cwd=cwd) as app:
-        app.read(10.0, until=b"Setup")
-        return time.monotonic() - app.began
+def best_of(times: int, arguments: list[str], sight: bytes, enough: float, cwd: Path) -> float:
+    """Seconds from the start of the process until ``sight`` is on the screen, once that is little ``enough``.
+
+    A machine that does something else besides makes every program slow; a program that is slow by itself is
+    never fast.
+    """
+    best = math.inf
+    for _ in range(times):
+        with PtyApp(arguments, cwd=cwd) as app:
+            app.read(20.0, until=sight)
+            best = min(best, time.monotonic() - app.began)
+        if best < enough:
+            break
+    return best
 
 
 def test_the_first_paint_comes_within_half_a_second(tmp_path: Path) -> None:
-    """The best of five: what the machine does besides is not counted."""
-    assert min(first_paint(tmp_path) for _ in range(5)) < 0.5
+    assert best_of(12, [], b"Setup", 0.5, tmp_path) < 0.5
 
 
 def test_attach_shows_a_run_with_its_history_within_a_second(working: RunDirectory, tmp_path: Path) -> None:
-    times = []
-    for _ in range(3):
-        with PtyApp(["attach", working.id], cwd=tmp_path) as app:
-            app.read(10.0, until=b"perplexity, round-to-nearest")
-            times.append(time.monotonic() - app.began)
-    assert min(times) < 1.0
+    assert best_of(8, ["attach", working.id], b"perplexity, round-to-nearest", 1.0, tmp_path) < 1.0
 
 
 @pytest.mark.parametrize("ascii_only", [False, True])

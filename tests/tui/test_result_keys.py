@@ -1,0 +1,81 @@
+"""The result screen by keys: all of it can be reached, and it starts and stops only what is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from app_tools import app_of, drive, picture, press, shown, until, view_of
+from test_keys import told
+from textual.pilot import Pilot
+
+from engine.run import control
+from engine.run.directory import RunDirectory
+from eqat_tui.app import EqatApp
+
+Recorded = Callable[[str], RunDirectory]
+Play = Pilot[Any]
+
+
+@pytest.mark.parametrize("size", [(80, 24), (60, 20)])
+def test_what_lies_below_the_screen_is_reached_by_keys(size: tuple[int, int], recorded: Recorded) -> None:
+    run = recorded("finished")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await shown(pilot)
+        assert "from_pretrained" not in picture(app)
+        await press(pilot, "end")
+        await until(pilot, lambda: "AutoTokenizer.from_pretrained(path)" in picture(app))
+        await press(pilot, "home")
+        await until(pilot, lambda: "quality" in picture(app))
+        before = picture(app)
+        await press(pilot, "down")
+        await until(pilot, lambda: picture(app) != before)
+
+    drive(app_of(run, view_of(run, "done"), mode="result"), script, size=size)
+
+
+def test_the_result_stops_what_it_started_and_not_the_training(recorded: Recorded) -> None:
+    run = recorded("running")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await shown(pilot)
+        await press(pilot, "x")
+        assert told(app) == ["the run itself is at work: p on 2 pauses it"]
+
+    drive(app_of(run, view_of(run, "running"), mode="result"), script)
+    assert control.pending(run) == []
+
+
+def test_a_folder_that_is_taken_is_said_in_the_dialog(recorded: Recorded, tmp_path: Path) -> None:
+    run = recorded("finished")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await shown(pilot)
+        await press(pilot, "e", "tab", *"taken", "enter")
+        await until(pilot, lambda: "not an empty folder" in picture(app))
+        await press(pilot, *["backspace"] * 5, *"/proc/x", "enter")
+        await until(pilot, lambda: "cannot be made in" in picture(app))
+        await press(pilot, "escape")
+
+    drive(app_of(run, view_of(run, "done"), mode="result"), script)
+    assert not run.launch_path.exists()
+
+
+def test_where_the_directory_is_gone_nothing_is_started_in_it(recorded: Recorded) -> None:
+    run = recorded("finished")
+    view = view_of(run, "gone", problem="the run's directory is gone")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await shown(pilot)
+        for count, key in enumerate("gevt", 1):
+            await press(pilot, key)
+            await until(pilot, lambda count=count: len(told(app)) == count)  # type: ignore[misc]
+        assert set(told(app)) == {"the run's directory is gone"}
+
+    drive(app_of(run, view, mode="result"), script)
+    assert not run.launch_path.exists()
