@@ -51,6 +51,7 @@ from engine.preparation import (
     warn_of_changes,
     write_manifest,
 )
+from engine.quant.packed import Kernels
 from engine.reporter import Reporter
 from engine.run import events
 from engine.run.config import GridConfig, RunConfig
@@ -140,6 +141,7 @@ class Pipeline:
         """Open the model (no block is loaded yet), tokenize, open the checkpoint."""
         run, config, report = self.run, self.config, self.report
         report.expect_silence(PREPARE_SILENCE)
+        self._switch_on_kernels()
         source = ModelSource.open(config.model)
         lm = CausalLM(source, self.device, compute_dtype("auto", self.device))
         tokens = draw_tokens(config, source.tokenizer(), report)
@@ -161,6 +163,21 @@ class Pipeline:
             known = store.fact(f"eval_{stage}")
             if known and known["perplexity"] is not None:
                 self.job.perplexities[stage] = known["perplexity"]
+
+    def _switch_on_kernels(self) -> None:
+        """Packed weights are unpacked by one kernel where Triton works, else by torch's operations."""
+        if self.device.type != "cuda" or self.config.runtime.compile == "off":
+            return
+        try:
+            Kernels.switch_on(self.device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of Triton, its compiler, the host's compiler, the driver
+            self.report.warning(
+                "compile",
+                f"packed weights are slower, Triton does not work here: {str(error).strip()[:200]}",
+                hint="runtime.compile=off does not try",
+            )
 
     def _require_finished(self) -> None:
         """`eval`, `export` and `generate` work on what a run has trained; there must be all of it."""

@@ -25,8 +25,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from engine.data.sampler import ALONE, World
+from engine.methods.compiled import Compiled
 from engine.methods.optimization import NON_FINITE_HINT, ParameterGroup, Snapshot, TrainingProgress
 from engine.methods.training import Method, Settings, Training
+from engine.models.causal_lm import block_forward
 from engine.quant.grid import RELATIVE_SCALE_FLOOR
 from engine.quant.packed import PackedLinear
 from engine.run.config import E2EQPConfig
@@ -101,16 +103,27 @@ def train_scales(
     progress: TrainingProgress,
     snapshot: Snapshot | None = None,
     world: World = ALONE,
+    compiles: bool = False,
 ) -> E2EResult:
     """Train the quantization parameters inside ``blocks`` (packed decoder blocks, on the device), in place.
 
-    ``snapshot`` is the state to continue from.
+    ``snapshot`` is the state to continue from; ``compiles`` compiles the blocks' forward and backward.
 
     Raises:
         NonFiniteError: if training diverges and two restarts at lower learning rates do not help.
         StopRequested: at a step boundary, after a stop was asked for.
     """
     network = _Network(lm, blocks, data, config, dtype)
+    if compiles:
+        network.train_forward = Compiled(
+            block_forward,
+            expect_silence=progress.expect_silence,
+            on_failure=lambda why: progress.warning(
+                "compile",
+                f"e2e_qp: steps are slower, blocks cannot be compiled: {why}",
+                hint="runtime.compile=off does not try",
+            ),
+        )
     settings = Settings(
         epochs=config.epochs,
         batch_size=config.batch_size,
@@ -161,16 +174,25 @@ class _Network(Method):
             for layer in layers
         ]
         self.poll: Callable[[], None] = lambda: None
+        self.train_forward: Callable[..., Tensor] = block_forward
+        """A block's forward pass in the steps; compiled where that pays. Validations stay plain."""
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Last hidden states (before the final norm), ``[B, T, H]``."""
         hidden = self.lm.embed(tokens_BT).to(self.dtype)
-        recompute = self.config.activation_checkpointing and torch.is_grad_enabled()
-        for index, block in enumerate(self.blocks):
-            if recompute:
-                hidden = checkpoint(self.lm.run_block, block, index, hidden, use_reentrant=False)
-            else:
+        if not torch.is_grad_enabled():
+            for index, block in enumerate(self.blocks):
                 hidden = self.lm.run_block(block, index, hidden)
+            return hidden
+        # So that the first block is compiled like the others.
+        hidden = hidden.detach().requires_grad_(self.train_forward is not block_forward)
+        for index, block in enumerate(self.blocks):
+            batch, length = tokens_BT.shape
+            arguments = self.lm.block_kwargs(index, batch, length, hidden.dtype)
+            if self.config.activation_checkpointing:
+                hidden = checkpoint(self.train_forward, block, hidden, arguments, use_reentrant=False)
+            else:
+                hidden = self.train_forward(block, hidden, arguments)
         return hidden
 
     def chunk_loss(self, hidden_1TH: Tensor, labels_T: Tensor, teacher_1TH: Tensor | None) -> Tensor:

@@ -138,8 +138,7 @@ class CausalLM:
     def run_block(self, module: nn.Module, index: int, hidden_BTH: Tensor) -> Tensor:
         """The block's output for these hidden states; differentiable if the block is."""
         batch, length = hidden_BTH.shape[:2]
-        output = module(hidden_BTH, **self.block_kwargs(index, batch, length, hidden_BTH.dtype))
-        return output[0] if isinstance(output, tuple) else output
+        return block_forward(module, hidden_BTH, self.block_kwargs(index, batch, length, hidden_BTH.dtype))
 
     def head(self, hidden_BTH: Tensor) -> Tensor:
         """Logits for the last block's output; differentiable with respect to it."""
@@ -378,6 +377,12 @@ class CausalLM:
             return False
         in_order = seen == list(range(self.blocks))
         return output is not None and in_order and tuple(output.logits.shape[:2]) == (2, 3)
+
+
+def block_forward(block: nn.Module, hidden_BTH: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """The block's output."""
+    output = block(hidden_BTH, **arguments)
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _replace(root: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -29,7 +29,7 @@ from engine.run.machine import Machine, detect
 from engine.run.memory_model import host_memory, phase_memory
 from engine.run.published import Published, published
 from engine.run.recovery_model import Recovery, broken_promise
-from engine.run.time_model import compiles, fast, speed
+from engine.run.time_model import compiles, compiles_e2e, fast, speed
 
 __all__ = ["Machine", "PhasePlan", "Plan", "check", "host_budget", "make_plan", "out_of_memory_remedy"]
 
@@ -79,6 +79,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Block-AP's steps are recorded, and quantize, train and quantize again in one kernel."""
     compiles: bool
     """Block-AP's steps are compiled."""
+    compiles_e2e: bool
+    """E2E-QP's blocks are compiled."""
     published: Published | None
     warnings: tuple[str, ...]
     problems: tuple[Problem, ...]
@@ -146,6 +148,7 @@ def make_plan(
         time_basis=f"estimate: operations and memory traffic counted, at {place.rates.basis}",
         fast=fast(work),
         compiles=compiles(work, place.rates),
+        compiles_e2e=compiles_e2e(work, place.rates),
         published=published(config.model.source, work.arch, config.grid),
         warnings=tuple(filter(None, warnings)),
         problems=tuple(problems(work, store, place)),

@@ -159,6 +159,18 @@ def compiles(work: Workload, rates: Speed) -> bool:
     return steps * plain >= COMPILING_PAYS
 
 
+def compiles_e2e(work: Workload, rates: Speed) -> bool:
+    """The same of E2E-QP's blocks, judged by the matrix products: what compiling saves is a part of them."""
+    runtime, section = work.config.runtime, work.config.e2e_qp
+    if not work.cuda or not section.enabled or not section.train or runtime.deterministic:
+        return False
+    if runtime.compile != "auto":
+        return runtime.compile == "on"
+    tokens = section.epochs * section.sequences * section.sequence_length
+    products = 3 * tokens * work.arch.blocks * _forward_flops(work.arch, section.sequence_length)
+    return products / rates.flops >= COMPILING_PAYS
+
+
 def fast(work: Workload) -> bool:
     """Whether Block-AP takes its steps by one kernel a linear, recorded: on every GPU, where it can.
 
