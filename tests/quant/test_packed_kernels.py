@@ -88,7 +88,9 @@ def test_a_layer_computes_and_learns_the_same_with_and_without_kernels(
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
     for plain, kernel in zip(results[0][2:], results[1][2:], strict=True):
-        assert torch.allclose(plain, kernel, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2)
+        # At 16 bits the plain form rounds every product before it adds them up.
+        error = (plain - kernel).norm() / plain.norm()
+        assert error < (1e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_a_kernel_that_does_not_work_leaves_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
