@@ -175,7 +175,8 @@ def fast(work: Workload) -> bool:
     """Whether Block-AP takes its steps by one kernel a linear, recorded: on every GPU, where it can.
 
     Deterministic kernels are the plain ones, and clipping needs the gradients' norm before the step. With
-    float16 the plain steps stay: a small run with fast ones ended 12 % from the CPU's perplexity, unexplained.
+    float16 the plain steps stay: a small run with fast ones ended 12 % from the CPU's perplexity, which is
+    not explained yet.
     """
     runtime, section = work.config.runtime, work.config.block_ap
     wanted = section.enabled and bool(section.train) and runtime.compile != "off"
