@@ -10,7 +10,8 @@ from __future__ import annotations
 import gc
 import signal
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -98,12 +99,25 @@ class Watcher(threading.Thread):
     def run(self) -> None:
         last: RunView | None = None
         while not self._over:
-            view = self._feed.poll()
+            with without_collection() if last is None else nullcontext():
+                view = self._feed.poll()
             if last is None or not _same(last, view):
                 self._post(Looked(self._feed, view))
             last = view
             self._wake.wait(POLL_S)
             self._wake.clear()
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """A long log makes events by the hundred thousand and no garbage; to look for it costs a fifth."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _same(one: RunView, other: RunView) -> bool:
@@ -177,7 +191,8 @@ class EqatApp(App[str]):
         self.switch_mode(self._first_mode)
 
     def on_ready(self) -> None:
-        gc.enable()  # see __main__.py
+        if self._watcher is None or self.view is not None:
+            gc.enable()  # see open_app
 
     def _catch_signals(self) -> None:
         """Textual takes neither, and would leave the terminal in its alternate screen."""
@@ -249,6 +264,8 @@ class EqatApp(App[str]):
     def on_looked(self, message: Looked) -> None:
         if message.feed is not self.feed:
             return  # of the run that was open before
+        if self.view is None:
+            gc.enable()
         self.view = message.view
         screen = self.screen_stack[0] if self.screen_stack else None
         if isinstance(screen, WorkScreen) and screen.is_mounted:

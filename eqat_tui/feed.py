@@ -8,6 +8,7 @@ time and is called on a thread, because a network file system may hang.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -291,19 +292,29 @@ class ReplayFeed:
         self.run = run
         self.speed = speed
         self.paused = False
-        self._config, self._problem = read_config(run)
-        try:
-            self._events = _the_run_itself(read_events(run.events_path)[0])
-        except OSError as error:
-            self._events, self._problem = [], f"the log cannot be read: {_words_of(error)}"
-        self._times = _shortened([event.t for event in self._events])
+        self._reading = threading.Lock()
+        self._events: list[AnyEvent] | None = None
         self._clock = 0.0
-        self._last_poll = time.monotonic()
-        self._rewind()
+
+    def _read(self) -> list[AnyEvent]:
+        """All events; read when they are first wanted, which is on a thread: a log can be long."""
+        with self._reading:
+            if self._events is None:
+                self._config, self._problem = read_config(self.run)
+                try:
+                    found = _the_run_itself(read_events(self.run.events_path)[0])
+                except OSError as error:
+                    found, self._problem = [], f"the log cannot be read: {_words_of(error)}"
+                self._times = _shortened([event.t for event in found])
+                self._last_poll = time.monotonic()
+                self._rewind()
+                self._events = found
+        return self._events
 
     @property
     def duration(self) -> float:
         """Seconds of the log, long silences left out."""
+        self._read()
         return self._times[-1] if self._times else 0.0
 
     def _rewind(self) -> None:
@@ -329,6 +340,7 @@ class ReplayFeed:
         self.paused = not self.paused
 
     def _advance(self) -> None:
+        self._read()
         now = time.monotonic()
         if not self.paused:
             self._clock = min(self.duration, self._clock + (now - self._last_poll) * self.speed)
@@ -337,13 +349,14 @@ class ReplayFeed:
 
     def poll(self) -> RunView:
         """The run at this moment of the replay."""
+        log = self._read()
         self._advance()
         if self._done and self._times[self._done - 1] > self._clock:
             self._rewind()
         end = self._done
         while end < len(self._times) and self._times[end] <= self._clock:
             end += 1
-        new = self._events[self._done : end]
+        new = log[self._done : end]
         self._done = end
         self._state = self._state.apply_all(new)
         self._journal.take(self._state, new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -44,6 +45,9 @@ def open_app(
 
     It opens on ``run``, else on ``mode``, else on the newest run that is working, else on the setup.
     """
+    # Importing makes objects by the hundred thousand and no garbage, and so does reading a long log; the app
+    # turns collection on again when it shows something.
+    gc.disable()
     from eqat_tui.app import EqatApp
     from eqat_tui.palette import THEMES, look_at_terminal
 

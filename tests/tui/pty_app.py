@@ -17,7 +17,16 @@ from pathlib import Path
 import psutil
 
 REPOSITORY = Path(__file__).parents[2]
-NOT_OURS = ("NO_COLOR", "COLUMNS", "LINES", "COLORFGBG", "EQAT_RUNS_DIR", "EQAT_THEME")
+# Without compiled files every start compiles the program again, which is no start of a user.
+NOT_OURS = (
+    "NO_COLOR",
+    "COLUMNS",
+    "LINES",
+    "COLORFGBG",
+    "EQAT_RUNS_DIR",
+    "EQAT_THEME",
+    "PYTHONDONTWRITEBYTECODE",
+)
 TRUE_COLOUR = {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
 SIXTEEN = {"TERM": "xterm", "COLORTERM": ""}
 
