@@ -97,6 +97,14 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     """The same, compiled: of 11.4 ms for that block 4.2 are left over."""
     gpu_compiled_launch: float = 5.7e-3
     """Kernel launches of one compiled step, while which the GPU works: the floor for small models."""
+    gpu_recorded_step_bytes: float = 95.0
+    """One kernel a linear, recorded: of 14.3 ms for that block on an H100 6.9 are left over."""
+    gpu_recorded_launch: float = 1.3e-3
+    """One recorded step of a small block (SmolLM2 on an H100)."""
+    gpu_fast_step_bytes: float = 48.0
+    """Recorded and compiled: of 10.9 ms on an H100 3.5 are left over."""
+    gpu_fast_launch: float = 0.8e-3
+    """One recorded and compiled step of a small block (SmolLM2 on an H100)."""
     gpu_compile: float = 30.0
     """Compiling a block's step, once a run."""
     gpu_unpack_bytes: float = 40.0

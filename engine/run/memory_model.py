@@ -5,9 +5,10 @@ It follows the engine phase by phase. ``device`` is what torch's allocator holds
 they are the same memory and are added up.
 
     every phase      embeddings, head, final norm in compute dtype
-    block_ap         of one block: float32 weights, AdamW moments, the copies of the start and of the best
-                     state; plus the larger of (activations of a batch + fake-quantized weights) at the top
-                     of the backward pass and (float32 gradients) at its bottom
+    block_ap         of one block: float32 weights, AdamW moments, on the CPU the copies of the start and of
+                     the best state (a GPU keeps them on the host); plus the larger of (activations of a
+                     batch + fake-quantized weights) at the top of the backward pass and (float32 gradients)
+                     at its bottom
     e2e_qp           packed integers of all blocks; scales with gradient, moments and copies; the input of
                      every block (or all activations), one block's activations, logits of a chunk of tokens
     evaluate_*       one block in compute dtype, hidden states of all windows, logits of a chunk
@@ -32,6 +33,8 @@ class Memory(msgspec.Struct, frozen=True):
     """Activation store in this phase, wherever it is kept."""
     written: int = 0
     """Host memory of a checkpoint being written."""
+    aside: int = 0
+    """Host memory of a training's first and best state, which a GPU does not keep."""
 
     def gpu(self, store: Store) -> int:
         return sum(self.device.values()) + (self.stored if store == "device" else 0)
@@ -39,7 +42,7 @@ class Memory(msgspec.Struct, frozen=True):
 
 def host_memory(work: Workload, memory: Memory, store: Store, constants: Constants = CONSTANTS) -> int:
     """Resident memory of the process in a phase."""
-    stored = self_held(work, memory, store) + memory.written
+    stored = self_held(work, memory, store) + memory.written + memory.aside
     if not work.cuda:
         return constants.base_cpu + constants.math_workspace + sum(memory.device.values()) + stored
     loading = int(max(largest_tensor(work.arch), work.arch.params_per_block) * 4 * constants.load_factor)
@@ -63,11 +66,19 @@ def phase_memory(work: Workload, phase: str, constants: Constants = CONSTANTS) -
         loading = int(largest_tensor(work.arch) * 4 * (constants.load_factor - 1))
         return Memory(outer | ({} if work.cuda else {"loading": loading}))
     if phase == "block_ap":
-        return Memory(
-            outer | _block_ap(work, constants), 2 * work.stream_bytes(), snapshot_bytes(work, phase)
+        copies = 4 * trained_parameters(work) * (2 if work.config.block_ap.val_sequences else 1)
+        return _training_memory(
+            work,
+            outer | _block_ap(work, constants),
+            2 * work.stream_bytes(),
+            snapshot_bytes(work, phase),
+            copies,
         )
     if phase == "e2e_qp":
-        return Memory(outer | _e2e_qp(work, constants), work.teacher_bytes(), snapshot_bytes(work, phase))
+        copies = 4 * _trained_scales(work) * (2 if work.config.e2e_qp.val_sequences else 1)
+        return _training_memory(
+            work, outer | _e2e_qp(work, constants), work.teacher_bytes(), snapshot_bytes(work, phase), copies
+        )
     if phase == "rtn":
         return Memory(outer | _rounding(work, constants))
     if phase == "export":
@@ -77,6 +88,13 @@ def phase_memory(work: Workload, phase: str, constants: Constants = CONSTANTS) -
     return Memory(
         outer | _merge_peak(_evaluate(work, constants), rounding), work.evaluation_bytes() + teacher
     )
+
+
+def _training_memory(work: Workload, parts: dict[str, int], stored: int, written: int, copies: int) -> Memory:
+    """A training, with ``copies`` of its first and best state where they lie."""
+    if work.cuda:
+        return Memory(parts, stored, written, copies)
+    return Memory(parts | {"start and best state": copies}, stored, written)
 
 
 def _merge_peak(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
@@ -141,10 +159,16 @@ def _block_ap(work: Workload, constants: Constants) -> dict[str, int]:
     return {
         "weights of a block": 4 * weights,
         "optimizer": 8 * trained,
-        "start and best state": 4 * trained * (2 if section.val_sequences else 1),
         "activations and gradients": max(top_of_backward, 4 * trained),
         "fake quantization": 4 * largest * constants.fake_quant_tensors,
     }
+
+
+def _trained_scales(work: Workload) -> int:
+    """Scales and zero points that E2E-QP trains."""
+    section, grid = work.config.e2e_qp, work.config.grid
+    kinds = sum(1 for kind in section.train if kind == "scales" or not grid.symmetric)
+    return kinds * work.arch.blocks * work.arch.groups_per_block(grid.group_size)
 
 
 def _e2e_qp(work: Workload, constants: Constants) -> dict[str, int]:
@@ -152,8 +176,6 @@ def _e2e_qp(work: Workload, constants: Constants) -> dict[str, int]:
     compute = work.bytes_of(section.compute_dtype)
     tokens = section.micro_batch_size * section.sequence_length
     scales = arch.blocks * arch.groups_per_block(grid.group_size)
-    kinds = sum(1 for kind in section.train if kind == "scales" or not grid.symmetric)
-    copies = 2 if section.val_sequences else 1
     block = activation_bytes(
         work, section.micro_batch_size, section.sequence_length, compute, False, constants
     )
@@ -168,7 +190,7 @@ def _e2e_qp(work: Workload, constants: Constants) -> dict[str, int]:
         "packed blocks": arch.blocks * (arch.linear_params_per_block * grid.bits // 8)
         + scales
         + arch.blocks * (arch.norm_params_per_block + arch.bias_params_per_block) * work.model_bytes,
-        "scales and optimizer": scales * (4 + kinds * (4 + 8 + 4 * copies)),
+        "scales and optimizer": 4 * scales + (4 + 8) * _trained_scales(work),
         "activations": kept + 3 * tokens * arch.hidden * compute,
         **_head_and_backward(work, logits, backward + largest * constants.unpack_bytes, constants),
     }

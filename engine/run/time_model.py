@@ -13,17 +13,25 @@ import msgspec
 from engine.run.estimate import CONSTANTS, GPU_RATES, UNKNOWN_GPU, Constants, Workload
 from engine.run.families import Architecture
 
-COMPILING_PAYS = 90.0
-"""Seconds of plain steps without matrix products; compiling takes half a minute and saves most of them."""
+COMPILING_PAYS = 30.0
+"""Seconds that compiling has to save; it takes up to half a minute."""
+
+
+class StepCost(msgspec.Struct, frozen=True):
+    """What a Block-AP step takes besides its matrix products; on a GPU either of the two is the floor."""
+
+    per_weight: float = 0.0
+    launch: float = 0.0
 
 
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
     """What the machine does in a second, and how that is known."""
 
     flops: float
-    step_per_weight: float
-    compiled_step_per_weight: float
-    compiled_launch: float
+    plain: StepCost
+    compiled: StepCost = StepCost()  # on the CPU nothing is compiled or recorded
+    recorded: StepCost = StepCost()
+    fast: StepCost = StepCost()
     unpack_per_weight: float
     search_per_weight: float
     block_launch: float
@@ -40,9 +48,10 @@ def speed(cuda: bool, gpu_name: str, cpus: int, avx512: bool, constants: Constan
         )
         return Speed(
             flops=flops,
-            step_per_weight=constants.gpu_step_bytes / traffic,
-            compiled_step_per_weight=constants.gpu_compiled_step_bytes / traffic,
-            compiled_launch=constants.gpu_compiled_launch,
+            plain=StepCost(constants.gpu_step_bytes / traffic, constants.gpu_block_launch),
+            compiled=StepCost(constants.gpu_compiled_step_bytes / traffic, constants.gpu_compiled_launch),
+            recorded=StepCost(constants.gpu_recorded_step_bytes / traffic, constants.gpu_recorded_launch),
+            fast=StepCost(constants.gpu_fast_step_bytes / traffic, constants.gpu_fast_launch),
             unpack_per_weight=constants.gpu_unpack_bytes / traffic,
             search_per_weight=constants.gpu_search_bytes / traffic,
             block_launch=constants.gpu_block_launch,
@@ -53,9 +62,7 @@ def speed(cuda: bool, gpu_name: str, cpus: int, avx512: bool, constants: Constan
     slower = constants.cpu_flops / one
     return Speed(
         flops=one * cores,
-        step_per_weight=constants.cpu_step_per_weight * slower / cores,
-        compiled_step_per_weight=0.0,  # on the CPU nothing is compiled
-        compiled_launch=0.0,
+        plain=StepCost(constants.cpu_step_per_weight * slower / cores),
         unpack_per_weight=constants.cpu_unpack_per_weight * slower / cores,
         search_per_weight=constants.cpu_search_per_weight * slower / cores,
         block_launch=0.0,
@@ -155,8 +162,8 @@ def compiles(work: Workload, rates: Speed) -> bool:
     if runtime.compile != "auto":
         return runtime.compile == "on"
     steps = section.epochs * math.ceil(section.sequences / section.batch_size) * work.arch.blocks
-    plain = work.arch.linear_params_per_block * rates.step_per_weight + rates.block_launch
-    return steps * plain >= COMPILING_PAYS
+    saved = _step_seconds(work, rates, compiled=False) - _step_seconds(work, rates, compiled=True)
+    return steps * saved >= COMPILING_PAYS
 
 
 def compiles_e2e(work: Workload, rates: Speed) -> bool:
@@ -185,32 +192,30 @@ def fast(work: Workload) -> bool:
 
 
 def _block_seconds(work: Workload, rates: Speed) -> float:
-    """Block-AP of one block: 3 forward passes a training token, 1 for validation, 2 to advance streams."""
+    """Block-AP of one block: its steps, a forward pass for validation, 2 to advance streams."""
     section, arch = work.config.block_ap, work.arch
     length = section.sequence_length
     steps = section.epochs * math.ceil(section.sequences / section.batch_size)
-    passes = (
-        3 * section.epochs * section.sequences
-        + (section.epochs + 1) * section.val_sequences
-        + 2 * (section.sequences + section.val_sequences)
-    )
-    compute = passes * length * _forward_flops(arch, length) / rates.flops
-    if compiles(work, rates):
-        one = compute / steps + arch.linear_params_per_block * rates.compiled_step_per_weight
-        return steps * max(one, rates.compiled_launch) + _search_seconds(work, rates)
-    updates = steps * arch.linear_params_per_block * rates.step_per_weight
-    return compute + updates + steps * rates.block_launch + _search_seconds(work, rates)
+    passes = (section.epochs + 1) * section.val_sequences + 2 * (section.sequences + section.val_sequences)
+    one = _step_seconds(work, rates, compiled=compiles(work, rates))
+    others = passes * length * _forward_flops(arch, length) / rates.flops
+    return steps * one + others + _search_seconds(work, rates)
 
 
 def _block_step_seconds(work: Workload, rates: Speed) -> float:
+    return _step_seconds(work, rates, compiled=compiles(work, rates))
+
+
+def _step_seconds(work: Workload, rates: Speed, *, compiled: bool) -> float:
+    """One step of Block-AP, 3 forward passes of its batch and what the weights take."""
     section, arch = work.config.block_ap, work.arch
     tokens = section.batch_size * section.sequence_length
     compute = 3 * tokens * _forward_flops(arch, section.sequence_length) / rates.flops
-    if compiles(work, rates):
-        return max(
-            compute + arch.linear_params_per_block * rates.compiled_step_per_weight, rates.compiled_launch
-        )
-    return compute + arch.linear_params_per_block * rates.step_per_weight + rates.block_launch
+    recorded = fast(work)
+    if not compiled and not recorded:
+        return compute + arch.linear_params_per_block * rates.plain.per_weight + rates.plain.launch
+    cost = (rates.fast if compiled else rates.recorded) if recorded else rates.compiled
+    return max(compute + arch.linear_params_per_block * cost.per_weight, cost.launch)
 
 
 def _passage_seconds(work: Workload, rates: Speed) -> float:
