@@ -190,7 +190,15 @@ class _Network(Method):
             batch, length = tokens_BT.shape
             arguments = self.lm.block_kwargs(index, batch, length, hidden.dtype)
             if self.config.activation_checkpointing:
-                hidden = checkpoint(self.train_forward, block, hidden, arguments, use_reentrant=False)
+                # Nothing in a block is random, and asking a GPU for its generator's state waits for it.
+                hidden = checkpoint(
+                    self.train_forward,
+                    block,
+                    hidden,
+                    arguments,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
             else:
                 hidden = self.train_forward(block, hidden, arguments)
         return hidden

@@ -64,7 +64,10 @@ class CausalLM:
         self._load_outer()
         self._arguments: OrderedDict[tuple[int, int, torch.dtype], list[dict[str, Any]]] = OrderedDict()
         self._returns_tuple = False
+        self._norm: nn.Module | None = None
+        """The final norm, where norm and output embeddings are all that follows the blocks."""
         self._probe()
+        self._norm = self._find_norm()
 
     # -- structure ---------------------------------------------------------------------------------
 
@@ -142,6 +145,13 @@ class CausalLM:
 
     def head(self, hidden_BTH: Tensor) -> Tensor:
         """Logits for the last block's output; differentiable with respect to it."""
+        if self._norm is not None:
+            logits: Tensor = self.model.get_output_embeddings()(self._norm(hidden_BTH.to(self.dtype)))
+            return logits
+        return self._forward_head(hidden_BTH)
+
+    def _forward_head(self, hidden_BTH: Tensor) -> Tensor:
+        """What the model's own forward does after its last block."""
         last = self.blocks - 1
 
         def finish(index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -356,6 +366,29 @@ class CausalLM:
                         where=self.block_prefix(index),
                         hint="choose a model whose blocks see hidden states and positions only",
                     )
+
+    @torch.no_grad()
+    def _find_norm(self) -> nn.Module | None:
+        """The module that makes, the output embeddings behind it, the very logits of the model's forward.
+
+        None for models that do more (scale or cap their logits): their whole forward is run for every head.
+        """
+        head = self.model.get_output_embeddings()
+        generator = torch.Generator().manual_seed(0)
+        # Large enough for a cap to show.
+        hidden = 30 * torch.randn(2, 5, self.hidden_size, generator=generator)
+        hidden = hidden.to(device=self.device, dtype=self.dtype)
+        expected = self._forward_head(hidden)
+        parent = self.model.get_submodule(self._prefix.rpartition(".")[0])
+        for module in parent.children():
+            if module is head or not any(True for _ in module.parameters()) or self._blocks is module:
+                continue
+            try:
+                if torch.equal(head(module(hidden)), expected):
+                    return module
+            except (RuntimeError, TypeError, IndexError, AttributeError):
+                continue  # an embedding, a projection of other sizes
+        return None
 
     @torch.no_grad()
     def _forwards_plainly(self, returns_tuple: bool = False) -> bool:

@@ -127,7 +127,9 @@ class _PackedMatmul(torch.autograd.Function):
         grad_out = grads[0]
         grad_x = grad_scale = grad_zero = None
         if ctx.needs_input_grad[0]:
-            weight = _float_weight(words, scale_OG, zero_point_OG, ctx.bits, grad_out.dtype, ctx.kernels)
+            weight = _float_weight(
+                words, scale_OG, zero_point_OG, ctx.bits, grad_out.dtype, ctx.kernels, after=grad_out
+            )
             grad_x = grad_out @ weight
             del weight
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
@@ -157,11 +159,17 @@ def _group_sums(
 
 
 def _float_weight(
-    words: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, bits: int, dtype: torch.dtype, kernels: bool
+    words: Tensor,
+    scale_OG: Tensor,
+    zero_point_OG: Tensor,
+    bits: int,
+    dtype: torch.dtype,
+    kernels: bool,
+    after: Tensor | None = None,
 ) -> Tensor:
     zero = _whole(zero_point_OG)
     if kernels:
-        weight: Tensor = torch.ops.eqat.dequantize(words, scale_OG, zero, bits, dtype)
+        weight: Tensor = torch.ops.eqat.dequantize(words, scale_OG, zero, bits, dtype, after)
         return weight
     return dequantize(bitunpack(words, bits, dim=1), scale_OG.float(), zero).to(dtype)
 

@@ -29,9 +29,20 @@ LARGEST_HELD_GROUP = 512
 
 
 @torch.library.custom_op("eqat::dequantize", mutates_args=())
-def dequantize(words: Tensor, scale_OG: Tensor, zero_OG: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def dequantize(
+    words: Tensor,
+    scale_OG: Tensor,
+    zero_OG: Tensor,
+    bits: int,
+    dtype: torch.dtype,
+    after: Tensor | None = None,
+) -> Tensor:
     """``(q - z) s``, computed in float32 and rounded to ``dtype`` once, ``[O, I]``; whole zero points of any
-    dtype."""
+    dtype.
+
+    ``after`` is not read. A backward pass names the gradient it has got: else the compiler would see two
+    equal computations, do one and keep the weight from the forward pass on.
+    """
     weight = torch.empty(words.shape[0], words.shape[1] * 32 // bits, dtype=dtype, device=words.device)
     count = weight.numel()
     launcher: Any = _dequantize[(triton.cdiv(count, VALUES),)]
@@ -45,7 +56,14 @@ def dequantize(words: Tensor, scale_OG: Tensor, zero_OG: Tensor, bits: int, dtyp
 
 
 @dequantize.register_fake
-def _(words: Tensor, scale_OG: Tensor, zero_OG: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def _(
+    words: Tensor,
+    scale_OG: Tensor,
+    zero_OG: Tensor,
+    bits: int,
+    dtype: torch.dtype,
+    after: Tensor | None = None,
+) -> Tensor:
     return words.new_empty((words.shape[0], words.shape[1] * 32 // bits), dtype=dtype)
 
 

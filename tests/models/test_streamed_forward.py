@@ -52,6 +52,18 @@ def test_streamed_logits_are_those_of_the_whole_model(name: str, folders: dict[s
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_the_head_without_the_models_forward_gives_the_same_bits_or_is_not_taken(
+    name: str, folders: dict[str, Path]
+) -> None:
+    lm = open_model(folders[name])
+    caps = getattr(lm.model.config, "final_logit_softcapping", None) is not None
+    assert (lm._norm is None) == caps, "a norm and the embeddings are all that most models have there"
+    hidden = torch.randn(1, 7, lm.hidden_size)
+    with torch.no_grad():
+        assert torch.equal(lm.head(hidden), lm._forward_head(hidden))
+
+
 @pytest.mark.parametrize("name", ["llama3", "gemma3"])
 def test_bfloat16_gives_the_same_bits_as_the_whole_model(name: str, folders: dict[str, Path]) -> None:
     lm, whole = open_model(folders[name], torch.bfloat16), reference(folders[name], torch.bfloat16)

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from engine.quant import packed_kernels
 from engine.quant.grid import dequantize
-from engine.quant.packed import Kernels, PackedLinear, PackedWeight, _group_sums
+from engine.quant.packed import Kernels, PackedLinear, PackedWeight, _group_sums, _PackedMatmul
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [
@@ -102,3 +102,22 @@ def test_a_kernel_that_does_not_work_leaves_the_plain_form(monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match="C compiler"):
         Kernels.switch_on(DEVICE)
     assert not Kernels.on
+
+
+def test_a_compiled_layer_keeps_no_float_weight_for_the_backward_pass() -> None:
+    """The compiler sees the same unpacking twice; done once, every layer's weight would stay in memory."""
+    weight = random_weight((96, 256, 64), 2)
+    scale = weight.scale.float().requires_grad_(True)
+
+    def forward(x: Tensor) -> Tensor:
+        out: Tensor = _PackedMatmul.apply(x, weight.words, scale, weight.zero_point, 2, True)
+        return out * 2
+
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        compiled = torch.compile(forward, backend="aot_eager", dynamic=False)
+        out = compiled(torch.randn(4, 256, device=DEVICE, requires_grad=True))
+    assert saved
+    assert not any(t.is_floating_point() and t.numel() == 96 * 256 for t in saved)
+    out.sum().backward()
+    assert scale.grad is not None
