@@ -44,6 +44,7 @@ class PtyApp:
         **environment: str,
     ) -> None:
         self.output = b""
+        self._ended = False
         self.began = time.monotonic()
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
@@ -63,11 +64,10 @@ class PtyApp:
         return self
 
     def __exit__(self, *error: object) -> None:
-        try:
+        if not self._ended:  # else its number may be somebody else's by now
             os.kill(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.end(0.0)
+            self.end(0.0)
+        os.close(self._fd)
 
     def resize(self, size: tuple[int, int]) -> None:
         """Make the terminal ``size`` (columns, rows)."""
@@ -130,11 +130,9 @@ class PtyApp:
         """Wait for its end; the exit code, negative for a signal."""
         deadline = time.monotonic() + seconds
         while True:
-            try:
-                pid, status = os.waitpid(self.pid, os.WNOHANG if seconds else 0)
-            except ChildProcessError:
-                return None
+            pid, status = os.waitpid(self.pid, os.WNOHANG if seconds else 0)
             if pid:
+                self._ended = True
                 return os.waitstatus_to_exitcode(status)
             self.read(0.02)
             if time.monotonic() > deadline:
