@@ -32,8 +32,10 @@ from engine import telemetry
 from engine.checkpoint import CheckpointStore
 from engine.data.activations import ActivationStore
 from engine.data.sampler import ALONE, World
+from engine.data.tasks import questions, task_name
 from engine.data.text import corpus_name
 from engine.evaluation.perplexity import PerplexityResult, perplexity
+from engine.evaluation.tasks import TokenizedTask, accuracies, tokenize
 from engine.methods.rtn import round_to_nearest
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
@@ -157,12 +159,16 @@ class Pipeline:
         warn_of_changes(run, self.device, report)
         write_manifest(run, config, source, self.device, made_from)
         self.job = Job(run, config, self.plan, report, source, lm, tokens, store, self.world)
+        if config.evaluation.enabled and self.task in ("run", "eval"):
+            self.job.tasks = self._questions(source)
         if self.task != "run":
             self._require_finished()
         for stage in events.STAGES:
             known = store.fact(f"eval_{stage}")
             if known and known["perplexity"] is not None:
                 self.job.perplexities[stage] = known["perplexity"]
+            if known and known.get("accuracy"):
+                self.job.accuracies[stage] = known["accuracy"]
 
     def _switch_on_kernels(self) -> None:
         """Packed weights are unpacked by one kernel where Triton works, else by torch's operations."""
@@ -179,6 +185,16 @@ class Pipeline:
                 hint="runtime.compile=off does not try",
             )
 
+    def _questions(self, source: ModelSource) -> dict[str, TokenizedTask]:
+        """Early, so that a task that cannot be read does not wait for the first evaluation to say so."""
+        found = {}
+        for name in self.config.evaluation.tasks:
+            self.report.checkpoint_requested()
+            self.report.expect_silence(PREPARE_SILENCE)
+            asked = questions(name, self.config.evaluation.task_limit)
+            found[task_name(name)] = tokenize(asked, source.tokenizer())
+        return found
+
     def _require_finished(self) -> None:
         """`eval`, `export` and `generate` work on what a run has trained; there must be all of it."""
         trained = self.job.all_blocks_finished()
@@ -193,7 +209,7 @@ class Pipeline:
     # Evaluation
 
     def evaluate(self, stage: events.Stage, block_for: Callable[[int], nn.Module]) -> None:
-        """Perplexity of one version of the model, unless an earlier attempt measured it."""
+        """Perplexity and tasks of one version of the model, unless an earlier attempt measured them."""
         job = self.job
         known = job.store.fact(f"eval_{stage}")
         if known is None or self.task == "eval":
@@ -202,11 +218,14 @@ class Pipeline:
                 "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
                 "tokens": result.tokens,
                 "seconds": result.seconds,
+                **self._ask(block_for),
             }
             job.store.remember(f"eval_{stage}", known)
             job.checkpoints.commit(self.report.phase_name)
         if known["perplexity"] is not None:
             job.perplexities[stage] = known["perplexity"]
+        if known.get("accuracy"):
+            job.accuracies[stage] = known["accuracy"]
         self.report.emit(
             events.Eval(
                 stage=stage,
@@ -240,6 +259,24 @@ class Pipeline:
             self.report.warning(
                 "micro_batch", f"out of memory; evaluating again with {batch} windows at a time"
             )
+
+    def _ask(self, block_for: Callable[[int], nn.Module]) -> dict[str, dict[str, float]]:
+        """Zero-shot tasks, where there are any."""
+        if not self.job.tasks:
+            return {}
+        self.run.cache_dir.mkdir(mode=0o755, exist_ok=True)
+        found = accuracies(
+            self.job.lm,
+            block_for,
+            self.job.tasks,
+            folder=self.run.cache_dir,
+            on_progress=self.report.step,
+            should_stop=self._heartbeat,
+        )
+        return {
+            "accuracy": {name: result.accuracy for name, result in found.items()},
+            "questions": {name: result.questions for name, result in found.items()},
+        }
 
     def _heartbeat(self) -> bool:
         self.report.checkpoint_requested()

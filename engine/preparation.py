@@ -169,7 +169,10 @@ def deciding_fields(config: RunConfig) -> dict[str, str]:
     return {
         name: value
         for name, value in flat(to_dict(config))
-        if name not in ("name", "description") and not is_operational(name)
+        if name not in ("name", "description")
+        and not is_operational(name)
+        # Runs from before there were tasks can be resumed.
+        and not (name.startswith("evaluation.task") and value in ("[]", "0"))
     }
 
 

@@ -24,6 +24,8 @@ def report(run: Tree, *, with_error: bool = True) -> str:
     perplexities = perplexity_table(run["perplexity"])
     if perplexities:
         parts.append(perplexities)
+    if run.get("accuracy"):
+        parts.append(accuracy_table(run["accuracy"]))
     parts.append(key_values(facts(run)))
     problem = error_line(run)
     if problem and with_error:
@@ -59,6 +61,28 @@ def perplexity_table(perplexity: Mapping[str, float | None]) -> str:
     if not rows:
         return ""
     return table(rows, header=("  perplexity", "", "of full precision"), right="lrr")
+
+
+def accuracy_rows(accuracy: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
+    """Percent of right answers: a row a task and their mean, a column a stage; the first row names them."""
+    stages = [stage for stage in STAGES if stage in accuracy]
+    tasks = list(dict.fromkeys(task for stage in stages for task in accuracy[stage]))
+    rows = [("accuracy, %", *(stage_name(stage) for stage in stages))]
+
+    def percent(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.1f}"
+
+    rows += [(task, *(percent(accuracy[stage].get(task)) for stage in stages)) for task in tasks]
+    if len(tasks) > 1:
+        means = (sum(accuracy[stage].values()) / len(accuracy[stage]) for stage in stages)
+        rows.append(("mean", *map(percent, means)))
+    return rows
+
+
+def accuracy_table(accuracy: Mapping[str, Mapping[str, float]]) -> str:
+    """Zero-shot tasks as text."""
+    head, *rows = [(f"  {first}", *others) for first, *others in accuracy_rows(accuracy)]
+    return table(rows, header=head, right="l" + "r" * (len(head) - 1))
 
 
 def facts(run: Tree) -> dict[str, str]:

@@ -43,6 +43,11 @@ class HubSource:
     split: str | None = None
     """The user's explicit split, for every part."""
 
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return self.repo + (f" ({self.subset})" if self.subset else "")
+
 
 SHORTCUTS: dict[str, HubSource] = {
     # The repository still carries a loading script, which `datasets` no longer runs: its files are read
@@ -211,20 +216,40 @@ class HubText:
 
     @property
     def _where(self) -> str:
-        return self.source.repo + (f" ({self.source.subset})" if self.source.subset else "")
+        return self.source.where
 
-    @contextlib.contextmanager
-    def _reported(self) -> Iterator[None]:
-        """The hub libraries raise a score of unrelated types; to the user all mean: no text from there."""
-        try:
-            yield
-        except Exception as error:
-            reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-            raise DataError(
-                f"cannot be read from the hub: {reason}",
-                where=self._where,
-                hint="check name, subset, split and network; offline, use data.source = 'builtin' or a file",
-            ) from error
+    def _reported(self) -> contextlib.AbstractContextManager[None]:
+        return _reported(
+            self._where,
+            "check name, subset, split and network; offline, use data.source = 'builtin' or a file",
+        )
+
+
+def hub_rows(source: HubSource) -> Iterator[dict[str, Any]]:
+    """Whole rows of ``source.split``, in their order."""
+    from datasets import load_dataset
+
+    def reported() -> contextlib.AbstractContextManager[None]:
+        return _reported(source.where, "check the network; offline, evaluation.tasks may name .jsonl files")
+
+    with reported():
+        rows = iter(load_dataset(source.repo, source.subset, split=source.split, streaming=True))
+    while True:
+        with reported():
+            row = next(rows, None)
+        if row is None:
+            return
+        yield row
+
+
+@contextlib.contextmanager
+def _reported(where: str, hint: str) -> Iterator[None]:
+    """The hub libraries raise a score of unrelated types; to the user all mean: no text from there."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise DataError(f"cannot be read from the hub: {reason}", where=where, hint=hint) from error
 
 
 def _join_articles(rows: Iterator[str]) -> Iterator[str]:

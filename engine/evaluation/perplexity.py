@@ -79,19 +79,19 @@ def perplexity(
     try:
         with torch.inference_mode():
             for batch in batches:
-                _check(stop)
+                check_stop(stop)
                 store.write(batch.start, lm.embed(windows_NT[batch].to(lm.device)))
             for index in range(lm.blocks):
                 block = block_for(index)
                 for batch in batches:
-                    _check(stop)
+                    check_stop(stop)
                     store.write(batch.start, lm.run_block(block, index, store.read(batch)))
                 del block
                 if on_progress is not None:
                     on_progress(index + 1, lm.blocks)
             total = 0.0
             for batch in batches:
-                _check(stop)
+                check_stop(stop)
                 total += token_nll(lm, store.read(batch), windows_NT[batch]).sum().item()
     finally:
         store.close()
@@ -116,7 +116,8 @@ def token_nll(lm: CausalLM, hidden_BTH: Tensor, ids_BT: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _check(should_stop: Callable[[], bool]) -> None:
+def check_stop(should_stop: Callable[[], bool]) -> None:
+    """Ends an evaluation that somebody wants to end."""
     if should_stop():
         raise StopRequested
 

@@ -71,6 +71,7 @@ def model_card(
         "embeddings, head and norms are 16-bit.\n",
         _size_table(result),
         _perplexity_table(card),
+        _accuracy_table(card),
     ]
     if card.get("command"):
         parts.append(f"## How it was made\n\n```\n{card['command']}\n```\n")
@@ -115,3 +116,18 @@ def _perplexity_table(card: dict[str, Any]) -> str:
         return ""
     note = f"Perplexity on {card['evaluation']}.\n" if card.get("evaluation") else ""
     return "## Perplexity\n\n" + note + "\n| model | perplexity |\n|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _accuracy_table(card: dict[str, Any]) -> str:
+    """Zero-shot tasks: percent of right answers."""
+    measured: dict[str, dict[str, float]] = card.get("accuracy") or {}
+    stages = [(key, label) for key, label in _STAGES if measured.get(key)]
+    if not stages:
+        return ""
+    tasks = list(measured[stages[0][0]])
+    rows = [
+        f"| {label} | " + " | ".join(f"{100 * measured[key].get(task, 0):.1f}" for task in tasks) + " |"
+        for key, label in stages
+    ]
+    head = f"| model | {' | '.join(tasks)} |\n|---|{'---|' * len(tasks)}\n"
+    return "## Zero-shot accuracy, %\n\n" + head + "\n".join(rows) + "\n"

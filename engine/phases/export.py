@@ -94,6 +94,7 @@ def _card(job: Job) -> dict[str, Any]:
         "command": equivalent_command(config),
         "config": to_toml(msgspec.structs.replace(config, runtime=RuntimeConfig(seed=config.runtime.seed))),
         "perplexity": job.perplexities,
+        "accuracy": job.accuracies,
         "versions": package_versions(),
         "evaluation": f"{corpus_name(config.evaluation.data)}, {evaluation.shape[0]} windows of "
         f"{evaluation.shape[1]} tokens",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ from engine.checkpoint import CheckpointStore
 from engine.checkpointer import Checkpoints
 from engine.data.activations import ActivationStore, make_store
 from engine.data.sampler import ALONE, World
+from engine.evaluation.tasks import TokenizedTask
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.preparation import Tokens
@@ -34,8 +36,12 @@ class Job:
     tokens: Tokens
     store: CheckpointStore
     world: World = ALONE
+    tasks: Mapping[str, TokenizedTask] = field(default_factory=dict)
+    """Questions of zero-shot tasks, by the task's name."""
     perplexities: dict[str, float] = field(default_factory=dict)
     """By stage, as far as measured."""
+    accuracies: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By stage and task, as far as measured."""
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.store, self.report, self.config.runtime)

@@ -28,6 +28,7 @@ from engine.run.errors import UsageError
 from engine.run.schema import (
     BITS,
     GROUP_SIZES,
+    TASKS,
     BlockAPConfig,
     ComputeDtype,
     DataConfig,
@@ -413,6 +414,8 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         for section in sections:
             node = node[section]
         node[field] = absolute(source)
+    evaluation = tree["evaluation"]
+    evaluation["tasks"] = [name if name in TASKS else absolute(name) for name in evaluation["tasks"]]
     return convert(tree)
 
 

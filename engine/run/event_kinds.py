@@ -132,7 +132,8 @@ class Memory(Event, frozen=True, kw_only=True, tag="memory"):
 
 
 class Eval(Event, frozen=True, kw_only=True, tag="eval"):
-    """Perplexity of the model at one stage; null when it is not a finite number."""
+    """Perplexity of the model at one stage (null when it is not a finite number), and the share of right
+    answers by task."""
 
     stage: Stage
     perplexity: float | None
@@ -140,6 +141,8 @@ class Eval(Event, frozen=True, kw_only=True, tag="eval"):
     sequence_length: int
     seconds: float
     corpus: str
+    accuracy: dict[str, float] = {}
+    questions: dict[str, int] = {}
 
 
 class CheckpointCommitted(Event, frozen=True, kw_only=True, tag="checkpoint.committed"):

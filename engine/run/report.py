@@ -56,6 +56,7 @@ def render(run: RunState, *, state: str, config: Mapping[str, Any] | None) -> di
             for row in run.trained_blocks()
         ],
         "perplexity": run.perplexity(),
+        "accuracy": run.accuracy(),
         "size_bytes": {
             # The sizes of the original follow from its shapes: the plan knows them before any export.
             "fp": export.fp_bytes if export else plan.get("fp_bytes"),

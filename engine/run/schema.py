@@ -16,6 +16,8 @@ import msgspec
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, 256, -1)
+TASKS = ("winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge")
+"""Zero-shot tasks that are known by name."""
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 LearningRateScaling = Literal["absolute", "relative"]
@@ -163,6 +165,10 @@ class EvaluationConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields
     """At most this many windows; 0 takes the whole text."""
     batch_size: int = 1
     """Windows per forward pass."""
+    tasks: tuple[str, ...] = ()
+    """Zero-shot tasks: winogrande, piqa, hellaswag, arc_easy, arc_challenge, or .jsonl files of questions."""
+    task_limit: int = 0
+    """At most this many questions of each task; 0 takes all."""
 
 
 class ExportConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -159,6 +159,14 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
         """Perplexity by stage; ``None`` for one that was not evaluated or was not finite."""
         return {stage: _perplexity(self.evaluations.get(stage)) for stage in events.STAGES}
 
+    def accuracy(self) -> dict[str, dict[str, float]]:
+        """Share of right answers by stage and task, for stages that were asked."""
+        return {
+            stage: found.accuracy
+            for stage in events.STAGES
+            if (found := self.evaluations.get(stage)) is not None and found.accuracy
+        }
+
     def to_json(self, *, state: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What ``eqat show --json`` prints; ``state`` comes from the run's lock and heartbeat."""
         return report.render(self, state=state, config=config)

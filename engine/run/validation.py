@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ from engine.run.errors import UsageError
 from engine.run.schema import (
     BITS,
     GROUP_SIZES,
+    TASKS,
     BlockAPConfig,
     DataConfig,
     E2EQPConfig,
@@ -154,6 +156,17 @@ def _evaluation(evaluation: EvaluationConfig) -> None:
     _count("evaluation.sequence_length", evaluation.sequence_length, least=2)
     _count("evaluation.windows", evaluation.windows, least=0)
     _count("evaluation.batch_size", evaluation.batch_size)
+    _count("evaluation.task_limit", evaluation.task_limit, least=0)
+    names = [name if name in TASKS else PurePath(name).stem for name in evaluation.tasks]
+    for name in evaluation.tasks:
+        if name not in TASKS and not name.endswith(".jsonl"):
+            raise UsageError(
+                f"there is no task {name!r}",
+                where="evaluation.tasks",
+                hint=f"{', '.join(TASKS)}, or a .jsonl file of questions",
+            )
+    if len(set(names)) < len(names):
+        raise UsageError("two tasks have the same name", where="evaluation.tasks", hint="name each once")
 
 
 def _runtime(runtime: RuntimeConfig) -> None:

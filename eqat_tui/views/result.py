@@ -10,7 +10,7 @@ from engine.run.state import RunState
 from eqat_tui.feed import RunView
 from eqat_tui.lines import Line, Span, columns, cut, line, widths_of, wrap
 from eqat_tui.output import format_bytes, format_number, format_seconds
-from eqat_tui.summary import facts, shorten
+from eqat_tui.summary import accuracy_rows, facts, shorten
 from eqat_tui.views.monitor import what
 from eqat_tui.words import STAGES, stage_name
 
@@ -36,7 +36,20 @@ def perplexities(state: RunState, width: int) -> list[Line]:
     made = [head, *rows]
     lines = [cut(row, width) for row in columns(made, widths_of(made), right="lrr")]
     lines += _conditions(state, width)
-    return lines
+    return lines + _tasks(state, width)
+
+
+def _tasks(state: RunState, width: int) -> list[Line]:
+    """Zero-shot tasks, where a run was asked any."""
+    accuracy = state.accuracy()
+    if not accuracy:
+        return []
+    rows: list[list[str | Span]] = [list(row) for row in accuracy_rows(accuracy)]
+    rows[0] = [(str(name), "muted") for name in rows[0]]
+    lines = columns(rows, widths_of(rows), right="l" + "r" * (len(rows[0]) - 1))
+    asked = next(e.questions for e in state.evaluations.values() if e.accuracy)
+    words = ", ".join(f"{count:,} of {name}" for name, count in asked.items())
+    return [line(), *(cut(row, width) for row in lines), *wrap(f"questions: {words}", width, "muted")]
 
 
 def _role(stage: str) -> str:

@@ -1,7 +1,9 @@
-"""One thread: on matrices this small, a second one costs more than it computes."""
+"""The tiny models are shared with the tests of engine.models."""
 
-from __future__ import annotations
+import sys
+from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 torch.set_num_threads(1)

@@ -29,6 +29,10 @@ def values(kind: Any, *, any_float: bool = False) -> st.SearchStrategy[Any]:
         return st.one_of([inner(arg) for arg in args])
     if origin is Literal:
         return st.sampled_from(args)
+    if origin is tuple and args[0] is str:
+        # Typed as one text, names are told apart by commas.
+        names = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=8)
+        return st.lists(names, max_size=4).map(tuple)
     if origin is tuple:
         return st.lists(inner(args[0]), max_size=4).map(tuple)
     if origin is list:
