@@ -313,6 +313,7 @@ def test_closing_the_terminal_does_not_end_the_run(tmp_path: Path) -> None:
     child, terminal = pty.fork()
     if child == 0:
         os.chdir(tmp_path)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have been told to ignore it
         command = [sys.executable, "-c", EQAT_WITH_SCRIPTED_ENGINE, SCRIPTED_ENGINE, *RUN]
         os.execve(sys.executable, command, environment(SCRIPT="works", TERM="xterm-256color"))
     run = working_run(tmp_path)
