@@ -6,8 +6,8 @@ import fcntl
 import os
 import pty
 import select
-import signal
 import struct
+import subprocess
 import sys
 import termios
 import time
@@ -31,6 +31,19 @@ TRUE_COLOUR = {"TERM": "xterm-256color", "COLORTERM": "truecolor"}
 SIXTEEN = {"TERM": "xterm", "COLORTERM": ""}
 
 
+LAUNCHER = """
+import fcntl, os, sys, termios, time
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+said = int(sys.argv[1])
+os.write(said, b"%.6f" % time.monotonic())
+os.close(said)
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+"""Takes the terminal, says when it is, becomes the app. Forked off directly, the app would first have to get
+rid of this process's memory: gigabytes, late in a run of all tests."""
+
+
 class PtyApp:
     """``eqat ARGUMENTS`` behind a pseudo-terminal; what it wrote is read with :meth:`read`."""
 
@@ -44,29 +57,39 @@ class PtyApp:
         **environment: str,
     ) -> None:
         self.output = b""
-        self._ended = False
-        self.began = time.monotonic()
-        self.pid, self._fd = pty.fork()
-        if self.pid == 0:
-            os.chdir(cwd)
-            kept = {k: v for k, v in os.environ.items() if k not in NOT_OURS}
-            base = {
-                **kept,
-                "PYTHONPATH": str(REPOSITORY),
-                "LANG": "C.UTF-8",
-                "LC_ALL": "C.UTF-8",
-                **TRUE_COLOUR,
-            }
-            os.execve(sys.executable, [sys.executable, *python, *arguments], {**base, **environment})
+        kept = {k: v for k, v in os.environ.items() if k not in NOT_OURS}
+        base = {
+            **kept,
+            "PYTHONPATH": str(REPOSITORY),
+            "LANG": "C.UTF-8",
+            "LC_ALL": "C.UTF-8",
+            **TRUE_COLOUR,
+        }
+        self._fd, end = pty.openpty()
         self.resize(size)
+        heard, said = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-ES", "-c", LAUNCHER, str(said), *python, *arguments],
+            cwd=cwd,
+            env={**base, **environment},
+            stdin=end,
+            stdout=end,
+            stderr=end,
+            pass_fds=(said,),
+        )
+        os.close(end)
+        os.close(said)
+        self.pid = self._process.pid
+        self.began = float(os.read(heard, 64))
+        """When the app's own process began."""
+        os.close(heard)
 
     def __enter__(self) -> PtyApp:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not self._ended:  # else its number may be somebody else's by now
-            os.kill(self.pid, signal.SIGKILL)
-            self.end(0.0)
+        self._process.kill()  # nothing to one that has ended
+        self._process.wait()
         os.close(self._fd)
 
     def resize(self, size: tuple[int, int]) -> None:
@@ -130,10 +153,9 @@ class PtyApp:
         """Wait for its end; the exit code, negative for a signal."""
         deadline = time.monotonic() + seconds
         while True:
-            pid, status = os.waitpid(self.pid, os.WNOHANG if seconds else 0)
-            if pid:
-                self._ended = True
-                return os.waitstatus_to_exitcode(status)
+            code = self._process.poll()
+            if code is not None:
+                return code
             self.read(0.02)
             if time.monotonic() > deadline:
                 return None
