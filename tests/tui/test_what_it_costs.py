@@ -48,7 +48,8 @@ def test_following_a_run_stays_in_the_budget(
             frames = app.frames(seconds)
             assert 2 <= len(frames) <= 2 * seconds + 1
             assert max(frames) <= most
-            used = min(used, (app.cpu_seconds() - before) / seconds)
+            # The kernel counts in hundredths of a second: what is 2 % is not to be more by a rounding.
+            used = min(used, round(app.cpu_seconds() - before, 2) / seconds)
             if used <= 0.02:
                 break
     assert used <= 0.02
