@@ -6,11 +6,13 @@
 #
 # PYTHON=python3.12      which Python makes the environment (3.11 or newer)
 # PIP_FLAGS='...'        extra flags for pip, such as --extra-index-url for another build of PyTorch
+# WORKERS=3              processes that share the tests; a third of the time they wait for engines
 # DEVICE=cpu             auto (a GPU when there is one), cpu, cuda or cuda:N, for `make demo`
 
 PYTHON    ?= python3
 PIP_FLAGS ?=
 DEVICE    ?= auto
+WORKERS   ?= 3
 RUN       ?= latest
 VENV      := .venv
 INTEROP   := .venv-interop
@@ -87,8 +89,10 @@ $(INTEROP)/.stamp-gptqmodel: $(INTEROP)/.stamp-python tests/interop/install.sh
 demo: $(VENV)/.stamp-model
 	@$(VENV)/bin/eqat run demo --device $(DEVICE)
 
+# First what can share the machine, then what measures time.
 test: $(VENV)/.stamp-dev $(VENV)/.stamp-model
-	@$(VENV)/bin/python -m pytest
+	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not alone"; shared=$$?; \
+		$(VENV)/bin/python -m pytest -m alone && exit $$shared
 
 lint: $(VENV)/.stamp-dev
 	@$(VENV)/bin/ruff check .

@@ -1,18 +1,27 @@
-"""The next batch travels to the GPU while this one is computed.
+"""The next batch travels to the GPU while this one is computed, and its result back while the next one is.
 
-A batch is the same sequences of several activation stores. Copies from host memory run on a stream of their
-own; a file is read by a thread. Stores that lie on the device are read when they are wanted.
+A batch is the same sequences of several activation stores. Copies from and to host memory run on a stream of
+their own; a file is read and written by threads. Stores that lie on the device are read when they are wanted.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from engine.data.activations import ActivationStore
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device, without the host waiting for the copy."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Prefetcher:
@@ -30,6 +39,7 @@ class Prefetcher:
             self._stream = torch.cuda.Stream(self._device)
             self._ready = [torch.cuda.Event() for _ in stores]
             self._taken = torch.cuda.Event()
+            self._taken.record(torch.cuda.current_stream(self._device))
             if any(store.kind == "disk" for store in stores):
                 self._threads = ThreadPoolExecutor(len(stores), thread_name_prefix="prefetch")
 
@@ -45,8 +55,6 @@ class Prefetcher:
                 torch.empty(shape, dtype=store.dtype, device=self._device)
                 for shape, store in zip(shapes, self._stores, strict=True)
             ]
-        # What was taken from here before must be gone, and what was written to the stores must be there.
-        self._taken.record(torch.cuda.current_stream(self._device))
         for number in range(len(self._stores)):
             if self._threads is None:
                 self._fetch(number)
@@ -73,11 +81,15 @@ class Prefetcher:
         if expected is None or expected != rows.tolist():
             for store, target in zip(self._stores, targets, strict=True):
                 store.read_into(rows, target)
-            return
-        here = torch.cuda.current_stream(self._device)
-        for ready, waiting, target in zip(self._ready, self._waiting, targets, strict=True):
-            here.wait_event(ready)
-            target.copy_(waiting)
+        else:
+            here = torch.cuda.current_stream(self._device)
+            for ready, waiting, target in zip(self._ready, self._waiting, targets, strict=True):
+                here.wait_event(ready)
+                target.copy_(waiting)
+        if self._ahead:
+            # From here on the next batch may come: what waited is taken, what was written to the stores
+            # before is there. It does not wait for what is done with this batch.
+            self._taken.record(torch.cuda.current_stream(self._device))
 
     def close(self) -> None:
         """Stop reading ahead; nothing is under way any more."""
@@ -89,3 +101,93 @@ class Prefetcher:
         if self._threads is not None:
             self._threads.shutdown()
         self._expected, self._waiting = None, []
+
+
+class WriteBehind:
+    """Writes to a store while the GPU goes on. At the end of the context everything is there."""
+
+    PENDING = 2
+    """Batches on their way to a file at the same time."""
+
+    def __init__(self, store: ActivationStore) -> None:
+        self._store = store
+        self._behind = store.device.type == "cuda" and store.kind != "device"
+        self._writing: deque[Future[None]] = deque()
+        self._thread: ThreadPoolExecutor | None = None
+        if self._behind:
+            self._stream = torch.cuda.Stream(store.device)
+            if store.kind == "disk":
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
+
+    def __enter__(self) -> WriteBehind:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            while self._writing:
+                self._oldest(raises=error is None)
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+            if self._behind:
+                torch.cuda.current_stream(self._store.device).wait_stream(self._stream)
+
+    def write(self, start: int, tensor: Tensor) -> None:
+        """Overwrite the sequences from ``start`` on."""
+        if not self._behind:
+            self._store.write(start, tensor)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._store.device))
+        with torch.cuda.stream(self._stream):
+            tensor.record_stream(self._stream)
+            if self._thread is None:
+                self._store.write(start, tensor)
+                return
+            host = torch.empty(tensor.shape, dtype=self._store.dtype, pin_memory=True)
+            host.copy_(tensor.to(self._store.dtype), non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+        while len(self._writing) >= self.PENDING:
+            self._oldest()
+        self._writing.append(self._thread.submit(self._write, start, host, copied))
+
+    def _write(self, start: int, host: Tensor, copied: torch.cuda.Event) -> None:
+        copied.synchronize()
+        self._store.write(start, host)
+
+    def _oldest(self, raises: bool = True) -> None:
+        error = self._writing.popleft().exception()
+        if error is not None and raises:
+            raise error
+
+
+class InPlace:
+    """A store on its way through a function, batch by batch: read ahead, written behind."""
+
+    def __init__(self, store: ActivationStore) -> None:
+        self._store = store
+        self._reader, self._writer = Prefetcher((store,)), WriteBehind(store)
+
+    def __enter__(self) -> InPlace:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._reader.close()
+        self._writer.__exit__(kind, error, trace)
+
+    def read(self, rows: range, following: range) -> Tensor:
+        """``[len(rows), T, H]`` on the device; ``following`` is what will be read next, if anything."""
+        shape = (len(rows), *self._store.shape[1:])
+        batch_BTH = torch.empty(shape, dtype=self._store.dtype, device=self._store.device)
+        self._reader.read(torch.tensor(rows), [batch_BTH])
+        if following:
+            self._reader.expect(torch.tensor(following))
+        return batch_BTH
+
+    def write(self, start: int, tensor: Tensor) -> None:
+        """Overwrite the sequences from ``start`` on, which have been read."""
+        self._writer.write(start, tensor)

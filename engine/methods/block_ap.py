@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ from torch import nn
 
 from engine.data.sampler import ALONE, World
 from engine.methods.compiled import Compiled
-from engine.methods.optimization import NON_FINITE_HINT, Progress, Snapshot, TrainingProgress, autocast
+from engine.methods.optimization import NON_FINITE_HINT, Snapshot, TrainingProgress
 from engine.methods.reconstruction import Reconstruction, Streams, reconstruction_loss
 from engine.methods.training import Settings, Training
 from engine.quant.fake_linear import freeze_block
@@ -40,7 +40,6 @@ from engine.run.config import BlockAPConfig, GridConfig
 from engine.run.errors import NonFiniteError
 
 if TYPE_CHECKING:
-    from engine.data.activations import ActivationStore
     from engine.models.causal_lm import CausalLM
 
 
@@ -59,66 +58,6 @@ class BlockResult:
     val_loss: float | None
     steps: int
     micro_batch: int
-
-
-class Passage:
-    """How many sequences pass through a block at a time, at every point of a stream's way.
-
-    When the GPU's memory does not suffice the number is halved from there on. Products of other sizes have
-    other last bits, so where that happened is kept: a stream that is computed again must come out the same.
-    """
-
-    def __init__(self, batch: int, halvings: Iterable[Sequence[int]] = ()) -> None:
-        self.batch = batch
-        self.halvings = [(int(block), int(row)) for block, row in halvings]
-        """Block and first sequence from which only half as many pass."""
-
-    def at(self, block: int, row: int) -> int:
-        """Sequences at a time."""
-        return max(1, self.batch >> sum(halving <= (block, row) for halving in self.halvings))
-
-    def halve(self, block: int, row: int) -> None:
-        """Only half as many from here on."""
-        self.halvings.append((block, row))
-
-
-@torch.no_grad()
-def advance(
-    lm: CausalLM,
-    index: int,
-    block: nn.Module,
-    stream: ActivationStore,
-    passage: Passage,
-    dtype: torch.dtype,
-    progress: Progress,
-) -> None:
-    """Replace a stream by the block's output on it, batch by batch, in place.
-
-    A stop may come between two batches and leave the stream half advanced: it is rebuilt on resume.
-    """
-    start = 0
-    while start < stream.shape[0]:
-        progress.checkpoint_requested()
-        batch = passage.at(index, start)
-        rows = slice(start, min(start + batch, stream.shape[0]))
-        try:
-            with autocast(lm.device, dtype):
-                output = lm.run_block(block, index, stream.read(rows))
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-        else:
-            stream.write(start, output)
-            start = rows.stop
-            continue
-        # After the handler: its traceback holds the tensors that have to go.
-        torch.cuda.empty_cache()
-        passage.halve(index, start)
-        progress.warning(
-            "micro_batch",
-            f"block {index}: out of memory with {batch} sequences at a time; going on with {batch // 2}",
-            hint="another process may be using the GPU; this run is only slower for it",
-        )
 
 
 def train_block(

@@ -6,26 +6,24 @@ on what the model is for: next-token cross-entropy, or the Kullback-Leibler dive
 model's prediction.
 
 Memory: the weights stay packed (:class:`engine.quant.packed.PackedLinear` keeps no float copy), activations
-can be recomputed block by block in the backward pass, and the logits never exist as a whole: the head runs
-over chunks of tokens, each chunk's gradient is taken at once and added up at the last hidden state.
-
-The teacher costs no second model: its last hidden states were computed once, block by block, and the head
-that turns them into logits is the student's own, since the head is not quantized.
+can be recomputed block by block in the backward pass, and the logits never exist as a whole
+(:mod:`engine.methods.head_loss`). The teacher's last hidden states were computed once, block by block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from engine.data.prefetch import Prefetcher, to_device
 from engine.data.sampler import ALONE, World
 from engine.methods.compiled import Compiled
+from engine.methods.head_loss import NO_LABEL, HeadLoss
 from engine.methods.optimization import NON_FINITE_HINT, ParameterGroup, Snapshot, TrainingProgress
 from engine.methods.training import Method, Settings, Training
 from engine.models.causal_lm import block_forward
@@ -38,30 +36,31 @@ if TYPE_CHECKING:
     from engine.data.activations import ActivationStore
     from engine.models.causal_lm import CausalLM
 
-# Tokens whose logits exist at the same time: 512 x 128k vocabulary x 4 bytes is a quarter of a GiB.
-HEAD_CHUNK_TOKENS = 512
 
-
-class Rows(Protocol):
-    """Hidden states ``[N, T, H]`` by sequence."""
-
-    def read(self, rows: Tensor) -> Tensor:
-        """``[len(rows), T, H]`` on the compute device."""
-
-
-@dataclass(frozen=True)
 class Teacher:
     """The full-precision model's last hidden states; ``rows`` says where each sequence lies in the store."""
 
-    store: ActivationStore
-    rows: Tensor | None
+    def __init__(self, store: ActivationStore, rows: Tensor | None = None) -> None:
+        self.store, self._rows = store, rows
+        self._prefetch = Prefetcher((store,))
 
     def read(self, rows: Tensor) -> Tensor:
-        """Hidden states of the given sequences."""
-        return self.store.read(rows if self.rows is None else self.rows[rows])
+        """Hidden states ``[len(rows), T, H]`` of the given sequences, on the device."""
+        shape = (len(rows), *self.store.shape[1:])
+        hidden_BTH = torch.empty(shape, dtype=self.store.dtype, device=self.store.device)
+        self._prefetch.read(self._places(rows), [hidden_BTH])
+        return hidden_BTH
+
+    def expect(self, rows: Tensor) -> None:
+        """They will be read next."""
+        self._prefetch.expect(self._places(rows))
+
+    def _places(self, rows: Tensor) -> Tensor:
+        return rows if self._rows is None else self._rows[rows]
 
     def close(self) -> None:
         """Give the hidden states back."""
+        self._prefetch.close()
         self.store.close()
 
 
@@ -80,7 +79,15 @@ class E2EData:
 
     tokens: Tensor
     train: int
-    teacher: Rows | None
+    teacher: Teacher | None
+
+
+class _Batch(NamedTuple):
+    tokens_BT: Tensor
+    labels_T: Tensor
+    """Of all sequences one after the other; -100 where a sequence ends."""
+    teacher_TH: Tensor | None
+    predictions: int
 
 
 @dataclass(frozen=True)
@@ -103,27 +110,22 @@ def train_scales(
     progress: TrainingProgress,
     snapshot: Snapshot | None = None,
     world: World = ALONE,
+    recompute: bool = True,
     compiles: bool = False,
 ) -> E2EResult:
     """Train the quantization parameters inside ``blocks`` (packed decoder blocks, on the device), in place.
 
-    ``snapshot`` is the state to continue from; ``compiles`` compiles the blocks' forward and backward.
+    ``snapshot`` is the state to continue from; ``recompute`` computes each block's activations again in the
+    backward pass instead of keeping them; ``compiles`` compiles the blocks' forward and backward, and the
+    losses.
 
     Raises:
         NonFiniteError: if training diverges and two restarts at lower learning rates do not help.
         StopRequested: at a step boundary, after a stop was asked for.
     """
-    network = _Network(lm, blocks, data, config, dtype)
+    network = _Network(lm, blocks, data, config, dtype, recompute)
     if compiles:
-        network.train_forward = Compiled(
-            block_forward,
-            expect_silence=progress.expect_silence,
-            on_failure=lambda why: progress.warning(
-                "compile",
-                f"e2e_qp: steps are slower, blocks cannot be compiled: {why}",
-                hint="runtime.compile=off does not try",
-            ),
-        )
+        network.compile(progress)
     settings = Settings(
         epochs=config.epochs,
         batch_size=config.batch_size,
@@ -163,8 +165,10 @@ class _Network(Method):
         data: E2EData,
         config: E2EQPConfig,
         dtype: torch.dtype,
+        recompute: bool,
     ) -> None:
-        self.lm, self.blocks, self.data, self.config, self.dtype = lm, blocks, data, config, dtype
+        self.lm, self.blocks, self.data, self.dtype = lm, blocks, data, dtype
+        self.recompute = recompute
         self.groups = _parameter_groups(blocks, config)
         trained = {id(p) for group in self.groups for p in group.parameters}
         layers = [m for block in blocks for m in block.modules() if isinstance(m, PackedLinear)]
@@ -174,8 +178,24 @@ class _Network(Method):
             for layer in layers
         ]
         self.poll: Callable[[], None] = lambda: None
-        self.train_forward: Callable[..., Tensor] = block_forward
+        self.head = HeadLoss(lm)
+        self._train_forward: Callable[..., Tensor] = block_forward
         """A block's forward pass in the steps; compiled where that pays. Validations stay plain."""
+
+    def compile(self, progress: TrainingProgress) -> None:
+        """Compile the blocks' steps and the losses; what cannot be is said and stays as it is."""
+
+        def slower(what: str) -> Callable[[str], None]:
+            return lambda why: progress.warning(
+                "compile",
+                f"e2e_qp: steps are slower, {what} cannot be compiled: {why}",
+                hint="runtime.compile=off does not try",
+            )
+
+        self._train_forward = Compiled(
+            block_forward, expect_silence=progress.expect_silence, on_failure=slower("blocks")
+        )
+        self.head.compile(expect_silence=progress.expect_silence, on_failure=slower("losses"))
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """Last hidden states (before the final norm), ``[B, T, H]``."""
@@ -185,14 +205,14 @@ class _Network(Method):
                 hidden = self.lm.run_block(block, index, hidden)
             return hidden
         # So that the first block is compiled like the others.
-        hidden = hidden.detach().requires_grad_(self.train_forward is not block_forward)
+        hidden = hidden.detach().requires_grad_(self._train_forward is not block_forward)
+        batch, length = tokens_BT.shape
         for index, block in enumerate(self.blocks):
-            batch, length = tokens_BT.shape
             arguments = self.lm.block_kwargs(index, batch, length, hidden.dtype)
-            if self.config.activation_checkpointing:
+            if self.recompute:
                 # Nothing in a block is random, and asking a GPU for its generator's state waits for it.
                 hidden = checkpoint(
-                    self.train_forward,
+                    self._train_forward,
                     block,
                     hidden,
                     arguments,
@@ -200,49 +220,39 @@ class _Network(Method):
                     preserve_rng_state=False,
                 )
             else:
-                hidden = self.train_forward(block, hidden, arguments)
+                hidden = self._train_forward(block, hidden, arguments)
         return hidden
 
-    def chunk_loss(self, hidden_1TH: Tensor, labels_T: Tensor, teacher_1TH: Tensor | None) -> Tensor:
-        """Summed loss of a chunk of tokens; ``labels`` holds their successors, -100 where there is none."""
-        logits = self.lm.head(hidden_1TH)[0].float()
-        if teacher_1TH is None:
-            return functional.cross_entropy(logits, labels_T, reduction="sum", ignore_index=-100)
-        with torch.no_grad():
-            target = self.lm.head(teacher_1TH)[0].float().log_softmax(-1)
-        return functional.kl_div(logits.log_softmax(-1), target, reduction="sum", log_target=True)
-
-    def head_loss(
-        self, rows: Tensor, hidden: Tensor, weight: float, scale: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
-        """``weight`` times the mean loss per predicted token of ``rows``.
-
-        With ``scale`` it is also sent backward, scaled, and adds to ``hidden``'s gradient.
-        The head works on every position alone, so the batch is one long row of tokens to it.
-        """
-        tokens = self.data.tokens[rows].to(self.lm.device)
-        labels = torch.full_like(tokens, -100)
+    def batch(self, rows: Tensor) -> _Batch:
+        """What is read, and what is to be predicted."""
+        tokens = self.data.tokens[rows]
+        labels = torch.full_like(tokens, NO_LABEL)
         labels[:, :-1] = tokens[:, 1:]
-        teacher = None if self.data.teacher is None else self.data.teacher.read(rows).flatten(0, 1)
-        predictions = tokens.numel() if teacher is not None else tokens.numel() - len(rows)
-        flat_TH, labels_T = hidden.flatten(0, 1), labels.flatten()
-        total = torch.zeros((), device=self.lm.device)
-        for start in range(0, len(flat_TH), HEAD_CHUNK_TOKENS):
-            part = slice(start, start + HEAD_CHUNK_TOKENS)
-            teacher_part = None if teacher is None else teacher[None, part]
-            loss = self.chunk_loss(flat_TH[None, part], labels_T[part], teacher_part) * (weight / predictions)
-            if scale is not None:
-                scale(loss).backward()
-            total += loss.detach()
-        return total
+        tokens, labels = to_device(tokens, self.lm.device), to_device(labels, self.lm.device)
+        if self.data.teacher is None:
+            return _Batch(tokens, labels.flatten(), None, tokens.numel() - len(rows))
+        return _Batch(tokens, labels.flatten(), self.data.teacher.read(rows).flatten(0, 1), tokens.numel())
 
     def micro_step(self, rows: Tensor, weight: float, scale: Callable[[Tensor], Tensor]) -> Tensor:
-        hidden = self.hidden(self.data.tokens[rows].to(self.lm.device))
-        # The head's gradient is collected here chunk by chunk, then sent through the blocks once.
-        last = hidden.detach().requires_grad_(True)
-        loss = self.head_loss(rows, last, weight, scale)
-        hidden.backward(last.grad)
+        batch = self.batch(rows)
+        hidden_BTH = self.hidden(batch.tokens_BT)
+        # Every position is predicted from its own hidden state alone: the batch is one row of tokens.
+        flat_TH = hidden_BTH.detach().flatten(0, 1)
+        loss, gradient_TH = self.head.gradient(
+            flat_TH, batch.labels_T, batch.teacher_TH, weight / batch.predictions, scale
+        )
+        hidden_BTH.backward(gradient_TH.view_as(hidden_BTH))
         return loss
+
+    def upcoming(self, rows: Tensor) -> None:
+        if self.data.teacher is not None:
+            self.data.teacher.expect(rows)
+
+    def save_memory(self) -> str:
+        if self.recompute:
+            return ""
+        self.recompute = True
+        return "recomputing activations"
 
     @torch.no_grad()
     def validate(self, micro_batch: int) -> float | None:
@@ -252,8 +262,10 @@ class _Network(Method):
         total = torch.zeros((), device=self.lm.device)
         for part in rows.split(micro_batch):
             self.poll()
-            hidden = self.hidden(self.data.tokens[part].to(self.lm.device))
-            total += self.head_loss(part, hidden, len(part) / len(rows))
+            batch = self.batch(part)
+            flat_TH = self.hidden(batch.tokens_BT).flatten(0, 1)
+            loss = self.head.value(flat_TH, batch.labels_T, batch.teacher_TH)
+            total += loss * (len(part) / len(rows) / batch.predictions)
         return total.item()
 
     @torch.no_grad()

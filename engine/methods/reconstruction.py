@@ -7,6 +7,7 @@ This is the plain form: forward and backward are torch's, quantizer included. It
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     from engine.data.activations import ActivationStore
     from engine.models.causal_lm import CausalLM
 
-# Training sequences on which a block's loss is reported before and after; enough to be steady, few enough to
-# be free.
+# Training sequences on which a block's loss is reported before and after: enough to be steady, few enough to
+# be free, so fewer where few are trained on.
 REPORT_SEQUENCES = 16
+REPORT_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,9 @@ class Reconstruction(Method):
         return self.mean_loss(self.streams.train, self.streams.sequences, micro_batch)
 
     def report_loss(self, micro_batch: int) -> float:
-        return self.mean_loss(0, min(self.streams.train, REPORT_SEQUENCES), micro_batch)
+        train = self.streams.train
+        count = min(REPORT_SEQUENCES, max(math.ceil(train / REPORT_SHARE), 4), train)
+        return self.mean_loss(0, count, micro_batch)
 
     @torch.no_grad()
     def mean_loss(self, first: int, last: int, micro_batch: int) -> float:

@@ -86,6 +86,10 @@ class Method:
     def upcoming(self, rows: Tensor) -> None:
         """The next micro-batch, as far as one can tell; told right after a :meth:`micro_step`."""
 
+    def save_memory(self) -> str:
+        """Do with less memory from now on, at the cost of time; what it does for that, empty if nothing."""
+        return ""
+
     def memory_is_short(self, micro_batch: int) -> None:
         """From now on only ``micro_batch`` sequences pass at a time."""
 
@@ -268,7 +272,8 @@ class Training:
     # Too little memory
 
     def with_memory(self, work: Callable[[int], T]) -> T:
-        """``work(micro_batch)``, again with half as many sequences at a time while memory does not suffice.
+        """``work(micro_batch)``, again while memory does not suffice: first by what the method can do about
+        it, then with half as many sequences at a time.
 
         Whatever gradients it had added up are dropped. With one sequence the error is raised.
         """
@@ -276,18 +281,31 @@ class Training:
             try:
                 return work(self.position.micro_batch)
             except torch.OutOfMemoryError:
-                if self.position.micro_batch == 1:
+                saving = self.method.save_memory()
+                if not saving and self.position.micro_batch == 1:
                     raise
             # After the handler: its traceback holds the very tensors that have to go.
-            self._halve()
+            self._save(saving) if saving else self._halve()
+
+    def _save(self, how: str) -> None:
+        self.stepper.drop_gradients()
+        self._give_back()
+        self.progress.warning(
+            "memory",
+            f"{self.settings.where}: out of memory; going on by {how}",
+            hint="another process may be using the GPU; this run is only slower for it",
+        )
+
+    def _give_back(self) -> None:
+        if self.settings.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _halve(self) -> None:
         position, settings = self.position, self.settings
         before, position.micro_batch = position.micro_batch, position.micro_batch // 2
         self.stepper.drop_gradients()
         self.method.memory_is_short(position.micro_batch)
-        if settings.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._give_back()
         self.progress.warning(
             "micro_batch",
             f"{settings.where}: out of memory with {before} sequences at a time; going on with "

@@ -64,10 +64,11 @@ class CausalLM:
         self._load_outer()
         self._arguments: OrderedDict[tuple[int, int, torch.dtype], list[dict[str, Any]]] = OrderedDict()
         self._returns_tuple = False
-        self._norm: nn.Module | None = None
-        """The final norm, where norm and output embeddings are all that follows the blocks."""
+        self.tail: tuple[nn.Module, nn.Module] | None = None
+        """Final norm and output embeddings, where they are all that follows the blocks."""
         self._probe()
-        self._norm = self._find_norm()
+        if (norm := self._find_norm()) is not None:
+            self.tail = norm, self.model.get_output_embeddings()
 
     # -- structure ---------------------------------------------------------------------------------
 
@@ -145,8 +146,9 @@ class CausalLM:
 
     def head(self, hidden_BTH: Tensor) -> Tensor:
         """Logits for the last block's output; differentiable with respect to it."""
-        if self._norm is not None:
-            logits: Tensor = self.model.get_output_embeddings()(self._norm(hidden_BTH.to(self.dtype)))
+        if self.tail is not None:
+            norm, output = self.tail
+            logits: Tensor = output(norm(hidden_BTH.to(self.dtype)))
             return logits
         return self._forward_head(hidden_BTH)
 

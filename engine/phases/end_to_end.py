@@ -42,6 +42,7 @@ def train_end_to_end(job: Job, full: ActivationStore | None) -> None:
                 progress=progress,
                 snapshot=snapshot,
                 world=job.world,
+                recompute=job.plan.recomputes,
                 compiles=job.plan.compiles_e2e,
             )
     finally:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from engine.data.activations import ActivationStore
-from engine.methods.block_ap import Passage, advance
+from engine.methods.advance import Passage, advance
 from engine.phases.job import Job
 from engine.run.errors import EqatError, ExitCode
 from engine.streams import StoredStreams, delete_streams, read_streams, write_streams

@@ -8,7 +8,8 @@ call.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -194,6 +195,8 @@ class PackedLinear(nn.Module):
         self.zero_point: Tensor | nn.Parameter
         self.register_buffer("zero_point", weight.zero_point)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.unpacked: Tensor | None = None
+        """The float weight ``[O, I]``, while :func:`unpacked` keeps it."""
 
     def train_zero_points(self) -> nn.Parameter:
         """Turn the zero points into a float32 parameter and return it."""
@@ -206,11 +209,20 @@ class PackedLinear(nn.Module):
         # Autocast does not reach the backward pass, so the arithmetic's dtype is settled here for both.
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        kernels = Kernels.on and x.is_cuda
-        out: Tensor = _PackedMatmul.apply(
-            x.to(dtype), self.words, self.scale, self.zero_point, self.bits, kernels
-        )
+        if self.unpacked is not None and self.unpacked.dtype == dtype and not torch.is_grad_enabled():
+            out = functional.linear(x.to(dtype), self.unpacked)
+        else:
+            kernels = Kernels.on and x.is_cuda
+            out = _PackedMatmul.apply(
+                x.to(dtype), self.words, self.scale, self.zero_point, self.bits, kernels
+            )
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    @torch.no_grad()
+    def float_weight(self, dtype: torch.dtype) -> Tensor:
+        """``[O, I]``, as :meth:`forward` multiplies by it."""
+        kernels = Kernels.on and self.words.is_cuda
+        return _float_weight(self.words, self.scale, self.zero_point, self.bits, dtype, kernels)
 
     def packed(self) -> PackedWeight:
         """The weight as it would be saved now (scale rounded to float16, zero point to its integer)."""
@@ -218,6 +230,20 @@ class PackedLinear(nn.Module):
         return PackedWeight(
             self.words, self.scale.detach().to(torch.float16), zero, self.bits, self.symmetric
         )
+
+
+@contextmanager
+def unpacked(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, packed linears compute with a float weight that is made once, not for every batch; as long as
+    nothing is differentiated."""
+    layers = [module for module in block.modules() if isinstance(module, PackedLinear)]
+    try:
+        for layer in layers:
+            layer.unpacked = layer.float_weight(dtype)
+        yield
+    finally:
+        for layer in layers:
+            layer.unpacked = None
 
 
 @dataclass(frozen=True)

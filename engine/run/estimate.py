@@ -62,10 +62,8 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     """float32 hidden states that a block's loss keeps or makes: difference, square, gradient."""
     unpack_bytes: int = 16
     """Bytes a weight of the largest linear takes while it is unpacked (int32, uint8 and float steps)."""
-    head_tokens: int = 512
-    """Tokens whose logits exist together in e2e_qp."""
     head_values: int = 1 << 25
-    """Most logits that evaluation computes together."""
+    """Most logits that are computed together."""
     logits_cross_entropy: int = 4
     """Chunk-sized tensors at the peak of a cross-entropy step: logits, log-softmax, two gradients."""
     logits_kl: int = 6
@@ -181,6 +179,14 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     cuda: bool
     windows: int
     """Evaluation windows."""
+    short_of_memory: bool = True
+    """Where that is left to the plan, E2E-QP recomputes activations."""
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether E2E-QP recomputes each block's activations instead of keeping them."""
+        wanted = self.config.e2e_qp.activation_checkpointing
+        return self.short_of_memory if wanted == "auto" else wanted == "on"
 
     def bytes_of(self, dtype: str) -> int:
         """Bytes of a number in a configured compute dtype."""

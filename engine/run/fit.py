@@ -88,6 +88,23 @@ def choose_store(work: Workload, machine: Machine) -> tuple[Store, str]:
     return "disk", f"{size} of activations fit neither into GPU nor into host memory"
 
 
+def settle_recomputation(work: Workload, machine: Machine) -> Workload:
+    """E2E-QP keeps its activations where there is room for all of them beside the rest.
+
+    That is a third less work, but not worth moving the activation streams to a slower place.
+    """
+    if work.config.e2e_qp.activation_checkpointing != "auto" or not work.config.e2e_qp.enabled:
+        return work
+    store, _ = choose_store(work, machine)
+    keeps = msgspec.structs.replace(work, short_of_memory=False)
+    memory = phase_memory(keeps, "e2e_qp")
+    if work.cuda:
+        room = memory.gpu(store) <= (machine.gpu_free - CONSTANTS.cuda_context) * (1 - GPU_RESERVE)
+    else:
+        room = host_memory(keeps, memory, store) <= host_budget(work.config, machine)
+    return keeps if room else work
+
+
 def fits_device(work: Workload, gpu_free: int) -> bool:
     """Whether a GPU with so much free memory has room for the streams beside the training."""
     return peak_gpu(work, "device") <= (gpu_free - CONSTANTS.cuda_context) * (1 - GPU_RESERVE)
@@ -254,7 +271,7 @@ def _ladders(config: RunConfig) -> list[tuple[str, str, list[Any]]]:
         return values
 
     block_ap, e2e_qp, evaluation = config.block_ap, config.e2e_qp, config.evaluation
-    recompute = [True] if not e2e_qp.activation_checkpointing else []
+    recompute = ["on"] if e2e_qp.activation_checkpointing == "off" else []
     ladders: list[tuple[str, str, list[Any]]] = [
         ("evaluation", "batch_size", [1] if evaluation.batch_size > 1 else []),
         ("e2e_qp", "micro_batch_size", [1] if e2e_qp.micro_batch_size > 1 else []),

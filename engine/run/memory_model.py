@@ -180,18 +180,20 @@ def _e2e_qp(work: Workload, constants: Constants) -> dict[str, int]:
         work, section.micro_batch_size, section.sequence_length, compute, False, constants
     )
     inputs = arch.blocks * tokens * arch.hidden * compute
-    chunk = min(constants.head_tokens, tokens) * arch.vocab
+    chunk = min(constants.head_values, tokens * arch.vocab)
     tensors = constants.logits_kl if section.loss == "kl" else constants.logits_cross_entropy
     logits = chunk * (4 * tensors + (compute if compute < 4 else 0))
     backward = block + compute * tokens * 3 * arch.intermediate
-    kept = inputs if section.activation_checkpointing else arch.blocks * block
+    kept = inputs if work.recomputes else arch.blocks * block
+    # A batch of the teacher's hidden states, and the next one on its way.
+    teacher = 2 * tokens * arch.hidden * compute if section.loss == "kl" and work.cuda else 0
     largest = max(linear.weights for linear in arch.linears)
     return {
         "packed blocks": arch.blocks * (arch.linear_params_per_block * grid.bits // 8)
         + scales
         + arch.blocks * (arch.norm_params_per_block + arch.bias_params_per_block) * work.model_bytes,
         "scales and optimizer": 4 * scales + (4 + 8) * _trained_scales(work),
-        "activations": kept + 3 * tokens * arch.hidden * compute,
+        "activations": kept + 3 * tokens * arch.hidden * compute + teacher,
         **_head_and_backward(work, logits, backward + largest * constants.unpack_bytes, constants),
     }
 
@@ -205,7 +207,7 @@ def _head_and_backward(work: Workload, logits: int, backward: int, constants: Co
     tokens = section.micro_batch_size * section.sequence_length
     widest = 4 * tokens * arch.intermediate
     holes = 0
-    if section.activation_checkpointing and widest < constants.mmap_threshold:
+    if work.recomputes and widest < constants.mmap_threshold:
         per_block = widest + 2 * 4 * tokens * arch.hidden
         holes = int(constants.checkpoint_holes * arch.blocks * per_block)
     return {"logits": logits, "one block's backward": backward, "holes in the heap": holes}

@@ -24,7 +24,15 @@ from engine.run.disk_model import assets_bytes
 from engine.run.errors import DataError, EqatError, PreflightError
 from engine.run.estimate import Store, Workload, sizes
 from engine.run.families import Architecture
-from engine.run.fit import Place, Problem, choose_store, gpu_remedy, host_budget, problems
+from engine.run.fit import (
+    Place,
+    Problem,
+    choose_store,
+    gpu_remedy,
+    host_budget,
+    problems,
+    settle_recomputation,
+)
 from engine.run.machine import Machine, detect
 from engine.run.memory_model import host_memory, phase_memory
 from engine.run.published import Published, published
@@ -81,6 +89,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Block-AP's steps are compiled."""
     compiles_e2e: bool
     """E2E-QP's blocks are compiled."""
+    recomputes: bool
+    """E2E-QP recomputes each block's activations in the backward pass."""
     published: Published | None
     warnings: tuple[str, ...]
     problems: tuple[Problem, ...]
@@ -116,6 +126,7 @@ def make_plan(
     wanted = device or config.runtime.device
     machine = machine or detect(runs_dir, wanted)
     work, unknown_text = _workload(config, model, machine, wanted)
+    work = settle_recomputation(work, machine)
     place = _place(work, model, machine)
     store, reason = choose_store(work, machine)
     recovery = place.recovery(work, store)
@@ -149,6 +160,7 @@ def make_plan(
         fast=fast(work),
         compiles=compiles(work, place.rates),
         compiles_e2e=compiles_e2e(work, place.rates),
+        recomputes=work.recomputes,
         published=published(config.model.source, work.arch, config.grid),
         warnings=tuple(filter(None, warnings)),
         problems=tuple(problems(work, store, place)),

@@ -147,8 +147,9 @@ class E2EQPConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Largest gradient norm; 0 turns clipping off."""
     patience: int = 0
     """Stop after this many epochs without a better validation loss; 0 trains all epochs."""
-    activation_checkpointing: bool = True
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Recompute each block in the backward pass instead of keeping its activations, which takes a third more
+    time; auto: where memory asks for it."""
     compute_dtype: ComputeDtype = "auto"
     """As in ``block_ap``."""
 

@@ -242,7 +242,7 @@ def _e2e_seconds(work: Workload, rates: Speed) -> float:
     section, arch = work.config.e2e_qp, work.arch
     length = section.sequence_length
     training, validation = section.epochs * section.sequences, (section.epochs + 1) * section.val_sequences
-    factor = 4 if section.activation_checkpointing else 3
+    factor = 4 if work.recomputes else 3
     forward = arch.blocks * _forward_flops(arch, length)
     head = 2 * arch.vocab * arch.hidden
     teacher = head if section.loss == "kl" else 0

@@ -237,7 +237,7 @@ def failure(data: DataConfig, part: str = "train") -> DataError:
         ("latin.txt", "naïve".encode("latin-1"), "UTF-8"),
         ("a.parquet", b"PAR1 this is not parquet", "cannot be read"),
         ("a.arrow", b"neither stream nor file", "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n')[:-4], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n', mtime=0)[:-4], "cannot be read"),
         ("a.jsonl.zst", b"not zstd at all", "cannot be read"),
         ("a.txt.gz", b"not gzip at all", "cannot be read"),
         ("a.pdf", b"%PDF", "unknown kind"),

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from engine.data.activations import StoreKind, make_store
 from engine.data.sampler import BatchSampler
-from engine.methods.block_ap import BlockResult, Passage, advance, train_block
+from engine.methods.advance import Passage, advance
+from engine.methods.block_ap import BlockResult, train_block
 from engine.methods.optimization import Diverged, Snapshot
 from engine.methods.reconstruction import Streams
 from engine.models.causal_lm import CausalLM

@@ -70,10 +70,13 @@ def test_while_an_engine_trains_its_heartbeat_its_estimate_and_its_readings_go_o
     assert max(b - a for a, b in itertools.pairwise(beats)) < 10
     assert all(status.pid == child.pid for status in seen.values())
     assert all(status.events_dropped == 0 for status in seen.values())
-    estimates = [seen[beat].eta_s for beat in beats if seen[beat].step]
+    told = [beat for beat in beats if seen[beat].step]
+    estimates = [seen[beat].eta_s for beat in told]
     assert len(estimates) >= 3
     assert all(eta is not None and 0 < eta < 3600 for eta in estimates)
-    assert estimates[-1] < estimates[0] * 1.1  # type: ignore[operator]
+    # They go by what the machine does at that moment; the whole stays about the same.
+    wholes = [beat - beats[0] + (seen[beat].eta_s or 0.0) for beat in told]
+    assert wholes[-1] < 2 * wholes[0]
 
     started, finished = of(run, events.RunStarted)[0], of(run, events.RunFinished)[0]
     seconds = finished.mono - started.mono

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from engine.methods.block_ap import BlockResult, Passage, advance, train_block
+from engine.methods.advance import Passage, advance
+from engine.methods.block_ap import BlockResult, train_block
 from engine.methods.optimization import Snapshot
 from engine.methods.reconstruction import Streams
 from engine.models.causal_lm import CausalLM

@@ -260,7 +260,10 @@ class Poison:
     """A stream that yields NaN for the first ``count`` reads of training batches."""
 
     def __init__(self, store: object, count: int) -> None:
-        self.store, self.count, self.shape = store, count, store.shape  # type: ignore[attr-defined]
+        self.store, self.count = store, count
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.store, name)
 
     def read(self, rows: Tensor | slice) -> Tensor:
         value: Tensor = self.store.read(rows)  # type: ignore[attr-defined]
@@ -268,9 +271,6 @@ class Poison:
             self.count -= 1
             return torch.full_like(value, torch.nan)
         return value
-
-    def write(self, start: int, value: Tensor) -> None:
-        self.store.write(start, value)  # type: ignore[attr-defined]
 
 
 def poisoned(lm: CausalLM, count: int) -> Streams:

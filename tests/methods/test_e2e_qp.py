@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from engine.data.activations import make_store
 from engine.data.sampler import BatchSampler
-from engine.methods import e2e_qp
-from engine.methods.e2e_qp import E2EData, train_scales
+from engine.methods import head_loss
+from engine.methods.e2e_qp import E2EData, Teacher, train_scales
 from engine.methods.optimization import cosine_factor
 from engine.methods.rtn import round_to_nearest
 from engine.models.causal_lm import CausalLM
@@ -77,14 +77,20 @@ def data(lm: CausalLM, config: E2EQPConfig) -> E2EData:
         return E2EData(ids, TRAIN, None)
     store = make_store("device", (*ids.shape, lm.hidden_size), torch.float32, CPU)
     store.write(0, teacher_hidden(lm, ids))
-    return E2EData(ids, TRAIN, store)
+    return E2EData(ids, TRAIN, Teacher(store))
 
 
 def train(
-    lm: CausalLM, config: E2EQPConfig, grid: GridConfig = GRID, heard: Heard | None = None
+    lm: CausalLM, config: E2EQPConfig, grid: GridConfig = GRID, recompute: bool = True
 ) -> list[nn.Module]:
     blocks = installed(lm, rounded(lm, grid))
-    train_scales(lm, blocks, data(lm, config), config, seed=5, dtype=torch.float32, progress=heard or Heard())
+    train_scales(
+        *(lm, blocks, data(lm, config), config),
+        seed=5,
+        dtype=torch.float32,
+        progress=Heard(),
+        recompute=recompute,
+    )
     return blocks
 
 
@@ -185,8 +191,8 @@ def test_zero_points_can_be_trained_and_stay_integers_in_range(
 
 
 def test_activation_checkpointing_changes_memory_not_numbers(lm: CausalLM) -> None:
-    with_it = packed_linears(train(lm, settings(activation_checkpointing=True)))
-    without = packed_linears(train(lm, settings(activation_checkpointing=False)))
+    with_it = packed_linears(train(lm, settings(), recompute=True))
+    without = packed_linears(train(lm, settings(), recompute=False))
     for name in with_it:
         assert torch.equal(with_it[name].scale, without[name].scale)
 
@@ -202,7 +208,7 @@ def test_the_head_runs_in_chunks_without_changing_the_loss(
     lm: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = packed_linears(train(lm, settings(loss="kl")))
-    monkeypatch.setattr(e2e_qp, "HEAD_CHUNK_TOKENS", 5)
+    monkeypatch.setattr(head_loss, "HEAD_VALUES", 5 * lm.vocab_size)
     chunked = packed_linears(train(lm, settings(loss="kl")))
     for name in whole:
         assert_same_but_for_few(whole[name].scale, chunked[name].scale)
@@ -254,7 +260,7 @@ def test_divergence_ends_with_exit_code_5_naming_the_phase(lm: CausalLM) -> None
     config = settings(loss="kl")
     poisoned = data(lm, config)
     assert poisoned.teacher is not None
-    poisoned.teacher.write(0, torch.full((TRAIN, LENGTH, lm.hidden_size), torch.nan))
+    poisoned.teacher.store.write(0, torch.full((TRAIN, LENGTH, lm.hidden_size), torch.nan))
     heard = Heard(due=True)
     with pytest.raises(NonFiniteError, match="e2e_qp"):
         train_scales(

@@ -14,7 +14,8 @@ from quiet import Heard
 from torch import Tensor, nn
 
 from engine.data.activations import make_store
-from engine.methods.block_ap import Passage, advance, train_block
+from engine.methods.advance import Passage, advance
+from engine.methods.block_ap import train_block
 from engine.methods.e2e_qp import E2EData, train_scales
 from engine.methods.optimization import Snapshot
 from engine.methods.reconstruction import Streams
@@ -83,7 +84,9 @@ def block_ap(lm: CausalLM, snapshot: Snapshot | None, progress: Heard, **changes
     return {**result.packed.tensors(), "losses": losses}
 
 
-def e2e_qp(lm: CausalLM, snapshot: Snapshot | None, progress: Heard, **changes: Any) -> dict[str, Tensor]:
+def e2e_qp(
+    lm: CausalLM, snapshot: Snapshot | None, progress: Heard, recompute: bool = True, **changes: Any
+) -> dict[str, Tensor]:
     values: dict[str, Any] = {"batch_size": 3, "micro_batch_size": 2, "epochs": 3, "loss": "cross_entropy"}
     values |= {"lr": 0.3, "lr_scaling": "relative", "train": ("scales", "zero_points"), **changes}
     config = E2EQPConfig(**values)
@@ -101,6 +104,7 @@ def e2e_qp(lm: CausalLM, snapshot: Snapshot | None, progress: Heard, **changes: 
         dtype=torch.float32,
         progress=progress,
         snapshot=snapshot,  # type: ignore[arg-type]
+        recompute=recompute,
     )
     trained = {f"{i}.{n}": p for i, b in enumerate(blocks) for n, p in b.named_parameters()}
     losses = torch.tensor([result.initial_loss or 0.0, result.val_loss or 0.0])
@@ -236,6 +240,28 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_batch(
     for name, tensor in whole.items():
         assert result[name].dtype == tensor.dtype
     assert torch.allclose(result["losses"], whole["losses"], rtol=2e-2), "the effective batch is the same"
+
+
+def test_end_to_end_training_recomputes_activations_before_it_halves_anything(
+    lm: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = e2e_qp(lm, None, Heard(), micro_batch_size=1, batch_size=2)
+    real, kept = lm.block_kwargs, 0
+    heard = Heard()
+
+    def block_kwargs(index: int, *args: Any) -> dict[str, Any]:
+        """From the third step on, there is no room for the activations of a second block."""
+        nonlocal kept
+        kept += heard.boundaries >= 3 and torch.is_grad_enabled() and index == 1
+        if kept == 1 and index == 1 and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return real(index, *args)
+
+    monkeypatch.setattr(lm, "block_kwargs", block_kwargs)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    result = e2e_qp(lm, None, heard, recompute=False, micro_batch_size=1, batch_size=2)
+    assert heard.warnings == [("memory", "e2e_qp: out of memory; going on by recomputing activations")]
+    assert equal(result, whole)
 
 
 def test_out_of_memory_with_one_sequence_is_raised(lm: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:

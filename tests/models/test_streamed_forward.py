@@ -58,7 +58,7 @@ def test_the_head_without_the_models_forward_gives_the_same_bits_or_is_not_taken
 ) -> None:
     lm = open_model(folders[name])
     caps = getattr(lm.model.config, "final_logit_softcapping", None) is not None
-    assert (lm._norm is None) == caps, "a norm and the embeddings are all that most models have there"
+    assert (lm.tail is None) == caps, "a norm and the embeddings are all that most models have there"
     hidden = torch.randn(1, 7, lm.hidden_size)
     with torch.no_grad():
         assert torch.equal(lm.head(hidden), lm._forward_head(hidden))

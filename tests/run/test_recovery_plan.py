@@ -438,12 +438,12 @@ def test_what_a_run_has_written_does_not_stand_in_the_way_of_its_resumption(tmp_
 
 def test_out_of_gpu_memory_names_what_a_resumed_run_may_change_first(models: Path) -> None:
     config = resolve(apply_overrides(load("paper"), {"model.source": str(models / "7b")}))
-    keeps_all = apply_overrides(config, {"e2e_qp.activation_checkpointing": "false"})
+    keeps_all = apply_overrides(config, {"e2e_qp.activation_checkpointing": "off"})
 
     def with_free(gib: float) -> Machine:
         return msgspec.structs.replace(H200, gpu_free=int(gib * GIB))
 
-    assert out_of_memory_remedy(keeps_all, with_free(12)) == "set e2e_qp.activation_checkpointing = true"
+    assert out_of_memory_remedy(keeps_all, with_free(12)) == "set e2e_qp.activation_checkpointing = on"
     small = apply_overrides(config, {"block_ap.sequences": "1024", "e2e_qp.sequences": "1024"})
     work = Workload(arch=describe(str(models / "7b")).architecture, config=small, cuda=True, windows=160)
     assert choose_store(work, H200)[0] == "device"

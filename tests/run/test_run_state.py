@@ -333,6 +333,7 @@ def test_thinning_is_the_same_at_once_and_one_by_one() -> None:
     assert len(one_by_one.readings) <= MAX_READINGS
 
 
+@pytest.mark.alone
 def test_a_log_of_200_000_events_is_read_in_under_two_seconds(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, CONFIG)
     run.events_path.write_bytes(log_of(long_log(200_000)))

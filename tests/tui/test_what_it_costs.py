@@ -19,6 +19,7 @@ from engine.run.events import encode
 
 RUN = "20251124-1600-tiny-llama-w4g32-0001"
 KB = 1000
+pytestmark = pytest.mark.alone
 
 
 @pytest.fixture
@@ -38,6 +39,7 @@ def test_following_a_run_stays_in_the_budget(
     Processor time too is larger where others use the same core and its caches: a quiet window is what counts.
     """
     seconds = 6.0
+    allowed = 0.02 * slowness(tmp_path)
     with PtyApp(["attach", working.id], cwd=tmp_path, **terminal) as app:
         app.read(10.0, until=b"loss of block 3")
         app.read(1.0)
@@ -50,9 +52,9 @@ def test_following_a_run_stays_in_the_budget(
             assert max(frames) <= most
             # The kernel counts in hundredths of a second: what is 2 % is not to be more by a rounding.
             used = min(used, round(app.cpu_seconds() - before, 2) / seconds)
-            if used <= 0.02:
+            if used <= allowed:
                 break
-    assert used <= 0.02
+    assert used <= allowed
 
 
 def test_changing_the_screen_stays_in_the_budget(working: RunDirectory, tmp_path: Path) -> None:
@@ -95,27 +97,31 @@ def best_of(times: int, arguments: list[str], sight: bytes, enough: float, cwd: 
     return best
 
 
-def importing_textual(cwd: Path) -> float:
-    """Seconds until a program that does nothing else has imported what any app of textual needs."""
+def slowness(cwd: Path) -> float:
+    """How many times as long this machine takes as the one whose promises these are; at least 1.
+
+    Judged by what nobody here can change: importing what any app of textual needs, a quarter of a second.
+    """
     began = time.monotonic()
     code = "import gc; gc.disable(); import textual.app, textual.containers, textual.widgets"
     subprocess.run([sys.executable, "-c", code], cwd=cwd, check=True)
-    return time.monotonic() - began
+    return max(1.0, (time.monotonic() - began) / 0.25)
 
 
 def test_the_first_paint_comes_within_half_a_second(tmp_path: Path) -> None:
-    """On a machine that needs half of that for textual alone; a slower one is allowed as much more."""
+    """The machine's share is measured anew beside each try: it may do something else at times."""
     best = math.inf
     for _ in range(12):
-        machine = importing_textual(tmp_path) / 0.25
-        best = min(best, best_of(1, [], b"Setup", 0.5, tmp_path) / max(1.0, machine))
+        slower = slowness(tmp_path)
+        best = min(best, best_of(1, [], b"Setup", 0.5, tmp_path) / slower)
         if best < 0.5:
             break
     assert best < 0.5
 
 
 def test_attach_shows_a_run_with_its_history_within_a_second(working: RunDirectory, tmp_path: Path) -> None:
-    assert best_of(8, ["attach", working.id], b"perplexity, round-to-nearest", 1.0, tmp_path) < 1.0
+    allowed = slowness(tmp_path)
+    assert best_of(8, ["attach", working.id], b"perplexity, round-to-nearest", allowed, tmp_path) < allowed
 
 
 def test_a_log_of_200_000_events_opens_in_under_two_seconds(tmp_path: Path) -> None:
@@ -133,7 +139,8 @@ def test_a_log_of_200_000_events_opens_in_under_two_seconds(tmp_path: Path) -> N
         for step in range(1, steps + 1):
             file.write(metric.replace(b'"step":1,', b'"step":%d,' % step).replace(b"123456", b"%06d" % step))
             file.write(b"\n")
-    assert best_of(8, ["attach", run.id], b"step %d" % steps, 2.0, tmp_path) < 2.0
+    allowed = 2.0 * slowness(tmp_path)
+    assert best_of(8, ["attach", run.id], b"step %d" % steps, allowed, tmp_path) < allowed
 
 
 @pytest.mark.parametrize("ascii_only", [False, True])

@@ -1,0 +1,99 @@
+"""An activation stream moves one block on, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from engine.data.prefetch import InPlace
+from engine.methods.optimization import Progress, autocast
+from engine.quant.packed import unpacked
+
+if TYPE_CHECKING:
+    from engine.data.activations import ActivationStore
+    from engine.models.causal_lm import CausalLM
+
+
+class Passage:
+    """How many sequences pass through a block at a time, at every point of a stream's way.
+
+    When the GPU's memory does not suffice the number is halved from there on. Products of other sizes have
+    other last bits, so where that happened is kept: a stream that is computed again must come out the same.
+    """
+
+    def __init__(self, batch: int, halvings: Iterable[Sequence[int]] = ()) -> None:
+        self.batch = batch
+        self.halvings = [(int(block), int(row)) for block, row in halvings]
+        """Block and first sequence from which only half as many pass."""
+
+    def at(self, block: int, row: int) -> int:
+        """Sequences at a time."""
+        return max(1, self.batch >> sum(halving <= (block, row) for halving in self.halvings))
+
+    def halve(self, block: int, row: int) -> None:
+        """Only half as many from here on."""
+        self.halvings.append((block, row))
+
+
+@torch.no_grad()
+def advance(
+    lm: CausalLM,
+    index: int,
+    block: nn.Module,
+    stream: ActivationStore,
+    passage: Passage,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> None:
+    """Replace a stream by the block's output on it, batch by batch, in place.
+
+    A stop may come between two batches and leave the stream half advanced: it is rebuilt on resume.
+    """
+    start, end = 0, stream.shape[0]
+    with _converted(block, dtype), unpacked(block, dtype), InPlace(stream) as carried:
+        while start < end:
+            progress.checkpoint_requested()
+            batch = passage.at(index, start)
+            rows = range(start, min(start + batch, end))
+            following = range(rows.stop, min(rows.stop + passage.at(index, rows.stop), end))
+            try:
+                output = _through(lm, index, block, carried.read(rows, following), dtype)
+            except torch.OutOfMemoryError:
+                if batch == 1:
+                    raise
+            else:
+                carried.write(start, output)
+                start = rows.stop
+                continue
+            # After the handler: its traceback holds the tensors that have to go.
+            torch.cuda.empty_cache()
+            passage.halve(index, start)
+            progress.warning(
+                "micro_batch",
+                f"block {index}: out of memory with {batch} sequences at a time; going on with {batch // 2}",
+                hint="another process may be using the GPU; this run is only slower for it",
+            )
+
+
+def _through(lm: CausalLM, index: int, block: nn.Module, hidden_BTH: Tensor, dtype: torch.dtype) -> Tensor:
+    with autocast(lm.device, dtype):
+        return lm.run_block(block, index, hidden_BTH)
+
+
+@contextmanager
+def _converted(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, weights of linears are in the arithmetic's dtype; autocast would convert them for every
+    batch."""
+    layers = [m for m in block.modules() if isinstance(m, nn.Linear) and m.weight.dtype != dtype]
+    kept = [layer.weight for layer in layers]
+    try:
+        for layer in layers:
+            layer.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+        yield
+    finally:
+        for layer, weight in zip(layers, kept, strict=True):
+            layer.weight = weight
