@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.data.activations import StoreKind, make_store
+from engine.data.prefetch import InPlace
+from engine.models.ahead import one_ahead
+from engine.quant.packed import unpacked
 from engine.run.errors import DataError, StopRequested
 
 if TYPE_CHECKING:
@@ -73,30 +77,32 @@ def perplexity(
         raise DataError(f"{windows} windows of {length} tokens leave nothing to predict", where="evaluation")
     begin = time.monotonic()
     stop = should_stop or (lambda: False)
-    batches = [slice(start, min(start + batch_size, windows)) for start in range(0, windows, batch_size)]
+    starts = range(0, windows, batch_size)
+    batches = [range(start, min(start + batch_size, windows)) for start in starts]
     shape = (windows, length, lm.hidden_size)
     store = make_store(store_kind, shape, dtype or lm.dtype, lm.device, store_path, store_budget_bytes)
-    try:
-        with torch.inference_mode():
-            for batch in batches:
-                check_stop(stop)
-                store.write(batch.start, lm.embed(windows_NT[batch].to(lm.device)))
-            for index in range(lm.blocks):
-                block = block_for(index)
-                for batch in batches:
+    blocks = one_ahead(block_for, lm.blocks, lm.device)
+    total = torch.zeros((), dtype=torch.float64, device=lm.device)
+    # Not inference_mode: threads write into these tensors.
+    with store, closing(blocks), torch.no_grad():
+        for batch in batches:
+            check_stop(stop)
+            store.write(batch.start, lm.embed(windows_NT[batch.start : batch.stop].to(lm.device)))
+        for index, block in blocks:
+            with unpacked(block, store.dtype), InPlace(store) as carried:
+                for batch, following in zip(batches, [*batches[1:], range(0)], strict=True):
                     check_stop(stop)
-                    store.write(batch.start, lm.run_block(block, index, store.read(batch)))
-                del block
-                if on_progress is not None:
-                    on_progress(index + 1, lm.blocks)
-            total = 0.0
-            for batch in batches:
-                check_stop(stop)
-                total += token_nll(lm, store.read(batch), windows_NT[batch]).sum().item()
-    finally:
-        store.close()
+                    hidden = carried.read(batch, following)
+                    carried.write(batch.start, lm.run_block(block, index, hidden))
+            del block  # before the next one is made
+            if on_progress is not None:
+                on_progress(index + 1, lm.blocks)
+        for batch in batches:
+            check_stop(stop)
+            rows = slice(batch.start, batch.stop)
+            total += token_nll(lm, store.read(rows), windows_NT[rows]).sum()
     tokens = windows * (length - 1)
-    mean = total / tokens
+    mean = total.item() / tokens
     return PerplexityResult(_exp(mean), mean, tokens, time.monotonic() - begin)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,8 @@ from torch.nn import functional
 from engine.data.activations import ActivationStore, make_store
 from engine.data.tasks import Question
 from engine.evaluation.perplexity import HEAD_VALUES, check_stop
+from engine.models.ahead import one_ahead
+from engine.quant.packed import unpacked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,13 +145,13 @@ def _scores(
         for batch in batches:
             check_stop(should_stop)
             batch.store.write(batch.start, lm.embed(batch.ids_BT.to(lm.device)))
-        for index in range(lm.blocks):
-            block = block_for(index)
-            for batch in batches:
-                check_stop(should_stop)
-                hidden = batch.store.read(slice(batch.start, batch.start + len(batch.ids_BT)))
-                batch.store.write(batch.start, lm.run_block(block, index, hidden))
-            del block
+        for index, block in stack.enter_context(closing(one_ahead(block_for, lm.blocks, lm.device))):
+            with unpacked(block, lm.dtype):
+                for batch in batches:
+                    check_stop(should_stop)
+                    hidden = batch.store.read(slice(batch.start, batch.start + len(batch.ids_BT)))
+                    batch.store.write(batch.start, lm.run_block(block, index, hidden))
+            del block  # before the next one is made
             on_progress(index + 1, lm.blocks)
         for batch in batches:
             check_stop(should_stop)

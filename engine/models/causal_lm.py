@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,6 +65,8 @@ class CausalLM:
         self._load_outer()
         self._arguments: OrderedDict[tuple[int, int, torch.dtype], list[dict[str, Any]]] = OrderedDict()
         self._returns_tuple = False
+        self._structure = threading.RLock()
+        """Held while blocks stand in for something, and while one is copied: a thread may load the next."""
         self.tail: tuple[nn.Module, nn.Module] | None = None
         """Final norm and output embeddings, where they are all that follows the blocks."""
         self._probe()
@@ -184,10 +187,10 @@ class CausalLM:
         self, index: int, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> nn.Module:
         """Block ``index`` with its weights, new in memory of its own; frozen, in evaluation mode."""
-        structure = self._blocks[index]
         # Every layer of a block refers to the model's one configuration; it is shared, not copied.
         config = self.model.config
-        block = copy.deepcopy(structure, {id(c): c for c in (config, text_config(config))})
+        with self._structure:
+            block = copy.deepcopy(self._blocks[index], {id(c): c for c in (config, text_config(config))})
         dtype, device = dtype or self.dtype, device or self.device
         for name, parameter in list(block.named_parameters()):
             full = f"{self.block_prefix(index)}.{name}"
@@ -311,14 +314,15 @@ class CausalLM:
 
             return forward
 
-        for index, block in enumerate(self._blocks):
-            block.forward = forward_of(index, block)
-        try:
-            yield
-        finally:
-            for block in self._blocks:
-                # The class's own forward shows again; a copy of the block must not carry a stand-in.
-                del block.__dict__["forward"]
+        with self._structure:
+            for index, block in enumerate(self._blocks):
+                block.forward = forward_of(index, block)
+            try:
+                yield
+            finally:
+                for block in self._blocks:
+                    # The class's own forward shows again; a copy of the block must not carry a stand-in.
+                    del block.__dict__["forward"]
 
     def _forward(self, stand_in: StandIn, **inputs: Tensor) -> Any:
         with self._standing_in(stand_in):

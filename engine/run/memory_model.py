@@ -11,7 +11,8 @@ they are the same memory and are added up.
                      at its bottom
     e2e_qp           packed integers of all blocks; scales with gradient, moments and copies; the input of
                      every block (or all activations), one block's activations, logits of a chunk of tokens
-    evaluate_*       one block in compute dtype, hidden states of all windows, logits of a chunk
+    evaluate_*       one block in compute dtype, on a GPU a second one on its way; hidden states of all
+                     windows, logits of a chunk
     activation store two streams of sequences x length x hidden in block_ap, one (the teacher's) in e2e_qp
     checkpoint       host memory: the copy of a training's state that a thread writes while training goes on
 """
@@ -84,10 +85,14 @@ def phase_memory(work: Workload, phase: str, constants: Constants = CONSTANTS) -
     if phase == "export":
         return Memory(outer | _export(work, constants))
     teacher = work.teacher_bytes() if phase == "evaluate_block_ap" and work.shares_teacher else 0
-    rounding = _rounding(work, constants) if phase == "evaluate_rtn" else {}
-    return Memory(
-        outer | _merge_peak(_evaluate(work, constants), rounding), work.evaluation_bytes() + teacher
-    )
+    parts = _evaluate(work, constants)
+    if phase == "evaluate_rtn":
+        rounding = _rounding(work, constants)
+        # A GPU rounds the next block while this one is passed.
+        parts = (
+            parts | {"the next block": sum(rounding.values())} if work.cuda else _merge_peak(parts, rounding)
+        )
+    return Memory(outer | parts, work.evaluation_bytes() + teacher)
 
 
 def _training_memory(work: Workload, parts: dict[str, int], stored: int, written: int, copies: int) -> Memory:
@@ -222,8 +227,11 @@ def _evaluate(work: Workload, constants: Constants) -> dict[str, int]:
     passing = compute * tokens * (3 * arch.intermediate + 6 * arch.hidden)
     if arch.eager_attention:
         passing += section.batch_size * arch.heads * section.sequence_length**2 * (2 * compute + 4)
+    # Packed, and unpacked while it is passed; on a GPU the next one is read meanwhile.
+    block = compute * arch.params_per_block + arch.linear_params_per_block * work.config.grid.bits // 8
     return {
-        "one block": compute * arch.params_per_block,
+        "one block": block,
+        **({"the next block": compute * arch.params_per_block} if work.cuda else {}),
         "activations or logits": max(
             passing + largest * constants.unpack_bytes,
             logits * (4 * constants.logits_evaluation + (compute if compute < 4 else 0)),
