@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig
 
+from engine.data.activations import ActivationStore, StoreKind, make_store
 from engine.models.causal_lm import CausalLM
 from engine.models.random_weights import RandomReader
 from engine.models.source import ModelSource
+from engine.quant.packed import PackedBlock, PackedWeight
 from engine.setup import device_name, package_versions
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""The scripts are for GPUs; on a CPU, with the shape "tiny", they show that they run."""
+GIB = 2**30
+
 SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
     "SmolLM2-135M": {
         "hidden_size": 576,
         "intermediate_size": 1536,
@@ -40,8 +57,41 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 
 
+@cache
+def random_block(shape: str) -> nn.Module:
+    """A block of that shape in host memory, float32. Random weights are slow to draw, so once has to do."""
+    return model(SHAPES[shape]).load_block(0, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def random_store(
+    kind: StoreKind, sequences: int, length: int, hidden: int, seed: int, path: Path | None = None
+) -> ActivationStore:
+    """An activation store with normal numbers."""
+    store = make_store(kind, (sequences, length, hidden), dtype(), DEVICE, path)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    for row in range(sequences):
+        store.write(row, torch.randn(1, length, hidden, device=DEVICE, generator=generator).to(dtype()))
+    return store
+
+
+def packed_like(block: nn.Module, names: Sequence[str]) -> PackedBlock:
+    """Random 2-bit integers in groups of 64, in the shapes of a block's linears."""
+    linears = {}
+    for name in names:
+        linear = block.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        out, inputs = linear.weight.shape
+        linears[name] = PackedWeight(
+            torch.randint(-(2**31), 2**31 - 1, (out, inputs // 16), dtype=torch.int32, device=DEVICE),
+            torch.full((out, inputs // 64), 0.8 * inputs**-0.5, dtype=torch.float16, device=DEVICE),
+            torch.ones(out, inputs // 64, dtype=torch.uint8, device=DEVICE),
+            2,
+        )
+    return PackedBlock(linears, {})
+
+
 def model(
-    shape: dict[str, int], device: torch.device, *, blocks: int = 1, vocabulary: int = 1024
+    shape: dict[str, int], device: torch.device = DEVICE, *, blocks: int = 1, vocabulary: int = 1024
 ) -> CausalLM:
     """A Llama of that shape with random weights; its blocks do not exist until they are loaded."""
     config = LlamaConfig(
@@ -49,7 +99,7 @@ def model(
     )
     config._attn_implementation = "sdpa"
     source = ModelSource("random", "random", config, RandomReader(config))
-    return CausalLM(source, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return CausalLM(source, device, dtype())
 
 
 @dataclass(frozen=True)
@@ -71,41 +121,130 @@ class Linears:
         )
 
 
+class Marks:
+    """What a training talks to; marks every step on the GPU's own time line."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+
+    def due(self) -> bool:
+        return False
+
+    def step_boundary(self, state: Any) -> None:
+        self.events.append(mark())
+
+    def warning(self, code: str, message: str, hint: str = "") -> None:
+        """A form that silently becomes a slower one must not be measured."""
+        raise RuntimeError(message)
+
+    def checkpoint_requested(self) -> None: ...
+
+    def expect_silence(self, seconds: float) -> None: ...
+
+    def metric(self, **values: Any) -> None: ...
+
+    def steps(self, skip: int = 8) -> list[float]:
+        """Milliseconds of every step but the first ones."""
+        synchronize()
+        marks = self.events[min(skip, max(0, len(self.events) - 3)) :]
+        return [between(a, b) for a, b in itertools.pairwise(marks)]
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def mark() -> Any:
+    """A moment on the device's time line."""
+    if DEVICE.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(begin: Any, end: Any) -> float:
+    """Milliseconds between two marks that have passed."""
+    return 1e3 * (end - begin) if isinstance(begin, float) else float(begin.elapsed_time(end))
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long ``work`` takes, what it has the device do included."""
+    synchronize()
+    begun = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - begun
+
+
 def milliseconds(work: Callable[[], object], repeat: int = 20) -> float:
-    """Median time of ``work`` on the GPU."""
+    """Median time of ``work`` on the device."""
     for _ in range(3):
         work()
     times = []
     for _ in range(repeat):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        begin = mark()
         work()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
+        end = mark()
+        synchronize()
+        times.append(between(begin, end))
     return statistics.median(times)
+
+
+def reset_peak() -> None:
+    """Forget the peak of allocated memory."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib(beside: int = 0) -> float:
+    """Peak of allocated GPU memory, without ``beside`` bytes."""
+    return (torch.cuda.max_memory_allocated() - beside) / GIB if DEVICE.type == "cuda" else 0.0
+
+
+def allocated() -> int:
+    """Bytes of GPU memory in use."""
+    return torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
+
+
+def median_of(values: Sequence[float], form: str = ".2f") -> str:
+    """For a table: the median, and the range of what was repeated."""
+    middle = format(statistics.median(values), form)
+    if len(values) < 2:
+        return middle
+    return f"{middle} ({min(values):{form}} to {max(values):{form}})"
 
 
 @cache
 def matrix_rate() -> float:
-    """FLOP/s of a large bfloat16 product of random numbers."""
-    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
-    return 2 * 8192**3 / milliseconds(lambda: a @ b) * 1e3
+    """FLOP/s of a large product of random numbers, bfloat16 on a GPU."""
+    size = 8192 if DEVICE.type == "cuda" else 512
+    a, b = (torch.randn(size, size, device=DEVICE).to(dtype()) for _ in range(2))
+    return 2 * size**3 / milliseconds(lambda: a @ b) * 1e3
 
 
 @cache
 def bandwidth() -> float:
     """Bytes/s of a large copy, read and written bytes counted."""
-    source = torch.randn(1 << 29, device="cuda")
+    source = torch.randn(1 << (29 if DEVICE.type == "cuda" else 22), device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.nbytes / milliseconds(lambda: target.copy_(source)) * 1e3
+
+
+def dtype() -> torch.dtype:
+    """Of the arithmetic."""
+    return torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
 @cache
 def attention_ms(batch: int, heads: int, kv_heads: int, length: int, head_dim: int, backward: bool) -> float:
     """Causal attention by torch's fastest kernel, and with ``backward`` its gradients."""
     q, k, v = (
-        torch.randn(batch, n, length, head_dim, device="cuda").bfloat16().requires_grad_(backward)
+        torch.randn(batch, n, length, head_dim, device=DEVICE).to(dtype()).requires_grad_(backward)
         for n in (heads, kv_heads, kv_heads)
     )
 
@@ -120,7 +259,7 @@ def attention_ms(batch: int, heads: int, kv_heads: int, length: int, head_dim: i
 def ceilings() -> str:
     """For the line below a table."""
     rate, copy = matrix_rate() / 1e12, bandwidth() / 1e12
-    return f"{rate:.0f} TFLOP/s in a bfloat16 product of 8192^3, {copy:.2f} TB/s in a copy"
+    return f"{rate:.4g} TFLOP/s in a large product, {copy:.3g} TB/s in a copy"
 
 
 def where() -> str:
@@ -129,7 +268,7 @@ def where() -> str:
     versions = ", ".join(
         f"{name} {packages[name]}" for name in ("torch", "transformers", "triton") if name in packages
     )
-    return f"{device_name(torch.device('cuda'))}; {versions}; {ceilings()}"
+    return f"{device_name(DEVICE)}; {versions}; {ceilings()}"
 
 
 def table(header: str, rows: list[list[str]]) -> None:

@@ -1,64 +1,90 @@
 """A micro-step of E2E-QP in all its forms, beside its floor, in the same run.
 
-    python benchmarks/e2e_step.py Llama-2-7B --layers 2
+    python benchmarks/e2e_step.py Llama-2-7B --layers 2 --profile
 
 The engine's own end-to-end training on packed blocks of random weights (w2g64), 4 sequences of 4096 tokens
 at a time, with and without recomputation of activations. What a layer costs is the difference between a model
 of so many layers and one of half as many; the rest is embedding, head and loss. The floor of a layer adds up
-the matrix products (6 or 8 for each weight and token) at the rate of a large one, and attention.
+the matrix products (6 or 8 for each weight and token) at the rate of a large one, and attention; that of the
+rest its products (4 for each number of the head and token, 6 with a teacher) and its logits (written, read
+twice and their gradient written, 2 bytes each).
+
+``--profile`` lists the kernels of a fast step that take longest.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import gc
 import statistics
 import sys
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent))
-from block_step import Marks
-from common import SHAPES, Linears, attention_ms, matrix_rate, model, table, where
+from common import (
+    DEVICE,
+    SHAPES,
+    Linears,
+    Marks,
+    attention_ms,
+    bandwidth,
+    dtype,
+    matrix_rate,
+    median_of,
+    model,
+    packed_like,
+    peak_gib,
+    random_block,
+    random_store,
+    reset_peak,
+    synchronize,
+    table,
+    where,
+)
 
-from engine.methods.e2e_qp import E2EData, train_scales
-from engine.quant.packed import Kernels, PackedBlock, PackedWeight
+from engine.methods.e2e_qp import E2EData, Teacher, train_scales
+from engine.quant.packed import Kernels
 from engine.run.config import E2EQPConfig
 
-
-def packed_like(weights: torch.nn.Module, names: tuple[str, ...]) -> PackedBlock:
-    """Random integers in the shapes of a block's linears."""
-    linears = {}
-    for name in names:
-        out, inputs = weights.get_submodule(name).weight.shape  # type: ignore[union-attr]
-        words = torch.randint(-(2**31), 2**31 - 1, (out, inputs // 16), dtype=torch.int32, device="cuda")
-        scale = torch.full((out, inputs // 64), 0.8 * inputs**-0.5, dtype=torch.float16, device="cuda")
-        zero = torch.ones(out, inputs // 64, dtype=torch.uint8, device="cuda")
-        linears[name] = PackedWeight(words, scale, zero, 2)
-    return PackedBlock(linears, {})
+SKIPPED = 3
+"""First steps, in which things are compiled and memory is found."""
 
 
-@functools.cache
-def first(shape: str) -> torch.nn.Module:
-    """A block of that shape; random weights are slow to draw, so once will do."""
-    return model(SHAPES[shape], torch.device("cuda")).load_block(0)
+class Profiled(Marks):
+    """Lists what a step in the middle spends the GPU's time on."""
+
+    def __init__(self, at: int | None) -> None:
+        super().__init__()
+        self._at = at
+        self._profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+
+    def step_boundary(self, state: object) -> None:
+        super().step_boundary(state)
+        if len(self.events) == self._at:
+            synchronize()
+            self._profile.start()
+        elif self._at is not None and len(self.events) == self._at + 1:
+            synchronize()
+            self._profile.stop()
+            key = "self_device_time_total" if DEVICE.type == "cuda" else "self_cpu_time_total"
+            print(self._profile.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=60))
 
 
 def measure(
-    args: argparse.Namespace, shape: str, layers: int, fast: bool, recompute: bool
+    args: argparse.Namespace, layers: int, fast: bool, recompute: bool, profiled: bool = False
 ) -> tuple[float, float]:
     """Median milliseconds of a micro-step, and the peak of allocated memory in GiB."""
-    device = torch.device("cuda")
-    lm = model(SHAPES[shape], device, blocks=layers, vocabulary=args.vocabulary)
+    lm = model(SHAPES[args.shape], blocks=layers, vocabulary=args.vocabulary)
     Kernels.on = False
-    if fast:
-        Kernels.switch_on(device)
+    if fast and DEVICE.type == "cuda":
+        Kernels.switch_on(DEVICE)
     blocks = []
     for index in range(layers):
-        block = copy.deepcopy(first(shape))
+        block = copy.deepcopy(random_block(args.shape)).to(DEVICE, dtype())
         blocks.append(packed_like(block, lm.linear_names(index)).install(block))
     config = E2EQPConfig(
         sequences=args.steps * args.batch,
@@ -66,63 +92,88 @@ def measure(
         sequence_length=args.length,
         batch_size=args.batch,
         micro_batch_size=args.batch,
-        loss="cross_entropy",
+        loss=args.loss,
         lr=1e-3,
-        activation_checkpointing=recompute,
     )
     tokens = torch.randint(0, args.vocabulary, (config.sequences, args.length))
-    marks = Marks(device)
-    torch.cuda.reset_peak_memory_stats()
-    data = E2EData(tokens, config.sequences, None)
-    train_scales(lm, blocks, data, config, seed=0, dtype=torch.bfloat16, progress=marks, compiles=fast)
-    torch.cuda.synchronize()
-    took = [a.elapsed_time(b) for a, b in zip(marks.events[2:], marks.events[3:], strict=False)]
-    peak = torch.cuda.max_memory_allocated() / 2**30
+    teacher = None
+    if args.loss == "kl":
+        teacher = Teacher(random_store("device", config.sequences, args.length, lm.hidden_size, 0))
+    marks = Profiled(args.steps - 2 if profiled else None)
+    reset_peak()
+    train_scales(
+        *(lm, blocks, E2EData(tokens, config.sequences, teacher), config),
+        seed=0,
+        dtype=dtype(),
+        progress=marks,
+        recompute=recompute,
+        compiles=fast,
+    )
+    took = marks.steps(SKIPPED)
+    peak = peak_gib()
     del lm, blocks
+    if teacher is not None:
+        teacher.close()
     gc.collect()
-    torch.cuda.empty_cache()
     return statistics.median(took), peak
 
 
+def floors(args: argparse.Namespace, recompute: bool) -> tuple[float, float]:
+    """Milliseconds of a layer, and of embedding, head and loss."""
+    sizes, tokens = Linears.of(SHAPES[args.shape]), args.batch * args.length
+    shapes = (args.batch, sizes.heads, sizes.kv_heads, args.length, sizes.head_dim)
+    attention = attention_ms(*shapes, backward=True)
+    if recompute:
+        attention += attention_ms(*shapes, backward=False)
+    layer = 1e3 * (8 if recompute else 6) * sizes.weights * tokens / matrix_rate() + attention
+    logits = tokens * args.vocabulary
+    taught = args.loss == "kl"
+    products = (6 if taught else 4) * logits * SHAPES[args.shape]["hidden_size"] / matrix_rate()
+    return layer, 1e3 * (products + 2 * (7 if taught else 4) * logits / bandwidth())
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("shape", nargs="?", default="Llama-2-7B", choices=list(SHAPES))
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--loss", choices=["cross_entropy", "kl"], default="cross_entropy")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--forms", nargs="*", choices=["plain", "fast"], default=["plain", "fast"])
+    parser.add_argument("--recompute", nargs="*", choices=["no", "yes"], default=["no", "yes"])
+    parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    sizes = Linears.of(SHAPES[args.shape])
-    tokens = args.batch * args.length
     rows = []
-    for fast in (False, True):
-        for recompute in (False, True):
-            half, whole = (
-                measure(args, args.shape, n, fast, recompute) for n in (args.layers // 2, args.layers)
-            )
-            layer = (whole[0] - half[0]) / (args.layers - args.layers // 2)
-            rest = whole[0] - args.layers * layer
-            shapes = (args.batch, sizes.heads, sizes.kv_heads, args.length, sizes.head_dim)
-            attention = attention_ms(*shapes, backward=True)
-            if recompute:
-                attention += attention_ms(*shapes, backward=False)
-            least = 1e3 * (8 if recompute else 6) * sizes.weights * tokens / matrix_rate() + attention
-            head = 1e3 * 4 * tokens * args.vocabulary * SHAPES[args.shape]["hidden_size"] / matrix_rate()
+    for form in args.forms:
+        for recompute in (choice == "yes" for choice in args.recompute):
+            layers, rest, peak = [], [], 0.0
+            for _ in range(args.repeat):
+                half, _ = measure(args, args.layers // 2, form == "fast", recompute)
+                whole, peak = measure(args, args.layers, form == "fast", recompute)
+                layers.append((whole - half) / (args.layers - args.layers // 2))
+                rest.append(whole - args.layers * layers[-1])
+            least, least_rest = floors(args, recompute)
             rows.append(
                 [
                     args.shape,
-                    "fast" if fast else "plain",
+                    form,
                     "yes" if recompute else "no",
-                    *(f"{value:.1f}" for value in (layer, least)),
-                    f"{layer / least:.2f}",
-                    *(f"{value:.1f}" for value in (rest, head)),
-                    f"{whole[1]:.2f}",
+                    median_of(layers, ".1f"),
+                    f"{least:.1f}",
+                    f"{statistics.median(layers) / least:.2f}",
+                    median_of(rest, ".1f"),
+                    f"{least_rest:.1f}",
+                    f"{peak:.2f}",
                 ]
             )
             print(rows[-1], file=sys.stderr, flush=True)
+            if args.profile and form == "fast":
+                measure(args, args.layers, True, recompute, profiled=True)
     table("block | form | recomputes | ms a layer | floor | ÷ floor | rest ms | its floor | peak GiB", rows)
-    print(where())
+    print(f"{args.batch} x {args.length} tokens, vocabulary {args.vocabulary}, {args.loss}; {where()}")
 
 
 if __name__ == "__main__":

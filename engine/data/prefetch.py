@@ -50,11 +50,14 @@ class Prefetcher:
         self._settle()
         self._expected = rows.tolist()
         if not self._waiting or len(self._waiting[0]) != len(rows):
+            self._stream.synchronize()  # a batch that nobody wanted may still be arriving
             shapes = [(len(rows), *store.shape[1:]) for store in self._stores]
             self._waiting = [
                 torch.empty(shape, dtype=store.dtype, device=self._device)
                 for shape, store in zip(shapes, self._stores, strict=True)
             ]
+            # New memory may have been somebody's whose work is not finished.
+            self._taken.record(torch.cuda.current_stream(self._device))
         for number in range(len(self._stores)):
             if self._threads is None:
                 self._fetch(number)
