@@ -36,10 +36,10 @@ def width_of(spans: Iterable[Span]) -> int:
 def cut(spans: Iterable[Span], width: int) -> Line:
     """A line of at most ``width`` cells; an ellipsis shows that something is missing."""
     spans = list(spans)
-    if width <= 0:
-        return []
     if width_of(spans) <= width:
         return spans
+    if width <= 0:
+        return []
     kept: Line = []
     room = width - 1
     for text, role in spans:

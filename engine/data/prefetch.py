@@ -16,6 +16,9 @@ from torch import Tensor
 
 from engine.data.activations import ActivationStore
 
+Rows = Tensor | range
+"""Positions of sequences in a store."""
+
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A host tensor on the device, without the host waiting for the copy."""
@@ -43,12 +46,12 @@ class Prefetcher:
             if any(store.kind == "disk" for store in stores):
                 self._threads = ThreadPoolExecutor(len(stores), thread_name_prefix="prefetch")
 
-    def expect(self, rows: Tensor) -> None:
+    def expect(self, rows: Rows) -> None:
         """``rows`` will be read next."""
         if not self._ahead:
             return
         self._settle()
-        self._expected = rows.tolist()
+        self._expected = _listed(rows)
         if not self._waiting or len(self._waiting[0]) != len(rows):
             self._stream.synchronize()  # a batch that nobody wanted may still be arriving
             shapes = [(len(rows), *store.shape[1:]) for store in self._stores]
@@ -77,11 +80,11 @@ class Prefetcher:
         for future in reading:
             future.result()
 
-    def read(self, rows: Tensor, targets: Sequence[Tensor]) -> None:
+    def read_into(self, rows: Rows, targets: Sequence[Tensor]) -> None:
         """The sequences ``rows`` of every store into ``targets``, ``[len(rows), T, H]`` on the device."""
         self._settle()
         expected, self._expected = self._expected, None
-        if expected is None or expected != rows.tolist():
+        if expected is None or expected != _listed(rows):
             for store, target in zip(self._stores, targets, strict=True):
                 store.read_into(rows, target)
         else:
@@ -94,6 +97,15 @@ class Prefetcher:
             # before is there. It does not wait for what is done with this batch.
             self._taken.record(torch.cuda.current_stream(self._device))
 
+    def read(self, rows: Rows) -> list[Tensor]:
+        """The same into new tensors."""
+        targets = [
+            torch.empty((len(rows), *store.shape[1:]), dtype=store.dtype, device=store.device)
+            for store in self._stores
+        ]
+        self.read_into(rows, targets)
+        return targets
+
     def close(self) -> None:
         """Stop reading ahead; nothing is under way any more."""
         if self._ahead:
@@ -104,6 +116,10 @@ class Prefetcher:
         if self._threads is not None:
             self._threads.shutdown()
         self._expected, self._waiting = None, []
+
+
+def _listed(rows: Rows) -> list[int]:
+    return list(rows) if isinstance(rows, range) else rows.tolist()
 
 
 class WriteBehind:
@@ -184,11 +200,9 @@ class InPlace:
 
     def read(self, rows: range, following: range) -> Tensor:
         """``[len(rows), T, H]`` on the device; ``following`` is what will be read next, if anything."""
-        shape = (len(rows), *self._store.shape[1:])
-        batch_BTH = torch.empty(shape, dtype=self._store.dtype, device=self._store.device)
-        self._reader.read(torch.tensor(rows), [batch_BTH])
+        (batch_BTH,) = self._reader.read(rows)
         if following:
-            self._reader.expect(torch.tensor(following))
+            self._reader.expect(following)
         return batch_BTH
 
     def write(self, start: int, tensor: Tensor) -> None:

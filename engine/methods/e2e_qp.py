@@ -46,9 +46,7 @@ class Teacher:
 
     def read(self, rows: Tensor) -> Tensor:
         """Hidden states ``[len(rows), T, H]`` of the given sequences, on the device."""
-        shape = (len(rows), *self.store.shape[1:])
-        hidden_BTH = torch.empty(shape, dtype=self.store.dtype, device=self.store.device)
-        self._prefetch.read(self._places(rows), [hidden_BTH])
+        (hidden_BTH,) = self._prefetch.read(self._places(rows))
         return hidden_BTH
 
     def expect(self, rows: Tensor) -> None:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from engine.data.prefetch import Prefetcher
 from engine.methods.fused import FusedStepper
 from engine.methods.graphed import Graphed
 from engine.methods.optimization import Stepper
@@ -53,7 +52,6 @@ class FastReconstruction(Reconstruction):
         self.on_failure = on_failure
         for linear in self.linears.values():
             linear.keep_quantized(dtype)
-        self._prefetch = Prefetcher((streams.quantized, streams.full))
 
     def stepper(self, settings: Settings) -> Stepper:
         self._stepper = FusedStepper(
@@ -82,13 +80,13 @@ class FastReconstruction(Reconstruction):
 
     def upcoming(self, rows: Tensor) -> None:
         if len(rows) == self._usual[0]:
-            self._prefetch.expect(rows)
+            super().upcoming(rows)
 
     def memory_is_short(self, micro_batch: int) -> None:
         self._begin(micro_batch)
 
     def close(self) -> None:
-        self._prefetch.close()
+        super().close()
         self._stepper.drop_gradients()
         self._graph.forget()
         self._inputs.clear()
@@ -120,7 +118,7 @@ class FastReconstruction(Reconstruction):
             stepper.sums_up = True
         if (len(rows), weight) != self._usual:
             return self._unusual(rows, weight)
-        self._prefetch.read(rows, self._inputs)
+        self.prefetch.read_into(rows, self._inputs)
         loss, gradients = self._graph() if self._ran else self._forward_backward()
         stepper.gradients = self._sums or gradients
         stepper.fixed = self._ran and (self._graph.recorded or bool(self._sums))
@@ -133,7 +131,7 @@ class FastReconstruction(Reconstruction):
 
     def _unusual(self, rows: Tensor, weight: float) -> Tensor:
         """A batch of another size: plainly, its gradients to where the others' would be."""
-        hidden, target = self.streams.quantized.read(rows), self.streams.full.read(rows)
+        hidden, target = self.prefetch.read(rows)
         loss, gradients = self._differentiate(hidden, target, weight, reconstruction_loss)
         if self._sums:
             self._stepper.gradients = self._sums

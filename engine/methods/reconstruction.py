@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from engine.data.prefetch import Prefetcher, Rows
 from engine.methods.optimization import ParameterGroup, autocast
 from engine.methods.training import Method
 from engine.quant.fake_linear import FakeQuantLinear, wrap_linears
@@ -87,9 +89,10 @@ class Reconstruction(Method):
         self.poll: Callable[[], None] = lambda: None
         self.train_loss: Callable[..., Tensor] = reconstruction_loss
         """What the steps minimise; compiled where that pays. Reports and validations stay plain."""
+        self.prefetch = Prefetcher((streams.quantized, streams.full))
 
-    def loss(self, rows: Tensor | slice, function: Callable[..., Tensor] = reconstruction_loss) -> Tensor:
-        hidden, target = self.streams.quantized.read(rows), self.streams.full.read(rows)
+    def loss(self, rows: Rows, function: Callable[..., Tensor] = reconstruction_loss) -> Tensor:
+        hidden, target = self.prefetch.read(rows)
         batch, length = hidden.shape[:2]
         arguments = self.lm.block_kwargs(self.index, batch, length, hidden.dtype)
         return function(self.block, hidden, arguments, target, self.config.loss, self.dtype)
@@ -99,8 +102,12 @@ class Reconstruction(Method):
         scale(loss).backward()
         return loss.detach()
 
+    def upcoming(self, rows: Tensor) -> None:
+        self.prefetch.expect(rows)
+
     def close(self) -> None:
         """Give back what only training needs."""
+        self.prefetch.close()
 
     def project(self) -> None:
         for linear in self.linears.values():
@@ -120,10 +127,12 @@ class Reconstruction(Method):
     def mean_loss(self, first: int, last: int, micro_batch: int) -> float:
         """Mean loss over sequences ``first`` to ``last``."""
         total = torch.zeros((), dtype=torch.float64, device=self.lm.device)
-        for start in range(first, last, micro_batch):
+        parts = [range(a, min(a + micro_batch, last)) for a in range(first, last, micro_batch)]
+        for rows, following in zip_longest(parts, parts[1:]):
             self.poll()
-            rows = slice(start, min(start + micro_batch, last))
-            total += self.loss(rows).double() * (rows.stop - rows.start)
+            total += self.loss(rows).double() * len(rows)
+            if following is not None:
+                self.prefetch.expect(following)
         return total.item() / (last - first)
 
 

@@ -66,7 +66,7 @@ def test_a_batch_that_was_not_expected_is_read_all_the_same(store: ActivationSto
     reader = Prefetcher((store, store))
     targets = [torch.empty(3, LENGTH, HIDDEN, device=DEVICE) for _ in range(2)]
     for read, expected in (([4, 2, 9], [1, 2, 3]), ([1, 2, 3], [7, 8, 22]), ([0, 22, 22], [5, 5, 5])):
-        reader.read(torch.tensor(read), targets)
+        reader.read_into(torch.tensor(read), targets)
         for target in targets:
             assert torch.equal(target.cpu(), values[read])
         reader.expect(torch.tensor(expected))
@@ -81,7 +81,7 @@ def test_what_is_written_before_a_batch_is_read_is_in_it(store: ActivationStore)
         reader = Prefetcher((store,))
         reader.expect(torch.arange(6))
         target = torch.empty(6, LENGTH, HIDDEN, device=DEVICE)
-        reader.read(torch.arange(6), [target])
+        reader.read_into(torch.arange(6), [target])
         reader.close()
         assert torch.equal(target.cpu(), values[:6])
 

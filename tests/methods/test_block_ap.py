@@ -265,12 +265,11 @@ class Poison:
     def __getattr__(self, name: str) -> object:
         return getattr(self.store, name)
 
-    def read(self, rows: Tensor | slice) -> Tensor:
-        value: Tensor = self.store.read(rows)  # type: ignore[attr-defined]
+    def read_into(self, rows: Tensor | range, target: Tensor) -> None:
+        self.store.read_into(rows, target)  # type: ignore[attr-defined]
         if isinstance(rows, Tensor) and self.count > 0:
             self.count -= 1
-            return torch.full_like(value, torch.nan)
-        return value
+            target.fill_(torch.nan)
 
 
 def poisoned(lm: CausalLM, count: int) -> Streams:

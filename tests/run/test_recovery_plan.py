@@ -280,7 +280,7 @@ def test_streams_that_do_not_fit_on_the_disk_are_recomputed(planned: Callable[..
     tight = msgspec.structs.replace(TWO_CORES, disk_free=roomy.disk_bytes - 1)
     found = planned("demo", "135m", tight)
     assert found.recovery.streams == "recomputed"
-    assert found.recovery.streams_reason == "not enough disk for 126 MiB of streams"
+    assert found.recovery.streams_reason == "not enough disk for 45 MiB of streams"
     assert found.problems == ()
     wanted = planned("demo", "135m", tight, runtime__streams="stored")
     assert [problem.hint for problem in wanted.problems] == ["runtime.streams = recomputed would fit"]

@@ -87,6 +87,7 @@ SPANS = st.lists(st.tuples(TEXT, st.just("")), max_size=5)
 
 
 @given(SPANS, st.integers(0, 50))
+@example([("🏻", "")], 0)  # takes no cell of its own
 def test_cut_and_fit_keep_to_the_width(spans: list[tuple[str, str]], width: int) -> None:
     assert width_of(cut(spans, width)) <= width
     assert width_of(fit(spans, width)) == width
