@@ -13,8 +13,8 @@ if not glob.glob("/dev/nvidia[0-9]*"):
 
 from hypothesis import HealthCheck, settings
 
-# Other tests run beside: how long one example takes says nothing. Where a failure would stop others' work, the
-# examples are the same every time; everywhere else they are new ones.
+# Other tests run beside: how long one example takes says nothing. Where a failure would stop others' work,
+# the examples are the same every time; everywhere else they are new ones.
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("shared"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "shared")

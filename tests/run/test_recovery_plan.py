@@ -276,11 +276,12 @@ def test_streams_are_stored_where_that_is_wanted_and_never_where_it_is_not(
 
 
 def test_streams_that_do_not_fit_on_the_disk_are_recomputed(planned: Callable[..., Plan]) -> None:
-    roomy = planned("demo", "135m", TWO_CORES)
+    more = {f"{part}__sequences": "52" for part in ("block_ap", "e2e_qp")}
+    roomy = planned("demo", "135m", TWO_CORES, **more)
     tight = msgspec.structs.replace(TWO_CORES, disk_free=roomy.disk_bytes - 1)
-    found = planned("demo", "135m", tight)
+    found = planned("demo", "135m", tight, **more)
     assert found.recovery.streams == "recomputed"
-    assert found.recovery.streams_reason == "not enough disk for 45 MiB of streams"
+    assert found.recovery.streams_reason == "not enough disk for 126 MiB of streams"
     assert found.problems == ()
     wanted = planned("demo", "135m", tight, runtime__streams="stored")
     assert [problem.hint for problem in wanted.problems] == ["runtime.streams = recomputed would fit"]
