@@ -283,7 +283,7 @@ def test_streams_that_do_not_fit_on_the_disk_are_recomputed(planned: Callable[..
     assert found.recovery.streams == "recomputed"
     assert found.recovery.streams_reason == "not enough disk for 126 MiB of streams"
     assert found.problems == ()
-    wanted = planned("demo", "135m", tight, runtime__streams="stored")
+    wanted = planned("demo", "135m", tight, **more, runtime__streams="stored")
     assert [problem.hint for problem in wanted.problems] == ["runtime.streams = recomputed would fit"]
 
 
