@@ -19,7 +19,9 @@ import errno
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -65,15 +67,53 @@ class Checkpoints:
         ``beside`` are bytes and seconds that were spent on files of the checkpoint before.
         """
 
-        def publish() -> Committed:
-            for name, tensors in (entries or {}).items():
-                self.store.put(name, tensors)
-            return self.store.commit()
-
-        needed = sum(_bytes(tensors) for tensors in (entries or {}).values())
-        done = self.patiently(publish, needed)
+        done = self.patiently(lambda: self._publish(entries or {}), _needed(entries or {}))
         done = Committed(done.generation, done.bytes + beside[0], done.seconds + beside[1])
         self.say(done, phase, block)
+
+    @contextmanager
+    def committing(
+        self, phase: events.Phase, block: int, entries: Mapping[str, Mapping[str, Tensor]]
+    ) -> Iterator[None]:
+        """:meth:`commit` by a thread, beside what happens in the context, which must not use the store.
+
+        It is done when the context ends, however that ends; only an abort does not wait. A full disk is
+        waited for then.
+        """
+        done: Future[Committed] = Future()
+
+        def work() -> None:
+            try:
+                done.set_result(self._publish(entries))
+            except BaseException as failure:
+                done.set_exception(failure)
+
+        began = time.monotonic()
+        thread = threading.Thread(target=work, name="commit", daemon=True)
+        thread.start()
+        try:
+            yield
+        except StopRequested as stop:
+            if not stop.abort:
+                thread.join()
+            raise
+        except BaseException:
+            thread.join()
+            raise
+        meanwhile = time.monotonic() - began
+        failure = done.exception()
+        if failure is not None:
+            if not _disk_is_full(failure):
+                raise failure
+            self.commit(phase, block, entries)
+            return
+        waited = time.monotonic() - began - meanwhile
+        self.say(done.result(), phase, block, waited=waited)
+
+    def _publish(self, entries: Mapping[str, Mapping[str, Tensor]]) -> Committed:
+        for name, tensors in entries.items():
+            self.store.put(name, tensors)
+        return self.store.commit()
 
     def say(
         self,
@@ -287,6 +327,10 @@ def restore_random_state(tensors: Mapping[str, Tensor], device: torch.device) ->
     torch.set_rng_state(tensors["random.cpu"])
     if device.type == "cuda" and "random.cuda" in tensors:
         torch.cuda.set_rng_state(tensors["random.cuda"], device)
+
+
+def _needed(entries: Mapping[str, Mapping[str, Tensor]]) -> int:
+    return sum(_bytes(tensors) for tensors in entries.values())
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

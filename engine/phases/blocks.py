@@ -4,7 +4,7 @@ A stream is a function of the text and of the blocks before it, so it need not b
 run brings both streams to the first unfinished block: from the files of the last stored border, where the
 plan has them stored, else from the text; then through the finished blocks, by the code that did it first.
 
-A finished block is committed before the quantized stream passes it. From then on nothing of it can be lost: a
+A finished block is committed while the quantized stream passes it. From then on nothing of it can be lost: a
 kill in the middle of the passage costs the passage.
 """
 
@@ -104,7 +104,9 @@ class _BlockPhase:
         block = self.job.lm.load_block(index, dtype=torch.float32)
         pass_through(self.job, index, block, "full", streams.full, self.dtype)
         self.job.packed(index).install(block)
-        self._leave(index, block, streams)
+        if index + 1 < self.job.blocks:
+            pass_through(self.job, index, block, "quantized", streams.quantized, self.dtype)
+        self._leave(index + 1, streams)
 
     def _train(self, index: int, streams: Streams) -> None:
         job = self.job
@@ -131,11 +133,11 @@ class _BlockPhase:
                 compiles=job.plan.compiles,
             )
         del snapshot
-        self._commit(index, result)
-        self._leave(index, block, streams)
+        self._commit(index, block, result, streams)
 
-    def _commit(self, index: int, result: BlockResult) -> None:
-        store = self.job.store
+    def _commit(self, index: int, block: torch.nn.Module, result: BlockResult, streams: Streams) -> None:
+        """Publish the block while the quantized stream passes it."""
+        job, store = self.job, self.job.store
         losses: dict[str, Any] = {
             "initial_loss": result.initial_loss,
             "final_loss": result.final_loss,
@@ -145,16 +147,21 @@ class _BlockPhase:
         if result.micro_batch < self.config.batch_size:
             store.remember(MICRO_BATCH, result.micro_batch)
         forget_snapshot(store)
-        self.job.checkpoints.commit("block_ap", index, {block_entry(index): result.packed.tensors()})
-        self.job.report.block_finished(**losses)
+        entries = {block_entry(index): result.packed.tensors()}
+        committing = job.checkpoints.committing("block_ap", index, entries)
+        if index + 1 == job.blocks:
+            with committing:
+                pass
+        else:
+            pass_through(job, index, block, "quantized", streams.quantized, self.dtype, committing)
+        job.report.block_finished(**losses)
+        self._leave(index + 1, streams)
 
-    def _leave(self, index: int, block: torch.nn.Module, streams: Streams) -> None:
-        """The quantized stream passes the finished block (nobody needs it behind the last one), and both are
-        stored where the plan wants it."""
-        job, border = self.job, index + 1
+    def _leave(self, border: int, streams: Streams) -> None:
+        """Both streams, which have passed so many blocks, are stored where the plan wants it."""
+        job = self.job
         if border == job.blocks:
             return
-        pass_through(job, index, block, "quantized", streams.quantized, self.dtype)
         recovery = job.plan.recovery
         if recovery.streams == "stored" and border % recovery.streams_every == 0:
             store_at(job, border, {"full": streams.full, "quantized": streams.quantized})

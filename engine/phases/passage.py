@@ -8,6 +8,7 @@ only, that is remembered and done the same way again.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
 import torch
@@ -26,12 +27,19 @@ STREAM_SILENCE = 600.0
 
 
 def pass_through(
-    job: Job, index: int, block: nn.Module, name: str, stream: ActivationStore, dtype: torch.dtype
+    job: Job,
+    index: int,
+    block: nn.Module,
+    name: str,
+    stream: ActivationStore,
+    dtype: torch.dtype,
+    beside: AbstractContextManager[None] | None = None,
 ) -> None:
-    """The stream called ``name`` through block ``index``, in place."""
+    """The stream called ``name`` through block ``index``, in place; ``beside`` is entered meanwhile."""
     fact = f"halvings-{name}"
     passage = Passage(job.config.block_ap.batch_size, job.store.fact(fact) or ())
-    advance(job.lm, index, block, stream, passage, dtype, job.report)
+    with beside or nullcontext():
+        advance(job.lm, index, block, stream, passage, dtype, job.report)
     if passage.halvings:
         job.store.remember(fact, [list(halving) for halving in passage.halvings])
 

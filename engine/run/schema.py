@@ -164,7 +164,7 @@ class EvaluationConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields
     """Tokens per window (context)."""
     windows: int = 0
     """At most this many windows; 0 takes the whole text."""
-    batch_size: int = 1
+    batch_size: int = 4
     """Windows per forward pass."""
     tasks: tuple[str, ...] = ()
     """Zero-shot tasks: winogrande, piqa, hellaswag, arc_easy, arc_challenge, or .jsonl files of questions."""

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from engine.quant.fake_linear import FakeQuantLinear, freeze_block, wrap_linears
 from engine.quant.grid import dequantize
-from engine.quant.packed import PackedBlock, PackedLinear, PackedWeight
+from engine.quant.packed import PackedBlock, PackedLinear, PackedWeight, unpacked
 from engine.run.config import GridConfig
 
 
@@ -132,3 +132,29 @@ def test_projection_keeps_scales_positive_and_zero_points_in_range() -> None:
     assert torch.equal(fake.scale, floor)
     assert (floor > 0).all()
     assert fake.zero_point.unique().tolist() == [3.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_unpacked_layer_computes_the_same_bits_and_is_packed_again_afterwards(dtype: torch.dtype) -> None:
+    layer, x = PackedLinear(random_packed(3, 3)), torch.randn(5, 96).to(dtype)
+    layer.scale.requires_grad_(True)
+    with torch.no_grad():
+        expected = layer(x)
+        with unpacked(nn.Sequential(layer), dtype):
+            assert torch.equal(layer(x), expected)
+            # It was made once: the packed words are not looked at.
+            layer.words.zero_()
+            assert torch.equal(layer(x), expected)
+        assert not torch.equal(layer(x), expected)
+    assert layer.unpacked is None
+
+
+def test_an_unpacked_layer_still_learns_from_its_packed_weight() -> None:
+    layer, x = PackedLinear(random_packed(3, 3)), torch.randn(5, 96)
+    layer.scale.requires_grad_(True)
+    layer(x).square().sum().backward()
+    assert layer.scale.grad is not None
+    expected, layer.scale.grad = layer.scale.grad, None
+    with unpacked(nn.Sequential(layer), torch.float32):
+        layer(x).square().sum().backward()
+    assert torch.equal(layer.scale.grad, expected)

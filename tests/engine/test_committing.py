@@ -1,0 +1,126 @@
+"""A block is published beside other work, and whatever ends that work does not undo it."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from engine_runs import E, of
+
+from engine.checkpoint import CheckpointStore
+from engine.checkpointer import Checkpoints
+from engine.reporter import Reporter
+from engine.run import events
+from engine.run.config import ModelConfig, RunConfig, RuntimeConfig
+from engine.run.directory import RunDirectory
+from engine.run.errors import EqatError, ExitCode, StopRequested
+
+IDENTITY = {"what": "test"}
+ENTRIES = {"block-000": {"words": torch.arange(1000, dtype=torch.int32)}}
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Iterator[Checkpoints]:
+    run = RunDirectory.create(tmp_path, RunConfig(model=ModelConfig(source="random://tiny-llama")))
+    report = Reporter(run, 1, torch.device("cpu"))
+    report.begin(["block_ap"], {"block_ap": 1.0})
+    yield Checkpoints(CheckpointStore(run.checkpoints_dir, IDENTITY), report, RuntimeConfig())
+    report.close()
+
+
+def published(checkpoints: Checkpoints) -> bool:
+    """As another process would find it."""
+    store = CheckpointStore(checkpoints.store.directory, IDENTITY)
+    return "block-000" in store and torch.equal(
+        store.get("block-000")["words"], ENTRIES["block-000"]["words"]
+    )
+
+
+def told(checkpoints: Checkpoints, kind: type[E]) -> list[E]:
+    checkpoints.report.events.close()
+    return of(checkpoints.report.run, kind)
+
+
+def test_it_is_written_beside_what_happens_in_the_context(checkpoints: Checkpoints) -> None:
+    here: set[str] = set()
+    real = checkpoints.store.put
+
+    def put(name: str, tensors: object) -> None:
+        here.add(threading.current_thread().name)
+        real(name, tensors)  # type: ignore[arg-type]
+
+    checkpoints.store.put = put  # type: ignore[method-assign, assignment]
+    with checkpoints.committing("block_ap", 0, ENTRIES):
+        pass
+    assert here == {"commit"}
+    assert published(checkpoints)
+    (event,) = told(checkpoints, events.CheckpointCommitted)
+    assert (event.block, event.generation) == (0, 1)
+
+
+@pytest.mark.parametrize("end", [StopRequested(), KeyError("a bug")])
+def test_what_ends_the_work_does_not_undo_it(checkpoints: Checkpoints, end: Exception) -> None:
+    def work() -> None:
+        with checkpoints.committing("block_ap", 0, ENTRIES):
+            raise end
+
+    with pytest.raises(type(end)):
+        work()
+    assert published(checkpoints)
+
+
+def test_an_abort_does_not_wait(checkpoints: Checkpoints) -> None:
+    goes_on = threading.Event()
+    real = checkpoints.store.commit
+
+    def commit() -> object:
+        goes_on.wait(10)
+        return real()
+
+    def work() -> None:
+        with checkpoints.committing("block_ap", 0, ENTRIES):
+            raise StopRequested(abort=True, exit_code=ExitCode.ABORTED)
+
+    checkpoints.store.commit = commit  # type: ignore[method-assign, assignment]
+    with pytest.raises(StopRequested):
+        work()
+    assert not published(checkpoints)
+    goes_on.set()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_full_disk_is_waited_for(
+    checkpoints: Checkpoints, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failed = checkpoints.store.commit, 0
+
+    def commit() -> object:
+        nonlocal failed
+        if failed < times:
+            failed += 1
+            raise EqatError("no room", exit_code=ExitCode.DISK_FULL) from OSError(errno.ENOSPC, "no room")
+        return real()
+
+    monkeypatch.setattr("engine.checkpointer.TRY_AGAIN_SECONDS", 0.0)
+    checkpoints.store.commit = commit  # type: ignore[method-assign, assignment]
+    with checkpoints.committing("block_ap", 0, ENTRIES):
+        pass
+    assert published(checkpoints)
+    assert len(told(checkpoints, events.Warning)) == times - 1
+
+
+def test_another_failure_is_raised(checkpoints: Checkpoints) -> None:
+    def commit() -> object:
+        raise EqatError("broken", exit_code=ExitCode.IDENTITY)
+
+    def work() -> None:
+        with checkpoints.committing("block_ap", 0, ENTRIES):
+            pass
+
+    checkpoints.store.commit = commit  # type: ignore[method-assign, assignment]
+    with pytest.raises(EqatError, match="broken"):
+        work()
