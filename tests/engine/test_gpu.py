@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from engine_runs import of, run_here
@@ -15,16 +16,18 @@ from engine.data.activations import StoreKind, make_store
 from engine.data.sampler import BatchSampler
 from engine.methods.advance import Passage, advance
 from engine.methods.block_ap import BlockResult, train_block
+from engine.methods.e2e_qp import E2EData, Teacher, train_scales
 from engine.methods.optimization import Diverged, Snapshot
 from engine.methods.reconstruction import Streams
+from engine.methods.rtn import round_to_nearest
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.quant.grid import fake_quantize, initial_range, quantize
-from engine.quant.packed import PackedLinear, PackedWeight
+from engine.quant.packed import Kernels, PackedLinear, PackedWeight
 from engine.quant.packing import bitpack, bitunpack
 from engine.run import config as configs
 from engine.run import events
-from engine.run.config import GridConfig
+from engine.run.config import GridConfig, ModelConfig
 from engine.run.directory import RunDirectory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -179,6 +182,9 @@ class Listening:
     def step_boundary(self, state: Callable[[], Snapshot]) -> None:
         pass
 
+    def expect_silence(self, seconds: float) -> None:
+        pass
+
 
 def trained_block(device: torch.device, dtype: torch.dtype, bits: int = 3) -> tuple[BlockResult, Listening]:
     config = configs.resolve(configs.load("smoke"))
@@ -247,11 +253,66 @@ def test_a_non_finite_step_is_found_on_the_device_and_not_applied() -> None:
         stepper.check(2)
 
 
+def trained_scales(
+    kernels: bool, compiles: bool, recompute: bool, kind: StoreKind, folder: Path, dtype: torch.dtype
+) -> tuple[Tensor, list[float]]:
+    """End-to-end training of the smallest model; all scales in a row, and the losses."""
+    config = msgspec.structs.replace(configs.resolve(configs.load("smoke")).e2e_qp, epochs=3)
+    lm = CausalLM(ModelSource.open(ModelConfig(source="random://tiny-llama")), GPU, torch.float32)
+    grid = GridConfig(bits=3, group_size=32)
+    packed = [round_to_nearest(lm.load_block(i), lm.linear_names(i), grid) for i in range(lm.blocks)]
+    blocks = [block.install(lm.load_block(i, dtype=dtype)) for i, block in enumerate(packed)]
+    ids = torch.randint(0, lm.vocab_size, (20, 32), generator=torch.Generator().manual_seed(0))
+    store = make_store(kind, (20, 32, lm.hidden_size), dtype, GPU, path=folder / "teacher.bin")
+    store.write(0, torch.randn(20, 32, lm.hidden_size, generator=torch.Generator().manual_seed(1)))
+    heard = Listening()
+    before, Kernels.on = Kernels.on, False
+    try:
+        if kernels:
+            Kernels.switch_on(GPU)
+        train_scales(
+            *(lm, blocks, E2EData(ids, 16, Teacher(store)), config),
+            seed=0,
+            dtype=dtype,
+            progress=heard,
+            recompute=recompute,
+            compiles=compiles,
+        )
+    finally:
+        Kernels.on = before
+        store.close()
+    assert not heard.warnings
+    scales = [m.scale.detach().flatten() for b in blocks for m in b.modules() if isinstance(m, PackedLinear)]
+    return torch.cat(scales), heard.losses
+
+
+@pytest.mark.parametrize("kind", ["device", "host", "disk"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_end_to_end_training_is_the_same_with_kernels_and_compiled(
+    dtype: torch.dtype, recompute: bool, kind: StoreKind, tmp_path: Path
+) -> None:
+    plain, losses = trained_scales(False, False, True, "device", tmp_path, dtype)
+    fast, fast_losses = trained_scales(True, True, recompute, kind, tmp_path, dtype)
+    tolerance = 1e-3 if dtype == torch.float32 else 2e-2
+    assert fast_losses == pytest.approx(losses, rel=tolerance)
+    assert (fast - plain).norm() < 10 * tolerance * plain.norm()
+
+
 # -- whole runs ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("dtype", "store"), [("auto", "device"), ("float32", "host"), ("float16", "disk"), ("bfloat16", "host")]
+    ("dtype", "store"),
+    [
+        ("auto", "device"),
+        ("float32", "host"),
+        ("float32", "disk"),
+        ("float16", "device"),
+        ("float16", "disk"),
+        ("bfloat16", "host"),
+        ("bfloat16", "disk"),
+    ],
 )
 def test_a_whole_run_completes_on_the_gpu_and_agrees_with_the_cpu(make: Make, dtype: str, store: str) -> None:
     settings = {"block_ap.sequences": 16, "block_ap.epochs": 2, "runtime.activation_store": store}
