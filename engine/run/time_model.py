@@ -97,7 +97,7 @@ def phase_seconds(
     )
     seconds = load + flops / rates.flops + arch.blocks * batches * rates.block_launch / 3
     if phase != "evaluate_fp":
-        seconds += arch.blocks * batches * arch.linear_params_per_block * rates.unpack_per_weight
+        seconds += arch.blocks * arch.linear_params_per_block * rates.unpack_per_weight
     return seconds
 
 
@@ -225,7 +225,7 @@ def _passage_seconds(work: Workload, rates: Speed) -> float:
     batches = math.ceil(sequences / section.batch_size)
     tokens = sequences * section.sequence_length
     compute = 2 * tokens * _forward_flops(arch, section.sequence_length) / rates.flops
-    unpacking = batches * arch.linear_params_per_block * rates.unpack_per_weight
+    unpacking = arch.linear_params_per_block * rates.unpack_per_weight
     return compute + unpacking + 2 * batches * rates.block_launch / 3
 
 

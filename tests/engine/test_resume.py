@@ -110,6 +110,7 @@ def test_blocks_rounded_without_training_are_restored_too(make: Make) -> None:
 # -- asked to stop -------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_sigterm_stops_at_a_step_and_the_run_can_be_resumed(
     make: Make, engine: Engine, uninterrupted: dict[str, str]
 ) -> None:

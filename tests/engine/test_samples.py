@@ -214,6 +214,7 @@ def test_memory_that_runs_out_costs_one_model_its_text_and_not_the_other(finishe
     assert not trained.problem
 
 
+@pytest.mark.alone
 def test_a_stop_while_a_text_is_written_is_heard_and_costs_the_run_nothing(finished: RunDirectory) -> None:
     export, checkpoints = exported(finished), files(finished.checkpoints_dir)
     asked: list[float] = []

