@@ -109,15 +109,16 @@ def resume(run: RunDirectory, overrides: Mapping[str, str], *, detach: bool, as_
     """Start the engine again on a run that is not over, with other operational settings, if given."""
     state = run_state(run)
     if state in ("running", "hung"):
-        raise UsageError(f"is {state}", where=run.id, hint=f"eqat attach {run.id} follows it")
+        raise UsageError(f"is {state}", where=run.id, hint=f"eqat attach {typed(run)} follows it")
     if state == "done":
-        raise UsageError("is done already", where=run.id, hint=f"eqat show {run.id} shows the result")
+        raise UsageError("is done already", where=run.id, hint=f"eqat show {typed(run)} shows the result")
     for name in overrides:
         if name in configs.field_names() and not configs.is_operational(name):
             raise UsageError(
                 "decides what is computed, so this run cannot go on with another value",
                 where=name,
-                hint=f"eqat resume {run.id} --from-block K --set ... trains blocks K... again, in a new run",
+                hint=f"eqat resume {typed(run)} --from-block K --set ... trains blocks K... again, in a new "
+                "run",
             )
     configs.validate(configs.resolve(configs.apply_overrides(run.config(), overrides)))
     args = [part for name, value in overrides.items() for part in ("--set", f"{name}={value}")]
@@ -135,21 +136,28 @@ def redo(
     return start(made, detach=detach, as_json=as_json)
 
 
+def typed(run: RunDirectory) -> str:
+    """What to type for ``run`` here: its id where runs are looked for, else its path."""
+    found = default_runs_dir() / run.id
+    return run.id if found.exists() and found.samefile(run.path) else shorten(run.path)
+
+
 def stop(run: RunDirectory, *, abort: bool, wait: bool) -> int:
     """Ask the engine to stop or to abort."""
     state = run_state(run)
     if state not in LIVE:
         raise UsageError(f"is not running ({state})", where=run.id)
     control.request(run, "abort" if abort else "stop")
-    then = "" if wait else f"; eqat resume {run.id} goes on"
+    then = "" if wait else f"; eqat resume {typed(run)} goes on"
     say(f"asked {run.id} to {'abort' if abort else 'stop'}{then}")
     if state == "hung":
-        say(f"it gives no sign of life; eqat stop {run.id} --kill ends it, and what is checkpointed is kept")
+        kills = f"eqat stop {typed(run)} --kill"
+        say(f"it gives no sign of life; {kills} ends it, and what is checkpointed is kept")
     if wait:
         while state in LIVE:
             time.sleep(0.2)
             state = run_state(run)
-        then = "" if state == "done" else f"; eqat resume {run.id} goes on"
+        then = "" if state == "done" else f"; eqat resume {typed(run)} goes on"
         say(f"{run.id} is {state}{then}")
     return ExitCode.DONE
 
@@ -157,7 +165,7 @@ def stop(run: RunDirectory, *, abort: bool, wait: bool) -> int:
 def kill(run: RunDirectory) -> int:
     """End an engine that does not answer, and return when it is gone."""
     pid = kill_engine(run)
-    say(f"killed process {pid}; what was checkpointed is kept: eqat resume {run.id} goes on")
+    say(f"killed process {pid}; what was checkpointed is kept: eqat resume {typed(run)} goes on")
     return ExitCode.DONE
 
 
@@ -204,7 +212,7 @@ def follow(
     try:
         code = follower.follow(start=engine, on_interrupt="leave" if engine is None else "stop")
     except Left:
-        say(f"left; the engine goes on: eqat attach {run.id}, eqat stop {run.id}")
+        say(f"left; the engine goes on: eqat attach {typed(run)}, eqat stop {typed(run)}")
         return ExitCode.DONE if engine is None else ExitCode.ABORTED
     shown = show(run)
     if as_json:
@@ -214,11 +222,11 @@ def follow(
     elif shown["exports"] or any(value is not None for value in shown["perplexity"].values()):
         print(report(shown, with_error=False))  # the display has told the error
     if code == ExitCode.STOPPED:
-        say(f"stopped; eqat resume {run.id} goes on")
+        say(f"stopped; eqat resume {typed(run)} goes on")
     elif code in (ExitCode.ABORTED, ExitCode.TERMINATED):
-        say(f"aborted; eqat resume {run.id} goes on from its last checkpoint")
+        say(f"aborted; eqat resume {typed(run)} goes on from its last checkpoint")
     elif code != ExitCode.DONE:
         if code == ExitCode.BUG:
             say(f"log: {shorten(log_path(run, follower.state.attempt))}")
-        say(f"what was checkpointed is kept: eqat resume {run.id} goes on")
+        say(f"what was checkpointed is kept: eqat resume {typed(run)} goes on")
     return code

@@ -7,10 +7,11 @@ so: only then is everything it wrote on the disk.
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Literal
 
@@ -215,6 +216,9 @@ def print_tail(run: RunDirectory, code: int | None, display: Display, lines: int
         display.note(f"  {line}")
     if code in (None, -signal.SIGKILL):
         display.note("it was probably killed: by somebody, or by the kernel for want of memory (see dmesg)")
+    with suppress(OSError):
+        if not shutil.disk_usage(run.path).free:
+            display.note("the disk is full, so it could not even say so: free some space and start it again")
 
 
 def _signal_name(number: int) -> str:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import signal
 import time
 from typing import Literal, get_args
 
 import msgspec
 
 from engine.run.directory import FOLDER_MODE, RunDirectory
-from engine.run.errors import UsageError
+from engine.run.errors import EqatError, ExitCode, UsageError
 from engine.run.files import atomic_write_json, disk_error
+from engine.run.lock import holder, opened_by
 
 Action = Literal["stop", "abort"]
 
@@ -34,17 +36,36 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def request(run: RunDirectory, action: Action) -> str:
-    """Ask for ``action``; the id that its acknowledgement will carry."""
+    """Ask for ``action``; the id that its acknowledgement will carry. On a full disk it is asked by signal,
+    which nobody acknowledges."""
     if action not in get_args(Action):
         raise UsageError(f"cannot be {action!r}", where="request", hint="stop or abort")
     name = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
-    try:
-        run.control_dir.mkdir(mode=FOLDER_MODE, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, run.control_dir) from error
     made = Request(id=name, request=action, t=time.time(), pid=os.getpid())
-    atomic_write_json(run.control_dir / f"{name}.json", made)
+    try:
+        try:
+            run.control_dir.mkdir(mode=FOLDER_MODE, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, run.control_dir) from error
+        atomic_write_json(run.control_dir / f"{name}.json", made)
+    except EqatError as error:
+        # A full disk is when somebody may well want to stop a run, and it has no room for the file.
+        if error.exit_code != ExitCode.DISK_FULL or not _signal(run, action):
+            raise
     return name
+
+
+def _signal(run: RunDirectory, action: Action) -> bool:
+    """Ask by signal, where the engine is a process of this machine; two different ones mean abort."""
+    pid = holder(run.lock_path)
+    if not pid or not opened_by(run.lock_path, pid):
+        return False
+    try:
+        for number in (signal.SIGTERM,) if action == "stop" else (signal.SIGTERM, signal.SIGINT):
+            os.kill(pid, number)
+    except OSError:
+        return False
+    return True
 
 
 def pending(run: RunDirectory) -> list[Request]:

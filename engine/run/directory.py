@@ -21,9 +21,9 @@ from typing import Any, Literal
 import msgspec
 
 from engine.run.config import RunConfig, absolute_paths, load, to_toml
-from engine.run.errors import EqatError, PreflightError, UsageError
+from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.events import AnyEvent, Outcome, RunFinished, RunStarted, tail_events
-from engine.run.files import atomic_write, atomic_write_json, disk_error, read_error
+from engine.run.files import atomic_write, atomic_write_json, disk_error, overwrite_in_place, read_error
 from engine.run.lock import RunLock, holder, is_held
 
 __all__ = [
@@ -259,10 +259,19 @@ def _made(run: RunDirectory) -> tuple[str, int]:
 
 
 def write_status(run: RunDirectory, status: Status) -> bool:
-    """Replace ``status.json``. A heartbeat must not end a run, so a failure is only returned as False."""
+    """Replace ``status.json``. A heartbeat must not end a run, so a failure is only returned as False.
+
+    A full disk has no room for a new file, but the old one's place is there: without a heartbeat a run that
+    waits for room would seem to hang.
+    """
+    status = msgspec.structs.replace(status, pid=status.pid or os.getpid())
     try:
-        atomic_write_json(run.status_path, msgspec.structs.replace(status, pid=status.pid or os.getpid()))
-    except (EqatError, OSError):
+        atomic_write_json(run.status_path, status)
+    except EqatError as error:
+        return error.exit_code == ExitCode.DISK_FULL and overwrite_in_place(
+            run.status_path, msgspec.json.encode(status)
+        )
+    except OSError:
         return False
     return True
 

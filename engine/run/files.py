@@ -57,6 +57,24 @@ def atomic_write_json(path: str | os.PathLike[str], value: Mapping[str, Any] | m
     atomic_write(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
 
 
+def overwrite_in_place(path: Path, data: bytes) -> bool:
+    """Put JSON where a small file is, if that takes no more room than it has; readers see all of it or none,
+    since it is one write. Not durable."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        there = os.fstat(fd)
+        if len(data) > there.st_blocks * 512:
+            return False
+        return os.pwrite(fd, data.ljust(there.st_size), 0) >= len(data)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+
+
 def sync_directory(path: Path) -> None:
     """Make a rename in ``path`` durable, where the file system can."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,8 +16,8 @@ import pytest
 
 from engine.run import config as configs
 from engine.run import control, launch
-from engine.run.directory import RunDirectory, run_state
-from engine.run.errors import PreflightError, UsageError
+from engine.run.directory import RunDirectory, Status, read_status, run_state, write_status
+from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.lock import RunLock, holder, is_held, opened_by
 from engine.run.state import load_state
 
@@ -336,3 +337,85 @@ def test_engine_of_the_working_directory_is_not_taken_for_ours(run: RunDirectory
     environment = {**os.environ, **launch.engine_environment(1)}
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, check=False)
     assert done.returncode == 0
+
+
+# -- a full disk ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[RunDirectory]:
+    """A run with a status, on a disk without a byte to spare."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        run = RunDirectory.create(disk / "runs", CONFIG)
+        (run.path / "other-lock").touch()
+        with RunLock(run.lock_path):
+            assert write_status(run, Status(phase="prepare", heartbeat=1.0))
+            fill(disk / "filler")
+            yield run
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def fill(path: Path) -> None:
+    filler = os.open(path, os.O_WRONLY | os.O_CREAT)
+    with contextlib.suppress(OSError):
+        while True:
+            os.write(filler, bytes(4096))
+    os.close(filler)
+
+
+def test_on_a_full_disk_an_engine_still_shows_that_it_lives_and_what_it_waits_for(
+    full_disk: RunDirectory,
+) -> None:
+    now = time.time() + 60
+    for waiting in ("the disk is full: " + "a checkpoint does not fit " * 20, ""):
+        assert write_status(full_disk, Status(phase="block_ap", heartbeat=now, waiting=waiting))
+        status = read_status(full_disk)
+        assert status is not None
+        assert (status.phase, status.heartbeat, status.waiting) == ("block_ap", now, waiting)
+    assert not write_status(full_disk, Status(waiting="more than the file's place " * 500))
+    status = read_status(full_disk)
+    assert status is not None
+    assert status.phase == "block_ap"
+
+
+@pytest.mark.parametrize(("action", "heard"), [("stop", {"SIGTERM"}), ("abort", {"SIGTERM", "SIGINT"})])
+def test_on_a_full_disk_an_engine_is_asked_by_signal(
+    full_disk: RunDirectory,
+    action: control.Action,
+    heard: set[str],
+    python: Callable[..., subprocess.Popen[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(control, "opened_by", lambda path, pid: False)  # it is on another host
+        with pytest.raises(EqatError) as caught:
+            control.request(full_disk, action)
+    assert caught.value.exit_code == ExitCode.DISK_FULL
+    child = python(
+        """
+        import signal, sys, time
+        from engine.run.lock import RunLock
+        heard = []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: heard.append(signal.Signals(number).name))
+        RunLock(sys.argv[1]).acquire()
+        print("ready", flush=True)
+        while len(heard) < int(sys.argv[2]):
+            time.sleep(0.01)
+        print(*heard, flush=True)
+        """,
+        str(full_disk.path / "other-lock"),
+        str(len(heard)),
+    )
+    monkeypatch.setattr(full_disk, "lock_path", full_disk.path / "other-lock")
+    assert said(child) == "ready"
+    control.request(full_disk, action)
+    assert set(said(child).split()) == heard
