@@ -22,7 +22,7 @@ from typing import Any
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
-from common import SHAPES, model
+from common import SHAPES, Marks, model
 from torch import Tensor
 
 from engine.checkpoint import CheckpointStore
@@ -37,15 +37,13 @@ from engine.run.config import BlockAPConfig, GridConfig, RuntimeConfig
 from engine.setup import device_name, package_versions
 
 
-class Clock:
-    """The part of a reporter that a training talks to; times every step."""
+class Clock(Marks):
+    """The part of a reporter that a training talks to; times every step, and waits for it."""
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self.device, self.waiting, self.committed = device, "", []
         self.times: list[float] = []
-
-    def due(self) -> bool:
-        return False
 
     def stop_asked(self) -> None:
         if self.device.type == "cuda":
@@ -54,15 +52,6 @@ class Clock:
 
     def emit(self, event: Any) -> None:
         self.committed.append((len(self.times), event))
-
-    def warning(self, code: str, message: str, hint: str = "") -> None:
-        raise RuntimeError(message)
-
-    def checkpoint_requested(self) -> None: ...
-
-    def expect_silence(self, seconds: float) -> None: ...
-
-    def metric(self, **values: Any) -> None: ...
 
 
 class AtStep(TrainingCheckpoints):

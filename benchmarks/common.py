@@ -91,7 +91,7 @@ def packed_like(block: nn.Module, names: Sequence[str]) -> PackedBlock:
 
 
 def model(
-    shape: dict[str, int], device: torch.device = DEVICE, *, blocks: int = 1, vocabulary: int = 1024
+    shape: dict[str, int], device: torch.device | None = None, *, blocks: int = 1, vocabulary: int = 1024
 ) -> CausalLM:
     """A Llama of that shape with random weights; its blocks do not exist until they are loaded."""
     config = LlamaConfig(
@@ -99,7 +99,8 @@ def model(
     )
     config._attn_implementation = "sdpa"
     source = ModelSource("random", "random", config, RandomReader(config))
-    return CausalLM(source, device, dtype())
+    device = device or DEVICE
+    return CausalLM(source, device, dtype(device))
 
 
 @dataclass(frozen=True)
@@ -235,9 +236,9 @@ def bandwidth() -> float:
     return 2 * source.nbytes / milliseconds(lambda: target.copy_(source)) * 1e3
 
 
-def dtype() -> torch.dtype:
-    """Of the arithmetic."""
-    return torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+def dtype(device: torch.device | None = None) -> torch.dtype:
+    """Of the arithmetic on a device, by default on the one that is measured."""
+    return torch.bfloat16 if (device or DEVICE).type == "cuda" else torch.float32
 
 
 @cache

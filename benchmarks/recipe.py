@@ -38,6 +38,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import e2e_step
+from block_step import GRID, settings
 from common import (
     DEVICE,
     GIB,
@@ -64,10 +65,9 @@ from engine.methods.advance import Passage, advance
 from engine.methods.block_ap import train_block
 from engine.methods.reconstruction import Streams
 from engine.models.causal_lm import CausalLM
-from engine.run.config import BlockAPConfig, GridConfig
+from engine.run.config import BlockAPConfig
 
 BLOCKS = {"Llama-2-7B": 32, "Llama-3-8B": 32, "Llama-2-13B": 40, "Llama-2-70B": 80, "SmolLM2-135M": 30}
-GRID = GridConfig(bits=2, group_size=64, range="minmax")
 TRAIN, VALIDATION, EPOCHS, BATCH = 4096, 64, 2, 2
 E2E_SEQUENCES = 4096
 WINDOWS = 166
@@ -175,15 +175,7 @@ def main() -> None:
             ),
             args.sequences,
         )
-        config = BlockAPConfig(
-            sequences=args.sequences,
-            val_sequences=args.validation,
-            sequence_length=args.length,
-            batch_size=BATCH,
-            epochs=EPOCHS,
-            lr_weight=0.01,
-            lr_quant=0.005,
-        )
+        config = settings(args.sequences, BATCH, args.length, EPOCHS, args.validation)
         first, second = (one_block(lm, fresh, streams, config, folder, number) for number in range(2))
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
         streams.full.close()

@@ -93,12 +93,9 @@ class Checkpoints:
         thread.start()
         try:
             yield
-        except StopRequested as stop:
-            if not stop.abort:
+        except BaseException as error:
+            if not (isinstance(error, StopRequested) and error.abort):
                 thread.join()
-            raise
-        except BaseException:
-            thread.join()
             raise
         meanwhile = time.monotonic() - began
         failure = done.exception()

@@ -39,11 +39,18 @@ def tail_loss(
 ) -> Tensor:
     """The same from hidden states, for models that end with a norm and the output embeddings: in one piece,
     so that it can be compiled."""
+    return _loss(lambda hidden: output(norm(hidden)), hidden_TH, labels_T, teacher_TH)
+
+
+def _loss(
+    head: Callable[[Tensor], Tensor], hidden_TH: Tensor, labels_T: Tensor, teacher_TH: Tensor | None
+) -> Tensor:
+    """The same where ``head`` makes logits ``[T, V]`` of hidden states."""
     teacher_TV = None
     if teacher_TH is not None:
         with torch.no_grad():
-            teacher_TV = output(norm(teacher_TH))
-    return token_loss(output(norm(hidden_TH)), labels_T, teacher_TV)
+            teacher_TV = head(teacher_TH)
+    return token_loss(head(hidden_TH), labels_T, teacher_TV)
 
 
 class HeadLoss:
@@ -99,11 +106,7 @@ class HeadLoss:
             dtype = self.lm.dtype
             teacher = None if teacher_TH is None else teacher_TH.to(dtype)
             return tail(*modules, hidden_TH.to(dtype), labels_T, teacher)
-        teacher_TV = None
-        if teacher_TH is not None:
-            with torch.no_grad():
-                teacher_TV = self.lm.head(teacher_TH[None])[0]
-        return token_loss(self.lm.head(hidden_TH[None])[0], labels_T, teacher_TV)
+        return _loss(lambda hidden: self.lm.head(hidden[None])[0], hidden_TH, labels_T, teacher_TH)
 
 
 def _part(tensor: Tensor | None, part: slice) -> Tensor | None:

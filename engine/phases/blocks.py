@@ -4,8 +4,8 @@ A stream is a function of the text and of the blocks before it, so it need not b
 run brings both streams to the first unfinished block: from the files of the last stored border, where the
 plan has them stored, else from the text; then through the finished blocks, by the code that did it first.
 
-A finished block is committed while the quantized stream passes it. From then on nothing of it can be lost: a
-kill in the middle of the passage costs the passage.
+A finished block is committed while the quantized stream passes it. Once that is done nothing of it can be
+lost: a kill in the middle of the passage costs the passage.
 """
 
 from __future__ import annotations

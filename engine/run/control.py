@@ -43,16 +43,20 @@ def request(run: RunDirectory, action: Action) -> str:
     name = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
     made = Request(id=name, request=action, t=time.time(), pid=os.getpid())
     try:
-        try:
-            run.control_dir.mkdir(mode=FOLDER_MODE, exist_ok=True)
-        except OSError as error:
-            raise disk_error(error, run.control_dir) from error
-        atomic_write_json(run.control_dir / f"{name}.json", made)
+        _leave(run, made)
     except EqatError as error:
         # A full disk is when somebody may well want to stop a run, and it has no room for the file.
         if error.exit_code != ExitCode.DISK_FULL or not _signal(run, action):
             raise
     return name
+
+
+def _leave(run: RunDirectory, made: Request) -> None:
+    try:
+        run.control_dir.mkdir(mode=FOLDER_MODE, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, run.control_dir) from error
+    atomic_write_json(run.control_dir / f"{made.id}.json", made)
 
 
 def _signal(run: RunDirectory, action: Action) -> bool:
