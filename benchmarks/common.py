@@ -222,10 +222,11 @@ def median_of(values: Sequence[float], form: str = ".2f") -> str:
 
 @cache
 def matrix_rate() -> float:
-    """FLOP/s of a large product of random numbers, bfloat16 on a GPU."""
+    """FLOP/s of a large product of random numbers, bfloat16 on a GPU; for half a second, after which a GPU
+    that has reached its power limit is slower than in the first moment."""
     size = 8192 if DEVICE.type == "cuda" else 512
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype()) for _ in range(2))
-    return 2 * size**3 / milliseconds(lambda: a @ b) * 1e3
+    return 2 * size**3 / milliseconds(lambda: a @ b, repeat=400 if DEVICE.type == "cuda" else 20) * 1e3
 
 
 @cache

@@ -1,15 +1,16 @@
 """A micro-step of E2E-QP in all its forms, beside its floor, in the same run.
 
-    python benchmarks/e2e_step.py Llama-2-7B --layers 2 --profile
+    python benchmarks/e2e_step.py Llama-2-7B --profile
 
 The engine's own end-to-end training on packed blocks of random weights (w2g64), 4 sequences of 4096 tokens
-at a time, with and without recomputation of activations. What a layer costs is the difference between a model
-of so many layers and one of half as many; the rest is embedding, head and loss. The floor of a layer adds up
-the matrix products (6 or 8 for each weight and token) at the rate of a large one, and attention; that of the
-rest its products (4 for each number of the head and token, 6 with a teacher) and its logits (written, read
-twice and their gradient written, 2 bytes each).
+at a time and four times for a step of AdamW (a recipe's batch is 32 sequences), with and without
+recomputation of activations. A micro-step is a quarter of such a step. The rest is embedding, head and loss,
+measured between marks on the GPU's own time line; everything else, AdamW included, is shared among layers.
+The floor of a layer adds up the matrix products (6 or 8 for each weight and token) at the rate of a large
+one, and attention; that of the rest its products (4 for each number of the head and token, 6 with a teacher)
+and its logits (written, read twice and their gradient written, 2 bytes each).
 
-``--profile`` lists the kernels of a fast step that take longest.
+``--profile`` lists the kernels of a fast step (all its micro-steps) that take longest.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ import copy
 import gc
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -32,7 +36,9 @@ from common import (
     Marks,
     attention_ms,
     bandwidth,
+    between,
     dtype,
+    mark,
     matrix_rate,
     median_of,
     model,
@@ -47,11 +53,14 @@ from common import (
 )
 
 from engine.methods.e2e_qp import E2EData, Teacher, train_scales
+from engine.methods.head_loss import HeadLoss
 from engine.quant.packed import Kernels
 from engine.run.config import E2EQPConfig
 
-SKIPPED = 3
+SKIPPED = 2
 """First steps, in which things are compiled and memory is found."""
+ACCUMULATED = 4
+"""Micro-steps of a step."""
 
 
 class Profiled(Marks):
@@ -71,13 +80,31 @@ class Profiled(Marks):
             synchronize()
             self._profile.stop()
             key = "self_device_time_total" if DEVICE.type == "cuda" else "self_cpu_time_total"
-            print(self._profile.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=60))
+            print(self._profile.key_averages().table(sort_by=key, row_limit=50, max_name_column_width=60))
+
+
+class Timed:
+    """A function whose every call is marked."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._calls: list[tuple[Any, Any]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        begin = mark()
+        result = self._function(*args, **kwargs)
+        self._calls.append((begin, mark()))
+        return result
+
+    def median(self) -> float:
+        """Milliseconds of a call; those of the first steps are left out."""
+        return statistics.median(between(*call) for call in self._calls[SKIPPED * ACCUMULATED :])
 
 
 def measure(
     args: argparse.Namespace, layers: int, fast: bool, recompute: bool, profiled: bool = False
-) -> tuple[float, float]:
-    """Median milliseconds of a micro-step, and the peak of allocated memory in GiB."""
+) -> tuple[float, float, float]:
+    """Median milliseconds of a layer and of the rest of a micro-step; peak of allocated memory in GiB."""
     lm = model(SHAPES[args.shape], blocks=layers, vocabulary=args.vocabulary)
     Kernels.on = False
     if fast and DEVICE.type == "cuda":
@@ -87,10 +114,10 @@ def measure(
         block = copy.deepcopy(random_block(args.shape)).to(DEVICE, dtype())
         blocks.append(packed_like(block, lm.linear_names(index)).install(block))
     config = E2EQPConfig(
-        sequences=args.steps * args.batch,
+        sequences=args.steps * ACCUMULATED * args.batch,
         val_sequences=0,
         sequence_length=args.length,
-        batch_size=args.batch,
+        batch_size=ACCUMULATED * args.batch,
         micro_batch_size=args.batch,
         loss=args.loss,
         lr=1e-3,
@@ -100,22 +127,28 @@ def measure(
     if args.loss == "kl":
         teacher = Teacher(random_store("device", config.sequences, args.length, lm.hidden_size, 0))
     marks = Profiled(args.steps - 2 if profiled else None)
+    embed, head = Timed(lm.embed), Timed(HeadLoss.gradient)
     reset_peak()
-    train_scales(
-        *(lm, blocks, E2EData(tokens, config.sequences, teacher), config),
-        seed=0,
-        dtype=dtype(),
-        progress=marks,
-        recompute=recompute,
-        compiles=fast,
-    )
-    took = marks.steps(SKIPPED)
+    with (
+        mock.patch.object(lm, "embed", embed),
+        mock.patch.object(HeadLoss, "gradient", lambda *arguments: head(*arguments)),
+    ):
+        train_scales(
+            *(lm, blocks, E2EData(tokens, config.sequences, teacher), config),
+            seed=0,
+            dtype=dtype(),
+            progress=marks,
+            recompute=recompute,
+            compiles=fast,
+        )
+    whole = statistics.median(marks.steps(SKIPPED)) / ACCUMULATED
+    rest = embed.median() + head.median()
     peak = peak_gib()
     del lm, blocks
     if teacher is not None:
         teacher.close()
     gc.collect()
-    return statistics.median(took), peak
+    return (whole - rest) / layers, rest, peak
 
 
 def floors(args: argparse.Namespace, recompute: bool) -> tuple[float, float]:
@@ -135,8 +168,8 @@ def floors(args: argparse.Namespace, recompute: bool) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("shape", nargs="?", default="Llama-2-7B", choices=list(SHAPES))
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--vocabulary", type=int, default=32000)
@@ -151,10 +184,9 @@ def main() -> None:
         for recompute in (choice == "yes" for choice in args.recompute):
             layers, rest, peak = [], [], 0.0
             for _ in range(args.repeat):
-                half, _ = measure(args, args.layers // 2, form == "fast", recompute)
-                whole, peak = measure(args, args.layers, form == "fast", recompute)
-                layers.append((whole - half) / (args.layers - args.layers // 2))
-                rest.append(whole - args.layers * layers[-1])
+                layer, other, peak = measure(args, args.layers, form == "fast", recompute)
+                layers.append(layer)
+                rest.append(other)
             least, least_rest = floors(args, recompute)
             rows.append(
                 [

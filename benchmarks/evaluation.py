@@ -2,10 +2,11 @@
 
     python benchmarks/evaluation.py Llama-2-7B
 
-Windows of random tokens through a few blocks of random weights by the engine's own evaluation, at full
-precision and packed (w2g64): with the blocks in memory, and read from a file each time as a run does. "of the
-products" is the part of the time that the matrix products of blocks and head would take at the rate of a
-large one; attention is on top of them.
+Windows of random tokens through a few blocks of random weights by the engine's own evaluation: by torch's
+kernels one after the other, then with blocks and head compiled as in a long run; at full precision and packed
+(w2g64) with the blocks in memory, and read from a file each time as a run does. "of the products" is the part
+of the time that the matrix products of blocks and head would take at the rate of a large one; attention is on
+top of them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from common import (
     table,
     where,
 )
-from recipe import Fresh
+from recipe import Fresh, fail
 
 from engine.evaluation.perplexity import perplexity
 from engine.quant.packed import Kernels
@@ -69,11 +70,14 @@ def main() -> None:
         packed = fresh.block(dtype())
         packed = packed_like(packed, lm.linear_names(0)).install(packed)
         forms: dict[str, Callable[[int], nn.Module]] = {
+            "plain, full precision": lambda index: full,
             "full precision": lambda index: full,
             "packed": lambda index: packed,
             "full precision, read from a file": lambda index: fresh.block(dtype()),
         }
         for name, block_for in forms.items():
+            if not name.startswith("plain"):
+                lm.compile(expect_silence=lambda seconds: None, on_failure=fail)
             perplexity(lm, block_for, ids[: args.batch], batch_size=args.batch)
             reset_peak()
             took = [

@@ -74,7 +74,7 @@ class Waiting(Marks):
         elif len(self.events) == self._last:
             torch.cuda.set_sync_debug_mode("default")
             self._caught.__exit__(None, None, None)
-            told = [w for w in self._heard or () if "synchroniz" in str(w.message)]
+            told = [w for w in self._heard or () if "called a synchronizing" in str(w.message)]
             self.count = len(told)
             self.places = {f"{Path(w.filename).name}:{w.lineno}" for w in told}
 
@@ -87,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     batch, length = BATCHES.get(args.shape, (2, 2048))
     lm = model(SHAPES[args.shape])
-    rows = 16 * batch
+    rows = 32 * batch
     streams = Streams(*(random_store("device", rows, length, lm.hidden_size, seed) for seed in (0, 1)), rows)
     config = settings(rows, batch, length, epochs=-(-args.steps * batch // rows))
     form = VARIANTS["fast" if DEVICE.type == "cuda" else "plain"]
@@ -115,7 +115,7 @@ def main() -> None:
         readings.close()
         report.close()
         size = run.events_path.stat().st_size
-    waiting = Waiting(10, 20)
+    waiting = Waiting(10, 20)  # inside the first epoch: at its end the host waits, to validate
     if DEVICE.type == "cuda":
         train(waiting)
     more = statistics.median(telling) / statistics.median(silent) - 1

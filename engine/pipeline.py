@@ -146,6 +146,8 @@ class Pipeline:
         self._switch_on_kernels()
         source = ModelSource.open(config.model)
         lm = CausalLM(source, self.device, compute_dtype("auto", self.device))
+        if self.task == "run" and self.plan.compiles_passages:
+            lm.compile(expect_silence=report.expect_silence, on_failure=self._slower_passages)
         tokens = draw_tokens(config, source.tokenizer(), report)
         identity = {name: value for name, value in source.identity().items() if name not in ("path", "name")}
         made_from = {"model": digest(identity), **tokens.digests()}
@@ -184,6 +186,13 @@ class Pipeline:
                 f"packed weights are slower, Triton does not work here: {str(error).strip()[:200]}",
                 hint="runtime.compile=off does not try",
             )
+
+    def _slower_passages(self, why: str) -> None:
+        self.report.warning(
+            "compile",
+            f"evaluation and streams are slower, blocks cannot be compiled: {why}",
+            hint="runtime.compile=off does not try",
+        )
 
     def _questions(self, source: ModelSource) -> dict[str, TokenizedTask]:
         """Early, so that a task that cannot be read does not wait for the first evaluation to say so."""

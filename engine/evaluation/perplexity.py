@@ -37,8 +37,8 @@ from engine.run.errors import DataError, StopRequested
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
 
-HEAD_VALUES = 1 << 25
-"""Logits computed at once (128 MiB in float32)."""
+NO_LABEL = -100
+"""In the place of a token that nothing predicts."""
 
 
 @dataclass(frozen=True)
@@ -93,33 +93,52 @@ def perplexity(
                 for batch, following in zip(batches, [*batches[1:], range(0)], strict=True):
                     check_stop(stop)
                     hidden = carried.read(batch, following)
-                    carried.write(batch.start, lm.run_block(block, index, hidden))
+                    often = len(batch) == batch_size
+                    carried.write(batch.start, lm.run_block(block, index, hidden, often=often))
             del block  # before the next one is made
             if on_progress is not None:
                 on_progress(index + 1, lm.blocks)
         for batch in batches:
             check_stop(stop)
             rows = slice(batch.start, batch.stop)
-            total += token_nll(lm, store.read(rows), windows_NT[rows]).sum()
+            often = len(batch) == batch_size
+            total += token_nll(lm, store.read(rows), windows_NT[rows], often=often).sum()
     tokens = windows * (length - 1)
     mean = total.item() / tokens
     return PerplexityResult(_exp(mean), mean, tokens, time.monotonic() - begin)
 
 
-def token_nll(lm: CausalLM, hidden_BTH: Tensor, ids_BT: Tensor) -> Tensor:
-    """-log p of each token after the first, float64 ``[B, T-1]``, from the last block's output."""
-    batch, length, _ = hidden_BTH.shape
-    targets_BT = ids_BT.to(device=lm.device, dtype=torch.long)
-    chunk = max(1, HEAD_VALUES // (batch * lm.vocab_size))
-    parts = []
-    for start in range(0, length - 1, chunk):
-        end = min(start + chunk, length - 1)
-        logits = lm.head(hidden_BTH[:, start:end]).float()
-        loss = functional.cross_entropy(
-            logits.flatten(0, 1), targets_BT[:, start + 1 : end + 1].flatten(), reduction="none"
-        )
-        parts.append(loss.double().reshape(batch, -1))
-    return torch.cat(parts, dim=1)
+def token_nll(lm: CausalLM, hidden_BTH: Tensor, ids_BT: Tensor, *, often: bool = False) -> Tensor:
+    """-log p of each token after the first, float64 ``[B, T-1]``, from the last block's output.
+
+    ``often`` says that many batches of this shape come.
+    """
+    ids_BT = ids_BT.long()
+    labels_BT = torch.full_like(ids_BT, NO_LABEL)
+    labels_BT[:, :-1] = ids_BT[:, 1:]
+    labels_T, hidden_TH = labels_BT.flatten().to(lm.device), hidden_BTH.flatten(0, 1)
+    parts = [
+        _nll(lm, hidden_TH[part], labels_T[part], often=often) for part in lm.head_chunks(len(hidden_TH))
+    ]
+    return torch.cat(parts).view(ids_BT.shape)[:, :-1].double()
+
+
+def _nll(lm: CausalLM, hidden_TH: Tensor, labels_T: Tensor, *, often: bool) -> Tensor:
+    if lm.tail is None:
+        return logits_nll(lm.head(hidden_TH[None])[0], labels_T)
+    function = lm.repeated(tail_nll) if often else tail_nll
+    return function(*lm.tail, hidden_TH.to(lm.dtype), labels_T)
+
+
+def tail_nll(norm: nn.Module, output: nn.Module, hidden_TH: Tensor, labels_T: Tensor) -> Tensor:
+    """-log p of ``labels``, float32 ``[T]`` (0 where there is none), for models that end with a norm and the
+    output embeddings: in one piece, so that it can be compiled."""
+    return logits_nll(output(norm(hidden_TH)), labels_T)
+
+
+def logits_nll(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    """The same from logits."""
+    return functional.cross_entropy(logits_TV.float(), labels_T, reduction="none", ignore_index=NO_LABEL)
 
 
 def check_stop(should_stop: Callable[[], bool]) -> None:

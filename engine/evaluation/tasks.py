@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from engine.data.activations import ActivationStore, make_store
 from engine.data.tasks import Question
-from engine.evaluation.perplexity import HEAD_VALUES, check_stop
+from engine.evaluation.perplexity import check_stop
 from engine.models.ahead import one_ahead
 from engine.quant.packed import unpacked
 
@@ -190,11 +190,8 @@ def _log_probability(lm: CausalLM, hidden_TH: Tensor, row: Row) -> float:
     end = len(row.ids) - 1
     targets = torch.tensor(row.ids[-row.scored :], device=lm.device)
     total = torch.zeros((), dtype=torch.float64, device=lm.device)
-    step = max(1, HEAD_VALUES // lm.vocab_size)
-    for start in range(0, row.scored, step):
-        part = slice(end - row.scored + start, min(end - row.scored + start + step, end))
-        logits = lm.head(hidden_TH[None, part])[0].float()
-        total -= functional.cross_entropy(
-            logits, targets[start : start + len(logits)], reduction="sum"
-        ).double()
+    scored_TH = hidden_TH[end - row.scored : end]
+    for part in lm.head_chunks(row.scored):
+        logits = lm.head(scored_TH[None, part])[0].float()
+        total -= functional.cross_entropy(logits, targets[part], reduction="sum").double()
     return total.item()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine.data.prefetch import InPlace
 from engine.methods.optimization import Progress, autocast
@@ -61,7 +61,9 @@ def advance(
             rows = range(start, min(start + batch, end))
             following = range(rows.stop, min(rows.stop + passage.at(index, rows.stop), end))
             try:
-                output = _through(lm, index, block, carried.read(rows, following), dtype)
+                hidden = carried.read(rows, following)
+                with autocast(lm.device, dtype):
+                    output = lm.run_block(block, index, hidden, often=len(rows) == batch)
             except torch.OutOfMemoryError:
                 if batch == 1:
                     raise
@@ -77,11 +79,6 @@ def advance(
                 f"block {index}: out of memory with {batch} sequences at a time; going on with {batch // 2}",
                 hint="another process may be using the GPU; this run is only slower for it",
             )
-
-
-def _through(lm: CausalLM, index: int, block: nn.Module, hidden_BTH: Tensor, dtype: torch.dtype) -> Tensor:
-    with autocast(lm.device, dtype):
-        return lm.run_block(block, index, hidden_BTH)
 
 
 @contextmanager

@@ -30,10 +30,10 @@ import torch
 from torch import nn
 
 from engine.data.sampler import ALONE, World
-from engine.methods.compiled import Compiled
 from engine.methods.optimization import NON_FINITE_HINT, Snapshot, TrainingProgress
 from engine.methods.reconstruction import Reconstruction, Streams, reconstruction_loss
 from engine.methods.training import Settings, Training
+from engine.models.compiled import Compiled
 from engine.quant.fake_linear import freeze_block
 from engine.quant.packed import PackedBlock
 from engine.run.config import BlockAPConfig, GridConfig

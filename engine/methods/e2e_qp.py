@@ -22,11 +22,12 @@ from torch.utils.checkpoint import checkpoint
 
 from engine.data.prefetch import Prefetcher, to_device
 from engine.data.sampler import ALONE, World
-from engine.methods.compiled import Compiled
-from engine.methods.head_loss import NO_LABEL, HeadLoss
+from engine.evaluation.perplexity import NO_LABEL
+from engine.methods.head_loss import HeadLoss
 from engine.methods.optimization import NON_FINITE_HINT, ParameterGroup, Snapshot, TrainingProgress
 from engine.methods.training import Method, Settings, Training
 from engine.models.causal_lm import block_forward
+from engine.models.compiled import Compiled
 from engine.quant.grid import RELATIVE_SCALE_FLOOR
 from engine.quant.packed import PackedLinear
 from engine.run.config import E2EQPConfig

@@ -3,7 +3,7 @@
 * The quantized weights are tensors of their own, so that forward and backward are those of an ordinary 16-bit
   block; one kernel a linear takes the gradient back through the quantizer, applies AdamW and quantizes anew
   (:mod:`engine.methods.fused`).
-* Forward and backward are compiled where that pays (:mod:`engine.methods.compiled`), and recorded: a step is
+* Forward and backward are compiled where that pays (:mod:`engine.models.compiled`), and recorded: a step is
   two launches (:mod:`engine.methods.graphed`). The first step runs plainly, the second is recorded.
 * The next batch travels to the GPU while this one is computed (:mod:`engine.data.prefetch`).
 

@@ -11,6 +11,7 @@ tensors that the next replay overwrites.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -61,7 +62,7 @@ class Graphed(Generic[T]):
         here.synchronize()
         # The memory of the plain run goes to the recording, which cannot use what lies in torch's cache.
         torch.cuda.empty_cache()
-        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._device)
+        graph, aside = torch.cuda.CUDAGraph(), _recording_stream(self._device)
         try:
             with torch.cuda.stream(aside):
                 # Other threads may use the driver meanwhile (copies of the next batch, checkpoints).
@@ -80,3 +81,14 @@ class Graphed(Generic[T]):
             return
         here.wait_stream(aside)
         self._graph, self._result = graph, result
+
+
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings: for each stream that multiplies matrices torch keeps a workspace of 32 MiB for
+    ever. It is made here, so that it does not become part of a graph's memory."""
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        some = torch.ones(16, 16, device=device)
+        torch.mm(some, some)
+    return stream

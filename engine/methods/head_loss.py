@@ -10,18 +10,15 @@ logits is the student's own, since the head is not quantized.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.evaluation.perplexity import HEAD_VALUES
-from engine.methods.compiled import Compiled
+from engine.evaluation.perplexity import NO_LABEL
 from engine.models.causal_lm import CausalLM
-
-NO_LABEL = -100
+from engine.models.compiled import Compiled
 
 
 def token_loss(logits_TV: Tensor, labels_T: Tensor, teacher_TV: Tensor | None) -> Tensor:
@@ -75,7 +72,7 @@ class HeadLoss:
         """``weight`` times the summed loss, and the gradient ``[T, H]`` of ``scale`` of that."""
         gradient_TH = torch.empty_like(hidden_TH)
         total = torch.zeros((), device=hidden_TH.device)
-        for part in self._chunks(len(hidden_TH)):
+        for part in self.lm.head_chunks(len(hidden_TH)):
             # A leaf of its own: a slice's gradient would be as large as the whole, and mostly zeros.
             hidden = hidden_TH[part].detach().requires_grad_(True)
             with torch.enable_grad():
@@ -88,15 +85,9 @@ class HeadLoss:
     def value(self, hidden_TH: Tensor, labels_T: Tensor, teacher_TH: Tensor | None) -> Tensor:
         """The summed loss alone, by the plain form."""
         total = torch.zeros((), device=hidden_TH.device)
-        for part in self._chunks(len(hidden_TH)):
+        for part in self.lm.head_chunks(len(hidden_TH)):
             total += self._chunk(hidden_TH[part], labels_T[part], _part(teacher_TH, part), tail_loss)
         return total
-
-    def _chunks(self, tokens: int) -> list[slice]:
-        """Of the same size, but for the last: a compiled form is made for each size."""
-        most = max(1, HEAD_VALUES // self.lm.vocab_size)
-        size = math.ceil(tokens / math.ceil(tokens / most))
-        return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
     def _chunk(
         self, hidden_TH: Tensor, labels_T: Tensor, teacher_TH: Tensor | None, tail: Callable[..., Tensor]

@@ -19,15 +19,17 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from engine.models.compiled import Compiled, P, T
 from engine.models.gguf import GGUFReader
 from engine.models.skeleton import build_skeleton, find_blocks, linear_names, refuse_block, text_config
 from engine.models.source import ModelSource
@@ -36,9 +38,16 @@ from engine.run.errors import PreflightError
 
 KEPT_SHAPES = 4
 """Batch shapes whose block arguments are kept; masks of long sequences are not small."""
+HEAD_VALUES = 1 << 25
+"""Logits computed at once (128 MiB in float32)."""
 
 StandIn = Callable[[int, Tensor, dict[str, Any]], Tensor]
 """Called in place of block ``i`` with its hidden states and its other arguments by name."""
+
+
+class _Telling(TypedDict):
+    expect_silence: Callable[[float], None]
+    on_failure: Callable[[str], None]
 
 
 class _Enough(Exception):
@@ -69,6 +78,8 @@ class CausalLM:
         """Held while blocks stand in for something, and while one is copied: a thread may load the next."""
         self.tail: tuple[nn.Module, nn.Module] | None = None
         """Final norm and output embeddings, where they are all that follows the blocks."""
+        self._compiled: dict[Callable[..., Any], Compiled] | None = None
+        """By the function; none while nothing is compiled."""
         self._probe()
         if (norm := self._find_norm()) is not None:
             self.tail = norm, self.model.get_output_embeddings()
@@ -142,10 +153,36 @@ class CausalLM:
         self._arguments.move_to_end(key)
         return self._arguments[key][index]
 
-    def run_block(self, module: nn.Module, index: int, hidden_BTH: Tensor) -> Tensor:
-        """The block's output for these hidden states; differentiable if the block is."""
+    def run_block(self, module: nn.Module, index: int, hidden_BTH: Tensor, *, often: bool = False) -> Tensor:
+        """The block's output for these hidden states; differentiable if the block is.
+
+        ``often`` says that many batches of this shape pass through blocks: then it is worth
+        :meth:`repeated`.
+        """
         batch, length = hidden_BTH.shape[:2]
-        return block_forward(module, hidden_BTH, self.block_kwargs(index, batch, length, hidden_BTH.dtype))
+        arguments = self.block_kwargs(index, batch, length, hidden_BTH.dtype)
+        forward = self.repeated(_passage) if often and not torch.is_grad_enabled() else block_forward
+        return forward(module, hidden_BTH, arguments)
+
+    def compile(self, *, expect_silence: Callable[[float], None], on_failure: Callable[[str], None]) -> None:
+        """Compile what is :meth:`repeated` from now on; the two are those of :class:`Compiled`."""
+        self._compiled = {}
+        self._telling = _Telling(expect_silence=expect_silence, on_failure=on_failure)
+
+    def repeated(self, function: Callable[P, T]) -> Callable[P, T]:
+        """``function``, for what is done many times in the same shapes: compiled, if anything is."""
+        if self._compiled is None:
+            return function
+        if function not in self._compiled:
+            self._compiled[function] = Compiled(function, **self._telling)
+        return self._compiled[function]
+
+    def head_chunks(self, tokens: int) -> list[slice]:
+        """Parts of so many tokens, whose logits are computed at once: of one size, but for the last, because
+        a compiled form is made for each size."""
+        most = max(1, HEAD_VALUES // self.vocab_size)
+        size = math.ceil(tokens / math.ceil(tokens / most))
+        return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
     def head(self, hidden_BTH: Tensor) -> Tensor:
         """Logits for the last block's output; differentiable with respect to it."""
@@ -422,6 +459,12 @@ def block_forward(block: nn.Module, hidden_BTH: Tensor, arguments: dict[str, Any
     """The block's output."""
     output = block(hidden_BTH, **arguments)
     return output[0] if isinstance(output, tuple) else output
+
+
+def _passage(block: nn.Module, hidden_BTH: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """The same where nothing is differentiated; a function of its own, because how many forms of one
+    function are compiled is limited."""
+    return block_forward(block, hidden_BTH, arguments)
 
 
 def _replace(root: nn.Module, name: str, parameter: nn.Parameter) -> None:

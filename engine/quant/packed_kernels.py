@@ -45,13 +45,16 @@ def dequantize(
     """
     weight = torch.empty(words.shape[0], words.shape[1] * 32 // bits, dtype=dtype, device=words.device)
     count = weight.numel()
-    launcher: Any = _dequantize[(triton.cdiv(count, VALUES),)]
-    launcher(
-        *(words, scale_OG.contiguous(), zero_OG.contiguous(), weight, count),
-        GROUP=count // scale_OG.numel(),
-        BITS=bits,
-        VALUES=VALUES,
-    )
+    group = count // scale_OG.numel()
+    tensors = words, scale_OG.contiguous(), zero_OG.contiguous(), weight
+    launcher: Any
+    if 32 % bits == 0 and group % (32 // bits) == 0:
+        at_once = VALUES * bits // 32
+        launcher = _dequantize_words[(triton.cdiv(words.numel(), at_once),)]
+        launcher(*tensors, words.numel(), GROUP=group, BITS=bits, WORDS=at_once)
+    else:
+        launcher = _dequantize[(triton.cdiv(count, VALUES),)]
+        launcher(*tensors, count, GROUP=group, BITS=bits, VALUES=VALUES)
     return weight
 
 
@@ -93,11 +96,12 @@ def _(gradient_OI: Tensor, words: Tensor, groups: int, bits: int) -> Tensor:
 
 
 def try_out(device: torch.device) -> None:
-    """Compile and run both kernels once; raises what stands in its way."""
+    """Compile and run the kernels once; raises what stands in its way."""
     words = torch.zeros(1, 3, dtype=torch.int32, device=device)
     scale = torch.ones(1, 1, device=device)
-    weight = dequantize(words, scale, scale.to(torch.uint8), 3, torch.float32)
-    group_gradients(weight, words, 1, 3)
+    for bits in (2, 3):
+        weight = dequantize(words, scale, scale.to(torch.uint8), bits, torch.float32)
+        group_gradients(weight, words, 1, bits)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -131,6 +135,28 @@ def _dequantize(
     scale = tl.load(scale_ptr + group, mask=present, other=0.0).to(tl.float32)
     zero = tl.load(zero_ptr + group, mask=present, other=0).to(tl.float32)
     tl.store(out_ptr + first + value, ((q - zero) * scale).to(out_ptr.dtype.element_ty), mask=present)
+
+
+@triton.jit
+def _dequantize_words(
+    words_ptr, scale_ptr, zero_ptr, out_ptr, count,
+    GROUP: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """The same where a word holds whole values of one group: each is read once, as are its scale and zero
+    point."""
+    HELD: tl.constexpr = 32 // BITS
+    first = tl.program_id(0).to(tl.int64) * WORDS
+    out_ptr += first * HELD
+    word = tl.arange(0, WORDS)
+    place = tl.arange(0, HELD)
+    present = first + word < count
+    packed = tl.load(words_ptr + first + word, mask=present, other=0).to(tl.uint32, bitcast=True)
+    group = (first + word) // (GROUP // HELD)
+    scale = tl.load(scale_ptr + group, mask=present, other=0.0).to(tl.float32)
+    zero = tl.load(zero_ptr + group, mask=present, other=0).to(tl.float32)
+    q = ((packed[:, None] >> (place * BITS).to(tl.uint32)[None, :]) & ((1 << BITS) - 1)).to(tl.float32)
+    value = ((q - zero[:, None]) * scale[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + word[:, None] * HELD + place[None, :], value, mask=present[:, None])
 
 
 @triton.jit

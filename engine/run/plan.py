@@ -37,7 +37,7 @@ from engine.run.machine import Machine, detect
 from engine.run.memory_model import host_memory, phase_memory
 from engine.run.published import Published, published
 from engine.run.recovery_model import Recovery, broken_promise
-from engine.run.time_model import compiles, compiles_e2e, fast, speed
+from engine.run.time_model import compiles, compiles_e2e, compiles_passages, fast, speed
 
 __all__ = ["Machine", "PhasePlan", "Plan", "check", "host_budget", "make_plan", "out_of_memory_remedy"]
 
@@ -89,6 +89,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Block-AP's steps are compiled."""
     compiles_e2e: bool
     """E2E-QP's blocks are compiled."""
+    compiles_passages: bool
+    """Blocks are compiled for the streams that pass through them, and for perplexity."""
     recomputes: bool
     """E2E-QP recomputes each block's activations in the backward pass."""
     published: Published | None
@@ -160,6 +162,7 @@ def make_plan(
         fast=fast(work),
         compiles=compiles(work, place.rates),
         compiles_e2e=compiles_e2e(work, place.rates),
+        compiles_passages=compiles_passages(work, place.rates),
         recomputes=work.recomputes,
         published=published(config.model.source, work.arch, config.grid),
         warnings=tuple(filter(None, warnings)),

@@ -178,17 +178,31 @@ def compiles_e2e(work: Workload, rates: Speed) -> bool:
     return products / rates.flops >= COMPILING_PAYS
 
 
+def compiles_passages(work: Workload, rates: Speed) -> bool:
+    """The same of forward passes alone, of Block-AP's two streams and, four times, of perplexity: compiling
+    saves about a third of them."""
+    runtime, section, evaluation = work.config.runtime, work.config.block_ap, work.config.evaluation
+    if not work.cuda or runtime.deterministic:
+        return False
+    if runtime.compile != "auto":
+        return runtime.compile == "on"
+    arch, streams = work.arch, 0.0
+    if section.enabled:
+        sequences, length = section.sequences + section.val_sequences, section.sequence_length
+        streams = 2 * sequences * length * _forward_flops(arch, length)
+    length = evaluation.sequence_length
+    windows = 4 * work.windows * length * _forward_flops(arch, length)
+    return arch.blocks * (streams + windows) / rates.flops >= 3 * COMPILING_PAYS
+
+
 def fast(work: Workload) -> bool:
     """Whether Block-AP takes its steps by one kernel a linear, recorded: on every GPU, where it can.
 
-    Deterministic kernels are the plain ones, and clipping needs the gradients' norm before the step. With
-    float16 the plain steps stay: a small run with fast ones ended 12 % from the CPU's perplexity, which is
-    not explained yet.
+    Deterministic kernels are the plain ones, and clipping needs the gradients' norm before the step.
     """
     runtime, section = work.config.runtime, work.config.block_ap
     wanted = section.enabled and bool(section.train) and runtime.compile != "off"
-    half = section.compute_dtype == "float16"
-    return work.cuda and wanted and not runtime.deterministic and not section.grad_clip and not half
+    return work.cuda and wanted and not runtime.deterministic and not section.grad_clip
 
 
 def _block_seconds(work: Workload, rates: Speed) -> float:

@@ -95,7 +95,7 @@ def test_out_of_gpu_memory_halves_the_micro_batch_and_the_run_goes_on(
     roomy = with_room(tmp_path, LARGE)
     run = make(**LARGE)
     code = engine(run, gpu_bytes=int(0.6 * peak(roomy))).code()
-    assert code == 0, (of(run, events.Error), peak(roomy))
+    assert code == 0, (of(run, events.Error), of(run, events.Warning), peak(roomy))
     halvings = [e for e in of(run, events.Warning) if e.code == "micro_batch"]
     assert halvings
     assert "block 0" in halvings[0].message

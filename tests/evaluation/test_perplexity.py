@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import engine.evaluation.perplexity as module
 from engine.evaluation.perplexity import perplexity
+from engine.models import causal_lm
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.run.config import ModelConfig
@@ -80,7 +80,7 @@ def test_batch_size_and_head_chunks_do_not_matter(tmp_path: Path, monkeypatch: p
     _, lm = saved(tmp_path, "llama")
     one = perplexity(lm, lm.load_block, windows(), batch_size=1).nll_mean
     assert perplexity(lm, lm.load_block, windows(), batch_size=2).nll_mean == pytest.approx(one, rel=1e-6)
-    monkeypatch.setattr(module, "HEAD_VALUES", 5 * 300)
+    monkeypatch.setattr(causal_lm, "HEAD_VALUES", 5 * 300)
     assert perplexity(lm, lm.load_block, windows(), batch_size=1).nll_mean == pytest.approx(one, rel=1e-6)
 
 

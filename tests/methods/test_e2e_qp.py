@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from engine.data.activations import make_store
 from engine.data.sampler import BatchSampler
-from engine.methods import head_loss
 from engine.methods.e2e_qp import E2EData, Teacher, train_scales
 from engine.methods.optimization import cosine_factor
 from engine.methods.rtn import round_to_nearest
+from engine.models import causal_lm
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.quant.packed import PackedBlock, PackedLinear, PackedWeight, replace_submodule
@@ -208,7 +208,7 @@ def test_the_head_runs_in_chunks_without_changing_the_loss(
     lm: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = packed_linears(train(lm, settings(loss="kl")))
-    monkeypatch.setattr(head_loss, "HEAD_VALUES", 5 * lm.vocab_size)
+    monkeypatch.setattr(causal_lm, "HEAD_VALUES", 5 * lm.vocab_size)
     chunked = packed_linears(train(lm, settings(loss="kl")))
     for name in whole:
         assert_same_but_for_few(whole[name].scale, chunked[name].scale)

@@ -10,8 +10,9 @@ import tiny
 import torch
 from torch import Tensor
 
-from engine.methods import head_loss
-from engine.methods.head_loss import NO_LABEL, HeadLoss, tail_loss
+from engine.evaluation.perplexity import NO_LABEL
+from engine.methods.head_loss import HeadLoss, tail_loss
+from engine.models import causal_lm
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.run.config import ModelConfig
@@ -59,7 +60,7 @@ def test_loss_and_gradient_are_those_of_all_logits(
     expected.backward()
     assert leaf.grad is not None
 
-    monkeypatch.setattr(head_loss, "HEAD_VALUES", values)
+    monkeypatch.setattr(causal_lm, "HEAD_VALUES", values)
     head = HeadLoss(lm)
     assert torch.allclose(head.value(hidden, labels, teacher_TH), expected, rtol=1e-4)
     loss, gradient = head.gradient(hidden, labels, teacher_TH, 0.25, lambda loss: loss * 8)
@@ -72,8 +73,8 @@ def test_chunks_cover_all_tokens_once_and_are_of_one_size_but_for_the_last(
     tmp_path: Path, tokens: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = open_model(tmp_path, "llama2")
-    monkeypatch.setattr(head_loss, "HEAD_VALUES", most * lm.vocab_size)
-    parts = HeadLoss(lm)._chunks(tokens)
+    monkeypatch.setattr(causal_lm, "HEAD_VALUES", most * lm.vocab_size)
+    parts = lm.head_chunks(tokens)
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(tokens))
     sizes = [part.stop - part.start for part in parts]
     assert len(set(sizes[:-1])) <= 1

@@ -286,10 +286,10 @@ def test_a_stream_computed_again_passes_in_the_same_portions(
     small = Small(lm, monkeypatch)
     limited = lm.run_block
 
-    def recorded(block: nn.Module, index: int, hidden: Tensor) -> Tensor:
+    def recorded(block: nn.Module, index: int, hidden: Tensor, **often: bool) -> Tensor:
         if len(sizes) == 1:
             small.room = 1
-        output = limited(block, index, hidden)
+        output = limited(block, index, hidden, **often)
         sizes.append(len(hidden))
         return output
 
@@ -306,6 +306,8 @@ def test_a_stream_computed_again_passes_in_the_same_portions(
     assert sizes == [4, 1, 1, 1, 1, 1]
     sizes.clear()
     small.room = 100
-    monkeypatch.setattr(lm, "run_block", lambda *a: (sizes.append(len(a[2])), CausalLM.run_block(lm, *a))[1])
+    monkeypatch.setattr(
+        lm, "run_block", lambda *a, **often: (sizes.append(len(a[2])), CausalLM.run_block(lm, *a, **often))[1]
+    )
     assert torch.equal(passed(Passage(4, json.loads(json.dumps(passage.halvings)))), first)
     assert sizes == [4, 1, 1, 1, 1, 1]

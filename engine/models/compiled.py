@@ -1,4 +1,4 @@
-"""Compiling what a training step spends its time in, where that pays.
+"""Compiling what is done many times, where that pays: training steps, and streams passing through blocks.
 
 A block's step is some hundred small kernels around a few large matrix products. torch.compile fuses the small
 ones: fake quantization reads and writes each weight once, the loss never leaves the registers. The first call
@@ -19,6 +19,9 @@ import torch
 COMPILER = ("torch._dynamo", "torch._inductor", "triton")
 COMPILING_SECONDS = 900.0
 """For which a slow machine may be silent."""
+FORMS = 32
+"""Of one function that are kept: for different shapes, kinds of layers, kinds of weights. torch gives up
+compiling after 8 of them."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -61,6 +64,9 @@ class Compiled:
 @functools.cache
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     """One compiled function for all blocks: what it compiled for the first serves the others."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FORMS)
     compiled: Callable[..., Any] = torch.compile(function, dynamic=False)
     return compiled
 

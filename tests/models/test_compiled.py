@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.methods import compiled
-from engine.methods.compiled import Compiled
+from engine.models import compiled
+from engine.models.compiled import Compiled
 
 
 def twice(x: Tensor) -> Tensor:
