@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from common import DEVICE, SHAPES, table, where
 from recipe import BLOCKS
 
 WORDS = 20_000
+EQAT = (sys.executable, "-m", "eqat_tui")
 
 
 def write_model(folder: Path, shape: str, blocks: int, vocabulary: int) -> None:
@@ -86,6 +86,10 @@ def write_tokenizer(folder: Path, made: list[str], vocabulary: int) -> None:
     fast.save_pretrained(folder)
 
 
+def eqat(*arguments: str) -> None:
+    subprocess.run([*EQAT, *arguments], check=False, stdout=subprocess.DEVNULL)
+
+
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     path = next(run_dir.glob("*/events.jsonl"), None)
     if path is None:
@@ -115,21 +119,26 @@ def main() -> None:
             f"evaluation.data.source={name}/test.txt",
             *args.changes,
         ]
-        command = [sys.executable, "-m", "eqat_tui", "run", args.preset, "--model", str(folder)]
+        command = [*EQAT, "run", args.preset, "--model", str(folder)]
         command += ["--runs-dir", str(runs), *(flag for change in changes for flag in ("--set", change))]
         launched = time.time()
         with (Path(name) / "out").open("w") as out:
             process = subprocess.Popen(
                 command, stdout=out, stderr=out, env={**os.environ, "HF_HUB_OFFLINE": "1"}
             )
-            first = None
+            first, told = None, 0
             while first is None and process.poll() is None and time.time() < launched + args.limit:
                 time.sleep(0.25)
-                first = next(
-                    (e for e in read_events(runs) if e["kind"] == "metric" and e["phase"] == "block_ap"), None
-                )
-            process.send_signal(signal.SIGTERM)
-            process.wait(120)
+                seen = read_events(runs)
+                first = next((e for e in seen if e["kind"] == "metric" and e["phase"] == "block_ap"), None)
+                for event in seen[told:]:
+                    if event["kind"] in ("run.started", "phase.started", "block.started"):
+                        what = f"{event['kind']} {event.get('phase', '')}"
+                        print(f"{event['t'] - launched:6.1f} s  {what}", file=sys.stderr, flush=True)
+                told = len(seen)
+            if process.poll() is None:  # what it has trained is not wanted
+                eqat("stop", "latest", "--kill", "--runs-dir", str(runs))
+            process.wait(60)
         if first is None:
             sys.exit((Path(name) / "out").read_text()[-2000:])
         seen = read_events(runs)

@@ -99,16 +99,24 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     """One kernel a linear, recorded: of 14.3 ms for that block on an H100 6.9 are left over."""
     gpu_recorded_launch: float = 1.3e-3
     """One recorded step of a small block (SmolLM2 on an H100)."""
-    gpu_fast_step_bytes: float = 48.0
-    """Recorded and compiled: of 10.9 ms on an H100 3.5 are left over."""
+    gpu_fast_step_bytes: float = 50.0
+    """Recorded and compiled: of 11.0 ms on an H100 4.0 are left over; of 41 for a 70B block 12."""
     gpu_fast_launch: float = 0.8e-3
     """One recorded and compiled step of a small block (SmolLM2 on an H100)."""
     gpu_compile: float = 30.0
     """Compiling a block's step, once a run."""
     gpu_unpack_bytes: float = 40.0
     """Memory traffic of unpacking a packed weight once, eager."""
+    gpu_kernel_unpack_bytes: float = 4.0
+    """The same by one kernel: 22 us a matrix of a 7B block on an H100."""
     gpu_block_launch: float = 6e-3
     """Kernel launches of one block, forward and backward, eager: the floor for small models."""
+    gpu_passage_bytes: float = 280.0
+    """Memory traffic of a forward pass through a block beside its matrix products, for every hidden number
+    (tokens times hidden size), eager: of 1.97 ms for 2048 tokens of a 7B block on an H100 0.8 are left."""
+    gpu_compiled_passage_bytes: float = 72.0
+    """The same, compiled: of 5.3 ms for 2048 tokens of a 70B block 0.4 are left. Forward and backward
+    together are two and a half times that: of 34.5 ms for 16384 tokens of a 7B block 4 are left."""
     gpu_search_bytes: float = 32.0
     """Memory traffic of one candidate range for one weight."""
 

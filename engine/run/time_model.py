@@ -24,6 +24,14 @@ class StepCost(msgspec.Struct, frozen=True):
     launch: float = 0.0
 
 
+class PassageCost(msgspec.Struct, frozen=True, kw_only=True):
+    """What a forward pass through a block takes besides its matrix products; on a GPU either is the floor."""
+
+    per_number: float = 0.0
+    """Of the hidden states."""
+    launch: float = 0.0
+
+
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
     """What the machine does in a second, and how that is known."""
 
@@ -32,9 +40,11 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     compiled: StepCost = StepCost()  # on the CPU nothing is compiled or recorded
     recorded: StepCost = StepCost()
     fast: StepCost = StepCost()
+    passage: PassageCost = PassageCost()
+    compiled_passage: PassageCost = PassageCost()
     unpack_per_weight: float
+    kernel_unpack_per_weight: float
     search_per_weight: float
-    block_launch: float
     basis: str
 
 
@@ -52,9 +62,16 @@ def speed(cuda: bool, gpu_name: str, cpus: int, avx512: bool, constants: Constan
             compiled=StepCost(constants.gpu_compiled_step_bytes / traffic, constants.gpu_compiled_launch),
             recorded=StepCost(constants.gpu_recorded_step_bytes / traffic, constants.gpu_recorded_launch),
             fast=StepCost(constants.gpu_fast_step_bytes / traffic, constants.gpu_fast_launch),
+            passage=PassageCost(
+                per_number=constants.gpu_passage_bytes / traffic, launch=constants.gpu_block_launch / 3
+            ),
+            compiled_passage=PassageCost(
+                per_number=constants.gpu_compiled_passage_bytes / traffic,
+                launch=constants.gpu_block_launch / 3,
+            ),
             unpack_per_weight=constants.gpu_unpack_bytes / traffic,
+            kernel_unpack_per_weight=constants.gpu_kernel_unpack_bytes / traffic,
             search_per_weight=constants.gpu_search_bytes / traffic,
-            block_launch=constants.gpu_block_launch,
             basis=f"{how} {flops / 1e12:.0f} TFLOP/s in matrix products, {traffic / 1e12:.1f} TB/s elsewhere",
         )
     cores = 1 + (max(1, cpus) - 1) * constants.parallel_efficiency
@@ -64,8 +81,8 @@ def speed(cuda: bool, gpu_name: str, cpus: int, avx512: bool, constants: Constan
         flops=one * cores,
         plain=StepCost(constants.cpu_step_per_weight * slower / cores),
         unpack_per_weight=constants.cpu_unpack_per_weight * slower / cores,
+        kernel_unpack_per_weight=constants.cpu_unpack_per_weight * slower / cores,
         search_per_weight=constants.cpu_search_per_weight * slower / cores,
-        block_launch=0.0,
         basis=f"{one * cores / 1e9:.0f} GFLOP/s in float32 on {cpus} CPU cores, as measured on one core "
         f"{'with' if avx512 else 'scaled down for want of'} AVX-512",
     )
@@ -88,16 +105,15 @@ def phase_seconds(
     if phase == "rtn":
         return load + arch.blocks * _search_seconds(work, rates)
     if phase == "export":
-        return load + 3 * arch.blocks * arch.linear_params_per_block * rates.unpack_per_weight
+        return load + 3 * arch.blocks * _unpacking(work, rates)
     section = work.config.evaluation
-    tokens = work.windows * section.sequence_length
-    batches = math.ceil(work.windows / section.batch_size)
-    flops = tokens * (
-        arch.blocks * _forward_flops(arch, section.sequence_length) + 2 * arch.vocab * arch.hidden
-    )
-    seconds = load + flops / rates.flops + arch.blocks * batches * rates.block_launch / 3
+    length = section.sequence_length
+    head = work.windows * length * 2 * arch.vocab * arch.hidden / rates.flops
+    one = _passing(work, rates, work.windows, length, section.batch_size)
+    # Reading is one block ahead.
+    seconds = max(load, arch.blocks * one) + load / arch.blocks + head
     if phase != "evaluate_fp":
-        seconds += arch.blocks * arch.linear_params_per_block * rates.unpack_per_weight
+        seconds += arch.blocks * _unpacking(work, rates)
     return seconds
 
 
@@ -144,6 +160,23 @@ def _forward_flops(arch: Architecture, length: int) -> float:
     return 2 * arch.linear_params_per_block + 2 * length * arch.heads * arch.head_dim
 
 
+def _passing(work: Workload, rates: Speed, sequences: int, length: int, batch: int) -> float:
+    """So many sequences forward through one block, ``batch`` at a time."""
+    cost = rates.compiled_passage if compiles_passages(work, rates) else rates.passage
+    tokens = sequences * length
+    products = tokens * _forward_flops(work.arch, length) / rates.flops
+    return max(
+        products + tokens * work.arch.hidden * cost.per_number, math.ceil(sequences / batch) * cost.launch
+    )
+
+
+def _unpacking(work: Workload, rates: Speed) -> float:
+    """The weights of one block, once."""
+    plain = work.config.runtime.compile == "off"
+    one = rates.unpack_per_weight if plain else rates.kernel_unpack_per_weight
+    return work.arch.linear_params_per_block * one
+
+
 def _search_seconds(work: Workload, rates: Speed) -> float:
     """Choosing the initial ranges of a block."""
     grid = work.config.grid
@@ -179,20 +212,16 @@ def compiles_e2e(work: Workload, rates: Speed) -> bool:
 
 
 def compiles_passages(work: Workload, rates: Speed) -> bool:
-    """The same of forward passes alone, of Block-AP's two streams and, four times, of perplexity: compiling
-    saves about a third of them."""
+    """The same of forward passes alone: Block-AP's two streams and, four times, perplexity."""
     runtime, section, evaluation = work.config.runtime, work.config.block_ap, work.config.evaluation
     if not work.cuda or runtime.deterministic:
         return False
     if runtime.compile != "auto":
         return runtime.compile == "on"
-    arch, streams = work.arch, 0.0
-    if section.enabled:
-        sequences, length = section.sequences + section.val_sequences, section.sequence_length
-        streams = 2 * sequences * length * _forward_flops(arch, length)
-    length = evaluation.sequence_length
-    windows = 4 * work.windows * length * _forward_flops(arch, length)
-    return arch.blocks * (streams + windows) / rates.flops >= 3 * COMPILING_PAYS
+    streams = 2 * (section.sequences + section.val_sequences) * section.sequence_length
+    tokens = streams * section.enabled + 4 * work.windows * evaluation.sequence_length
+    saved = rates.passage.per_number - rates.compiled_passage.per_number
+    return work.arch.blocks * tokens * work.arch.hidden * saved >= COMPILING_PAYS
 
 
 def fast(work: Workload) -> bool:
@@ -207,13 +236,12 @@ def fast(work: Workload) -> bool:
 
 def _block_seconds(work: Workload, rates: Speed) -> float:
     """Block-AP of one block: its steps, a forward pass for validation, 2 to advance streams."""
-    section, arch = work.config.block_ap, work.arch
-    length = section.sequence_length
-    steps = section.epochs * math.ceil(section.sequences / section.batch_size)
+    section = work.config.block_ap
+    length, batch = section.sequence_length, section.batch_size
+    steps = section.epochs * math.ceil(section.sequences / batch)
     passes = (section.epochs + 1) * section.val_sequences + 2 * (section.sequences + section.val_sequences)
     one = _step_seconds(work, rates, compiled=compiles(work, rates))
-    others = passes * length * _forward_flops(arch, length) / rates.flops
-    return steps * one + others + _search_seconds(work, rates)
+    return steps * one + _passing(work, rates, passes, length, batch) + _search_seconds(work, rates)
 
 
 def _block_step_seconds(work: Workload, rates: Speed) -> float:
@@ -234,13 +262,10 @@ def _step_seconds(work: Workload, rates: Speed, *, compiled: bool) -> float:
 
 def _passage_seconds(work: Workload, rates: Speed) -> float:
     """Both streams through a finished block: one through its float weights, one through the packed ones."""
-    section, arch = work.config.block_ap, work.arch
+    section = work.config.block_ap
     sequences = section.sequences + section.val_sequences
-    batches = math.ceil(sequences / section.batch_size)
-    tokens = sequences * section.sequence_length
-    compute = 2 * tokens * _forward_flops(arch, section.sequence_length) / rates.flops
-    unpacking = arch.linear_params_per_block * rates.unpack_per_weight
-    return compute + unpacking + 2 * batches * rates.block_launch / 3
+    one = _passing(work, rates, sequences, section.sequence_length, section.batch_size)
+    return 2 * one + _unpacking(work, rates)
 
 
 def _teacher_seconds(work: Workload, rates: Speed) -> float:
@@ -263,6 +288,9 @@ def _e2e_seconds(work: Workload, rates: Speed) -> float:
     flops = training * length * (factor * forward + 2 * head + teacher)
     flops += validation * length * (forward + head + teacher)
     micro_steps = math.ceil(training / section.micro_batch_size)
-    unpacking = micro_steps * arch.blocks * arch.linear_params_per_block * factor * rates.unpack_per_weight
-    launches = micro_steps * arch.blocks * rates.block_launch * factor / 3
-    return flops / rates.flops + unpacking + launches
+    cost = rates.compiled_passage if compiles_e2e(work, rates) else rates.passage
+    # A backward pass moves one and a half times what a forward pass does.
+    traffic = (factor - 0.5) * training * length * arch.blocks * arch.hidden * cost.per_number
+    unpacking = micro_steps * arch.blocks * factor * _unpacking(work, rates)
+    launches = micro_steps * arch.blocks * cost.launch * factor
+    return max(flops / rates.flops + traffic + unpacking, launches)

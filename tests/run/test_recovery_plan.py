@@ -230,9 +230,9 @@ TABLE: list[tuple[str, str, Machine, dict[str, Any]]] = [
     # 63 MiB are written in 0.2 s, of which a hundredth of the training has room for one every fifth block
     ("demo", "135m", TWO_CORES, {"streams": "stored", "warned": False, "snapshots": 0, "mib": 56}),
     # 130 GiB take 5 min to write, twice as long as a block is trained; computing them takes 23 s
-    ("paper", "7b", H200, {"streams": "recomputed", "warned": False, "snapshots": 10, "mib": 3185}),
+    ("paper", "7b", H200, {"streams": "recomputed", "warned": False, "snapshots": 4, "mib": 3185}),
     # 13 GiB take 4.7 s to copy, and a step of E2E-QP three minutes
-    ("paper", "70b", H200, {"streams": "recomputed", "warned": True, "snapshots": 50, "mib": 13464}),
+    ("paper", "70b", H200, {"streams": "recomputed", "warned": True, "snapshots": 30, "mib": 13464}),
 ]
 
 
@@ -293,7 +293,7 @@ def test_without_snapshots_a_kill_loses_a_block_or_all_of_the_end_to_end_trainin
     plan = planned("paper", "7b", H200, runtime__checkpoint_minutes=0)
     found, seconds = plan.recovery, {phase.name: phase.seconds for phase in plan.phases}
     assert (found.interval_seconds, found.snapshots) == (0, {"block_ap": 0, "e2e_qp": 0})
-    assert found.lost_seconds == pytest.approx(seconds["e2e_qp"], rel=0.02)
+    assert found.lost_seconds == pytest.approx(seconds["e2e_qp"], rel=0.03)
     assert not any("a kill" in warning for warning in plan.warnings)
     alone = planned("paper", "7b", H200, runtime__checkpoint_minutes=0, e2e_qp__enabled="false")
     compiling = 30.0  # once a run, not in each block
