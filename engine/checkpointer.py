@@ -16,13 +16,14 @@ until there is room.
 from __future__ import annotations
 
 import errno
+import functools
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -80,32 +81,15 @@ class Checkpoints:
         It is done when the context ends, however that ends; only an abort does not wait. A full disk is
         waited for then.
         """
-        done: Future[Committed] = Future()
-
-        def work() -> None:
-            try:
-                done.set_result(self._publish(entries))
-            except BaseException as failure:
-                done.set_exception(failure)
-
-        began = time.monotonic()
-        thread = threading.Thread(target=work, name="commit", daemon=True)
-        thread.start()
+        writing = _Writing(self, lambda: self._publish(entries), _needed(entries))
         try:
             yield
         except BaseException as error:
-            if not (isinstance(error, StopRequested) and error.abort):
-                thread.join()
+            writing.leave(error)
             raise
-        meanwhile = time.monotonic() - began
-        failure = done.exception()
-        if failure is not None:
-            if not _disk_is_full(failure):
-                raise failure
-            self.commit(phase, block, entries)
-            return
-        waited = time.monotonic() - began - meanwhile
-        self.say(done.result(), phase, block, waited=waited)
+        began = time.monotonic()
+        committed = writing.result()
+        self.say(committed, phase, block, waited=time.monotonic() - began)
 
     def _publish(self, entries: Mapping[str, Mapping[str, Tensor]]) -> Committed:
         for name, tensors in entries.items():
@@ -168,6 +152,50 @@ class Checkpoints:
             time.sleep(WAIT_SECONDS)
 
 
+class _Writing(Generic[T]):
+    """``work()``, which writes ``needed`` bytes, by a thread."""
+
+    def __init__(self, checkpoints: Checkpoints, work: Callable[[], T], needed: int) -> None:
+        self._checkpoints, self._work, self._needed = checkpoints, work, needed
+        self._done: Future[T] = Future()
+        self._thread = threading.Thread(target=self._try_once, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _try_once(self) -> None:
+        try:
+            self._done.set_result(self._work())
+        except BaseException as failure:
+            self._done.set_exception(failure)
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def result(self) -> T:
+        """Waits for the thread. What stood in its way is raised, a full disk waited for.
+
+        Raises:
+            StopRequested: at an abort; the process ends in the middle of the write, and what was published
+                before stays.
+        """
+        while self.running:
+            self._thread.join(0.05)
+            stop = self._checkpoints.report.stop_asked()
+            if stop is not None and stop.abort:
+                raise stop
+        failure = self._done.exception()
+        if failure is None:
+            return self._done.result()
+        if not _disk_is_full(failure):
+            raise failure
+        return self._checkpoints.patiently(self._work, self._needed)
+
+    def leave(self, error: BaseException) -> None:
+        """Whatever ends the run, what is being written counts; only an abort does not wait for it."""
+        if not (isinstance(error, StopRequested) and error.abort):
+            self._thread.join()
+
+
 class TrainingCheckpoints:
     """What one block's training, or the end-to-end training, reports to (:class:`Progress`).
 
@@ -179,17 +207,18 @@ class TrainingCheckpoints:
         self.store, self.runtime = checkpoints.store, checkpoints.runtime
         self.phase, self.block = phase, block
         self._last = time.monotonic()
-        self._thread: threading.Thread | None = None
-        self._write: _Write
+        self._writing: _Writing[Committed] | None = None
+        self._waited = 0.0
+        """Seconds that training stood still for it."""
 
     def __enter__(self) -> TrainingCheckpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is None:
+        if error is None:
             self._finish_writing()
-        elif self._thread is not None and not (isinstance(error, StopRequested) and error.abort):
-            self._thread.join()  # whatever ends the run, the last checkpoint of it counts
+        elif self._writing is not None:
+            self._writing.leave(error)
 
     # What a training says
 
@@ -224,8 +253,8 @@ class TrainingCheckpoints:
         raise stop
 
     def _is_due(self) -> bool:
-        if self._thread is not None:
-            if self._thread.is_alive():
+        if self._writing is not None:
+            if self._writing.running:
                 return False
             self._finish_writing()
         runtime = self.runtime
@@ -239,61 +268,28 @@ class TrainingCheckpoints:
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors.items()}
         tensors |= random_state(self.report.device)
         self._last = time.monotonic()
-        self._write = _Write(self, tensors, state.facts, self._last - began)
-        self._thread = threading.Thread(target=self._write.try_once, name="checkpoint", daemon=True)
-        self._thread.start()
+        self._waited = self._last - began
+        facts = {"phase": self.phase, "block": self.block, **state.facts}
+        self._writing = _Writing(
+            self.checkpoints, functools.partial(self._publish, tensors, facts, self._waited), _bytes(tensors)
+        )
+
+    def _publish(self, tensors: dict[str, Tensor], facts: dict[str, Any], waited: float) -> Committed:
+        self.store.put(ENTRY, tensors)
+        self.store.remember(ENTRY, facts)
+        committed = self.store.commit()
+        self.checkpoints.say(committed, self.phase, self.block, facts["sampler"]["step"], waited)
+        return committed
 
     def _finish_writing(self) -> None:
-        """Wait for the thread; what stood in its way is raised, a full disk waited for."""
-        if self._thread is None:
+        """Wait for the thread."""
+        if self._writing is None:
             return
-        while self._thread.is_alive():
-            self._thread.join(0.05)
-            stop = self.report.stop_asked()
-            if stop is not None and stop.abort:
-                raise stop  # the process ends in the middle of the write: the generation before stays
-        self._thread = None
-        write = self._write
-        if write.failure is not None:
-            if not _disk_is_full(write.failure):
-                raise write.failure
-            self.checkpoints.patiently(write.publish, _bytes(write.tensors))
-        self.checkpoints.cost = write.cost()
-        del self._write  # and its copy of the state
-
-
-class _Write:
-    """One snapshot on its way to the disk."""
-
-    def __init__(
-        self, owner: TrainingCheckpoints, tensors: dict[str, Tensor], facts: dict[str, Any], waited: float
-    ) -> None:
-        self.owner, self.tensors, self.waited = owner, tensors, waited
-        self.facts = {"phase": owner.phase, "block": owner.block, **facts}
-        self.failure: BaseException | None = None
-        self.seconds = 0.0
-
-    def try_once(self) -> None:
-        """The body of the thread."""
-        try:
-            self.publish()
-        except BaseException as failure:
-            self.failure = failure
-
-    def publish(self) -> None:
-        owner = self.owner
-        owner.store.put(ENTRY, self.tensors)
-        owner.store.remember(ENTRY, self.facts)
-        committed = owner.store.commit()
-        self.seconds = committed.seconds
-        step = self.facts["sampler"]["step"]
-        owner.checkpoints.say(committed, owner.phase, owner.block, step, self.waited)
-
-    def cost(self) -> float:
-        """Seconds that training lost: on a GPU it goes on while the host writes, a CPU does one or the
-        other."""
-        on_cpu = self.owner.report.device.type == "cpu"
-        return self.waited + (self.seconds if on_cpu else 0.0)
+        committed = self._writing.result()
+        self._writing = None  # and with it the copy of the state
+        # On a GPU training goes on while the host writes, a CPU does one or the other.
+        on_cpu = self.report.device.type == "cpu"
+        self.checkpoints.cost = self._waited + (committed.seconds if on_cpu else 0.0)
 
 
 def snapshot_of(store: CheckpointStore, phase: events.Phase, block: int | None = None) -> Snapshot | None:

@@ -56,7 +56,7 @@ def test_it_is_written_beside_what_happens_in_the_context(checkpoints: Checkpoin
     checkpoints.store.put = put  # type: ignore[method-assign, assignment]
     with checkpoints.committing("block_ap", 0, ENTRIES):
         pass
-    assert here == {"commit"}
+    assert here == {"checkpoint"}, "a thread of its own"
     assert published(checkpoints)
     (event,) = told(checkpoints, events.CheckpointCommitted)
     assert (event.block, event.generation) == (0, 1)
@@ -85,6 +85,26 @@ def test_an_abort_does_not_wait(checkpoints: Checkpoints) -> None:
         with checkpoints.committing("block_ap", 0, ENTRIES):
             raise StopRequested(abort=True, exit_code=ExitCode.ABORTED)
 
+    checkpoints.store.commit = commit  # type: ignore[method-assign, assignment]
+    with pytest.raises(StopRequested):
+        work()
+    assert not published(checkpoints)
+    goes_on.set()
+
+
+def test_an_abort_is_heard_while_the_end_is_waited_for(checkpoints: Checkpoints) -> None:
+    goes_on = threading.Event()
+    real = checkpoints.store.commit
+
+    def commit() -> object:
+        goes_on.wait(10)
+        return real()
+
+    def work() -> None:
+        with checkpoints.committing("block_ap", 0, ENTRIES):
+            checkpoints.report.stop_asked = lambda: stop  # type: ignore[method-assign]
+
+    stop = StopRequested(abort=True, exit_code=ExitCode.ABORTED)
     checkpoints.store.commit = commit  # type: ignore[method-assign, assignment]
     with pytest.raises(StopRequested):
         work()
