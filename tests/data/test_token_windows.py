@@ -133,6 +133,31 @@ def test_long_text_is_sampled_from_all_over(tokenizer: Any, tmp_path: Path) -> N
     assert len({number // 6000 for number in numbers}) >= 4  # tenths of the file
 
 
+@pytest.mark.parametrize(("surplus", "most"), [(1 << 20, 2), (1000, 1.03)])
+def test_of_a_local_text_twice_as_much_is_tokenized_but_not_of_a_long_one(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, surplus: int, most: float
+) -> None:
+    (tmp_path / "a.txt").write_text("".join(f"line {n:07d} of a long file\n" for n in range(30_000)))
+    monkeypatch.setattr(tokens_module, "_LOCAL_SURPLUS", surplus)
+    source = tokens_module.open_source(DataConfig(source=str(tmp_path / "a.txt")))
+    needed, length = 50_000, 100
+    documents = tokens_module._tokenized  # what it yields is all that is tokenized, but for a batch
+    total = 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal total
+        for tokens in documents(*arguments):
+            total += len(tokens)
+            yield tokens
+
+    monkeypatch.setattr(tokens_module, "_tokenized", counted)
+    windows = tokens_module._drawn_windows(
+        tokenizer, source, "train", needed // length, length, 0, lambda code, message: None
+    )
+    assert windows.shape == (needed // length, length)
+    assert 0.9 * most * needed < total < 1.1 * most * needed
+
+
 def test_streamed_source_is_read_no_further_than_needed(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

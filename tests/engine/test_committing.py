@@ -73,9 +73,11 @@ def test_what_ends_the_work_does_not_undo_it(checkpoints: Checkpoints, end: Exce
     assert published(checkpoints)
 
 
-def test_an_abort_does_not_wait(checkpoints: Checkpoints) -> None:
+@pytest.mark.parametrize("when", ["meanwhile", "at the end"])
+def test_an_abort_does_not_wait(checkpoints: Checkpoints, when: str) -> None:
     goes_on = threading.Event()
     real = checkpoints.store.commit
+    abort = StopRequested(abort=True, exit_code=ExitCode.ABORTED)
 
     def commit() -> object:
         goes_on.wait(10)
@@ -83,28 +85,10 @@ def test_an_abort_does_not_wait(checkpoints: Checkpoints) -> None:
 
     def work() -> None:
         with checkpoints.committing("block_ap", 0, ENTRIES):
-            raise StopRequested(abort=True, exit_code=ExitCode.ABORTED)
+            if when == "meanwhile":
+                raise abort
+            checkpoints.report.stop_asked = lambda: abort  # type: ignore[method-assign]
 
-    checkpoints.store.commit = commit  # type: ignore[method-assign, assignment]
-    with pytest.raises(StopRequested):
-        work()
-    assert not published(checkpoints)
-    goes_on.set()
-
-
-def test_an_abort_is_heard_while_the_end_is_waited_for(checkpoints: Checkpoints) -> None:
-    goes_on = threading.Event()
-    real = checkpoints.store.commit
-
-    def commit() -> object:
-        goes_on.wait(10)
-        return real()
-
-    def work() -> None:
-        with checkpoints.committing("block_ap", 0, ENTRIES):
-            checkpoints.report.stop_asked = lambda: stop  # type: ignore[method-assign]
-
-    stop = StopRequested(abort=True, exit_code=ExitCode.ABORTED)
     checkpoints.store.commit = commit  # type: ignore[method-assign, assignment]
     with pytest.raises(StopRequested):
         work()
