@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import statistics
 import time
@@ -88,6 +89,13 @@ def packed_like(block: nn.Module, names: Sequence[str]) -> PackedBlock:
             2,
         )
     return PackedBlock(linears, {})
+
+
+@cache
+def packed_block(shape: str) -> nn.Module:
+    """:func:`random_block` on the device, its linears :func:`packed_like`."""
+    block = copy.deepcopy(random_block(shape)).to(DEVICE, dtype())
+    return packed_like(block, model(SHAPES[shape]).linear_names(0)).install(block)
 
 
 def model(

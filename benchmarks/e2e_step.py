@@ -42,9 +42,8 @@ from common import (
     matrix_rate,
     median_of,
     model,
-    packed_like,
+    packed_block,
     peak_gib,
-    random_block,
     random_store,
     reset_peak,
     synchronize,
@@ -109,10 +108,8 @@ def measure(
     Kernels.on = False
     if fast and DEVICE.type == "cuda":
         Kernels.switch_on(DEVICE)
-    blocks = []
-    for index in range(layers):
-        block = copy.deepcopy(random_block(args.shape)).to(DEVICE, dtype())
-        blocks.append(packed_like(block, lm.linear_names(index)).install(block))
+    first = packed_block(args.shape)
+    blocks = [copy.deepcopy(first) for _ in range(layers)]
     config = E2EQPConfig(
         sequences=args.steps * ACCUMULATED * args.batch,
         val_sequences=0,

@@ -22,12 +22,16 @@ times.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import gc
+import pstats
 import resource
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +52,7 @@ from common import (
     allocated,
     dtype,
     model,
+    packed_block,
     peak_gib,
     random_block,
     random_store,
@@ -94,7 +99,13 @@ class Fresh:
 
 
 def one_block(
-    lm: CausalLM, fresh: Fresh, streams: Streams, config: BlockAPConfig, folder: Path, number: int
+    lm: CausalLM,
+    fresh: Fresh,
+    streams: Streams,
+    config: BlockAPConfig,
+    folder: Path,
+    number: int,
+    profile: bool = False,
 ) -> dict[str, float]:
     """Seconds of everything that happens to a block."""
     took: dict[str, float] = {}
@@ -115,15 +126,16 @@ def one_block(
     reset_peak()
     marks = Marks()
     begun = time.perf_counter()
-    result = train_block(
-        *(lm, 0, block, streams, config, GRID),
-        seed=number,
-        dtype=dtype(),
-        progress=marks,
-        fast=DEVICE.type == "cuda",
-        compiles=DEVICE.type == "cuda",
-    )
-    synchronize()
+    with profiled(profile):
+        result = train_block(
+            *(lm, 0, block, streams, config, GRID),
+            seed=number,
+            dtype=dtype(),
+            progress=marks,
+            fast=DEVICE.type == "cuda",
+            compiles=DEVICE.type == "cuda",
+        )
+        synchronize()
     whole = time.perf_counter() - begun
     steps = marks.steps()
     took["step"] = statistics.median(steps) / 1e3
@@ -143,6 +155,20 @@ def one_block(
 def fail(why: str) -> None:
     """A form that silently becomes a slower one must not be measured."""
     raise RuntimeError(why)
+
+
+@contextmanager
+def profiled(wanted: bool) -> Iterator[None]:
+    """Lists what the host waited for in the context."""
+    if not wanted:
+        yield
+        return
+    profile = cProfile.Profile()
+    with profile:
+        yield
+    pstats.Stats(profile, stream=sys.stderr).sort_stats("cumulative").print_stats(
+        "engine|torch._C|method", 45
+    )
 
 
 def evaluate(lm: CausalLM, fresh: Fresh, windows: int, length: int) -> float:
@@ -165,6 +191,7 @@ def main() -> None:
     parser.add_argument("--e2e-batch", type=int, default=4)
     parser.add_argument("--e2e-length", type=int, default=4096)
     parser.add_argument("--recompute", choices=["no", "yes"], default="no")
+    parser.add_argument("--profile", action="store_true", help="the host's part of the second block")
     parser.add_argument("--only", choices=["block_ap"], help="leave E2E-QP and perplexity out")
     args = parser.parse_args()
     blocks = BLOCKS.get(args.shape, 2)
@@ -174,6 +201,8 @@ def main() -> None:
         if DEVICE.type == "cuda":
             lm.compile(expect_silence=lambda seconds: None, on_failure=fail)
         fresh = Fresh(args.shape, folder)
+        if not args.only:
+            packed_block(args.shape)  # for later; its weights are slow to draw
         random_block.cache_clear()
         count = args.sequences + args.validation
         streams = Streams(
@@ -184,7 +213,8 @@ def main() -> None:
             args.sequences,
         )
         config = settings(args.sequences, BATCH, args.length, EPOCHS, args.validation)
-        first, second = (one_block(lm, fresh, streams, config, folder, number) for number in range(2))
+        first = one_block(lm, fresh, streams, config, folder, 0)
+        second = one_block(lm, fresh, streams, config, folder, 1, args.profile)
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
         streams.full.close()
         streams.quantized.close()

@@ -17,7 +17,7 @@ COMMANDS = [
     "block_step tiny --steps 3 --repeat 1 --variants plain",
     "e2e_step tiny --length 16 --vocabulary 300 --steps 6 --repeat 1 --forms plain --loss kl --profile",
     "recipe tiny --sequences 4 --validation 2 --length 16 --store disk --vocabulary 300 --windows 4"
-    " --e2e-length 16",
+    " --e2e-length 16 --profile",
     "evaluation tiny --blocks 2 --windows 5 --length 16 --vocabulary 300 --repeat 1",
     "telemetry tiny --steps 16 --repeat 1",
     "startup tiny --blocks 2 --vocabulary 700 --words 4000 --preset smoke",
