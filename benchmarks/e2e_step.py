@@ -109,6 +109,7 @@ def measure(
     if fast and DEVICE.type == "cuda":
         Kernels.switch_on(DEVICE)
     first = packed_block(args.shape)
+    beside = sum(tensor.nbytes for tensor in first.state_dict().values())
     blocks = [copy.deepcopy(first) for _ in range(layers)]
     config = E2EQPConfig(
         sequences=args.steps * ACCUMULATED * args.batch,
@@ -140,7 +141,7 @@ def measure(
         )
     whole = statistics.median(marks.steps(SKIPPED)) / ACCUMULATED
     rest = embed.median() + head.median()
-    peak = peak_gib()
+    peak = peak_gib(beside)
     del lm, blocks
     if teacher is not None:
         teacher.close()

@@ -178,11 +178,7 @@ class _Writing(Generic[T]):
             StopRequested: at an abort; the process ends in the middle of the write, and what was published
                 before stays.
         """
-        while self.running:
-            self._thread.join(0.05)
-            stop = self._checkpoints.report.stop_asked()
-            if stop is not None and stop.abort:
-                raise stop
+        self._wait()
         failure = self._done.exception()
         if failure is None:
             return self._done.result()
@@ -193,7 +189,14 @@ class _Writing(Generic[T]):
     def leave(self, error: BaseException) -> None:
         """Whatever ends the run, what is being written counts; only an abort does not wait for it."""
         if not (isinstance(error, StopRequested) and error.abort):
-            self._thread.join()
+            self._wait()
+
+    def _wait(self) -> None:
+        while self.running:
+            self._thread.join(0.05)
+            stop = self._checkpoints.report.stop_asked()
+            if stop is not None and stop.abort:
+                raise stop
 
 
 class TrainingCheckpoints:

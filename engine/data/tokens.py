@@ -39,7 +39,7 @@ from engine.run.errors import DataError
 MAX_PASSES = 4
 """A text is drawn from at most this many times over."""
 
-_SCHEME = 2  # raise it when the same inputs would give other windows: old cache entries then die out
+_SCHEME = 1  # raise it when the same inputs would give other windows: old cache entries then die out
 _PIECE_CHARS_PER_TOKEN = 8  # two windows of English
 _SHORTEST_PIECE_CHARS = 1 << 12
 _LOCAL_SURPLUS = 1 << 20
@@ -292,6 +292,8 @@ def _cache_key(tokenizer: Any, source: TextSource, part: Part, sequences: int, l
         "length": length,
         "seed": 0 if part == "evaluation" else seed,
     }
+    if part != "evaluation" and not source.streams and sequences * length > _LOCAL_SURPLUS:
+        decides["surplus"] = _LOCAL_SURPLUS
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:40]
 
 

@@ -86,8 +86,12 @@ class Graphed(Generic[T]):
 @functools.cache
 def _recording_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all recordings: for each stream that multiplies matrices torch keeps a workspace of 32 MiB for
-    ever. It is made here, so that it does not become part of a graph's memory."""
-    stream = torch.cuda.Stream(device)
+    ever. It is made here, so that it does not become part of a graph's memory.
+
+    Of another priority than the streams that copies run on: torch deals 32 streams of each priority in turn,
+    and what a thread copied on the very stream that records would become part of the recording.
+    """
+    stream = torch.cuda.Stream(device, priority=-1)
     with torch.cuda.stream(stream):
         some = torch.ones(16, 16, device=device)
         torch.mm(some, some)

@@ -29,7 +29,7 @@ T = TypeVar("T")
 class Compiled:
     """A function, compiled, that falls back to itself; ``on_failure`` is told why, once.
 
-    ``expect_silence`` is told before the first call how many seconds compiling may take.
+    ``expect_silence`` is told how many seconds compiling may take before a call that looks like none before.
     """
 
     def __init__(
@@ -40,15 +40,17 @@ class Compiled:
         on_failure: Callable[[str], None],
     ) -> None:
         self._plain = function
-        self._silence: Callable[[float], None] | None = expect_silence
+        self._silence = expect_silence
+        self._seen: set[Any] = set()
         self._fast: Callable[..., Any] | None = _compile(function)
         self._on_failure = on_failure
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._fast is not None:
-            if self._silence is not None:
+            form = _form((args, kwargs))
+            if form not in self._seen:
+                self._seen.add(form)
                 self._silence(COMPILING_SECONDS)
-                self._silence = None
             try:
                 return self._fast(*args, **kwargs)
             except torch.OutOfMemoryError:
@@ -69,6 +71,17 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FORMS)
     compiled: Callable[..., Any] = torch.compile(function, dynamic=False)
     return compiled
+
+
+def _form(value: Any) -> Any:
+    """What a compiled form depends on, as far as it shows without asking the compiler."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, torch.nn.Module):
+        return tuple(map(type, value.modules())), frozenset(p.dtype for p in value.parameters())
+    if isinstance(value, dict):
+        return tuple((name, _form(one)) for name, one in value.items())
+    return tuple(map(_form, value)) if isinstance(value, tuple | list) else type(value)
 
 
 def _is_the_compilers(error: Exception) -> bool:

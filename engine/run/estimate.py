@@ -105,6 +105,8 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     """One recorded and compiled step of a small block (SmolLM2 on an H100)."""
     gpu_compile: float = 30.0
     """Compiling a block's step, once a run."""
+    gpu_compile_passage: float = 6.0
+    """Compiling one form of a block or head for passages: 3 of them took at most 15 s."""
     gpu_unpack_bytes: float = 40.0
     """Memory traffic of unpacking a packed weight once, eager."""
     gpu_kernel_unpack_bytes: float = 4.0

@@ -10,6 +10,7 @@ import math
 
 import msgspec
 
+from engine.run.config import BlockAPConfig, E2EQPConfig
 from engine.run.estimate import CONSTANTS, GPU_RATES, UNKNOWN_GPU, Constants, Workload
 from engine.run.families import Architecture
 
@@ -94,10 +95,11 @@ def phase_seconds(
     """Estimated duration of one phase."""
     arch = work.arch
     load = load_seconds(arch, stored_bytes, constants)
+    form = constants.gpu_compile_passage if compiles_passages(work, rates) else 0.0
     if phase == "prepare":
         return constants.prepare
     if phase == "block_ap":
-        compiling = constants.gpu_compile if compiles(work, rates) else 0.0
+        compiling = 2 * form + (constants.gpu_compile if compiles(work, rates) else 0.0)
         return load + compiling + arch.blocks * _block_seconds(work, rates)
     if phase == "e2e_qp":
         taught = work.config.e2e_qp.loss == "kl" and not work.shares_teacher
@@ -110,11 +112,12 @@ def phase_seconds(
     length = section.sequence_length
     head = work.windows * length * 2 * arch.vocab * arch.hidden / rates.flops
     one = _passing(work, rates, work.windows, length, section.batch_size)
-    # Reading is one block ahead.
-    seconds = max(load, arch.blocks * one) + load / arch.blocks + head
-    if phase != "evaluate_fp":
-        seconds += arch.blocks * _unpacking(work, rates)
-    return seconds
+    passing = arch.blocks * one
+    # A GPU computes while the next block is read.
+    seconds = head + (max(load, passing) + load / arch.blocks if work.cuda else load + passing)
+    if phase == "evaluate_fp":
+        return seconds + 2 * form
+    return seconds + arch.blocks * _unpacking(work, rates) + (form if phase == "evaluate_rtn" else 0.0)
 
 
 def load_seconds(arch: Architecture, stored_bytes: int, constants: Constants = CONSTANTS) -> float:
@@ -212,16 +215,25 @@ def compiles_e2e(work: Workload, rates: Speed) -> bool:
 
 
 def compiles_passages(work: Workload, rates: Speed) -> bool:
-    """The same of forward passes alone: Block-AP's two streams and, four times, perplexity."""
-    runtime, section, evaluation = work.config.runtime, work.config.block_ap, work.config.evaluation
+    """The same of forward passes alone: Block-AP's two streams, a teacher's, perplexities. There are five
+    forms to compile and more, so it has to save twice as much."""
+    runtime = work.config.runtime
     if not work.cuda or runtime.deterministic:
         return False
     if runtime.compile != "auto":
         return runtime.compile == "on"
-    streams = 2 * (section.sequences + section.val_sequences) * section.sequence_length
-    tokens = streams * section.enabled + 4 * work.windows * evaluation.sequence_length
+    evaluations = sum(phase.startswith("evaluate") for phase in work.phases())
+    tokens = evaluations * work.windows * work.config.evaluation.sequence_length
+    if work.config.block_ap.enabled:
+        tokens += 2 * _tokens(work.config.block_ap)
+    if work.teacher_bytes() and not work.shares_teacher:
+        tokens += _tokens(work.config.e2e_qp)
     saved = rates.passage.per_number - rates.compiled_passage.per_number
-    return work.arch.blocks * tokens * work.arch.hidden * saved >= COMPILING_PAYS
+    return work.arch.blocks * tokens * work.arch.hidden * saved >= 2 * COMPILING_PAYS
+
+
+def _tokens(section: BlockAPConfig | E2EQPConfig) -> int:
+    return (section.sequences + section.val_sequences) * section.sequence_length
 
 
 def fast(work: Workload) -> bool:
@@ -270,9 +282,9 @@ def _passage_seconds(work: Workload, rates: Speed) -> float:
 
 def _teacher_seconds(work: Workload, rates: Speed) -> float:
     """The text of E2E-QP through the full-precision blocks."""
-    section, arch = work.config.e2e_qp, work.arch
-    tokens = (section.sequences + section.val_sequences) * section.sequence_length
-    return tokens * arch.blocks * _forward_flops(arch, section.sequence_length) / rates.flops
+    section = work.config.e2e_qp
+    sequences, batch = section.sequences + section.val_sequences, work.config.block_ap.batch_size
+    return work.arch.blocks * _passing(work, rates, sequences, section.sequence_length, batch)
 
 
 def _e2e_seconds(work: Workload, rates: Speed) -> float:

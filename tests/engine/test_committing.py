@@ -73,7 +73,7 @@ def test_what_ends_the_work_does_not_undo_it(checkpoints: Checkpoints, end: Exce
     assert published(checkpoints)
 
 
-@pytest.mark.parametrize("when", ["meanwhile", "at the end"])
+@pytest.mark.parametrize("when", ["meanwhile", "at the end", "after a stop"])
 def test_an_abort_does_not_wait(checkpoints: Checkpoints, when: str) -> None:
     goes_on = threading.Event()
     real = checkpoints.store.commit
@@ -88,10 +88,13 @@ def test_an_abort_does_not_wait(checkpoints: Checkpoints, when: str) -> None:
             if when == "meanwhile":
                 raise abort
             checkpoints.report.stop_asked = lambda: abort  # type: ignore[method-assign]
+            if when == "after a stop":
+                raise StopRequested
 
     checkpoints.store.commit = commit  # type: ignore[method-assign, assignment]
-    with pytest.raises(StopRequested):
+    with pytest.raises(StopRequested) as raised:
         work()
+    assert raised.value.abort
     assert not published(checkpoints)
     goes_on.set()
 

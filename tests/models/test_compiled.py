@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.models import compiled
 from engine.models.compiled import Compiled
@@ -55,3 +55,28 @@ def test_what_the_function_raises_is_not_hidden(error: Exception, monkeypatch: p
     with pytest.raises(type(error)):
         told.function()(torch.ones(2))
     assert told.failures == []
+
+
+def test_whatever_may_be_compiled_is_announced_and_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_compile", lambda function: function)
+    silences: list[float] = []
+
+    def call(module: nn.Module, x: Tensor, options: dict[str, Tensor]) -> Tensor:
+        return x
+
+    function = Compiled(call, expect_silence=silences.append, on_failure=pytest.fail)
+    plain, other = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Identity())
+    for _ in range(2):
+        function(plain, torch.ones(2), {"mask": torch.ones(1)})
+    assert len(silences) == 1
+    for new in (
+        (other, torch.ones(2), {"mask": torch.ones(1)}),
+        (plain, torch.ones(3), {"mask": torch.ones(1)}),
+        (plain, torch.ones(2).double(), {"mask": torch.ones(1)}),
+        (plain, torch.ones(2), {"mask": torch.ones(2)}),
+        (nn.Sequential(nn.Linear(2, 2).double()), torch.ones(2), {"mask": torch.ones(1)}),
+    ):
+        before = len(silences)
+        for _ in range(2):
+            function(*new)
+        assert len(silences) == before + 1
