@@ -111,6 +111,12 @@ def model(
     return CausalLM(source, device, dtype(device))
 
 
+def compile_passages(lm: CausalLM) -> None:
+    """As in a long run; one that cannot be compiled must not be measured as one that is."""
+    told = Marks()
+    lm.compile(expect_silence=told.expect_silence, on_failure=lambda why: told.warning("compile", why))
+
+
 @dataclass(frozen=True)
 class Linears:
     """Sizes of a block that floors are made of."""

@@ -27,6 +27,7 @@ from common import (
     SHAPES,
     Linears,
     attention_ms,
+    compile_passages,
     dtype,
     matrix_rate,
     median_of,
@@ -38,7 +39,7 @@ from common import (
     table,
     where,
 )
-from recipe import Fresh, fail
+from recipe import Fresh
 
 from engine.evaluation.perplexity import perplexity
 from engine.quant.packed import Kernels
@@ -77,7 +78,7 @@ def main() -> None:
         }
         for name, block_for in forms.items():
             if not name.startswith("plain"):
-                lm.compile(expect_silence=lambda seconds: None, on_failure=fail)
+                compile_passages(lm)
             perplexity(lm, block_for, ids[: args.batch], batch_size=args.batch)
             reset_peak()
             took = [

@@ -50,6 +50,7 @@ from common import (
     Linears,
     Marks,
     allocated,
+    compile_passages,
     dtype,
     model,
     packed_block,
@@ -152,11 +153,6 @@ def one_block(
     return took
 
 
-def fail(why: str) -> None:
-    """A form that silently becomes a slower one must not be measured."""
-    raise RuntimeError(why)
-
-
 @contextmanager
 def profiled(wanted: bool) -> Iterator[None]:
     """Lists what the host waited for in the context."""
@@ -209,7 +205,7 @@ def main() -> None:
         folder = Path(name)
         lm = model(SHAPES[args.shape], blocks=2, vocabulary=args.vocabulary)
         if DEVICE.type == "cuda":
-            lm.compile(expect_silence=lambda seconds: None, on_failure=fail)
+            compile_passages(lm)
         fresh = Fresh(args.shape, folder)
         if not args.only:
             packed_block(args.shape)  # for later; its weights are slow to draw

@@ -18,13 +18,14 @@ stand-in, and the stand-ins do one of three things:
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +44,6 @@ HEAD_VALUES = 1 << 25
 
 StandIn = Callable[[int, Tensor, dict[str, Any]], Tensor]
 """Called in place of block ``i`` with its hidden states and its other arguments by name."""
-
-
-class _Telling(TypedDict):
-    expect_silence: Callable[[float], None]
-    on_failure: Callable[[str], None]
 
 
 class _Enough(Exception):
@@ -78,8 +74,8 @@ class CausalLM:
         """Held while blocks stand in for something, and while one is copied: a thread may load the next."""
         self.tail: tuple[nn.Module, nn.Module] | None = None
         """Final norm and output embeddings, where they are all that follows the blocks."""
-        self._compiled: dict[Callable[..., Any], Compiled] | None = None
-        """By the function; none while nothing is compiled."""
+        self._compiled: Callable[[Callable[..., Any]], Compiled] | None = None
+        """The compiled form of a function; none while nothing is compiled."""
         self._probe()
         if (norm := self._find_norm()) is not None:
             self.tail = norm, self.model.get_output_embeddings()
@@ -161,21 +157,19 @@ class CausalLM:
         """
         batch, length = hidden_BTH.shape[:2]
         arguments = self.block_kwargs(index, batch, length, hidden_BTH.dtype)
-        forward = self.repeated(_passage) if often and not torch.is_grad_enabled() else block_forward
+        forward = self.repeated(block_forward) if often and not torch.is_grad_enabled() else block_forward
         return forward(module, hidden_BTH, arguments)
 
     def compile(self, *, expect_silence: Callable[[float], None], on_failure: Callable[[str], None]) -> None:
         """Compile what is :meth:`repeated` from now on; the two are those of :class:`Compiled`."""
-        self._compiled = {}
-        self._telling = _Telling(expect_silence=expect_silence, on_failure=on_failure)
+        make = functools.partial(
+            Compiled, expect_silence=expect_silence, on_failure=on_failure, many_forms=True
+        )
+        self._compiled = functools.cache(make)
 
     def repeated(self, function: Callable[P, T]) -> Callable[P, T]:
         """``function``, for what is done many times in the same shapes: compiled, if anything is."""
-        if self._compiled is None:
-            return function
-        if function not in self._compiled:
-            self._compiled[function] = Compiled(function, **self._telling)
-        return self._compiled[function]
+        return function if self._compiled is None else self._compiled(function)
 
     def head_chunks(self, tokens: int) -> list[slice]:
         """Parts of so many tokens, whose logits are computed at once: of one size, but for the last, because
@@ -459,12 +453,6 @@ def block_forward(block: nn.Module, hidden_BTH: Tensor, arguments: dict[str, Any
     """The block's output."""
     output = block(hidden_BTH, **arguments)
     return output[0] if isinstance(output, tuple) else output
-
-
-def _passage(block: nn.Module, hidden_BTH: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """The same where nothing is differentiated; a function of its own, because how many forms of one
-    function are compiled is limited."""
-    return block_forward(block, hidden_BTH, arguments)
 
 
 def _replace(root: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -29,7 +29,8 @@ T = TypeVar("T")
 class Compiled:
     """A function, compiled, that falls back to itself; ``on_failure`` is told why, once.
 
-    ``expect_silence`` is told how many seconds compiling may take before a call that looks like none before.
+    ``expect_silence`` is told how many seconds compiling may take: before the first call, and where a
+    function has ``many_forms`` before each that looks like none before.
     """
 
     def __init__(
@@ -38,16 +39,17 @@ class Compiled:
         *,
         expect_silence: Callable[[float], None],
         on_failure: Callable[[str], None],
+        many_forms: bool = False,
     ) -> None:
         self._plain = function
-        self._silence = expect_silence
+        self._silence, self._many_forms = expect_silence, many_forms
         self._seen: set[Any] = set()
         self._fast: Callable[..., Any] | None = _compile(function)
         self._on_failure = on_failure
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._fast is not None:
-            form = _form((args, kwargs))
+            form = _form((args, kwargs)) if self._many_forms else None  # it walks through all modules
             if form not in self._seen:
                 self._seen.add(form)
                 self._silence(COMPILING_SECONDS)

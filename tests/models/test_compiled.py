@@ -64,7 +64,7 @@ def test_whatever_may_be_compiled_is_announced_and_nothing_twice(monkeypatch: py
     def call(module: nn.Module, x: Tensor, options: dict[str, Tensor]) -> Tensor:
         return x
 
-    function = Compiled(call, expect_silence=silences.append, on_failure=pytest.fail)
+    function = Compiled(call, expect_silence=silences.append, on_failure=pytest.fail, many_forms=True)
     plain, other = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Identity())
     for _ in range(2):
         function(plain, torch.ones(2), {"mask": torch.ones(1)})

@@ -18,7 +18,7 @@ from engine.run.architecture import TINY_LLAMA, architecture, describe
 from engine.run.checkpoint_sizes import block_bytes, scales_bytes, snapshot_bytes
 from engine.run.config import GridConfig, RunConfig, apply_overrides, load, resolve
 from engine.run.disk_model import assets_bytes, header_room
-from engine.run.estimate import GIB, MIB, Workload
+from engine.run.estimate import CONSTANTS, GIB, MIB, Workload
 from engine.run.fit import choose_store
 from engine.run.machine import Machine, detect
 from engine.run.plan import Plan, make_plan, out_of_memory_remedy
@@ -232,7 +232,7 @@ TABLE: list[tuple[str, str, Machine, dict[str, Any]]] = [
     # 130 GiB take 5 min to write, twice as long as a block is trained; computing them takes 23 s
     ("paper", "7b", H200, {"streams": "recomputed", "warned": False, "snapshots": 4, "mib": 3185}),
     # 13 GiB take 4.7 s to copy, and a step of E2E-QP three minutes
-    ("paper", "70b", H200, {"streams": "recomputed", "warned": True, "snapshots": 30, "mib": 13464}),
+    ("paper", "70b", H200, {"streams": "recomputed", "warned": True, "snapshots": 34, "mib": 13464}),
 ]
 
 
@@ -293,7 +293,8 @@ def test_without_snapshots_a_kill_loses_a_block_or_all_of_the_end_to_end_trainin
     plan = planned("paper", "7b", H200, runtime__checkpoint_minutes=0)
     found, seconds = plan.recovery, {phase.name: phase.seconds for phase in plan.phases}
     assert (found.interval_seconds, found.snapshots) == (0, {"block_ap": 0, "e2e_qp": 0})
-    assert found.lost_seconds == pytest.approx(seconds["e2e_qp"], rel=0.03)
+    reading = 32 * CONSTANTS.block_load + plan.fp_bytes / CONSTANTS.read_rate  # is no training
+    assert found.lost_seconds == pytest.approx(seconds["e2e_qp"] - reading, rel=0.01)
     assert not any("a kill" in warning for warning in plan.warnings)
     alone = planned("paper", "7b", H200, runtime__checkpoint_minutes=0, e2e_qp__enabled="false")
     compiling = 30.0  # once a run, not in each block
