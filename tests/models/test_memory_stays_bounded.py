@@ -84,7 +84,10 @@ def checkpoint(tmp_path: Path) -> Iterator[Path]:
 def test_streaming_300_megabytes_needs_little_more_than_a_block(checkpoint: Path) -> None:
     stored = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     assert stored > 290 * MIB
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # Every array its own mapping, given back when it is freed: otherwise the heap's fragments are counted
+    # too, which differ from run to run by up to a block and a half.
+    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, **allocator, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-c", STREAM, str(checkpoint)],
         env=environment,
@@ -95,5 +98,5 @@ def test_streaming_300_megabytes_needs_little_more_than_a_block(checkpoint: Path
     grown = json.loads(result.stdout.splitlines()[-1])
     block = stored // 12
     assert grown["finite"]
-    assert grown["anonymous"] < 2.5 * block, f"{grown['anonymous'] / MIB:.0f} MiB beyond the first block"
+    assert grown["anonymous"] < 2 * block, f"{grown['anonymous'] / MIB:.0f} MiB beyond the first block"
     assert grown["mapped"] < 0.5 * block, "the checkpoint must not stay mapped"
