@@ -420,11 +420,19 @@ def _change(struct: Any, **changes: Any) -> Any:
 
 
 def _close_phase(state: RunState) -> RunState:
-    """Account for a phase that ends without saying so: up to the last event of its attempt."""
+    """Account for a phase that ends without saying so: up to the last event of its attempt, with the peaks of
+    the last reading."""
     if state.open_since is None or state.phase is None:
         return state
     row = _phase_row(state, state.phase)
     row = _change(row, seconds=row.seconds + max(0.0, state.last_mono - state.open_since))
+    last = state.memory
+    if last is not None and last.attempt == state.attempt and last.mono >= state.open_since:
+        row = _change(
+            row,
+            peak_gpu_bytes=_larger(row.peak_gpu_bytes, last.gpu_peak),
+            peak_host_bytes=_larger(row.peak_host_bytes, last.host_peak),
+        )
     closed: RunState = _change(state, phases=_with_phase(state.phases, row), open_since=None)
     return closed
 

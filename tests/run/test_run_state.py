@@ -98,11 +98,26 @@ def test_stopped_phase_is_accounted_for_once() -> None:
     result = reduce(
         [
             started(mono=0.0),
+            events.Memory(gpu_peak=99, host_peak=99, mono=0.5),
             events.PhaseStarted(phase="e2e_qp", index=0, phases=1, mono=1.0),
+            events.Memory(gpu_peak=5, host_peak=6, mono=2.0),
+            events.Memory(gpu_peak=7, host_peak=6, mono=8.0),
             events.RunFinished(outcome="stopped", exit_code=75, seconds=9.0, mono=9.0),
         ]
     )
     assert [(row.seconds, row.finished) for row in result.phases] == [(8.0, False)]
+    assert [(row.peak_gpu_bytes, row.peak_host_bytes) for row in result.phases] == [(7, 6)]
+
+
+def test_a_phase_has_no_peaks_of_a_reading_before_it_or_of_another_attempt() -> None:
+    opened = [started(mono=0.0), events.PhaseStarted(phase="e2e_qp", index=0, phases=1, mono=1.0)]
+    before = [events.Memory(gpu_peak=99, host_peak=99, mono=0.5)]
+    other = [events.Memory(gpu_peak=99, host_peak=99, mono=5.0, attempt=1), *opened]
+    second = [msgspec.structs.replace(event, attempt=2) for event in opened]
+    end = events.RunFinished(outcome="stopped", exit_code=75, seconds=9.0, mono=9.0)
+    for seen in ([opened[0], *before, opened[1], end], [*other[:1], *second, end]):
+        (row,) = reduce(seen).phases
+        assert (row.peak_gpu_bytes, row.peak_host_bytes) == (None, None)
 
 
 def test_new_attempt_forgets_how_the_last_one_ended_and_keeps_its_work() -> None:
