@@ -2,8 +2,8 @@
 
     prepare          open the model, draw and tokenize the text
     evaluate_fp      perplexity of the model as it came
-    evaluate_rtn     ... of plain round-to-nearest
     block_ap         train block after block            (or `rtn`: only round them)
+    evaluate_rtn     perplexity of plain round-to-nearest
     evaluate_block_ap
     e2e_qp           train the scales through the whole network
     evaluate_e2e_qp
@@ -59,6 +59,7 @@ from engine.run import events
 from engine.run.config import GridConfig, RunConfig
 from engine.run.directory import RunDirectory
 from engine.run.errors import UsageError
+from engine.run.phases import phases_of
 from engine.run.plan import Plan, host_budget
 
 Task = Literal["run", "eval", "export", "generate"]
@@ -87,28 +88,11 @@ class Pipeline:
 
     def phases(self) -> list[events.Phase]:
         """Names of the phases this configuration runs, in order."""
-        config = self.config
-        block_ap, e2e_qp = config.block_ap.enabled, config.e2e_qp.enabled
-        evaluate = config.evaluation.enabled
-        final: events.Phase = "evaluate_e2e_qp" if e2e_qp else "evaluate_block_ap"
+        if self.task == "run":
+            return phases_of(self.config)
         if self.task == "eval":
-            return ["prepare", final]
-        if self.task == "export":
-            return ["prepare", "export"]
-        if self.task == "generate":
-            return ["prepare", "generate"]
-        wanted: list[tuple[events.Phase, bool]] = [
-            ("prepare", True),
-            ("evaluate_fp", evaluate),
-            ("evaluate_rtn", evaluate),
-            ("block_ap", block_ap),
-            ("rtn", not block_ap),
-            ("evaluate_block_ap", evaluate and block_ap),
-            ("e2e_qp", e2e_qp),
-            ("evaluate_e2e_qp", evaluate and e2e_qp),
-            ("export", bool(config.export.formats)),
-        ]
-        return [name for name, included in wanted if included]
+            return ["prepare", "evaluate_e2e_qp" if self.config.e2e_qp.enabled else "evaluate_block_ap"]
+        return ["prepare", self.task]
 
     def __call__(self) -> None:
         """Run every phase that is not finished yet."""
@@ -128,9 +112,9 @@ class Pipeline:
     def _phase_method(self, name: events.Phase) -> Callable[[], None]:
         methods: dict[events.Phase, Callable[[], None]] = {
             "evaluate_fp": lambda: self.evaluate("fp", self._full_block),
-            "evaluate_rtn": lambda: self.evaluate("rtn", self._rounded_block),
-            "rtn": lambda: round_blocks(self.job),
             "block_ap": self.train_blocks,
+            "rtn": lambda: round_blocks(self.job),
+            "evaluate_rtn": lambda: self.evaluate("rtn", self._rounded_block),
             "evaluate_block_ap": lambda: self.evaluate("block_ap", self.job.packed_block),
             "e2e_qp": lambda: train_end_to_end(self.job, self.full),
             "evaluate_e2e_qp": lambda: self.evaluate("e2e_qp", self.job.packed_block),

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.checkpoint import CheckpointStore, newest_intact
 from engine.data.text import Part, corpus_name
-from engine.data.tokens import token_windows
+from engine.data.tokens import token_windows, tokenizer_hash
 from engine.models.source import ModelSource
 from engine.reporter import Reporter
 from engine.run.config import (
@@ -75,6 +75,8 @@ def draw_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: R
         DataError: for text that is missing, empty, too short or of the wrong form.
     """
 
+    rules = tokenizer_hash(tokenizer)
+
     def draw(data: DataConfig, part: Part, sequences: int, length: int) -> Tensor:
         report.checkpoint_requested()
         report.expect_silence(PREPARE_SILENCE)
@@ -86,6 +88,7 @@ def draw_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: R
             length=length,
             seed=config.runtime.seed,
             warn=report.warning,
+            rules=rules,
         )
 
     def both(section: Any) -> Tensor:

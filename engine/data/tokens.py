@@ -63,18 +63,20 @@ def token_windows(
     seed: int = 0,
     cache_dir: Path | None = None,
     warn: Warn | None = None,
+    rules: str | None = None,
 ) -> Tensor:
     """Windows of tokens, int64 ``[sequences, length]`` on the CPU.
 
     For ``evaluation``, ``sequences`` is the largest number of windows (0: the whole text) and the seed has
-    no effect. ``cache_dir`` none means the user's cache (``EQAT_CACHE_DIR`` overrides it). Raises
+    no effect. ``cache_dir`` none means the user's cache (``EQAT_CACHE_DIR`` overrides it). ``rules`` is the
+    tokenizer's :func:`tokenizer_hash`, for a caller that has it: a large vocabulary takes a second. Raises
     :class:`DataError` when the text cannot be read or is too short.
     """
     if length < 2 or sequences < 0 or (sequences == 0 and part != "evaluation"):
         raise ValueError(f"{sequences} windows of {length} tokens of {part} text")
     warn = warn or _warn
     source = open_source(data)
-    key = _cache_key(tokenizer, source, part, sequences, length, seed)
+    key = _cache_key(rules or tokenizer_hash(tokenizer), source, part, sequences, length, seed)
     path = (cache_dir or default_cache_dir()) / f"{key}.safetensors"
     windows = _load(path, length, warn)
     if windows is None:
@@ -283,10 +285,10 @@ def _consecutive_windows(tokenizer: Any, source: TextSource, sequences: int, len
 # --- cache ------------------------------------------------------------------------------------------
 
 
-def _cache_key(tokenizer: Any, source: TextSource, part: Part, sequences: int, length: int, seed: int) -> str:
+def _cache_key(rules: str, source: TextSource, part: Part, sequences: int, length: int, seed: int) -> str:
     decides = {
         "scheme": _SCHEME,
-        "tokenizer": tokenizer_hash(tokenizer),
+        "tokenizer": rules,
         "text": source.identity(part),
         "sequences": sequences,
         "length": length,

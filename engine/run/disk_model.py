@@ -68,7 +68,8 @@ def disk_peaks(
     """
     least = 1 if stopped else 0
     snapshots = {phase: max(least, min(3, number)) for phase, number in recovery.snapshots.items()}
-    peaks, log = {}, float(constants.events_per_block * work.arch.blocks)
+    peaks: dict[str, int] = {}
+    log = float(constants.events_per_block * work.arch.blocks)
     for phase in work.phases():
         log += constants.events_rate * seconds[phase] if phase != "prepare" else 0.0
         files = constants.run_files + int(log) + 3 * generation_bytes(work.arch, constants)
@@ -87,7 +88,7 @@ def _kept(work: Workload, phase: str, every: int, snapshots: Mapping[str, int], 
         return blocks
     if phase == "block_ap":
         return max(_block_ap(work, every, snapshots[phase]))
-    if phase == "evaluate_block_ap":
+    if phase in ("evaluate_rtn", "evaluate_block_ap"):
         return blocks + (teacher if work.shares_teacher else 0)
     if phase == "e2e_qp":
         return blocks + teacher + max(snapshots[phase] * snapshot_bytes(work, phase), scales)

@@ -12,7 +12,9 @@ from typing import Literal
 import msgspec
 
 from engine.run.config import GridConfig, RunConfig
+from engine.run.event_kinds import Phase
 from engine.run.families import Architecture
+from engine.run.phases import phases_of
 
 MIB, GIB = 1 << 20, 1 << 30
 Store = Literal["device", "host", "disk"]
@@ -237,19 +239,9 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
         section = self.config.evaluation
         return self.windows * section.sequence_length * self.arch.hidden * self.model_bytes
 
-    def phases(self) -> list[str]:
-        """Names of the phases, in order (those of the pipeline)."""
-        config = self.config
-        evaluation, block, e2e = config.evaluation.enabled, config.block_ap.enabled, config.e2e_qp.enabled
-        return [
-            "prepare",
-            *(["evaluate_fp", "evaluate_rtn"] if evaluation else []),
-            "block_ap" if block else "rtn",
-            *(["evaluate_block_ap"] if evaluation and block else []),
-            *(["e2e_qp"] if e2e else []),
-            *(["evaluate_e2e_qp"] if evaluation and e2e else []),
-            *(["export"] if config.export.formats else []),
-        ]
+    def phases(self) -> list[Phase]:
+        """Names of the phases, in order."""
+        return phases_of(self.config)
 
 
 class Sizes(msgspec.Struct, frozen=True):

@@ -14,9 +14,9 @@ VERSION = 1
 Phase = Literal[
     "prepare",
     "evaluate_fp",
-    "evaluate_rtn",
     "block_ap",
     "rtn",
+    "evaluate_rtn",
     "evaluate_block_ap",
     "e2e_qp",
     "evaluate_e2e_qp",

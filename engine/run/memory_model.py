@@ -84,7 +84,8 @@ def phase_memory(work: Workload, phase: str, constants: Constants = CONSTANTS) -
         return Memory(outer | _rounding(work, constants))
     if phase == "export":
         return Memory(outer | _export(work, constants))
-    teacher = work.teacher_bytes() if phase == "evaluate_block_ap" and work.shares_teacher else 0
+    kept = phase in ("evaluate_rtn", "evaluate_block_ap") and work.shares_teacher
+    teacher = work.teacher_bytes() if kept else 0
     parts = _evaluate(work, constants)
     if phase == "evaluate_rtn":
         rounding = _rounding(work, constants)

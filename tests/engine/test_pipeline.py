@@ -21,8 +21,8 @@ Make = Callable[..., RunDirectory]
 EVERY_PHASE = [
     "prepare",
     "evaluate_fp",
-    "evaluate_rtn",
     "block_ap",
+    "evaluate_rtn",
     "evaluate_block_ap",
     "e2e_qp",
     "evaluate_e2e_qp",
@@ -129,15 +129,15 @@ def test_without_block_ap_the_scales_train_from_round_to_nearest(make: Make) -> 
     assert phases(run) == [
         "prepare",
         "evaluate_fp",
-        "evaluate_rtn",
         "rtn",
+        "evaluate_rtn",
         "e2e_qp",
         "evaluate_e2e_qp",
         "export",
     ]
     assert {e.phase for e in of(run, events.Metric)} == {"e2e_qp"}
     rounded = completed(make(**{"block_ap.enabled": False, "e2e_qp.enabled": False}))
-    assert phases(rounded) == ["prepare", "evaluate_fp", "evaluate_rtn", "rtn", "export"]
+    assert phases(rounded) == ["prepare", "evaluate_fp", "rtn", "evaluate_rtn", "export"]
     for name in ("qweight", "scales"):
         same = tensor(run, name).equal(tensor(rounded, name))
         assert same == (name == "qweight"), "end-to-end training moves the scales and only them"

@@ -256,8 +256,8 @@ def test_phases_follow_the_configuration() -> None:
     assert names() == [
         "prepare",
         "evaluate_fp",
-        "evaluate_rtn",
         "block_ap",
+        "evaluate_rtn",
         "evaluate_block_ap",
         "e2e_qp",
         "evaluate_e2e_qp",

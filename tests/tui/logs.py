@@ -148,7 +148,6 @@ class Log:
         for name, stage, value in (
             ("prepare", None, 0.0),
             ("evaluate_fp", "fp", 13.76),
-            ("evaluate_rtn", "rtn", 44.32),
         ):
             self.phase(name)  # type: ignore[arg-type]
             if stage is not None:
@@ -158,9 +157,13 @@ class Log:
 
     def to_the_end(self) -> None:
         self.phase_ends("block_ap", 80.0)
-        self.phase("evaluate_block_ap")
-        self.evaluation("block_ap", 19.22)
-        self.phase_ends("evaluate_block_ap", 4.0)
+        for name, stage, value in (
+            ("evaluate_rtn", "rtn", 44.32),
+            ("evaluate_block_ap", "block_ap", 19.22),
+        ):
+            self.phase(name)  # type: ignore[arg-type]
+            self.evaluation(stage, value)  # type: ignore[arg-type]
+            self.phase_ends(name, 4.0)  # type: ignore[arg-type]
         self.phase("e2e_qp")
         for step in range(1, STEPS + 1):
             self.metric(
