@@ -4,8 +4,8 @@
 
 Writes a model of random weights (bfloat16, a file a block), a tokenizer and a text of random words to a local
 disk, runs it like any other (`eqat run`) and stops it after its first metric. Everything that a run does
-before is in it: opening the model, drawing and tokenizing the text, perplexity at full precision and after
-rounding, the full-precision stream through the first block, its ranges, and compiling.
+before is in it: opening the model, drawing and tokenizing the text, perplexity at full precision, the
+full-precision stream through the first block, its ranges, and compiling.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.launch import launch, log_path
 from engine.run.lock import opened_by
 from engine.run.redo import make_redo
-from engine.run.state import show, summarize
+from engine.run.state import BULK, RunState, load_state, show, summarize
 from eqat_tui.follow import LIVE, Follower, Left
 from eqat_tui.output import print_json, say
 from eqat_tui.progress import open_display
@@ -165,8 +165,15 @@ def stop(run: RunDirectory, *, abort: bool, wait: bool) -> int:
 def kill(run: RunDirectory) -> int:
     """End an engine that does not answer, and return when it is gone."""
     pid = kill_engine(run)
-    say(f"killed process {pid}; what was checkpointed is kept: eqat resume {typed(run)} goes on")
+    say(f"killed process {pid}; {_left_of(run, load_state(run, skip=BULK))}")
     return ExitCode.DONE
+
+
+def _left_of(run: RunDirectory, state: RunState) -> str:
+    """What a run that broke off leaves, and how it goes on."""
+    if state.checkpoint is None:
+        return f"nothing was checkpointed yet: eqat resume {typed(run)} begins anew"
+    return f"what was checkpointed is kept: eqat resume {typed(run)} goes on"
 
 
 def kill_engine(run: RunDirectory) -> int:
@@ -228,5 +235,5 @@ def follow(
     elif code != ExitCode.DONE:
         if code == ExitCode.BUG:
             say(f"log: {shorten(log_path(run, follower.state.attempt))}")
-        say(f"what was checkpointed is kept: eqat resume {typed(run)} goes on")
+        say(_left_of(run, follower.state))
     return code

@@ -119,7 +119,7 @@ def run(
 
     Closing the terminal never ends a run: eqat attach RUN follows it again.
     """
-    from engine.run.directory import RunDirectory, default_runs_dir
+    from engine.run.directory import RunDirectory, check_runs_dir, default_runs_dir
     from engine.run.plan import check, make_plan
     from eqat_tui import actions
     from eqat_tui.configure import build_config
@@ -137,6 +137,7 @@ def run(
     place = default_runs_dir(runs_dir)
     if dry_run:
         return actions.print_plan(config, place, as_json=as_json)
+    check_runs_dir(place)  # before its room: what cannot be written often has none either
     check(make_plan(config, runs_dir=place))
     return actions.start(RunDirectory.create(place, config), detach=detach, as_json=as_json)
 

@@ -22,8 +22,8 @@ from typing import Literal
 import msgspec
 
 from engine.run import config as configs
-from engine.run.directory import RunDirectory, run_state
-from engine.run.errors import EqatError
+from engine.run.directory import RunDirectory, check_runs_dir, run_state
+from engine.run.errors import EqatError, PreflightError
 from engine.run.launch import exit_code, launch, log_path
 from engine.run.state import show
 from eqat_tui.output import format_bytes, format_seconds
@@ -186,16 +186,10 @@ def host() -> Check:
 
 def disk(runs_dir: Path) -> Check:
     """Whether runs can be written where they would be, and how much room there is."""
-    place = runs_dir.absolute()
-    while not place.exists():
-        place = place.parent
-    if not os.access(place, os.W_OK | os.X_OK) or not place.is_dir():
-        return Check(
-            name="disk",
-            status="failed",
-            detail=f"{place} cannot be written",
-            hint="choose another --runs-dir",
-        )
+    try:
+        place = check_runs_dir(runs_dir)
+    except PreflightError as error:
+        return Check(name="disk", status="failed", detail=f"{error.where} {error.message}", hint=error.hint)
     free = shutil.disk_usage(place).free
     detail = f"{format_bytes(free)} free for {runs_dir}"
     if free < 2e9:

@@ -201,6 +201,19 @@ def default_runs_dir(flag: str | os.PathLike[str] | None = None) -> Path:
     return Path(flag or os.environ.get("EQAT_RUNS_DIR") or "runs").expanduser()
 
 
+def check_runs_dir(runs_dir: Path) -> Path:
+    """``runs_dir``, or the folder above it that exists; :class:`PreflightError` where no runs can be made."""
+    place = runs_dir.absolute()
+    while not os.path.exists(place) and place != place.parent:
+        place = place.parent
+    what = "" if os.access(place, os.W_OK | os.X_OK) else "cannot be written"
+    if not os.path.isdir(place):
+        what = "is a file, not a folder"
+    if what:
+        raise PreflightError(what, where=str(place), hint="choose another place with --runs-dir")
+    return place
+
+
 def list_runs(runs_dir: Path) -> list[RunDirectory]:
     """The runs in ``runs_dir``, newest first; none where there is no such directory."""
     try:

@@ -172,7 +172,16 @@ def test_an_unwritable_runs_directory_is_one_line(eqat: Eqat, tmp_path: Path) ->
     (tmp_path / "file").write_text("not a directory")
     result = eqat("run", "smoke", "--device", "cpu", "--runs-dir", "file/runs")
     assert result.returncode == 3
-    assert "file" in error_of(result)
+    assert "file: is a file, not a folder" in error_of(result)
+
+
+def test_a_run_that_kept_nothing_says_so(eqat: Eqat, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    result = eqat("run", "smoke", "--device", "cpu", "--set", f"data.source={tmp_path}/short.txt")
+    assert result.returncode == 4
+    told = result.stderr.splitlines()[-1]
+    assert told.startswith("nothing was checkpointed yet: eqat resume ")
+    assert told.endswith(" begins anew")
 
 
 def test_stop_and_resume_refuse_a_run_in_the_wrong_state(eqat: Eqat, finished_run: RunDirectory) -> None:

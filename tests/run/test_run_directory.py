@@ -12,7 +12,16 @@ import pytest
 
 from engine.run import config as configs
 from engine.run import directory, events
-from engine.run.directory import Launched, RunDirectory, Status, classify, find_run, list_runs, run_state
+from engine.run.directory import (
+    Launched,
+    RunDirectory,
+    Status,
+    check_runs_dir,
+    classify,
+    find_run,
+    list_runs,
+    run_state,
+)
 from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.events import EventWriter
 from engine.run.files import atomic_write, atomic_write_json, disk_error
@@ -278,3 +287,31 @@ def test_run_that_was_launched_and_died_before_its_first_event_has_crashed(run: 
         writer.emit(started(1))
         writer.emit(events.RunFinished(outcome="done", exit_code=0, seconds=1.0))
     assert run_state(run) == "done"  # the events are newer than the launch
+
+
+# -- where runs are made -------------------------------------------------------------------------------
+
+
+def test_a_place_for_runs_need_not_exist_yet(tmp_path: Path) -> None:
+    assert check_runs_dir(tmp_path / "a" / "b") == tmp_path
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").touch()
+    for place in ("file", "file/runs"):
+        with pytest.raises(PreflightError, match="file: is a file, not a folder"):
+            check_runs_dir(tmp_path / place)
+
+
+def test_a_place_without_permission_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            if os.geteuid() == 0:  # to whom nothing is closed
+                os.setuid(65534)
+            check_runs_dir(tmp_path / "closed" / "runs")
+        except PreflightError as error:
+            code = 0 if error.message == "cannot be written" else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
