@@ -25,7 +25,8 @@ from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.launch import launch, log_path
 from engine.run.lock import opened_by
 from engine.run.redo import make_redo
-from engine.run.state import BULK, RunState, load_state, show, summarize
+from engine.run.state import BULK, RunState, load_state
+from engine.run.summary import show, summarize
 from eqat_tui.follow import LIVE, Follower, Left
 from eqat_tui.output import print_json, say
 from eqat_tui.progress import open_display

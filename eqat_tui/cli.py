@@ -306,7 +306,7 @@ def runs(
 @app.command()
 def show(run: Run, runs_dir: RunsDir = None, as_json: Json = False) -> None:
     """Show one run: perplexity, size, time, memory, exports."""
-    from engine.run.state import show as show_run
+    from engine.run.summary import show as show_run
     from eqat_tui import actions
     from eqat_tui.output import print_json
     from eqat_tui.summary import report

@@ -25,7 +25,7 @@ from engine.run import config as configs
 from engine.run.directory import RunDirectory, check_runs_dir, run_state
 from engine.run.errors import EqatError, PreflightError
 from engine.run.launch import exit_code, launch, log_path
-from engine.run.state import show
+from engine.run.summary import show
 from eqat_tui.output import format_bytes, format_seconds
 
 PACKAGES = (

@@ -18,7 +18,7 @@ from engine.run.errors import EqatError
 from engine.run.launch import launch
 from engine.run.publish import check_target
 from engine.run.schema import ExportConfig, field_types
-from engine.run.state import show
+from engine.run.summary import show
 from eqat_tui.feed import RunView
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import Line, line, wrap

@@ -14,7 +14,7 @@ from engine.run import housekeeping
 from engine.run.directory import RunDirectory, is_held, list_runs
 from engine.run.errors import EqatError
 from engine.run.launch import launch
-from engine.run.state import summarize
+from engine.run.summary import summarize
 from eqat_tui.charts import chart, legend
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line

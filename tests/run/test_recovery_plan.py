@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_tools import H200, LLAMA_2, SHAPES
 
 from engine.run import checkpoint_sizes, disk_model, recovery_model
 from engine.run.architecture import TINY_LLAMA, architecture, describe
@@ -24,47 +25,6 @@ from engine.run.machine import Machine, detect
 from engine.run.plan import Plan, make_plan, out_of_memory_remedy
 from eqat_tui.plan_text import plan_text
 
-LLAMA_2 = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    "135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-        "vocab_size": 49152,
-    },
-    "7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-    },
-    "70b": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-}
-H200 = Machine(
-    gpu_name="NVIDIA H200",
-    gpu_free=139 * GIB,
-    gpu_total=141 * GIB,
-    host_free=500 * GIB,
-    disk_free=2000 * GIB,
-    cpus=16,
-)
 TWO_CORES = Machine(gpu_name=None, gpu_free=0, gpu_total=0, host_free=24 * GIB, disk_free=80 * GIB, cpus=2)
 SMOKE = load("smoke")
 

@@ -16,6 +16,7 @@ from engine.run import events, state
 from engine.run.directory import RunDirectory, Status, run_state, write_status
 from engine.run.events import EventWriter
 from engine.run.state import MAX_METRICS, MAX_READINGS, RunState, load_state
+from engine.run.summary import show, summarize
 
 CONFIG = configs.resolve(configs.load("smoke"))
 
@@ -218,7 +219,7 @@ def finished(tmp_path: Path) -> RunDirectory:
 
 
 def test_show_has_every_promised_field(finished: RunDirectory) -> None:
-    shown = json.loads(json.dumps(state.show(finished), allow_nan=False))
+    shown = json.loads(json.dumps(show(finished), allow_nan=False))
     assert set(shown) >= PROMISED
     assert (shown["id"], shown["state"]) == (finished.id, "done")
     assert shown["config"] == json.loads(msgspec.json.encode(CONFIG))
@@ -242,7 +243,7 @@ def test_show_has_every_promised_field(finished: RunDirectory) -> None:
 
 
 def test_summary_says_the_same_as_show(finished: RunDirectory) -> None:
-    row, shown = state.summarize(finished), state.show(finished)
+    row, shown = summarize(finished), show(finished)
     for name in ("id", "state", "perplexity", "size_bytes", "bits_per_weight", "started", "seconds"):
         assert row[name] == shown[name], name
     assert (row["model"], row["bits"], row["exports"]) == ("random://tiny-llama", 4, ["gptq_v2"])
@@ -250,19 +251,19 @@ def test_summary_says_the_same_as_show(finished: RunDirectory) -> None:
 
 def test_run_that_has_not_begun_can_be_shown(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, CONFIG)
-    shown = state.show(run)
+    shown = show(run)
     assert (shown["id"], shown["state"], shown["phases"], shown["eta_s"]) == (run.id, "created", [], None)
     assert shown["perplexity"] == dict.fromkeys(("fp", "rtn", "block_ap", "e2e_qp", "packed"))
-    assert state.summarize(run)["state"] == "created"
+    assert summarize(run)["state"] == "created"
 
 
 def test_damaged_files_never_hide_a_run(finished: RunDirectory) -> None:
     finished.config_toml.write_text("not = [toml")
     finished.status_path.write_text("{")
     finished.launch_path.write_text("[]")
-    shown = state.show(finished)
+    shown = show(finished)
     assert (shown["config"], shown["state"]) == (None, "done")
-    assert state.summarize(finished)["model"] is None
+    assert summarize(finished)["model"] is None
 
 
 def test_show_knows_the_step_without_reading_every_metric(tmp_path: Path) -> None:
@@ -271,10 +272,10 @@ def test_show_knows_the_step_without_reading_every_metric(tmp_path: Path) -> Non
         writer.emit(events.PhaseStarted(phase="block_ap", index=0, phases=1))
         for step in range(1, 10):
             writer.emit(metric(step))
-    assert state.show(run)["position"]["step"] == 9
+    assert show(run)["position"]["step"] == 9
     with EventWriter(run.events_path, 1) as writer:
         writer.emit(events.PhaseStarted(phase="e2e_qp", index=1, phases=2))
-    position = state.show(run)["position"]
+    position = show(run)["position"]
     assert (position["phase"], position["step"]) == ("e2e_qp", None)
 
 

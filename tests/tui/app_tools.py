@@ -150,3 +150,9 @@ def app_of(
         feed = StillFeed(run, view)
         app.call_later(app.show_feed, feed)
     return app
+
+
+def told(app: EqatApp) -> list[str]:
+    """What the app has notified."""
+    notes: list[str] = app.notes  # type: ignore[attr-defined]
+    return notes
