@@ -38,6 +38,7 @@ from engine.evaluation.perplexity import PerplexityResult, perplexity
 from engine.evaluation.tasks import TokenizedTask, accuracies, tokenize
 from engine.methods.rtn import round_to_nearest
 from engine.models.causal_lm import CausalLM
+from engine.models.compiled import SWITCH_HINT
 from engine.models.source import ModelSource
 from engine.phases.blocks import round_blocks, train_blocks
 from engine.phases.end_to_end import train_end_to_end
@@ -168,14 +169,14 @@ class Pipeline:
             self.report.warning(
                 "compile",
                 f"packed weights are slower, Triton does not work here: {str(error).strip()[:200]}",
-                hint="runtime.compile=off does not try",
+                hint=SWITCH_HINT,
             )
 
     def _slower_passages(self, why: str) -> None:
         self.report.warning(
             "compile",
             f"evaluation and streams are slower, blocks cannot be compiled: {why}",
-            hint="runtime.compile=off does not try",
+            hint=SWITCH_HINT,
         )
 
     def _questions(self, source: ModelSource) -> dict[str, TokenizedTask]:

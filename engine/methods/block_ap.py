@@ -33,7 +33,7 @@ from engine.data.sampler import ALONE, World
 from engine.methods.optimization import NON_FINITE_HINT, Snapshot, TrainingProgress
 from engine.methods.reconstruction import Reconstruction, Streams, reconstruction_loss
 from engine.methods.training import Settings, Training
-from engine.models.compiled import Compiled
+from engine.models.compiled import SWITCH_HINT, Compiled
 from engine.quant.fake_linear import freeze_block
 from engine.quant.packed import PackedBlock
 from engine.run.config import BlockAPConfig, GridConfig
@@ -90,9 +90,7 @@ def train_block(
     """
 
     def slower(why: str) -> None:
-        progress.warning(
-            "compile", f"block {index}: steps are slower, {why}", hint="runtime.compile=off does not try"
-        )
+        progress.warning("compile", f"block {index}: steps are slower, {why}", hint=SWITCH_HINT)
 
     reconstruction = _reconstruction(
         lm, index, block, streams, config, grid, dtype, fast=fast, on_failure=slower

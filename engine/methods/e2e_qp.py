@@ -27,7 +27,7 @@ from engine.methods.head_loss import HeadLoss
 from engine.methods.optimization import NON_FINITE_HINT, ParameterGroup, Snapshot, TrainingProgress
 from engine.methods.training import Method, Settings, Training
 from engine.models.causal_lm import block_forward
-from engine.models.compiled import Compiled
+from engine.models.compiled import SWITCH_HINT, Compiled
 from engine.quant.grid import RELATIVE_SCALE_FLOOR
 from engine.quant.packed import PackedLinear
 from engine.run.config import E2EQPConfig
@@ -188,7 +188,7 @@ class _Network(Method):
             return lambda why: progress.warning(
                 "compile",
                 f"e2e_qp: steps are slower, {what} cannot be compiled: {why}",
-                hint="runtime.compile=off does not try",
+                hint=SWITCH_HINT,
             )
 
         self._train_forward = Compiled(

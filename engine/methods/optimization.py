@@ -296,11 +296,19 @@ class BestState:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
 
-    def keep_if_best(self, val_loss: float | None) -> bool:
-        """Remember the current values if ``val_loss`` is the lowest so far; whether it is."""
+    def keep_if_best(self, val_loss: float | None, *, at_start: bool = False) -> bool:
+        """Remember the current values if ``val_loss`` is the lowest so far; whether it is. ``at_start`` says
+        that nothing was trained yet, so that there is nothing to copy."""
         if val_loss is None or not val_loss < (math.inf if self.val_loss is None else self.val_loss):
             return False
-        self.val_loss, self.best = val_loss, self._copy()
+        self.val_loss = val_loss
+        if at_start:
+            self.best = self.start
+        elif self.best is None or self.best is self.start:
+            self.best = self._copy()
+        else:  # in place: a third copy would be one too many
+            for value, parameter in zip(self.best, self.parameters, strict=True):
+                value.copy_(parameter.detach())
         return True
 
     def load_best(self) -> None:

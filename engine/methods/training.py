@@ -166,7 +166,7 @@ class Training:
         position, settings = self.position, self.settings
         if not position.started:
             position.initial_val = self.with_memory(self.method.validate)
-            self.best.keep_if_best(position.initial_val)
+            self.best.keep_if_best(position.initial_val, at_start=True)
             position.started = True
         while position.epochs_done < settings.epochs and not self._patience_is_over():
             for _, step, rows in self.sampler.rest_of_epoch(position.epochs_done):

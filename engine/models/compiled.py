@@ -22,6 +22,8 @@ COMPILING_SECONDS = 900.0
 FORMS = 32
 """Of one function that are kept: for different shapes, kinds of layers, kinds of weights. torch gives up
 compiling after 8 of them."""
+SWITCH_HINT = "runtime.compile=off does not try"
+"""For warnings that something is slower than it could be."""
 P = ParamSpec("P")
 T = TypeVar("T")
 
