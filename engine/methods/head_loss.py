@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.evaluation.perplexity import NO_LABEL
+from engine.evaluation.perplexity import logits_nll
 from engine.models.causal_lm import CausalLM
 from engine.models.compiled import Compiled
 
@@ -24,11 +24,10 @@ from engine.models.compiled import Compiled
 def token_loss(logits_TV: Tensor, labels_T: Tensor, teacher_TV: Tensor | None) -> Tensor:
     """Summed over tokens, float32: cross-entropy to ``labels`` (their successors, -100 where there is none),
     or the Kullback-Leibler divergence to the prediction that ``teacher`` makes."""
-    logits_TV = logits_TV.float()
     if teacher_TV is None:
-        return functional.cross_entropy(logits_TV, labels_T, reduction="sum", ignore_index=NO_LABEL)
+        return logits_nll(logits_TV, labels_T).sum()
     target = teacher_TV.float().log_softmax(-1)
-    return functional.kl_div(logits_TV.log_softmax(-1), target, reduction="sum", log_target=True)
+    return functional.kl_div(logits_TV.float().log_softmax(-1), target, reduction="sum", log_target=True)
 
 
 def tail_loss(
