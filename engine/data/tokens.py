@@ -24,7 +24,7 @@ import os
 import random
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,9 @@ _SHORTEST_PIECE_CHARS = 1 << 12
 _LOCAL_SURPLUS = 1 << 20
 """Most tokens of a local text beyond those that are needed. They make a better sample where few are needed;
 tens of millions, which take a minute, are one by themselves."""
-_BATCH_CHARS = 1 << 20
+_CHARS_PER_TOKEN = 5
+_SMALLEST_BATCH_CHARS = 1 << 16
+_LARGEST_BATCH_CHARS = 1 << 22  # the tokenizer needs some 40 bytes a character meanwhile
 _SHUFFLE_CHARS = 64 << 20
 _LARGEST_EVALUATION_CHARS = 1 << 30
 
@@ -165,7 +167,8 @@ def _tokenized(
     draw = random.Random(f"text/{seed}/{part}")
     total = 0
     piece_chars = max(_PIECE_CHARS_PER_TOKEN * length, _SHORTEST_PIECE_CHARS)
-    for batch in _batches(_pieces(source, part, seed, draw, piece_chars)):
+    pieces = _pieces(source, part, seed, draw, piece_chars)
+    while batch := _batch(pieces, enough - total):
         encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
         for ids in encoded["input_ids"]:
             if source.streams and len(ids) > length:
@@ -214,18 +217,17 @@ def _cut(text: str, piece_chars: int) -> Iterator[str]:
     yield text[start:]
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of about a megabyte of text: the tokenizer spreads a list over the cores."""
+def _batch(texts: Iterator[str], tokens: int) -> list[str]:
+    """The next texts, about as many as ``tokens`` more tokens take. The tokenizer spreads a list over the
+    cores, so a long list is quick; what is tokenized does not depend on how it is cut into lists."""
+    characters = min(max(_CHARS_PER_TOKEN * tokens, _SMALLEST_BATCH_CHARS), _LARGEST_BATCH_CHARS)
     batch: list[str] = []
-    characters = 0
     for text in texts:
         batch.append(text)
-        characters += len(text)
-        if characters >= _BATCH_CHARS or len(batch) >= 1000:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+        characters -= len(text)
+        if characters <= 0:
+            break
+    return batch
 
 
 def _separators(tokenizer: Any) -> tuple[list[int], list[int]]:

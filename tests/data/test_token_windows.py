@@ -194,6 +194,31 @@ def test_hub_stream_gives_windows(tokenizer: Any, tmp_path: Path, monkeypatch: p
     assert windows.shape == (16, 128)
 
 
+def test_what_is_drawn_does_not_depend_on_how_much_is_tokenized_at_a_time(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(largest: int, folder: str) -> tuple[torch.Tensor, int]:
+        lengths: list[int] = []
+
+        def counting(texts: Any, **options: Any) -> Any:
+            if isinstance(texts, list):
+                lengths.append(len(texts))
+            return tokenizer(texts, **options)
+
+        for name in ("bos_token_id", "eos_token_id", "backend_tokenizer"):
+            setattr(counting, name, getattr(tokenizer, name))
+        monkeypatch.setattr(tokens_module, "_SMALLEST_BATCH_CHARS", min(largest, 1 << 16))
+        monkeypatch.setattr(tokens_module, "_LARGEST_BATCH_CHARS", largest)
+        windows = token_windows(
+            counting, BUILTIN, "train", sequences=64, length=128, cache_dir=tmp_path / folder
+        )
+        return windows, len(lengths)
+
+    (one, few), (other, many) = draw(1 << 22, "a"), draw(1 << 12, "b")
+    assert torch.equal(one, other)
+    assert many > 4 * few
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.integers(0, 300), min_size=1, max_size=6),
