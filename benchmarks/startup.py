@@ -31,6 +31,8 @@ from common import DEVICE, SHAPES, table, where
 from recipe import BLOCKS
 
 WORDS = 20_000
+TEST_WORDS = 245_000
+"""166 windows of 2048 tokens, as WikiText-2's test split has for Llama."""
 EQAT = (sys.executable, "-m", "eqat_tui")
 
 
@@ -113,7 +115,7 @@ def main() -> None:
         blocks = args.blocks or BLOCKS.get(args.shape, 2)
         write_model(folder, args.shape, blocks, args.vocabulary)
         write_tokenizer(folder, write_text(Path(name) / "text.txt", args.words), args.vocabulary)
-        write_text(Path(name) / "test.txt", 300_000)
+        write_text(Path(name) / "test.txt", TEST_WORDS)
         changes = [
             f"data.source={name}/text.txt",
             f"evaluation.data.source={name}/test.txt",
