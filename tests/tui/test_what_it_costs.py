@@ -61,6 +61,8 @@ def test_changing_the_screen_stays_in_the_budget(working: RunDirectory, tmp_path
     """The largest refresh there is: another screen, all of it."""
     with PtyApp(["attach", working.id], cwd=tmp_path) as app:
         app.read(10.0, until=b"loss of block 3")
+        if b"GiB of" not in app.output:  # the first reading moves what is above it
+            app.read(10.0, until=b"GiB of")
         for key in "13452":
             app.type(key)
             assert max(app.frames(0.9, pause=0.05), default=0) <= 30 * KB
@@ -121,7 +123,7 @@ def test_the_first_paint_comes_within_half_a_second(tmp_path: Path) -> None:
 
 def test_attach_shows_a_run_with_its_history_within_a_second(working: RunDirectory, tmp_path: Path) -> None:
     allowed = slowness(tmp_path)
-    assert best_of(8, ["attach", working.id], b"perplexity, round-to-nearest", allowed, tmp_path) < allowed
+    assert best_of(8, ["attach", working.id], b"perplexity, full precision", allowed, tmp_path) < allowed
 
 
 def test_a_log_of_200_000_events_opens_in_under_two_seconds(tmp_path: Path) -> None:
