@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 from cli_tools import Eqat, environment
+from engine_runs import start
 
 from engine.data.tokens import default_cache_dir
 from engine.run import generations
+from engine.run.config import load
 from engine.run.directory import RunDirectory, list_runs, run_state
 from engine.run.lock import RunLock
 from eqat_tui.housekeeping import token_cache
@@ -36,10 +38,12 @@ def settings(**changes: object) -> list[str]:
     return [word for name, value in {**SMALL, **changes}.items() for word in ("--set", f"{name}={value}")]
 
 
-def finished(eqat: Eqat, tmp_path: Path, **changes: object) -> RunDirectory:
-    done = eqat("run", "smoke", "--device", "cpu", *settings(**changes))
-    assert done.returncode == 0, done.stderr
-    return list_runs(tmp_path / "runs")[0]
+def finished(tmp_path: Path, **changes: object) -> RunDirectory:
+    """A run that is over, by an engine that need not load its libraries first."""
+    overrides = {"runtime.device": "cpu", **SMALL, **changes}
+    run = RunDirectory.create(tmp_path / "runs", load("smoke", overrides=overrides))
+    assert start(run).code() == 0
+    return run
 
 
 def weights(run: RunDirectory) -> str:
@@ -62,7 +66,7 @@ def objects(run: RunDirectory) -> dict[str, int]:
 def test_redo_trains_later_blocks_again_into_a_new_run_that_shares_what_came_before(
     eqat: Eqat, tmp_path: Path
 ) -> None:
-    first = finished(eqat, tmp_path)
+    first = finished(tmp_path)
     before = weights(first), objects(first)
     done = eqat("resume", first.id, "--from-block", "2", "--set", "block_ap.epochs=3")
     assert done.returncode == 0, done.stderr
@@ -90,31 +94,26 @@ def test_redo_trains_later_blocks_again_into_a_new_run_that_shares_what_came_bef
 
 
 def test_redo_with_the_same_settings_gives_the_same_bytes(eqat: Eqat, tmp_path: Path) -> None:
-    first = finished(eqat, tmp_path)
+    first = finished(tmp_path)
     for block in ("3", "4"):
         assert eqat("resume", first.id, "--from-block", block).returncode == 0
     for run in list_runs(tmp_path / "runs"):
         assert weights(run) == weights(first)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
+def test_a_redo_that_cannot_be_is_refused_in_one_line(eqat: Eqat, tmp_path: Path) -> None:
+    first = finished(tmp_path, **{"e2e_qp.enabled": False, "evaluation.enabled": False})
+    for arguments, words in (
         (("--from-block", "9"), ("--from-block", "0 to 4")),
         (("--from-block", "1", "--set", "grid.bits=3"), ("grid.bits", "start a new run")),
         (("--from-block", "1", "--set", "model.source=elsewhere"), ("model.source",)),
         (("--from-block", "1", "--set", "block_ap.epocs=4"), ("block_ap.epochs",)),
-    ],
-)
-def test_a_redo_that_cannot_be_is_refused_in_one_line(
-    eqat: Eqat, tmp_path: Path, arguments: tuple[str, ...], words: tuple[str, ...]
-) -> None:
-    first = finished(eqat, tmp_path, **{"e2e_qp.enabled": False, "evaluation.enabled": False})
-    refused = eqat("resume", first.id, *arguments)
-    assert refused.returncode == 2
-    assert len(refused.stderr.strip().splitlines()) == 1
-    for word in words:
-        assert word in refused.stderr
+    ):
+        refused = eqat("resume", first.id, *arguments)
+        assert refused.returncode == 2
+        assert len(refused.stderr.strip().splitlines()) == 1
+        for word in words:
+            assert word in refused.stderr
     assert len(list_runs(tmp_path / "runs")) == 1
 
 
@@ -146,7 +145,7 @@ def test_resume_takes_operational_settings_and_refuses_deciding_ones(eqat: Eqat,
 
 
 def test_rm_deletes_a_run_and_what_it_shares_stays(eqat: Eqat, tmp_path: Path) -> None:
-    run = finished(eqat, tmp_path, **{"e2e_qp.enabled": False, "evaluation.enabled": False})
+    run = finished(tmp_path, **{"e2e_qp.enabled": False, "evaluation.enabled": False})
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "precious").write_text("keep")
@@ -258,7 +257,7 @@ def test_a_deletion_that_was_cut_off_leaves_no_run_and_gc_finishes_it(
 def test_gc_frees_caches_and_old_generations_and_the_run_still_goes_on_to_the_same_bytes(
     eqat: Eqat, tmp_path: Path
 ) -> None:
-    whole = finished(eqat, tmp_path)
+    whole = finished(tmp_path)
     expected = weights(whole)
     started = eqat("run", "smoke", "--device", "cpu", *settings(), "--detach")
     run = RunDirectory.open(tmp_path / "runs" / started.stdout.strip())
