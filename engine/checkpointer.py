@@ -34,6 +34,7 @@ from engine.reporter import Reporter
 from engine.run import events
 from engine.run.config import RuntimeConfig
 from engine.run.errors import EqatError, ExitCode, StopRequested
+from engine.run.estimate import size_text
 from engine.run.recovery_model import PART_OF_THE_PROMISE, SNAPSHOT_SHARE
 
 T = TypeVar("T")
@@ -141,9 +142,9 @@ class Checkpoints:
         free = shutil.disk_usage(place).free
         if not self.report.waiting:
             self.report.waiting = (
-                f"the disk is full: a checkpoint of {needed / 2**20:.1f} MiB does not fit into the "
-                f"{free / 2**20:.1f} MiB free at {place}; the last one is whole, and the run goes on by "
-                "itself once there is room"
+                f"the disk is full: a checkpoint of {size_text(needed)} does not fit into the "
+                f"{size_text(free)} free at {place}; the last one is whole, and the run goes on by itself "
+                "once there is room"
             )
             self.report.warning("disk_full", self.report.waiting, hint)
         again = time.monotonic() + TRY_AGAIN_SECONDS

@@ -220,8 +220,10 @@ def list_runs(runs_dir: Path) -> list[RunDirectory]:
         # Hidden ones are deletions that were cut off.
         found = [path for path in runs_dir.iterdir() if not path.name.startswith(".") and _is_run(path)]
         runs = [RunDirectory(path.resolve()) for path in found]
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return []
+    except NotADirectoryError as error:
+        raise UsageError("is a file, not a folder", where=str(runs_dir)) from error
     except OSError as error:
         raise UsageError(f"cannot be read: {error.strerror}", where=str(runs_dir)) from error
     return sorted(runs, key=_made, reverse=True)

@@ -23,6 +23,8 @@ Store = Literal["device", "host", "disk"]
 
 def size_text(count: float) -> str:
     """Bytes for people."""
+    if count < MIB:
+        return f"{count / 1024:.0f} KiB"
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
 
 

@@ -167,7 +167,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_json(self, *, state: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What ``eqat show --json`` prints; ``state`` comes from the run's lock and heartbeat."""
-        return report.render(self, state=state, config=config)
+        return report.render(_close_phase(self), state=state, config=config)
 
 
 # -- one handler per kind of event ---------------------------------------------------------------------

@@ -31,11 +31,6 @@ class WorkScreen(Screen[None]):
     ABOUT: ClassVar[str] = ""
     WRITES: ClassVar[frozenset[str]] = frozenset()
     """Actions that change something, which a read-only viewer may not."""
-    coming_up = False
-    """Whether it is about to be painted as a whole, so that panels need not ask for their lines, which would
-    be sent a second time."""
-    _was_up = False
-    """Whether its panels have had a size."""
 
     @property
     def eqat(self) -> EqatApp:
@@ -96,18 +91,10 @@ class WorkScreen(Screen[None]):
 
     def on_screen_resume(self) -> None:
         self.refresh_bars()
-        if not self._was_up:
-            self.call_after_refresh(self._come_up)
-            return
-        self.coming_up = True
-        try:
-            self._come_up()
-        finally:
-            self.coming_up = False
+        self.call_after_refresh(self._come_up)
 
     def _come_up(self) -> None:
         """Show what happened while another screen was in front, or while this one was being made."""
-        self._was_up = True
         if self.eqat.view is not None:
             self.take(self.eqat.view)
         self.refill()

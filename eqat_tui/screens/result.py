@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -77,8 +77,8 @@ class ResultScreen(WorkScreen):
         super().__init__()
         self._view: RunView | None = None
         self._prompt = FIRST_PROMPT
-        self._figures: list[Line] = []
-        self._figures_of: object = None
+        self._read: dict[str, Any] = {}
+        self._read_at: object = None
 
     def body(self) -> Iterable[Widget]:
         yield Panel(id="headline")
@@ -144,22 +144,17 @@ class ResultScreen(WorkScreen):
         return lines
 
     def _read_figures(self, view: RunView, width: int) -> list[Line]:
-        """From the files, like ``eqat show``; read again only when something has happened."""
-        stamp = (
-            view.id,
-            view.state.outcome,
-            len(view.state.exports),
-            view.state.attempt,
-            width,
-            view.liveness,
-        )
-        if stamp != self._figures_of:
+        """Like ``eqat show``: what is in the run's files is read when something has happened, the rest is
+        known."""
+        stamp = (view.id, view.state.outcome, len(view.state.exports), view.state.attempt, view.liveness)
+        if stamp != self._read_at:
             try:
-                self._figures = views.figures(show(self.eqat.current()), width)
+                self._read = show(self.eqat.current())
             except (EqatError, OSError) as error:
-                self._figures = [line((str(error), "bad"))]
-            self._figures_of = stamp
-        return self._figures
+                return [line((str(error), "bad"))]
+            self._read_at = stamp
+        now = view.state.to_json(state=view.liveness, config=self._read["config"])
+        return views.figures({**self._read, **now}, width)
 
     def _export_path(self, view: RunView) -> Path | None:
         done = [export for export in view.state.exports.values() if export.verified]

@@ -197,7 +197,7 @@ def notices(view: RunView, width: int) -> list[Line]:
     if view.problem:
         lines += wrap(f"! {view.problem}", width, "warn")
     if view.waiting:
-        lines += wrap(f"‖ {view.waiting}; the run goes on by itself when there is room", width, "warn")
+        lines += wrap(f"‖ {view.waiting}", width, "warn")
     if view.asked:
         lines.append(request_line(view))
     if view.liveness == "hung":
@@ -368,7 +368,7 @@ def machine(view: RunView, width: int) -> list[Line]:
     reading, plan = state.memory, state.plan or {}
     lines = [
         *_gpu_lines(reading, plan, state, width),
-        cut(_host_line(reading, plan), width),
+        cut(_host_line(reading, plan, state), width),
         cut(_speed_line(view, reading), width),
     ]
     if view.live or view.replay is not None:
@@ -387,7 +387,11 @@ def _gpu_lines(
         return [cut(line(("GPU   ", "strong"), (why, "muted")), width)]
     total = reading.gpu_total or 0
     words = line(("GPU   ", "strong"), f"{format_bytes(reading.gpu_used)} of {format_bytes(total)}")
-    facts = [("peak", reading.gpu_peak), ("plan", plan.get("peak_gpu_bytes")), ("others", reading.gpu_other)]
+    facts = [
+        ("peak", _peak(state, "peak_gpu_bytes", reading.gpu_peak)),
+        ("plan", plan.get("peak_gpu_bytes")),
+        ("others", reading.gpu_other),
+    ]
     for name, value in facts:
         if value is not None:
             over = name == "peak" and plan.get("peak_gpu_bytes") and value > 1.05 * plan["peak_gpu_bytes"]
@@ -407,13 +411,19 @@ def _gpu_lines(
     return [cut(words, width), cut(line("      ", *load), width)]
 
 
-def _host_line(reading: events.Memory | None, plan: Mapping[str, Any]) -> Line:
+def _peak(state: RunState, name: str, now: int | None) -> int | None:
+    """Of the whole run, as the plan's is; a reading knows that of its phase."""
+    peaks = [now, *(getattr(row, name) for row in state.phases)]
+    return max((peak for peak in peaks if peak is not None), default=None)
+
+
+def _host_line(reading: events.Memory | None, plan: Mapping[str, Any], state: RunState) -> Line:
     spans = line(("host  ", "strong"))
     if reading is None or reading.host_used is None:
         return [*spans, ("nothing measured yet", "muted")]
     spans += line(format_bytes(reading.host_used))
     facts = [
-        ("peak", reading.host_peak),
+        ("peak", _peak(state, "peak_host_bytes", reading.host_peak)),
         ("plan", plan.get("peak_host_bytes")),
         ("free", reading.host_available),
         ("disk free", reading.disk_free),

@@ -57,7 +57,7 @@ class Panel(Widget):
             for row in range(max(len(before), len(self.lines)))
             if row >= len(before) or row >= len(self.lines) or before[row] != self.lines[row]
         ]
-        if changed and not getattr(self.screen, "coming_up", False):
+        if changed:
             self.refresh(*(Region(0, row, self.size.width, 1) for row in changed))
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:

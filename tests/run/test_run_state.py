@@ -110,6 +110,20 @@ def test_stopped_phase_is_accounted_for_once() -> None:
     assert [(row.peak_gpu_bytes, row.peak_host_bytes) for row in result.phases] == [(7, 6)]
 
 
+def test_what_is_shown_counts_the_open_phase() -> None:
+    """Of a run that goes on, and of one that was killed and has said nothing of its end."""
+    result = reduce(
+        [
+            started(mono=0.0),
+            events.PhaseStarted(phase="block_ap", index=0, phases=1, mono=1.0),
+            events.Memory(gpu_peak=7, host_peak=6, mono=8.0),
+        ]
+    )
+    (row,) = result.to_json(state="crashed")["phases"]
+    assert (row["seconds"], row["peak_gpu_bytes"], row["peak_host_bytes"]) == (7.0, 7, 6)
+    assert result.phases[0].seconds == 0.0, "and not twice when the phase is closed"
+
+
 def test_a_phase_has_no_peaks_of_a_reading_before_it_or_of_another_attempt() -> None:
     opened = [started(mono=0.0), events.PhaseStarted(phase="e2e_qp", index=0, phases=1, mono=1.0)]
     before = [events.Memory(gpu_peak=99, host_peak=99, mono=0.5)]

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
-from app_tools import app_of, drive, picture, press, shown, told, until, view_of, words_of
+from app_tools import StillFeed, app_of, drive, picture, press, shown, told, until, view_of, words_of
 from logs import RECORDED
 from textual.pilot import Pilot
 
@@ -204,6 +205,47 @@ def test_the_log_shows_everything_that_happened(recorded: Recorded) -> None:
         assert "\x1b" not in picture(app)
 
     drive(app_of(run, view_of(run, "failed")), script)
+
+
+def test_a_screen_that_comes_back_shows_what_is_true_now(recorded: Recorded) -> None:
+    """And while it stays: headers, figures and tables are of one moment."""
+    run = recorded("running")
+    before = view_of(run, "running", eta=300.0)
+    row = before.state.block_rows["block_ap", before.state.block or 0]
+
+    class Moving(StillFeed):
+        def goes_on(self, step: int, block: int) -> None:
+            state = self._view.state
+            rows = {**state.block_rows, ("block_ap", block): msgspec.structs.replace(row, index=block)}
+            state = msgspec.structs.replace(
+                state, block=block, step=step, block_rows=rows, event_count=state.event_count + 1
+            )
+            self._view = msgspec.structs.replace(self._view, state=state)
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        async def shows(*words: str) -> None:
+            app.look_now()
+            await until(pilot, lambda: all(word in picture(app) for word in words))
+
+        await shown(pilot)
+        await press(pilot, "3")
+        feed.goes_on(18, 3)
+        await shows("step 18/40", "now", "block 4 of 6, step 18 of 40")
+        feed.goes_on(21, 4)
+        await shows("block 5/6", "block 5 of 6, step 21 of 40")
+        await press(pilot, "2")
+        await shows("block 5/6", "step 21/40")
+        await press(pilot, "3")
+        feed.goes_on(33, 5)
+        await press(pilot, "2")
+        await shows("block 6/6", "step 33/40")
+        await press(pilot, "3")
+        await shows("block 6/6", "block 6 of 6, step 33 of 40")
+
+    app = app_of(mode="monitor")
+    feed = Moving(run, before)
+    app.call_later(app.show_feed, feed)
+    drive(app, script, size=(100, 30))
 
 
 # -- replay --------------------------------------------------------------------------------------------
