@@ -16,6 +16,8 @@ from typing import Any
 
 import msgspec
 
+from engine.run.files import existing
+
 ENGINES_EVERY_S = 5.0
 """The list of all processes is searched for engines this often; between, only the known ones are measured."""
 
@@ -152,10 +154,7 @@ class Sampler:
         import psutil
 
         memory, swap = psutil.virtual_memory(), psutil.swap_memory()
-        place = self._place.absolute()
-        while not place.exists():
-            place = place.parent
-        disk = shutil.disk_usage(place)
+        disk = shutil.disk_usage(existing(self._place))
         try:
             load: float | None = os.getloadavg()[0]
         except OSError:

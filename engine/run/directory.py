@@ -23,7 +23,14 @@ import msgspec
 from engine.run.config import RunConfig, absolute_paths, load, to_toml
 from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.events import AnyEvent, Outcome, RunFinished, RunStarted, tail_events
-from engine.run.files import atomic_write, atomic_write_json, disk_error, overwrite_in_place, read_error
+from engine.run.files import (
+    atomic_write,
+    atomic_write_json,
+    disk_error,
+    existing,
+    overwrite_in_place,
+    read_error,
+)
 from engine.run.lock import RunLock, holder, is_held
 
 __all__ = [
@@ -203,9 +210,7 @@ def default_runs_dir(flag: str | os.PathLike[str] | None = None) -> Path:
 
 def check_runs_dir(runs_dir: Path) -> Path:
     """``runs_dir``, or the folder above it that exists; :class:`PreflightError` where no runs can be made."""
-    place = runs_dir.absolute()
-    while not os.path.exists(place) and place != place.parent:
-        place = place.parent
+    place = existing(runs_dir)
     what = "" if os.access(place, os.W_OK | os.X_OK) else "cannot be written"
     if not os.path.isdir(place):
         what = "is a file, not a folder"

@@ -75,6 +75,12 @@ def overwrite_in_place(path: Path, data: bytes) -> bool:
         os.close(fd)
 
 
+def existing(place: Path) -> Path:
+    """``place``, or the nearest folder above it that exists already."""
+    absolute = place.absolute()
+    return next((path for path in (absolute, *absolute.parents) if os.path.exists(path)), Path("/"))
+
+
 def sync_directory(path: Path) -> None:
     """Make a rename in ``path`` durable, where the file system can."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 
+from engine.run.files import existing
+
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -36,7 +38,7 @@ def detect(directory: Path | None = None, device: str = "auto") -> Machine:
         gpu_free=free,
         gpu_total=total,
         host_free=host_free(),
-        disk_free=shutil.disk_usage(_existing(place)).free + _written(place),
+        disk_free=shutil.disk_usage(existing(place)).free + _written(place),
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         avx512=_has_avx512(),
     )
@@ -80,14 +82,6 @@ def _written(directory: Path) -> int:
         except OSError:  # gone meanwhile
             continue
     return written
-
-
-def _existing(directory: Path) -> Path:
-    """The directory, or the nearest parent that exists already."""
-    for path in (directory.absolute(), *directory.absolute().parents):
-        if path.exists():
-            return path
-    return Path("/")
 
 
 def _index(device: str) -> int:

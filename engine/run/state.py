@@ -149,6 +149,10 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
         """The blocks of one phase, in order."""
         return sorted((row for row in self.block_rows.values() if row.phase == phase), key=lambda r: r.index)
 
+    def accounted(self) -> RunState:
+        """The same with the phase that is open counted up to the last event."""
+        return _close_phase(self)
+
     def trained_blocks(self) -> list[BlockRow]:
         """The blocks as the run quantized them: by Block-AP, else by rounding."""
         return self.blocks_of("block_ap") or self.blocks_of("rtn")
@@ -167,7 +171,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_json(self, *, state: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What ``eqat show --json`` prints; ``state`` comes from the run's lock and heartbeat."""
-        return report.render(_close_phase(self), state=state, config=config)
+        return report.render(self.accounted(), state=state, config=config)
 
 
 # -- one handler per kind of event ---------------------------------------------------------------------

@@ -20,7 +20,7 @@ def show(run: RunDirectory) -> dict[str, Any]:
     if metrics and (metrics[-1].attempt, metrics[-1].phase) == (state.attempt, state.phase):
         state = state.apply(metrics[-1])
     tree = state.to_json(state=run_state(run), config=_config(run))
-    return {**tree, "path": str(run.path), "origin": _origin(run)}
+    return {**tree, "path": str(run.path), "origin": origin(run)}
 
 
 _NOT_SUMMARIZED = frozenset({"metric", "memory", "block.started", "block.finished"})
@@ -51,7 +51,7 @@ def summarize(run: RunDirectory) -> dict[str, Any]:
     }
 
 
-def _origin(run: RunDirectory) -> dict[str, Any] | None:
+def origin(run: RunDirectory) -> dict[str, Any] | None:
     """Which run this one redoes a part of."""
     try:
         found: dict[str, Any] = msgspec.json.decode(run.origin_path.read_bytes())

@@ -18,7 +18,7 @@ from engine.run.errors import EqatError
 from engine.run.launch import launch
 from engine.run.publish import check_target
 from engine.run.schema import ExportConfig, field_types
-from engine.run.summary import show
+from engine.run.summary import origin
 from eqat_tui.feed import RunView
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import Line, line, wrap
@@ -77,8 +77,8 @@ class ResultScreen(WorkScreen):
         super().__init__()
         self._view: RunView | None = None
         self._prompt = FIRST_PROMPT
-        self._read: dict[str, Any] = {}
-        self._read_at: object = None
+        self._origin: tuple[str, dict[str, Any] | None] | None = None
+        """Of the run with that id."""
 
     def body(self) -> Iterable[Widget]:
         yield Panel(id="headline")
@@ -127,7 +127,7 @@ class ResultScreen(WorkScreen):
         headline.show([views.headline(view, width), *busy])
         half = self.query_one("#perplexity").size.width or width
         self.query_one("#perplexity", Panel).show(views.perplexities(view.state, half))
-        self.query_one("#figures", Panel).show(self._read_figures(view, half))
+        self.query_one("#figures", Panel).show(self._figures(view, half))
         self.query_one("#samples", Panel).show(views.samples(view.state, half))
         self.query_one("#exports", Panel).show(views.exports(view, half))
         path = self._export_path(view)
@@ -143,18 +143,13 @@ class ResultScreen(WorkScreen):
             lines += monitor_views.progress(view, width)[:1]
         return lines
 
-    def _read_figures(self, view: RunView, width: int) -> list[Line]:
-        """Like ``eqat show``: what is in the run's files is read when something has happened, the rest is
-        known."""
-        stamp = (view.id, view.state.outcome, len(view.state.exports), view.state.attempt, view.liveness)
-        if stamp != self._read_at:
-            try:
-                self._read = show(self.eqat.current())
-            except (EqatError, OSError) as error:
-                return [line((str(error), "bad"))]
-            self._read_at = stamp
-        now = view.state.to_json(state=view.liveness, config=self._read["config"])
-        return views.figures({**self._read, **now}, width)
+    def _figures(self, view: RunView, width: int) -> list[Line]:
+        """Like ``eqat show``, of the moment that is shown."""
+        run = self.eqat.current()
+        if self._origin is None or self._origin[0] != run.id:
+            self._origin = run.id, origin(run)
+        shown = view.state.to_json(state=view.liveness, config=view.config)
+        return views.figures({**shown, "path": str(run.path), "origin": self._origin[1]}, width)
 
     def _export_path(self, view: RunView) -> Path | None:
         done = [export for export in view.state.exports.values() if export.verified]

@@ -80,10 +80,7 @@ def title(view: RunView, width: int) -> Line:
 
 def elapsed(state: RunState) -> float:
     """Seconds of work in all attempts, the phase that is open included."""
-    done = sum(row.seconds for row in state.phases)
-    if state.open_since is not None:
-        done += max(0.0, state.last_mono - state.open_since)
-    return done
+    return sum(row.seconds for row in state.accounted().phases)
 
 
 PLAN_COUNTS = 0.1

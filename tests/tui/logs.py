@@ -143,36 +143,29 @@ class Log:
                 )
             )
 
+    def evaluates(self, phase: events.Phase, stage: events.Stage, value: float) -> None:
+        self.phase(phase)
+        self.evaluation(stage, value)
+        self.phase_ends(phase, 4.0)
+
     def until_block_ap(self, run_id: str) -> None:
         self.attempt_begins(run_id)
-        for name, stage, value in (
-            ("prepare", None, 0.0),
-            ("evaluate_fp", "fp", 13.76),
-        ):
-            self.phase(name)  # type: ignore[arg-type]
-            if stage is not None:
-                self.evaluation(stage, value)  # type: ignore[arg-type]
-            self.phase_ends(name, 4.0)  # type: ignore[arg-type]
+        self.phase("prepare")
+        self.phase_ends("prepare", 4.0)
+        self.evaluates("evaluate_fp", "fp", 13.76)
         self.phase("block_ap")
 
     def to_the_end(self) -> None:
         self.phase_ends("block_ap", 80.0)
-        for name, stage, value in (
-            ("evaluate_rtn", "rtn", 44.32),
-            ("evaluate_block_ap", "block_ap", 19.22),
-        ):
-            self.phase(name)  # type: ignore[arg-type]
-            self.evaluation(stage, value)  # type: ignore[arg-type]
-            self.phase_ends(name, 4.0)  # type: ignore[arg-type]
+        self.evaluates("evaluate_rtn", "rtn", 44.32)
+        self.evaluates("evaluate_block_ap", "block_ap", 19.22)
         self.phase("e2e_qp")
         for step in range(1, STEPS + 1):
             self.metric(
                 step, None, 0.36 * math.exp(-step / 40), **({"val_loss": 0.3} if step == STEPS else {})
             )
         self.phase_ends("e2e_qp", 60.0)
-        self.phase("evaluate_e2e_qp")
-        self.evaluation("e2e_qp", 17.44)
-        self.phase_ends("evaluate_e2e_qp", 4.0)
+        self.evaluates("evaluate_e2e_qp", "e2e_qp", 17.44)
         self.phase("export")
         self.add(
             events.Export(
