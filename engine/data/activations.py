@@ -15,18 +15,17 @@ disk       one batch at a time in host memory, the rest on disk   page cache or 
 All kinds return the same bits. A read is always a copy: what a caller holds never changes under it when
 the slot is overwritten.
 
-The file's whole length is reserved up front, so a full disk is an error before the work starts. It loses its
-name as soon as it exists; however the process ends, the disk space comes back.
+The whole length of a store's files is reserved up front, so a full disk is an error before the work starts.
+They lose their name as soon as they exist; however the process ends, the disk space comes back.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -40,8 +39,10 @@ from engine.run.errors import EqatError, ExitCode, PreflightError
 StoreKind = Literal["device", "host", "disk"]
 Indices = slice | Sequence[int] | Tensor
 
-_PIECE = 4 << 20
+_PIECE = 8 << 20
 """Bytes of one read or write of a file."""
+_FILES = 8
+"""That a store's pieces are dealt out to."""
 _DISK_THREADS = 8
 
 
@@ -126,8 +127,10 @@ class ActivationStore(ABC):
         self.close()
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):
+        try:
             self.close()
+        except Exception:  # while Python ends, whatever this uses may be gone
+            pass
 
     def _positions(self, indices: Indices) -> Sequence[int]:
         if isinstance(indices, slice):
@@ -241,11 +244,12 @@ class HostStore(ActivationStore):
 
 
 class DiskStore(ActivationStore):
-    """A nameless file, read and written piece by piece, several at a time.
+    """Nameless files, read and written piece by piece, several at a time.
 
-    It is read with ``pread``: what a memory map touches counts as this process's memory until it is given
-    back, and faults in page by page. One thread copies some gigabytes a second out of the page cache, which
-    is too slow for a large block's steps, so the pieces of a batch are read side by side.
+    They are read with ``pread``: what a memory map touches counts as this process's memory until it is given
+    back, and faults in page by page. One thread copies some gigabytes a second from or to the page cache,
+    which is too slow for a large block's steps, so the pieces of a batch are copied side by side; and as the
+    kernel lets one thread at a time write to a file, pieces that follow each other lie in different files.
     """
 
     kind = "disk"
@@ -260,57 +264,71 @@ class DiskStore(ActivationStore):
         super().__init__(shape, dtype, device)
         self._row_bytes = self.nbytes // len(self)
         self._where = str(path)
-        self._descriptor = _reserve_file(path, self.nbytes)
         self._threads = ThreadPoolExecutor(_DISK_THREADS, thread_name_prefix="activations")
+        self._descriptors: list[int] = []
+        try:
+            for length in _stripes(self.nbytes):
+                self._descriptors.append(_reserve_file(path, length))
+        except OSError as error:
+            self.close()
+            raise _disk_error(error, self._where, self.nbytes) from None
 
     def _read_into(self, positions: Sequence[int], target: Tensor) -> None:
         cuda = target.is_cuda
         rows = torch.empty(target.shape, dtype=self.dtype, pin_memory=True) if cuda else target
         whole = _bytes_of(rows)
+        size = self._row_bytes
         pieces = [
-            (whole[place * self._row_bytes + piece.start : place * self._row_bytes + piece.stop], start)
+            piece
             for place, index in enumerate(positions)
-            for piece, start in self._pieces(index)
+            for piece in self._pieces(whole[place * size : (place + 1) * size], index * size)
         ]
-        list(self._threads.map(self._read_piece, *zip(*pieces, strict=True)))
+        self._side_by_side(os.preadv, pieces)
         if cuda:
             target.copy_(rows, non_blocking=True)
 
-    def _pieces(self, index: int) -> Iterator[tuple[slice, int]]:
-        """Parts of a row, and where they begin in the file."""
-        for start in range(0, self._row_bytes, _PIECE):
-            yield slice(start, min(start + _PIECE, self._row_bytes)), index * self._row_bytes + start
-
-    def _read_piece(self, target: memoryview, offset: int) -> None:
-        while target:
-            try:
-                count = os.preadv(self._descriptor, [target], offset)
-            except OSError as error:
-                raise _disk_error(error, self._where, self.nbytes) from None
-            target, offset = target[count:], offset + count
-
     def _write(self, start: int, tensor: Tensor) -> None:
         host = tensor.to(device="cpu", dtype=self.dtype).contiguous()
-        whole = _bytes_of(host)
-        pieces = range(0, len(whole), _PIECE)
-        offset = start * self._row_bytes
-        list(
-            self._threads.map(
-                lambda piece: self._write_piece(whole[piece : piece + _PIECE], offset + piece), pieces
-            )
-        )
+        self._side_by_side(os.pwritev, self._pieces(_bytes_of(host), start * self._row_bytes))
 
-    def _write_piece(self, source: memoryview, offset: int) -> None:
-        while source:
-            try:
-                count = os.pwrite(self._descriptor, source, offset)
-            except OSError as error:
-                raise _disk_error(error, self._where, self.nbytes) from None
-            source, offset = source[count:], offset + count
+    def _pieces(self, memory: memoryview, start: int) -> Iterator[tuple[memoryview, int, int]]:
+        """Parts of ``memory``, whose place in the contents begins at ``start``; the file of each, and where
+        in that."""
+        while memory:
+            number, inside = divmod(start, _PIECE)
+            count = min(len(memory), _PIECE - inside)
+            turn, file = divmod(number, _FILES)
+            yield memory[:count], self._descriptors[file], turn * _PIECE + inside
+            memory, start = memory[count:], start + count
+
+    def _side_by_side(
+        self,
+        transfer: Callable[[int, list[memoryview], int], int],
+        pieces: Iterable[tuple[memoryview, int, int]],
+    ) -> None:
+        def whole_piece(piece: tuple[memoryview, int, int]) -> None:
+            memory, descriptor, offset = piece
+            while memory:
+                count = transfer(descriptor, [memory], offset)
+                memory, offset = memory[count:], offset + count
+
+        try:
+            list(self._threads.map(whole_piece, pieces))
+        except OSError as error:
+            raise _disk_error(error, self._where, self.nbytes) from None
 
     def _close(self) -> None:
         self._threads.shutdown()
-        os.close(self._descriptor)
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+
+
+def _stripes(length: int) -> list[int]:
+    """Bytes in each of a store's files, of which a small one has fewer."""
+    pieces = -(-length // _PIECE)
+    stripes = [len(range(file, pieces, _FILES)) * _PIECE for file in range(min(pieces, _FILES))]
+    stripes[(pieces - 1) % _FILES] -= pieces * _PIECE - length
+    return stripes
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -344,17 +362,14 @@ def _gather(data_NTH: Tensor, positions: Sequence[int], target: Tensor) -> None:
 
 def _reserve_file(path: Path, length: int) -> int:
     """A nameless file with all of its blocks allocated; its descriptor."""
-    try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise _disk_error(error, str(path), length) from None
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         os.unlink(path)
         os.posix_fallocate(descriptor, 0, length)
-    except OSError as error:
+    except OSError:
         os.close(descriptor)
-        raise _disk_error(error, str(path), length) from None
+        raise
     return descriptor
 
 

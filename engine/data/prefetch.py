@@ -125,7 +125,7 @@ def _listed(rows: Rows) -> list[int]:
 class WriteBehind:
     """Writes to a store while the GPU goes on. At the end of the context everything is there."""
 
-    PENDING = 2
+    PENDING = 4
     """Batches on their way to a file at the same time."""
 
     def __init__(self, store: ActivationStore) -> None:

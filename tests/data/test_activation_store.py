@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from engine.data import activations
 from engine.data.activations import ActivationStore, StoreKind, make_store
 from engine.run.errors import EqatError, ExitCode, PreflightError
 
@@ -50,11 +51,20 @@ def bits(tensor: Tensor) -> bytes:
     count=st.integers(1, 9),
     tokens=st.integers(1, 5),
     hidden=st.integers(1, 700),
+    piece=st.sampled_from([7, 64, 1000, activations._PIECE]),
     data=st.data(),
 )
 def test_all_kinds_hold_the_same_bits_under_any_reads_and_writes(
-    tmp_path: Path, dtype: torch.dtype, count: int, tokens: int, hidden: int, data: st.DataObject
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    count: int,
+    tokens: int,
+    hidden: int,
+    piece: int,
+    data: st.DataObject,
 ) -> None:
+    monkeypatch.setattr(activations, "_PIECE", piece)
     shape = (count, tokens, hidden)
     expected = random_bits(0, shape, dtype)
     stores = [store_of(kind, shape, dtype, tmp_path) for kind in KINDS]
@@ -137,6 +147,8 @@ def test_impossible_amount_of_memory_is_out_of_memory() -> None:
 
 COUNT, TOKENS, HIDDEN = 320, 256, 2048  # 320 MiB in 16 bits
 BUDGET = 48 << 20
+OWN_MAPPINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
+"""Memory that is given back leaves the process: what the heap keeps in fragments is not the store's."""
 
 WORKER = """
 import json, sys
@@ -191,7 +203,7 @@ def test_disk_store_stays_inside_its_budget_and_bit_identical(tmp_path: Path) ->
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
         cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": str(root), **OWN_MAPPINGS},
         capture_output=True,
         text=True,
         timeout=240,
@@ -239,7 +251,7 @@ def test_full_disk_is_found_before_the_work_starts(small_disk: Path) -> None:
 
 def test_file_size_limit_is_a_full_disk(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
     try:
         check_full(tmp_path)
     finally:
