@@ -30,8 +30,11 @@ import triton.language as tl
 from torch import Tensor
 
 LARGEST_HELD_GROUP = 512
-HELD_VALUES = 2048
-"""Weights that a program holds at a time."""
+HELD_VALUES = 1024
+"""Weights that a program holds at a time. With 2048, too few programs fit beside each other to keep the
+memory busy: 0.43 ms instead of 0.38 for 45 million weights in groups of 64 on an H200."""
+WALKED_VALUES = 2048
+"""The same of a group that is walked through."""
 
 # Places in the vector of what changes from step to step, float32 on the device.
 SKIP, LR_FACTOR, CORRECTION1, ROOT_CORRECTION2, GRAD_FACTOR = range(5)
@@ -80,7 +83,7 @@ class QuantStep:
     def held(self) -> tuple[int, int]:
         """Groups of a program, and how many columns of them it holds at a time."""
         if self.group_size > LARGEST_HELD_GROUP:
-            return 1, HELD_VALUES
+            return 1, WALKED_VALUES
         columns = triton.next_power_of_2(self.group_size)
         return max(1, HELD_VALUES // columns), columns
 
@@ -200,15 +203,23 @@ def _quant_step(
     zero = tl.minimum(tl.maximum(rounded_zero, 0.0), TOP)
     HELD: tl.constexpr = GROUP <= COLUMNS
     weight = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    changes = present
 
     if UPDATES:
-        if tl.load(control_ptr) != 0.0:
-            tl.store(squares_ptr + program, 0.0)
-            return
+        # All that is read is asked for before any of it is needed, and nothing branches: a program waits for
+        # memory once. A skipped step stores nothing.
+        changes = present & (tl.load(control_ptr + 0 * row) == 0.0)
         factor = tl.load(control_ptr + 1)
         correction1 = tl.load(control_ptr + 2)
         root2 = tl.load(control_ptr + 3)
         grad_factor = tl.load(control_ptr + 4)
+        if TRAIN_Z:
+            z_avg = tl.load(z_avg_ptr + first + row, mask=present, other=0.0)
+            z_square = tl.load(z_square_ptr + first + row, mask=present, other=0.0)
+        if TRAIN_S:
+            s_avg = tl.load(s_avg_ptr + first + row, mask=present, other=0.0)
+            s_square = tl.load(s_square_ptr + first + row, mask=present, other=0.0)
+            scale_floor = tl.load(floor_ptr + first + row, mask=present, other=1.0)
         scale_grad = tl.zeros((ROWS,), dtype=tl.float32)
         zero_grad = tl.zeros((ROWS,), dtype=tl.float32)
         squares = tl.zeros((ROWS,), dtype=tl.float32)
@@ -217,6 +228,9 @@ def _quant_step(
             here = present[:, None] & (start + column < GROUP)[None, :]
             weight = tl.load(w_ptr + at, mask=here, other=0.0)
             gradient = tl.load(grad_ptr + at, mask=here, other=0.0).to(tl.float32) * grad_factor
+            if TRAIN_W:
+                avg = tl.load(w_avg_ptr + at, mask=here, other=0.0)
+                square = tl.load(w_square_ptr + at, mask=here, other=0.0)
             level, ratio = _levels(weight, scale[:, None], zero[:, None])
             inside = (level >= 0.0) & (level <= TOP)
             centred = tl.minimum(tl.maximum(level, 0.0), TOP) - zero[:, None]
@@ -225,11 +239,10 @@ def _quant_step(
             if TRAIN_W:
                 gradient = tl.where(inside, gradient, 0.0)
                 squares += tl.sum(gradient * gradient, axis=1)
-                avg = tl.load(w_avg_ptr + at, mask=here, other=0.0)
-                square = tl.load(w_square_ptr + at, mask=here, other=0.0)
                 weight, avg, square = _adamw(
                     weight, gradient, avg, square, lr_w * factor, decay, correction1, root2, BETA1, BETA2, EPS
                 )
+                here = here & changes[:, None]
                 tl.store(w_ptr + at, weight, mask=here)
                 tl.store(w_avg_ptr + at, avg, mask=here)
                 tl.store(w_square_ptr + at, square, mask=here)
@@ -237,28 +250,43 @@ def _quant_step(
             moves = (rounded_zero >= 0.0) & (rounded_zero <= TOP)
             zero_grad = tl.where(moves, zero_grad * scale, 0.0)
             squares += zero_grad * zero_grad
-            avg = tl.load(z_avg_ptr + first + row, mask=present, other=0.0)
-            square = tl.load(z_square_ptr + first + row, mask=present, other=0.0)
-            raw_zero, avg, square = _adamw(
-                raw_zero, zero_grad, avg, square, lr_z * factor, decay, correction1, root2, BETA1, BETA2, EPS
+            raw_zero, z_avg, z_square = _adamw(
+                raw_zero,
+                zero_grad,
+                z_avg,
+                z_square,
+                lr_z * factor,
+                decay,
+                correction1,
+                root2,
+                BETA1,
+                BETA2,
+                EPS,
             )
             raw_zero = tl.minimum(tl.maximum(raw_zero, 0.0), TOP)
             zero = _round(raw_zero)
-            tl.store(z_ptr + first + row, raw_zero, mask=present)
-            tl.store(z_avg_ptr + first + row, avg, mask=present)
-            tl.store(z_square_ptr + first + row, square, mask=present)
+            tl.store(z_ptr + first + row, raw_zero, mask=changes)
+            tl.store(z_avg_ptr + first + row, z_avg, mask=changes)
+            tl.store(z_square_ptr + first + row, z_square, mask=changes)
         if TRAIN_S:
             squares += scale_grad * scale_grad
-            avg = tl.load(s_avg_ptr + first + row, mask=present, other=0.0)
-            square = tl.load(s_square_ptr + first + row, mask=present, other=0.0)
-            scale, avg, square = _adamw(
-                scale, scale_grad, avg, square, lr_s * factor, decay, correction1, root2, BETA1, BETA2, EPS
+            scale, s_avg, s_square = _adamw(
+                scale,
+                scale_grad,
+                s_avg,
+                s_square,
+                lr_s * factor,
+                decay,
+                correction1,
+                root2,
+                BETA1,
+                BETA2,
+                EPS,
             )
-            scale = tl.maximum(scale, tl.load(floor_ptr + first + row, mask=present, other=1.0))
-            tl.store(s_ptr + first + row, scale, mask=present)
-            tl.store(s_avg_ptr + first + row, avg, mask=present)
-            tl.store(s_square_ptr + first + row, square, mask=present)
-        tl.store(squares_ptr + program, tl.sum(tl.where(present, squares, 0.0), axis=0))
+            scale = tl.maximum(scale, scale_floor)
+            tl.store(s_ptr + first + row, scale, mask=changes)
+            tl.store(s_avg_ptr + first + row, s_avg, mask=changes)
+            tl.store(s_square_ptr + first + row, s_square, mask=changes)
 
     if HELD or not UPDATES:
         for start in range(0, GROUP, COLUMNS):
@@ -268,4 +296,8 @@ def _quant_step(
                 weight = tl.load(w_ptr + at, mask=here, other=0.0)
             level, _ratio = _levels(weight, scale[:, None], zero[:, None])
             value = (tl.minimum(tl.maximum(level, 0.0), TOP) - zero[:, None]) * scale[:, None]
-            tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=here)
+            tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=here & changes[:, None])
+
+    if UPDATES:
+        squared = tl.sum(tl.where(changes, squares, 0.0), axis=0)
+        tl.store(squares_ptr + program, squared)
