@@ -41,6 +41,8 @@ KEPT_SHAPES = 4
 """Batch shapes whose block arguments are kept; masks of long sequences are not small."""
 HEAD_VALUES = 1 << 25
 """Logits computed at once (128 MiB in float32)."""
+GPU_HEAD_VALUES = 1 << 26
+"""On a GPU, whose products of 2000 tokens leave fewer of its processors idle than those of 1000."""
 
 StandIn = Callable[[int, Tensor, dict[str, Any]], Tensor]
 """Called in place of block ``i`` with its hidden states and its other arguments by name."""
@@ -57,6 +59,7 @@ class CausalLM:
         self.source = source
         self.device = device
         self.dtype = dtype
+        self.head_values = GPU_HEAD_VALUES if device.type == "cuda" else HEAD_VALUES
         self.model = build_skeleton(source.config, dtype, trust_remote_code=source.trust_remote_code)
         if not source.config.architectures:
             # GGUF files and text parts of multimodal models do not say; exports must.
@@ -174,7 +177,7 @@ class CausalLM:
     def head_chunks(self, tokens: int) -> list[slice]:
         """Parts of so many tokens, whose logits are computed at once: of one size, but for the last, because
         a compiled form is made for each size."""
-        most = max(1, HEAD_VALUES // self.vocab_size)
+        most = max(1, self.head_values // self.vocab_size)
         size = math.ceil(tokens / math.ceil(tokens / most))
         return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 

@@ -68,6 +68,7 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes a weight of the largest linear takes while it is unpacked (int32, uint8 and float steps)."""
     head_values: int = 1 << 25
     """Most logits that are computed together."""
+    gpu_head_values: int = 1 << 26
     logits_cross_entropy: int = 4
     """Chunk-sized tensors at the peak of a cross-entropy step: logits, log-softmax, two gradients."""
     logits_kl: int = 6

@@ -177,6 +177,12 @@ def _trained_scales(work: Workload) -> int:
     return kinds * work.arch.blocks * work.arch.groups_per_block(grid.group_size)
 
 
+def _logits(work: Workload, tokens: int, constants: Constants) -> int:
+    """Computed together."""
+    most = constants.gpu_head_values if work.cuda else constants.head_values
+    return min(most, tokens * work.arch.vocab)
+
+
 def _e2e_qp(work: Workload, constants: Constants) -> dict[str, int]:
     section, arch, grid = work.config.e2e_qp, work.arch, work.config.grid
     compute = work.bytes_of(section.compute_dtype)
@@ -186,7 +192,7 @@ def _e2e_qp(work: Workload, constants: Constants) -> dict[str, int]:
         work, section.micro_batch_size, section.sequence_length, compute, False, constants
     )
     inputs = arch.blocks * tokens * arch.hidden * compute
-    chunk = min(constants.head_values, tokens * arch.vocab)
+    chunk = _logits(work, tokens, constants)
     tensors = constants.logits_kl if section.loss == "kl" else constants.logits_cross_entropy
     logits = chunk * (4 * tensors + (compute if compute < 4 else 0))
     backward = block + compute * tokens * 3 * arch.intermediate
@@ -223,7 +229,7 @@ def _evaluate(work: Workload, constants: Constants) -> dict[str, int]:
     section, arch = work.config.evaluation, work.arch
     compute = work.model_bytes
     tokens = section.batch_size * section.sequence_length
-    logits = min(constants.head_values, tokens * arch.vocab)
+    logits = _logits(work, tokens, constants)
     largest = max(linear.weights for linear in arch.linears)
     passing = compute * tokens * (3 * arch.intermediate + 6 * arch.hidden)
     if arch.eager_attention:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.evaluation.perplexity import perplexity
-from engine.models import causal_lm
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.run.config import ModelConfig
@@ -76,11 +75,11 @@ def test_streaming_gives_the_perplexity_of_the_whole_model(
     assert result.tokens == 5 * 32
 
 
-def test_batch_size_and_head_chunks_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_size_and_head_chunks_do_not_matter(tmp_path: Path) -> None:
     _, lm = saved(tmp_path, "llama")
     one = perplexity(lm, lm.load_block, windows(), batch_size=1).nll_mean
     assert perplexity(lm, lm.load_block, windows(), batch_size=2).nll_mean == pytest.approx(one, rel=1e-6)
-    monkeypatch.setattr(causal_lm, "HEAD_VALUES", 5 * 300)
+    lm.head_values = 5 * 300
     assert perplexity(lm, lm.load_block, windows(), batch_size=1).nll_mean == pytest.approx(one, rel=1e-6)
 
 

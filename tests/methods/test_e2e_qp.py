@@ -18,7 +18,6 @@ from engine.data.sampler import BatchSampler
 from engine.methods.e2e_qp import E2EData, Teacher, train_scales
 from engine.methods.optimization import cosine_factor
 from engine.methods.rtn import round_to_nearest
-from engine.models import causal_lm
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.quant.packed import PackedBlock, PackedLinear, PackedWeight, replace_submodule
@@ -204,11 +203,9 @@ def test_micro_batches_only_split_the_effective_batch(lm: CausalLM) -> None:
         assert_same_but_for_few(whole[name].scale, single[name].scale)
 
 
-def test_the_head_runs_in_chunks_without_changing_the_loss(
-    lm: CausalLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_head_runs_in_chunks_without_changing_the_loss(lm: CausalLM) -> None:
     whole = packed_linears(train(lm, settings(loss="kl")))
-    monkeypatch.setattr(causal_lm, "HEAD_VALUES", 5 * lm.vocab_size)
+    lm.head_values = 5 * lm.vocab_size
     chunked = packed_linears(train(lm, settings(loss="kl")))
     for name in whole:
         assert_same_but_for_few(whole[name].scale, chunked[name].scale)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from engine.evaluation.perplexity import NO_LABEL
 from engine.methods.head_loss import HeadLoss, tail_loss
-from engine.models import causal_lm
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.run.config import ModelConfig
@@ -49,7 +48,7 @@ def by_hand(lm: CausalLM, hidden_TH: Tensor, labels_T: Tensor, teacher_TH: Tenso
 @pytest.mark.parametrize("taught", [False, True])
 @pytest.mark.parametrize("name", ["llama2", "smollm2", "gemma2", "olmo2"])
 def test_loss_and_gradient_are_those_of_all_logits(
-    tmp_path: Path, name: str, taught: bool, values: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, name: str, taught: bool, values: int
 ) -> None:
     lm = open_model(tmp_path, name)
     assert (lm.tail is None) == (name == "gemma2"), "a cap on the logits is more than norm and embeddings"
@@ -60,7 +59,7 @@ def test_loss_and_gradient_are_those_of_all_logits(
     expected.backward()
     assert leaf.grad is not None
 
-    monkeypatch.setattr(causal_lm, "HEAD_VALUES", values)
+    lm.head_values = values
     head = HeadLoss(lm)
     assert torch.allclose(head.value(hidden, labels, teacher_TH), expected, rtol=1e-4)
     loss, gradient = head.gradient(hidden, labels, teacher_TH, 0.25, lambda loss: loss * 8)
@@ -70,10 +69,10 @@ def test_loss_and_gradient_are_those_of_all_logits(
 
 @pytest.mark.parametrize(("tokens", "most"), [(37, 1), (37, 5), (37, 37), (37, 100), (16384, 1048), (1, 1)])
 def test_chunks_cover_all_tokens_once_and_are_of_one_size_but_for_the_last(
-    tmp_path: Path, tokens: int, most: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokens: int, most: int
 ) -> None:
     lm = open_model(tmp_path, "llama2")
-    monkeypatch.setattr(causal_lm, "HEAD_VALUES", most * lm.vocab_size)
+    lm.head_values = most * lm.vocab_size
     parts = lm.head_chunks(tokens)
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(tokens))
     sizes = [part.stop - part.start for part in parts]
