@@ -315,7 +315,18 @@ def test_end_to_end_training_is_the_same_with_kernels_and_compiled(
     ],
 )
 def test_a_whole_run_completes_on_the_gpu_and_agrees_with_the_cpu(make: Make, dtype: str, store: str) -> None:
-    settings = {"block_ap.sequences": 16, "block_ap.epochs": 2, "runtime.activation_store": store}
+    # Enough of everything that chance moves a perplexity by one percent, not by ten.
+    settings = {
+        "grid.bits": 4,
+        "block_ap.sequences": 16,
+        "block_ap.val_sequences": 4,
+        "block_ap.sequence_length": 32,
+        "block_ap.batch_size": 4,
+        "block_ap.epochs": 2,
+        "evaluation.windows": 16,
+        "evaluation.sequence_length": 32,
+        "runtime.activation_store": store,
+    }
     cpu = make(**settings)
     assert run_here(cpu) == 0
     gpu = make(
@@ -327,7 +338,7 @@ def test_a_whole_run_completes_on_the_gpu_and_agrees_with_the_cpu(make: Make, dt
     assert of(gpu, events.Export)[0].verified
     here, there = ({e.stage: e.perplexity for e in of(run, events.Eval)} for run in (cpu, gpu))
     for stage, value in here.items():
-        assert there[stage] == pytest.approx(value, rel=0.1), stage
+        assert there[stage] == pytest.approx(value, rel=0.03), stage
     for phase in of(gpu, events.PhaseFinished):
         assert phase.peak_gpu_bytes
     readings = [e for e in of(gpu, events.Memory) if e.gpu_total]
