@@ -37,6 +37,7 @@ from common import (
     SHAPES,
     Linears,
     Marks,
+    Profiled,
     allocated,
     attention_ms,
     bandwidth,
@@ -53,7 +54,7 @@ from common import (
     where,
 )
 
-from engine.methods.block_ap import train_block
+from engine.methods.block_ap import BlockResult, train_block
 from engine.methods.reconstruction import Streams
 from engine.run.config import BlockAPConfig, GridConfig
 
@@ -90,7 +91,9 @@ def settings(sequences: int, batch: int, length: int, epochs: int = 1, val: int 
     )
 
 
-def measure(shape: str, variants: list[str], steps: int, repeat: int) -> list[list[str]]:
+def measure(
+    shape: str, variants: list[str], steps: int, repeat: int, profiled: bool = False
+) -> list[list[str]]:
     batch, length = BATCHES.get(shape, (2, 2048))
     lm = model(SHAPES[shape])
     sequences = steps * batch
@@ -101,30 +104,36 @@ def measure(shape: str, variants: list[str], steps: int, repeat: int) -> list[li
     )
     stored = allocated()
     rows = []
+
+    def train(variant: str, seed: int, marks: Marks) -> BlockResult:
+        block = copy.deepcopy(random_block(shape)).to(DEVICE)
+        reset_peak()
+        return train_block(
+            *(lm, 0, block, streams, settings(sequences, batch, length), GRID),
+            seed=seed,
+            dtype=dtype(),
+            progress=marks,
+            **VARIANTS[variant],
+        )
+
     for variant in variants:
         whole: list[float] = []
         took: list[float] = []
         peak, reserved, final = 0.0, 0, 0.0
         for number in range(1 + repeat):
-            block = copy.deepcopy(random_block(shape)).to(DEVICE)
-            reset_peak()
             marks = Marks()
             begun = time.perf_counter()
-            result = train_block(
-                *(lm, 0, block, streams, settings(sequences, batch, length), GRID),
-                seed=number,
-                dtype=dtype(),
-                progress=marks,
-                **VARIANTS[variant],
-            )
+            result = train(variant, number, marks)
             synchronize()
             whole.append(time.perf_counter() - begun)
             if number:
                 took.append(statistics.median(marks.steps()))
             peak, final = peak_gib(stored), result.final_loss
             reserved = torch.cuda.max_memory_reserved() - stored if DEVICE.type == "cuda" else 0
-            del block, result
+            del result
             gc.collect()
+        if profiled:
+            train(variant, 0, Profiled(steps - 4))
         least = floor(shape, batch, length)
         rows.append(
             [
@@ -151,10 +160,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--profile", action="store_true", help="list a step's kernels, beside the table")
     args = parser.parse_args()
     rows = []
     for shape in args.shapes:
-        rows += measure(shape, args.variants, args.steps, args.repeat)
+        rows += measure(shape, args.variants, args.steps, args.repeat, args.profile)
         random_block.cache_clear()
     table(
         "block | form | ms a step | floor | ÷ floor | peak GiB | reserved GiB | compiling s | loss",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
 from engine.data.activations import ActivationStore, StoreKind, make_store
@@ -163,6 +164,26 @@ class Marks:
         synchronize()
         marks = self.events[min(skip, max(0, len(self.events) - 3)) :]
         return [between(a, b) for a, b in itertools.pairwise(marks)]
+
+
+class Profiled(Marks):
+    """Lists what a step in the middle spends the GPU's time on."""
+
+    def __init__(self, at: int | None) -> None:
+        super().__init__()
+        self._at = at
+        self._profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+
+    def step_boundary(self, state: object) -> None:
+        super().step_boundary(state)
+        if len(self.events) == self._at:
+            synchronize()
+            self._profile.start()
+        elif self._at is not None and len(self.events) == self._at + 1:
+            synchronize()
+            self._profile.stop()
+            key = "self_device_time_total" if DEVICE.type == "cuda" else "self_cpu_time_total"
+            print(self._profile.key_averages().table(sort_by=key, row_limit=50, max_name_column_width=60))
 
 
 def synchronize() -> None:

@@ -26,14 +26,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import (
     DEVICE,
     SHAPES,
     Linears,
-    Marks,
+    Profiled,
     attention_ms,
     bandwidth,
     between,
@@ -46,7 +45,6 @@ from common import (
     peak_gib,
     random_store,
     reset_peak,
-    synchronize,
     table,
     where,
 )
@@ -60,26 +58,6 @@ SKIPPED = 2
 """First steps, in which things are compiled and memory is found."""
 ACCUMULATED = 4
 """Micro-steps of a step."""
-
-
-class Profiled(Marks):
-    """Lists what a step in the middle spends the GPU's time on."""
-
-    def __init__(self, at: int | None) -> None:
-        super().__init__()
-        self._at = at
-        self._profile = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
-
-    def step_boundary(self, state: object) -> None:
-        super().step_boundary(state)
-        if len(self.events) == self._at:
-            synchronize()
-            self._profile.start()
-        elif self._at is not None and len(self.events) == self._at + 1:
-            synchronize()
-            self._profile.stop()
-            key = "self_device_time_total" if DEVICE.type == "cuda" else "self_cpu_time_total"
-            print(self._profile.key_averages().table(sort_by=key, row_limit=50, max_name_column_width=60))
 
 
 class Timed:
