@@ -1,4 +1,4 @@
-"""The next batch travels to the GPU while this one is computed, and its result back while the next one is.
+"""The next batches travel to the GPU while this one is computed, and its result back while they are.
 
 A batch is the same sequences of several activation stores. Copies from and to host memory run on a stream of
 their own; a file is read and written by threads. Stores that lie on the device are read when they are wanted.
@@ -7,7 +7,7 @@ their own; a file is read and written by threads. Stores that lie on the device 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
@@ -18,6 +18,8 @@ from engine.data.activations import ActivationStore
 
 Rows = Tensor | range
 """Positions of sequences in a store."""
+READ_AHEAD = 2
+"""Batches of a file that are read ahead; of memory it is one."""
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -27,75 +29,98 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+class _Batch:
+    """Where a batch that is read ahead waits, one tensor for each store."""
+
+    def __init__(self, device: torch.device, stores: int) -> None:
+        self.rows: list[int] = []
+        self.waiting: list[Tensor] = []
+        self.ready = [torch.cuda.Event() for _ in range(stores)]
+        """Has arrived."""
+        self.taken = torch.cuda.Event()
+        """Others may take its place."""
+        self.taken.record(torch.cuda.current_stream(device))
+        self.reading: list[Future[None]] = []
+
+    def settle(self) -> None:
+        """Let reading threads finish; what went wrong there is raised here."""
+        reading, self.reading = self.reading, []
+        for future in reading:
+            future.result()
+
+
 class Prefetcher:
-    """Reads the same sequences of ``stores``, one batch ahead once it is told which comes next."""
+    """Reads the same sequences of ``stores`` ahead, once it is told which come next.
+
+    A file is read ahead by several batches: a reading thread waits for its turn among other threads, and with
+    one batch alone the GPU would wait with it.
+    """
 
     def __init__(self, stores: Sequence[ActivationStore]) -> None:
         self._stores = stores
         self._device = stores[0].device
         self._ahead = self._device.type == "cuda" and any(store.kind != "device" for store in stores)
-        self._expected: list[int] | None = None
-        self._waiting: list[Tensor] = []
-        self._reading: list[Future[None]] = []
+        self._expected: deque[_Batch] = deque()
+        self._free: list[_Batch] = []
         self._threads: ThreadPoolExecutor | None = None
         if self._ahead:
             self._stream = torch.cuda.Stream(self._device)
-            self._ready = [torch.cuda.Event() for _ in stores]
-            self._taken = torch.cuda.Event()
-            self._taken.record(torch.cuda.current_stream(self._device))
-            if any(store.kind == "disk" for store in stores):
+            reads = any(store.kind == "disk" for store in stores)
+            self._free += [_Batch(self._device, len(stores)) for _ in range(READ_AHEAD if reads else 1)]
+            if reads:
                 self._threads = ThreadPoolExecutor(len(stores), thread_name_prefix="prefetch")
 
     def expect(self, rows: Rows) -> None:
-        """``rows`` will be read next."""
-        if not self._ahead:
+        """``rows`` will be read after what is expected already; nothing happens if they are, or if there is
+        no place for them."""
+        wanted = _listed(rows)
+        if not self._free or any(batch.rows == wanted for batch in self._expected):
             return
-        self._settle()
-        self._expected = _listed(rows)
-        if not self._waiting or len(self._waiting[0]) != len(rows):
+        batch = self._free[-1]
+        if not batch.waiting or len(batch.waiting[0]) != len(wanted):
             self._stream.synchronize()  # a batch that nobody wanted may still be arriving
-            shapes = [(len(rows), *store.shape[1:]) for store in self._stores]
-            self._waiting = [
+            batch.waiting = []  # also when memory does not suffice for others
+            shapes = [(len(wanted), *store.shape[1:]) for store in self._stores]
+            batch.waiting = [
                 torch.empty(shape, dtype=store.dtype, device=self._device)
                 for shape, store in zip(shapes, self._stores, strict=True)
             ]
             # New memory may have been somebody's whose work is not finished.
-            self._taken.record(torch.cuda.current_stream(self._device))
+            batch.taken.record(torch.cuda.current_stream(self._device))
+        batch.rows = wanted
+        self._expected.append(self._free.pop())
         for number in range(len(self._stores)):
             if self._threads is None:
-                self._fetch(number)
+                self._fetch(batch, number)
             else:
-                self._reading.append(self._threads.submit(self._fetch, number))
+                batch.reading.append(self._threads.submit(self._fetch, batch, number))
 
-    def _fetch(self, number: int) -> None:
-        assert self._expected is not None
+    def _fetch(self, batch: _Batch, number: int) -> None:
         with torch.cuda.stream(self._stream):
-            self._stream.wait_event(self._taken)
-            self._stores[number].read_into(self._expected, self._waiting[number])
-            self._ready[number].record(self._stream)
-
-    def _settle(self) -> None:
-        """Let reading threads finish; what went wrong there is raised here."""
-        reading, self._reading = self._reading, []
-        for future in reading:
-            future.result()
+            self._stream.wait_event(batch.taken)
+            self._stores[number].read_into(batch.rows, batch.waiting[number])
+            batch.ready[number].record(self._stream)
 
     def read_into(self, rows: Rows, targets: Sequence[Tensor]) -> None:
         """The sequences ``rows`` of every store into ``targets``, ``[len(rows), T, H]`` on the device."""
-        self._settle()
-        expected, self._expected = self._expected, None
-        if expected is None or expected != _listed(rows):
+        wanted = _listed(rows)
+        if self._expected and self._expected[0].rows != wanted:
+            self._drop()
+        if not self._expected:
             for store, target in zip(self._stores, targets, strict=True):
                 store.read_into(rows, target)
         else:
+            batch = self._expected.popleft()
+            self._free.append(batch)
+            batch.settle()
             here = torch.cuda.current_stream(self._device)
-            for ready, waiting, target in zip(self._ready, self._waiting, targets, strict=True):
+            for ready, waiting, target in zip(batch.ready, batch.waiting, targets, strict=True):
                 here.wait_event(ready)
                 target.copy_(waiting)
-        if self._ahead:
-            # From here on the next batch may come: what waited is taken, what was written to the stores
-            # before is there. It does not wait for what is done with this batch.
-            self._taken.record(torch.cuda.current_stream(self._device))
+        # From here on another batch may come: what waited is taken, what was written to the stores before is
+        # there. It does not wait for what is done with this batch.
+        for batch in self._free:
+            batch.taken.record(torch.cuda.current_stream(self._device))
 
     def read(self, rows: Rows) -> list[Tensor]:
         """The same into new tensors."""
@@ -106,16 +131,24 @@ class Prefetcher:
         self.read_into(rows, targets)
         return targets
 
+    def _drop(self) -> None:
+        """Nobody wants what was expected."""
+        while self._expected:
+            batch = self._expected.popleft()
+            self._free.append(batch)
+            batch.settle()
+
     def close(self) -> None:
         """Stop reading ahead; nothing is under way any more."""
-        if self._ahead:
-            for future in self._reading:
+        for batch in self._expected:
+            for future in batch.reading:
                 future.exception()
-            self._reading = []
-            self._stream.synchronize()
         if self._threads is not None:
             self._threads.shutdown()
-        self._expected, self._waiting = None, []
+        if self._ahead:
+            self._stream.synchronize()
+        self._expected.clear()
+        self._free.clear()
 
 
 def _listed(rows: Rows) -> list[int]:
@@ -198,11 +231,11 @@ class InPlace:
         self._reader.close()
         self._writer.__exit__(kind, error, trace)
 
-    def read(self, rows: range, following: range) -> Tensor:
-        """``[len(rows), T, H]`` on the device; ``following`` is what will be read next, if anything."""
+    def read(self, rows: range, following: Iterable[range]) -> Tensor:
+        """``[len(rows), T, H]`` on the device; ``following`` is what will be read next, in that order."""
         (batch_BTH,) = self._reader.read(rows)
-        if following:
-            self._reader.expect(following)
+        for expected in following:
+            self._reader.expect(expected)
         return batch_BTH
 
     def write(self, start: int, tensor: Tensor) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.data.activations import StoreKind, make_store
-from engine.data.prefetch import InPlace
+from engine.data.prefetch import READ_AHEAD, InPlace
 from engine.models.ahead import one_ahead
 from engine.quant.packed import unpacked
 from engine.run.errors import DataError, StopRequested
@@ -90,9 +90,9 @@ def perplexity(
             store.write(batch.start, lm.embed(windows_NT[batch.start : batch.stop].to(lm.device)))
         for index, block in blocks:
             with unpacked(block, store.dtype), InPlace(store) as carried:
-                for batch, following in zip(batches, [*batches[1:], range(0)], strict=True):
+                for number, batch in enumerate(batches, 1):
                     check_stop(stop)
-                    hidden = carried.read(batch, following)
+                    hidden = carried.read(batch, batches[number : number + READ_AHEAD])
                     often = len(batch) == batch_size
                     carried.write(batch.start, lm.run_block(block, index, hidden, often=often))
             del block  # before the next one is made

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from engine.data.prefetch import InPlace
+from engine.data.prefetch import READ_AHEAD, InPlace
 from engine.methods.optimization import Progress, autocast
 from engine.quant.packed import unpacked
 
@@ -34,6 +34,14 @@ class Passage:
         """Sequences at a time."""
         return max(1, self.batch >> sum(halving <= (block, row) for halving in self.halvings))
 
+    def ranges(self, block: int, row: int, end: int) -> list[range]:
+        """The next sequences from ``row`` on, and what comes after them."""
+        found: list[range] = []
+        while row < end and len(found) < 1 + READ_AHEAD:
+            found.append(range(row, min(row + self.at(block, row), end)))
+            row = found[-1].stop
+        return found
+
     def halve(self, block: int, row: int) -> None:
         """Only half as many from here on."""
         self.halvings.append((block, row))
@@ -57,9 +65,8 @@ def advance(
     with _converted(block, dtype), unpacked(block, dtype), InPlace(stream) as carried:
         while start < end:
             progress.checkpoint_requested()
+            rows, *following = passage.ranges(index, start, end)
             batch = passage.at(index, start)
-            rows = range(start, min(start + batch, end))
-            following = range(rows.stop, min(rows.stop + passage.at(index, rows.stop), end))
             try:
                 hidden = carried.read(rows, following)
                 with autocast(lm.device, dtype):

@@ -4,8 +4,10 @@ way beside the work; without one everything is done at once."""
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -39,23 +41,26 @@ def batches(size: int) -> list[range]:
     return [range(start, min(start + size, ROWS)) for start in range(0, ROWS, size)]
 
 
-def pass_through(store: ActivationStore, size: int, slow: Tensor) -> None:
+def pass_through(store: ActivationStore, size: int, slow: Tensor, ahead: int) -> None:
     parts = batches(size)
     with InPlace(store) as carried:
-        for rows, following in zip(parts, [*parts[1:], range(0)], strict=True):
-            hidden = carried.read(rows, following)
+        for number, rows in enumerate(parts, 1):
+            hidden = carried.read(rows, parts[number : number + ahead])
             for _ in range(20):  # work that takes longer than a copy
                 slow = slow @ slow
             carried.write(rows.start, torch.tanh(hidden) + slow[0, 0] * 0)
 
 
+@pytest.mark.parametrize("ahead", [0, 1, 2, 5])
 @pytest.mark.parametrize("size", [1, 4, 23, 40])
-def test_a_stream_passed_in_place_is_what_one_by_one_would_make_it(store: ActivationStore, size: int) -> None:
+def test_a_stream_passed_in_place_is_what_one_by_one_would_make_it(
+    store: ActivationStore, size: int, ahead: int
+) -> None:
     expected = content(0)
     store.write(0, expected)
     slow = torch.full((1500, 1500), 1 / 1500, device=DEVICE) if DEVICE.type == "cuda" else torch.zeros(2, 2)
     for _ in range(3):
-        pass_through(store, size, slow)
+        pass_through(store, size, slow, ahead)
         expected = torch.tanh(expected.to(DEVICE)).cpu()
     assert torch.equal(whole(store), expected)
 
@@ -70,6 +75,40 @@ def test_a_batch_that_was_not_expected_is_read_all_the_same(store: ActivationSto
         for target in targets:
             assert torch.equal(target.cpu(), values[read])
         reader.expect(torch.tensor(expected))
+    reader.close()
+
+
+def test_batches_may_be_expected_twice_wrongly_or_out_of_order(store: ActivationStore) -> None:
+    values = content(3)
+    store.write(0, values)
+    reader = Prefetcher((store,))
+    drawn = random.Random(0)
+    coming = [range(row, row + 3) for row in range(0, 18, 3)]
+    for _ in range(60):
+        for expected in drawn.choices(coming, k=drawn.randint(0, 4)):
+            reader.expect(expected)
+        rows = drawn.choice(coming)
+        (read,) = reader.read(rows)
+        assert torch.equal(read.cpu(), values[rows.start : rows.stop])
+    reader.close()
+
+
+def test_a_batch_for_which_memory_did_not_suffice_is_not_expected(
+    store: ActivationStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if DEVICE.type != "cuda" or store.kind == "device":
+        pytest.skip("nothing is read ahead")
+    values = content(4)
+    store.write(0, values)
+    reader = Prefetcher((store,))
+    with monkeypatch.context() as full:
+        full.setattr(torch, "empty", mock.Mock(side_effect=torch.OutOfMemoryError))
+        with pytest.raises(torch.OutOfMemoryError):
+            reader.expect(range(2))
+    for _ in range(2):
+        (read,) = reader.read(range(2))
+        assert torch.equal(read.cpu(), values[:2])
+        reader.expect(range(2))
     reader.close()
 
 
@@ -106,7 +145,7 @@ def test_what_ended_the_passage_is_what_is_said_of_it(
 ) -> None:
     def begin() -> None:
         with InPlace(store) as carried:
-            hidden = carried.read(range(2), range(2, 4))
+            hidden = carried.read(range(2), [range(2, 4), range(4, 6)])
             monkeypatch.setattr(store, "write", fails)
             with contextlib.suppress(EqatError):  # at once, without a thread
                 carried.write(0, hidden)
