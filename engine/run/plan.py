@@ -161,7 +161,7 @@ def make_plan(
         time_basis=f"estimate: operations and memory traffic counted, at {place.rates.basis}",
         fast=fast(work),
         compiles=compiles(work, place.rates),
-        compiles_e2e=compiles_e2e(work, place.rates),
+        compiles_e2e=work.compiles_e2e,
         compiles_passages=compiles_passages(work, place.rates),
         recomputes=work.recomputes,
         published=published(config.model.source, work.arch, config.grid),
@@ -213,7 +213,9 @@ def _workload(
     """What is to be done, and whether the size of the evaluation text is a guess."""
     cuda = device.startswith("cuda") or (device == "auto" and machine.gpu_name is not None)
     windows, unknown_text = evaluation_windows(config, model.architecture)
-    return Workload(arch=model.architecture, config=config, cuda=cuda, windows=windows), unknown_text
+    work = Workload(arch=model.architecture, config=config, cuda=cuda, windows=windows)
+    compiled = compiles_e2e(work, _place(work, model, machine).rates)
+    return msgspec.structs.replace(work, compiles_e2e=compiled), unknown_text
 
 
 def _place(work: Workload, model: ModelDescription, machine: Machine) -> Place:

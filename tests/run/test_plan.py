@@ -145,6 +145,19 @@ def test_activations_are_recomputed_where_memory_asks_for_it(
         assert plan.activation_store == recomputed.activation_store
 
 
+@pytest.mark.parametrize(("recomputed", "measured"), [("off", 69.6), ("on", 11.2)])
+def test_what_compiled_end_to_end_training_keeps_is_planned(
+    llama: str, recomputed: str, measured: float
+) -> None:
+    """GiB that all layers of the model took with 4 sequences of 4096 tokens on an H200, context included."""
+    e2e = msgspec.structs.replace(PAPER.e2e_qp, micro_batch_size=4, activation_checkpointing=recomputed)
+    plan = make_plan(paper(llama, e2e_qp=e2e), machine=H200)
+    assert plan.compiles_e2e
+    peak = next(phase.peak_gpu_bytes for phase in plan.phases if phase.name == "e2e_qp")
+    assert peak is not None
+    assert 1.0 < peak / (measured * GIB) < 1.15
+
+
 def test_phases_follow_the_configuration() -> None:
     config = RunConfig(model=ModelConfig(source="random://tiny-llama"), grid=GridConfig(group_size=32))
     cpu = machine(gpu_name=None)
