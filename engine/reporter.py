@@ -282,11 +282,12 @@ class Reporter:
         )
 
     def _keep_status(self) -> None:
-        while True:
+        ended = False
+        while not ended:
             # On a full disk this says no and nothing else: a stale status only makes the run look slow.
             write_status(self.run, self._status())
-            if self._done.wait(STATUS_SECONDS):
-                return
+            ended = self._done.wait(STATUS_SECONDS)
+        write_status(self.run, self._status())  # of a short run, the only one that knows what it dropped
 
     def position(self) -> str:
         """Where the run is, for messages."""
