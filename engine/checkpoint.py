@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from engine.run.generations import (
     Generation,
     candidates,
     generation_path,
+    highest,
     object_path,
     objects_path,
     prune,
@@ -207,12 +209,16 @@ def newest_intact(
         for message in damages:
             on_damage(f"{message}; going back to the one before")
         return found
+    there = highest(directory)
     raise EqatError(
         "no usable checkpoint generation is left"
         + (f": {damages[0]}" if damages else ": CURRENT is damaged"),
         exit_code=ExitCode.IDENTITY,
         where=str(directory),
-        hint="start a new run; nothing here can be continued",
+        hint="start a new run; nothing here can be continued"
+        if damages or not there
+        else f"generation {there} is the last one that lies there: "
+        f"echo {there} > {shlex.quote(str(directory / 'CURRENT'))}, then resume",
     )
 
 

@@ -147,8 +147,10 @@ class Checkpoints:
                 "once there is room"
             )
             self.report.warning("disk_full", self.report.waiting, hint)
-        again = time.monotonic() + TRY_AGAIN_SECONDS
-        while time.monotonic() < again and shutil.disk_usage(place).free < free + NOTICEABLE_BYTES:
+        again, enough = time.monotonic() + TRY_AGAIN_SECONDS, free + NOTICEABLE_BYTES
+        if free < needed:
+            enough = min(enough, needed)
+        while time.monotonic() < again and shutil.disk_usage(place).free < enough:
             self.report.checkpoint_requested()
             time.sleep(WAIT_SECONDS)
 

@@ -72,6 +72,12 @@ def newest(directory: Path) -> int:
         return 0
 
 
+def highest(directory: Path) -> int:
+    """The largest number of a generation file that lies there, whatever CURRENT says; 0 without any."""
+    names = (_GENERATION.fullmatch(path.name) for path in directory.glob("generation-*.json"))
+    return max((int(name[1]) for name in names if name), default=0)
+
+
 def candidates(directory: Path) -> range:
     """Numbers of the generations that may be continued, newest first."""
     last = newest(directory)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -209,6 +211,9 @@ def test_a_damaged_pointer_is_refused_and_nothing_is_guessed(tmp_path: Path, con
         reopened(tmp_path)
     assert caught.value.exit_code == ExitCode.IDENTITY
     assert "CURRENT" in caught.value.message
+    (command,) = re.findall(r"echo .*CURRENT", caught.value.hint)
+    subprocess.run(command, shell=True, check=True)
+    assert reopened(tmp_path).generation == 3
 
 
 def test_damage_while_the_run_uses_it_is_an_error_and_not_garbage(tmp_path: Path) -> None:

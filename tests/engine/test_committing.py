@@ -6,6 +6,7 @@ import errno
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,6 +119,26 @@ def test_a_full_disk_is_waited_for(
         pass
     assert published(checkpoints)
     assert len(told(checkpoints, events.Warning)) == times - 1
+
+
+@pytest.mark.parametrize("free", [[0, 99, 100], [99, 100], [200, 300, 200 + (1 << 20)]])
+def test_it_goes_on_as_soon_as_there_is_room(
+    checkpoints: Checkpoints, free: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of 100 bytes, or whatever kept it from fitting where there seemed to be room for it."""
+    seen = iter(free)
+    usage = lambda place: SimpleNamespace(free=next(seen))  # noqa: E731
+    monkeypatch.setattr("engine.checkpointer.shutil.disk_usage", usage)
+    monkeypatch.setattr("engine.checkpointer.WAIT_SECONDS", 0.0)
+    tries = iter([EqatError("no room", exit_code=ExitCode.DISK_FULL), None])
+
+    def write() -> str:
+        if (failure := next(tries)) is not None:
+            raise failure from OSError(errno.ENOSPC, "no room")
+        return "written"
+
+    assert checkpoints.patiently(write, 100) == "written"
+    assert not list(seen), "it waited until then"
 
 
 def test_another_failure_is_raised(checkpoints: Checkpoints) -> None:
