@@ -282,12 +282,13 @@ class Reporter:
         )
 
     def _keep_status(self) -> None:
-        ended = False
-        while not ended:
+        while True:
+            ended = self._done.is_set()  # before the last status, which alone knows all that was dropped
             # On a full disk this says no and nothing else: a stale status only makes the run look slow.
             write_status(self.run, self._status())
-            ended = self._done.wait(STATUS_SECONDS)
-        write_status(self.run, self._status())  # of a short run, the only one that knows what it dropped
+            if ended:
+                return
+            self._done.wait(STATUS_SECONDS)
 
     def position(self) -> str:
         """Where the run is, for messages."""

@@ -73,8 +73,10 @@ class Prefetcher:
     def expect(self, rows: Rows) -> None:
         """``rows`` will be read after what is expected already; nothing happens if they are, or if there is
         no place for them."""
+        if not self._free:
+            return
         wanted = _listed(rows)
-        if not self._free or any(batch.rows == wanted for batch in self._expected):
+        if any(batch.rows == wanted for batch in self._expected):
             return
         batch = self._free[-1]
         if not batch.waiting or len(batch.waiting[0]) != len(wanted):
@@ -103,8 +105,7 @@ class Prefetcher:
 
     def read_into(self, rows: Rows, targets: Sequence[Tensor]) -> None:
         """The sequences ``rows`` of every store into ``targets``, ``[len(rows), T, H]`` on the device."""
-        wanted = _listed(rows)
-        if self._expected and self._expected[0].rows != wanted:
+        if self._expected and self._expected[0].rows != _listed(rows):
             self._drop()
         if not self._expected:
             for store, target in zip(self._stores, targets, strict=True):

@@ -207,7 +207,8 @@ def _quant_step(
 
     if UPDATES:
         # All that is read is asked for before any of it is needed, and nothing branches: a program waits for
-        # memory once. A skipped step stores nothing.
+        # memory once. A skipped step stores nothing. (A flag a row: Triton's interpreter cannot combine a
+        # scalar one with a mask.)
         changes = present & (tl.load(control_ptr + 0 * row) == 0.0)
         factor = tl.load(control_ptr + 1)
         correction1 = tl.load(control_ptr + 2)

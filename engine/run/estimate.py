@@ -69,6 +69,7 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     head_values: int = 1 << 25
     """Most logits that are computed together."""
     gpu_head_values: int = 1 << 26
+    """The same on a GPU."""
     logits_cross_entropy: int = 4
     """Chunk-sized tensors at the peak of a cross-entropy step: logits, log-softmax, two gradients."""
     logits_kl: int = 6

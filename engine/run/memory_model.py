@@ -196,11 +196,9 @@ def _e2e_qp(work: Workload, constants: Constants) -> dict[str, int]:
     compute = work.bytes_of(section.compute_dtype)
     tokens = section.micro_batch_size * section.sequence_length
     scales = arch.blocks * arch.groups_per_block(grid.group_size)
+    form: Form = "compiled" if work.compiles_e2e else "plain"
     block = activation_bytes(
-        work,
-        *(section.micro_batch_size, section.sequence_length, compute),
-        "compiled" if work.compiles_e2e else "plain",
-        constants,
+        work, section.micro_batch_size, section.sequence_length, compute, form, constants
     )
     inputs = arch.blocks * tokens * arch.hidden * compute
     chunk = _logits(work, tokens, constants)

@@ -37,7 +37,7 @@ from engine.run.machine import Machine, detect
 from engine.run.memory_model import host_memory, phase_memory
 from engine.run.published import Published, published
 from engine.run.recovery_model import Recovery, broken_promise
-from engine.run.time_model import compiles, compiles_e2e, compiles_passages, fast, speed
+from engine.run.time_model import Speed, compiles, compiles_e2e, compiles_passages, fast, speed
 
 __all__ = ["Machine", "PhasePlan", "Plan", "check", "host_budget", "make_plan", "out_of_memory_remedy"]
 
@@ -214,15 +214,19 @@ def _workload(
     cuda = device.startswith("cuda") or (device == "auto" and machine.gpu_name is not None)
     windows, unknown_text = evaluation_windows(config, model.architecture)
     work = Workload(arch=model.architecture, config=config, cuda=cuda, windows=windows)
-    compiled = compiles_e2e(work, _place(work, model, machine).rates)
+    compiled = compiles_e2e(work, _rates(work, machine))
     return msgspec.structs.replace(work, compiles_e2e=compiled), unknown_text
 
 
-def _place(work: Workload, model: ModelDescription, machine: Machine) -> Place:
+def _rates(work: Workload, machine: Machine) -> Speed:
     cpus = work.config.runtime.threads or machine.cpus
+    return speed(work.cuda, machine.gpu_name or "", cpus, machine.avx512)
+
+
+def _place(work: Workload, model: ModelDescription, machine: Machine) -> Place:
     return Place(
         machine=machine,
-        rates=speed(work.cuda, machine.gpu_name or "", cpus, machine.avx512),
+        rates=_rates(work, machine),
         stored_bytes=model.stored_bytes or work.arch.params * work.arch.dtype_bytes,
         assets_bytes=assets_bytes(model),
     )

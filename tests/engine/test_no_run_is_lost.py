@@ -340,7 +340,9 @@ def test_a_run_that_waits_for_room_says_so_and_can_be_stopped(small_disk: Path, 
     child.until(lambda: len(inside(run, "block_ap")) > 2)
     keep_full(small_disk / "ballast", lambda: bool(waiting(run)), left=0)
     assert "the disk is full" in waiting(run)
-    assert re.search(r"a checkpoint of \d+ [KM]iB does not fit into the \d+ KiB free", waiting(run))
+    found = re.search(r"a checkpoint of (\d+) ([KM])iB does not fit into the (\d+) KiB free", waiting(run))
+    assert found
+    assert int(found[3]) <= int(found[1]) * {"K": 1, "M": 1024}[found[2]]
     assert warnings(run, "disk_full")
     assert child.alive()
     control.request(run, "stop")
