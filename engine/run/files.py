@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import msgspec
 
 from engine.run.errors import EqatError, ExitCode, PreflightError
+from engine.run.guarded import BadFile, open_regular, opened_folder
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (
@@ -25,44 +27,58 @@ _NO_ACCESS = (
 )
 
 
-def atomic_write(path: str | os.PathLike[str], data: bytes | Iterable[bytes | memoryview]) -> None:
+def atomic_write(
+    path: str | os.PathLike[str], data: bytes | Iterable[bytes | memoryview], *, root: Path | None = None
+) -> None:
     """Replace ``path`` by ``data``, durably: new file in the same folder, fsync, rename, fsync the folder.
 
-    ``data`` may come in pieces, so that what is large need not be in memory twice.
+    ``data`` may come in pieces, so that what is large need not be in memory twice. Nothing from ``root`` (by
+    default the file's own folder) down to the file is reached through a link: a folder that was exchanged for
+    one is refused, and a link under the file's own name is replaced, not followed.
 
     Raises what :func:`disk_error` makes of an :class:`OSError`; the old file is untouched then.
     """
     path = Path(path)
     # The name is unique: two threads (or an engine and a command) may write the same file at once.
-    new = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    new = f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:
-        try:
-            fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            with os.fdopen(fd, "wb") as file:
-                for piece in (data,) if isinstance(data, bytes) else data:
-                    file.write(piece)
-                file.flush()
-                os.fsync(fd)
-            os.replace(new, path)
-            sync_directory(path.parent)
-        except BaseException:
-            new.unlink(missing_ok=True)
-            raise
+        with opened_folder(path.parent, root) as folder:
+            try:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                with os.fdopen(os.open(new, flags, 0o644, dir_fd=folder), "wb") as file:
+                    for piece in (data,) if isinstance(data, bytes) else data:
+                        file.write(piece)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(new, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+                _sync(folder)
+            except BaseException:
+                _unlink(new, folder)
+                raise
     except OSError as error:
         raise disk_error(error, path) from error
 
 
-def atomic_write_json(path: str | os.PathLike[str], value: Mapping[str, Any] | msgspec.Struct) -> None:
+def _unlink(name: str, folder: int) -> None:
+    try:
+        os.unlink(name, dir_fd=folder)
+    except FileNotFoundError:
+        pass
+
+
+def atomic_write_json(
+    path: str | os.PathLike[str], value: Mapping[str, Any] | msgspec.Struct, *, root: Path | None = None
+) -> None:
     """:func:`atomic_write` of ``value`` as indented JSON; NaN and infinities become null."""
-    atomic_write(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+    atomic_write(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n", root=root)
 
 
 def overwrite_in_place(path: Path, data: bytes) -> bool:
     """Put JSON where a small file is, if that takes no more room than it has; readers see all of it or none,
     since it is one write. Not durable."""
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError:
+        fd = open_regular(path, os.O_WRONLY)
+    except (OSError, BadFile):
         return False
     try:
         there = os.fstat(fd)
@@ -75,22 +91,41 @@ def overwrite_in_place(path: Path, data: bytes) -> bool:
         os.close(fd)
 
 
+def make_folder(folder: Path, *, root: Path | None = None, mode: int = 0o755) -> None:
+    """Make ``folder`` where it is missing. What lies above it must be there: a run that was deleted is not
+    made anew piece by piece.
+
+    Raises:
+        PreflightError: where something else has its name, a link above all.
+    """
+    try:
+        with opened_folder(folder.parent, root if root != folder else None) as above:
+            try:
+                os.mkdir(folder.name, mode, dir_fd=above)
+            except FileExistsError:
+                if not stat.S_ISDIR(os.stat(folder.name, dir_fd=above, follow_symlinks=False).st_mode):
+                    raise PreflightError(
+                        "is a link or a file where a folder should be",
+                        where=str(folder),
+                        hint="remove it, and start again",
+                    ) from None
+    except OSError as error:
+        raise disk_error(error, folder) from error
+
+
 def existing(place: Path) -> Path:
     """``place``, or the nearest folder above it that exists already."""
     absolute = place.absolute()
     return next((path for path in (absolute, *absolute.parents) if os.path.exists(path)), Path("/"))
 
 
-def sync_directory(path: Path) -> None:
-    """Make a rename in ``path`` durable, where the file system can."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync(folder: int) -> None:
+    """Make a rename in a folder durable, where the file system can."""
     try:
-        os.fsync(fd)
+        os.fsync(folder)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network file systems
             raise
-    finally:
-        os.close(fd)
 
 
 def read_error(error: OSError, path: Path) -> PreflightError:
@@ -106,6 +141,10 @@ def disk_error(error: OSError, path: Path) -> EqatError:
             exit_code=ExitCode.DISK_FULL,
             where=str(path),
             hint="free some space and start it again; nothing that was committed is lost",
+        )
+    if error.errno == errno.ELOOP or (error.errno == errno.ENOTDIR and path.parent.is_symlink()):
+        return PreflightError(
+            "cannot be written: a link lies on the way, and nothing is written through it", where=str(path)
         )
     what = error.strerror or str(error)
     hint = "choose another place with --runs-dir" if error.errno in _NO_ACCESS else ""

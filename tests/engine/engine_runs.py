@@ -223,7 +223,9 @@ def _die_at(run: RunDirectory, point: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def replace(source: Any, target: Any, **options: Any) -> None:
-        watched = os.path.abspath(target).startswith(folders)
+        place = options.get("dst_dir_fd")
+        folder = os.readlink(f"/proc/self/fd/{place}") if place is not None else ""
+        watched = os.path.abspath(os.path.join(folder, target)).startswith(folders)
         if watched:
             pass_point()
         real(source, target, **options)
