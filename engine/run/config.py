@@ -25,6 +25,7 @@ from typing import Any
 import msgspec
 
 from engine.run.errors import UsageError
+from engine.run.guarded import BadFile, NoFile, parsed, read_toml
 from engine.run.schema import (
     BITS,
     GROUP_SIZES,
@@ -70,6 +71,7 @@ __all__ = [
     "flat",
     "from_toml",
     "load",
+    "load_run",
     "preset_names",
     "preset_path",
     "presets_dir",
@@ -125,9 +127,19 @@ def load(name_or_path: str, *, overrides: Mapping[str, object] | None = None) ->
     return apply_overrides(config, overrides or {})
 
 
+def load_run(run: Path) -> RunConfig:
+    """The configuration that a run directory holds; unlike a file of the user's, it is not behind a link."""
+    path = run / "config.toml"
+    return _from_tree(_read_layers(path, seen=(), root=run), where=str(path))
+
+
 def from_toml(text: str) -> RunConfig:
     """The inverse of :func:`to_toml`; ``extends`` may name a preset."""
-    return _from_tree(_extend(_parse(text, where="config"), directory=None, seen=()), where="config")
+    try:
+        tree = parsed(tomllib.loads, text, Path("config"), "TOML")
+    except BadFile as error:
+        raise UsageError(error.message, where=error.where) from error
+    return _from_tree(_extend(tree, directory=None, seen=()), where="config")
 
 
 def to_toml(config: RunConfig) -> str:
@@ -192,29 +204,19 @@ def config_hash(config: RunConfig) -> str:
     return hashlib.sha256(msgspec.json.encode(tree, order="deterministic")).hexdigest()
 
 
-def _read_layers(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The merged tree of ``path`` and what it extends, outermost layer last."""
-    path = path.resolve()
+def _read_layers(path: Path, *, seen: tuple[Path, ...], root: Path | None = None) -> dict[str, Any]:
+    """The merged tree of ``path`` and what it extends, outermost last. Below ``root`` nothing is a link."""
+    path = path.resolve() if root is None else path
     if path in seen:
         raise UsageError("extends itself", where=str(path))
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError("is not UTF-8 text", where=str(path)) from error
-    except OSError as error:
-        raise UsageError(
-            f"cannot be read: {error.strerror}", where=str(path), hint="eqat presets lists the presets"
-        ) from error
-    tree = _extend(_parse(text, where=str(path)), directory=path.parent, seen=(*seen, path))
+        tree = read_toml(path, root=root, follow=root is None)
+    except BadFile as error:
+        what = f"cannot be read: {error.message}" if isinstance(error, NoFile) else error.message
+        raise UsageError(what, where=error.where, hint="eqat presets lists the presets") from error
+    tree = _extend(tree, directory=path.parent, seen=(*seen, path))
     tree.setdefault("name", path.stem)
     return tree
-
-
-def _parse(text: str, *, where: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"is not valid TOML: {error}", where=where) from error
 
 
 def _extend(tree: dict[str, Any], *, directory: Path | None, seen: tuple[Path, ...]) -> dict[str, Any]:

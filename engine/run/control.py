@@ -18,7 +18,8 @@ import msgspec
 
 from engine.run.directory import FOLDER_MODE, RunDirectory
 from engine.run.errors import EqatError, ExitCode, UsageError
-from engine.run.files import atomic_write_json, disk_error
+from engine.run.files import atomic_write_json, disk_error, make_folder
+from engine.run.guarded import BadFile, opened_folder, read_struct
 from engine.run.lock import holder, opened_by
 
 Action = Literal["stop", "abort"]
@@ -52,11 +53,8 @@ def request(run: RunDirectory, action: Action) -> str:
 
 
 def _leave(run: RunDirectory, made: Request) -> None:
-    try:
-        run.control_dir.mkdir(mode=FOLDER_MODE, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, run.control_dir) from error
-    atomic_write_json(run.control_dir / f"{made.id}.json", made)
+    make_folder(run.control_dir, root=run.path, mode=FOLDER_MODE)
+    atomic_write_json(run.control_dir / f"{made.id}.json", made, root=run.path)
 
 
 def _signal(run: RunDirectory, action: Action) -> bool:
@@ -75,18 +73,17 @@ def _signal(run: RunDirectory, action: Action) -> bool:
 def pending(run: RunDirectory) -> list[Request]:
     """Requests that nobody has acknowledged, oldest first. Cheap: the training loop asks at every step."""
     try:
-        names = sorted(name for name in os.listdir(run.control_dir) if name.endswith(".json"))
+        with opened_folder(run.control_dir, run.path) as folder:
+            ids = sorted(name.removesuffix(".json") for name in os.listdir(folder) if name.endswith(".json"))
     except OSError:
         return []
     requests = []
-    for name in names:
-        if not _NAME.fullmatch(name.removesuffix(".json")):
-            continue
+    for name in filter(_NAME.fullmatch, ids):
         try:
-            found = msgspec.json.decode((run.control_dir / name).read_bytes(), type=Request)
-        except (OSError, msgspec.MsgspecError):
+            found = read_struct(run.control_dir / f"{name}.json", Request, root=run.path)
+        except BadFile:
             continue  # acknowledged meanwhile, or not written by us
-        if found.id == name.removesuffix(".json"):
+        if found.id == name:
             requests.append(found)
     return requests
 
@@ -95,13 +92,14 @@ def acknowledge(run: RunDirectory, request_id: str) -> None:
     """Take a request off the list; its file stays, as ``ID.done``. Twice is as good as once."""
     if not _NAME.fullmatch(request_id):
         raise UsageError(f"{request_id!r} is not the id of a request", where="control")
-    file = run.control_dir / f"{request_id}.json"
+    asked = f"{request_id}.json"
     try:
-        os.replace(file, file.with_suffix(".done"))
+        with opened_folder(run.control_dir, run.path) as folder:
+            os.replace(asked, f"{request_id}.done", src_dir_fd=folder, dst_dir_fd=folder)
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise disk_error(error, file) from error
+        raise disk_error(error, run.control_dir / asked) from error
 
 
 def discard_pending(run: RunDirectory) -> int:

@@ -9,6 +9,7 @@ What state a run is in follows from the lock, the heartbeat and how the event lo
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import secrets
@@ -20,7 +21,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from engine.run.config import RunConfig, absolute_paths, load, to_toml
+from engine.run.config import RunConfig, absolute_paths, load_run, to_toml
 from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.events import AnyEvent, Outcome, RunFinished, RunStarted, tail_events
 from engine.run.files import (
@@ -28,9 +29,11 @@ from engine.run.files import (
     atomic_write_json,
     disk_error,
     existing,
+    make_folder,
     overwrite_in_place,
     read_error,
 )
+from engine.run.guarded import BadFile, NoFile, opened_folder, read_object, read_struct
 from engine.run.lock import RunLock, holder, is_held
 
 __all__ = [
@@ -42,6 +45,7 @@ __all__ = [
     "atomic_write",
     "atomic_write_json",
     "classify",
+    "clean_temporaries",
     "default_runs_dir",
     "find_run",
     "holder",
@@ -62,6 +66,10 @@ FOLDER_MODE = 0o755
 """Of folders, less the umask: whatever that is, nobody else may write into a run."""
 DEFAULT_GRACE_S = 120.0
 """A heartbeat older than this means a hung engine, unless its status asks for more patience."""
+
+
+_BETWEEN = frozenset({"metric", "memory"})
+"""Nineteen events in twenty lie between the beginning of an attempt and its end."""
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +101,8 @@ class Launched(msgspec.Struct, frozen=True, kw_only=True):
     t: float
     created: float
     """When the operating system says the process began, so that a reused pid is not taken for it."""
+    task: str = "run"
+    """What it does: ``run``, or something with a finished run."""
 
 
 class RunDirectory:
@@ -115,6 +125,12 @@ class RunDirectory:
         self.eval_dir = path / "eval"
         self.export_dir = path / "export"
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders that every run is made with."""
+        work = (self.control_dir, self.logs_dir, self.checkpoints_dir, self.cache_dir)
+        return (*work, self.eval_dir, self.export_dir)
+
     def __repr__(self) -> str:
         return f"RunDirectory({str(self.path)!r})"
 
@@ -133,16 +149,18 @@ class RunDirectory:
         text = to_toml(absolute_paths(config)).encode()
         try:
             runs_dir.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
-            path = _make_new(runs_dir.resolve(), name)
-            run = cls(path)
-            folders = (run.control_dir, run.logs_dir, run.checkpoints_dir, run.cache_dir)
-            for folder in (*folders, run.eval_dir, run.export_dir):
-                folder.mkdir(mode=FOLDER_MODE)
+            run = cls(_make_new(runs_dir.resolve(), name))
         except OSError as error:
             raise disk_error(error, runs_dir) from error
-        for file, content in (files or {}).items():
-            atomic_write_json(run.path / file, content)
-        atomic_write(run.config_toml, text)  # last: without it the directory is no run
+        try:
+            for folder in run.folders:
+                make_folder(folder, root=run.path, mode=FOLDER_MODE)
+            for file, content in (files or {}).items():
+                atomic_write_json(run.path / file, content)
+            atomic_write(run.config_toml, text)  # last: without it the directory is no run
+        except EqatError:
+            _unmake(run)
+            raise
         return run
 
     @classmethod
@@ -155,7 +173,7 @@ class RunDirectory:
 
     def config(self) -> RunConfig:
         """The configuration the run was made with."""
-        return load(str(self.config_toml))
+        return load_run(self.path)
 
     def inside(self, *parts: str) -> Path:
         """A path below the run; :class:`UsageError` for one that would leave it, by ``..`` or by a link."""
@@ -167,19 +185,16 @@ class RunDirectory:
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Write ``run.json``. It says what the run *was made from*, so it is written once."""
-        if self.run_json.exists():
+        if os.path.lexists(self.run_json):
             raise UsageError("exists already; a manifest is written once", where=str(self.run_json))
         atomic_write_json(self.run_json, manifest)
 
     def manifest(self) -> dict[str, Any] | None:
         """``run.json``, or none before the engine has written it."""
         try:
-            value = msgspec.json.decode(self.run_json.read_bytes())
-        except FileNotFoundError:
+            return read_object(self.run_json)
+        except NoFile:
             return None
-        except (OSError, msgspec.DecodeError) as error:
-            raise PreflightError(f"cannot be read: {error}", where=str(self.run_json)) from error
-        return value if isinstance(value, dict) else None
 
 
 def _make_new(runs_dir: Path, name: str) -> Path:
@@ -191,6 +206,17 @@ def _make_new(runs_dir: Path, name: str) -> Path:
             continue
         return path
     raise PreflightError("holds too many runs of this minute", where=str(runs_dir))
+
+
+def _unmake(run: RunDirectory) -> None:
+    """Remove what a creation that failed has made: an empty run is of no use to anybody."""
+    try:
+        for folder in run.folders:
+            if folder.is_dir():
+                folder.rmdir()
+        run.path.rmdir()
+    except OSError:
+        pass  # it holds something, or cannot be removed; what made the creation fail is told
 
 
 def _slug(source: str) -> str:
@@ -296,14 +322,30 @@ def write_status(run: RunDirectory, status: Status) -> bool:
     return True
 
 
+def clean_temporaries(run: RunDirectory) -> None:
+    """Remove half-written files that a killed engine left; only for whoever holds the lock.
+
+    Of those alone that no other process writes: a request or a launch may be written at this moment.
+    """
+    try:
+        with opened_folder(run.path) as folder:
+            for name in filter(_TEMPORARY.fullmatch, os.listdir(folder)):
+                os.unlink(name, dir_fd=folder)
+    except OSError:
+        pass  # they are in nobody's way
+
+
+_TEMPORARY = re.compile(r"\.(status|run)\.json\.[0-9]{1,10}\.[0-9a-f]{8}\.tmp")
+
+
 def read_status(run: RunDirectory) -> Status | None:
     """The last status, or none where there is none that can be read.
 
     Only the engine that wrote it can be waiting: what a dead one, or a former attempt's, waited for is over.
     """
     try:
-        status = msgspec.json.decode(run.status_path.read_bytes(), type=Status)
-    except (OSError, msgspec.MsgspecError):
+        status = read_struct(run.status_path, Status)
+    except BadFile:
         return None
     if status.waiting and not _written_by_holder(run, status):
         return msgspec.structs.replace(status, waiting="")
@@ -313,7 +355,7 @@ def read_status(run: RunDirectory) -> Status | None:
 def _written_by_holder(run: RunDirectory, status: Status) -> bool:
     """Whether a status comes from the engine that holds the lock: taking it renews the file's time."""
     try:
-        return is_held(run.lock_path) and status.heartbeat >= run.lock_path.stat().st_mtime
+        return is_held(run.lock_path) and status.heartbeat >= os.lstat(run.lock_path).st_mtime
     except OSError:
         return False
 
@@ -324,6 +366,27 @@ def last_events(run: RunDirectory) -> list[AnyEvent]:
         return tail_events(run.events_path)
     except OSError as error:
         raise read_error(error, run.events_path) from error
+
+
+def _last_mark(run: RunDirectory, events: list[AnyEvent]) -> RunStarted | RunFinished | None:
+    """The last beginning or end of an attempt, which may lie far before the end of the log, ``events``."""
+    found = _marks(events)
+    if not found and events:
+        # Looked for again at every look at a run that died in a long phase; its log does not change any more.
+        found = _marks_of(run.events_path, _size(run.events_path))
+    return found[-1] if found else None
+
+
+def _marks(events: list[AnyEvent]) -> list[RunStarted | RunFinished]:
+    return [event for event in events if isinstance(event, RunStarted | RunFinished)]
+
+
+@functools.lru_cache(64)
+def _marks_of(log: Path, size: int) -> list[RunStarted | RunFinished]:
+    try:
+        return _marks(tail_events(log, lambda found: bool(_marks(found)), skip=_BETWEEN))
+    except OSError:
+        return []
 
 
 def classify(
@@ -352,18 +415,16 @@ def run_state(run: RunDirectory, *, now: float | None = None) -> State:
     now = time.time() if now is None else now
     held = is_held(run.lock_path)
     events = last_events(run)
-    ends = [event for event in events if isinstance(event, RunStarted | RunFinished)]
-    last = ends[-1] if ends else None
-    # A finish counts only for the attempt that wrote last.
-    finished = isinstance(last, RunFinished) and last.attempt == events[-1].attempt
-    outcome = last.leaves or last.outcome if isinstance(last, RunFinished) and finished else None
+    outcome = None if held else _outcome(run, events)
     started = _size(run.events_path) > 0
     if not held:
         launched = read_launched(run)
         if launched is not None and launched.t > max((event.t for event in events), default=0.0):
             if _starting(launched, now):
                 return "created"  # the engine is importing its libraries and has not taken the lock
-            outcome, started = None, True  # it died before its first event
+            started = True
+            if launched.task == "run":
+                outcome = None  # it died before its first event
         if is_held(run.lock_path):  # taken while we looked elsewhere
             held = True
     status = read_status(run)
@@ -376,11 +437,22 @@ def run_state(run: RunDirectory, *, now: float | None = None) -> State:
     )
 
 
+def _outcome(run: RunDirectory, events: list[AnyEvent]) -> Outcome | None:
+    """How the last attempt ended, or what it left the run as; none for one that was cut off in training."""
+    last = _last_mark(run, events)
+    if isinstance(last, RunStarted):
+        return last.leaves
+    # A finish counts only for the attempt that wrote last.
+    if isinstance(last, RunFinished) and last.attempt == events[-1].attempt:
+        return last.leaves or last.outcome
+    return None
+
+
 def _heartbeat_age(run: RunDirectory, status: Status | None, now: float) -> float | None:
     """Seconds since the last sign of life. Taking the lock is one: the status may be a former attempt's."""
     signs = [status.heartbeat] if status is not None else []
     try:
-        signs.append(run.lock_path.stat().st_mtime)
+        signs.append(os.lstat(run.lock_path).st_mtime)
     except OSError:
         pass
     return now - max(signs) if signs else None
@@ -388,7 +460,7 @@ def _heartbeat_age(run: RunDirectory, status: Status | None, now: float) -> floa
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        return os.lstat(path).st_size
     except OSError:
         return 0
 
@@ -396,8 +468,8 @@ def _size(path: Path) -> int:
 def read_launched(run: RunDirectory) -> Launched | None:
     """Who was started last, or none."""
     try:
-        return msgspec.json.decode(run.launch_path.read_bytes(), type=Launched)
-    except (OSError, msgspec.MsgspecError):
+        return read_struct(run.launch_path, Launched)
+    except BadFile:
         return None
 
 
@@ -423,5 +495,5 @@ def process_alive(pid: int, created: float) -> bool:
     try:
         process = psutil.Process(pid)
         return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - created) < 2.0
-    except psutil.Error:
+    except (psutil.Error, ValueError, OverflowError):  # a number that is no process's
         return False

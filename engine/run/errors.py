@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from pathlib import PurePath
 
 
 class ExitCode(IntEnum):
@@ -74,6 +75,15 @@ class IdentityError(EqatError):
 
     def __init__(self, message: str, *, where: str = "", hint: str = "") -> None:
         super().__init__(message, exit_code=ExitCode.IDENTITY, where=where, hint=hint)
+
+
+def run_is_gone(path: PurePath) -> PreflightError:
+    """What is said of a run whose directory was deleted, or put elsewhere, while its engine worked."""
+    return PreflightError(
+        "the run's directory is gone: it was deleted or moved while its engine worked",
+        where=str(path),
+        hint="a moved one goes on with eqat resume where it is now; nothing is made anew in its place",
+    )
 
 
 class StopRequested(Exception):

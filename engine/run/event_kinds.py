@@ -41,7 +41,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", omit_de
 
 class RunStarted(Event, frozen=True, kw_only=True, tag="run.started"):
     """An attempt begins: the first of a run, a resumption, or something else that is done with a finished run
-    (``task``: ``eval``, ``export``, ``generate``)."""
+    (``task``: ``eval``, ``export``, ``generate``). That cannot undo what the run is: should it be cut off,
+    the run is still what it was, ``leaves``."""
 
     id: str
     pid: int
@@ -50,6 +51,7 @@ class RunStarted(Event, frozen=True, kw_only=True, tag="run.started"):
     versions: dict[str, str]
     argv: list[str]
     task: str = "run"
+    leaves: Outcome | None = None
 
 
 class Plan(Event, frozen=True, kw_only=True, tag="plan"):

@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from engine.run.errors import PreflightError
 from engine.run.event_kinds import (
     EVENT_TYPES,
     PHASES,
@@ -52,6 +51,9 @@ from engine.run.event_kinds import (
     Stage,
     Warning,
 )
+from engine.run.files import disk_error
+from engine.run.guarded import open_regular
+from engine.run.log_bytes import tail, whole_lines
 
 __all__ = [
     "EVENT_TYPES",
@@ -90,6 +92,10 @@ __all__ = [
 
 METRIC_INTERVAL_S = 0.25
 """Metrics of one phase and block come at most this often, apart from its first and last."""
+
+TAIL_BYTES = 1 << 16
+"""Of the end of a log: enough to know how the last attempt ended, unless a line in it is longer."""
+LONGEST_TAIL_BYTES = 1 << 26
 
 _decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
 _E = TypeVar("_E", bound=Event)
@@ -153,7 +159,8 @@ def _printable(tree: Any) -> Any:
 class EventWriter:
     """Appends events of one attempt to ``events.jsonl``; safe to use from several threads.
 
-    Opening may raise :class:`PreflightError` (nothing has been computed yet); after that, nothing does.
+    Opening may raise what :func:`disk_error` makes of an :class:`OSError`, or :class:`BadFile` (nothing has
+    been computed yet); after that, nothing does.
     """
 
     def __init__(
@@ -179,11 +186,9 @@ class EventWriter:
         self._last_metric = -math.inf
         try:
             self._seq, self._torn = _log_end(self.path)
-            self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._fd = open_regular(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         except OSError as error:
-            raise PreflightError(
-                f"cannot be written: {error.strerror or error}", where=str(self.path)
-            ) from error
+            raise disk_error(error, self.path) from error
 
     def emit(self, event: Event) -> None:
         """Write ``event``; of metrics that come faster than four a second, the latest.
@@ -276,20 +281,17 @@ class EventWriter:
 
 def _log_end(path: Path) -> tuple[int, bool]:
     """The last sequence number in a log, and whether its last line is torn."""
-    try:
-        with open(path, "rb") as log:
-            size = log.seek(0, os.SEEK_END)
-            window = 1 << 16
-            while True:
-                log.seek(max(0, size - window))
-                tail = log.read(window)
-                events = parse_lines(tail)
-                if events or window >= size:
-                    last = max((event.seq for event in events), default=0)
-                    return last, bool(tail) and not tail.endswith(b"\n")
-                window *= 16
-    except FileNotFoundError:
-        return 0, False
+    window = TAIL_BYTES
+    while True:
+        try:
+            end, whole = tail(path, window)
+        except FileNotFoundError:
+            return 0, False
+        events = parse_lines(end)
+        if events or whole or window >= LONGEST_TAIL_BYTES:
+            last = max((event.seq for event in events), default=0)
+            return last, bool(end) and not end.endswith(b"\n")
+        window *= 16
 
 
 # -- reading -------------------------------------------------------------------------------------------
@@ -316,26 +318,36 @@ def read_events(
     path: str | os.PathLike[str], offset: int = 0, *, skip: frozenset[str] = frozenset()
 ) -> tuple[list[AnyEvent], int]:
     """Events in the complete lines from byte ``offset`` on, and the offset to continue from."""
+    events: list[AnyEvent] = []
     try:
-        with open(path, "rb") as log:
-            log.seek(offset)
-            data = log.read()
+        for lines, behind in whole_lines(Path(path), offset):
+            events += parse_lines(lines, skip)
+            offset = behind
     except FileNotFoundError:
-        return [], offset
-    end = data.rfind(b"\n") + 1  # beyond it a line is still being written
-    return parse_lines(data[:end], skip), offset + end
+        pass
+    return events, offset
 
 
-def tail_events(path: str | os.PathLike[str], size: int = 1 << 16) -> list[AnyEvent]:
-    """Events in the last ``size`` bytes of the log: enough to know how the last attempt ended."""
-    try:
-        with open(path, "rb") as log:
-            end = log.seek(0, os.SEEK_END)
-            log.seek(max(0, end - size))
-            data = log.read(size)
-    except FileNotFoundError:
-        return []
-    return parse_lines(data[: data.rfind(b"\n") + 1])
+def tail_events(
+    path: str | os.PathLike[str],
+    until: Callable[[list[AnyEvent]], bool] = bool,
+    *,
+    skip: frozenset[str] = frozenset(),
+) -> list[AnyEvent]:
+    """Events at the end of the log: so many, in ever larger pieces of it, that ``until`` is content.
+
+    By default there is one. Where the log has no such end, the last 64 MiB of it are looked at.
+    """
+    window = TAIL_BYTES
+    while True:
+        try:
+            end, whole = tail(Path(path), window)
+        except FileNotFoundError:
+            return []
+        events = parse_lines(end[: end.rfind(b"\n") + 1], skip)
+        if whole or window >= LONGEST_TAIL_BYTES or until(events):
+            return events
+        window *= 16
 
 
 class EventFollower:

@@ -105,6 +105,7 @@ def kind_of(mode: int) -> str:
         (stat.S_ISDIR, "a folder"),
         (stat.S_ISFIFO, "a FIFO"),
         (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISREG, "a file"),
         (stat.S_ISCHR, "a device"),
         (stat.S_ISBLK, "a device"),
     )
@@ -129,6 +130,8 @@ def read_bytes(path: Path, limit: int, *, root: Path | None = None, follow: bool
             content = file.read(limit + 1) if size <= limit else b""
     except OSError as error:
         raise bad_file(error, path) from error
+    except ValueError as error:  # a NUL in it
+        raise BadFile("is no name that a file can have", where=repr(str(path))) from error
     # A file that still grows is longer than it said.
     if size > limit or len(content) > limit:
         raise BadFile(f"is larger than the {limit} bytes that such a file can have", where=str(path))

@@ -16,9 +16,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.run.control import discard_pending
-from engine.run.directory import FOLDER_MODE, Launched, RunDirectory, holder, last_events
+from engine.run.directory import (
+    FOLDER_MODE,
+    Launched,
+    RunDirectory,
+    holder,
+    last_events,
+    read_launched,
+    starting,
+)
 from engine.run.errors import EqatError, PreflightError
-from engine.run.files import atomic_write_json, disk_error
+from engine.run.files import atomic_write_json, disk_error, make_folder
+from engine.run.guarded import open_regular, opened_folder
+from engine.run.ownership import require_own_folders
 
 ATTEMPT_VARIABLE = "EQAT_ATTEMPT"
 """Tells the engine which attempt, and so which log, it is."""
@@ -26,6 +36,9 @@ ATTEMPT_VARIABLE = "EQAT_ATTEMPT"
 ENGINE = ("-P", "-m", "engine")
 """Arguments of Python that start the engine. -P: a folder named ``engine`` in the user's working
 directory must not be taken for ours."""
+
+MOST_ATTEMPTS = 10**6
+"""A number above is no attempt of ours, whatever a log says."""
 
 # Kept so that Python neither reaps these children behind our back nor warns that they still run.
 _children: dict[int, subprocess.Popen[bytes]] = {}
@@ -39,16 +52,11 @@ def launch(
     module: Sequence[str] = ENGINE,
 ) -> int:
     """Start the engine on ``run`` and return its pid; ``args`` follow the directory on its command line."""
-    owner = holder(run.lock_path)
-    if owner is not None:
-        raise PreflightError(
-            f"the run is already being worked on by process {owner}",
-            where=run.id,
-            hint=f"eqat attach {run.id} follows it",
-        )
+    require_own_folders(run)
+    refuse_second(run)
     discard_pending(run)
+    make_folder(run.logs_dir, root=run.path, mode=FOLDER_MODE)
     try:
-        run.logs_dir.mkdir(mode=FOLDER_MODE, exist_ok=True)
         attempt, log = _new_log(run)
     except OSError as error:
         raise disk_error(error, run.logs_dir) from error
@@ -73,12 +81,35 @@ def launch(
         attempt=attempt,
         t=begun,
         created=_created(child.pid, begun),
+        task=_task(args),
     )
     try:
         atomic_write_json(run.launch_path, launched)
     except EqatError:
         pass  # the engine runs; only its first seconds, before it takes the lock, look like none
     return child.pid
+
+
+def refuse_second(run: RunDirectory, *, but: int = 0) -> None:
+    """PreflightError that says who works on the run, or is about to on this machine; ``but`` may."""
+    owner = holder(run.lock_path)
+    if owner is None:
+        launched = read_launched(run)
+        # One that was launched elsewhere cannot be asked; if it lives it will take the lock.
+        here = launched is not None and launched.host == socket.gethostname()
+        owner = starting(run) if here else None
+    if owner is not None and owner != but:
+        who = f"process {owner}" if owner else "another process"
+        raise PreflightError(
+            f"the run is already being worked on by {who}",
+            where=run.id,
+            hint=f"eqat attach {run.id} follows it",
+        )
+
+
+def _task(args: Sequence[str]) -> str:
+    """What an engine with these arguments does."""
+    return args[args.index("--task") + 1] if "--task" in args[:-1] else "run"
 
 
 def exit_code(pid: int) -> int | None:
@@ -92,8 +123,8 @@ def exit_code(pid: int) -> int | None:
 
 def next_attempt(run: RunDirectory) -> int:
     """One more than any attempt that left a log or an event."""
-    logged = [int(match[1]) for match in map(_LOG.fullmatch, _names(run.logs_dir)) if match]
-    written = [event.attempt for event in last_events(run)]
+    logged = [int(match[1]) for match in map(_LOG.fullmatch, _names(run)) if match]
+    written = [event.attempt for event in last_events(run) if event.attempt < MOST_ATTEMPTS]
     return max([0, *logged, *written]) + 1
 
 
@@ -103,7 +134,8 @@ def this_attempt(run: RunDirectory) -> int:
     if re.fullmatch(r"[0-9]{1,6}", given):
         attempt = int(given)
         # A variable that was inherited from elsewhere must not make two attempts one.
-        if attempt > max((event.attempt for event in last_events(run)), default=0):
+        written = (event.attempt for event in last_events(run) if event.attempt < MOST_ATTEMPTS)
+        if attempt > max(written, default=0):
             return attempt
     return next_attempt(run)
 
@@ -120,9 +152,9 @@ def _new_log(run: RunDirectory) -> tuple[int, int]:
     """The next attempt's number and an open descriptor of its log, which nobody else has."""
     attempt = next_attempt(run)
     while True:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
         try:
-            return attempt, os.open(log_path(run, attempt), flags, 0o644)
+            return attempt, open_regular(log_path(run, attempt), flags, root=run.path)
         except FileExistsError:  # another launch was faster
             attempt += 1
 
@@ -150,8 +182,10 @@ def _created(pid: int, begun: float) -> float:
         return begun
 
 
-def _names(folder: Path) -> list[str]:
+def _names(run: RunDirectory) -> list[str]:
+    """What lies in the folder of logs."""
     try:
-        return os.listdir(folder)
+        with opened_folder(run.logs_dir, run.path) as folder:
+            return os.listdir(folder)
     except OSError:
         return []

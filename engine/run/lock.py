@@ -13,12 +13,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import struct
 import sys
 from pathlib import Path
 from types import TracebackType
 
 from engine.run.errors import PreflightError
+from engine.run.files import disk_error
+from engine.run.guarded import BadFile, open_regular
 
 # Locks this process holds: (device, inode) -> pid that took it. A forked child inherits the table but not
 # the locks, which is why the pid is kept.
@@ -39,9 +42,9 @@ class RunLock:
         if owner is not None:
             raise self._taken(owner)
         try:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            fd = open_regular(self.path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            raise PreflightError(f"cannot be opened: {error.strerror}", where=str(self.path)) from error
+            raise disk_error(error, self.path) from error
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -122,11 +125,14 @@ def opened_by(path: str | os.PathLike[str], pid: int) -> bool:
 
 def _probe(path: Path) -> tuple[bool, int]:
     try:
-        status = os.stat(path)
+        status = os.lstat(path)
         if _HELD.get((status.st_dev, status.st_ino)) == os.getpid():
             return True, os.getpid()
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+        # Looked at before it is opened: a device may act on being opened.
+        fd = open_regular(path) if stat.S_ISREG(status.st_mode) else -1
+    except (OSError, BadFile):
+        return False, 0
+    if fd < 0:
         return False, 0
     try:
         written = _written_pid(fd)
@@ -163,7 +169,7 @@ def _written_pid(fd: int) -> int:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # a number that is no process's
         return False
     except OSError:
         return True

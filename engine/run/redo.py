@@ -8,6 +8,7 @@ deleting either run does not hurt the other.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import msgspec
 
@@ -15,10 +16,15 @@ from engine.run import config as configs
 from engine.run.config import RunConfig
 from engine.run.directory import RunDirectory
 from engine.run.errors import PreflightError, UsageError
+from engine.run.guarded import BadFile, NoFile, read_struct
 from engine.run.state import BULK, load_state
 
 SHARED_FIELDS = ("model.", "grid.", "block_ap.enabled")
 """What the shared blocks depend on, and every later one must agree with."""
+
+
+MOST_BLOCKS = 10**5
+"""More than any model has: a number above is none that this program wrote."""
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,18 +33,18 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     """The other run's directory."""
     id: str
-    from_block: int
+    from_block: Annotated[int, msgspec.Meta(ge=0, le=MOST_BLOCKS)]
     """The first block that is trained again; as many as there are blocks: only the end-to-end training."""
 
 
 def read_origin(run: RunDirectory) -> Origin | None:
     """Which run this one redoes a part of, or none."""
     try:
-        return msgspec.json.decode(run.origin_path.read_bytes(), type=Origin)
-    except FileNotFoundError:
+        return read_struct(run.origin_path, Origin)
+    except NoFile:
         return None
-    except (OSError, msgspec.MsgspecError) as error:
-        raise PreflightError(f"cannot be read: {error}", where=str(run.origin_path)) from error
+    except BadFile as error:
+        raise PreflightError(f"cannot be read: {error.message}", where=error.where) from error
 
 
 def make_redo(run: RunDirectory, from_block: int, overrides: Mapping[str, object]) -> RunDirectory:

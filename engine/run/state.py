@@ -202,6 +202,7 @@ def _run_started(state: RunState, event: events.RunStarted) -> RunState:
         versions=event.versions,
         argv=tuple(event.argv),
         task=event.task,
+        outcome=event.leaves,
     )
 
 

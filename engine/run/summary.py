@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from engine.run import events
 from engine.run.config import to_dict
 from engine.run.directory import RunDirectory, last_events, run_state
 from engine.run.errors import EqatError
+from engine.run.redo import read_origin
 from engine.run.state import load_state
 
 
@@ -54,10 +53,10 @@ def summarize(run: RunDirectory) -> dict[str, Any]:
 def origin(run: RunDirectory) -> dict[str, Any] | None:
     """Which run this one redoes a part of."""
     try:
-        found: dict[str, Any] = msgspec.json.decode(run.origin_path.read_bytes())
-        return {"id": str(found["id"]), "path": str(found["path"]), "from_block": int(found["from_block"])}
-    except (OSError, msgspec.MsgspecError, KeyError, TypeError, ValueError):
+        found = read_origin(run)
+    except EqatError:
         return None
+    return None if found is None else {"id": found.id, "path": found.path, "from_block": found.from_block}
 
 
 def _config(run: RunDirectory) -> dict[str, Any] | None:

@@ -206,7 +206,7 @@ def test_a_log_that_cannot_be_read_is_one_line_and_hides_no_other_run(
     for command in (("show",), ("attach",), ("resume",), ("export",)):
         refused = eqat(*command, broken.id)
         assert refused.returncode == 3, command
-        assert "events.jsonl: cannot be read" in refused.stderr
+        assert "events.jsonl: is a folder" in refused.stderr
         assert "Traceback" not in refused.stderr
     assert eqat("gc").returncode == 0
     assert eqat("rm", broken.id, "--yes").returncode == 0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -161,8 +162,9 @@ def test_torn_last_line_is_completed_on_resume(tmp_path: Path, cut: int) -> None
     assert path.read_bytes().count(b"\n") == 3
 
 
-def test_writing_to_a_full_device_is_counted_and_never_raised() -> None:
-    with EventWriter("/dev/full", 1) as writer:
+def test_writing_to_a_full_device_is_counted_and_never_raised(tmp_path: Path) -> None:
+    with EventWriter(tmp_path / "events.jsonl", 1) as writer, open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), writer._fd)
         for _ in range(3):
             writer.emit(warning("lost"))
         assert writer.dropped == 3

@@ -1,0 +1,65 @@
+"""Whose folders are these? Asked before anything is written into a run.
+
+A run may come from somewhere: unpacked, copied, left by another account. A folder of it that is a link would
+have logs written, checkpoints pruned and requests answered in another place, and one that belongs to somebody
+else can be exchanged while it is used. Reading needs no such trust (:mod:`engine.run.guarded`).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from engine.run.directory import RunDirectory
+from engine.run.errors import PreflightError
+from engine.run.guarded import kind_of, opened_folder
+
+
+def require_own_folders(run: RunDirectory) -> None:
+    """PreflightError unless the run and every folder of it that is there are real folders of this user."""
+    for folder in (run.path, *run.folders, run.checkpoints_dir / "objects"):
+        try:
+            status = os.lstat(folder)
+        except FileNotFoundError:
+            continue  # made again when it is needed
+        except OSError as error:
+            raise PreflightError(f"cannot be looked at: {error.strerror}", where=str(folder)) from error
+        if not stat.S_ISDIR(status.st_mode):
+            raise PreflightError(
+                f"is {kind_of(status.st_mode)} where a run has a folder of its own",
+                where=str(folder),
+                hint="nothing is written through it; put the folder back, or start a new run",
+            )
+        if status.st_uid != os.geteuid() and not _is_how_files_are_owned_here(run.path, status.st_uid):
+            raise PreflightError(
+                f"belongs to {_user(status.st_uid)}, and runs are only worked on by the user they belong to",
+                where=str(folder),
+                hint=f"become {_user(status.st_uid)}, or copy the run: cp -r makes it yours",
+            )
+
+
+def _is_how_files_are_owned_here(folder: Path, owner: int) -> bool:
+    """Whether the file system gives ``owner`` what this user makes: a server may map all users to one."""
+    name = f".owner.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    try:
+        with opened_folder(folder) as place:
+            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=place)
+            try:
+                return os.fstat(fd).st_uid == owner
+            finally:
+                os.close(fd)
+                os.unlink(name, dir_fd=place)
+    except OSError:
+        return False
+
+
+def _user(number: int) -> str:
+    """A user's name, or the number where there is none."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
