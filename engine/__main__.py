@@ -20,8 +20,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 from engine.run import events
 from engine.run.config import apply_overrides, is_operational, resolve, validate
 from engine.run.directory import RunDirectory, RunLock
-from engine.run.errors import EqatError, ExitCode, IdentityError, StopRequested, UsageError
+from engine.run.errors import (
+    EqatError,
+    ExitCode,
+    IdentityError,
+    StopRequested,
+    UsageError,
+    run_is_gone,
+)
 from engine.run.launch import this_attempt
+from engine.run.ownership import require_own_folders
+from engine.run.state import BULK, load_state
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -45,15 +54,18 @@ def main(argv: list[str] | None = None) -> int:
         run = RunDirectory.open(arguments.run_dir)
         with RunLock(run.lock_path):
             attempt = this_attempt(run)
+            # What is done with a finished run cannot undo what it is.
+            leaves = load_state(run, skip=BULK).outcome if arguments.task != "run" else None
             # A stop that is asked for while the libraries load waits until there is someone to hear it.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
             try:
+                require_own_folders(run)
                 overrides: dict[str, object] = dict(item.partition("=")[::2] for item in arguments.set)
                 if arguments.format is not None:
                     overrides["export.formats"] = arguments.format
-                return _attempt(run, attempt, arguments, overrides)
+                return _attempt(run, attempt, arguments, overrides, leaves)
             except EqatError as error:
-                _record_refusal(run, attempt, error)
+                _record_refusal(run, attempt, error, leaves)
                 raise
             finally:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -62,13 +74,14 @@ def main(argv: list[str] | None = None) -> int:
         return int(error.exit_code)
 
 
-def _record_refusal(run: RunDirectory, attempt: int, error: EqatError) -> None:
+def _record_refusal(run: RunDirectory, attempt: int, error: EqatError, leaves: events.Outcome | None) -> None:
     """What ends an attempt before there is a reporter; whoever follows the run reads only its events."""
     from engine.reporter import error_event
 
     with contextlib.suppress(EqatError), events.EventWriter(run.events_path, attempt) as writer:
         writer.emit(error_event(error))
-        writer.emit(events.RunFinished(outcome="failed", exit_code=int(error.exit_code), seconds=0.0))
+        code = int(error.exit_code)
+        writer.emit(events.RunFinished(outcome="failed", exit_code=code, seconds=0.0, leaves=leaves))
 
 
 def _check_prompt(prompt: str, new_tokens: int) -> None:
@@ -85,7 +98,11 @@ def _check_prompt(prompt: str, new_tokens: int) -> None:
 
 
 def _attempt(
-    run: RunDirectory, attempt: int, arguments: argparse.Namespace, overrides: dict[str, object]
+    run: RunDirectory,
+    attempt: int,
+    arguments: argparse.Namespace,
+    overrides: dict[str, object],
+    leaves: events.Outcome | None,
 ) -> int:
     for name in overrides:
         if not is_operational(name):
@@ -103,11 +120,9 @@ def _attempt(
     from engine.pipeline import Pipeline
     from engine.reporter import Reporter
     from engine.run.plan import Plan, check, make_plan
-    from engine.run.state import BULK, load_state
     from engine.setup import choose_device, prepare_process, started_event
     from engine.telemetry import Telemetry
 
-    before = load_state(run, skip=BULK).outcome if arguments.task != "run" else None
     device = choose_device(config.runtime.device)
     report = Reporter(run, attempt, device)
     report.listen()
@@ -117,7 +132,7 @@ def _attempt(
     plan: Plan | None = None
     try:
         prepare_process(config.runtime, device)
-        report.emit(started_event(run, device, arguments.task))
+        report.emit(started_event(run, device, arguments.task, leaves))
         plan = make_plan(config, device=str(device), runs_dir=run.path)
         report.emit(events.Plan(plan=plan.to_dict()))
         check(plan)
@@ -136,6 +151,8 @@ def _attempt(
         outcome, code = ("aborted" if stop.abort else "stopped"), stop.exit_code
     except BaseException as error:
         failure = as_eqat_error(error, report.position(), config, plan.machine if plan else None)
+        if report.is_gone():  # whatever broke because of it
+            failure = run_is_gone(run.path)
         if failure.exit_code == ExitCode.BUG:
             traceback.print_exc()
         report.fail(failure)
@@ -143,7 +160,7 @@ def _attempt(
     finally:
         telemetry.close()
         exported = arguments.task == "export" and outcome == "done"
-        report.finish(outcome, code, leaves=None if exported else before)
+        report.finish(outcome, code, leaves=None if exported else leaves)
         report.close()
     return int(code)
 

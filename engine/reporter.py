@@ -7,6 +7,7 @@ requests are looked for twice a second.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -19,8 +20,8 @@ import torch
 from engine import telemetry
 from engine.run import events
 from engine.run.control import acknowledge, pending
-from engine.run.directory import RunDirectory, Status, write_status
-from engine.run.errors import EqatError, ExitCode, StopRequested
+from engine.run.directory import RunDirectory, Status, clean_temporaries, write_status
+from engine.run.errors import EqatError, ExitCode, StopRequested, run_is_gone
 
 METRIC_SECONDS = 0.25
 CONTROL_SECONDS = 0.5
@@ -44,11 +45,22 @@ def error_event(error: EqatError) -> events.Error:
     )
 
 
+def _place_of(run: RunDirectory) -> tuple[int, int] | None:
+    """Device and inode of the run's directory; none where there is none."""
+    try:
+        status = os.lstat(run.path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 class Reporter:
     """One attempt's voice. Create it once the lock is held; close it last."""
 
     def __init__(self, run: RunDirectory, attempt: int, device: torch.device, rank: int = 0) -> None:
         self.run, self.attempt, self.device = run, attempt, device
+        self._place = _place_of(run)
+        clean_temporaries(run)
         self.events = events.EventWriter(run.events_path, attempt, rank=rank)
         self.started = time.monotonic()
         self.phases: list[events.Phase] = []
@@ -112,11 +124,13 @@ class Reporter:
         return self._requested
 
     def _hear_requests(self) -> None:
-        """Requests in the control directory, looked for twice a second."""
+        """Requests in the control directory, looked for twice a second; so is the directory itself."""
         now = time.monotonic()
         if now - self._last_control < CONTROL_SECONDS:
             return
         self._last_control = now
+        if self.is_gone():
+            raise run_is_gone(self.run.path)
         for request in pending(self.run):
             acknowledge(self.run, request.id)
             self.emit(events.ControlAck(request=request.request, id=request.id))
@@ -124,6 +138,10 @@ class Reporter:
                 self._requested = StopRequested(abort=True, exit_code=ExitCode.ABORTED)
             elif self._requested is None:
                 self._requested = StopRequested()
+
+    def is_gone(self) -> bool:
+        """Whether the run was deleted or moved, or something else lies in its place."""
+        return _place_of(self.run) != self._place
 
     def checkpoint_requested(self) -> None:
         """A place where nothing is lost by leaving: raises :class:`StopRequested` when asked to stop."""

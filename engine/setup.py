@@ -64,8 +64,10 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
 
 
-def started_event(run: RunDirectory, device: torch.device, task: str = "run") -> events.RunStarted:
-    """What this attempt runs on."""
+def started_event(
+    run: RunDirectory, device: torch.device, task: str = "run", leaves: events.Outcome | None = None
+) -> events.RunStarted:
+    """What this attempt runs on; ``leaves`` is what the run is, whatever becomes of the attempt."""
     return events.RunStarted(
         id=run.id,
         pid=os.getpid(),
@@ -74,6 +76,7 @@ def started_event(run: RunDirectory, device: torch.device, task: str = "run") ->
         versions=package_versions(),
         argv=sys.argv,
         task=task,
+        leaves=leaves,
     )
 
 

@@ -7,6 +7,7 @@ so: only then is everything it wrote on the disk.
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import time
@@ -19,10 +20,10 @@ import msgspec
 
 from engine.run import control
 from engine.run.directory import RunDirectory, holder, read_status, run_state
-from engine.run.errors import ExitCode
+from engine.run.errors import ExitCode, run_is_gone
 from engine.run.events import AnyEvent, EventFollower, RunFinished
 from engine.run.files import read_error
-from engine.run.launch import exit_code, log_path, next_attempt
+from engine.run.launch import exit_code, log_path, next_attempt, refuse_second
 from engine.run.state import RunState
 from eqat_tui.progress import Display
 
@@ -89,7 +90,7 @@ class Follower:
             if now - looked >= 1.0:
                 looked = now
                 liveness = run_state(self.run)
-                if pid is None and liveness not in LIVE:
+                if pid is None and (liveness not in LIVE or not os.path.isdir(self.run.path)):
                     return None
                 self._tell_hung(liveness == "hung")
             time.sleep(POLL_S)
@@ -112,10 +113,14 @@ class Follower:
 
     def _verdict(self, code: int | None) -> int:
         """The exit code of the run; a process that went without a last word is given a tail of its log."""
-        if self._finished is None and code is None and self.state.outcome is not None:
-            return self.state.exit_code or 0  # over before we came
+        if self._finished is None and code is None and self.state.exit_code is not None:
+            return self.state.exit_code  # over before we came
         if self._finished is not None and code in (None, 0, self._finished.exit_code):
             return self._finished.exit_code
+        if not os.path.isdir(self.run.path):
+            raise run_is_gone(self.run.path)
+        if code == ExitCode.PREFLIGHT:
+            refuse_second(self.run)  # two were started at once, and the other has the run
         # No last word, or one that the process then contradicted by how it ended.
         print_tail(self.run, code, self.display)
         if code is None:

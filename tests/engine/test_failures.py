@@ -248,7 +248,7 @@ def test_a_run_directory_that_cannot_be_written_is_refused(make: Make, engine: E
     assert engine(run).code() == 3
     said = output(run).strip().splitlines()
     assert len(said) == 1
-    assert "cannot be opened" in said[0]
+    assert "is a folder, not a regular file" in said[0]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_after_the_start_too(make: Make, engine: Engine) -> None:
@@ -257,7 +257,7 @@ def test_a_folder_that_cannot_be_written_is_refused_after_the_start_too(make: Ma
     run.checkpoints_dir.write_text("in the way")
     error = failed(run, engine, 3)
     assert "checkpoints" in error.where
-    assert "cannot be written" in error.message
+    assert "where a run has a folder" in error.message
 
 
 def test_a_read_only_file_system_is_refused(small_disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
