@@ -79,11 +79,18 @@ def open_regular(
         OSError: what the system says; ``ELOOP`` for a link.
         BadFile: for a folder, a FIFO, a socket or a device.
     """
-    if follow:
-        fd = os.open(path, flags | _NEVER_WAIT, mode)
-    else:
-        with opened_folder(path.parent, path.parent if root is None else root) as folder:
-            fd = os.open(path.name, flags | _NEVER_WAIT | os.O_NOFOLLOW, mode, dir_fd=folder)
+    try:
+        if follow:
+            fd = os.open(path, flags | _NEVER_WAIT, mode)
+        else:
+            with opened_folder(path.parent, path.parent if root is None else root) as folder:
+                fd = os.open(path.name, flags | _NEVER_WAIT | os.O_NOFOLLOW, mode, dir_fd=folder)
+    except OSError as error:
+        # What cannot be opened for writing without a reader, or at all.
+        if error.errno in (errno.EISDIR, errno.ENXIO, errno.ENODEV):
+            kind = "a folder" if error.errno == errno.EISDIR else "a FIFO, a socket or a device"
+            raise BadFile(f"is {kind}, not a regular file", where=str(path)) from error
+        raise
     try:
         require_regular(os.fstat(fd), path)
     except BaseException:

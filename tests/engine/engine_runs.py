@@ -164,30 +164,34 @@ def start(
     largest_file: int | None = None,
     gpu_bytes: int | None = None,
     die_at: int | None = None,
+    arguments: tuple[str, ...] = (),
 ) -> Child:
-    """An engine process on ``run``, its output in the run's log; with limits, if given.
+    """An engine process on ``run``, its output in the run's log; with limits and arguments, if given.
 
     ``die_at`` kills it at the n-th publication point: before and after each rename below its checkpoints and
     its cache.
     """
     if module:
-        pid = launch.launch(run)
+        pid = launch.launch(run, args=arguments)
         return Child(launch._children[pid], run)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["engine.pipeline", "engine.reporter", "engine.telemetry"])
     attempt = launch.next_attempt(run)
     limits = {"largest_file": largest_file, "gpu_bytes": gpu_bytes, "die_at": die_at}
-    process = context.Process(target=_engine, args=(str(run.path), attempt, limits, dict(os.environ)))
+    given = (str(run.path), *arguments)
+    process = context.Process(target=_engine, args=(given, attempt, limits, dict(os.environ)))
     process.start()
     return Child(process, run)
 
 
-def _engine(path: str, attempt: int, limits: dict[str, int | None], environment: dict[str, str]) -> None:
+def _engine(
+    given: tuple[str, ...], attempt: int, limits: dict[str, int | None], environment: dict[str, str]
+) -> None:
     """The body of a forked engine process: what ``launch`` and ``python -m engine`` do, with warm imports."""
     os.setsid()
     os.environ.update(environment)
     os.environ[launch.ATTEMPT_VARIABLE] = str(attempt)
-    run = RunDirectory.open(path)
+    run = RunDirectory.open(given[0])
     descriptor = os.open(launch.log_path(run, attempt), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -204,7 +208,7 @@ def _engine(path: str, attempt: int, limits: dict[str, int | None], environment:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     from engine.__main__ import main
 
-    code = main([path])
+    code = main([*given])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

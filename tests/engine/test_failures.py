@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from engine.failures import as_eqat_error
 from engine.run import events
 from engine.run.directory import RunDirectory, run_state
-from engine.run.errors import ExitCode
+from engine.run.errors import EqatError, ExitCode
 
 Make = Callable[..., RunDirectory]
 Engine = Callable[..., Child]
@@ -220,7 +222,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = os.geteuid() == 0 and _mount(place, "size=64m")
+    mounted = os.geteuid() == 0 and _mount(place, "size=64m,nr_inodes=4096")
     if not mounted:
         pytest.skip("a file system of its own can only be mounted by root")
     yield place
@@ -230,6 +232,28 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def _mount(place: Path, options: str) -> bool:
     command = ["mount", "-t", "tmpfs", "-o", options, "none", str(place)]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def test_a_disk_that_is_full_at_the_very_first_file_is_said_with_its_code(
+    small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It has bytes, so that the plan is content, and no place for another file."""
+    run = make_run(small_disk / "runs")
+    fillers = small_disk / "fillers"
+    fillers.mkdir()
+    with contextlib.suppress(OSError):
+        for number in range(10_000):
+            (fillers / str(number)).touch()
+    assert run_here(run) == 7
+    said = capfd.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert "the disk is full" in said[0]
+    with pytest.raises(EqatError) as caught:
+        RunDirectory.create(small_disk / "runs", run.config())
+    assert caught.value.exit_code == 7
+    assert [path.name for path in (small_disk / "runs").iterdir()] == [run.id]
+    shutil.rmtree(fillers)
+    assert run_here(run) == 0
 
 
 def test_a_file_size_limit_is_a_full_disk_too(make: Make, engine: Engine) -> None:
