@@ -13,6 +13,7 @@ GPU computes faster than a disk writes.
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 
 from engine.data.activations import ActivationStore
 from engine.run.files import atomic_write
+from engine.run.guarded import BadFile, open_regular
 from engine.tensorfile import tensor_bytes
 
 PIECE_BYTES = 64 << 20
@@ -91,7 +93,7 @@ def read_streams(
         path = stored.file(folder, name)
         digest = hashlib.sha256()
         try:
-            with path.open("rb") as file:
+            with os.fdopen(open_regular(path), "rb") as file:
                 for start, rows in _slices(stream):
                     poll()
                     data = bytearray(stream.nbytes // len(stream) * rows)
@@ -102,6 +104,8 @@ def read_streams(
                     stream.write(start, values)
         except OSError as error:
             return f"{path.name}: {error.strerror}"
+        except BadFile as error:
+            return f"{path.name}: {error.message}"
         if digest.hexdigest() != stored.sha256.get(name):
             return f"{path.name}: its checksum does not match"
     return ""

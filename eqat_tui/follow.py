@@ -23,11 +23,14 @@ from engine.run.directory import RunDirectory, holder, read_status, run_state
 from engine.run.errors import ExitCode, run_is_gone
 from engine.run.events import AnyEvent, EventFollower, RunFinished
 from engine.run.files import read_error
+from engine.run.guarded import BadFile
 from engine.run.launch import exit_code, log_path, next_attempt, refuse_second
+from engine.run.log_bytes import tail
 from engine.run.state import RunState
 from eqat_tui.progress import Display
 
 POLL_S = 0.2
+TAIL_BYTES = 1 << 16
 LIVE = ("running", "hung", "created")
 
 OnInterrupt = Literal["stop", "leave"]
@@ -214,10 +217,10 @@ def print_tail(run: RunDirectory, code: int | None, display: Display, lines: int
         how = f" by signal {_signal_name(-code)}"
     display.note(f"error: the engine ended{how} without saying why; the end of {log}:")
     try:
-        tail = log.read_text(errors="replace").splitlines()[-lines:]
-    except OSError as error:
-        tail = [f"({error})"]
-    for line in tail or ["(empty)"]:
+        last = tail(log, TAIL_BYTES)[0].decode(errors="replace").splitlines()[-lines:]
+    except (OSError, BadFile) as error:
+        last = [f"({error})"]
+    for line in last or ["(empty)"]:
         display.note(f"  {line}")
     if code in (None, -signal.SIGKILL):
         display.note("it was probably killed: by somebody, or by the kernel for want of memory (see dmesg)")

@@ -362,7 +362,8 @@ def _gather(data_NTH: Tensor, positions: Sequence[int], target: Tensor) -> None:
 
 def _reserve_file(path: Path, length: int) -> int:
     """A nameless file with all of its blocks allocated; its descriptor."""
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    # Not the folders above it: a run that was deleted is not made anew.
+    path.parent.mkdir(mode=0o755, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         os.unlink(path)

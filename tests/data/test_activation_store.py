@@ -123,12 +123,19 @@ def test_writes_convert_and_detach_and_misuse_is_refused(tmp_path: Path, kind: S
 
 
 def test_disk_store_leaves_no_file_behind(tmp_path: Path) -> None:
-    store = store_of("disk", (4, 2, 8), torch.float32, tmp_path / "made" / "on demand")
+    store = store_of("disk", (4, 2, 8), torch.float32, tmp_path / "made on demand")
     store.write(0, torch.ones(4, 2, 8))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     before = len(os.listdir("/proc/self/fd"))
     store.close()
     assert len(os.listdir("/proc/self/fd")) == before - 1
+
+
+def test_disk_store_makes_its_folder_and_none_above_it(tmp_path: Path) -> None:
+    """A run that was deleted under its engine is not made anew."""
+    with pytest.raises(EqatError):
+        store_of("disk", (4, 2, 8), torch.float32, tmp_path / "deleted" / "cache")
+    assert not (tmp_path / "deleted").exists()
 
 
 def test_host_store_larger_than_its_budget_is_refused() -> None:
