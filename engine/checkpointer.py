@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -33,8 +34,9 @@ from engine.methods.optimization import Snapshot
 from engine.reporter import Reporter
 from engine.run import events
 from engine.run.config import RuntimeConfig
-from engine.run.errors import EqatError, ExitCode, StopRequested
+from engine.run.errors import StopRequested
 from engine.run.estimate import size_text
+from engine.run.files import disk_error, full_disk
 from engine.run.recovery_model import PART_OF_THE_PROMISE, SNAPSHOT_SHARE
 
 T = TypeVar("T")
@@ -119,8 +121,13 @@ class Checkpoints:
             )
         )
 
-    def patiently(self, work: Callable[[], T], needed: int) -> T:
+    def patiently(
+        self, work: Callable[[], T], needed: int, what: str = "a checkpoint", place: Path | None = None
+    ) -> T:
         """``work()``, which writes ``needed`` bytes, again whenever there is room, while the disk is full.
+
+        It leaves nothing half-written behind when it fails. ``what`` it writes (``an export``) is said to
+        whoever follows the run; ``place`` is the folder whose disk counts, else that of the checkpoints.
 
         Raises:
             StopRequested: when a stop is asked for while there is no room.
@@ -129,28 +136,26 @@ class Checkpoints:
             while True:
                 try:
                     return work()
-                except EqatError as error:
+                except Exception as error:
                     if not _disk_is_full(error):
                         raise
-                    hint = error.hint
-                self._wait_for_room(needed, hint)
+                self._wait_for_room(needed, what, place or self.store.directory)
         finally:
             self.report.waiting = ""
 
-    def _wait_for_room(self, needed: int, hint: str) -> None:
-        place = self.store.directory
-        free = shutil.disk_usage(place).free
+    def _wait_for_room(self, needed: int, what: str, place: Path) -> None:
+        free = _free_bytes(place)
         if not self.report.waiting:
+            size = f" of {size_text(needed)}" if needed else ""
             self.report.waiting = (
-                f"the disk is full: a checkpoint of {size_text(needed)} does not fit into the "
-                f"{size_text(free)} free at {place}; the last one is whole, and the run goes on by itself "
-                "once there is room"
+                f"the disk is full: {what}{size} does not fit into the {size_text(free)} free at {place}; "
+                "what was written before is whole, and the run goes on by itself once there is room"
             )
-            self.report.warning("disk_full", self.report.waiting, hint)
-        again, enough = time.monotonic() + TRY_AGAIN_SECONDS, free + NOTICEABLE_BYTES
-        if free < needed:
-            enough = min(enough, needed)
-        while time.monotonic() < again and shutil.disk_usage(place).free < enough:
+            self.report.warning("disk_full", self.report.waiting, "free some space, or stop the run")
+        again = time.monotonic() + TRY_AGAIN_SECONDS
+        # Where there seems to be room, something else than the disk's size (a quota) is in the way.
+        enough = needed if free < needed else free + NOTICEABLE_BYTES
+        while time.monotonic() < again and _free_bytes(place) < enough:
             self.report.checkpoint_requested()
             time.sleep(WAIT_SECONDS)
 
@@ -338,7 +343,11 @@ def _bytes(tensors: Mapping[str, Tensor]) -> int:
 
 def _disk_is_full(error: BaseException) -> bool:
     """A file that may not grow beyond a limit of this process (EFBIG) will not fit later either."""
-    if not isinstance(error, EqatError) or error.exit_code != ExitCode.DISK_FULL:
-        return False
-    cause = error.__cause__
-    return not (isinstance(cause, OSError) and cause.errno == errno.EFBIG)
+    return full_disk(error) not in (None, errno.EFBIG)
+
+
+def _free_bytes(place: Path) -> int:
+    try:
+        return shutil.disk_usage(place).free
+    except OSError as error:  # the run was deleted while it waited
+        raise disk_error(error, place) from error

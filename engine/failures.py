@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 
 import msgspec
@@ -11,10 +9,9 @@ import torch
 
 from engine.run.config import RunConfig
 from engine.run.errors import EqatError, ExitCode
+from engine.run.files import full_disk
 from engine.run.machine import Machine
 from engine.run.plan import out_of_memory_remedy
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def as_eqat_error(
@@ -36,7 +33,7 @@ def as_eqat_error(
             hint="free memory and resume, or resume with --set runtime.activation_store=disk; what was "
             "checkpointed is kept",
         )
-    if _is_disk_full(error):
+    if full_disk(error) is not None:
         name = getattr(error, "filename", None)
         return EqatError(
             f"the disk is full{f' ({name})' if name else ''}",
@@ -76,13 +73,6 @@ def _out_of_gpu_memory(
         where=position,
         hint=f"{remedy or 'free the GPU'}, then resume: what was checkpointed is kept",
     )
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return True
-    # Libraries written in Rust (tokenizers, safetensors) raise types of their own, with the system's words.
-    return os.strerror(errno.ENOSPC) in str(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -22,6 +22,7 @@ import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,14 +36,14 @@ from engine.data.sampler import ALONE, World
 from engine.data.tasks import questions, task_name
 from engine.data.text import corpus_name
 from engine.evaluation.perplexity import PerplexityResult, perplexity
-from engine.evaluation.tasks import TokenizedTask, accuracies, tokenize
+from engine.evaluation.tasks import Accuracy, TokenizedTask, accuracies, hidden_bytes, tokenize
 from engine.methods.rtn import round_to_nearest
 from engine.models.causal_lm import CausalLM
 from engine.models.compiled import SWITCH_HINT
 from engine.models.source import ModelSource
 from engine.phases.blocks import round_blocks, train_blocks
 from engine.phases.end_to_end import train_end_to_end
-from engine.phases.export import export
+from engine.phases.export import export, recover_exports
 from engine.phases.job import Job, compute_dtype
 from engine.phases.samples import NEW_TOKENS, write_samples
 from engine.preparation import (
@@ -64,6 +65,9 @@ from engine.run.phases import phases_of
 from engine.run.plan import Plan, host_budget
 
 Task = Literal["run", "eval", "export", "generate"]
+
+EVALUATION = "the file of an evaluation's activations"
+"""What a full disk has no room for while a model is evaluated."""
 
 
 @dataclass
@@ -99,6 +103,7 @@ class Pipeline:
         """Run every phase that is not finished yet."""
         self.report.begin(self.phases(), {phase.name: phase.seconds for phase in self.plan.phases})
         with self.report.phase("prepare"):
+            recover_exports(self.run)
             self.prepare()
         for name in self.phases()[1:]:
             with self.report.phase(name):
@@ -232,18 +237,12 @@ class Pipeline:
     def _measure(self, block_for: Callable[[int], nn.Module]) -> PerplexityResult:
         """Half as many windows at a time, from the beginning, as long as memory does not suffice."""
         batch = self.config.evaluation.batch_size
+        lm, windows = self.job.lm, self.job.tokens.evaluation
+        needed = windows.numel() * lm.hidden_size * lm.dtype.itemsize
         while True:
             try:
-                return perplexity(
-                    self.job.lm,
-                    block_for,
-                    self.job.tokens.evaluation,
-                    batch_size=batch,
-                    store_kind=self.plan.activation_store,
-                    store_path=self.run.cache_dir / "evaluation.bin",
-                    store_budget_bytes=host_budget(self.config, self.plan.machine) // 2,
-                    on_progress=self.report.step,
-                    should_stop=self._heartbeat,
+                return self.job.checkpoints.patiently(
+                    partial(self._perplexity, block_for, batch), needed, EVALUATION, self.run.path
                 )
             except torch.OutOfMemoryError:
                 if batch == 1:
@@ -254,12 +253,34 @@ class Pipeline:
                 "micro_batch", f"out of memory; evaluating again with {batch} windows at a time"
             )
 
+    def _perplexity(self, block_for: Callable[[int], nn.Module], batch_size: int) -> PerplexityResult:
+        return perplexity(
+            self.job.lm,
+            block_for,
+            self.job.tokens.evaluation,
+            batch_size=batch_size,
+            store_kind=self.plan.activation_store,
+            store_path=self.run.cache_dir / "evaluation.bin",
+            store_budget_bytes=host_budget(self.config, self.plan.machine) // 2,
+            on_progress=self.report.step,
+            should_stop=self._heartbeat,
+        )
+
     def _ask(self, block_for: Callable[[int], nn.Module]) -> dict[str, dict[str, float]]:
         """Zero-shot tasks, where there are any."""
         if not self.job.tasks:
             return {}
-        self.run.cache_dir.mkdir(mode=0o755, exist_ok=True)
-        found = accuracies(
+        needed = hidden_bytes(self.job.lm, self.job.tasks)
+        found = self.job.checkpoints.patiently(
+            partial(self._accuracies, block_for), needed, EVALUATION, self.run.path
+        )
+        return {
+            "accuracy": {name: result.accuracy for name, result in found.items()},
+            "questions": {name: result.questions for name, result in found.items()},
+        }
+
+    def _accuracies(self, block_for: Callable[[int], nn.Module]) -> dict[str, Accuracy]:
+        return accuracies(
             self.job.lm,
             block_for,
             self.job.tasks,
@@ -267,10 +288,6 @@ class Pipeline:
             on_progress=self.report.step,
             should_stop=self._heartbeat,
         )
-        return {
-            "accuracy": {name: result.accuracy for name, result in found.items()},
-            "questions": {name: result.questions for name, result in found.items()},
-        }
 
     def _heartbeat(self) -> bool:
         self.report.checkpoint_requested()

@@ -398,7 +398,7 @@ def export(
     found = actions.find(run, runs_dir)
     if to is not None:
         to = to.expanduser().absolute()
-        check_target(to)
+        check_target(to, found.path)
         args += ["--to", str(to)]
     return actions.start(found, args=args, detach=detach, as_json=as_json)
 

@@ -21,6 +21,7 @@ They lose their name as soon as they exist; however the process ends, the disk s
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import os
@@ -35,6 +36,8 @@ import torch
 from torch import Tensor
 
 from engine.run.errors import EqatError, ExitCode, PreflightError
+from engine.run.files import make_folder
+from engine.run.guarded import opened_folder
 
 StoreKind = Literal["device", "host", "disk"]
 Indices = slice | Sequence[int] | Tensor
@@ -269,9 +272,11 @@ class DiskStore(ActivationStore):
         try:
             for length in _stripes(self.nbytes):
                 self._descriptors.append(_reserve_file(path, length))
-        except OSError as error:
+        except BaseException as error:
             self.close()
-            raise _disk_error(error, self._where, self.nbytes) from None
+            if not isinstance(error, OSError):
+                raise
+            raise _disk_error(error, self._where, self.nbytes) from error
 
     def _read_into(self, positions: Sequence[int], target: Tensor) -> None:
         cuda = target.is_cuda
@@ -315,7 +320,7 @@ class DiskStore(ActivationStore):
         try:
             list(self._threads.map(whole_piece, pieces))
         except OSError as error:
-            raise _disk_error(error, self._where, self.nbytes) from None
+            raise _disk_error(error, self._where, self.nbytes) from error
 
     def _close(self) -> None:
         self._threads.shutdown()
@@ -361,12 +366,19 @@ def _gather(data_NTH: Tensor, positions: Sequence[int], target: Tensor) -> None:
 
 
 def _reserve_file(path: Path, length: int) -> int:
-    """A nameless file with all of its blocks allocated; its descriptor."""
+    """A nameless file with all of its blocks allocated; its descriptor.
+
+    What has its name already (a link, a FIFO, another name of somebody's file) is removed, never opened.
+    """
     # Not the folders above it: a run that was deleted is not made anew.
-    path.parent.mkdir(mode=0o755, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    make_folder(path.parent)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+    with opened_folder(path.parent) as folder:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path.name, dir_fd=folder)
+        descriptor = os.open(path.name, flags, 0o600, dir_fd=folder)
+        os.unlink(path.name, dir_fd=folder)
     try:
-        os.unlink(path)
         os.posix_fallocate(descriptor, 0, length)
     except OSError:
         os.close(descriptor)

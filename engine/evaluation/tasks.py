@@ -120,6 +120,11 @@ def accuracies(
     return results
 
 
+def hidden_bytes(lm: CausalLM, tasks: Mapping[str, TokenizedTask]) -> int:
+    """What the hidden states of all questions take, in memory or in files."""
+    return _hidden_bytes(lm, _by_length([row for task in tasks.values() for row in task.rows]))
+
+
 @dataclass(frozen=True)
 class _Batch:
     places: tuple[int, ...]
@@ -164,17 +169,12 @@ def _scores(
 
 def _batches(lm: CausalLM, rows: Sequence[Row], folder: Path | None, stack: ExitStack) -> Iterator[_Batch]:
     """Rows of about the same length together; every batch of a length has the same size."""
-    by_length: dict[int, list[int]] = {}
-    for place in sorted(range(len(rows)), key=lambda place: len(rows[place].ids)):
-        padded = -(-len(rows[place].ids) // LENGTH_STEP) * LENGTH_STEP
-        by_length.setdefault(padded, []).append(place)
-    needed = sum(len(places) * length for length, places in by_length.items())
-    needed *= lm.hidden_size * lm.dtype.itemsize
+    by_length = _by_length(rows)
+    needed = _hidden_bytes(lm, by_length)
     room = torch.cuda.mem_get_info(lm.device)[0] // 2 if lm.device.type == "cuda" else CPU_MEMORY
     kind = "device" if folder is None or needed <= room else "disk"
     for length, places in by_length.items():
-        size = max(1, min(len(places), TOKENS_AT_A_TIME // length))
-        count = -(-len(places) // size) * size
+        size, count = _batch_size(length, len(places))
         path = None if folder is None else folder / f"tasks-{length}.bin"
         shape = (count, length, lm.hidden_size)
         store = stack.enter_context(make_store(kind, shape, lm.dtype, lm.device, path))  # type: ignore[arg-type]
@@ -184,6 +184,26 @@ def _batches(lm: CausalLM, rows: Sequence[Row], folder: Path | None, stack: Exit
             for number, place in enumerate(chosen):
                 ids_BT[number, : len(rows[place].ids)] = torch.tensor(rows[place].ids)
             yield _Batch(chosen, ids_BT, store, start)
+
+
+def _by_length(rows: Sequence[Row]) -> dict[int, list[int]]:
+    """Places of the rows that are padded to each length."""
+    by_length: dict[int, list[int]] = {}
+    for place in sorted(range(len(rows)), key=lambda place: len(rows[place].ids)):
+        padded = -(-len(rows[place].ids) // LENGTH_STEP) * LENGTH_STEP
+        by_length.setdefault(padded, []).append(place)
+    return by_length
+
+
+def _batch_size(length: int, rows: int) -> tuple[int, int]:
+    """Rows in a batch of this length, and in all batches together, which are of one size."""
+    size = max(1, min(rows, TOKENS_AT_A_TIME // length))
+    return size, -(-rows // size) * size
+
+
+def _hidden_bytes(lm: CausalLM, by_length: Mapping[int, Sequence[int]]) -> int:
+    tokens = sum(length * _batch_size(length, len(places))[1] for length, places in by_length.items())
+    return tokens * lm.hidden_size * lm.dtype.itemsize
 
 
 def _log_probability(lm: CausalLM, hidden_TH: Tensor, row: Row) -> float:

@@ -9,16 +9,15 @@ The integers come from training and are written as they are: nothing is dequanti
 packed words run along the input dimension with the same bit stream, so ``qweight`` is their transpose.
 
 Blocks are asked for one at a time and their tensors appended to the open shard, so an export holds one block.
-The directory is built under ``<name>.partial`` and renamed when complete: a directory of the final name is
-always a whole checkpoint.
+The directory is built and verified under another name and takes its own when that is done (``place.py``).
 
 Left out: activation order (``desc_act``), quantized heads, and version 1.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,17 +27,23 @@ from torch import Tensor
 
 from engine import __version__
 from engine.export.card import model_card
+from engine.export.named_code import drop_missing_code, modules_in, without_missing
+from engine.export.place import ExportPlace
 from engine.export.reader import read_json
 from engine.export.shards import ShardWriter, header_room, write_durably, write_json
 from engine.quant.packed import PackedBlock, PackedWeight
 from engine.quant.packing import bitpack
+from engine.run.disk_model import TOKENIZER_FILES
 from engine.run.errors import PreflightError
+from engine.run.guarded import opened_folder, read_object
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
     from engine.models.source import ModelSource
 
 FORMAT = "gptq_v2"
+SMALL_FILES = 64 << 10
+"""Bytes that model card, configuration and the tokenizer of a random model take at most."""
 _SUFFIXES = ("qweight", "qzeros", "scales", "g_idx", "bias")
 
 
@@ -58,6 +63,8 @@ class ExportResult:
     """Safetensors files, in order."""
     blocks_name: str
     """Where the decoder blocks are, as ``model.layers``."""
+    dropped_code: tuple[str, ...] = ()
+    """Names of code in the model's own JSON files that were left out, because the code is not there."""
 
 
 @dataclass
@@ -105,38 +112,39 @@ def export_gptq_v2(
     shard_bytes: int,
     card: dict[str, Any],
     on_block: Callable[[int, int], None] | None = None,
+    verify: Callable[[Path], bool] = lambda written: True,
+    root: Path | None = None,
 ) -> ExportResult:
-    """Write the packed checkpoint into ``out_dir``, replacing one that is there.
+    """Write the packed checkpoint into ``out_dir``; one that is there stays until the new one is verified.
 
     ``block_for(i)`` is asked once for each block, in order. ``card`` is described in ``card.py``.
     ``on_block(done, blocks)`` reports progress and may raise to stop; nothing is left behind then.
+    ``verify(folder)`` judges what was written, before it has its name: what it refuses lies in
+    ``<out_dir>.failed`` afterwards, and ``out_dir`` is as before. ``root`` is the run, inside which no link
+    is followed and no folder above ``out_dir.parent`` is made.
+
+    Raises:
+        EqatError: above all when the disk is full; nothing is left behind then.
     """
     out_dir = Path(out_dir)
-    partial = out_dir.with_name(out_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(mode=0o755, parents=True)
-    writer = ShardWriter(partial, shard_bytes=shard_bytes, header_bytes=header_room(_all_names(lm)))
-    try:
-        grid = _write_tensors(writer, lm, block_for, on_block)
-        files = writer.close()
-        size = sum(path.stat().st_size for path in files)
-        result = ExportResult(
-            path=out_dir,
-            format=FORMAT,
-            bytes=size,
-            fp_bytes=lm.fp_bytes(),
-            bits_per_weight=grid.packed_bits / max(1, grid.weights),
-            files=tuple(path.name for path in files),
-            blocks_name=_blocks_name(lm),
-        )
-        _write_assets(partial, lm, source, grid)
-        write_card(partial, result, card)
-    except BaseException:
-        writer.abandon()
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _publish(partial, out_dir)
+    place = ExportPlace(out_dir, root)
+    with place.being_made() as partial:
+        result = _write(partial, out_dir, lm, source, block_for, shard_bytes, card, on_block)
+        if verify(partial):
+            place.publish()
+        else:
+            place.keep_as_failed()
     return result
+
+
+def room_beside_tensors(lm: CausalLM, source: ModelSource, shards: int) -> int:
+    """Bytes of an export besides its tensors: headers of so many files, the tokenizer, the small files."""
+    tokenizer = 0
+    if source.directory is not None:
+        for name in TOKENIZER_FILES:
+            with suppress(OSError):
+                tokenizer += (source.directory / name).stat().st_size
+    return shards * header_room(_all_names(lm)) + tokenizer + SMALL_FILES
 
 
 def quantization_config(bits: int, group_size: int, symmetric: bool) -> dict[str, Any]:
@@ -222,6 +230,39 @@ def write_card(directory: Path, result: ExportResult, card: dict[str, Any]) -> N
     temporary.replace(directory / "README.md")
 
 
+def _write(
+    directory: Path,
+    out_dir: Path,
+    lm: CausalLM,
+    source: ModelSource,
+    block_for: Callable[[int], PackedBlock],
+    shard_bytes: int,
+    card: dict[str, Any],
+    on_block: Callable[[int, int], None] | None,
+) -> ExportResult:
+    """Every file of the export that will be ``out_dir``, into the empty ``directory``."""
+    writer = ShardWriter(directory, shard_bytes=shard_bytes, header_bytes=header_room(_all_names(lm)))
+    try:
+        grid = _write_tensors(writer, lm, block_for, on_block)
+        files = writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
+    dropped = _write_assets(directory, lm, source, grid)
+    result = ExportResult(
+        path=out_dir,
+        format=FORMAT,
+        bytes=sum(path.stat().st_size for path in files),
+        fp_bytes=lm.fp_bytes(),
+        bits_per_weight=grid.packed_bits / max(1, grid.weights),
+        files=tuple(path.name for path in files),
+        blocks_name=_blocks_name(lm),
+        dropped_code=dropped,
+    )
+    write_card(directory, result, card)
+    return result
+
+
 def _write_tensors(
     writer: ShardWriter,
     lm: CausalLM,
@@ -249,9 +290,14 @@ def _write_tensors(
     return grid
 
 
-def _write_assets(directory: Path, lm: CausalLM, source: ModelSource, grid: _Grid) -> None:
-    source.save_assets(directory)
-    config = _original_config(directory, source)
+def _write_assets(directory: Path, lm: CausalLM, source: ModelSource, grid: _Grid) -> tuple[str, ...]:
+    """Configuration and tokenizer; returns the names of code that were left out of them."""
+    # What writes the assets makes missing folders: a run that was deleted meanwhile must not come back so.
+    with opened_folder(directory):
+        source.save_assets(directory)
+    modules = modules_in(directory) if source.trust_remote_code else set()
+    dropped = drop_missing_code(directory, modules)
+    config = without_missing(_original_config(directory, source), modules, dropped)
     config.setdefault("architectures", [type(lm.model).__name__])
     # transformers 5 reads `dtype`; older readers and several engines read `torch_dtype`.
     config["dtype"] = config["torch_dtype"] = "float16"
@@ -261,6 +307,7 @@ def _write_assets(directory: Path, lm: CausalLM, source: ModelSource, grid: _Gri
     quantization = quantization_config(grid.bits, grid.group_size, grid.symmetric)
     write_json(directory / "config.json", {**config, "quantization_config": quantization})
     write_json(directory / "quantize_config.json", quantization)
+    return tuple(sorted(set(dropped)))
 
 
 def _original_config(directory: Path, source: ModelSource) -> dict[str, Any]:
@@ -268,7 +315,7 @@ def _original_config(directory: Path, source: ModelSource) -> dict[str, Any]:
     rewritten = read_json(directory / "config.json")
     if source.directory is None:
         return rewritten
-    original = read_json(source.directory / "config.json")
+    original = read_object(source.directory / "config.json", follow=True)
     # Of a multimodal model only the language model is quantized, and only its part is written.
     return original if original.get("model_type") == rewritten.get("model_type") else rewritten
 
@@ -302,13 +349,3 @@ def _all_names(lm: CausalLM) -> Iterator[str]:
         for name in lm.linear_names(index):
             for suffix in _SUFFIXES:
                 yield f"{lm.block_prefix(index)}.{name}.{suffix}"
-
-
-def _publish(partial: Path, out_dir: Path) -> None:
-    """Put the finished directory in its place; an older export disappears only then."""
-    old = out_dir.with_name(out_dir.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out_dir.exists():
-        out_dir.rename(old)
-    partial.rename(out_dir)
-    shutil.rmtree(old, ignore_errors=True)

@@ -23,18 +23,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from engine.run.errors import PreflightError
+from engine.run.guarded import LARGE, SMALL, NoFile, bad_file, open_regular, parsed, read_object, read_struct
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
@@ -86,6 +90,23 @@ class PlainLinear:
         return codes.mul_(self.scale_OG.float()[:, group])
 
 
+_Size = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Stored(msgspec.Struct, frozen=True):
+    """What a safetensors header says of one tensor."""
+
+    dtype: str
+    shape: tuple[_Size, ...]
+    data_offsets: tuple[_Size, _Size]
+
+
+class _Index(msgspec.Struct, frozen=True):
+    """``model.safetensors.index.json``: the file of every tensor."""
+
+    weight_map: dict[str, str]
+
+
 @dataclass(frozen=True)
 class _Entry:
     """Where a tensor's bytes are."""
@@ -103,7 +124,8 @@ class GPTQv2Reader:
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         self.config = read_json(self.directory / "config.json")
-        quantization = self.config.get("quantization_config") or {}
+        said = self.config.get("quantization_config")
+        quantization = said if isinstance(said, dict) else {}
         found = quantization.get("checkpoint_format") or quantization.get("quant_method")
         if found != "gptq_v2":
             raise PreflightError(
@@ -112,7 +134,10 @@ class GPTQv2Reader:
                 hint="open an export/gptq_v2 directory of a run",
             )
         self.quantization: dict[str, Any] = quantization
-        self.bits = int(quantization["bits"])
+        bits = quantization.get("bits")
+        if not isinstance(bits, int) or bits not in (2, 3, 4, 8):
+            raise _damaged(self.directory / "config.json", f"{str(bits)[:40]} is no number of bits")
+        self.bits = bits
         self._entries = self._list_tensors()
 
     def stored_names(self) -> list[str]:
@@ -165,11 +190,11 @@ class GPTQv2Reader:
         entry = self._entry(name)
         data = bytearray(entry.size)
         try:
-            with entry.path.open("rb") as file:
+            with os.fdopen(open_regular(entry.path), "rb") as file:
                 file.seek(entry.start)
                 count = file.readinto(data)
         except OSError as error:
-            raise _damaged(entry.path, error) from error
+            raise bad_file(error, entry.path) from error
         if count != entry.size:
             raise _damaged(entry.path, f"it ends inside tensor {name}")
         flat = torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0, dtype=entry.dtype)
@@ -193,11 +218,14 @@ class GPTQv2Reader:
 
     def _list_tensors(self) -> dict[str, _Entry]:
         index = self.directory / "model.safetensors.index.json"
-        if not index.exists():
+        try:
+            weight_map = read_struct(index, _Index, LARGE).weight_map
+        except NoFile:
             return _read_header(self.directory / "model.safetensors")
-        weight_map: dict[str, str] = read_json(index)["weight_map"]
         found: dict[str, _Entry] = {}
         for file_name in sorted(set(weight_map.values())):
+            if Path(file_name).name != file_name:
+                raise _damaged(index, f"{file_name[:80]!r} is no file of this folder")
             found.update(_read_header(self.directory / file_name))
         for name in sorted(weight_map.keys() | found.keys()):
             if name not in found or weight_map.get(name) != found[name].path.name:
@@ -214,7 +242,12 @@ class PackedSource:
         self.directory = Path(directory)
         self.trust_remote_code = trust_remote_code
         self.weights = GPTQv2Reader(self.directory)
-        self.config = AutoConfig.from_pretrained(self.directory, trust_remote_code=trust_remote_code)
+        self.config: Any = parsed(
+            lambda folder: AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code),
+            self.directory,
+            self.directory / "config.json",
+            "configuration of a model",
+        )
         # What is opened here is the dequantized network; transformers would look for a quantizer.
         del self.config.quantization_config
         self.name = self.directory.name
@@ -235,22 +268,38 @@ class PackedSource:
 def _read_header(path: Path) -> dict[str, _Entry]:
     """Where each tensor of a safetensors file is; the safetensors library judges whether it is sound."""
     try:
-        with safe_open(str(path), framework="pt"):
-            pass
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path, error) from error
+            if length > min(LARGE, size - 8):
+                raise _damaged(path, f"a header of {length} bytes does not fit into it")
+            content = file.read(length)
+    except OSError as error:
+        raise bad_file(error, path) from error
+    header = parsed(_header, content, path, "safetensors header")
     entries = {}
     for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            dtype = _DTYPES.get(entry["dtype"])
-            if dtype is None:
-                raise _damaged(path, f"tensor {name} has the unexpected type {entry['dtype']}")
-            entries[name] = _Entry(path, 8 + length + start, end - start, tuple(entry["shape"]), dtype)
+        start, end = entry.data_offsets
+        dtype = _DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise _damaged(path, f"tensor {name} has the unexpected type {entry.dtype}")
+        if end - start != math.prod(entry.shape) * dtype.itemsize or 8 + length + end > size:
+            raise _damaged(path, f"tensor {name} lies where it cannot lie")
+        entries[name] = _Entry(path, 8 + length + start, end - start, entry.shape, dtype)
+    # Last, when it is known to be a regular file: the library would wait for whatever has the name.
+    parsed(_judge, path, path, "safetensors file")
     return entries
+
+
+def _header(content: bytes) -> dict[str, _Stored]:
+    raw = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
+    raw.pop("__metadata__", None)
+    return {name: msgspec.json.decode(entry, type=_Stored) for name, entry in raw.items()}
+
+
+def _judge(path: Path) -> None:
+    with safe_open(str(path), framework="pt"):
+        pass
 
 
 def packed_model(directory: Path, device: torch.device, dtype: torch.dtype, **options: bool) -> CausalLM:
@@ -261,16 +310,8 @@ def packed_model(directory: Path, device: torch.device, dtype: torch.dtype, **op
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint; anything else is reported as damage."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise PreflightError("file is missing", where=str(path)) from error
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
-    if not isinstance(value, dict):
-        raise _damaged(path, "not a JSON object")
-    return value
+    """A JSON object from a file of a checkpoint; BadFile for anything else."""
+    return read_object(path, SMALL)
 
 
 def _damaged(path: Path, why: object) -> PreflightError:

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -51,9 +52,13 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write readable JSON with the keys in the order given, so equal content gives equal bytes."""
-    write_durably(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    try:
+        data = json.dumps(value, indent=2, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
+        data = json.dumps(value, indent=2).encode()
+    write_durably(path, data + b"\n")
 
 
 @dataclass
@@ -114,7 +119,8 @@ class ShardWriter:
     def abandon(self) -> None:
         """Close the open file without finishing it; the caller removes the directory."""
         if self._open is not None:
-            self._open.file.close()
+            with suppress(OSError):  # closing writes what is buffered, which a full disk refuses once more
+                self._open.file.close()
             self._open = None
 
     def _start_shard(self) -> _OpenShard:

@@ -33,7 +33,8 @@ from engine.evaluation.perplexity import token_nll
 from engine.export.gptq_v2 import FORMAT, block_buffers, half, outer_names, quantization_config, stored_form
 from engine.export.reader import GPTQv2Reader, PackedSource, packed_model, read_json
 from engine.quant.packed import PackedBlock, PackedWeight
-from engine.run.errors import EqatError, ExitCode
+from engine.run.errors import EqatError, ExitCode, StopRequested
+from engine.run.files import full_disk
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
@@ -92,10 +93,13 @@ def verify_gptq_v2(
     problems = _Problems()
     try:
         return _verify(Path(out_dir), lm, block_for, tokens_NT, problems, on_block)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError, StopRequested):
         raise  # says nothing about the files
-    except (EqatError, KeyError, ValueError, RuntimeError) as error:
-        # Files too damaged to be opened or run: that is an answer, not a failure of the check.
+    except Exception as error:
+        if full_disk(error) is not None:  # a library's own cache: nothing of the export is written here
+            raise
+        # Files too damaged to be opened or run: that is an answer, not a failure of the check. What libraries
+        # raise on them is of no fixed list of types.
         problems.add(str(error) or type(error).__name__)
         return VerifyResult(False, None, None, None, None, tokens_NT.numel(), tuple(problems.found))
 
@@ -166,7 +170,7 @@ def _check_quantization(out_dir: Path, block: PackedBlock, problems: _Problems) 
     """Both JSON files must describe the grid the blocks have."""
     weight = next(iter(block.linears.values()))
     in_config = read_json(out_dir / "config.json").get("quantization_config")
-    group_size = (in_config or {}).get("group_size")
+    group_size = in_config.get("group_size") if isinstance(in_config, dict) else None
     if group_size not in (weight.group_size, -1) or (
         group_size == -1 and any(w.group_size != w.in_features for w in block.linears.values())
     ):

@@ -1,8 +1,12 @@
-"""The phase ``export``: write every format from the integer codes, then read it back and compare."""
+"""The phase ``export``: write every format from the integer codes, read it back and compare, publish it.
+
+An older export keeps its name until the new one is verified. A full disk is waited for, but not another one
+that the user wants a copy on.
+"""
 
 from __future__ import annotations
 
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +14,25 @@ import msgspec
 import torch
 
 from engine.data.text import corpus_name
-from engine.export.gptq_v2 import export_gptq_v2
+from engine.export.gptq_v2 import FORMAT, ExportResult, export_gptq_v2, room_beside_tensors
+from engine.export.place import ExportPlace
 from engine.export.verify import VerifyResult, verify_gptq_v2
 from engine.phases.job import Job
 from engine.run import events
 from engine.run.config import RuntimeConfig, equivalent_command, to_toml
+from engine.run.directory import RunDirectory
 from engine.run.publish import check_target, publish
 from engine.setup import package_versions
 
 # Part of the evaluation text on which exported and trained logits are compared.
 VERIFY_WINDOWS, VERIFY_TOKENS = 2, 512
 COPY_SILENCE = 1800
-"""Seconds that copying a checkpoint to another disk may take unheard."""
+"""Seconds that another disk may take unheard for what was copied to it."""
+
+
+def recover_exports(run: RunDirectory) -> None:
+    """What a kill left of exports is mended before anything else is done with the run."""
+    ExportPlace(run.export_dir / FORMAT, run.path).recover()
 
 
 def export(job: Job, copy_to: Path | None = None) -> None:
@@ -29,60 +40,95 @@ def export(job: Job, copy_to: Path | None = None) -> None:
     names = job.config.export.formats
     targets = {name: copy_to / name if len(names) > 1 else copy_to for name in names if copy_to is not None}
     for target in targets.values():
-        check_target(target)
+        check_target(target, job.run.path)
     for name in names:
-        assert name == "gptq_v2", name
+        assert name == FORMAT, name
         path = job.run.export_dir / name
-        card = _card(job)
-        written = export_gptq_v2(
-            path,
-            job.lm,
-            job.source,
-            job.packed,
-            shard_bytes=int(job.config.export.shard_gib * 2**30),
-            card=card,
-            on_block=job.report.step,
+        written, verified = job.checkpoints.patiently(
+            partial(_write, job, path, _card(job)), _needed(job), "an export", path.parent
         )
-        verified = _verify(job, path, card)
-        if name in targets:
-            job.report.expect_silence(COPY_SILENCE)
-            publish(path, targets[name])
-        job.report.emit(
-            events.Export(
-                format=name,
-                path=str(path.relative_to(job.run.path)),
-                verified=verified.verified,
-                max_logit_diff=verified.max_logit_diff,
-                bytes=written.bytes,
-                fp_bytes=written.fp_bytes,
-                bits_per_weight=written.bits_per_weight,
-                logit_tolerance=verified.tolerance,
-                perplexity=verified.perplexity_packed,
-                perplexity_trained=verified.perplexity_trained,
-                tokens=verified.tokens,
-                copied_to=str(targets.get(name, "")),
+        if written.dropped_code and job.source.trust_remote_code:
+            job.report.warning(
+                "auto_map",
+                "the export does not name code that does not come with the model: "
+                + ", ".join(written.dropped_code),
             )
-        )
+        copied = ""
+        try:
+            if name in targets:
+                publish(path, targets[name], run=job.run.path, poll=partial(_hear, job))
+                copied = str(targets[name])
+        finally:  # the export in the run stands, whatever becomes of its copy
+            _tell(job, written, verified, copied)
 
 
-def _verify(job: Job, path: Path, card: dict[str, Any]) -> VerifyResult:
-    """Read the files back and compare bits and logits; an export that differs is never handed out."""
+def _needed(job: Job) -> int:
+    """Bytes of one export."""
+    tensors = job.plan.export_bytes // max(1, len(job.config.export.formats))
+    shards = 1 + int(tensors / (job.config.export.shard_gib * 2**30))
+    return tensors + room_beside_tensors(job.lm, job.source, shards)
+
+
+def _hear(job: Job) -> None:
+    """Between two pieces of a copy."""
+    job.report.checkpoint_requested()
+    job.report.expect_silence(COPY_SILENCE)
+
+
+def _write(job: Job, path: Path, card: dict[str, Any]) -> tuple[ExportResult, VerifyResult]:
+    """A new export at ``path``, verified; an EqatError, and the old one, when it is not what was trained."""
+    verified: list[VerifyResult] = []
+
+    def verify(folder: Path) -> bool:
+        verified.append(_verify(job, folder))
+        return verified[0].verified
+
+    written = export_gptq_v2(
+        path,
+        job.lm,
+        job.source,
+        job.packed,
+        shard_bytes=int(job.config.export.shard_gib * 2**30),
+        card=card,
+        on_block=job.report.step,
+        verify=verify,
+        root=job.run.path,
+    )
+    verified[0].raise_if_failed()
+    return written, verified[0]
+
+
+def _verify(job: Job, folder: Path) -> VerifyResult:
+    """Read the files back and compare bits and logits."""
     tokens = job.tokens.evaluation if len(job.tokens.evaluation) else job.tokens.block_ap
     if not len(tokens):
         tokens = torch.arange(VERIFY_TOKENS).remainder(job.lm.vocab_size).unsqueeze(0)
-    result = verify_gptq_v2(
-        path,
+    return verify_gptq_v2(
+        folder,
         job.lm,
         job.packed,
         tokens[:VERIFY_WINDOWS, :VERIFY_TOKENS],
         on_block=lambda done, blocks: job.report.checkpoint_requested(),
     )
-    if not result.verified:
-        failed = path.with_name(f"{path.name}.failed")
-        shutil.rmtree(failed, ignore_errors=True)
-        path.rename(failed)
-    result.raise_if_failed()
-    return result
+
+
+def _tell(job: Job, written: ExportResult, verified: VerifyResult, copied_to: str) -> None:
+    job.report.emit(
+        events.Export(
+            format=written.format,
+            path=str(written.path.relative_to(job.run.path)),
+            verified=verified.verified,
+            max_logit_diff=verified.max_logit_diff,
+            bytes=written.bytes,
+            fp_bytes=written.fp_bytes,
+            bits_per_weight=written.bits_per_weight,
+            logit_tolerance=verified.tolerance,
+            perplexity=verified.perplexity_packed,
+            perplexity_trained=verified.perplexity_trained,
+            tokens=verified.tokens,
+            copied_to=copied_to,
+        )
+    )
 
 
 def _card(job: Job) -> dict[str, Any]:

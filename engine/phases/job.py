@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ from engine.quant.packed import PackedBlock, PackedWeight
 from engine.reporter import Reporter
 from engine.run.config import RunConfig
 from engine.run.directory import RunDirectory
+from engine.run.files import make_folder
 from engine.run.plan import Plan, host_budget
 
 
@@ -98,17 +100,23 @@ class Job:
     # Activations
 
     def activations(self, name: str, tokens: Tensor, dtype: torch.dtype) -> ActivationStore:
-        """Room for the hidden states of ``tokens``."""
-        self.run.cache_dir.mkdir(mode=0o755, exist_ok=True)
-        return make_store(
-            self.plan.activation_store,
-            (*tokens.shape, self.lm.hidden_size),
-            dtype,
-            self.device,
-            path=self.run.cache_dir / f"{name}.bin",
-            # Two streams live at the same time.
-            budget_bytes=host_budget(self.config, self.plan.machine) // 2,
-        )
+        """Room for the hidden states of ``tokens``; waits while the disk has none."""
+        shape = (*tokens.shape, self.lm.hidden_size)
+
+        def reserve() -> ActivationStore:
+            make_folder(self.run.cache_dir, root=self.run.path)
+            return make_store(
+                self.plan.activation_store,
+                shape,
+                dtype,
+                self.device,
+                path=self.run.cache_dir / f"{name}.bin",
+                # Two streams live at the same time.
+                budget_bytes=host_budget(self.config, self.plan.machine) // 2,
+            )
+
+        needed = math.prod(shape) * dtype.itemsize
+        return self.checkpoints.patiently(reserve, needed, "the file of activations", self.run.path)
 
     @torch.no_grad()
     def embed(self, tokens: Tensor, *stores: ActivationStore) -> None:

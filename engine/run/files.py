@@ -51,7 +51,7 @@ def atomic_write(
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(new, path.name, src_dir_fd=folder, dst_dir_fd=folder)
-                _sync(folder)
+                sync_folder(folder)
             except BaseException:
                 _unlink(new, folder)
                 raise
@@ -119,7 +119,7 @@ def existing(place: Path) -> Path:
     return next((path for path in (absolute, *absolute.parents) if os.path.exists(path)), Path("/"))
 
 
-def _sync(folder: int) -> None:
+def sync_folder(folder: int) -> None:
     """Make a rename in a folder durable, where the file system can."""
     try:
         os.fsync(folder)
@@ -131,6 +131,29 @@ def _sync(folder: int) -> None:
 def read_error(error: OSError, path: Path) -> PreflightError:
     """What a failed read means for the user: no access, or a fault of the disk (3)."""
     return PreflightError(f"cannot be read: {error.strerror or error}", where=str(path))
+
+
+def full_disk(error: BaseException) -> int | None:
+    """``ENOSPC``, ``EDQUOT`` or ``EFBIG`` where that is what stood in the way of ``error``; else none.
+
+    Libraries written in Rust (tokenizers, safetensors) raise types of their own with the system's words; and
+    what was raised because of a full disk may have been raised on as something else.
+    """
+    if isinstance(error, EqatError) and error.exit_code != ExitCode.DISK_FULL:
+        return None
+    cause: BaseException | None = error
+    while cause is not None:
+        number = cause.errno if isinstance(cause, OSError) else None
+        if number in _NO_SPACE:
+            return number
+        if number is None and not isinstance(cause, EqatError):
+            for number in _NO_SPACE:
+                if f"(os error {number})" in str(cause):
+                    return number
+            if os.strerror(errno.ENOSPC) in str(cause):
+                return errno.ENOSPC
+        cause = cause.__cause__
+    return errno.ENOSPC if isinstance(error, EqatError) else None
 
 
 def disk_error(error: OSError, path: Path) -> EqatError:

@@ -138,6 +138,33 @@ def test_disk_store_makes_its_folder_and_none_above_it(tmp_path: Path) -> None:
     assert not (tmp_path / "deleted").exists()
 
 
+def test_a_disk_store_opens_nothing_that_has_its_name_already(tmp_path: Path) -> None:
+    """Neither by a link, nor by a second name of the same file; and a FIFO is not waited for."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    name = tmp_path / "stream.bin"
+    for put in (
+        lambda: name.symlink_to(precious),
+        lambda: name.hardlink_to(precious),
+        lambda: os.mkfifo(name),
+    ):
+        put()
+        with store_of("disk", (4, 2, 8), torch.float32, tmp_path) as store:
+            store.write(0, torch.ones(4, 2, 8))
+            assert torch.equal(store.read([3]), torch.ones(1, 2, 8))
+        assert precious.read_text() == "precious"
+        assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_a_disk_store_enters_no_folder_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(EqatError) as caught:
+        store_of("disk", (4, 2, 8), torch.float32, tmp_path / "link")
+    assert caught.value.exit_code == ExitCode.PREFLIGHT
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["link", "real"]
+
+
 def test_host_store_larger_than_its_budget_is_refused() -> None:
     with pytest.raises(PreflightError, match="budget") as caught:
         make_store("host", (64, 64, 64), torch.float32, "cpu", budget_bytes=1000)

@@ -165,8 +165,11 @@ def start(
     gpu_bytes: int | None = None,
     die_at: int | None = None,
     arguments: tuple[str, ...] = (),
+    before: Callable[[], None] | None = None,
 ) -> Child:
     """An engine process on ``run``, its output in the run's log; with limits and arguments, if given.
+
+    ``before``, a function of a module, is called in it first.
 
     ``die_at`` kills it at the n-th publication point: before and after each rename below its checkpoints and
     its cache.
@@ -179,13 +182,17 @@ def start(
     attempt = launch.next_attempt(run)
     limits = {"largest_file": largest_file, "gpu_bytes": gpu_bytes, "die_at": die_at}
     given = (str(run.path), *arguments)
-    process = context.Process(target=_engine, args=(given, attempt, limits, dict(os.environ)))
+    process = context.Process(target=_engine, args=(given, attempt, limits, dict(os.environ), before))
     process.start()
     return Child(process, run)
 
 
 def _engine(
-    given: tuple[str, ...], attempt: int, limits: dict[str, int | None], environment: dict[str, str]
+    given: tuple[str, ...],
+    attempt: int,
+    limits: dict[str, int | None],
+    environment: dict[str, str],
+    before: Callable[[], None] | None,
 ) -> None:
     """The body of a forked engine process: what ``launch`` and ``python -m engine`` do, with warm imports."""
     os.setsid()
@@ -208,6 +215,8 @@ def _engine(
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     from engine.__main__ import main
 
+    if before is not None:
+        before()
     code = main([*given])
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,0 +1,320 @@
+"""What was exported stays until there is something better: with real engines, kills and full disks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_runs import (
+    Child,
+    exported,
+    local_model,
+    make_run,
+    of,
+    output,
+    run_here,
+    start,
+    wait_until,
+)
+
+from engine.export import place
+from engine.run import control, events
+from engine.run.directory import RunDirectory, read_status
+
+Engine = Callable[..., Child]
+EXPORT = ("--task", "export")
+EVAL = ("--task", "eval")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A finished run, which the tests below leave as they found it."""
+    run = make_run(tmp_path_factory.mktemp("runs"), {"runtime.activation_store": "disk"})
+    assert start(run).code() == 0, output(run)
+    return run
+
+
+def names(run: RunDirectory) -> list[str]:
+    return sorted(os.listdir(run.export_dir))
+
+
+# -- kills ---------------------------------------------------------------------------------------------
+
+
+def die_before(*events_of_python: tuple[str, str]) -> None:
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        for name, part in events_of_python:
+            if event == name and part in str(arguments):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def die_writing() -> None:
+    die_before(("open", "README.md"))
+
+
+def die_before_the_exchange() -> None:
+    die_before(("ctypes.dlsym", "renameat2"))
+
+
+def die_after_the_exchange() -> None:
+    die_before(("shutil.rmtree", "gptq_v2.partial"))
+
+
+def die_between_two_renames() -> None:
+    place.exchange = lambda one, other, folder: False
+    die_before(("os.rename", "'gptq_v2.partial', 'gptq_v2'"))
+
+
+@pytest.mark.parametrize(
+    "die", [die_writing, die_before_the_exchange, die_after_the_exchange, die_between_two_renames]
+)
+def test_a_killed_export_leaves_a_whole_verified_one_and_the_next_gives_the_same_bytes(
+    done: RunDirectory, engine: Engine, die: Callable[[], None]
+) -> None:
+    before = exported(done)
+    # A mark that tells the old export from the new one.
+    (done.export_dir / "gptq_v2" / "mark").write_text("old")
+    assert engine(done, arguments=EXPORT, before=die).code() == -signal.SIGKILL, output(done)
+    if die is die_between_two_renames:
+        assert "gptq_v2" not in names(done)
+        # Any task at all mends it.
+        assert run_here(done, *EVAL) == 0
+    found = exported(done)
+    assert ("mark" in found) == (die is not die_after_the_exchange)
+    assert {name: digest for name, digest in found.items() if name != "mark"} == before
+    assert run_here(done, *EXPORT) == 0
+    assert exported(done) == before
+    assert names(done) == ["gptq_v2"]
+
+
+def test_an_export_that_is_not_what_was_trained_leaves_the_old_one(
+    done: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bit flips on the disk between writing and reading."""
+    from engine.export import verify
+
+    before, told = exported(done), len(of(done, events.Export))
+    real = verify.packed_model
+
+    def flipped(folder: Path, *arguments: Any, **options: Any) -> Any:
+        file = folder / "model.safetensors"
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        return real(folder, *arguments, **options)
+
+    monkeypatch.setattr(verify, "packed_model", flipped)
+    assert run_here(done, *EXPORT) == 1
+    assert "differs from the trained model" in of(done, events.Error)[-1].message
+    assert exported(done) == before
+    assert names(done) == ["gptq_v2", "gptq_v2.failed"]
+    assert len(of(done, events.Export)) == told
+    monkeypatch.undo()
+    shutil.rmtree(done.export_dir / "gptq_v2.failed")
+    assert run_here(done, *EXPORT) == 0
+    assert exported(done) == before
+
+
+# -- full disks ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mount() -> Iterator[Callable[[Path, str], None]]:
+    """``mount(folder, "64k")``: a file system of that size; called again it changes the size."""
+    mounted: list[Path] = []
+
+    def size(folder: Path, bytes_: str) -> None:
+        options = f"remount,size={bytes_}" if folder in mounted else f"size={bytes_}"
+        command = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
+        if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("a file system of its own can only be mounted by root")
+        if folder not in mounted:
+            mounted.append(folder)
+
+    yield size
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def waiting(run: RunDirectory) -> str:
+    status = read_status(run)
+    return status.waiting if status is not None else ""
+
+
+def test_a_disk_that_fills_during_an_export_is_waited_for_and_the_old_export_stays(
+    tmp_path: Path, engine: Engine, mount: Callable[[Path, str], None]
+) -> None:
+    run = make_run(tmp_path / "runs")
+    mount(run.export_dir, "320k")
+    assert run_here(run) == 0
+    before = exported(run)
+    child = engine(run, arguments=EXPORT)
+    child.until(lambda: waiting(run))
+    assert "the disk is full: an export of" in waiting(run)
+    assert str(run.export_dir) in waiting(run)
+    assert names(run) == ["gptq_v2"], "half an export takes the room that others wait for"
+    assert exported(run) == before
+    mount(run.export_dir, "4m")
+    assert child.code() == 0, output(run)
+    assert exported(run) == before
+    assert names(run) == ["gptq_v2"]
+    assert [e.code for e in of(run, events.Warning, 2)].count("disk_full") == 1
+
+
+def test_an_export_that_waits_for_room_can_be_stopped(
+    tmp_path: Path, engine: Engine, mount: Callable[[Path, str], None]
+) -> None:
+    run = make_run(tmp_path / "runs")
+    mount(run.export_dir, "64k")
+    child = engine(run)
+    child.until(lambda: waiting(run))
+    control.request(run, "stop")
+    assert child.code() == 75
+    assert names(run) == []
+    assert not of(run, events.Export)
+    mount(run.export_dir, "4m")
+    assert run_here(run) == 0
+    assert of(run, events.Export)[0].verified
+
+
+def small_memory() -> None:
+    from engine.evaluation import tasks
+
+    tasks.CPU_MEMORY = 0
+
+
+@pytest.mark.parametrize("what", ["perplexity", "tasks"])
+def test_a_disk_that_is_full_for_an_evaluation_is_waited_for(
+    tmp_path: Path, engine: Engine, mount: Callable[[Path, str], None], what: str
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    lines = [
+        {"query": f"{n} and", "choices": [" one", " two, which is more"], "gold": n % 2} for n in range(9)
+    ]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    store = "disk" if what == "perplexity" else "host"
+    asked = [] if what == "perplexity" else [str(questions)]
+    run = make_run(tmp_path / "runs", {"runtime.activation_store": store, "evaluation.tasks": asked})
+    assert run_here(run) == 0, output(run)
+    before = of(run, events.Eval)[-1]
+    run.cache_dir.mkdir(exist_ok=True)
+    mount(run.cache_dir, "4k")
+    child = engine(run, arguments=EVAL, before=small_memory)
+    child.until(lambda: waiting(run))
+    assert "the disk is full: the file of an evaluation's activations of" in waiting(run)
+    mount(run.cache_dir, "4m")
+    assert child.code() == 0, output(run)
+    after = of(run, events.Eval)[-1]
+    assert after.attempt == 2
+    assert (after.perplexity, after.accuracy) == (before.perplexity, before.accuracy)
+
+
+def test_a_block_training_waits_for_room_for_its_activations(
+    tmp_path: Path, engine: Engine, mount: Callable[[Path, str], None]
+) -> None:
+    run = make_run(tmp_path / "runs", {"runtime.activation_store": "disk", "evaluation.enabled": False})
+    mount(run.cache_dir, "4k")
+    child = engine(run)
+    child.until(lambda: waiting(run))
+    assert "the disk is full: the file of activations of" in waiting(run)
+    mount(run.cache_dir, "4m")
+    assert child.code() == 0, output(run)
+
+
+def no_large_files() -> None:
+    """As with ``ulimit -f``: no file may grow beyond this, and that will not change while it waits."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def test_an_export_beyond_the_limit_of_a_file_ends_with_7_and_leaves_the_old_one(
+    done: RunDirectory, engine: Engine
+) -> None:
+    before = exported(done)
+    assert engine(done, arguments=EXPORT, before=no_large_files).code() == 7, output(done)
+    assert "disk is full" in of(done, events.Error)[-1].message
+    assert (exported(done), names(done)) == (before, ["gptq_v2"])
+
+
+# -- copies --------------------------------------------------------------------------------------------
+
+
+def test_a_copy_for_which_a_disk_has_no_room_ends_with_7_and_leaves_nothing_there(
+    done: RunDirectory, tmp_path: Path, mount: Callable[[Path, str], None]
+) -> None:
+    before, told = exported(done), len(of(done, events.Export))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount(disk, "100k")
+    assert run_here(done, *EXPORT, "--to", str(disk / "copy")) == 7
+    assert os.listdir(disk) == []
+    assert exported(done) == before
+    new = of(done, events.Export)[told:]
+    assert [event.copied_to for event in new] == [""], "the export in the run is there, and told"
+    mount(disk, "4m")
+    assert run_here(done, *EXPORT, "--to", str(disk / "copy")) == 0
+    assert sorted(os.listdir(disk / "copy")) == sorted(before)
+    assert of(done, events.Export)[-1].copied_to == str(disk / "copy")
+
+
+# -- what a model brings along -------------------------------------------------------------------------
+
+
+def test_names_of_code_that_does_not_come_along_are_left_out_and_told(tmp_path: Path, engine: Engine) -> None:
+    model = local_model(tmp_path / "model")
+    content = json.loads((model / "config.json").read_text())
+    content["auto_map"] = {"AutoModelForSequenceClassification": "other/repo--theirs.Model"}
+    (model / "config.json").write_text(json.dumps(content))
+    settings = {"model.source": str(model), "e2e_qp.enabled": False}
+    for trusted in (False, True):
+        run = make_run(tmp_path / "runs", {**settings, "model.trust_remote_code": trusted})
+        assert run_here(run) == 0, output(run)
+        assert "auto_map" not in (run.export_dir / "gptq_v2" / "config.json").read_text()
+        told = [e.message for e in of(run, events.Warning) if e.code == "auto_map"]
+        assert [("other/repo--theirs.Model" in message) for message in told] == [True] * trusted
+
+
+# -- links ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_export_folder_is_a_link_is_refused_in_one_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs")
+    (tmp_path / "elsewhere").mkdir()
+    run.export_dir.rmdir()
+    run.export_dir.symlink_to(tmp_path / "elsewhere")
+    assert run_here(run) == 3
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_run_that_is_deleted_while_it_exports_does_not_come_back(tmp_path: Path, engine: Engine) -> None:
+    run = make_run(tmp_path / "runs", {"evaluation.enabled": False})
+    child = engine(run, before=stop_at_the_assets)
+    wait_until(lambda: (run.path / "here").exists())
+    log = run.logs_dir.rename(tmp_path / "logs")
+    subprocess.run(["rm", "-rf", str(run.path)], check=True)
+    child.send(signal.SIGCONT)
+    assert child.code() == 3
+    assert not run.path.exists()
+    assert "Traceback" not in "".join(path.read_text() for path in log.iterdir())
+
+
+def stop_at_the_assets() -> None:
+    """Stand still when the tensors are written, and say so."""
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.rename" and str(arguments[1]).endswith("gptq_v2.partial/model.safetensors"):
+            (Path(str(arguments[1])).parents[2] / "here").touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    sys.addaudithook(hook)
