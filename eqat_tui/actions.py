@@ -24,6 +24,7 @@ from engine.run.directory import (
 from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.launch import launch, log_path
 from engine.run.lock import opened_by
+from engine.run.proof import is_run
 from engine.run.redo import make_redo
 from engine.run.state import BULK, RunState, load_state
 from engine.run.summary import show, summarize
@@ -57,11 +58,10 @@ def summaries(runs: Sequence[RunDirectory]) -> list[dict[str, Any]]:
 
 def run_of(ref: str) -> str:
     """The run that a path lies in, so that an exported checkpoint can be named by its directory."""
-    path = Path(ref).expanduser()
-    if path.exists():
-        for parent in (path.resolve(), *path.resolve().parents):
-            if (parent / "config.toml").is_file():
-                return str(parent)
+    path = Path(os.path.expanduser(ref))
+    if os.path.exists(path):
+        place = path.resolve()
+        return next((str(folder) for folder in (place, *place.parents) if is_run(folder)), ref)
     return ref
 
 

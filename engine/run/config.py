@@ -250,7 +250,16 @@ def _merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_tree(tree: Mapping[str, Any], *, where: str) -> RunConfig:
     _check_keys(tree, RunConfig, where=where)
-    return convert(tree)
+    return convert(_as_written_now(tree))
+
+
+def _as_written_now(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``tree`` with the values of earlier versions as this one spells them: their runs stay readable."""
+    e2e_qp = tree.get("e2e_qp")
+    if not isinstance(e2e_qp, Mapping) or not isinstance(e2e_qp.get("activation_checkpointing"), bool):
+        return tree
+    word = "on" if e2e_qp["activation_checkpointing"] else "off"
+    return {**tree, "e2e_qp": {**e2e_qp, "activation_checkpointing": word}}
 
 
 def _check_keys(tree: Mapping[str, Any], section: type[Section], *, where: str, prefix: str = "") -> None:

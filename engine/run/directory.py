@@ -35,6 +35,7 @@ from engine.run.files import (
 )
 from engine.run.guarded import BadFile, NoFile, opened_folder, read_object, read_struct
 from engine.run.lock import RunLock, holder, is_held
+from engine.run.proof import is_run
 
 __all__ = [
     "Launched",
@@ -106,11 +107,15 @@ class Launched(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunDirectory:
-    """Paths inside a run. Construct with :meth:`create` or :meth:`open`."""
+    """Paths inside a run. Construct with :meth:`create` or :meth:`open`.
 
-    def __init__(self, path: Path) -> None:
+    ``link`` is the link it was found by, if it was one; then the run is called as that is.
+    """
+
+    def __init__(self, path: Path, link: Path | None = None) -> None:
         self.path = path
-        self.id = path.name
+        self.link = link
+        self.id = (link or path).name
         self.run_json = path / "run.json"
         self.config_toml = path / "config.toml"
         self.origin_path = path / "origin.json"
@@ -167,7 +172,7 @@ class RunDirectory:
     def open(cls, path: str | os.PathLike[str]) -> RunDirectory:
         """The run at ``path``; :class:`UsageError` where there is none."""
         place = os.path.expanduser(path)
-        if not _is_run(Path(place)):
+        if not is_run(Path(place)):
             raise UsageError("is not a run directory", where=str(path), hint="eqat runs lists the runs")
         return cls(Path(place).resolve())
 
@@ -246,47 +251,77 @@ def check_runs_dir(runs_dir: Path) -> Path:
 
 
 def list_runs(runs_dir: Path) -> list[RunDirectory]:
-    """The runs in ``runs_dir``, newest first; none where there is no such directory."""
+    """The runs in ``runs_dir``, newest first; none where there is no such directory.
+
+    A link to a run is listed under its own name, unless the run itself is listed, or another link to it.
+    """
+    different: dict[Path, RunDirectory] = {}
+    for run in _entries(runs_dir):
+        different.setdefault(run.path, run)
+    return sorted(different.values(), key=_made, reverse=True)
+
+
+def _entries(runs_dir: Path) -> list[RunDirectory]:
+    """Every entry of ``runs_dir`` that is a run or a link to one, real folders first."""
     try:
         # Hidden ones are deletions that were cut off.
-        found = [path for path in runs_dir.iterdir() if not path.name.startswith(".") and _is_run(path)]
-        runs = [RunDirectory(path.resolve()) for path in found]
+        found = [path for path in runs_dir.iterdir() if not path.name.startswith(".") and is_run(path)]
+        place = runs_dir.resolve()
     except FileNotFoundError:
         return []
     except NotADirectoryError as error:
         raise UsageError("is a file, not a folder", where=str(runs_dir)) from error
     except OSError as error:
         raise UsageError(f"cannot be read: {error.strerror}", where=str(runs_dir)) from error
-    return sorted(runs, key=_made, reverse=True)
+    runs = [_found_at(place / path.name) for path in sorted(found)]
+    return sorted(runs, key=lambda run: run.link is not None)
+
+
+def _found_at(path: Path) -> RunDirectory:
+    """The run at ``path``, which may be a link to it."""
+    return RunDirectory(path.resolve(), path if path.is_symlink() else None)
 
 
 def find_run(runs_dir: Path, ref: str) -> RunDirectory:
-    """The run that ``ref`` means: ``latest``, an id, a path, or the unique beginning or end of an id."""
+    """The run that ``ref`` means: ``latest``, an id, a path, or the unique beginning or end of an id.
+
+    A run that is listed by a link is found by the link's name and by its own id, which its engine uses.
+    """
     if not ref:
         raise UsageError("names no run", where="run", hint="latest, an id, or a path")
     if "/" in ref or ref in (".", ".."):
-        return RunDirectory.open(ref)
+        return _open_found(ref)
     runs = list_runs(runs_dir)
     if ref == "latest":
         if not runs:
             raise UsageError("there are no runs yet", where=str(runs_dir), hint="eqat run demo makes one")
         return runs[0]
-    exact = [run for run in runs if run.id == ref]
-    found = exact or [run for run in runs if run.id.startswith(ref)]
-    found = found or [run for run in runs if run.id.endswith(f"-{ref}")]
+    # A second name of a run that is listed already means it too, but only when it is given whole.
+    exact = [run for run in _entries(runs_dir) if run.id == ref]
+    found = exact or [run for run in runs if run.path.name == ref]
+    found = found or [run for run in runs if any(name.startswith(ref) for name in _names(run))]
+    found = found or [run for run in runs if any(name.endswith(f"-{ref}") for name in _names(run))]
     if len(found) == 1:
         return found[0]
     if found:
         ids = ", ".join(run.id for run in found[:4])
         more = f" and {len(found) - 4} more" if len(found) > 4 else ""
         raise UsageError(f"{ref!r} means {len(found)} runs", where="run", hint=f"{ids}{more}")
-    if _is_run(Path(ref)):
-        return RunDirectory.open(ref)
+    if is_run(Path(ref)):
+        return _open_found(ref)
     raise UsageError(f"there is no run {ref!r} in {runs_dir}", where="run", hint="eqat runs lists the runs")
 
 
-def _is_run(path: Path) -> bool:
-    return os.path.isfile(path / "config.toml")  # false, not an error, for what may not be looked into
+def _open_found(ref: str) -> RunDirectory:
+    """The run at the path ``ref``."""
+    run = RunDirectory.open(ref)
+    place = Path(os.path.expanduser(ref)).absolute()
+    return RunDirectory(run.path, place if place.is_symlink() else None)
+
+
+def _names(run: RunDirectory) -> tuple[str, str]:
+    """How a run is listed, and how it calls itself."""
+    return run.id, run.path.name
 
 
 def _made(run: RunDirectory) -> tuple[str, int]:
@@ -295,7 +330,7 @@ def _made(run: RunDirectory) -> tuple[str, int]:
         written = run.config_toml.stat().st_mtime_ns
     except OSError:
         written = 0
-    stamp = run.id[:13]
+    stamp = run.path.name[:13]
     if not re.fullmatch(r"\d{8}-\d{4}", stamp):  # a run that was renamed
         stamp = time.strftime("%Y%m%d-%H%M", time.localtime(written / 1e9))
     return stamp, written

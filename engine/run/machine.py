@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from engine.run.files import existing
+from engine.run.proof import is_run
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -73,7 +74,7 @@ def _cgroup_number(name: str) -> int | None:
 
 def _written(directory: Path) -> int:
     """Bytes on the disk of a run, if this is one."""
-    if not (directory / "config.toml").is_file():
+    if not is_run(directory):
         return 0
     written = 0
     for path in directory.rglob("*"):

@@ -54,7 +54,8 @@ def make_redo(run: RunDirectory, from_block: int, overrides: Mapping[str, object
         UsageError: as :func:`redo_config`.
     """
     config = redo_config(run, from_block, overrides)
-    origin = Origin(path=str(run.path), id=run.id, from_block=from_block)
+    # Its own name, not that of a link by which it was found: the engine will speak of it.
+    origin = Origin(path=str(run.path), id=run.path.name, from_block=from_block)
     # Together with the run: one that had lost its origin would train every block with the new settings.
     return RunDirectory.create(run.path.parent, config, files={"origin.json": origin})
 

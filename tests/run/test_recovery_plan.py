@@ -387,7 +387,8 @@ def test_streams_are_gone_when_the_export_is_written(planned: Callable[..., Plan
 def test_what_a_run_has_written_does_not_stand_in_the_way_of_its_resumption(tmp_path: Path) -> None:
     """It is part of the need, so it counts as free."""
     run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
+    for folder in ("control", "checkpoints"):
+        (run / folder).mkdir(parents=True)
     before = detect(run, "cpu").disk_free
     (run / "checkpoints" / "large").write_bytes(bytes(64 * MIB))
     (run / "config.toml").write_text("")

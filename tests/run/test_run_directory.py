@@ -95,6 +95,64 @@ def test_runs_are_listed_newest_first_and_found_by_id_prefix_suffix_path_and_lat
         assert find_run(runs, made[0].id[-4:]).id == made[0].id
 
 
+def test_a_configuration_alone_makes_no_run(run: RunDirectory, tmp_path: Path) -> None:
+    project = tmp_path / "projects" / "mine"
+    (project / "checkpoints").mkdir(parents=True)
+    (project / "config.toml").write_bytes(run.config_toml.read_bytes())
+    assert list_runs(project.parent) == []
+    with pytest.raises(UsageError, match="is not a run directory"):
+        find_run(project.parent, str(project))
+
+
+def test_a_linked_configuration_makes_no_run(run: RunDirectory, tmp_path: Path) -> None:
+    run.config_toml.rename(tmp_path / "config.toml")
+    run.config_toml.symlink_to(tmp_path / "config.toml")
+    assert list_runs(run.path.parent) == []
+
+
+def test_a_copy_without_empty_folders_is_still_listed(run: RunDirectory) -> None:
+    run.events_path.touch()
+    for folder in ("control", "logs", "eval", "export", "cache"):
+        (run.path / folder).rmdir()
+    assert [found.id for found in list_runs(run.path.parent)] == [run.id]
+
+
+def test_a_run_is_found_by_the_name_it_is_listed_by_and_by_its_own(runs: Path, tmp_path: Path) -> None:
+    elsewhere = RunDirectory.create(tmp_path / "elsewhere", CONFIG)
+    runs.mkdir()
+    (runs / "best").symlink_to(elsewhere.path)
+    (listed,) = list_runs(runs)
+    assert (listed.id, listed.path) == ("best", elsewhere.path)
+    for ref in ("best", "be", elsewhere.id, elsewhere.id[:20], "latest", str(runs / "best")):
+        found = find_run(runs, ref)
+        assert (found.id, found.path, found.link) == ("best", elsewhere.path, runs / "best"), ref
+    assert find_run(runs, str(elsewhere.path)).link is None
+    assert RunDirectory.open(runs / "best").id == elsewhere.id, "an engine calls a run by its own name"
+
+
+def test_a_run_that_is_reached_twice_is_listed_once_and_found_by_both_names(
+    run: RunDirectory, runs: Path
+) -> None:
+    (runs / "again").symlink_to(run.path)
+    assert [found.id for found in list_runs(runs)] == [run.id]
+    assert find_run(runs, run.id).link is None
+    again = find_run(runs, "again")
+    assert (again.path, again.link) == (run.path, runs / "again")
+    (runs / "third").symlink_to(runs / "again")
+    assert len(list_runs(runs)) == 1
+
+
+def test_links_that_lead_to_no_run_are_not_listed(runs: Path, tmp_path: Path) -> None:
+    runs.mkdir()
+    (runs / "nowhere").symlink_to(tmp_path / "absent")
+    (runs / "loop").symlink_to(runs / "loop")
+    (runs / "up").symlink_to(tmp_path)
+    assert list_runs(runs) == []
+    for name in ("nowhere", "loop", "up"):
+        with pytest.raises(UsageError):
+            find_run(runs, name)
+
+
 def test_a_reference_that_means_no_run_or_several_is_a_usage_error(runs: Path) -> None:
     with pytest.raises(UsageError, match="no runs yet"):
         find_run(runs, "latest")

@@ -1,0 +1,82 @@
+"""The names of what lies in a run, so that nothing else is ever taken for ours.
+
+Whoever deletes asks here. A pattern that is a little too wide (``*.tmp``, everything in ``cache/``) deletes a
+file of the user's some day; so every name is spelled as the code that writes it spells it.
+"""
+
+from __future__ import annotations
+
+import re
+
+CONFIG = "config.toml"
+FILES = (CONFIG, "run.json", "origin.json", "lock", "status.json", "launch.json", "events.jsonl")
+"""Files at the top of a run. Only the configuration is there from the beginning."""
+FOLDERS = ("control", "logs", "checkpoints", "cache", "eval", "export")
+"""Folders at the top of a run, all made with it. The end of a run removes ``cache``."""
+FORMATS = ("gptq_v2",)
+"""Folders in ``export/`` that are exports."""
+LEFTOVERS = (".partial", ".failed", ".old")
+"""What an export that was cut off, failed its verification or was replaced is called besides its format."""
+
+REMOVED = ".removed-"
+"""Begins the name of a run whose deletion has begun."""
+
+# As engine.run.files.atomic_write names the file that it writes and then renames.
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9]{1,10}\.[0-9a-f]{8}\.tmp", re.DOTALL)
+_REMOVED = re.compile(re.escape(REMOVED) + r".+-[0-9a-f]{8}", re.DOTALL)
+# The engine's activations: where they live while it computes, and as they are stored for a resumption.
+_ACTIVATIONS = re.compile(r"(?:full|quantized|teacher|evaluation|tasks-[0-9]{1,9})\.bin")
+_STREAM = re.compile(r"streams-[0-9]{3,9}-(?:full|quantized|teacher)\.raw")
+_REQUEST = re.compile(r"[0-9]{20}-[0-9a-f]{8}\.json")
+_GENERATION = re.compile(r"generation-[0-9]{6,9}\.json")
+_OBJECT = re.compile(r"[0-9a-f]{64}\.safetensors")
+# Tokenized text, and such a file that is being written.
+_TEXT = re.compile(r"[0-9a-f]{40}\.safetensors")
+_UNFINISHED_TEXT = re.compile(r"\.[0-9a-f]{12}-[a-z0-9_]{8}")
+
+
+def temporary_of(name: str) -> str:
+    """The file that the temporary file ``name`` was to become; empty for any other file."""
+    match = _TEMPORARY.fullmatch(name)
+    return match[1] if match else ""
+
+
+def belongs_at_top(name: str) -> bool:
+    """Whether a run has this at its top, or a half-written file for it."""
+    return name in FILES or name in FOLDERS or temporary_of(name) in FILES
+
+
+def is_removed_run(name: str) -> bool:
+    """Whether a run that is being deleted is called so."""
+    return _REMOVED.fullmatch(name) is not None
+
+
+def is_stream(name: str) -> bool:
+    """A stored stream of activations, or one that was being written."""
+    return _STREAM.fullmatch(temporary_of(name) or name) is not None
+
+
+def is_cached(name: str) -> bool:
+    """What the engine makes in ``cache/``: every file of it can be made again."""
+    return is_stream(name) or _ACTIVATIONS.fullmatch(name) is not None
+
+
+def is_unfinished_request(name: str) -> bool:
+    """A request in ``control/`` that was being written."""
+    return _REQUEST.fullmatch(temporary_of(name)) is not None
+
+
+def is_unfinished_checkpoint(name: str) -> bool:
+    """A file of ``checkpoints/`` that was being written."""
+    of = temporary_of(name)
+    return of == "CURRENT" or _GENERATION.fullmatch(of) is not None
+
+
+def is_unfinished_object(name: str) -> bool:
+    """An object of ``checkpoints/objects/`` that was being written."""
+    return _OBJECT.fullmatch(temporary_of(name)) is not None
+
+
+def is_cached_text(name: str) -> bool:
+    """Tokenized text in the user's cache, or such a file that was being written (``engine.data.tokens``)."""
+    return _TEXT.fullmatch(name) is not None or _UNFINISHED_TEXT.fullmatch(name) is not None
