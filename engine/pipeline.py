@@ -19,7 +19,6 @@ goes on where it was.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -61,6 +60,7 @@ from engine.run import events
 from engine.run.config import GridConfig, RunConfig
 from engine.run.directory import RunDirectory
 from engine.run.errors import UsageError
+from engine.run.housekeeping import remove_cache
 from engine.run.phases import phases_of
 from engine.run.plan import Plan, host_budget
 
@@ -113,7 +113,7 @@ class Pipeline:
     def _clean_up(self) -> None:
         """A finished run keeps what it made, and nothing that only helped to make it."""
         if self.task == "run":
-            shutil.rmtree(self.run.cache_dir, ignore_errors=True)
+            remove_cache(self.run)
 
     def _phase_method(self, name: events.Phase) -> Callable[[], None]:
         methods: dict[events.Phase, Callable[[], None]] = {

@@ -12,6 +12,7 @@ GPU computes faster than a disk writes.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import time
@@ -23,8 +24,10 @@ from typing import Any
 import torch
 
 from engine.data.activations import ActivationStore
-from engine.run.files import atomic_write
-from engine.run.guarded import BadFile, open_regular
+from engine.run.contents import is_stream
+from engine.run.files import atomic_write, disk_error
+from engine.run.guarded import BadFile, open_regular, opened_folder
+from engine.run.removal import remove_file
 from engine.tensorfile import tensor_bytes
 
 PIECE_BYTES = 64 << 20
@@ -112,11 +115,19 @@ def read_streams(
 
 
 def delete_streams(folder: Path, *, keep: StoredStreams | None = None) -> None:
-    """Remove the files of all borders but one."""
-    kept = set() if keep is None else {keep.file(folder, name) for name in keep.sha256}
-    for path in (*folder.glob("streams-*.raw"), *folder.glob(".streams-*.tmp")):
-        if path not in kept:
-            path.unlink(missing_ok=True)
+    """Remove the files of all borders but one.
+
+    ``folder`` lies in a run; where it is a link that leads out of there, nothing is removed.
+    """
+    kept = set() if keep is None else {keep.file(folder, name).name for name in keep.sha256}
+    try:
+        with opened_folder(folder, folder.parent) as opened:
+            for name in os.listdir(opened):
+                if is_stream(name) and name not in kept:
+                    remove_file(opened, name)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise disk_error(error, folder) from error
 
 
 def _slices(stream: ActivationStore) -> Iterator[tuple[int, int]]:

@@ -431,11 +431,14 @@ def rm(
     runs_dir: RunsDir = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> int:
-    """Delete runs, with everything in them. Blocks that another run shares stay there."""
-    from eqat_tui import actions
+    """Delete runs, with everything in them. Blocks that another run shares stay there.
+
+    Only what is proven to be a run is deleted: a folder with a run's configuration and folders, with nothing
+    else at its top, and no link.
+    """
     from eqat_tui.housekeeping import delete
 
-    return delete([actions.find(ref, runs_dir) for ref in runs], yes=yes)
+    return delete(runs, runs_dir, yes=yes)
 
 
 @app.command()
@@ -448,7 +451,7 @@ def gc(
 ) -> int:
     """Free what runs can make again: stored activations, old checkpoint generations, half-written files.
 
-    A run that is being worked on is left alone. What was trained stays.
+    A run that is being worked on is left alone, and so is what no run makes. What was trained stays.
     """
     from engine.run.directory import default_runs_dir, list_runs
     from eqat_tui import actions

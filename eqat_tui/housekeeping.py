@@ -8,17 +8,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.run import housekeeping
-from engine.run.directory import RunDirectory
-from engine.run.errors import ExitCode, PreflightError, UsageError
-from eqat_tui.output import format_bytes, print_json, say
+from engine.run import contents, housekeeping
+from engine.run.directory import RunDirectory, default_runs_dir, find_run, run_state
+from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
+from engine.run.proof import shown
+from engine.run.state import load_state
+from eqat_tui.output import format_bytes, format_number, print_error, print_json, say
+
+# -- deleting ------------------------------------------------------------------------------------------
 
 
-def delete(runs: Sequence[RunDirectory], *, yes: bool) -> int:
-    """Delete ``runs``, after asking."""
-    runs = _distinct(runs)
-    for run in runs:
-        housekeeping.refuse_busy(run)
+def delete(refs: Sequence[str], runs_dir: Path | None, *, yes: bool) -> int:
+    """Delete the runs that ``refs`` name, after asking; all of them or, where one may not be, none."""
+    runs, refused = _deletable(refs, default_runs_dir(runs_dir))
+    if len(refused) == 1 and not runs:
+        raise refused[0]
+    if refused:
+        for error in refused:
+            print_error(error, as_json=False)
+        say("nothing was deleted")
+        return int(refused[0].exit_code)
     if not yes and not _agreed(runs):
         say("nothing was deleted")
         return ExitCode.DONE
@@ -28,18 +37,41 @@ def delete(runs: Sequence[RunDirectory], *, yes: bool) -> int:
     return ExitCode.DONE
 
 
+def _deletable(refs: Sequence[str], place: Path) -> tuple[list[RunDirectory], list[EqatError]]:
+    """The runs to delete, each once however often it was named, and why others may not be."""
+    runs: list[RunDirectory] = []
+    refused: list[EqatError] = []
+    for ref in refs:
+        try:
+            if ref.rstrip("/").rpartition("/")[2] in (".", ".."):
+                raise UsageError(
+                    "a run is deleted by its name, not by the place one is in",
+                    where=ref,
+                    hint="eqat runs lists the names",
+                )
+            run = find_run(place, ref)
+            housekeeping.require_deletable(run)
+            runs.append(run)
+        except EqatError as error:
+            refused.append(error)
+    return list({run.path: run for run in runs}.values()), refused
+
+
 def _agreed(runs: Sequence[RunDirectory]) -> bool:
-    total = sum(housekeeping.size_of(run.path) for run in runs)
-    what = runs[0].id if len(runs) == 1 else f"{len(runs)} runs"
+    sizes = [housekeeping.size_of(run.path) for run in runs]
+    described = [(str(run.path), what_is_in(run, size)) for run, size in zip(runs, sizes, strict=True)]
+    what = "it" if len(runs) == 1 else f"these {len(runs)} runs"
     if not sys.stdin.isatty():
         raise UsageError(
-            f"would delete {what} ({format_bytes(total)}) and there is no terminal to ask on",
+            f"would delete {'; '.join(f'{path} ({words})' for path, words in described)}, and there is no "
+            "terminal to ask on",
             where="eqat rm",
             hint="--yes deletes without asking",
         )
-    for run in runs if len(runs) > 1 else ():
-        say(f"  {run.id}")
-    say(f"Delete {what} ({format_bytes(total)})? [y/N] ", end="")
+    for path, words in described:
+        say(path)
+        say(f"  {words}")
+    say(f"Delete {what} with everything inside ({format_bytes(sum(sizes))})? [y/N] ", end="")
     try:
         return input().strip().lower() in ("y", "yes")
     except EOFError:  # Ctrl-D
@@ -47,48 +79,76 @@ def _agreed(runs: Sequence[RunDirectory]) -> bool:
         return False
 
 
-def _distinct(runs: Sequence[RunDirectory]) -> list[RunDirectory]:
-    """Each run once, however often it was named."""
-    return list({run.path: run for run in runs}.values())
+def what_is_in(run: RunDirectory, size: int) -> str:
+    """What deleting a run would take: ``done, perplexity 21.7, export gptq_v2, 512 MiB``."""
+    words: list[str] = []
+    try:
+        words.append(run_state(run))
+        words += _achieved(run)
+    except (EqatError, OSError):
+        words.append("its log cannot be read")
+    there = [name for name in housekeeping.exports(run) if not name.endswith(contents.LEFTOVERS)]
+    if there:
+        words.append(f"export{'s' if len(there) > 1 else ''} {shown(there)}")
+    return ", ".join([*words, format_bytes(size)])
+
+
+def _achieved(run: RunDirectory) -> list[str]:
+    """The perplexity that was reached, else how many blocks are finished."""
+    state = load_state(run, skip=frozenset({"metric", "memory", "block.started"}))
+    measured = state.perplexity()
+    best = next((measured[stage] for stage in ("e2e_qp", "block_ap", "rtn") if measured.get(stage)), None)
+    if best is not None:
+        return [f"perplexity {format_number(best)}"]
+    finished = sum(row.finished for row in state.trained_blocks())
+    blocks = (state.plan or {}).get("blocks")
+    if not finished:
+        return ["no block finished"]
+    return [f"{finished}{f' of {blocks}' if isinstance(blocks, int) else ''} blocks finished"]
+
+
+# -- freeing -------------------------------------------------------------------------------------------
 
 
 def clean(runs: Sequence[RunDirectory], runs_dir: Path, *, tokens: bool, dry_run: bool, as_json: bool) -> int:
-    """Free what can be made again, and say how much that was."""
-    rows: list[dict[str, Any]] = []
-    for run in _distinct(runs):
-        try:
-            rows.append(
-                {"id": run.id, "freed": housekeeping.clean_run(run, dry_run=dry_run), "skipped": None}
-            )
-        except PreflightError as error:
-            rows.append({"id": run.id, "freed": 0, "skipped": error.message})
-    leftovers = housekeeping.clean_leftovers(runs_dir, dry_run=dry_run)
-    cached = _clean_tokens(dry_run) if tokens else 0
-    total = sum(row["freed"] for row in rows) + leftovers + cached
-    if as_json:
-        print_json({"runs": rows, "leftovers": leftovers, "tokens": cached, "freed": total})
-        return ExitCode.DONE
+    """Free what can be made again, and say how much that was and what was left alone."""
+    rows = [_cleaned(run, dry_run) for run in {run.path: run for run in runs}.values()]
+    swept = housekeeping.clean_leftovers(runs_dir, dry_run=dry_run)
+    cached = housekeeping.clean_tokens(token_cache(), dry_run=dry_run) if tokens else 0
+    total = sum(row["freed"] for row in rows) + swept.freed + cached
+    for error in swept.left_alone:
+        say(f"left alone: {error}")
     for row in rows:
         if row["skipped"]:
             say(f"{row['id']}: left alone, {row['skipped']}")
-        elif row["freed"]:
+        if row["foreign"]:
+            say(f"{row['id']}: left alone in cache, since no run makes it: {shown(row['foreign'])}")
+    if as_json:
+        left = [{"path": error.where, "why": error.message} for error in swept.left_alone]
+        print_json(
+            {"runs": rows, "leftovers": swept.freed, "left_alone": left, "tokens": cached, "freed": total}
+        )
+        return ExitCode.DONE
+    for row in rows:
+        if row["freed"]:
             print(f"{row['id']}: {format_bytes(row['freed'])}")
-    if leftovers:
-        print(f"deleted runs: {format_bytes(leftovers)}")
+    if swept.freed:
+        print(f"deleted runs: {format_bytes(swept.freed)}")
     if cached:
         print(f"tokens: {format_bytes(cached)}")
     print(f"{'would free' if dry_run else 'freed'} {format_bytes(total)}")
     return ExitCode.DONE
 
 
-def _clean_tokens(dry_run: bool) -> int:
-    """The tokenized texts outside of runs; they are made again when a run needs them."""
-    freed = 0
-    for path in token_cache().glob("*.safetensors"):
-        freed += housekeeping.size_of(path)
-        if not dry_run:
-            path.unlink(missing_ok=True)
-    return freed
+def _cleaned(run: RunDirectory, dry_run: bool) -> dict[str, Any]:
+    """A row of ``eqat gc --json``."""
+    row: dict[str, Any] = {"id": run.id, "freed": 0, "skipped": None, "foreign": []}
+    try:
+        row["freed"] = housekeeping.clean_run(run, dry_run=dry_run)
+        row["foreign"] = housekeeping.foreign_in_cache(run)
+    except PreflightError as error:
+        row["skipped"] = error.message if error.where == run.id else str(error)
+    return row
 
 
 def token_cache() -> Path:

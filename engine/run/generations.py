@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.run.contents import is_unfinished_checkpoint, is_unfinished_object
+
 SCHEMA = 2
 GENERATIONS_KEPT = 2
 
@@ -125,7 +127,9 @@ def prune(directory: Path, *, keep: int = GENERATIONS_KEPT, dry_run: bool = Fals
     readable = True
     for path in directory.glob("generation-*.json"):
         match = _GENERATION.fullmatch(path.name)
-        if match is None or not last - keep < int(match[1]) <= last:
+        if match is None:
+            continue  # not ours
+        if not last - keep < int(match[1]) <= last:
             garbage.append(path)
             continue
         try:
@@ -142,14 +146,15 @@ def prune(directory: Path, *, keep: int = GENERATIONS_KEPT, dry_run: bool = Fals
             for path in objects.glob("*.safetensors")
             if _DIGEST.fullmatch(path.stem) and path.stem not in named
         ]
-    garbage += [*directory.glob(".*.tmp"), *objects.glob(".*.tmp")]
+    garbage += [path for path in directory.glob(".*.tmp") if is_unfinished_checkpoint(path.name)]
+    garbage += [path for path in objects.glob(".*.tmp") if is_unfinished_object(path.name)]
     return sum(_remove(path, dry_run) for path in garbage)
 
 
 def _remove(path: Path, dry_run: bool) -> int:
     """Bytes that come free; an object that another run shares frees none."""
     try:
-        status = path.stat()
+        status = path.lstat()
         if not dry_run:
             path.unlink()
     except OSError:

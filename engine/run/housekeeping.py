@@ -1,7 +1,9 @@
 """Deleting runs, and freeing what can be made again.
 
-Whoever cleans a run holds its lock, so no engine starts in the middle. A run that is deleted first loses its
-name: a deletion that is cut off leaves nothing that looks like a run, and ``eqat gc`` finishes it.
+Nothing is deleted that is not proven to be ours: runs by :mod:`engine.run.proof`, files in them by their
+names in :mod:`engine.run.contents`. Whoever cleans a run holds its lock, so no engine starts in the middle. A
+run that is deleted first loses its name: a deletion that is cut off leaves nothing that looks like a run, and
+``eqat gc`` finishes it.
 """
 
 from __future__ import annotations
@@ -10,38 +12,63 @@ import contextlib
 import hashlib
 import os
 import secrets
-import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from engine.run import generations
+from engine.run import contents, generations
 from engine.run.directory import RunDirectory, holder, starting
 from engine.run.errors import PreflightError
 from engine.run.files import disk_error
+from engine.run.guarded import opened_folder
 from engine.run.lock import RunLock
+from engine.run.proof import Identity, prove_config, prove_removed, prove_run
+from engine.run.removal import not_deleted, remove_entry, remove_proven, rename_proven
 from engine.run.state import BULK, load_state
 
-REMOVED = ".removed-"
-UNFINISHED_EXPORTS = ("*.partial", "*.failed")
+LONGEST_NAME = 255
+"""Bytes that a file system allows a name."""
+
+
+class Swept(NamedTuple):
+    """What became of deletions that were cut off."""
+
+    freed: int
+    """Bytes."""
+    left_alone: tuple[PreflightError, ...]
+    """Why something that is called like one was not touched, or could not be."""
+
+
+# -- deleting a run ------------------------------------------------------------------------------------
 
 
 def delete_run(run: RunDirectory) -> int:
     """Delete a run; the bytes that became free.
 
     Raises:
-        PreflightError: while an engine works on it.
+        PreflightError: for what is not proven to be a run, and while an engine works on it.
     """
-    refuse_busy(run)
+    identity = require_deletable(run)
     freed = size_of(run.path)
-    hidden = run.path.with_name(f"{REMOVED}{run.id}-{secrets.token_hex(4)}")
     with RunLock(run.lock_path):
         try:
-            run.path.rename(hidden)
+            hidden = rename_proven(run.path, _removed_name(run.path.name), identity)
         except OSError as error:
             raise disk_error(error, run.path) from error
-    _remove_tree(hidden)
+    remove_proven(hidden, identity)
     return freed
+
+
+def require_deletable(run: RunDirectory) -> Identity:
+    """Which folder it is that deleting ``run`` would delete.
+
+    Raises:
+        PreflightError: for what is not proven to be a run, and while an engine works on it.
+    """
+    identity = prove_run(run.link or run.path)
+    refuse_busy(run)
+    return identity
 
 
 def refuse_busy(run: RunDirectory) -> None:
@@ -55,33 +82,134 @@ def refuse_busy(run: RunDirectory) -> None:
         )
 
 
+def _removed_name(name: str) -> str:
+    """What a run called ``name`` is called while it is being deleted."""
+    ending = f"-{secrets.token_hex(4)}"
+    while len(os.fsencode(f"{contents.REMOVED}{name}{ending}")) > LONGEST_NAME:
+        name = name[:-1]
+    return f"{contents.REMOVED}{name}{ending}"
+
+
+def clean_leftovers(runs_dir: Path, *, dry_run: bool = False) -> Swept:
+    """Finish deletions that were cut off; what is only called like one is left alone."""
+    freed, left_alone = 0, []
+    try:
+        place = runs_dir.resolve()
+        names = sorted(name for name in os.listdir(place) if name.startswith(contents.REMOVED))
+    except OSError:
+        return Swept(0, ())  # no runs yet
+    for name in names:
+        try:
+            identity = prove_removed(place / name)
+            size = size_of(place / name)
+            if not dry_run:
+                remove_proven(place / name, identity)
+            freed += size
+        except PreflightError as error:
+            if os.path.lexists(place / name):  # else somebody else has finished it meanwhile
+                left_alone.append(error)
+    return Swept(freed, tuple(left_alone))
+
+
+# -- cleaning a run ------------------------------------------------------------------------------------
+
+
 def clean_run(run: RunDirectory, *, dry_run: bool = False) -> int:
     """Free what a run can make again: activations, old generations, half-written files; the bytes freed.
 
     Of a finished run one generation is kept, if it is intact, of another two.
 
     Raises:
-        PreflightError: while an engine works on it.
+        PreflightError: for what does not have the configuration of a run, and while an engine works on it.
     """
+    prove_config(run.path)
     refuse_busy(run)
+    freed = 0
     with RunLock(run.lock_path):
-        garbage = list(_garbage(run))
-        freed = sum(size_of(path) for path in garbage)
+        for folder, names in _garbage(run):
+            freed += sum(size_of(folder / name) for name in names)
+            if not dry_run:
+                _remove_from(folder, run.path, names)
         freed += _prune(run, dry_run)
-        if not dry_run:
-            for path in garbage:
-                _remove_tree(path)
     return freed
 
 
-def clean_leftovers(runs_dir: Path, *, dry_run: bool = False) -> int:
-    """Finish deletions that were cut off; the bytes freed."""
-    leftovers = list(runs_dir.glob(f"{REMOVED}*"))
-    freed = sum(size_of(path) for path in leftovers)
-    if not dry_run:
-        for path in leftovers:
-            _remove_tree(path)
-    return freed
+def foreign_in_cache(run: RunDirectory) -> list[str]:
+    """Names in ``cache/`` that the engine does not make, and that therefore nobody removes."""
+    return _names(run, "cache", lambda name: not contents.is_cached(name), anything=True)
+
+
+def remove_cache(run: RunDirectory) -> None:
+    """Remove the activations of a run that has come to its end; what somebody else put beside them stays."""
+    with contextlib.suppress(OSError, PreflightError):
+        _remove_from(run.cache_dir, run.path, _names(run, "cache", contents.is_cached))
+        with opened_folder(run.path) as folder:
+            os.rmdir("cache", dir_fd=folder)
+
+
+def _garbage(run: RunDirectory) -> Iterator[tuple[Path, list[str]]]:
+    """Folders of a run, each with the names of what lies in it and no continuation needs."""
+    patterns: list[tuple[str, Callable[[str], bool]]] = [
+        (".", lambda name: contents.temporary_of(name) in contents.FILES),
+        ("control", contents.is_unfinished_request),
+        ("cache", contents.is_cached),
+    ]
+    if not generations.newest(run.checkpoints_dir):  # else pruning does it
+        patterns.append(("checkpoints", contents.is_unfinished_checkpoint))
+        patterns.append(("checkpoints/objects", contents.is_unfinished_object))
+    for folder, ours in patterns:
+        yield run.path / folder, _names(run, folder, ours)
+    there = exports(run)
+    yield (
+        run.export_dir,
+        [
+            made + ending
+            for made in contents.FORMATS
+            for ending in contents.LEFTOVERS
+            # An export that was replaced; where its successor is missing, it is the only one there is.
+            if made + ending in there and (ending != ".old" or made in there)
+        ],
+    )
+
+
+def exports(run: RunDirectory) -> list[str]:
+    """Folders in ``export/``, whole or not."""
+    return _names(run, "export", lambda name: True, kind=stat.S_ISDIR)
+
+
+def _names(
+    run: RunDirectory,
+    folder: str,
+    wanted: Callable[[str], bool],
+    *,
+    kind: Callable[[int], bool] = stat.S_ISREG,
+    anything: bool = False,
+) -> list[str]:
+    """What lies directly in a folder of the run, sorted: only what is of the ``kind``, unless ``anything``.
+
+    Nothing where the folder, or one above it, is a link that leads elsewhere.
+    """
+    try:
+        with opened_folder(run.path / folder, run.path) as opened:
+            return sorted(
+                name
+                for name in os.listdir(opened)
+                if wanted(name)
+                and (anything or kind(os.stat(name, dir_fd=opened, follow_symlinks=False).st_mode))
+            )
+    except OSError:
+        return []
+
+
+def _remove_from(folder: Path, root: Path, names: list[str]) -> None:
+    if not names:
+        return
+    try:
+        with opened_folder(folder, root) as opened:
+            for name in names:
+                remove_entry(opened, name)
+    except (OSError, RecursionError) as error:
+        raise not_deleted(error, folder) from error
 
 
 def _prune(run: RunDirectory, dry_run: bool) -> int:
@@ -120,62 +248,50 @@ def _is_done(run: RunDirectory) -> bool:
     return load_state(run, skip=BULK).outcome == "done"
 
 
-def _garbage(run: RunDirectory) -> Iterator[Path]:
-    """Files and folders that no continuation needs."""
-    yield from _inside(run, "cache", ("*",))
-    yield from _inside(run, "export", UNFINISHED_EXPORTS)
-    # An export that was replaced; where its successor is missing, it is the only one there is.
-    yield from (old for old in _inside(run, "export", ("*.old",)) if old.with_suffix("").exists())
-    for folder in (".", "control"):
-        yield from _inside(run, folder, (".*.tmp",))
-    if not generations.newest(run.checkpoints_dir):  # else pruning does it
-        for folder in ("checkpoints", "checkpoints/objects"):
-            yield from _inside(run, folder, (".*.tmp",))
-
-
-def _inside(run: RunDirectory, folder: str, patterns: Iterable[str]) -> Iterator[Path]:
-    """What lies directly in a folder of the run; nothing where a link leads elsewhere."""
-    if not _is_inside(run, folder):
-        return
-    for pattern in patterns:
-        yield from (run.path / folder).glob(pattern)
-
-
 def _is_inside(run: RunDirectory, folder: str) -> bool:
     place = run.path / folder
     return place.is_dir() and place.resolve() == run.path.resolve() / folder
 
 
+# -- tokenized text ------------------------------------------------------------------------------------
+
+
+def clean_tokens(cache: Path, *, dry_run: bool = False) -> int:
+    """Remove tokenized text from ``cache``, which may be a folder of the user's; the bytes freed."""
+    try:
+        folder = os.open(cache, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return 0  # nothing was tokenized yet
+    try:
+        freed = 0
+        for name in sorted(filter(contents.is_cached_text, os.listdir(folder))):
+            with contextlib.suppress(FileNotFoundError):
+                status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode):
+                    if not dry_run:
+                        os.unlink(name, dir_fd=folder)
+                    freed += status.st_size if status.st_nlink == 1 else 0
+        return freed
+    except OSError as error:
+        raise not_deleted(error, cache) from error
+    finally:
+        os.close(folder)
+
+
+# -- sizes ---------------------------------------------------------------------------------------------
+
+
 def size_of(path: Path) -> int:
     """Bytes that deleting ``path`` would free: links are not followed, shared files count nothing."""
-    total = 0
-    for entry in _walk(path):
+    total, waiting = 0, [path]
+    while waiting:
+        place = waiting.pop()
         try:
-            status = entry.lstat()
-        except OSError:
+            status = place.lstat()
+            if stat.S_ISDIR(status.st_mode):
+                waiting += [place / name for name in os.listdir(place)]
+        except OSError:  # gone meanwhile
             continue
         if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
             total += status.st_size
     return total
-
-
-def _walk(path: Path) -> Iterator[Path]:
-    yield path
-    if path.is_symlink() or not path.is_dir():
-        return
-    for folder, names, files in os.walk(path, followlinks=False):
-        for name in (*names, *files):
-            yield Path(folder, name)
-
-
-def _remove_tree(path: Path) -> None:
-    """Delete a file, a link (not what it points to) or a folder."""
-    try:
-        while os.path.lexists(path):
-            if path.is_symlink() or not path.is_dir():
-                path.unlink(missing_ok=True)
-                continue
-            with contextlib.suppress(FileNotFoundError):  # somebody else deletes it too
-                shutil.rmtree(path)
-    except OSError as error:
-        raise disk_error(error, path) from error

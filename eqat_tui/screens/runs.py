@@ -16,6 +16,7 @@ from engine.run.errors import EqatError
 from engine.run.launch import launch
 from engine.run.summary import summarize
 from eqat_tui.charts import chart, legend
+from eqat_tui.housekeeping import what_is_in
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line
 from eqat_tui.output import format_bytes
@@ -111,6 +112,8 @@ class RunsScreen(WorkScreen):
         super().__init__()
         self._catalogue = Catalogue()
         self._all: list[dict[str, Any]] = []
+        self._runs: dict[str, RunDirectory] = {}
+        """By the id that each is listed by."""
         self._shown: list[views.Summary] = []
         self._marked: frozenset[str] = frozenset()
         self._sort: views.SortBy = "started"
@@ -137,17 +140,19 @@ class RunsScreen(WorkScreen):
         self._reading = True
 
         def read() -> None:
+            runs: list[RunDirectory] = []
             found: list[dict[str, Any]] = []
             try:
-                found = self._catalogue.read(list_runs(self.eqat.runs_dir))
+                runs = list_runs(self.eqat.runs_dir)
+                found = self._catalogue.read(runs)
             except Exception as error:  # whatever it is, the next look may find it gone
                 self.app.call_from_thread(self.eqat.tell, error)
-            self.app.call_from_thread(self._took, found)
+            self.app.call_from_thread(self._took, {run.id: run for run in runs}, found)
 
         self.eqat.in_thread(read)
 
-    def _took(self, found: list[dict[str, Any]]) -> None:
-        self._reading, self._loaded, self._all = False, True, found
+    def _took(self, runs: dict[str, RunDirectory], found: list[dict[str, Any]]) -> None:
+        self._reading, self._loaded, self._runs, self._all = False, True, runs, found
         self.refill()
 
     def refill(self) -> None:
@@ -184,9 +189,11 @@ class RunsScreen(WorkScreen):
         return self._shown[cursor] if cursor < len(self._shown) else None
 
     def _directory(self) -> RunDirectory:
+        """The run under the cursor, if it is still there, as it was listed: a link is known as one."""
         run = self._under()
         assert run is not None
-        return RunDirectory.open(run["path"])
+        RunDirectory.open(run["path"])
+        return self._runs[run["id"]]
 
     def on_list_panel_moved(self, message: ListPanel.Moved) -> None:
         message.stop()
@@ -309,10 +316,11 @@ class RunsScreen(WorkScreen):
             if yes:
                 self.eqat.in_background(lambda: self._delete(run))
 
-        size = format_bytes(housekeeping.size_of(run.path))
+        housekeeping.require_deletable(run)
+        inside = what_is_in(run, housekeeping.size_of(run.path))
         question = Confirm(
-            f"Delete {run.id}?",
-            f"{size}: its checkpoints, its log and its packed checkpoints. Blocks that another run shares "
+            f"Delete {run.path}?",
+            f"{inside}: its checkpoints, its log and its packed checkpoints. Blocks that another run shares "
             "stay there. This cannot be undone.",
             "delete",
         )

@@ -149,7 +149,7 @@ def test_rm_deletes_a_run_and_what_it_shares_stays(eqat: Eqat, tmp_path: Path) -
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "precious").write_text("keep")
-    (run.path / "link").symlink_to(elsewhere)
+    (run.export_dir / "link").symlink_to(elsewhere)
     refused = eqat("rm", run.id)
     assert refused.returncode == 2
     assert "--yes" in refused.stderr
@@ -218,9 +218,10 @@ def test_gc_forgets_tokens_where_the_engine_keeps_them(
     monkeypatch.setenv("EQAT_CACHE_DIR", str(tmp_path / "cache"))
     assert token_cache() == default_cache_dir()
     token_cache().mkdir(parents=True)
-    (token_cache() / "abc.safetensors").write_bytes(bytes(700))
+    (token_cache() / f"{'a' * 40}.safetensors").write_bytes(bytes(700))
+    (token_cache() / "mine.safetensors").write_bytes(bytes(700))
     (tmp_path / "cache" / "else").write_bytes(bytes(700))
-    for arguments, left in ((("--tokens", "--dry-run"), 1), ((), 1), (("--tokens",), 0)):
+    for arguments, left in ((("--tokens", "--dry-run"), 2), ((), 2), (("--tokens",), 1)):
         said = json.loads(eqat("gc", "--json", *arguments, EQAT_CACHE_DIR=str(tmp_path / "cache")).stdout)
         assert said["tokens"] == (700 if "--tokens" in arguments else 0)
         assert len(list(token_cache().iterdir())) == left
@@ -264,12 +265,12 @@ def test_gc_frees_caches_and_old_generations_and_the_run_still_goes_on_to_the_sa
     eqat("stop", run.id, "--wait")
     assert run_state(run) == "stopped"
     run.cache_dir.mkdir(exist_ok=True)
-    (run.cache_dir / "left.bin").write_bytes(bytes(5000))
+    (run.cache_dir / "full.bin").write_bytes(bytes(5000))
     (run.export_dir / "gptq_v2.partial").mkdir(parents=True)
     (run.export_dir / "gptq_v2.partial" / "model.safetensors").write_bytes(bytes(3000))
     said = json.loads(eqat("gc", "--dry-run", "--json").stdout)
     assert said["freed"] >= 8000
-    assert (run.cache_dir / "left.bin").exists()
+    assert (run.cache_dir / "full.bin").exists()
     freed = json.loads(eqat("gc", "--json").stdout)
     assert freed["freed"] == said["freed"]
     assert list(run.cache_dir.iterdir()) == []

@@ -47,8 +47,8 @@ def commit(run: RunDirectory, number: int, *blocks: bytes) -> list[Path]:
     return [generations.object_path(run.checkpoints_dir, digest) for digest in made.values()]
 
 
-def numbers(run: RunDirectory) -> list[int]:
-    return sorted(int(path.stem[-6:]) for path in run.checkpoints_dir.glob("generation-*.json"))
+def numbers_of_generations(run: RunDirectory) -> list[int]:
+    return sorted(int(path.stem[-6:]) for path in run.checkpoints_dir.glob("generation-0*.json"))
 
 
 # -- generations ---------------------------------------------------------------------------------------
@@ -58,10 +58,10 @@ def test_a_finished_run_keeps_one_generation_and_another_two(run: RunDirectory) 
     for number in (1, 2, 3):
         objects = commit(run, number, b"shared", bytes([number]) * SIZE)
     assert housekeeping.clean_run(run, dry_run=True) == housekeeping.clean_run(run)
-    assert numbers(run) == [2, 3]
+    assert numbers_of_generations(run) == [2, 3]
     finish(run)
     freed = housekeeping.clean_run(run)
-    assert numbers(run) == [3]
+    assert numbers_of_generations(run) == [3]
     assert freed > SIZE
     assert sorted(objects) == sorted(generations.objects_path(run.checkpoints_dir).iterdir())
     assert housekeeping.clean_run(run) == 0
@@ -80,7 +80,7 @@ def test_the_only_good_generation_is_never_cleaned_away(run: RunDirectory, damag
     else:
         newest.unlink()
     housekeeping.clean_run(run)
-    assert numbers(run) == [1, 2]
+    assert numbers_of_generations(run) == [1, 2]
     assert all(path.exists() for path in good)
 
 
@@ -96,26 +96,43 @@ def test_generations_that_say_nothing_cost_no_objects(run: RunDirectory) -> None
 
 
 def test_every_leftover_is_counted_once_and_removed_and_nothing_else(run: RunDirectory) -> None:
+    """Names that are nearly ours belong to the user."""
     finish(run)
-    (run.cache_dir / "streams").mkdir()
+    generations.objects_path(run.checkpoints_dir).mkdir()
     (run.export_dir / "gptq_v2").mkdir()
-    (run.export_dir / "other.old").mkdir()
+    (run.cache_dir / "teacher.bin").mkdir()
+    (run.cache_dir / "streams-009-full.raw").symlink_to(run.config_toml)
+    digest, request = "a" * 64, f"{'1' * 20}-{'a' * 8}"
     garbage = [
         run.cache_dir / "evaluation.bin",
-        run.cache_dir / ".hidden.tmp",
-        run.cache_dir / "streams" / "a.raw",
-        run.path / ".status.json.1.ab.tmp",
-        run.control_dir / ".request.json.1.ab.tmp",
-        run.checkpoints_dir / ".CURRENT.1.ab.tmp",
+        run.cache_dir / "tasks-128.bin",
+        run.cache_dir / "streams-012-quantized.raw",
+        run.cache_dir / ".streams-012-full.raw.7.0123abcd.tmp",
+        run.path / ".status.json.1.0123abcd.tmp",
+        run.control_dir / f".{request}.json.1.0123abcd.tmp",
+        run.checkpoints_dir / ".CURRENT.1.0123abcd.tmp",
+        run.checkpoints_dir / ".generation-000001.json.1.0123abcd.tmp",
+        run.checkpoints_dir / "objects" / f".{digest}.safetensors.1.0123abcd.tmp",
     ]
-    for folder in ("gptq_v2.partial", "gptq_v2.failed", "gptq_v2.old"):
-        (run.export_dir / folder).mkdir()
-        garbage.append(run.export_dir / folder / "model.safetensors")
+    for ending in (".partial", ".failed", ".old"):
+        (run.export_dir / f"gptq_v2{ending}").mkdir()
+        garbage.append(run.export_dir / f"gptq_v2{ending}" / "model.safetensors")
+    (run.export_dir / "mine.partial").mkdir()
     kept = [
         run.export_dir / "gptq_v2" / "model.safetensors",
-        run.export_dir / "other.old" / "model.safetensors",  # its successor is not there
+        run.export_dir / "mine.partial" / "model.safetensors",
+        run.export_dir / "notes.failed",
         run.logs_dir / "attempt-001.log",
         run.path / "notes.txt",
+        run.path / ".notes.txt.1.0123abcd.tmp",
+        run.path / ".status.json.1.ab.tmp",
+        run.control_dir / ".notes.json.1.0123abcd.tmp",
+        run.cache_dir / "results.bin",
+        run.cache_dir / "streams.raw",
+        run.cache_dir / "streams-012-mine.raw",
+        run.cache_dir / "teacher.bin" / "inside",
+        run.checkpoints_dir / ".notes.1.0123abcd.tmp",
+        run.checkpoints_dir / "objects" / ".draft.safetensors.1.0123abcd.tmp",
     ]
     for path in (*garbage, *kept):
         path.write_bytes(bytes(SIZE))
@@ -124,23 +141,107 @@ def test_every_leftover_is_counted_once_and_removed_and_nothing_else(run: RunDir
     assert housekeeping.clean_run(run) == SIZE * len(garbage)
     assert not any(path.exists() for path in garbage)
     assert all(path.exists() for path in kept)
+    assert (run.cache_dir / "streams-009-full.raw").is_symlink()
+    assert housekeeping.foreign_in_cache(run) == ["results.bin", "streams-012-mine.raw", "streams.raw"]
+
+
+def test_a_replaced_export_without_its_successor_is_the_only_one_and_stays(run: RunDirectory) -> None:
+    (run.export_dir / "gptq_v2.old").mkdir()
+    (run.export_dir / "gptq_v2.old" / "model.safetensors").write_bytes(bytes(SIZE))
+    assert housekeeping.clean_run(run) == 0
+    assert (run.export_dir / "gptq_v2.old" / "model.safetensors").exists()
+
+
+def test_pruning_takes_no_file_of_the_users(run: RunDirectory) -> None:
+    for number in (1, 2, 3):
+        commit(run, number, bytes([number]))
+    theirs = [
+        run.checkpoints_dir / "generation-best.json",
+        run.checkpoints_dir / ".notes.tmp",
+        run.checkpoints_dir / "objects" / ".notes.tmp",
+        run.checkpoints_dir / "objects" / "adapter.safetensors",
+    ]
+    for path in theirs:
+        path.write_bytes(bytes(SIZE))
+    housekeeping.clean_run(run)
+    assert numbers_of_generations(run) == [2, 3]
+    assert all(path.exists() for path in theirs)
 
 
 def test_links_out_of_a_run_are_not_followed(run: RunDirectory, tmp_path: Path) -> None:
     other = RunDirectory.create(tmp_path / "elsewhere", CONFIG)
     for number in (1, 2, 3):
         commit(other, number, bytes([number]))
-    (other.cache_dir / "precious").write_text("keep")
-    (other.export_dir / "x.failed").write_text("keep")
+    (other.cache_dir / "full.bin").write_text("keep")
+    (other.export_dir / "gptq_v2.failed").mkdir()
     for folder in (run.cache_dir, run.checkpoints_dir, run.export_dir):
         folder.rmdir()
         folder.symlink_to(other.path / folder.name)
     before = sorted(other.path.rglob("*"))
     assert housekeeping.clean_run(run) == 0
+    with pytest.raises(PreflightError, match="is a link, which no run has"):
+        housekeeping.delete_run(run)
     assert sorted(other.path.rglob("*")) == before
-    housekeeping.delete_run(run)
-    assert not run.path.exists()
-    assert [path for path in sorted(other.path.rglob("*")) if path.name != "lock"] == before
+
+
+@pytest.mark.parametrize("config", ["", "[tool]\nx = 1\n", "not = [toml", None])
+def test_what_has_no_configuration_of_a_run_is_not_cleaned(run: RunDirectory, config: str | None) -> None:
+    if config is None:
+        run.config_toml.unlink()
+    else:
+        run.config_toml.write_text(config)
+    (run.cache_dir / "full.bin").write_bytes(bytes(SIZE))
+    with pytest.raises(PreflightError, match=r"config\.toml"):
+        housekeeping.clean_run(run)
+    assert (run.cache_dir / "full.bin").exists()
+
+
+def test_the_end_of_a_run_removes_its_activations_and_nothing_of_the_users(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    (run.cache_dir / "full.bin").write_bytes(bytes(SIZE))
+    housekeeping.remove_cache(run)
+    assert not run.cache_dir.exists()
+    housekeeping.remove_cache(run)  # there is none any more
+    run.cache_dir.mkdir()
+    for name in ("streams-003-full.raw", "notes.txt"):
+        (run.cache_dir / name).write_bytes(bytes(SIZE))
+    housekeeping.remove_cache(run)
+    assert [path.name for path in run.cache_dir.iterdir()] == ["notes.txt"]
+
+
+def test_the_end_of_a_run_removes_nothing_through_a_link(run: RunDirectory, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "full.bin").write_bytes(bytes(SIZE))
+    run.cache_dir.rmdir()
+    run.cache_dir.symlink_to(elsewhere)
+    housekeeping.remove_cache(run)
+    assert (elsewhere / "full.bin").exists()
+    assert run.cache_dir.is_symlink()
+
+
+# -- tokenized text ------------------------------------------------------------------------------------
+
+
+def test_of_tokenized_text_only_what_the_engine_stores_is_forgotten(tmp_path: Path) -> None:
+    """The cache may be a folder of the user's."""
+    ours = ["0123456789abcdef" * 2 + "01234567.safetensors", ".0123456789ab-x_y1z2w3"]
+    theirs = [
+        "model.safetensors",
+        "A" * 40 + ".safetensors",
+        "a" * 39 + ".safetensors",
+        ".0123456789ab-notes.txt",
+    ]
+    for name in (*ours, *theirs):
+        (tmp_path / name).write_bytes(bytes(SIZE))
+    (tmp_path / f"{'b' * 40}.safetensors").mkdir()
+    (tmp_path / f"{'c' * 40}.safetensors").symlink_to(tmp_path / "model.safetensors")
+    assert housekeeping.clean_tokens(tmp_path, dry_run=True) == SIZE * len(ours)
+    assert housekeeping.clean_tokens(tmp_path) == SIZE * len(ours)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == sorted([*theirs, f"{'b' * 40}.safetensors", f"{'c' * 40}.safetensors"])
+    assert housekeeping.clean_tokens(tmp_path / "absent") == 0
 
 
 # -- somebody else -------------------------------------------------------------------------------------

@@ -335,6 +335,45 @@ def test_deleting_asks_and_does_it(answer: str, recorded: Recorded) -> None:
     assert run.path.exists() == (answer == "n")
 
 
+def test_the_question_before_deleting_names_the_path_and_what_is_in_it(recorded: Recorded) -> None:
+    run = recorded("finished")
+    (run.export_dir / "gptq_v2").mkdir()
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "1 of 1" in picture(app))
+        await press(pilot, "delete")
+        await until(pilot, lambda: isinstance(app.screen, Confirm))
+        await until(pilot, lambda: "export gptq_v2, " in picture(app))
+        assert str(run.path) in "".join(line.strip(" │") for line in picture(app).splitlines())
+        assert "done, perplexity" in picture(app)
+        await press(pilot, "n")
+
+    drive(app_of(mode="runs"), script)
+
+
+@pytest.mark.parametrize("spoilt_by", ["link", "file"])
+def test_what_is_no_run_or_a_link_to_one_is_not_deleted_and_the_reason_is_shown(
+    spoilt_by: str, recorded: Recorded, tmp_path: Path
+) -> None:
+    run = recorded("finished")
+    said = "notes.txt"
+    if spoilt_by == "link":
+        moved = run.path.rename(tmp_path / "moved")
+        run.path.symlink_to(moved)
+        said = "is a link to"
+    else:
+        (run.path / "notes.txt").write_text("precious")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "1 of 1" in picture(app))
+        await press(pilot, "delete")
+        await until(pilot, lambda: any(said in words for words in told(app)))
+        assert not isinstance(app.screen, Confirm)
+
+    drive(app_of(mode="runs"), script)
+    assert run.config_toml.exists()
+
+
 def test_a_run_that_an_engine_works_on_is_not_deleted(recorded: Recorded) -> None:
     run = recorded("running")
 
@@ -362,7 +401,7 @@ def test_freeing_asks_only_where_going_on_would_take_longer(
     name: str, asks: bool, recorded: Recorded
 ) -> None:
     run = recorded(name)
-    run.cache_dir.joinpath("streams.raw").write_bytes(b"x" * 1000)
+    run.cache_dir.joinpath("streams-003-full.raw").write_bytes(b"x" * 1000)
 
     async def script(pilot: Play, app: EqatApp) -> None:
         await until(pilot, lambda: "1 of 1" in picture(app))
@@ -370,7 +409,7 @@ def test_freeing_asks_only_where_going_on_would_take_longer(
         if asks:
             await until(pilot, lambda: isinstance(app.screen, Confirm))
             await press(pilot, "y")
-        await until(pilot, lambda: not run.cache_dir.joinpath("streams.raw").exists())
+        await until(pilot, lambda: not run.cache_dir.joinpath("streams-003-full.raw").exists())
 
     drive(app_of(mode="runs"), script)
 
