@@ -14,10 +14,11 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+from waiting import NOBODY_ASKS, PATIENCE, hears, stands_still, wait_until
 
 from engine.run import config as configs
 from engine.run import events, launch
@@ -117,29 +118,27 @@ def failure(run: RunDirectory, code: int) -> events.Error:
 # -- processes -----------------------------------------------------------------------------------------
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.01)
-
-
 class Child:
     """An engine process."""
 
     def __init__(self, process: Any, run: RunDirectory) -> None:
         self.process, self.run, self.pid = process, run, int(process.pid)
 
-    def code(self, seconds: float = 60.0) -> int:
+    def code(self) -> int:
         """Wait for its end; negative for the signal that killed it."""
         if isinstance(self.process, subprocess.Popen):
-            return self.process.wait(seconds)
-        self.process.join(seconds)
+            return self.process.wait(PATIENCE)
+        self.process.join(PATIENCE)
         assert self.process.exitcode is not None, f"still running; {output(self.run)}"
         return int(self.process.exitcode)
 
     def send(self, number: int) -> None:
+        """Send a signal once the process hears it; when this returns, SIGSTOP has taken effect."""
+        if number not in NOBODY_ASKS:
+            self.until(lambda: hears(self.pid, number))
         os.kill(self.pid, number)
+        if number == signal.SIGSTOP:
+            wait_until(lambda: stands_still(self.pid))
 
     def alive(self) -> bool:
         if isinstance(self.process, subprocess.Popen):
@@ -151,9 +150,9 @@ class Child:
             self.process.kill()
         self.code()
 
-    def until(self, condition: Callable[[], object], seconds: float = 60.0) -> None:
+    def until(self, condition: Callable[[], object]) -> None:
         """Wait for something that this process must bring about."""
-        wait_until(lambda: condition() or not self.alive(), seconds)
+        wait_until(lambda: condition() or not self.alive())
         assert condition(), f"ended with {self.code()} before; {output(self.run)}"
 
 

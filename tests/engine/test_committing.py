@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from engine_runs import E, of
+from waiting import PATIENCE
 
 from engine.checkpoint import CheckpointStore
 from engine.checkpointer import Checkpoints
@@ -81,7 +82,7 @@ def test_an_abort_does_not_wait(checkpoints: Checkpoints, when: str) -> None:
     abort = StopRequested(abort=True, exit_code=ExitCode.ABORTED)
 
     def commit() -> object:
-        goes_on.wait(10)
+        goes_on.wait(PATIENCE)
         return real()
 
     def work() -> None:
@@ -139,6 +140,35 @@ def test_it_goes_on_as_soon_as_there_is_room(
 
     assert checkpoints.patiently(write, 100) == "written"
     assert not list(seen), "it waited until then"
+
+
+@pytest.mark.parametrize(
+    ("needed", "free", "words"),
+    [
+        (619 << 10, 0, "a checkpoint of 619 KiB does not fit into the 0 KiB free"),
+        (619 << 10, 618 << 10, "a checkpoint of 619 KiB does not fit into the 618 KiB free"),
+        (3 << 20, 5 << 30, "a checkpoint of 3 MiB does not fit into the 5.0 GiB free"),  # a quota
+    ],
+)
+def test_what_a_waiting_run_says_is_what_it_needs_and_what_was_free_when_it_looked(
+    checkpoints: Checkpoints, needed: int, free: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.checkpointer.shutil.disk_usage", lambda place: SimpleNamespace(free=free))
+    monkeypatch.setattr("engine.checkpointer.TRY_AGAIN_SECONDS", 0.0)
+    said: list[str] = []
+
+    def write() -> None:
+        said.append(checkpoints.report.waiting)
+        if len(said) < 3:
+            raise EqatError("no room", exit_code=ExitCode.DISK_FULL) from OSError(errno.ENOSPC, "no room")
+
+    checkpoints.patiently(write, needed)
+    assert said[0] == "", "nothing is said before it had to wait"
+    assert words in said[1]
+    assert str(checkpoints.store.directory) in said[1]
+    assert said[2] == said[1], "it is said once"
+    assert checkpoints.report.waiting == "", "it does not wait any more"
+    assert [event.message for event in told(checkpoints, events.Warning)] == [said[1]]
 
 
 def test_another_failure_is_raised(checkpoints: Checkpoints) -> None:

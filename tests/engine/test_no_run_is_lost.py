@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from engine_runs import Child, exported, make_run, of, output, run_here, start
+from waiting import PATIENCE, wait_until
 
 from engine.run import control, events, generations
 from engine.run.directory import RunDirectory, read_status, run_state
@@ -282,17 +283,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(place)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("a file system of its own can only be mounted by root")
+    mount(place)
     yield place
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def keep_full(path: Path, enough: Callable[[], bool], left: int = 16 << 10, seconds: float = 20.0) -> None:
+def mount(place: Path) -> None:
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "none", str(place)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a file system of its own can only be mounted by root")
+
+
+def keep_full(path: Path, enough: Callable[[], bool], left: int = 16 << 10) -> None:
     """Use up the file system, but for room for a few lines of text, until it is ``enough``: whenever a
     generation of checkpoints makes room for the next, that is used up, too."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE
     with path.open("ab", buffering=0) as file:
         while not enough():
             assert time.monotonic() < end
@@ -308,6 +313,11 @@ def waiting(run: RunDirectory) -> str:
     return status.waiting if status is not None else ""
 
 
+def kibibytes(number: str, unit: str) -> int:
+    """A size as it is told, in KiB."""
+    return int(number) * {"K": 1, "M": 1024}[unit]
+
+
 def test_a_full_disk_during_a_checkpoint_pauses_the_run_and_room_lets_it_go_on(
     small_disk: Path, engine: Engine, whole: Callable[..., dict[str, str]]
 ) -> None:
@@ -315,40 +325,50 @@ def test_a_full_disk_during_a_checkpoint_pauses_the_run_and_room_lets_it_go_on(
     child = engine(run)
     child.until(lambda: len(inside(run, "block_ap")) > 2)
     ballast = small_disk / "ballast"
-    # The status file cannot be written either: what the log could take is all there is to see.
+    keep_full(ballast, lambda: bool(waiting(run)))
+    generation = generations.newest(run.checkpoints_dir)
     begun = time.monotonic()
     keep_full(ballast, lambda: time.monotonic() > begun + 2)
-    generation = generations.newest(run.checkpoints_dir)
-    keep_full(ballast, lambda: time.monotonic() > begun + 4)
     assert child.alive(), output(run)
     assert run_state(run) == "running"
     assert generations.newest(run.checkpoints_dir) == generation
-    generations.read_generation(run.checkpoints_dir, generations.newest(run.checkpoints_dir))
+    generations.read_generation(run.checkpoints_dir, generation)
+    assert waiting(run)
     ballast.unlink()
     assert child.code() == 0, output(run)
     assert exported(run) == whole()
     assert [e.attempt for e in of(run, events.RunFinished)] == [1]
 
 
-def test_a_run_that_waits_for_room_says_so_and_can_be_stopped(small_disk: Path, engine: Engine) -> None:
-    """A quota on checkpoints only: their folder lies on the small disk, the rest of the run does not."""
-    run = make_run(small_disk.parent / "runs", OFTEN)
-    run.checkpoints_dir.rmdir()
-    (small_disk / "checkpoints").mkdir()
-    run.checkpoints_dir.symlink_to(small_disk / "checkpoints")
-    child = engine(run)
-    child.until(lambda: len(inside(run, "block_ap")) > 2)
-    keep_full(small_disk / "ballast", lambda: bool(waiting(run)), left=0)
-    assert "the disk is full" in waiting(run)
-    found = re.search(r"a checkpoint of (\d+) ([KM])iB does not fit into the (\d+) KiB free", waiting(run))
-    assert found
-    assert int(found[3]) <= int(found[1]) * {"K": 1, "M": 1024}[found[2]]
-    assert warnings(run, "disk_full")
-    assert child.alive()
-    control.request(run, "stop")
-    assert child.code() == 75
-    (small_disk / "ballast").unlink()
-    assert run_here(run) == 0
+def test_a_run_that_waits_for_room_says_so_and_can_be_stopped(make: Make, engine: Engine) -> None:
+    """A quota on checkpoints only: their folder is the small disk, the rest of the run is not.
+
+    How much is free when the engine looks is decided by the system: this test fills the disk, the engine
+    gives back what it could not finish, and either may come first. So the figure is held to the disk's size
+    here; what is said of which figure is decided in test_committing.py.
+    """
+    run = make(**OFTEN)
+    mount(run.checkpoints_dir)
+    try:
+        child = engine(run)
+        child.until(lambda: len(inside(run, "block_ap")) > 2)
+        keep_full(run.checkpoints_dir / "ballast", lambda: bool(waiting(run)), left=0)
+        said = waiting(run)
+        words = r"the disk is full: a checkpoint of (\d+) ([KM])iB does not fit into the (\d+) ([KM])iB free"
+        found = re.match(words, said)
+        assert found, said
+        assert 0 < kibibytes(*found.group(1, 2)) < 64 << 10
+        assert 0 <= kibibytes(*found.group(3, 4)) <= 64 << 10
+        assert str(run.checkpoints_dir) in said
+        wait_until(lambda: warnings(run, "disk_full"))
+        assert warnings(run, "disk_full")[0] == said
+        assert child.alive()
+        control.request(run, "stop")
+        assert child.code() == 75
+        (run.checkpoints_dir / "ballast").unlink()
+        assert run_here(run) == 0
+    finally:
+        subprocess.run(["umount", "--lazy", str(run.checkpoints_dir)], check=True)
 
 
 def test_an_event_log_that_cannot_be_written_does_not_end_the_training(

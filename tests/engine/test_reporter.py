@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_runs import Child, of
+from waiting import wait_until
 
 from engine import reporter as reporters
 from engine.reporter import Reporter
@@ -38,14 +39,50 @@ def report(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Repor
     made.close()
 
 
-def status_after(run: RunDirectory, moment: float = 0.2) -> Status:
-    time.sleep(moment)
+def written(run: RunDirectory) -> tuple[int, int] | None:
+    """Which file the status is; another one with every writing."""
+    try:
+        found = run.status_path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def status_after(run: RunDirectory) -> Status:
+    """A status that was made after now: the first one that is written may have been made before."""
+    for _ in range(2):
+        before = written(run)
+        wait_until(lambda before=before: written(run) != before)
     status = read_status(run)
     assert status is not None
     return status
 
 
+class Clock:
+    """Time as the reporter takes it, which passes when a test says so and not when the machine is busy."""
+
+    def __init__(self) -> None:
+        self.now = time.monotonic()
+        self.time = time.time
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(reporters, "time", made)
+    return made
+
+
 # -- a real run ----------------------------------------------------------------------------------------
+
+
+def seconds_per_step(run: RunDirectory, status: Status) -> float:
+    """What a step of Block-AP had taken on average when this was the status."""
+    (began,) = [event.t for event in of(run, events.PhaseStarted) if event.phase == "block_ap"]
+    return (status.heartbeat - began) / ((status.block or 0) * (status.steps or 0) + (status.step or 0))
 
 
 def test_while_an_engine_trains_its_heartbeat_its_estimate_and_its_readings_go_on(
@@ -67,21 +104,23 @@ def test_while_an_engine_trains_its_heartbeat_its_estimate_and_its_readings_go_o
     assert child.code() == 75
 
     beats = sorted(seen)
-    assert max(b - a for a, b in itertools.pairwise(beats)) < 10
+    assert max(later - earlier for earlier, later in itertools.pairwise(beats)) < reporters.GRACE_SECONDS
     assert all(status.pid == child.pid for status in seen.values())
     assert all(status.events_dropped == 0 for status in seen.values())
     told = [beat for beat in beats if seen[beat].step]
     estimates = [seen[beat].eta_s for beat in told]
     assert len(estimates) >= 3
     assert all(eta is not None and 0 < eta < 3600 for eta in estimates)
-    # They go by what the machine does at that moment; the whole stays about the same.
+    # They go by what the machine does, and how fast it is at a moment is decided by the system: the whole
+    # grows and shrinks with the seconds that a step has taken until then.
+    paces = [seconds_per_step(run, seen[beat]) for beat in told]
     wholes = [beat - beats[0] + (seen[beat].eta_s or 0.0) for beat in told]
-    assert wholes[-1] < 2 * wholes[0]
+    assert wholes[-1] / paces[-1] < 2 * wholes[0] / paces[0]
 
     started, finished = of(run, events.RunStarted)[0], of(run, events.RunFinished)[0]
     seconds = finished.mono - started.mono
     readings = of(run, events.Memory)
-    assert 0.6 * seconds - 1 <= len(readings) <= 1.2 * seconds + 1, "about one a second"
+    assert 2 <= len(readings) <= 1.2 * seconds + 1, "at most one a second"
     for reading in readings:
         assert reading.host_used is not None
         assert reading.host_peak is not None
@@ -110,7 +149,7 @@ def test_a_loop_that_no_longer_beats_is_seen_although_the_status_is_still_writte
 ) -> None:
     report.checkpoint_requested()
     first = status_after(run)
-    later = status_after(run, 0.3)
+    later = status_after(run)
     assert later.heartbeat == first.heartbeat, "the thread that writes the status must not beat for the loop"
     report.checkpoint_requested()
     assert status_after(run).heartbeat > first.heartbeat
@@ -138,7 +177,9 @@ def test_an_announced_silence_is_not_taken_for_a_hang(run: RunDirectory, report:
 # -- estimate ------------------------------------------------------------------------------------------
 
 
-def test_the_estimate_is_none_before_the_first_step_then_falls_as_steps_are_made(report: Reporter) -> None:
+def test_the_estimate_is_none_before_the_first_step_then_falls_as_steps_are_made(
+    clock: Clock, report: Reporter
+) -> None:
     report.begin(["prepare", "block_ap", "export"], {"prepare": 0.01, "block_ap": 0.4, "export": 0.1})
     with report.phase("prepare"):
         assert report.eta_seconds() is None
@@ -147,32 +188,32 @@ def test_the_estimate_is_none_before_the_first_step_then_falls_as_steps_are_made
         for block in range(2):
             report.block_started(block, 2)
             for step in range(1, 5):
-                time.sleep(0.05)
+                clock.now += 0.05
                 report.metric(step=step, steps=4, epoch=0, loss=1.0)
                 estimates.append(report.eta_seconds())
             report.block_finished()
     found = [eta for eta in estimates if eta is not None]
     assert len(found) == 8
     assert all(math.isfinite(eta) and eta >= 0 for eta in found)
-    assert found[-1] < found[0]
-    # Half of the phase took 0.2 s: 0.2 s are left of it, and an export that was planned as a quarter of it.
-    assert 0.15 < found[3] < 0.9
+    assert found == sorted(found, reverse=True)
+    # Half of the phase took 0.2 s as planned: 0.2 s are left of it, and an export of 0.1 s.
+    assert found[3] == pytest.approx(0.3, rel=0.1)
 
 
-def test_blocks_that_were_restored_do_not_make_the_rest_look_quick(report: Reporter) -> None:
+def test_blocks_that_were_restored_do_not_make_the_rest_look_quick(clock: Clock, report: Reporter) -> None:
     report.begin(["block_ap"], {"block_ap": 10.0})
     with report.phase("block_ap"):
         for block in range(8):
             report.block_started(block, 10)
+            clock.now += 0.01
             report.block_finished(restored=True)
         report.block_started(8, 10)
         assert report.eta_seconds() is None
-        time.sleep(0.4)
+        clock.now += 0.4
         report.metric(step=2, steps=4, epoch=0, loss=1.0)
         eta = report.eta_seconds()
-        assert eta is not None
         # Half a block took 0.4 s, one and a half are left.
-        assert 0.9 < eta < 2.5
+        assert eta == pytest.approx(1.2)
 
 
 def test_the_estimate_never_fails_whatever_the_phases_do(report: Reporter) -> None:
@@ -221,14 +262,15 @@ def test_peaks_belong_to_their_phase() -> None:
 
 
 def test_readings_come_once_a_second_until_it_is_closed(tmp_path: Path) -> None:
-    heard: list[events.Memory] = []
-    telemetry = Telemetry(CPU, tmp_path, heard.append)
-    time.sleep(3.4)
+    """How late one comes is decided by the system; that none comes early, and none afterwards, is not."""
+    heard: list[float] = []
+    telemetry = Telemetry(CPU, tmp_path, lambda reading: heard.append(time.monotonic()))
+    began = time.monotonic()
+    wait_until(lambda: len(heard) >= 3)
     telemetry.close()
-    count = len(heard)
-    assert 2 <= count <= 4
-    time.sleep(1.2)
-    assert len(heard) == count
+    assert all(later - earlier > 0.95 for earlier, later in itertools.pairwise([began, *heard]))
+    threads = [thread.name for thread in threading.enumerate()]
+    assert "telemetry" not in threads, "nothing reads any more"
 
 
 def test_where_it_is_can_be_said_in_words(report: Reporter) -> None:
