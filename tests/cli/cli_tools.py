@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from waiting import PATIENCE, handles, wait_until
 
 from engine.run import events
 from engine.run.directory import RunDirectory
@@ -89,14 +91,16 @@ with RunLock(run.lock_path), EventWriter(run.events_path, this_attempt(run)) as 
     writer.emit(events.PhaseStarted(phase="block_ap", index=0, phases=1))
     writer.emit(events.BlockStarted(phase="block_ap", block=0, blocks=4))
     ignored = set()
-    for step in range(1, 1201):
+    steps = 12000  # ten minutes: on a busy machine whoever looks at it takes his time
+    for step in range(1, steps + 1):
         write_status(run, Status(
             phase="block_ap", heartbeat=time.time(), pid=os.getpid(), eta_s=90.0,
             grace_s=1.0 if mode == "hangs" else 120.0,
-            waiting="the disk is full" if mode == "waits" and 3 <= step < 100 else "",
+            waiting="the disk is full" if mode == "waits" and step >= 3 else "",
         ))
         writer.emit(events.Metric(
-            phase="block_ap", block=0, step=step, steps=1200, epoch=0, loss=1 / step, tokens_per_second=1234.0
+            phase="block_ap", block=0, step=step, steps=steps, epoch=0, loss=1 / step,
+            tokens_per_second=1234.0,
         ))
         writer.flush()
         if step == 3 and mode == "dies":
@@ -147,9 +151,12 @@ def start_eqat(where: Path, script: str, *arguments: str, **extra: str) -> subpr
     )
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
-    """Until ``condition`` holds; a test that waits in vain fails."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.02)
+def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What it printed and what it told, once it has ended."""
+    return process.communicate(timeout=PATIENCE)
+
+
+def follows(process: subprocess.Popen[str]) -> None:
+    """Wait until ``eqat`` follows a run, and so takes signals for itself: SIGUSR1's handler comes last."""
+    wait_until(lambda: handles(process.pid, signal.SIGUSR1) or process.poll() is not None)
+    assert process.poll() is None, process.communicate()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cli_tools import Eqat, environment, story
+from waiting import PATIENCE
 
 from engine.run.config import load, resolve
 from engine.run.directory import RunDirectory
@@ -19,7 +20,7 @@ from engine.run.events import EventWriter
 def eqat(tmp_path: Path) -> Eqat:
     """Run ``eqat ARGUMENTS`` in ``tmp_path`` and return what it printed and its exit code."""
 
-    def call(*arguments: str, timeout: float = 120, **extra: str) -> subprocess.CompletedProcess[str]:
+    def call(*arguments: str, timeout: float = PATIENCE, **extra: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "eqat_tui", *arguments],
             cwd=tmp_path,

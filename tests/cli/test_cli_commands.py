@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cli_tools import Eqat, environment
+from waiting import PATIENCE
 
 from engine.run.config import preset_names
 from engine.run.directory import RunDirectory
@@ -216,7 +217,7 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path, new_run: Callabl
         env=environment(),
         stdout=write,
         stderr=subprocess.PIPE,
-        timeout=60,
+        timeout=PATIENCE,
     )
     os.close(write)
     assert result.stderr == b""

@@ -21,7 +21,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cli_tools import EQAT_WITH_SCRIPTED_ENGINE, SCRIPTED_ENGINE, Eqat, environment, start_eqat, wait_until
+from cli_tools import (
+    EQAT_WITH_SCRIPTED_ENGINE,
+    SCRIPTED_ENGINE,
+    Eqat,
+    ended,
+    environment,
+    follows,
+    start_eqat,
+)
+from waiting import PATIENCE, wait_until, waits
 
 from engine.run.directory import RunDirectory, holder, list_runs, run_state
 from engine.run.errors import PreflightError
@@ -50,7 +59,7 @@ def working_run(where: Path) -> RunDirectory:
 
 
 def test_a_run_is_followed_to_its_report(tmp_path: Path) -> None:
-    out, err = start_eqat(tmp_path, "finishes", *RUN).communicate(timeout=60)
+    out, err = ended(start_eqat(tmp_path, "finishes", *RUN))
     assert "run 20" in err
     assert "Block-AP [1/1]" in err
     assert "✓ Block-AP: 0.2 s, peak memory 1.00 GiB" in err
@@ -61,7 +70,7 @@ def test_a_run_is_followed_to_its_report(tmp_path: Path) -> None:
 
 def test_json_of_a_run_is_one_document_on_stdout(tmp_path: Path) -> None:
     process = start_eqat(tmp_path, "finishes", *RUN, "--json")
-    out, _ = process.communicate(timeout=60)
+    out, _ = ended(process)
     shown = json.loads(out)
     assert (shown["state"], process.returncode) == ("done", 0)
     assert shown["perplexity"]["block_ap"] == 23.67
@@ -69,7 +78,7 @@ def test_json_of_a_run_is_one_document_on_stdout(tmp_path: Path) -> None:
 
 def test_detach_prints_the_id_and_returns_while_the_engine_works(tmp_path: Path) -> None:
     process = start_eqat(tmp_path, "works", *RUN, "--detach")
-    out, err = process.communicate(timeout=60)
+    out, err = ended(process)
     run = working_run(tmp_path)
     assert (out, err, process.returncode) == (f"{run.id}\n", "", 0)
     assert run_state(run) == "running"
@@ -79,7 +88,7 @@ def test_first_interrupt_stops_resumably_and_follows_to_the_end(tmp_path: Path) 
     process = start_eqat(tmp_path, "works", *RUN)
     run = working_run(tmp_path)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = ended(process)
     assert process.returncode == 75
     assert run_state(run) == "stopped"
     assert "stopping at the next step" in err
@@ -93,7 +102,7 @@ def test_second_interrupt_aborts(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     wait_until(lambda: load_state(run).acknowledged)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = ended(process)
     assert (process.returncode, run_state(run)) == (130, "aborted")
     assert "aborting" in err
 
@@ -102,9 +111,9 @@ def test_resume_starts_the_next_attempt_and_does_not_retell_the_first(tmp_path: 
     process = start_eqat(tmp_path, "works", *RUN)
     run = working_run(tmp_path)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    ended(process)
     process = start_eqat(tmp_path, "finishes", "resume", "latest")
-    out, err = process.communicate(timeout=60)
+    out, err = ended(process)
     assert (process.returncode, load_state(run).attempt) == (0, 2)
     assert "the engine will stop" not in err
     assert "23.67" in out
@@ -112,7 +121,7 @@ def test_resume_starts_the_next_attempt_and_does_not_retell_the_first(tmp_path: 
 
 def test_a_failing_run_shows_its_error_and_returns_its_exit_code(tmp_path: Path) -> None:
     process = start_eqat(tmp_path, "fails", *RUN)
-    out, err = process.communicate(timeout=60)
+    out, err = ended(process)
     assert process.returncode == 4
     assert "error: data.source: too little text (give more)" in err
     assert err.count("error:") == 1, "the error is told once"
@@ -121,7 +130,7 @@ def test_a_failing_run_shows_its_error_and_returns_its_exit_code(tmp_path: Path)
 
 def test_an_engine_that_is_killed_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
     process = start_eqat(tmp_path, "dies", *RUN)
-    _, err = process.communicate(timeout=60)
+    _, err = ended(process)
     assert process.returncode == 128 + signal.SIGKILL
     assert "SIGKILL" in err
     assert "Fatal: something terrible" in err
@@ -130,18 +139,18 @@ def test_an_engine_that_is_killed_is_reported_with_the_end_of_its_log(tmp_path: 
 
 def test_an_engine_that_never_gets_to_its_first_event_is_reported_too(tmp_path: Path) -> None:
     process = start_eqat(tmp_path, "dies early", *RUN)
-    _, err = process.communicate(timeout=60)
+    _, err = ended(process)
     assert process.returncode == 1
     assert "no module named nonsense" in err
 
 
 def test_attach_follows_and_its_interrupt_leaves_the_run_alone(tmp_path: Path) -> None:
-    start_eqat(tmp_path, "works", *RUN, "--detach").communicate(timeout=60)
+    ended(start_eqat(tmp_path, "works", *RUN, "--detach"))
     run = working_run(tmp_path)
     process = start_eqat(tmp_path, "works", "attach", "latest")
-    time.sleep(1.5)
+    follows(process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = ended(process)
     assert process.returncode == 0
     assert "the engine goes on" in err
     assert run_state(run) == "running"
@@ -153,7 +162,7 @@ def test_a_signal_to_whoever_started_the_run_stops_it_resumably(tmp_path: Path, 
     process = start_eqat(tmp_path, "works", *RUN)
     run = working_run(tmp_path)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = ended(process)
     assert process.returncode == 75
     assert f"eqat resume {run.id}" in err
     assert run_state(run) == "stopped"
@@ -165,7 +174,7 @@ def test_a_second_sigterm_aborts_like_a_second_interrupt(tmp_path: Path) -> None
     process.terminate()
     wait_until(lambda: load_state(run).acknowledged)
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    _, err = ended(process)
     assert (process.returncode, run_state(run)) == (130, "aborted")
     assert f"eqat resume {run.id}" in err
 
@@ -177,23 +186,24 @@ def test_warnings_of_a_batch_system_and_the_sigterm_after_them_are_one_stop_and_
     run = working_run(tmp_path)
     for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
         process.send_signal(number)
+        wait_until(lambda number=number: not waits(process.pid, number))
         wait_until(lambda: load_state(run).acknowledged)
-        time.sleep(0.5)
+        time.sleep(0.5)  # whether it acts on it a second time shows only in what does not happen
     assert [event.request for event in load_state(run).acknowledged] == ["stop"]
     assert run_state(run) == "running"
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    _, err = ended(process)
     assert (process.returncode, run_state(run)) == (130, "aborted")
     assert err.count("stopping at the next step") == 1
 
 
 def test_a_signal_to_a_viewer_leaves_the_run_alone(tmp_path: Path) -> None:
-    start_eqat(tmp_path, "works", *RUN, "--detach").communicate(timeout=60)
+    ended(start_eqat(tmp_path, "works", *RUN, "--detach"))
     run = working_run(tmp_path)
     process = start_eqat(tmp_path, "works", "attach", "latest")
-    time.sleep(1.5)
+    follows(process)
     process.terminate()
-    _, err = process.communicate(timeout=60)
+    _, err = ended(process)
     assert process.returncode == 0
     assert "the engine goes on" in err
     assert run_state(run) == "running"
@@ -208,18 +218,20 @@ def test_a_full_disk_is_told_while_it_lasts_and_not_of_an_engine_that_is_gone(
     assert "paused    the disk is full" in re.sub(" {2,}", "    ", eqat("show", "latest").stdout)
     assert "paused (disk full)" in eqat("runs").stdout
     process.kill()
-    os.kill(holder(run.lock_path) or 0, signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    pid = holder(run.lock_path)
+    assert pid
+    os.kill(pid, signal.SIGKILL)
+    _, err = ended(process)
     assert err.count("paused: the disk is full") == 1
     wait_until(lambda: run_state(run) == "crashed")
     assert json.loads(eqat("show", "latest", "--json").stdout)["waiting"] is None
-    out, err = start_eqat(tmp_path, "finishes", "resume", "latest").communicate(timeout=60)
+    out, err = ended(start_eqat(tmp_path, "finishes", "resume", "latest"))
     assert "paused" not in err
     assert "23.67" in out
 
 
 def test_a_hung_engine_is_named_and_can_be_killed_and_the_run_goes_on(tmp_path: Path, eqat: Eqat) -> None:
-    start_eqat(tmp_path, "hangs", *RUN, "--detach").communicate(timeout=60)
+    ended(start_eqat(tmp_path, "hangs", *RUN, "--detach"))
     run = working_run(tmp_path)
     wait_until(lambda: run_state(run) == "hung")
     asked = eqat("stop", "latest")
@@ -232,7 +244,7 @@ def test_a_hung_engine_is_named_and_can_be_killed_and_the_run_goes_on(tmp_path: 
     assert f"killed process {pid}" in killed.stderr
     assert f"eqat resume {run.id}" in killed.stderr
     again = start_eqat(tmp_path, "finishes", "resume", "latest")
-    again.communicate(timeout=60)
+    ended(again)
     assert again.returncode == 0, "the stop that the hung engine never heard does not stop the next one"
     refused = eqat("stop", "latest", "--kill")
     assert (refused.returncode, "not running" in refused.stderr) == (2, True)
@@ -276,7 +288,7 @@ def test_nobody_else_may_write_into_a_run_or_the_folders_made_for_it(
 @pytest.mark.skipif(shutil.which("tmux") is None, reason="there is no tmux")
 def test_a_terminal_that_hangs_up_under_tmux_changes_nothing(tmp_path: Path) -> None:
     """The session is killed while `eqat run` shows the run in it; the real engine goes on to the end."""
-    tmux = ["tmux", "-L", f"eqat-{os.getpid()}", "-f", "/dev/null"]
+    tmux = ["tmux", "-L", f"eqat-hang-up-{os.getpid()}", "-f", "/dev/null"]
     command = shlex.join([sys.executable, "-m", "eqat_tui", *RUN, "--set", "block_ap.epochs=12"])
     subprocess.run(
         [*tmux, "new-session", "-d", "-x", "80", "-y", "24", f"cd {tmp_path} && {command}"],
@@ -285,13 +297,13 @@ def test_a_terminal_that_hangs_up_under_tmux_changes_nothing(tmp_path: Path) -> 
     )
     try:
         run = working_run(tmp_path)
-        screen = subprocess.run(
-            [*tmux, "capture-pane", "-p"], capture_output=True, text=True, check=True
-        ).stdout
-        assert run.id[-4:] in screen
+        look = [*tmux, "capture-pane", "-p"]
+        wait_until(
+            lambda: run.id[-4:] in subprocess.run(look, capture_output=True, text=True, check=True).stdout
+        )
     finally:
         subprocess.run([*tmux, "kill-server"], check=False)
-    wait_until(lambda: run_state(run) != "running", seconds=120)
+    wait_until(lambda: run_state(run) != "running")
     assert run_state(run) == "done"
     assert [event.attempt for event in load_state(run).exports.values()] == [1]
 
@@ -299,13 +311,13 @@ def test_a_terminal_that_hangs_up_under_tmux_changes_nothing(tmp_path: Path) -> 
 def test_stop_and_wait_returns_when_the_engine_is_gone_and_attach_exits_as_the_run(
     tmp_path: Path, eqat: Eqat
 ) -> None:
-    start_eqat(tmp_path, "works", *RUN, "--detach").communicate(timeout=60)
+    ended(start_eqat(tmp_path, "works", *RUN, "--detach"))
     run = working_run(tmp_path)
     watcher = start_eqat(tmp_path, "works", "attach", "latest")
-    time.sleep(0.5)
+    follows(watcher)
     stopped = eqat("stop", "latest", "--wait")
     assert (stopped.returncode, run_state(run)) == (0, "stopped")
-    watcher.communicate(timeout=60)
+    ended(watcher)
     assert watcher.returncode == 75
 
 
@@ -342,7 +354,7 @@ def terminal_output(where: Path, **extra: str) -> str:
         while chunk := os.read(terminal, 65536):
             seen += chunk
     os.close(terminal)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=PATIENCE) == 0
     return seen.decode()
 
 
@@ -361,6 +373,6 @@ def test_no_color_means_no_colour(tmp_path: Path) -> None:
 
 
 def test_without_a_terminal_there_are_no_control_codes(tmp_path: Path) -> None:
-    out, err = start_eqat(tmp_path, "finishes", *RUN, FORCE_COLOR="1").communicate(timeout=60)
+    out, err = ended(start_eqat(tmp_path, "finishes", *RUN, FORCE_COLOR="1"))
     assert "\x1b" not in out + err
     assert "\r" not in out + err

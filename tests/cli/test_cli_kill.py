@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli_tools import Eqat, start_eqat, wait_until
+from cli_tools import Eqat, ended, start_eqat
+from waiting import stands_still, wait_until
 
 from engine.run.directory import RunDirectory, holder, list_runs, run_state
 from engine.run.state import load_state
@@ -21,7 +22,7 @@ OLD = 1_000_000_000
 @pytest.fixture
 def engine(tmp_path: Path) -> Iterator[RunDirectory]:
     """A run at work, by an engine that trains nothing."""
-    start_eqat(tmp_path, "works", "run", "smoke", "--device", "cpu", "--detach").communicate(timeout=60)
+    ended(start_eqat(tmp_path, "works", "run", "smoke", "--device", "cpu", "--detach"))
     (run,) = list_runs(tmp_path / "runs")
     wait_until(lambda: (load_state(run).step or 0) >= 2)
     pid = holder(run.lock_path)
@@ -36,6 +37,7 @@ def hang(run: RunDirectory) -> int:
     pid = holder(run.lock_path)
     assert pid
     os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: stands_still(pid))  # before that it may still write its status
     status = json.loads(run.status_path.read_bytes())
     run.status_path.write_text(json.dumps({**status, "heartbeat": OLD}))
     os.utime(run.lock_path, (OLD, OLD))
@@ -63,7 +65,7 @@ def test_a_killed_run_goes_on(eqat: Eqat, tmp_path: Path, engine: RunDirectory) 
     hang(engine)
     assert eqat("stop", "latest", "--kill").returncode == 0
     resumed = start_eqat(tmp_path, "finishes", "resume", "latest")
-    resumed.communicate(timeout=60)
+    ended(resumed)
     assert (resumed.returncode, load_state(engine).attempt) == (0, 2)
 
 
@@ -81,6 +83,6 @@ def test_what_a_killed_engine_waited_for_is_not_shown_of_the_next(
     status = json.loads(engine.status_path.read_bytes())
     engine.status_path.write_text(json.dumps({**status, "waiting": "the disk is full: so it was"}))
     process = start_eqat(tmp_path, "finishes", "resume", "latest")
-    _, err = process.communicate(timeout=60)
+    _, err = ended(process)
     assert process.returncode == 0
     assert "the disk is full" not in err

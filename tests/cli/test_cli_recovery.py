@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from cli_tools import Eqat, environment
 from engine_runs import start
+from waiting import PATIENCE
 
 from engine.data.tokens import default_cache_dir
 from engine.run import generations
@@ -170,7 +171,7 @@ def test_rm_asks_on_a_terminal(eqat: Eqat, tmp_path: Path, finished_run: RunDire
             stderr=subprocess.PIPE,
         )
         os.write(ours, answer)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=PATIENCE)
         assert b"Delete" in err
         assert (not finished_run.path.exists()) == gone
 
@@ -187,7 +188,7 @@ def test_the_end_of_input_deletes_nothing_and_a_run_named_twice_is_deleted_once(
         stderr=subprocess.PIPE,
     )
     os.write(ours, b"\x04")
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0
     assert b"nothing was deleted" in err
     assert b"Traceback" not in err

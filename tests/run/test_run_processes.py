@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from engine.run import config as configs
 from engine.run import control, launch
@@ -50,13 +51,6 @@ def python() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 def said(child: subprocess.Popen[str]) -> str:
     assert child.stdout is not None
     return child.stdout.readline().strip()
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.02)
 
 
 # -- lock ----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from textual.app import App
 from textual.pilot import Pilot
 from textual.screen import Screen
 from textual.widgets import Input
+from waiting import PATIENCE
 
 from engine.run.directory import RunDirectory, Status
 from eqat_tui.app import EqatApp
@@ -43,9 +45,10 @@ def drive(app: EqatApp, script: Script, size: tuple[int, int] = (80, 24)) -> Non
     asyncio.run(run())
 
 
-async def until(pilot: Pilot[Any], condition: Callable[[], bool], seconds: float = 10.0) -> None:
+async def until(pilot: Pilot[Any], condition: Callable[[], bool]) -> None:
     """Let the app go on until ``condition`` holds; a test that waits in vain fails with the screen."""
-    for _ in range(round(seconds / 0.02)):
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
         if condition():
             return
         await pilot.pause(0.02)
@@ -66,7 +69,8 @@ async def shown(pilot: Pilot[Any]) -> None:
 async def settled(pilot: Pilot[Any]) -> str:
     """The screen once it has stopped changing; on a busy machine what belongs to it comes in parts."""
     same, before = 0, picture(pilot.app)
-    for _ in range(200):
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
         await pilot.pause(0.04)
         now = picture(pilot.app)
         same, before = (same + 1 if now == before else 0), now

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+from waiting import PATIENCE, handles, wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 # Without compiled files every start compiles the program again, which is no start of a user.
@@ -101,7 +102,8 @@ class PtyApp:
         os.write(self._fd, keys.encode())
 
     def signal(self, number: int) -> None:
-        """Send the app a signal."""
+        """Send the app a signal, once it has a handler for it."""
+        wait_until(lambda: handles(self.pid, number))
         os.kill(self.pid, number)
 
     def read(self, seconds: float, until: bytes | None = None) -> bytes:
@@ -123,7 +125,16 @@ class PtyApp:
         self.output += got
         return got
 
-    def settle(self, silence: float = 0.6, seconds: float = 20.0) -> None:
+    def sees(self, words: bytes) -> None:
+        """Read until it writes ``words``; a test that waits in vain fails with what it wrote instead."""
+        got = self.read(PATIENCE, until=words)
+        assert words in got, f"did not happen in time; it wrote\n{got.decode(errors='replace')}"
+
+    def rest(self) -> bytes:
+        """What it wrote before it ended."""
+        return self.read(PATIENCE)
+
+    def settle(self, silence: float = 0.6, seconds: float = PATIENCE) -> None:
         """Read until it has written nothing for a while: what it had to catch up with is done."""
         deadline = time.monotonic() + seconds
         while self.read(silence) and time.monotonic() < deadline:
@@ -149,9 +160,9 @@ class PtyApp:
         times = psutil.Process(self.pid).cpu_times()
         return times.user + times.system
 
-    def end(self, seconds: float = 20.0) -> int | None:
+    def end(self) -> int | None:
         """Wait for its end; the exit code, negative for a signal."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + PATIENCE
         while True:
             code = self._process.poll()
             if code is not None:

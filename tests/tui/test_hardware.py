@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from waiting import PATIENCE
 
 from eqat_tui.hardware import Sampler
 
@@ -106,12 +107,12 @@ def test_host_numbers_are_those_of_this_machine(tmp_path: Path) -> None:
 
 def test_our_engines_are_found_with_their_run(tmp_path: Path) -> None:
     run = tmp_path / "20251124-1600-tiny"
-    code = "import time; time.sleep(60)"
+    code = "import time; time.sleep(600)"
     # What an engine looks like from outside, without importing torch.
     child = subprocess.Popen([sys.executable, "-c", code, "-m", "engine", str(run)])
     try:
         found: dict[int, str] = {}
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while child.pid not in found and time.monotonic() < deadline:
             found = {one.pid: one.run for one in Sampler(tmp_path).sample().engines}
         assert found[child.pid] == run.name

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from pty_app import NOT_OURS, REPOSITORY
+from waiting import PATIENCE, wait_until
 
 from engine.run.config import apply_overrides, load, resolve
 from engine.run.directory import RunDirectory, list_runs, run_state
@@ -32,7 +33,7 @@ class Tmux:
 
     def __init__(self, cwd: Path) -> None:
         self.cwd = cwd
-        self.socket = f"eqat-{os.getpid()}"
+        self.socket = f"eqat-keyboard-{os.getpid()}"
 
     def __call__(self, *arguments: str) -> str:
         kept = {name: value for name, value in os.environ.items() if name not in NOT_OURS}
@@ -69,10 +70,7 @@ class Tmux:
 
     def is_gone(self) -> None:
         """The session has ended, and with it whatever ran in it."""
-        deadline = time.monotonic() + 10
-        while "one" in self("list-sessions"):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_until(lambda: "one" not in self("list-sessions"))
 
     def press(self, *keys: str) -> None:
         for key in keys:
@@ -88,7 +86,7 @@ class Tmux:
         """Press ``key`` until it has its effect: the one before it may still have been at work."""
         for _ in range(5):
             self.press(key)
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + PATIENCE / 6
             while time.monotonic() < deadline:
                 if words in self.screen():
                     return
@@ -98,7 +96,7 @@ class Tmux:
     def screen(self) -> str:
         return self("capture-pane", "-t", "one", "-p")
 
-    def until(self, condition: Callable[[str], bool], seconds: float = 30.0) -> str:
+    def until(self, condition: Callable[[str], bool], seconds: float = PATIENCE) -> str:
         """The screen, once ``condition`` holds for it."""
         deadline = time.monotonic() + seconds
         while True:
@@ -108,7 +106,7 @@ class Tmux:
             assert time.monotonic() < deadline, f"did not happen in time; the screen shows\n{screen}"
             time.sleep(0.1)
 
-    def sees(self, words: str, seconds: float = 30.0) -> str:
+    def sees(self, words: str, seconds: float = PATIENCE) -> str:
         return self.until(lambda screen: words in screen, seconds)
 
 
@@ -136,10 +134,8 @@ def headless(folder: Path) -> RunDirectory:
     config = resolve(apply_overrides(load("smoke"), changes))
     run = RunDirectory.create(folder, config)
     launch(run)
-    deadline = time.monotonic() + 120
-    while (state := run_state(run)) != "done":
-        assert time.monotonic() < deadline, state
-        time.sleep(0.2)
+    wait_until(lambda: run_state(run) not in ("created", "running"))
+    assert run_state(run) == "done"
     return run
 
 
@@ -173,13 +169,14 @@ def test_a_run_from_setup_to_export_with_the_keyboard_only(tmux: Tmux, tmp_path:
 
     tmux.open("attach", "latest")
     tmux.sees("loss of block")
+    tmux.sees("▶ running")
     tmux.press("p")
     tmux.sees("■ stopped")
     assert load_state(run).exit_code == 75
     assert any(row.finished for row in load_state(run).phases if row.name == "evaluate_fp")
     tmux.press("r")
     tmux.sees("attempt 2")
-    tmux.sees("finished", seconds=90)
+    tmux.sees("finished")
 
     tmux.press("3")
     tmux.sees("quality")
@@ -188,10 +185,7 @@ def test_a_run_from_setup_to_export_with_the_keyboard_only(tmux: Tmux, tmp_path:
     tmux.press("Tab")
     tmux.type("mine")
     tmux.press("Enter")
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "mine").is_dir():
-        assert time.monotonic() < deadline, tmux.screen()
-        time.sleep(0.1)
+    wait_until((tmp_path / "mine").is_dir)
     tmux.sees("copied to")
     tmux.press("q")
     tmux.is_gone()

@@ -21,10 +21,10 @@ RUN = "20251124-1600-tiny-llama-w4g32-0001"
 def test_a_signal_leaves_the_terminal_clean_and_the_run_alone(number: int, tmp_path: Path) -> None:
     run = make_run(tmp_path / "runs", None, name=RUN)
     with LiveEngine(run), PtyApp(["attach", run.id], cwd=tmp_path) as app:
-        app.read(20.0, until=b"Block-AP")
+        app.sees(b"Block-AP")
         app.signal(number)
         assert app.end() == 128 + number
-        app.read(0.5)
+        app.rest()
         for sequence in (LEAVES_ALTERNATE_SCREEN, SHOWS_CURSOR, MOUSE_OFF):
             assert sequence in app.output
         assert f"eqat attach {run.id[-4:]} shows it again".encode() in app.output
@@ -34,10 +34,10 @@ def test_a_signal_leaves_the_terminal_clean_and_the_run_alone(number: int, tmp_p
 def test_quitting_says_how_to_come_back(tmp_path: Path) -> None:
     run = make_run(tmp_path / "runs", None, name=RUN)
     with LiveEngine(run), PtyApp(["attach", run.id], cwd=tmp_path) as app:
-        app.read(20.0, until=b"Block-AP")
+        app.sees(b"Block-AP")
         app.type("q")
         assert app.end() == 0
-        app.read(0.5)
+        app.rest()
         assert LEAVES_ALTERNATE_SCREEN in app.output
         assert f"{run.id} goes on;".encode() in app.output
 
@@ -50,13 +50,13 @@ def test_several_viewers_watch_the_same_run(tmp_path: Path) -> None:
         PtyApp(["attach", run.id, "--read-only"], cwd=tmp_path, size=(60, 20)) as other,
     ):
         for viewer in (one, other):
-            assert b"Block-AP" in viewer.read(20.0, until=b"Block-AP")
+            viewer.sees(b"Block-AP")
 
 
 def test_every_size_and_every_resize_is_survived(tmp_path: Path) -> None:
     run = make_run(tmp_path / "runs", None, name=RUN)
     with LiveEngine(run), PtyApp(["attach", run.id], cwd=tmp_path) as app:
-        app.read(20.0, until=b"Block-AP")
+        app.sees(b"Block-AP")
         for key in "12345":
             app.type(key)
             for size in ((200, 50), (60, 20), (20, 5), (1, 1), (300, 100), (80, 24)):
@@ -64,7 +64,7 @@ def test_every_size_and_every_resize_is_survived(tmp_path: Path) -> None:
                 app.read(0.12)
         app.settle()
         app.type("2")
-        assert b"Block-AP" in app.read(20.0, until=b"Block-AP")
+        app.sees(b"Block-AP")
         app.type("q")
         assert app.end() == 0
 

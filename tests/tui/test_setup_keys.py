@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from app_tools import app_of, asked, drive, picture, press, told, until
 from textual.pilot import Pilot
+from waiting import PATIENCE
 
 from engine.run import plan as planning
 from engine.run.directory import RunDirectory
@@ -71,7 +72,7 @@ def test_a_plan_of_earlier_settings_starts_nothing(monkeypatch: pytest.MonkeyPat
     may_plan, real = threading.Event(), planning.make_plan
 
     def slow(*args: Any, **kwargs: Any) -> Any:
-        may_plan.wait(10)
+        may_plan.wait(PATIENCE)
         return real(*args, **kwargs)
 
     async def script(pilot: Play, app: EqatApp) -> None:

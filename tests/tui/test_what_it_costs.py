@@ -41,31 +41,45 @@ def test_following_a_run_stays_in_the_budget(
     seconds = 6.0
     allowed = 0.02 * slowness(tmp_path)
     with PtyApp(["attach", working.id], cwd=tmp_path, **terminal) as app:
-        app.read(10.0, until=b"loss of block 3")
+        app.sees(b"loss of block 3")
         app.read(1.0)
-        assert b"loss of block 3" in app.output
-        used = math.inf
+        used, refreshes = math.inf, math.inf
         for _ in range(5):
             before = app.cpu_seconds()
             frames = app.frames(seconds)
-            assert 2 <= len(frames) <= 2 * seconds + 1
+            assert len(frames) >= 2
             assert max(frames) <= most
             # The kernel counts in hundredths of a second: what is 2 % is not to be more by a rounding.
             used = min(used, round(app.cpu_seconds() - before, 2) / seconds)
-            if used <= allowed:
+            # A refresh that the system interrupts is counted as two.
+            refreshes = min(refreshes, len(frames))
+            if used <= allowed and refreshes <= 2 * seconds + 1:
                 break
     assert used <= allowed
+    assert refreshes <= 2 * seconds + 1
 
 
 def test_changing_the_screen_stays_in_the_budget(working: RunDirectory, tmp_path: Path) -> None:
     """The largest refresh there is: another screen, all of it."""
     with PtyApp(["attach", working.id], cwd=tmp_path) as app:
-        app.read(10.0, until=b"loss of block 3")
+        app.sees(b"loss of block 3")
         if b"GiB of" not in app.output:  # the first reading moves what is above it
-            app.read(10.0, until=b"GiB of")
+            app.sees(b"GiB of")
         for key in "13452":
             app.type(key)
             assert max(app.frames(0.9, pause=0.05), default=0) <= 30 * KB
+
+
+def is_quiet(app: PtyApp) -> bool:
+    """Whether it comes to send almost nothing, twice in a row. On a busy machine it is late with what it has
+    to say once, and its silence before that is no sign of an end.
+    """
+    in_a_row = 0
+    for _ in range(8):
+        in_a_row = in_a_row + 1 if len(app.read(2.0)) <= 2 * KB else 0
+        if in_a_row == 2:
+            return True
+    return False
 
 
 def test_an_idle_app_sends_almost_nothing(tmp_path: Path) -> None:
@@ -74,13 +88,13 @@ def test_an_idle_app_sends_almost_nothing(tmp_path: Path) -> None:
     with LiveEngine(run):
         pass
     with PtyApp(["attach", run.id], cwd=tmp_path) as app:
-        app.read(20.0, until=b"crashed")
+        app.sees(b"crashed")
         app.settle()
-        assert len(app.read(2.0)) <= 2 * KB
+        assert is_quiet(app)
         app.type("1")
-        app.read(20.0, until=b"new run")
+        app.sees(b"new run")
         app.settle(silence=1.5)
-        assert len(app.read(2.0)) <= 2 * KB
+        assert is_quiet(app)
 
 
 def best_of(times: int, arguments: list[str], sight: bytes, enough: float, cwd: Path) -> float:
@@ -149,7 +163,7 @@ def test_a_log_of_200_000_events_opens_in_under_two_seconds(tmp_path: Path) -> N
 def test_no_color_sends_no_colour(ascii_only: bool, working: RunDirectory, tmp_path: Path) -> None:
     arguments = ["attach", working.id, *(["--ascii"] if ascii_only else [])]
     with PtyApp(arguments, cwd=tmp_path, NO_COLOR="1") as app:
-        app.read(10.0, until=b"loss of block 3")
+        app.sees(b"loss of block 3")
         app.read(0.6)
     for start in (b"\x1b[38;", b"\x1b[48;", b";38;", b";48;"):
         assert start not in app.output
