@@ -23,12 +23,17 @@ from engine.methods.optimization import Snapshot
 from engine.methods.reconstruction import Reconstruction, Streams
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
+from engine.quant import quant_step
 from engine.run.config import BlockAPConfig, GridConfig, ModelConfig
 from engine.run.errors import NonFiniteError, StopRequested
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRAIN, VAL, LENGTH = 5, 2, 16
 GRID = GridConfig(bits=3, group_size=32)
+WHOLE_MATRIX = 1 << 14
+"""Values that a program of the kernel may hold where the kernel is interpreted. That takes as long for a few
+values as for many; with the usual number a step of this block is 36 programs instead of 7, and a training
+takes seconds. How a matrix is divided among programs is the subject of test_quant_step.py."""
 
 
 @pytest.fixture
@@ -84,10 +89,13 @@ Train = Callable[..., tuple[BlockResult, Watch]]
 
 
 @pytest.fixture
-def train(lm: CausalLM, tmp_path: Path) -> Train:
+def train(lm: CausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    usual = quant_step.HELD_VALUES
+
     def run(
         fast: bool,
         *,
+        usual_programs: bool = DEVICE.type == "cuda",
         grid: GridConfig = GRID,
         kind: StoreKind = "device",
         watch: Watch | None = None,
@@ -98,6 +106,7 @@ def train(lm: CausalLM, tmp_path: Path) -> Train:
         **changes: object,
     ) -> tuple[BlockResult, Watch]:
         watch = watch or Watch()
+        monkeypatch.setattr(quant_step, "HELD_VALUES", usual if usual_programs else WHOLE_MATRIX)
         streams = streams_of(lm, kind, tmp_path)
         block = lm.load_block(0, dtype=torch.float32)
         config = settings(**changes)
@@ -137,7 +146,7 @@ def same_training(one: tuple[BlockResult, Watch], other: tuple[BlockResult, Watc
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        {"usual_programs": True},
         {"micro_batch": 1},
         {"batch_size": 3, "micro_batch": 2},
         {"loss": "mse", "lr_scaling": "absolute", "lr_weight": 1e-3, "lr_quant": 1e-3},

@@ -45,12 +45,26 @@ class Interrupter(Heard):
     def step_boundary(self, state: Callable[[], Snapshot]) -> None:
         self.seen += 1
         if self.seen == self.at:
-            tensors, facts = state()
-            self.left = Snapshot(
-                {name: tensor.detach().clone() for name, tensor in tensors.items()},
-                json.loads(json.dumps(facts)),
-            )
+            self.left = kept(state())
             raise StopRequested
+
+
+class Keeper(Heard):
+    """Keeps the state at every boundary and lets the training go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Snapshot] = []
+
+    def step_boundary(self, state: Callable[[], Snapshot]) -> None:
+        self.kept.append(kept(state()))
+
+
+def kept(state: Snapshot) -> Snapshot:
+    tensors, facts = state
+    return Snapshot(
+        {name: tensor.detach().clone() for name, tensor in tensors.items()}, json.loads(json.dumps(facts))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -120,18 +134,22 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_interrupted_at_every_boundary_it_ends_with_the_same_bits(
     lm: CausalLM, method: Callable[..., dict[str, Tensor]], changes: dict[str, Any]
 ) -> None:
-    listener = Interrupter()
+    """Trained to each boundary once: what an interruption there leaves is what is kept in passing."""
+    listener, keeper = Interrupter(), Keeper()
     whole = method(lm, None, listener, **changes)
     assert listener.seen > 4
-    for stop_at in range(1, listener.seen + 1):
-        first = Interrupter(stop_at)
-        with pytest.raises(StopRequested):
-            method(lm, None, first, **changes)
-        assert first.left is not None
+    assert equal(method(lm, None, keeper, **changes), whole), "to keep the state changes nothing"
+    assert len(keeper.kept) == listener.seen
+    middle = Interrupter(listener.seen // 2)
+    with pytest.raises(StopRequested):
+        method(lm, None, middle, **changes)
+    assert middle.left is not None
+    assert middle.left.facts == keeper.kept[listener.seen // 2 - 1].facts
+    assert equal(middle.left.tensors, keeper.kept[listener.seen // 2 - 1].tensors)
+    for number, left in enumerate(keeper.kept, start=1):
         rest = Interrupter()
-        assert equal(method(lm, first.left, rest, **changes), whole), f"stopped at boundary {stop_at}"
-        steps = first.left.facts["sampler"]["step"]
-        assert rest.seen <= listener.seen - steps, "it took steps again"
+        assert equal(method(lm, left, rest, **changes), whole), f"stopped at boundary {number}"
+        assert rest.seen <= listener.seen - left.facts["sampler"]["step"], "it took steps again"
 
 
 @pytest.mark.parametrize("method", [block_ap, e2e_qp])
