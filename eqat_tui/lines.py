@@ -4,23 +4,37 @@
 
 What a screen shows is computed as such lines by plain functions, which tests read without a terminal, and the
 widgets only paint them. A role never carries meaning that the words do not.
+
+Most words are other people's. Whatever measures or cuts a text here makes it printable first, so that a line
+is as wide as it says and nothing in it reaches the terminal as more than letters.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len, get_character_cell_size, set_cell_size
+
+from engine.run.printable import printable
 
 Span = tuple[str, str]
 Line = list[Span]
 
 ELLIPSIS = "…"
+LONGEST_TEXT = 20_000
+"""Letters of a text that are shown: a log can hold megabytes, and nobody scrolls through them here."""
+PER_CELL = 8
+"""Letters that may share one cell; accents on accents could go on without end."""
+_WIDENS = "\ufe0f"
+"""After a sign of text it makes an emoji of it, which is a cell wider."""
 
 
 def line(*parts: str | Span) -> Line:
     """A line from texts and spans; a bare text has no role."""
-    return [(part, "") if isinstance(part, str) else part for part in parts]
+    return [
+        (printable(part), "") if isinstance(part, str) else (printable(part[0]), part[1]) for part in parts
+    ]
 
 
 def plain(spans: Iterable[Span]) -> str:
@@ -30,14 +44,27 @@ def plain(spans: Iterable[Span]) -> str:
 
 def width_of(spans: Iterable[Span]) -> int:
     """Cells that a line takes."""
-    return sum(cell_len(text) for text, _ in spans)
+    return sum(cell_len(printable(text)) for text, _ in spans)
 
 
 def cut(spans: Iterable[Span], width: int) -> Line:
     """A line of at most ``width`` cells; an ellipsis shows that something is missing."""
-    spans = list(spans)
-    if width_of(spans) <= width:
-        return spans
+    kept: Line = []
+    room = width
+    for text, role in spans:
+        # A name of 100 000 letters is not measured to the end to learn that it is too long.
+        most = PER_CELL * max(1, room + 1)
+        shown = printable(text[:most])
+        size = cell_len(shown)
+        kept.append((shown, role))
+        if size > room or len(text) > most:
+            return _ended(kept, width)
+        room -= size
+    return kept
+
+
+def _ended(spans: Line, width: int) -> Line:
+    """The beginning of a line that is too long, an ellipsis in its last cell."""
     if width <= 0:
         return []
     kept: Line = []
@@ -45,11 +72,10 @@ def cut(spans: Iterable[Span], width: int) -> Line:
     for text, role in spans:
         size = cell_len(text)
         if size > room:
-            kept.append((set_cell_size(text, room) + ELLIPSIS, role))
-            break
+            return [*kept, (set_cell_size(text, room) + ELLIPSIS, role)]
         kept.append((text, role))
         room -= size
-    return kept
+    return [*kept, (ELLIPSIS, "")]
 
 
 def fit(spans: Iterable[Span], width: int) -> Line:
@@ -91,27 +117,50 @@ def widths_of(rows: Sequence[Sequence[str | Span]]) -> list[int]:
     if not rows:
         return []
     texts = [[cell if isinstance(cell, str) else cell[0] for cell in row] for row in rows]
-    return [max(cell_len(row[index]) for row in texts) for index in range(len(texts[0]))]
+    return [
+        max(cell_len(printable(row[index][:LONGEST_TEXT])) for row in texts) for index in range(len(texts[0]))
+    ]
 
 
 def wrap(text: str, width: int, role: str = "") -> list[Line]:
     """``text`` in lines of at most ``width`` cells, broken between words where that is possible."""
     lines: list[Line] = []
-    for paragraph in text.splitlines() or [""]:
-        words, current = paragraph.split(" "), ""
-        for word in words:
+    if len(text) > LONGEST_TEXT:
+        text = f"{text[:LONGEST_TEXT]} {ELLIPSIS} ({len(text) - LONGEST_TEXT:,} more letters)"
+    for paragraph in re.split("\r\n|[\n\v\f\r]", text.removesuffix("\n")):
+        current = ""
+        for word in printable(paragraph.expandtabs(4)).split(" "):
             joined = f"{current} {word}" if current else word
             if cell_len(joined) <= width or not current:
                 current = joined
             else:
                 lines.append([(current, role)])
                 current = word
-            while cell_len(current) > width > 0:
-                head = set_cell_size(current, width)
-                lines.append([(head, role)])
-                current = current[len(head) :]
+            if cell_len(current) > width > 0:
+                *full, current = _pieces(current, width)
+                lines += [[(piece, role)] for piece in full]
         lines.append([(current, role)])
     return lines
+
+
+def few(lines: list[Line], most: int) -> list[Line]:
+    """The first ``most`` lines; an ellipsis where there are more."""
+    if len(lines) <= most:
+        return lines
+    *kept, last = lines[:most]
+    return [*kept, [*last, (f" {ELLIPSIS}", last[-1][1] if last else "")]]
+
+
+def _pieces(word: str, width: int) -> list[str]:
+    """A word that is longer than a line, in parts of ``width`` cells."""
+    pieces, begin, used = [], 0, 0
+    for index, letter in enumerate(word):
+        size = 1 if letter == _WIDENS else get_character_cell_size(letter)
+        if index > begin and (used + size > width or index - begin >= PER_CELL * width):
+            pieces.append(word[begin:index])
+            begin, used = index, 0
+        used += size
+    return [*pieces, word[begin:]]
 
 
 def bar(fraction: float | None, width: int, role: str = "accent") -> Line:
@@ -120,5 +169,5 @@ def bar(fraction: float | None, width: int, role: str = "accent") -> Line:
         return []
     if fraction is None:
         return [("·" * width, "muted")]
-    full = round(min(1.0, max(0.0, fraction)) * width)
+    full = round(min(1.0, max(0.0, fraction)) * width)  # not a number is nothing done
     return [("█" * full, role), ("░" * (width - full), "muted")]

@@ -16,13 +16,20 @@ from typing import TYPE_CHECKING
 import msgspec
 from rich.segment import Segment
 from rich.style import Style
+from textual.content import Content
 from textual.filter import LineFilter
 from textual.theme import Theme
 
-from eqat_tui.lines import Line
+from engine.run.ascii import SIGNS
+from engine.run.printable import hides
+from eqat_tui.lines import Line, cut
 
 if TYPE_CHECKING:
     from textual.color import Color
+
+LONGEST_TITLE = 300
+"""Cells of a title; no terminal is as wide."""
+COVER = "\ufffd"
 
 DARK, LIGHT, ANSI_DARK, ANSI_LIGHT = "eqat-dark", "eqat-light", "ansi-dark", "ansi-light"
 THEMES = (DARK, LIGHT, ANSI_DARK, ANSI_LIGHT)
@@ -115,19 +122,18 @@ def style_of(role: str, theme: str) -> Style:
     return style
 
 
-def markup(spans: Line, theme: str) -> str:
-    """``spans`` as Textual's markup, for the titles of panels."""
-    words = []
-    for text, role in spans:
+def content(spans: Line, theme: str) -> Content:
+    """``spans`` as Textual's text, for the titles of panels. A title that is given as words would be read as
+    markup, and a run may be called ``[/]``."""
+    parts = []
+    for text, role in cut(spans, LONGEST_TITLE):
         styles = [STYLES.get(theme, _ANSI).get(name) or _EVERYWHERE.get(name, "") for name in role.split()]
-        named = [_markup_style(part) for style in styles for part in style.split()]
-        text = text.replace("[", "\\[")
-        words.append(f"[{' '.join(named)}]{text}[/]" if named else text)
-    return "".join(words)
+        parts.append((text, " ".join(_content_style(part) for style in styles for part in style.split())))
+    return Content.assemble(*parts)
 
 
-def _markup_style(part: str) -> str:
-    """Markup takes a bare name for a web colour; the terminal's own ones have a prefix there."""
+def _content_style(part: str) -> str:
+    """A bare name is a web colour there; the terminal's own ones have a prefix."""
     return part if part.startswith("#") or part in ("bold", "dim", "reverse", "underline") else f"ansi_{part}"
 
 
@@ -175,33 +181,6 @@ def _speaks_utf8(environ: Mapping[str, str]) -> bool:
 
 # -- ASCII ---------------------------------------------------------------------------------------------
 
-_ASCII = str.maketrans(
-    {
-        **dict.fromkeys("─━╌┄┈═▔▁⎯╴╶╸╺", "-"),
-        **dict.fromkeys("│┃╎┆┊║▌▐▏▕▎▍", "|"),
-        **dict.fromkeys("┌┐└┘├┤┬┴┼╭╮╰╯┏┓┗┛╔╗╚╝╠╣╦╩╬╇╈", "+"),
-        **dict.fromkeys("█▉▊▋■●◉⬤▇▆▅▄▃▂", "#"),
-        **dict.fromkeys("░▒▓·•∙○◌□", "."),
-        **dict.fromkeys("▸▶→❯➜›", ">"),
-        **dict.fromkeys("◂◀←❮‹", "<"),
-        **dict.fromkeys("▾▼↓", "v"),
-        **dict.fromkeys("▴▲↑", "^"),
-        **dict.fromkeys("✓✔", "+"),
-        **dict.fromkeys("✗✘×", "x"),
-        **dict.fromkeys("–—−", "-"),
-        **dict.fromkeys("“”", '"'),
-        **dict.fromkeys("‘’", "'"),
-        **dict.fromkeys("▀", "="),
-        "‖": "|",
-        "…": "~",
-        "°": " ",
-        "≤": "<",
-        "≥": ">",
-        "≈": "~",
-        "\xa0": " ",
-    }
-)
-
 
 def to_ascii(text: str) -> str:
     """``text`` in ASCII, as many cells wide as before."""
@@ -209,8 +188,34 @@ def to_ascii(text: str) -> str:
         return text
     from rich.cells import cell_len
 
-    text = text.translate(_ASCII)
+    text = text.translate(SIGNS)
     return "".join(letter if letter.isascii() else "?" * cell_len(letter) for letter in text)
+
+
+class PrintableFilter(LineFilter):
+    """The last step but one, after all widgets: what Textual's own ones were given raw cannot pass either.
+
+    The lines are laid out by then: what takes a letter's place is as wide as the letter was counted.
+    """
+
+    def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
+        if all(segment.text.isprintable() or segment.control for segment in segments):
+            return segments
+        return [
+            segment if segment.control else Segment(_masked(segment.text), segment.style)
+            for segment in segments
+        ]
+
+
+def _masked(text: str) -> str:
+    from rich.cells import cell_len
+
+    return "".join(COVER * cell_len(letter) if hides(letter) else letter for letter in text)
+
+
+def covered(text: str) -> str:
+    """``text`` with a sign in place of each letter that steers or hides: as many letters as before."""
+    return text if text.isprintable() else "".join(COVER if hides(letter) else letter for letter in text)
 
 
 class AsciiFilter(LineFilter):

@@ -1,0 +1,30 @@
+"""Our own signs for terminals and files that have only ASCII: each becomes one that is as wide."""
+
+from __future__ import annotations
+
+SIGNS: dict[int, str] = str.maketrans(
+    {
+        **dict.fromkeys("─━╌┄┈═▔▁⎯╴╶╸╺", "-"),
+        **dict.fromkeys("│┃╎┆┊║▌▐▏▕▎▍", "|"),
+        **dict.fromkeys("┌┐└┘├┤┬┴┼╭╮╰╯┏┓┗┛╔╗╚╝╠╣╦╩╬╇╈", "+"),
+        **dict.fromkeys("█▉▊▋■●◉⬤▇▆▅▄▃▂", "#"),
+        **dict.fromkeys("░▒▓·•∙○◌□", "."),
+        **dict.fromkeys("▸▶→❯➜›", ">"),
+        **dict.fromkeys("◂◀←❮‹", "<"),
+        **dict.fromkeys("▾▼↓", "v"),
+        **dict.fromkeys("▴▲↑", "^"),
+        **dict.fromkeys("✓✔", "+"),
+        **dict.fromkeys("✗✘×", "x"),
+        **dict.fromkeys("–—−", "-"),
+        **dict.fromkeys("“”", '"'),
+        **dict.fromkeys("‘’", "'"),
+        **dict.fromkeys("▀", "="),
+        "‖": "|",
+        "…": "~",
+        "°": " ",
+        "≤": "<",
+        "≥": ">",
+        "≈": "~",
+        "\xa0": " ",
+    }
+)
