@@ -7,12 +7,15 @@ import os
 import sys
 from typing import NoReturn
 
+from engine.run.standard_streams import open_standard_streams
+
 
 def main() -> NoReturn:
     """Open the app where that is all that was asked for, else run a command.
 
     Reading a command line costs more time than importing the app, so without one there is no reading.
     """
+    open_standard_streams()  # before anything opens a file
     if len(sys.argv) > 1:
         from eqat_tui.cli import main as run_command
 
@@ -29,14 +32,14 @@ def main() -> NoReturn:
     from engine.run.errors import EqatError
 
     os.umask(os.umask(0o022) | 0o022)
+    from eqat_tui.output import end, print_error
+
     try:
         code = open_app(None, look=Look())
     except EqatError as error:
-        from eqat_tui.output import print_error
-
         print_error(error, as_json=False)
         code = int(error.exit_code)
-    sys.exit(code)
+    end(code)
 
 
 if __name__ == "__main__":

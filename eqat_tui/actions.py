@@ -27,9 +27,10 @@ from engine.run.lock import opened_by
 from engine.run.proof import is_run
 from engine.run.redo import make_redo
 from engine.run.state import BULK, RunState, load_state
-from engine.run.summary import show, summarize
+from engine.run.summary import show as show_run
+from engine.run.summary import summarize
 from eqat_tui.follow import LIVE, Follower, Left
-from eqat_tui.output import print_json, say
+from eqat_tui.output import cell, error_words, one_line, print_json, say, show
 from eqat_tui.progress import open_display
 from eqat_tui.summary import report, shorten
 
@@ -51,8 +52,8 @@ def summaries(runs: Sequence[RunDirectory]) -> list[dict[str, Any]]:
     for run in runs:
         try:
             rows.append(summarize(run))
-        except EqatError as error:
-            say(f"{run.id} is left out: {error}")
+        except Exception as error:  # what a damaged file makes a parser raise is more than anyone can list
+            say(f"{cell(run.id)} is left out: {one_line(error_words(error))}")
     return rows
 
 
@@ -76,7 +77,7 @@ def print_plan(config: RunConfig, runs_dir: Path, *, as_json: bool) -> int:
     if as_json:
         print_json(plan.to_dict())
     else:
-        print(plan_text(plan.to_dict()))
+        show(plan_text(plan.to_dict()))
     try:
         check(plan)
     except EqatError as error:
@@ -100,7 +101,7 @@ def start(
         if as_json:
             print_json({"id": run.id, "path": str(run.path), "pid": pid})
         else:
-            print(run.id)
+            show(run.id)
         return ExitCode.DONE
     say(f"run {run.id}")
     return follow(run, engine=lambda: launch(run, args=args), as_json=as_json, told=told)
@@ -222,13 +223,13 @@ def follow(
     except Left:
         say(f"left; the engine goes on: eqat attach {typed(run)}, eqat stop {typed(run)}")
         return ExitCode.DONE if engine is None else ExitCode.ABORTED
-    shown = show(run)
+    shown = show_run(run)
     if as_json:
         print_json(shown)
     elif told is not None and code == ExitCode.DONE:
-        print(told(shown))
+        show(told(shown))
     elif shown["exports"] or any(value is not None for value in shown["perplexity"].values()):
-        print(report(shown, with_error=False))  # the display has told the error
+        show(report(shown, with_error=False))  # the display has told the error
     if code == ExitCode.STOPPED:
         say(f"stopped; eqat resume {typed(run)} goes on")
     elif code in (ExitCode.ABORTED, ExitCode.TERMINATED):

@@ -28,12 +28,15 @@ from textual.widgets import Input
 
 from engine.run.directory import RunDirectory
 from engine.run.errors import EqatError
+from engine.run.printable import printable_lines
 from eqat_tui.feed import Feed, LiveFeed, ReplayFeed, RunView
 from eqat_tui.keys import EVERYWHERE, bindings
-from eqat_tui.palette import OUR_THEMES, THEMES, AsciiFilter, Terminal
+from eqat_tui.palette import OUR_THEMES, THEMES, AsciiFilter, PrintableFilter, Terminal
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.words import error_for_app
 
+LONGEST_NOTE = 1000
+"""Letters of a note; one that is longer covers the screen."""
 POLL_S = 0.5
 """Files are looked at twice a second, and never more is drawn."""
 
@@ -138,6 +141,10 @@ def _same(one: RunView, other: RunView) -> bool:
     )
 
 
+def _note(text: str) -> str:
+    return printable_lines(text if len(text) <= LONGEST_NOTE else f"{text[:LONGEST_NOTE]} …")
+
+
 class EqatApp(App[str]):
     """The terminal app. It returns a line to print after it has left the screen."""
 
@@ -171,7 +178,7 @@ class EqatApp(App[str]):
         self.view: RunView | None = None
         self._watcher: Watcher | None = None
         self._first_run, self._first_mode, self._replay_speed = run, mode, replay_speed
-        self._ascii, self._no_colour = AsciiFilter(), NoColor()
+        self._ascii, self._printable, self._no_colour = AsciiFilter(), PrintableFilter(), NoColor()
         self._typed_into: WeakKeyDictionary[Key, Widget | None] = WeakKeyDictionary()
         for theme in OUR_THEMES:
             self.register_theme(theme)
@@ -221,7 +228,7 @@ class EqatApp(App[str]):
         if not self.terminal.colour:
             # Textual chooses before the theme is known, and would send 24-bit greys.
             filters = [one for one in filters if not isinstance(one, Monochrome)] + [self._no_colour]
-        return [*filters, self._ascii] if self.terminal.ascii_only else filters
+        return [*filters, self._printable, *([self._ascii] if self.terminal.ascii_only else [])]
 
     # -- the current run ---------------------------------------------------------------------------
 
@@ -321,9 +328,13 @@ class EqatApp(App[str]):
         timeout: float | None = None,
         markup: bool = False,
     ) -> None:
-        """One note at a time: the newest is what the user waits for, and each one hides something."""
+        """One note at a time: the newest is what the user waits for, and each one hides something.
+
+        Notes are words and never markup, whatever ``markup`` says: Textual's widgets ask for it, and a note
+        may hold the name of a file.
+        """
         self.clear_notifications()
-        super().notify(message, title=title, severity=severity, timeout=timeout, markup=markup)
+        super().notify(_note(message), title=_note(title), severity=severity, timeout=timeout, markup=False)
 
     def push_screen(self, *args: Any, **kwargs: Any) -> Any:
         """A dialog is not to be read through a note."""
@@ -374,6 +385,10 @@ class EqatApp(App[str]):
         else:
             text = f"a bug: {type(error).__name__}: {error}"
         self.notify(text, title="that did not work", severity="error", timeout=12, markup=False)
+
+    def copy_to_clipboard(self, text: str) -> None:
+        """What is copied is what was seen: nobody pastes a control character without knowing."""
+        super().copy_to_clipboard(printable_lines(text))
 
     def copy(self, text: str, what: str) -> None:
         """Put ``text`` on the terminal's clipboard, over SSH too where the terminal allows it (OSC 52)."""

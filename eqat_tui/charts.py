@@ -58,7 +58,7 @@ class Axis(NamedTuple):
     def value(self, share: float) -> float:
         """The value at ``share`` of the way up."""
         if self.log:
-            return float(10 ** (math.log10(self.low) + share * math.log10(self.high / self.low)))
+            return float(10 ** (math.log10(self.low) * (1 - share) + math.log10(self.high) * share))
         return self.low + share * (self.high - self.low)
 
 
@@ -84,6 +84,9 @@ def chart(
     rows, inner = height - 1, width - LABEL - 1
     shown = [(one, _finite(one.points, log)) for one in series]
     points = [point for _, found in shown for point in found if point[1] is not None]
+    # An axis is drawn between numbers that have a difference.
+    if x_range is not None and not all(_drawn(x) for x in x_range):
+        x_range = None
     if rows < 2 or inner < 4:
         return [line()] * max(0, height)
     if not points:
@@ -106,7 +109,7 @@ def chart(
                 cells[place] = (bits, "", one.role)
     labels = _labels(y_axis, rows, y_format)
     lines = [_row(cells, labels.get(row, ""), row, inner) for row in range(rows)]
-    broken = [x for one in series for x, y in one.points if _is_broken(y)]
+    broken = [x for one in series for x, y in one.points if _is_broken(y) and _drawn(x)]
     return [*lines, _x_line(x_axis, x_name, inner, broken)]
 
 
@@ -124,7 +127,14 @@ def _is_broken(value: float | None) -> bool:
 
 def _finite(points: Sequence[tuple[float, float | None]], log: bool) -> list[tuple[float, float | None]]:
     """Points with whatever cannot be drawn turned into gaps."""
-    return [(x, y if y is not None and abs(y) < LARGEST and (y > 0 or not log) else None) for x, y in points]
+    return [
+        (x, y if y is not None and _drawn(y) and (y > 0 or not log) else None) for x, y in points if _drawn(x)
+    ]
+
+
+def _drawn(value: float) -> bool:
+    """False for infinities, NaN, and whole numbers of hundreds of digits."""
+    return abs(value) < LARGEST
 
 
 def _y_axis(values: Sequence[float], log: bool, from_zero: bool) -> Axis:
@@ -219,7 +229,8 @@ def _x_line(axis: Axis, name: str, inner: int, broken: Sequence[float]) -> Line:
 
 
 def _whole(value: float) -> str:
-    return str(round(value)) if abs(value - round(value)) < 1e-6 else format_number(value, 3)
+    whole = abs(value) < 1e12 and abs(value - round(value)) < 1e-6
+    return str(round(value)) if whole else format_number(value, 3)
 
 
 def _empty(series: Sequence[Series], width: int, height: int) -> list[Line]:

@@ -18,6 +18,7 @@ import typer
 
 from engine import __version__
 from engine.run.errors import EqatError, ExitCode, UsageError
+from engine.run.standard_streams import open_standard_streams
 
 app = typer.Typer(
     name="eqat",
@@ -69,7 +70,9 @@ RemoteCode = Annotated[
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"eqat {__version__}")
+        from eqat_tui.output import show
+
+        show(f"eqat {__version__}")
         raise typer.Exit
 
 
@@ -92,9 +95,10 @@ def overview(
 
     if can_open_app():
         raise typer.Exit(open_app(None, look=Look(ascii_only, read_only)))
+    from eqat_tui.output import show
     from eqat_tui.overview import overview_text
 
-    print(overview_text())
+    show(overview_text())
 
 
 # -- starting and following ----------------------------------------------------------------------------
@@ -290,7 +294,7 @@ def runs(
     """List the runs, newest first."""
     from engine.run.directory import default_runs_dir, list_runs
     from eqat_tui.actions import summaries as summaries_of
-    from eqat_tui.output import print_json, say
+    from eqat_tui.output import print_json, say, show
     from eqat_tui.summary import runs_table
 
     place = default_runs_dir(runs_dir)
@@ -298,7 +302,7 @@ def runs(
     if as_json:
         print_json(summaries)
     elif summaries:
-        print(runs_table(summaries))
+        show(runs_table(summaries))
     else:
         say(f"no runs in {place}; eqat run demo makes one")
 
@@ -309,19 +313,20 @@ def show(run: Run, runs_dir: RunsDir = None, as_json: Json = False) -> None:
     from engine.run.summary import show as show_run
     from eqat_tui import actions
     from eqat_tui.output import print_json
+    from eqat_tui.output import show as show_text
     from eqat_tui.summary import report
 
     shown = show_run(actions.find(run, runs_dir))
     if as_json:
         print_json(shown)
     else:
-        print(report(shown))
+        show_text(report(shown))
 
 
 @app.command()
 def presets(as_json: Json = False) -> None:
     """List the presets: complete configurations to start from."""
-    from eqat_tui.output import print_json, table
+    from eqat_tui.output import print_json, show, table
     from eqat_tui.overview import preset_rows
 
     rows = preset_rows()
@@ -329,7 +334,7 @@ def presets(as_json: Json = False) -> None:
         print_json(rows)
     else:
         cells = [(row["name"], f"w{row['bits']}g{row['group_size']}", row["description"]) for row in rows]
-        print(table(cells, header=("PRESET", "GRID", "")))
+        show(table(cells, header=("PRESET", "GRID", "")))
 
 
 @app.command()
@@ -346,14 +351,14 @@ def doctor(
 
     from engine.run.directory import default_runs_dir
     from eqat_tui.doctor import diagnose
-    from eqat_tui.output import print_json
+    from eqat_tui.output import one_line, print_json, show
 
     checks = []
     for check in diagnose(default_runs_dir(runs_dir), quick=quick):
         checks.append(check)
         if not as_json:
             hint = f" ({check.hint})" if check.hint else ""
-            print(f"{check.status:8} {check.name}: {check.detail}{hint}", flush=True)
+            show(f"{check.status:8} {one_line(f'{check.name}: {check.detail}{hint}')}")
     failed = [check.name for check in checks if check.status == "failed"]
     if as_json:
         print_json({"ok": not failed, "checks": [msgspec.to_builtins(check) for check in checks]})
@@ -464,13 +469,17 @@ def gc(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The ``eqat`` program."""
+    open_standard_streams()  # before anything opens a file
     # Whatever the umask allows, nobody else may write into a run or a folder above it that is made here.
     os.umask(os.umask(0o022) | 0o022)
     if hasattr(signal, "SIGPIPE"):
         # A reader that has seen enough (eqat runs | head) ends us quietly, as it does every Unix filter.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(_run_command(given))
+    code = _run_command(given)
+    from eqat_tui.output import end
+
+    end(code)
 
 
 def _run_command(arguments: list[str]) -> int:
@@ -485,6 +494,8 @@ def _run_command(arguments: list[str]) -> int:
         # which class they are depends on its release. Anything else is a bug and keeps its traceback.
         words = getattr(error, "format_message", None)
         if words is None:
+            if type(error).__name__ == "Abort":  # Ctrl-C before there was anything to stop
+                return ExitCode.ABORTED
             raise
         problem = UsageError(words().rstrip("."), hint="eqat --help")
     else:

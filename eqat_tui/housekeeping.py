@@ -13,7 +13,7 @@ from engine.run.directory import RunDirectory, default_runs_dir, find_run, run_s
 from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.proof import shown
 from engine.run.state import load_state
-from eqat_tui.output import format_bytes, format_number, print_error, print_json, say
+from eqat_tui.output import format_bytes, format_number, print_error, print_json, say, show
 
 # -- deleting ------------------------------------------------------------------------------------------
 
@@ -131,12 +131,12 @@ def clean(runs: Sequence[RunDirectory], runs_dir: Path, *, tokens: bool, dry_run
         return ExitCode.DONE
     for row in rows:
         if row["freed"]:
-            print(f"{row['id']}: {format_bytes(row['freed'])}")
+            show(f"{row['id']}: {format_bytes(row['freed'])}")
     if swept.freed:
-        print(f"deleted runs: {format_bytes(swept.freed)}")
+        show(f"deleted runs: {format_bytes(swept.freed)}")
     if cached:
-        print(f"tokens: {format_bytes(cached)}")
-    print(f"{'would free' if dry_run else 'freed'} {format_bytes(total)}")
+        show(f"tokens: {format_bytes(cached)}")
+    show(f"{'would free' if dry_run else 'freed'} {format_bytes(total)}")
     return ExitCode.DONE
 
 

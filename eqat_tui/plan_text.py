@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from eqat_tui.output import format_bytes, format_seconds, key_values, table
+from eqat_tui.output import (
+    cell,
+    format_bits,
+    format_bytes,
+    format_parameters,
+    format_seconds,
+    key_values,
+    number,
+    one_line,
+    table,
+)
+from eqat_tui.planned import known
 from eqat_tui.words import model_name, phase_name
 
 STORES = {"device": "on the GPU", "host": "in host memory", "disk": "on disk"}
@@ -13,8 +24,9 @@ STORES = {"device": "on the GPU", "host": "in host memory", "disk": "on disk"}
 
 def plan_text(plan: Mapping[str, Any]) -> str:
     """What the run needs, phase by phase and in all; what stands in its way comes last."""
+    plan = known(plan)
     parts = [heading(plan), phase_table(plan), key_values(totals(plan))]
-    notes = [f"warning: {warning}" for warning in plan["warnings"]]
+    notes = [one_line(f"warning: {warning}") for warning in plan["warnings"]]
     notes += [_problem(problem) for problem in plan["problems"]]
     if notes:
         parts.append("\n".join(notes))
@@ -25,10 +37,9 @@ def heading(plan: Mapping[str, Any]) -> str:
     """The model and where it would run."""
     machine = plan["machine"]
     place = machine["gpu_name"] if plan["device"] == "cuda" else f"{machine['cpus']} CPU cores"
-    name = model_name(plan["model"])
-    size = plan["parameters"]
-    count = f"{size / 1e9:.2f} B" if size >= 1e9 else f"{size / 1e6:.1f} M"
-    return f"{name}: {plan['model_type']}, {count} parameters, {plan['blocks']} blocks, on {place}"
+    name, kind = cell(model_name(plan["model"])), cell(plan["model_type"])
+    count = format_parameters(plan["parameters"])
+    return f"{name}: {kind}, {count} parameters, {plan['blocks']} blocks, on {cell(place)}"
 
 
 def phase_table(plan: Mapping[str, Any]) -> str:
@@ -58,7 +69,7 @@ def totals(plan: Mapping[str, Any]) -> dict[str, str]:
     lines["activations"] = f"{store}: {plan['activation_store_reason']}"
     lines |= recovery(plan["recovery"])
     lines["size"] = f"{format_bytes(plan['fp_bytes'])} → {format_bytes(plan['export_bytes'])}"
-    lines["bits per weight"] = f"{plan['bits_per_weight']:.2f}"
+    lines["bits per weight"] = format_bits(plan["bits_per_weight"])
     published = plan.get("published")
     if published:
         lines["published"] = (
@@ -70,7 +81,8 @@ def totals(plan: Mapping[str, Any]) -> dict[str, str]:
 
 def recovery(found: Mapping[str, Any]) -> dict[str, str]:
     """How the run is checkpointed, and what an interruption costs."""
-    size, share = format_bytes(found["checkpoint_bytes"]), f"{100 * found['share']:.1f} % of the time"
+    size = format_bytes(found["checkpoint_bytes"])
+    share = f"{100 * min(1.0, number(found['share']) or 0.0):.1f} % of the time"
     checkpoints = f"after every block, {size} at a stop; {share}"
     if any(found["snapshots"].values()):
         takes = format_seconds(found["checkpoint_seconds"])
@@ -93,4 +105,4 @@ def _interval(seconds: float) -> str:
 
 def _problem(problem: Any) -> str:
     hint = f" ({problem['hint']})" if problem.get("hint") else ""
-    return f"does not fit: {problem['where']}: {problem['message']}{hint}"
+    return one_line(f"does not fit: {problem['where']}: {problem['message']}{hint}")

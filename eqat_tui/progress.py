@@ -15,7 +15,19 @@ from typing import TYPE_CHECKING, Protocol
 from engine.run import events
 from engine.run.events import Event
 from engine.run.state import RunState
-from eqat_tui.output import colour_wanted, format_bytes, format_clock, format_number, format_seconds
+from eqat_tui.output import (
+    LONGEST_LINE,
+    cell,
+    colour_wanted,
+    format_bytes,
+    format_clock,
+    format_count,
+    format_number,
+    format_seconds,
+    number,
+    say,
+    share,
+)
 from eqat_tui.words import phase_name, stage_name
 
 if TYPE_CHECKING:
@@ -76,16 +88,21 @@ def lasting_line(event: Event, state: RunState) -> str | None:
     return None
 
 
+def lasting(text: str) -> str:
+    """A line as it is printed: one line, of words only, and not without end."""
+    return cell(text, LONGEST_LINE)
+
+
 def _with_hint(text: str, hint: str) -> str:
     return f"{text} ({hint})" if hint else text
 
 
 def fraction(state: RunState) -> float | None:
     """How much of the current phase is done, where that is known."""
-    within = (state.step or 0) / state.steps if state.steps else 0.0
+    within = share(state.step, state.steps)
     if state.blocks and state.block is not None:
-        return min(1.0, (state.block + within) / state.blocks)
-    return min(1.0, within) if state.steps else None
+        return share((number(state.block) or 0.0) + within, state.blocks)
+    return within if state.steps else None
 
 
 def position(state: RunState) -> str:
@@ -113,7 +130,7 @@ def measurements(state: RunState) -> list[str]:
         elif metric.loss is not None:
             parts.append(f"loss {format_number(metric.loss)}")
         if metric.tokens_per_second:
-            parts.append(f"{metric.tokens_per_second:,.0f} tokens/s")
+            parts.append(f"{format_count(metric.tokens_per_second)} tokens/s")
     memory = state.memory
     if memory is not None:
         if memory.gpu_used is not None and memory.gpu_total:
@@ -153,7 +170,7 @@ class PlainDisplay:
         pass
 
     def _print(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        say(lasting(text))
         self._last = time.monotonic()
 
 
@@ -182,14 +199,17 @@ class LiveDisplay:
         for event in new:
             line = lasting_line(event, state)
             if line is not None:
-                self._console.print(line, style=_style(event), soft_wrap=True)
+                self._print(line, _style(event))
         now = time.monotonic()
         if now - self._drawn >= REDRAW_S:
             self._drawn = now
             self._live.update(self._lines(state), refresh=True)
 
     def note(self, text: str) -> None:
-        self._console.print(text, style="yellow", soft_wrap=True)
+        self._print(text, "yellow")
+
+    def _print(self, text: str, style: str) -> None:
+        self._console.print(lasting(text), style=style, soft_wrap=True)
 
     def close(self) -> None:
         self._live.stop()
@@ -210,8 +230,9 @@ class LiveDisplay:
         first.add_column(no_wrap=True, justify="right")
         share = "" if done is None else f"{done:4.0%}  "
         left = "" if state.eta_s is None else f"  {format_clock(state.eta_s)} left"
-        first.add_row(Text(position(state), style="bold"), bar, Text(f"{share}{left.strip()}"))
-        second = Text("  " + "   ".join(measurements(state)), style="dim", no_wrap=True, overflow="ellipsis")
+        first.add_row(Text(cell(position(state)), style="bold"), bar, Text(f"{share}{left.strip()}"))
+        words = cell("  " + "   ".join(measurements(state)), LONGEST_LINE)
+        second = Text(words, style="dim", no_wrap=True, overflow="ellipsis")
         return Group(first, second)
 
 

@@ -12,10 +12,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eqat_tui.output import format_bytes, format_number, format_seconds, key_values, table
+from eqat_tui.output import (
+    LONGEST_LINE,
+    LONGEST_TIME_S,
+    cell,
+    format_bits,
+    format_bytes,
+    format_number,
+    format_seconds,
+    key_values,
+    number,
+    one_line,
+    table,
+)
+from eqat_tui.planned import branch
 from eqat_tui.words import STAGES, model_name, phase_name, stage_name
 
 Tree = Mapping[str, Any]
+
+LONGEST_SAMPLE = 100_000
+MOST_TASKS = 100
+LONGEST_TASK = 60
+UNREADABLE = "unreadable"
+"""In place of the state of a run that is damaged."""
 
 
 def report(run: Tree, *, with_error: bool = True) -> str:
@@ -35,15 +54,15 @@ def report(run: Tree, *, with_error: bool = True) -> str:
 
 def title(run: Tree) -> str:
     """``SmolLM2-135M-Instruct at 3 bits in groups of 64 · done · 2026…``."""
-    config = run.get("config") or {}
-    grid = config.get("grid") or {}
-    words = model_name((config.get("model") or {}).get("source"))
-    if grid:
-        words += f" at {grid['bits']} bits, {group_words(grid['group_size'])}"
-    return f"{words} · {run['state']} · {run['id']}"
+    config = run.get("config")
+    words = cell(model_name(branch(config, "model", "source")))
+    if branch(config, "grid", "bits") is not None:
+        size = branch(config, "grid", "group_size")
+        words += f" at {branch(config, 'grid', 'bits')} bits, {group_words(size)}"
+    return f"{words} · {run['state']} · {cell(run['id'])}"
 
 
-def group_words(group_size: int) -> str:
+def group_words(group_size: Any) -> str:
     """What a group size means."""
     return "one group a row" if group_size == -1 else f"groups of {group_size}"
 
@@ -66,13 +85,16 @@ def perplexity_table(perplexity: Mapping[str, float | None]) -> str:
 def accuracy_rows(accuracy: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
     """Percent of right answers: a row a task and their mean, a column a stage; the first row names them."""
     stages = [stage for stage in STAGES if stage in accuracy]
-    tasks = list(dict.fromkeys(task for stage in stages for task in accuracy[stage]))
+    tasks = list(dict.fromkeys(task for stage in stages for task in accuracy[stage]))[:MOST_TASKS]
     rows = [("accuracy, %", *(stage_name(stage) for stage in stages))]
 
     def percent(value: float | None) -> str:
-        return "–" if value is None else f"{100 * value:.1f}"
+        return "–" if value is None or not abs(value) <= 10 else f"{100 * value:.1f}"
 
-    rows += [(task, *(percent(accuracy[stage].get(task)) for stage in stages)) for task in tasks]
+    rows += [
+        (cell(task, LONGEST_TASK), *(percent(accuracy[stage].get(task)) for stage in stages))
+        for task in tasks
+    ]
     if len(tasks) > 1:
         means = (sum(accuracy[stage].values()) / len(accuracy[stage]) for stage in stages)
         rows.append(("mean", *map(percent, means)))
@@ -91,16 +113,17 @@ def facts(run: Tree) -> dict[str, str]:
     if run["state"] in ("running", "hung"):
         lines["now"] = _position(run)
         if run.get("waiting"):
-            lines["paused"] = run["waiting"]
+            lines["paused"] = one_line(run["waiting"])
     if run.get("origin"):
         lines["shares"] = origin_words(run["origin"])
     size = run["size_bytes"]
-    if size["fp"] and size["quantized"]:
-        ratio = size["fp"] / size["quantized"]
+    original, quantized = number(size["fp"]), number(size["quantized"])
+    if original and quantized:
+        ratio = original / quantized
         before, after = format_bytes(size["fp"]), format_bytes(size["quantized"])
         lines["size"] = f"{before} → {after} ({format_number(ratio, 3)}× smaller)"
     if run["bits_per_weight"] is not None and run["exports"]:
-        lines["bits per weight"] = f"{run['bits_per_weight']:.2f}"
+        lines["bits per weight"] = format_bits(run["bits_per_weight"])
     phases = [phase for phase in run["phases"] if phase["seconds"]]
     if phases:
         total = sum(phase["seconds"] for phase in phases)
@@ -117,7 +140,7 @@ def facts(run: Tree) -> dict[str, str]:
     if memory:
         lines["peak memory"] = ", ".join(memory)
     if run.get("device"):
-        lines["device"] = run["device"]
+        lines["device"] = cell(run["device"])
     for index, export in enumerate(run["exports"]):
         lines["export" if index == 0 else f"export {index + 1}"] = export_words(export, run)
     lines["directory"] = shorten(run["path"])
@@ -129,19 +152,27 @@ def samples(run: Tree) -> str:
     parts: list[str] = []
     for sample in run["samples"]:
         if not parts:
-            parts.append(f"prompt: {sample['prompt']}")
+            parts.append(f"prompt: {_whole(sample['prompt'])}")
         made = (
             f" ({sample['tokens']} tokens in {format_seconds(sample['seconds'])})" if sample["tokens"] else ""
         )
-        parts.append(f"{stage_name(sample['stage'])}{made}:\n{sample['problem'] or sample['text'].strip()}")
+        parts.append(f"{stage_name(sample['stage'])}{made}:\n{_whole(sample['problem'] or sample['text'])}")
     return "\n\n".join(parts)
+
+
+def _whole(text: str) -> str:
+    """A text that a model wrote or was given; one without end is cut, and ``--json`` has all of it."""
+    text = text.strip()
+    if len(text) <= LONGEST_SAMPLE:
+        return text
+    return f"{text[:LONGEST_SAMPLE]} … ({len(text) - LONGEST_SAMPLE:,} more letters)"
 
 
 def origin_words(origin: Tree) -> str:
     """What a run has from the one that it redoes a part of."""
     count = origin["from_block"]
     blocks = {0: "nothing but evaluations", 1: "block 0"}.get(count, f"blocks 0–{count - 1}")
-    return f"{blocks} of {origin['id']}"
+    return f"{blocks} of {cell(origin['id'])}"
 
 
 def export_words(export: Tree, run: Tree) -> str:
@@ -149,10 +180,8 @@ def export_words(export: Tree, run: Tree) -> str:
     words = "verified" if export["verified"] else "NOT VERIFIED"
     if export.get("max_logit_diff") is not None:
         words += f", largest logit difference {format_number(export['max_logit_diff'], 2)}"
-    path = Path(export["path"])
-    if not path.is_absolute():
-        path = Path(run["path"]) / path
-    return f"{export['format']} {shorten(path)} ({words})"
+    path = Path(run["path"]) / export["path"]  # an absolute one is itself
+    return f"{cell(export['format'])} {cell(shorten(path), LONGEST_LINE // 2)} ({words})"
 
 
 def error_line(run: Tree) -> str:
@@ -162,7 +191,7 @@ def error_line(run: Tree) -> str:
         return ""
     where = f"{error['where']}: " if error.get("where") else ""
     hint = f" ({error['hint']})" if error.get("hint") else ""
-    return f"error: {where}{error['message']}{hint}"
+    return one_line(f"error: {where}{error['message']}{hint}")
 
 
 def runs_table(runs: Sequence[Tree], *, now: float | None = None) -> str:
@@ -188,6 +217,8 @@ def runs_table(runs: Sequence[Tree], *, now: float | None = None) -> str:
 
 def state_words(run: Tree) -> str:
     """``running Block-AP 12/30``, or just the state."""
+    if run["state"] == UNREADABLE:
+        return "cannot be read"
     if run.get("waiting"):
         return "paused (disk full)"
     if run["state"] != "running" or not run.get("phase"):
@@ -202,6 +233,8 @@ def ago(when: float | None, now: float) -> str:
     if when is None:
         return "–"
     seconds = max(0.0, now - when)
+    if seconds >= LONGEST_TIME_S:
+        return "–"
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{int(seconds // size)} {unit} ago"

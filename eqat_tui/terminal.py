@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from engine.run.directory import RunDirectory, default_runs_dir, is_held, list_runs
 from engine.run.errors import EqatError, PreflightError, UsageError
+from eqat_tui.output import show
 
 RECENT = 20
 """Among so many of the newest runs one that is running is looked for."""
@@ -23,8 +24,10 @@ class Look(NamedTuple):
 
 
 def can_open_app() -> bool:
-    """Whether somebody sits at a terminal that can show the app."""
-    return sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "")
+    """Whether somebody sits at a terminal that can show the app, which Textual draws on stderr."""
+    streams = (sys.stdin, sys.stdout, sys.__stderr__)
+    there = all(stream is not None and stream.isatty() for stream in streams)
+    return there and os.environ.get("TERM", "dumb") not in ("dumb", "")
 
 
 def require_terminal(command: str, *, hint: str) -> None:
@@ -67,7 +70,7 @@ def open_app(
     )
     message = app.run()
     if message:
-        print(message)
+        show(message)
     return app.exit_code or app.return_code or 0
 
 

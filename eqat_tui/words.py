@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from engine.run.errors import EqatError
 
 PHASES = {
@@ -36,9 +38,9 @@ def stage_name(stage: str) -> str:
     return STAGES.get(stage, stage)
 
 
-def model_name(source: str | None) -> str:
+def model_name(source: Any) -> str:
     """The last part of a model's source, as people say it."""
-    name = (source or "").rstrip("/").rsplit("/", 1)[-1]
+    name = source.rstrip("/").rsplit("/", 1)[-1] if isinstance(source, str) else ""
     return name.removesuffix(".gguf") or "?"
 
 

@@ -59,10 +59,10 @@ def render(run: RunState, *, state: str, config: Mapping[str, Any] | None) -> di
         "accuracy": run.accuracy(),
         "size_bytes": {
             # The sizes of the original follow from its shapes: the plan knows them before any export.
-            "fp": export.fp_bytes if export else plan.get("fp_bytes"),
+            "fp": export.fp_bytes if export else _number(plan.get("fp_bytes")),
             "quantized": export.bytes if export else None,
         },
-        "bits_per_weight": export.bits_per_weight if export else plan.get("bits_per_weight"),
+        "bits_per_weight": export.bits_per_weight if export else _number(plan.get("bits_per_weight")),
         "exports": [
             {
                 "format": done.format,
@@ -98,6 +98,11 @@ def render(run: RunState, *, state: str, config: Mapping[str, Any] | None) -> di
 def waiting(status: Status | None, state: str) -> str | None:
     """Why the engine does nothing at the moment; what a dead one waited for does not matter any more."""
     return (status.waiting or None) if status is not None and state in ("running", "hung") else None
+
+
+def _number(value: Any) -> int | float | None:
+    """A plan is free JSON: what is no number in it is not known."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _payload(event: Event | None) -> dict[str, Any] | None:

@@ -23,6 +23,10 @@ BULK = frozenset({"metric", "memory"})
 MAX_METRICS = 2000
 MAX_READINGS = 600
 MAX_WARNINGS = 200
+MAX_BLOCKS = 1024
+"""No model has as many: a block with a larger number comes from a damaged log, and a table as long would
+never be drawn."""
+MAX_EXPORTS = 16
 
 
 class PhaseRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -240,7 +244,7 @@ def _block_started(state: RunState, event: events.BlockStarted) -> RunState:
     row = state.block_rows.get(key) or BlockRow(phase=event.phase, index=event.block)
     return _change(
         state,
-        block_rows={**state.block_rows, key: row},
+        block_rows=_with_block(state.block_rows, key, row),
         block=event.block,
         blocks=event.blocks,
         step=None,
@@ -266,7 +270,13 @@ def _block_finished(state: RunState, event: events.BlockFinished) -> RunState:
             finished=True,
             restored=event.restored,
         )
-    return _change(state, block_rows={**state.block_rows, key: row})
+    return _change(state, block_rows=_with_block(state.block_rows, key, row))
+
+
+def _with_block(
+    rows: dict[tuple[str, int], BlockRow], key: tuple[str, int], row: BlockRow
+) -> dict[tuple[str, int], BlockRow]:
+    return {**rows, key: row} if 0 <= row.index < MAX_BLOCKS else rows
 
 
 def _metric(state: RunState, event: events.Metric) -> RunState:
@@ -363,6 +373,8 @@ def _checkpoint(state: RunState, event: events.CheckpointCommitted) -> RunState:
 
 def _export(state: RunState, event: events.Export) -> RunState:
     others = {name: done for name, done in state.exports.items() if name != event.format}
+    if len(others) >= MAX_EXPORTS:
+        del others[next(iter(others))]
     return _change(state, exports={**others, event.format: event})
 
 

@@ -13,9 +13,11 @@ from textual.screen import ModalScreen
 from textual.suggester import SuggestFromList
 from textual.widgets import Input
 
+from engine.run.printable import printable_lines
 from eqat_tui.lines import Line, line, wrap
 from eqat_tui.widgets.list_panel import ListPanel
-from eqat_tui.widgets.panel import Panel, ScrollPanel
+from eqat_tui.widgets.panel import Panel, ScrollPanel, entitle
+from eqat_tui.widgets.typed import TypedInput
 
 
 class Confirm(ModalScreen[bool]):
@@ -73,7 +75,7 @@ class Ask(ModalScreen[str | None]):
         with Vertical(classes="dialog"):
             yield Panel(id="question")
             suggester = SuggestFromList(self._choices) if self._choices else None
-            yield Input(self._value, id="answer", suggester=suggester, select_on_focus=True)
+            yield TypedInput(self._value, id="answer", suggester=suggester, select_on_focus=True)
             yield Panel(id="wrong")
             yield Panel(id="keys")
 
@@ -178,10 +180,10 @@ class MarkdownReader(ModalScreen[None]):
 
         with Vertical(classes="dialog tall"):
             with VerticalScroll(id="text"):
-                yield Markdown(self._text, open_links=False)
+                yield Markdown(printable_lines(self._text), open_links=False)
             yield Panel(id="keys")
 
     def on_mount(self) -> None:
-        self.query_one("#text").border_title = self._title
+        entitle(self.query_one("#text"), self._title)
         self.query_one("#text").focus()
         self.query_one("#keys", Panel).show([line((" esc", "key"), " close   ", (" ↑↓", "key"), " scroll")])

@@ -15,11 +15,10 @@ from engine.run.errors import EqatError
 from eqat_tui.charts import chart, legend
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line
-from eqat_tui.palette import markup
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.views import memory as views
 from eqat_tui.widgets.list_panel import ListPanel
-from eqat_tui.widgets.panel import Panel
+from eqat_tui.widgets.panel import Panel, entitle
 
 if TYPE_CHECKING:
     from eqat_tui.hardware import Reading
@@ -101,7 +100,7 @@ class MemoryScreen(WorkScreen):
         self._fill_history()
         panel = self.query_one("#processes", ListPanel)
         header, rows = views.processes(reading, max(20, width - 3))
-        panel.border_title = "processes" if rows else "processes: none on a GPU, no engine of ours"
+        entitle(panel, "processes" if rows else "processes: none on a GPU, no engine of ours")
         panel.show(rows, header=header)
         words = ("held ", "warn") if self._held.is_set() else ("live ", "muted")
         self.refresh_bars(line(words))
@@ -111,8 +110,7 @@ class MemoryScreen(WorkScreen):
         terminal = self.eqat.terminal
         name, series, top = views.history(self._readings)
         names = legend(series, marks=terminal.marks) if len(series) > 1 else []
-        title = line(f"{name}, last {_span(self._readings)}", "   " if names else "", *names)
-        panel.border_title = markup(title, self.app.theme)
+        entitle(panel, f"{name}, last {_span(self._readings)}", "   " if names else "", *names)
         panel.show(
             chart(
                 series,

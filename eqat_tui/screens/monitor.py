@@ -13,16 +13,17 @@ from textual.widget import Widget
 from engine.run import control
 from engine.run.errors import EqatError
 from engine.run.launch import launch
+from engine.run.state import MAX_BLOCKS
 from eqat_tui.charts import Series, chart, legend
 from eqat_tui.feed import ReplayFeed, RunView
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import Line, line, wrap
-from eqat_tui.palette import markup
+from eqat_tui.planned import known
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Confirm, Reader
 from eqat_tui.views import monitor as views
 from eqat_tui.widgets.list_panel import ListPanel
-from eqat_tui.widgets.panel import Panel, ScrollPanel
+from eqat_tui.widgets.panel import Panel, ScrollPanel, entitle
 
 CHART_SECONDS = 1.0
 """Charts are drawn at most this often: nine parts in ten of what goes over the line are theirs."""
@@ -173,7 +174,7 @@ class MonitorScreen(WorkScreen):
         self.query_one("#notices", Panel).show(views.notices(view, width))
         machine = self.query_one("#machine", Panel)
         works = view.live or view.replay is not None
-        machine.border_title = "machine" if works else "machine, as it was"
+        entitle(machine, "machine" if works else "machine, as it was")
         machine.show(views.machine(view, width))
         journal = self.query_one("#journal", ScrollPanel)
         journal.show(views.journal(view.journal[-200:], max(10, journal.size.width)), follow=True)
@@ -218,8 +219,8 @@ class MonitorScreen(WorkScreen):
     def _range(self, view: RunView, kind: ChartKind) -> tuple[float, float] | None:
         """The x axis: all steps and all blocks, those to come included, so that progress shows."""
         if kind == "profile":
-            blocks = (view.state.plan or {}).get("blocks") or view.state.blocks
-            return (0, blocks - 1) if blocks and blocks > 1 else None
+            blocks = known(view.state.plan)["blocks"] or view.state.blocks
+            return (0, min(blocks, MAX_BLOCKS) - 1) if blocks and blocks > 1 else None
         if kind == "loss":
             place = views.shown_block(view, self._chosen)
             steps = [m.steps for m in view.state.metrics if (m.phase, m.block) == place]
@@ -234,7 +235,7 @@ class MonitorScreen(WorkScreen):
         marks = terminal.marks or terminal.ascii_only
         scale = " (log)" if log else ""
         names = legend(series, marks=marks) if len(series) > 1 else []
-        panel.border_title = markup(line(f"{name}{scale}", "   " if names else "", *names), self.app.theme)
+        entitle(panel, f"{name}{scale}", "   " if names else "", *names)
         made = chart(
             series,
             panel.size.width,

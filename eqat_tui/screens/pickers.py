@@ -15,9 +15,10 @@ from textual.widgets import Input
 
 from engine.run.config import GridConfig
 from eqat_tui.lines import Line, columns, cut, line, widths_of, wrap
-from eqat_tui.output import format_bytes
+from eqat_tui.output import format_bytes, format_parameters
 from eqat_tui.widgets.list_panel import ListPanel
-from eqat_tui.widgets.panel import Panel
+from eqat_tui.widgets.panel import Panel, entitle
+from eqat_tui.widgets.typed import TypedInput
 
 if TYPE_CHECKING:
     from eqat_tui.models import Found, ModelFacts
@@ -54,7 +55,7 @@ class Picker(ModalScreen[str | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog tall"):
             yield Panel(id="title")
-            yield Input(placeholder=self.HINT, id="words")
+            yield TypedInput(placeholder=self.HINT, id="words")
             yield ListPanel(id="list", classes="section")
             yield Panel(id="about", classes="section")
             yield Panel(id="keys")
@@ -207,7 +208,7 @@ class ModelPicker(Picker):
         panel = self.query_one("#list", ListPanel)
         width = max(20, panel.size.width - 3)
         panel.show([self._row(one, width) for one in self._shown])
-        panel.border_title = "looking for models …" if self._known is None else "models"
+        entitle(panel, "looking for models …" if self._known is None else "models")
         self.query_one("#keys", Panel).show(
             [
                 line(
@@ -296,8 +297,7 @@ def facts_lines(facts: ModelFacts | str, width: int) -> list[Line]:
     """Architecture, parameters, size, and whether it is supported."""
     if isinstance(facts, str):
         return wrap(f"✗ {facts}", width, "bad")
-    count = facts.parameters
-    size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+    size = format_parameters(facts.parameters)
     stored = f", {format_bytes(facts.stored_bytes)} on disk" if facts.stored_bytes else ""
     lines: Sequence[Line] = [
         line(

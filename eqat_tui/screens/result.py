@@ -29,6 +29,7 @@ from eqat_tui.views import monitor as monitor_views
 from eqat_tui.views import result as views
 from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel
+from eqat_tui.widgets.typed import TypedInput
 
 FIRST_PROMPT = "The capital of France is"
 CARD = "README.md"
@@ -266,7 +267,7 @@ class ExportDialog(ModalScreen[tuple[list[str], str] | None]):
             yield Panel(id="question")
             yield ListPanel(id="formats")
             yield Panel(id="where")
-            yield Input(placeholder="a folder of yours, or nothing", id="folder")
+            yield TypedInput(placeholder="a folder of yours, or nothing", id="folder")
             yield Panel(id="wrong")
             yield Panel(id="keys")
 

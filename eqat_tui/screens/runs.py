@@ -20,12 +20,12 @@ from eqat_tui.housekeeping import what_is_in
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line
 from eqat_tui.output import format_bytes
-from eqat_tui.palette import markup
 from eqat_tui.screens.base import WorkScreen, show_input
 from eqat_tui.screens.dialogs import Confirm
 from eqat_tui.views import runs as views
 from eqat_tui.widgets.list_panel import ListPanel
-from eqat_tui.widgets.panel import Panel, ScrollPanel
+from eqat_tui.widgets.panel import Panel, ScrollPanel, entitle
+from eqat_tui.widgets.typed import TypedInput
 
 REFRESH_S = 2.0
 MOST_COMPARED = 4
@@ -121,7 +121,7 @@ class RunsScreen(WorkScreen):
         self._loaded = self._reading = False
 
     def body(self) -> Iterable[Widget]:
-        yield Input(placeholder="words to look for; enter keeps, esc forgets them", id="filter")
+        yield TypedInput(placeholder="words to look for; enter keeps, esc forgets them", id="filter")
         yield ListPanel(id="list", classes="section", title="runs")
         yield Panel(id="details", classes="section", title="run")
 
@@ -167,7 +167,7 @@ class RunsScreen(WorkScreen):
                 panel.move_to(place, tell=False)
         order = f"by {self._sort}" + (f", with “{self._words}”" if self._words else "")
         bad = len(self._catalogue.unreadable)
-        panel.border_title = f"runs, {order}" + (f"; {bad} cannot be read" if bad else "")
+        entitle(panel, f"runs, {order}" + (f"; {bad} cannot be read" if bad else ""))
         self._fill_details(details)
         self.refresh_bars(line((f"{len(self._shown)} of {len(self._all)} ", "muted")))
 
@@ -366,7 +366,7 @@ class CompareScreen(WorkScreen):
         terminal = self.eqat.terminal
         series = views.overlaid(self._runs)
         names = legend(series, marks=True)
-        panel.border_title = markup(line("final loss per block   ", *names), self.app.theme)
+        entitle(panel, "final loss per block   ", *names)
         panel.show(
             chart(
                 series,

@@ -25,6 +25,7 @@ from eqat_tui.views import setup as views
 from eqat_tui.views.setup import Draft, Row
 from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel, ScrollPanel
+from eqat_tui.widgets.typed import TypedInput
 from eqat_tui.words import hint_for_app
 
 PLAN_AGAIN_S = 15.0
@@ -89,7 +90,9 @@ class SetupScreen(WorkScreen):
         self._devices: Sequence[str] = ()
 
     def body(self) -> Iterable[Widget]:
-        yield Input(placeholder="words in the name or meaning of a setting; esc shows all again", id="find")
+        yield TypedInput(
+            placeholder="words in the name or meaning of a setting; esc shows all again", id="find"
+        )
         with Horizontal(id="halves"):
             yield ListPanel(id="form", classes="section", title="a new run")
             yield ScrollPanel(id="plan", classes="section", title="plan")

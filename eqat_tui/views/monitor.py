@@ -7,14 +7,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.run import events
-from engine.run.state import BlockRow, RunState
+from engine.run.state import MAX_BLOCKS, BlockRow, RunState
 from eqat_tui.charts import Series
 from eqat_tui.feed import Entry, RunView
-from eqat_tui.lines import Line, Span, bar, beside, columns, cut, line, width_of, wrap
-from eqat_tui.output import format_bytes, format_clock, format_number, format_seconds
+from eqat_tui.lines import Line, Span, bar, beside, columns, cut, few, line, width_of, wrap
+from eqat_tui.output import (
+    cell,
+    format_bytes,
+    format_clock,
+    format_count,
+    format_number,
+    format_seconds,
+    format_time,
+    number,
+    share,
+)
+from eqat_tui.planned import branch, known
 from eqat_tui.progress import fraction
 from eqat_tui.summary import group_words
 from eqat_tui.words import hint_for_app, model_name, phase_name
+
+MOST_LINES = 6
+"""Of one notice: what went wrong must not push away where the run is."""
+MOST_RATES = 8
 
 STATE_ROLES = {
     "running": "accent",
@@ -50,9 +65,13 @@ def what(config: Mapping[str, Any] | None) -> str:
     """``SmolLM2-135M-Instruct w3g64``."""
     if not config:
         return "?"
-    grid = config["grid"]
-    group = "channel" if grid["group_size"] == -1 else f"g{grid['group_size']}"
-    return f"{model_name(config['model']['source'])} w{grid['bits']}{group}"
+    return cell(f"{model_name(branch(config, 'model', 'source'))} {grid_name(config)}")
+
+
+def grid_name(config: Mapping[str, Any]) -> str:
+    """``w3g64``."""
+    size = branch(config, "grid", "group_size")
+    return f"w{branch(config, 'grid', 'bits')}{'channel' if size == -1 else f'g{size}'}"
 
 
 def state_span(view: RunView) -> Span:
@@ -96,8 +115,8 @@ def remaining(view: RunView) -> tuple[float | None, bool]:
     state = view.state
     if view.replay is not None or not view.live:
         return state.eta_s if view.replay is not None else None, False
-    planned = (state.plan or {}).get("seconds")
-    if planned is None or (state.eta_s is not None and _measured(state)):
+    planned = known(state.plan)["seconds"]
+    if not planned or (state.eta_s is not None and _measured(state)):
         return state.eta_s, not _measured(state)
     share = share_done(state) or 0.0
     pace = (elapsed(state) + PLAN_COUNTS * planned) / (planned * (share + PLAN_COUNTS))
@@ -109,23 +128,24 @@ def share_done(state: RunState) -> float | None:
 
     What is finished stays finished, whatever the pace and however often the run was interrupted.
     """
-    planned = {phase["name"]: phase["seconds"] for phase in (state.plan or {}).get("phases", ())}
-    total = sum(planned.values())
-    done = sum(seconds * _share_of(state, name) for name, seconds in planned.items())
-    return done / total if total else None
+    plan = known(state.plan)
+    planned = {phase["name"]: phase["seconds"] or 0.0 for phase in plan["phases"]}
+    total = number(sum(planned.values()))
+    done = sum(seconds * _share_of(state, name, plan["blocks"]) for name, seconds in planned.items())
+    return share(done, total) if total else None
 
 
-def _share_of(state: RunState, phase: str) -> float:
+def _share_of(state: RunState, phase: str, planned: int | None) -> float:
     if any(row.finished for row in state.phases if row.name == phase):
         return 1.0
-    blocks = (state.plan or {}).get("blocks") or state.blocks
-    done = sum(row.finished for row in state.blocks_of(phase)) / blocks if blocks else 0.0
+    blocks = planned or state.blocks
+    done = share(sum(row.finished for row in state.blocks_of(phase)), blocks)
     last = state.metrics[-1] if state.metrics else None
     if last is not None and last.phase == phase and last.steps:
         # What an interrupted block or phase had reached; a resumed one goes on there.
         row = state.block_rows.get((phase, last.block)) if last.block is not None else None
         if row is None or not row.finished:
-            done += last.step / last.steps / (blocks if last.block is not None and blocks else 1)
+            done += share(share(last.step, last.steps), blocks if last.block is not None and blocks else 1)
     return min(1.0, max(done, (fraction(state) or 0.0) if state.phase == phase else 0.0))
 
 
@@ -192,9 +212,9 @@ def notices(view: RunView, width: int) -> list[Line]:
     """What went wrong or was asked for, and what to do about it; empty while all is well."""
     lines: list[Line] = []
     if view.problem:
-        lines += wrap(f"! {view.problem}", width, "warn")
+        lines += few(wrap(f"! {view.problem}", width, "warn"), MOST_LINES)
     if view.waiting:
-        lines += wrap(f"‖ {view.waiting}", width, "warn")
+        lines += few(wrap(f"‖ {view.waiting}", width, "warn"), MOST_LINES)
     if view.asked:
         lines.append(request_line(view))
     if view.liveness == "hung":
@@ -218,7 +238,7 @@ def notices(view: RunView, width: int) -> list[Line]:
         failed = SIDE_TASKS.get(view.state.task)
         text = f"{where}{error.message}{hint_for_app(error.hint)}"
         words = f"! the last {failed} failed: {text}" if failed else f"✗ {text}"
-        lines += wrap(words, width, "warn" if failed else "bad")
+        lines += few(wrap(words, width, "warn" if failed else "bad"), MOST_LINES)
     if broken(view.state) and view.live:
         lines += wrap("! the loss is not finite; the engine goes back to its last good state", width, "bad")
     return lines
@@ -295,17 +315,17 @@ def profile_series(state: RunState) -> list[Series]:
 def memory_series(state: RunState) -> list[Series]:
     """Memory over the run, GiB: of the GPU where there is one, else of the process."""
     first = state.readings[0].t if state.readings else 0.0
-    plan = state.plan or {}
+    plan = known(state.plan)
     for name, used, planned, role in (
         ("GPU", "gpu_used", "peak_gpu_bytes", "series1"),
         ("process", "host_used", "peak_host_bytes", "series3"),
     ):
-        points = [(round(r.t - first), getattr(r, used)) for r in state.readings]
-        known = [(t, value / 2**30) for t, value in points if value is not None]
-        if known:
-            made = [Series(name, known, role)]
-            if plan.get(planned):
-                made.append(Series("plan", [(t, plan[planned] / 2**30) for t, _ in known], "series2"))
+        points = [(round(number(r.t - first) or 0.0), number(getattr(r, used))) for r in state.readings]
+        measured = [(t, value / 2**30) for t, value in points if value is not None]
+        if measured:
+            made = [Series(name, measured, role)]
+            if plan[planned]:
+                made.append(Series("plan", [(t, plan[planned] / 2**30) for t, _ in measured], "series2"))
             return made
     return [Series("process", [], "series3")]
 
@@ -317,7 +337,8 @@ def block_table(view: RunView, width: int) -> tuple[Line, list[Line]]:
     """Header and a row for every block of the model, those to come included."""
     state = view.state
     rows = {row.index: row for row in state.trained_blocks()}
-    count = max([(state.plan or {}).get("blocks") or 0, *(index + 1 for index in rows)])
+    planned = known(state.plan)["blocks"] or 0
+    count = min(MAX_BLOCKS, max([int(planned), *(index + 1 for index in rows)]))
     training = view.live or view.replay is not None
     current = state.block if training and state.phase in ("block_ap", "rtn") else None
     wide = width >= 45
@@ -362,7 +383,7 @@ def _short(value: float | None, room: int) -> str:
 def machine(view: RunView, width: int) -> list[Line]:
     """Memory now, peak and planned; GPU load, temperature and power; disk; speed."""
     state = view.state
-    reading, plan = state.memory, state.plan or {}
+    reading, plan = state.memory, known(state.plan)
     lines = [
         *_gpu_lines(reading, plan, state, width),
         cut(_host_line(reading, plan, state), width),
@@ -377,21 +398,21 @@ def _gpu_lines(
     reading: events.Memory | None, plan: Mapping[str, Any], state: RunState, width: int
 ) -> list[Line]:
     if reading is None or reading.gpu_used is None:
-        if plan.get("device") == "cuda" and reading is not None:
+        if plan["device"] == "cuda" and reading is not None:
             return [line(("GPU   ", "strong"), ("no readings from the driver", "warn"))]
-        unused = state.device and plan.get("device", "cpu") != "cuda"
+        unused = state.device and plan["device"] != "cuda"
         why = f"none used; {state.device}" if unused else "nothing measured yet"
         return [cut(line(("GPU   ", "strong"), (why, "muted")), width)]
     total = reading.gpu_total or 0
     words = line(("GPU   ", "strong"), f"{format_bytes(reading.gpu_used)} of {format_bytes(total)}")
     facts = [
         ("peak", _peak(state, "peak_gpu_bytes", reading.gpu_peak)),
-        ("plan", plan.get("peak_gpu_bytes")),
+        ("plan", plan["peak_gpu_bytes"]),
         ("others", reading.gpu_other),
     ]
     for name, value in facts:
         if value is not None:
-            over = name == "peak" and plan.get("peak_gpu_bytes") and value > 1.05 * plan["peak_gpu_bytes"]
+            over = name == "peak" and plan["peak_gpu_bytes"] and value > 1.05 * plan["peak_gpu_bytes"]
             words += line((f"  {name} ", "muted"), (format_bytes(value), "warn" if over else ""))
     load = line()
     for value, unit in (
@@ -400,11 +421,11 @@ def _gpu_lines(
         (reading.gpu_power, "W"),
     ):
         if value is not None:
-            load += line(f"{value:.0f} {unit}  ")
-    share = reading.gpu_used / total if total else None
+            load += line(f"{format_count(value)} {unit}  ")
+    used = share(reading.gpu_used, total) if total else None
     room = width - width_of(words) - width_of(load) - 4
     if room >= 8:
-        return [[*words, ("  ", ""), *bar(share, min(room, 30)), ("  ", ""), *load]]
+        return [[*words, ("  ", ""), *bar(used, min(room, 30)), ("  ", ""), *load]]
     return [cut(words, width), cut(line("      ", *load), width)]
 
 
@@ -421,7 +442,7 @@ def _host_line(reading: events.Memory | None, plan: Mapping[str, Any], state: Ru
     spans += line(format_bytes(reading.host_used))
     facts = [
         ("peak", _peak(state, "peak_host_bytes", reading.host_peak)),
-        ("plan", plan.get("peak_host_bytes")),
+        ("plan", plan["peak_host_bytes"]),
         ("free", reading.host_available),
         ("disk free", reading.disk_free),
     ]
@@ -438,10 +459,10 @@ def _speed_line(view: RunView, reading: events.Memory | None) -> Line:
     if metric is None or metric.phase != state.phase:
         return [*spans, ("no training at the moment", "muted")]
     if metric.tokens_per_second:
-        spans += line(f"{metric.tokens_per_second:,.0f} tokens/s")
+        spans += line(f"{format_count(metric.tokens_per_second)} tokens/s")
     loss = "not finite" if metric.non_finite else format_number(metric.loss)
     spans += line(("  loss ", "muted"), (loss, "bad" if metric.non_finite else ""))
-    for name, rate in metric.lr.items():
+    for name, rate in list(metric.lr.items())[:MOST_RATES]:
         spans += line((f"  lr {name} ", "muted"), format_number(rate, 3))
     if metric.grad_norm is not None:
         spans += line(("  gradient ", "muted"), format_number(metric.grad_norm, 3))
@@ -453,14 +474,9 @@ def _speed_line(view: RunView, reading: events.Memory | None) -> Line:
 
 def journal(entries: Sequence[Entry], width: int) -> list[Line]:
     """What happened, oldest first, each on one line."""
-    import time
-
-    return [
-        cut(line((time.strftime("%H:%M:%S ", time.localtime(one.t)), "muted"), (one.text, one.role)), width)
-        for one in entries
-    ]
+    return [cut([(f"{format_time(one.t)} ", "muted"), (one.text, one.role)], width) for one in entries]
 
 
 def describe_grid(config: Mapping[str, Any]) -> str:
     """``3 bits, groups of 64``."""
-    return f"{config['grid']['bits']} bits, {group_words(config['grid']['group_size'])}"
+    return f"{branch(config, 'grid', 'bits')} bits, {group_words(branch(config, 'grid', 'group_size'))}"

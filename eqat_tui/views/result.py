@@ -9,8 +9,9 @@ from typing import Any
 from engine.run.state import RunState
 from eqat_tui.feed import RunView
 from eqat_tui.lines import Line, Span, columns, cut, line, widths_of, wrap
-from eqat_tui.output import format_bytes, format_number, format_seconds
-from eqat_tui.summary import accuracy_rows, facts, shorten
+from eqat_tui.output import format_bits, format_bytes, format_count, format_number, format_seconds, share
+from eqat_tui.planned import known
+from eqat_tui.summary import MOST_TASKS, accuracy_rows, facts, shorten
 from eqat_tui.views.monitor import what
 from eqat_tui.words import STAGES, stage_name
 
@@ -28,8 +29,8 @@ def perplexities(state: RunState, width: int) -> list[Line]:
         value = found.perplexity
         ratio = f"{format_number(value / base, 3)}×" if value is not None and base else ""
         words: Span = (format_number(value), "strong") if value is not None else ("not finite", "bad")
-        share = 0.0 if value is None or not base else min(1.0, base / value)
-        rows.append([stage_name(stage), words, (ratio, "muted"), ("█" * round(24 * share), _role(stage))])
+        kept = ("█" * round(24 * share(base, value)), _role(stage))
+        rows.append([stage_name(stage), words, (ratio, "muted"), kept])
     if not rows:
         return [line(("nothing was evaluated yet", "muted"))]
     head: list[str | Span] = [("perplexity", "muted"), "", ("of full", "muted"), ("quality kept", "muted")]
@@ -47,8 +48,8 @@ def _tasks(state: RunState, width: int) -> list[Line]:
     rows: list[list[str | Span]] = [list(row) for row in accuracy_rows(accuracy)]
     rows[0] = [(str(name), "muted") for name in rows[0]]
     lines = columns(rows, widths_of(rows), right="l" + "r" * (len(rows[0]) - 1))
-    asked = next(e.questions for e in state.evaluations.values() if e.accuracy)
-    words = ", ".join(f"{count:,} of {name}" for name, count in asked.items())
+    asked = next((e.questions for e in state.evaluations.values() if e.accuracy), {})
+    words = ", ".join(f"{format_count(count)} of {name}" for name, count in list(asked.items())[:MOST_TASKS])
     return [line(), *(cut(row, width) for row in lines), *wrap(f"questions: {words}", width, "muted")]
 
 
@@ -60,9 +61,9 @@ def _conditions(state: RunState, width: int) -> list[Line]:
     lines: list[Line] = []
     found = next(iter(state.evaluations.values()), None)
     if found is not None:
-        words = f"{found.corpus}, {found.tokens:,} tokens at context {found.sequence_length}"
+        words = f"{found.corpus}, {format_count(found.tokens)} tokens at context {found.sequence_length}"
         lines.append(cut(line((words, "muted")), width))
-    paper = (state.plan or {}).get("published")
+    paper = known(state.plan)["published"]
     if paper:
         lines += wrap(
             f"published: {paper['perplexity']} of {paper['fp_perplexity']} for {paper['model']} "
@@ -135,7 +136,7 @@ def samples(state: RunState, width: int) -> list[Line]:
 
 def export_path(run: str, path: str) -> Path:
     """Where an export lies."""
-    return Path(path) if Path(path).is_absolute() else Path(run) / path
+    return Path(run) / path  # an absolute one is itself
 
 
 def exports(view: RunView, width: int) -> list[Line]:
@@ -143,15 +144,15 @@ def exports(view: RunView, width: int) -> list[Line]:
     lines: list[Line] = []
     for done in view.state.exports.values():
         mark: Span = ("✓ verified", "good") if done.verified else ("✗ NOT VERIFIED", "bad")
-        size = f"{format_bytes(done.bytes)}, {done.bits_per_weight:.2f} bits per weight"
+        size = f"{format_bytes(done.bytes)}, {format_bits(done.bits_per_weight)} bits per weight"
         lines.append(line((done.format, "strong"), "  ", mark, (f"  {size}", "muted")))
         checks = []
         if done.max_logit_diff is not None:
             checks.append(f"largest logit difference {format_number(done.max_logit_diff, 2)}")
         if done.perplexity is not None and done.perplexity_trained is not None:
             checks.append(
-                f"perplexity on {done.tokens or 0:,} tokens {format_number(done.perplexity)} reloaded, "
-                f"{format_number(done.perplexity_trained)} trained"
+                f"perplexity on {format_count(done.tokens or 0)} tokens {format_number(done.perplexity)} "
+                f"reloaded, {format_number(done.perplexity_trained)} trained"
             )
         lines += [line("  ", *row) for row in wrap("; ".join(checks), width - 2, "muted") if checks]
         lines += [line("  ", *row) for row in wrap(shorten(export_path(view.path, done.path)), width - 2)]
@@ -162,9 +163,12 @@ def exports(view: RunView, width: int) -> list[Line]:
 
 def loading_snippet(path: str | Path) -> str:
     """How another program loads the packed checkpoint."""
+    text = str(path)
+    # A path comes from a log; what it is called must not end the string and go on as a program.
+    quoted = f'"{text}"' if text.isprintable() and not set(text) & set('"\\\\') else repr(text)
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'path = "{path}"\n'
+        f"path = {quoted}\n"
         'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")  # pip install gptqmodel\n'
         "tokenizer = AutoTokenizer.from_pretrained(path)"
     )

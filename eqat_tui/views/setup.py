@@ -18,7 +18,8 @@ from engine.run.config import BITS, GROUP_SIZES, RunConfig, value_of
 from engine.run.errors import EqatError
 from engine.run.schema import field_types, is_section
 from eqat_tui.lines import Line, Span, bar, cut, line, wrap
-from eqat_tui.output import format_bytes, format_seconds
+from eqat_tui.output import format_bits, format_bytes, format_parameters, format_seconds, share
+from eqat_tui.planned import known
 from eqat_tui.words import error_for_app, hint_for_app, model_name
 
 
@@ -327,6 +328,7 @@ def is_list(name: str) -> bool:
 
 def plan_lines(plan: Mapping[str, Any], width: int) -> list[Line]:
     """What the run would need against what is free, what it makes, and what stands in its way."""
+    plan = known(plan)
     machine = plan["machine"]
     lines = [_heading(plan)]
     for problem in plan["problems"]:
@@ -336,15 +338,15 @@ def plan_lines(plan: Mapping[str, Any], width: int) -> list[Line]:
         lines += _need("GPU", plan["peak_gpu_bytes"], machine["gpu_free"], width)
     lines += _need("host", plan["peak_host_bytes"], machine["host_free"], width)
     lines += _need("disk", plan["disk_bytes"], machine["disk_free"], width)
-    ratio = plan["fp_bytes"] / plan["export_bytes"] if plan["export_bytes"] else 0
+    ratio = (plan["fp_bytes"] or 0) / plan["export_bytes"] if plan["export_bytes"] else 0
     lines += [
         line(("time   ", "muted"), (f"about {format_seconds(plan['seconds'])}", "strong")),
         line(
             ("size   ", "muted"),
             f"{format_bytes(plan['fp_bytes'])} → {format_bytes(plan['export_bytes'])}",
-            (f"  {ratio:.2f}×", "muted"),
+            (f"  {format_bits(ratio)}×", "muted"),
         ),
-        line(("bits   ", "muted"), f"{plan['bits_per_weight']:.2f} per weight"),
+        line(("bits   ", "muted"), f"{format_bits(plan['bits_per_weight'])} per weight"),
     ]
     lost = plan["recovery"]["lost_seconds"]
     lines.append(line(("a kill ", "muted"), f"loses at most {format_seconds(lost)}"))
@@ -355,8 +357,7 @@ def plan_lines(plan: Mapping[str, Any], width: int) -> list[Line]:
 
 
 def _heading(plan: Mapping[str, Any]) -> Line:
-    count = plan["parameters"]
-    size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+    size = format_parameters(plan["parameters"])
     return line(
         (plan["model_type"], "strong"), f", {size} parameters, {plan['blocks']} blocks", ("", "muted")
     )
@@ -364,18 +365,18 @@ def _heading(plan: Mapping[str, Any]) -> Line:
 
 def _place(plan: Mapping[str, Any]) -> str:
     machine = plan["machine"]
-    return machine["gpu_name"] if plan["device"] == "cuda" else f"{machine['cpus']} CPU cores"
+    return str(machine["gpu_name"] if plan["device"] == "cuda" else f"{machine['cpus']} CPU cores")
 
 
-def _need(name: str, needed: int | None, free: int, width: int) -> list[Line]:
-    needed = needed or 0
+def _need(name: str, needed: int | None, free: int | None, width: int) -> list[Line]:
+    needed, free = needed or 0, free or 0
     over = needed > free
     role = "bad" if over else "good"
     words: Span = (f"{format_bytes(needed)} of {format_bytes(free)} free", "bad strong" if over else "")
     head = line((name.ljust(7), "muted"), words)
     room = min(20, width - 7 - len(words[0]) - 2)
     if room >= 6:
-        head += line("  ", *bar(needed / free if free else 1.0, room, role))
+        head += line("  ", *bar(share(needed, free) if free else 1.0, room, role))
     return [head]
 
 

@@ -17,7 +17,7 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
 from eqat_tui.lines import Line, line
-from eqat_tui.widgets.panel import paint
+from eqat_tui.widgets.panel import entitle, paint
 
 CURSOR = "▸"
 
@@ -64,7 +64,7 @@ class ListPanel(ScrollView, can_focus=True):
         self.cursor = 0
         self.has_cursor = cursor
         if title:
-            self.border_title = title
+            entitle(self, title)
 
     # -- what is shown -----------------------------------------------------------------------------
 

@@ -17,8 +17,8 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 from textual.widget import Widget
 
-from eqat_tui.lines import Line, fit
-from eqat_tui.palette import style_of
+from eqat_tui.lines import Line, Span, fit, line
+from eqat_tui.palette import content, style_of
 
 
 def paint(spans: Line, width: int, theme: str, base: Any, role: str = "") -> Strip:
@@ -26,6 +26,11 @@ def paint(spans: Line, width: int, theme: str, base: Any, role: str = "") -> Str
     over = style_of(role, theme)
     segments = [Segment(text, base + style_of(name, theme) + over) for text, name in fit(spans, width)]
     return Strip(segments, width)
+
+
+def entitle(widget: Widget, *parts: str | Span) -> None:
+    """Give ``widget`` a title in its border: words and spans, never markup."""
+    widget.border_title = content(line(*parts), widget.app.theme)
 
 
 class Panel(Widget):
@@ -44,7 +49,7 @@ class Panel(Widget):
         super().__init__(id=id, classes=classes)
         self.lines: list[Line] = []
         if title:
-            self.border_title = title
+            entitle(self, title)
 
     def show(self, lines: Sequence[Line]) -> None:
         """Show ``lines``; what they leave of the panel is blank."""
@@ -82,7 +87,7 @@ class ScrollPanel(ScrollView, can_focus=True):
         self.lines: list[Line] = []
         self._follows = False
         if title:
-            self.border_title = title
+            entitle(self, title)
 
     def show(self, lines: Sequence[Line], *, follow: bool = False) -> None:
         """Show ``lines``; ``follow`` stays at the end if that is where the reader is."""
