@@ -30,6 +30,8 @@ from engine.run.errors import (
 )
 from engine.run.launch import this_attempt
 from engine.run.ownership import require_own_folders
+from engine.run.printable import printable
+from engine.run.standard_streams import finish_output, open_standard_streams
 from engine.run.state import BULK, load_state
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -37,6 +39,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code; everything else it has to say goes into the run directory."""
+    open_standard_streams()
     parser = argparse.ArgumentParser(prog="python -m engine", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--task", choices=("run", "eval", "export", "generate"), default="run")
@@ -70,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
             finally:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     except EqatError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return int(error.exit_code)
 
 
@@ -167,7 +170,7 @@ def _attempt(
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(EqatError):  # a log on a full disk
+        finish_output()
     # Worker threads of libraries (data set readers, tokenizers) must not keep a finished run alive.
     os._exit(code)
