@@ -41,9 +41,15 @@ def temporary_of(name: str) -> str:
     return match[1] if match else ""
 
 
+def is_unfinished_at_top(name: str) -> bool:
+    """A file at the top of a run that was being written, or that was made to see whose files are made there
+    (``engine.run.ownership``)."""
+    return temporary_of(name) in (*FILES, "owner")
+
+
 def belongs_at_top(name: str) -> bool:
     """Whether a run has this at its top, or a half-written file for it."""
-    return name in FILES or name in FOLDERS or temporary_of(name) in FILES
+    return name in FILES or name in FOLDERS or is_unfinished_at_top(name)
 
 
 def is_removed_run(name: str) -> bool:

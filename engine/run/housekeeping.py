@@ -20,10 +20,9 @@ from typing import NamedTuple
 from engine.run import contents, generations
 from engine.run.directory import RunDirectory, holder, starting
 from engine.run.errors import PreflightError
-from engine.run.files import disk_error
 from engine.run.guarded import opened_folder
 from engine.run.lock import RunLock
-from engine.run.proof import Identity, prove_config, prove_removed, prove_run
+from engine.run.proof import Identity, prove_made_here, prove_removed, prove_run
 from engine.run.removal import not_deleted, remove_entry, remove_proven, rename_proven
 from engine.run.state import BULK, load_state
 
@@ -54,8 +53,10 @@ def delete_run(run: RunDirectory) -> int:
     with RunLock(run.lock_path):
         try:
             hidden = rename_proven(run.path, _removed_name(run.path.name), identity)
+        except FileNotFoundError as error:
+            raise PreflightError("was deleted by somebody else just now", where=str(run.path)) from error
         except OSError as error:
-            raise disk_error(error, run.path) from error
+            raise not_deleted(error, run.path) from error
     remove_proven(hidden, identity)
     return freed
 
@@ -120,9 +121,9 @@ def clean_run(run: RunDirectory, *, dry_run: bool = False) -> int:
     Of a finished run one generation is kept, if it is intact, of another two.
 
     Raises:
-        PreflightError: for what does not have the configuration of a run, and while an engine works on it.
+        PreflightError: for what was not made as a run, and while an engine works on it.
     """
-    prove_config(run.path)
+    prove_made_here(run.path)
     refuse_busy(run)
     freed = 0
     with RunLock(run.lock_path):
@@ -150,7 +151,7 @@ def remove_cache(run: RunDirectory) -> None:
 def _garbage(run: RunDirectory) -> Iterator[tuple[Path, list[str]]]:
     """Folders of a run, each with the names of what lies in it and no continuation needs."""
     patterns: list[tuple[str, Callable[[str], bool]]] = [
-        (".", lambda name: contents.temporary_of(name) in contents.FILES),
+        (".", contents.is_unfinished_at_top),
         ("control", contents.is_unfinished_request),
         ("cache", contents.is_cached),
     ]

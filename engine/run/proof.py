@@ -67,20 +67,32 @@ def prove_run(path: Path) -> Identity:
 
     Proof is all of this: the path is a real folder of this user's, not a link to one; ``config.toml`` reads
     as the configuration of a run and has every section; the folders that are made with a run are there; and
-    at its top lies nothing that no run has. What lies deeper is part of the run.
+    at its top lies nothing that no run has. What lies deeper is part of the run, unless it is another run.
 
     Raises:
-        NotProven: names the first proof that is missing.
+        PreflightError: names the first proof that is missing.
     """
     with _folder_of_ours(path) as folder:
-        names = _names(folder, path)
-        missing = [name for name in MADE_WITH_A_RUN if name not in names]
-        if contents.CONFIG not in names or missing:
-            what = f"the folder {missing[0]}" if missing else contents.CONFIG
-            raise NotProven(f"is no run of ours: {what} is missing", where=str(path), hint=_BY_HAND)
-        prove_config(path)
+        names = _prove_making(folder, path)
         _prove_top(folder, names, path)
+        inner = next(_runs_inside(path), None)
+        if inner is not None:
+            raise NotProven(
+                "holds another run",
+                where=str(inner.parent),
+                hint=f"delete {inner.name} first, or move it away",
+            )
         return Identity.of(os.fstat(folder))
+
+
+def prove_made_here(path: Path) -> None:
+    """Prove that ``path`` was made as a run, whatever somebody has put into it since.
+
+    Raises:
+        PreflightError: names the first proof that is missing.
+    """
+    with _folder_of_ours(path) as folder:
+        _prove_making(folder, path)
 
 
 def prove_removed(path: Path) -> Identity:
@@ -89,46 +101,16 @@ def prove_removed(path: Path) -> Identity:
     A deletion takes the configuration last, so either it is there, or nothing is.
 
     Raises:
-        NotProven: names the first proof that is missing.
+        PreflightError: names the first proof that is missing.
     """
     if not contents.is_removed_run(path.name):
         raise NotProven("is not called as a deletion calls what it removes", where=str(path))
     with _folder_of_ours(path) as folder:
         names = _names(folder, path)
         if names:
-            prove_config(path)
+            _prove_config(path)
             _prove_top(folder, names, path)
         return Identity.of(os.fstat(folder))
-
-
-def prove_config(run: Path) -> None:
-    """Prove that the folder ``run`` holds the configuration of a run.
-
-    Raises:
-        PreflightError: says what is wrong with ``config.toml``.
-    """
-    path = run / contents.CONFIG
-    text = read_text(path, root=run)
-    tree = parsed(tomllib.loads, text, path, "TOML")
-    missing = [name for name in SECTIONS if not isinstance(tree.get(name), dict)]
-    if missing or "extends" in tree:
-        why = f"it has no section {missing[0]}" if missing else "it extends another file"
-        raise NotProven(f"is not the configuration of a run: {why}", where=str(path), hint=_BY_HAND)
-    unknown = next(_unknown_fields(tree, RunConfig), "")
-    if unknown:
-        raise NotProven(
-            f"has a field that this version does not know, {shown([unknown])}",
-            where=str(path),
-            hint="a newer version wrote it: use that one, or delete the folder by hand",
-        )
-    try:
-        from_toml(text)
-    except EqatError as error:
-        raise NotProven(
-            f"is not the configuration of a run: {error.where}: {error.message}",
-            where=str(path),
-            hint=_BY_HAND,
-        ) from error
 
 
 def shown(names: Sequence[str]) -> str:
@@ -168,6 +150,43 @@ def _names(folder: int, path: Path) -> list[str]:
         raise bad_file(error, path) from error
 
 
+def _prove_making(folder: int, path: Path) -> list[str]:
+    """The names in a folder that has the configuration and the folders with which a run is made."""
+    names = _names(folder, path)
+    missing = [name for name in MADE_WITH_A_RUN if name not in names]
+    if contents.CONFIG not in names or missing:
+        what = f"the folder {missing[0]}" if missing else contents.CONFIG
+        raise NotProven(f"is no run of ours: {what} is missing", where=str(path), hint=_BY_HAND)
+    _prove_config(path)
+    return names
+
+
+def _prove_config(run: Path) -> None:
+    """Prove that the folder ``run`` holds the configuration of a run."""
+    path = run / contents.CONFIG
+    text = read_text(path, root=run)
+    tree = parsed(tomllib.loads, text, path, "TOML")
+    missing = [name for name in SECTIONS if not isinstance(tree.get(name), dict)]
+    if missing or "extends" in tree:
+        why = f"it has no section {missing[0]}" if missing else "it extends another file"
+        raise NotProven(f"is not the configuration of a run: {why}", where=str(path), hint=_BY_HAND)
+    unknown = next(_unknown_fields(tree, RunConfig), "")
+    if unknown:
+        raise NotProven(
+            f"has a field that this version does not know, {shown([unknown])}",
+            where=str(path),
+            hint="a newer version wrote it: use that one, or delete the folder by hand",
+        )
+    try:
+        from_toml(text)
+    except EqatError as error:
+        raise NotProven(
+            f"is not the configuration of a run: {error.where}: {error.message}",
+            where=str(path),
+            hint=_BY_HAND,
+        ) from error
+
+
 def _prove_top(folder: int, names: Sequence[str], path: Path) -> None:
     """Nothing but a run's files and folders lies at the top, and each is what its name says."""
     foreign = [name for name in names if not contents.belongs_at_top(name)]
@@ -195,6 +214,20 @@ def _prove_top(folder: int, names: Sequence[str], path: Path) -> None:
             )
 
 
+def _runs_inside(path: Path) -> Iterator[Path]:
+    """Other runs in the folders of a run, made while somebody was in one of them; links are not followed."""
+    waiting = [path / name for name in contents.FOLDERS]
+    while waiting:
+        place = waiting.pop()
+        try:
+            with os.scandir(place) as entries:
+                folders = [place / entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        except OSError:  # gone meanwhile
+            continue
+        yield from filter(is_run, folders)
+        waiting += folders
+
+
 def _wrong_kind(folder: int, name: str, status: os.stat_result) -> str:
     """What an entry is, in words, where it is not what its name says; else empty.
 
@@ -202,8 +235,6 @@ def _wrong_kind(folder: int, name: str, status: os.stat_result) -> str:
     """
     if stat.S_ISDIR(status.st_mode) if name in contents.FOLDERS else stat.S_ISREG(status.st_mode):
         return ""
-    if stat.S_ISREG(status.st_mode):
-        return "a file"
     if stat.S_ISDIR(status.st_mode):
         inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
         try:

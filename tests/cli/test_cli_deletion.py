@@ -114,10 +114,9 @@ def test_a_linked_run_is_listed_shown_and_resumed_by_its_name_and_not_deleted(
     (tmp_path / "runs" / "best").symlink_to(target)
     (row,) = json.loads(eqat("runs", "--json").stdout)
     assert (row["id"], row["path"]) == ("best", str(target))
-    for ref in ("best", finished_run.id, "runs/best"):
-        refused = eqat("rm", "--yes", ref)
-        assert refused.returncode == 3
-        assert f"is a link to {target}" in one_line(refused)
+    refused = eqat("rm", "--yes", "best", finished_run.id, "runs/best")
+    assert refused.returncode == 3
+    assert refused.stderr.count(f"is a link to {target}") == 3
     for ref in ("best", finished_run.id):
         assert json.loads(eqat("show", ref, "--json").stdout)["path"] == str(target)
     assert "best: is done already" in one_line(eqat("resume", "best"))
@@ -167,7 +166,7 @@ def test_gc_leaves_alone_what_is_not_ours_and_names_it_once(
     (precious / "notes.txt").write_text("precious")
     (finished_run.cache_dir / "notes.bin").write_text("precious")
     (finished_run.cache_dir / "full.bin").write_bytes(bytes(100))
-    for arguments in (("--dry-run",), ("--json",), ()):
+    for arguments in (("--json",), ()):
         done = eqat("gc", *arguments)
         assert done.returncode == 0
         assert done.stderr.count(str(precious)) == 1

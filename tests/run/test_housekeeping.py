@@ -184,14 +184,17 @@ def test_links_out_of_a_run_are_not_followed(run: RunDirectory, tmp_path: Path) 
     assert sorted(other.path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("config", ["", "[tool]\nx = 1\n", "not = [toml", None])
-def test_what_has_no_configuration_of_a_run_is_not_cleaned(run: RunDirectory, config: str | None) -> None:
-    if config is None:
+@pytest.mark.parametrize("spoilt", ["", "[tool]\nx = 1\n", "not = [toml", "no config", "no control"])
+def test_what_was_not_made_as_a_run_is_not_cleaned(run: RunDirectory, spoilt: str) -> None:
+    """A project may have a ``cache/full.bin``, and even a copy of a run's configuration."""
+    if spoilt == "no control":
+        run.control_dir.rmdir()
+    elif spoilt == "no config":
         run.config_toml.unlink()
     else:
-        run.config_toml.write_text(config)
+        run.config_toml.write_text(spoilt)
     (run.cache_dir / "full.bin").write_bytes(bytes(SIZE))
-    with pytest.raises(PreflightError, match=r"config\.toml"):
+    with pytest.raises(PreflightError, match=r"config\.toml|control is missing"):
         housekeeping.clean_run(run)
     assert (run.cache_dir / "full.bin").exists()
 

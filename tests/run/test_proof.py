@@ -55,6 +55,7 @@ def test_a_run_is_proven_in_every_state_of_its_life(run: RunDirectory) -> None:
     for name in ("run.json", "lock", "status.json", "launch.json", "events.jsonl", "origin.json"):
         (run.path / name).write_text("")
         (run.path / f".{name}.4711.0123abcd.tmp").write_text("")
+    (run.path / ".owner.4711.0123abcd.tmp").write_text("")
     (run.export_dir / "gptq_v2").mkdir()
     (run.export_dir / "gptq_v2" / "whatever the user likes").write_text("")
     prove_run(run.path)
@@ -122,8 +123,11 @@ def folder_for_file(folder: Path) -> None:
     precious(folder / "events.jsonl")
 
 
-def nested_run(folder: Path) -> None:
-    RunDirectory.create(folder, CONFIG)
+def run_in(place: str) -> Callable[[Path], None]:
+    def do(folder: Path) -> None:
+        RunDirectory.create(folder / place, CONFIG)
+
+    return do
 
 
 UNPROVEN: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -131,7 +135,9 @@ UNPROVEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "a hidden file": (lambda folder: (folder / ".git").mkdir() or None, ".git"),
     "nearly a temporary file": (lambda folder: (folder / ".x.1.ab.tmp").touch(), ".x.1.ab.tmp"),
     "somebody's temporary file": (lambda folder: (folder / ".x.1.0123abcd.tmp").touch(), "0123abcd"),
-    "another run inside": (nested_run, "holds what no run has"),
+    "another run inside": (run_in("."), "holds what no run has"),
+    "another run in a folder": (run_in("export"), "holds another run"),
+    "another run deep inside": (run_in("export/mine/runs"), "holds another run"),
     "no configuration": (lambda folder: (folder / "config.toml").unlink(), "config.toml is missing"),
     "an empty configuration": (rewrite(lambda text: ""), "it has no section model"),
     "another program's configuration": (rewrite(lambda text: "[tool.x]\na = 1\n"), "no section model"),
