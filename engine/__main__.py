@@ -29,7 +29,6 @@ from engine.run.errors import (
     run_is_gone,
 )
 from engine.run.launch import this_attempt
-from engine.run.ownership import require_own_folders
 from engine.run.printable import printable
 from engine.run.standard_streams import finish_output, open_standard_streams
 from engine.run.state import BULK, load_state
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
             # A stop that is asked for while the libraries load waits until there is someone to hear it.
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
             try:
-                require_own_folders(run)
+                run.require_own()
                 overrides: dict[str, object] = dict(item.partition("=")[::2] for item in arguments.set)
                 if arguments.format is not None:
                     overrides["export.formats"] = arguments.format

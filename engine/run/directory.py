@@ -35,6 +35,7 @@ from engine.run.files import (
 )
 from engine.run.guarded import BadFile, NoFile, opened_folder, read_object, read_struct
 from engine.run.lock import RunLock, holder, is_held
+from engine.run.ownership import require_own_folders
 from engine.run.proof import is_run
 
 __all__ = [
@@ -138,6 +139,10 @@ class RunDirectory:
 
     def __repr__(self) -> str:
         return f"RunDirectory({str(self.path)!r})"
+
+    def require_own(self) -> None:
+        """PreflightError unless the run and its folders are real ones of this user's; for whoever writes."""
+        require_own_folders(self.path, (*self.folders, self.checkpoints_dir / "objects"))
 
     @classmethod
     def create(

@@ -28,7 +28,6 @@ from engine.run.directory import (
 from engine.run.errors import EqatError, PreflightError
 from engine.run.files import atomic_write_json, disk_error, make_folder
 from engine.run.guarded import open_regular, opened_folder
-from engine.run.ownership import require_own_folders
 
 ATTEMPT_VARIABLE = "EQAT_ATTEMPT"
 """Tells the engine which attempt, and so which log, it is."""
@@ -52,7 +51,7 @@ def launch(
     module: Sequence[str] = ENGINE,
 ) -> int:
     """Start the engine on ``run`` and return its pid; ``args`` follow the directory on its command line."""
-    require_own_folders(run)
+    run.require_own()
     refuse_second(run)
     discard_pending(run)
     make_folder(run.logs_dir, root=run.path, mode=FOLDER_MODE)

@@ -10,16 +10,17 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 
-from engine.run.directory import RunDirectory
 from engine.run.errors import PreflightError
 from engine.run.guarded import kind_of, opened_folder
 
 
-def require_own_folders(run: RunDirectory) -> None:
-    """PreflightError unless the run and every folder of it that is there are real folders of this user."""
-    for folder in (run.path, *run.folders, run.checkpoints_dir / "objects"):
+def require_own_folders(run: Path, folders: Iterable[Path]) -> None:
+    """PreflightError unless the run's directory, and each of its ``folders`` that is there, is a real folder
+    of this user's."""
+    for folder in (run, *folders):
         try:
             status = os.lstat(folder)
         except FileNotFoundError:
@@ -32,16 +33,25 @@ def require_own_folders(run: RunDirectory) -> None:
                 where=str(folder),
                 hint="nothing is written through it; put the folder back, or start a new run",
             )
-        if status.st_uid != os.geteuid() and not _is_how_files_are_owned_here(run.path, status.st_uid):
+        if not is_ours(run, status.st_uid):
+            owner = user_name(status.st_uid)
             raise PreflightError(
-                f"belongs to {_user(status.st_uid)}, and runs are only worked on by the user they belong to",
+                f"belongs to {owner}, and runs are only worked on by the user they belong to",
                 where=str(folder),
-                hint=f"become {_user(status.st_uid)}, or copy the run: cp -r makes it yours",
+                hint=f"become {owner}, or copy the run: cp -r makes it yours",
             )
 
 
+def is_ours(folder: Path, owner: int) -> bool:
+    """Whether what ``owner`` owns, in ``folder`` or as that folder itself, belongs to this user.
+
+    A file server may map all users to one: then ``owner`` is whoever gets what this user makes there.
+    """
+    return owner == os.geteuid() or _is_how_files_are_owned_here(folder, owner)
+
+
 def _is_how_files_are_owned_here(folder: Path, owner: int) -> bool:
-    """Whether the file system gives ``owner`` what this user makes: a server may map all users to one."""
+    """Whether the file system gives ``owner`` what this user makes."""
     name = f".owner.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:
         with opened_folder(folder) as place:
@@ -55,7 +65,7 @@ def _is_how_files_are_owned_here(folder: Path, owner: int) -> bool:
         return False
 
 
-def _user(number: int) -> str:
+def user_name(number: int) -> str:
     """A user's name, or the number where there is none."""
     import pwd
 

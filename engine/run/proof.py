@@ -19,6 +19,7 @@ from engine.run import contents
 from engine.run.config import from_toml
 from engine.run.errors import EqatError, PreflightError
 from engine.run.guarded import bad_file, kind_of, opened_folder, parsed, read_text
+from engine.run.ownership import is_ours, user_name
 from engine.run.schema import RunConfig, Section, field_types, is_section
 
 MADE_WITH_A_RUN = tuple(name for name in contents.FOLDERS if name != "cache")
@@ -133,8 +134,9 @@ def _folder_of_ours(path: Path) -> Iterator[int]:
             )
         if not stat.S_ISDIR(status.st_mode):
             raise NotProven(f"is {kind_of(status.st_mode)}, not a run", where=str(path))
-        if status.st_uid != os.geteuid():
-            raise NotProven("belongs to another user", where=str(path), hint="only they can delete it")
+        if not is_ours(path, status.st_uid):
+            owner = user_name(status.st_uid)
+            raise NotProven(f"belongs to {owner}", where=str(path), hint=f"only {owner} can delete it")
         with opened_folder(path) as folder:
             if Identity.of(os.fstat(folder)) != Identity.of(status):
                 raise NotProven("was exchanged for something else just now", where=str(path))

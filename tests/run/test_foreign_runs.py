@@ -28,7 +28,6 @@ from engine.run.directory import (
 from engine.run.errors import EqatError, ExitCode, PreflightError
 from engine.run.events import EventFollower, EventWriter, RunFinished, RunStarted, read_events, tail_events
 from engine.run.launch import launch, next_attempt
-from engine.run.ownership import require_own_folders
 from engine.run.redo import read_origin
 from engine.run.state import load_state
 from engine.run.summary import show, summarize
@@ -165,7 +164,7 @@ def test_a_folder_that_links_elsewhere_is_refused_and_nothing_is_written_there(
     write(run)
     assert untouched(precious)
     with pytest.raises(PreflightError, match="a link where a run has a folder") as caught:
-        require_own_folders(run)
+        run.require_own()
     assert caught.value.where == str(place)
     with pytest.raises(PreflightError):
         launch(run)
@@ -185,7 +184,7 @@ def test_requests_behind_a_link_are_neither_answered_nor_renamed(run: RunDirecto
 def test_a_run_of_another_user_is_looked_at_but_not_worked_on(run: RunDirectory) -> None:
     if os.geteuid():
         pytest.skip("only root can give files away")
-    require_own_folders(run)
+    run.require_own()
     os.chown(run.logs_dir, 12345, 12345)
     assert run_state(run) == "created"
     with pytest.raises(PreflightError, match="belongs to user 12345") as caught:

@@ -188,9 +188,11 @@ def test_an_empty_folder_in_a_files_place_is_no_reason_to_keep_a_run(run: RunDir
     assert not run.path.exists()
 
 
-def test_a_run_of_another_user_is_not_deleted(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    with pytest.raises(PreflightError, match="belongs to another user"):
+def test_a_run_of_another_user_is_not_deleted(run: RunDirectory) -> None:
+    if os.geteuid():
+        pytest.skip("only root can give files away")
+    os.chown(run.path, 12345, 12345)
+    with pytest.raises(PreflightError, match="belongs to user 12345"):
         housekeeping.delete_run(run)
     assert run.path.is_dir()
 
