@@ -1,6 +1,7 @@
 # make demo      quantize a real 135M-parameter model at 3 bits, from a fresh clone
 # make test      the test suite               make lint      ruff, types, import contracts
-# make soak      kill runs at 50 random instants and compare their exports (minutes)
+# make soak      kill runs, exports, gc and rm at random instants, flip bits, compare the exports (an hour)
+# make fuzz      mutate every file that is read, and look for harm (SECONDS=300, SEED=0)
 # make screenshot  the app's pictures in README.md, from a run (RUN=latest)
 # make interop   load our exports with gptqmodel, in an environment of its own
 #
@@ -14,12 +15,14 @@ PIP_FLAGS ?=
 DEVICE    ?= auto
 WORKERS   ?= 3
 RUN       ?= latest
+SEED      ?= 0
+SECONDS   ?= 300
 VENV      := .venv
 INTEROP   := .venv-interop
 PIP        = $(1)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint soak screenshot interop clean
+.PHONY: help demo test lint soak fuzz screenshot interop clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -101,7 +104,10 @@ lint: $(VENV)/.stamp-dev
 	@$(VENV)/bin/lint-imports
 
 soak: $(VENV)/.stamp-dev
-	@$(VENV)/bin/python tests/engine/soak.py --kills 50 --seed 0
+	@$(VENV)/bin/python tests/engine/soak.py --kills 50 --flips 5000 --seed $(SEED)
+
+fuzz: $(VENV)/.stamp-dev
+	@$(VENV)/bin/python tests/fuzz/fuzz.py --seconds $(SECONDS) --seed $(SEED)
 
 screenshot: $(VENV)/.stamp-dev
 	@$(VENV)/bin/python benchmarks/screenshot.py $(RUN)

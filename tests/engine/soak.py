@@ -1,153 +1,140 @@
-"""Kill real runs at random instants, again and again; whatever happens, the export is the same to the bit.
+"""Kill and damage real runs, again and again; whatever happens, the export is the same to the bit.
 
-    python tests/engine/soak.py --kills 50 --seed 0          (make soak)
+    python tests/engine/soak.py --kills 50 --flips 5000 --seed 0          (make soak)
 
-A small run (four blocks, every phase) is made once without interference. Then the same run is started again
-and again, each time killed with SIGKILL at an instant drawn from a seed, resumed, perhaps killed once more,
-and finished; its export must equal the first one's, file by file, byte by byte. Checkpoints are taken as
-often as possible. Every other run stores its activation streams, the others compute them again.
+A small run (four blocks, every phase) is made once without interference. Then, from a seed:
+
+- the same run is started again and again, killed with SIGKILL at random instants, resumed, finished;
+- so is a run that redoes a part of the first one, which has to stay as it is;
+- exports and evaluations of the finished run are killed: its export is there, whole, at every instant;
+- ``gc`` is killed, and works beside a run that trains; ``rm`` is killed, and ``gc`` finishes what it began;
+- single bits are flipped anywhere in ``checkpoints/``: no other content is ever accepted, no run is lost.
+
+Every export must equal the first one, file by file, byte by byte. Checkpoints are taken as often as possible.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import random
-import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from engine_runs import exported, log, make_run, of, output, start, wait_until
-
-from engine.run import events
-from engine.run.directory import RunDirectory, run_state
-
-SETTINGS: dict[str, object] = {
-    "block_ap.sequences": 16,
-    "block_ap.epochs": 6,
-    "e2e_qp.sequences": 12,
-    "e2e_qp.epochs": 4,
-    "runtime.checkpoint_minutes": 1e-4,
-    "runtime.checkpoint_share": 1.0,
-}
-LATEST_KILL = 1.0
-"""In durations of the whole run."""
-MOST_KILLS_OF_A_RUN = 3
+from soak_housekeeping import soak_gc, soak_gc_beside, soak_rm
+from soak_runs import Whole, reference, soak_redos, soak_runs
+from soak_tasks import soak_task
+from soak_tools import Row
 
 
-@dataclass(frozen=True)
-class Kill:
-    """Where a kill struck."""
-
-    phase: str
-    inside: bool
-    """Whether the attempt after it went on inside a block or inside end-to-end training."""
-
-
-@dataclass(frozen=True)
-class Soaked:
-    """One run that was killed and finished."""
-
-    seed: int
-    kills: list[Kill]
-    equal: bool
+def soak_kills(folder: Path, whole: Whole, kills: int, seed: int) -> Row:
+    """Runs that are killed up to three times each."""
+    row = Row("run, killed and resumed")
+    phases: Counter[str] = Counter()
+    inside = 0
+    for soaked in soak_runs(folder, whole, kills, seed):
+        row.tries += 1
+        row.struck += len(soaked.kills)
+        row.check(soaked.equal, f"seed {soaked.seed}: another export")
+        phases.update(kill.phase for kill in soaked.kills)
+        inside += sum(kill.inside for kill in soaked.kills)
+    row.note = f"{inside} continued inside a training; " + ", ".join(f"{n} in {p}" for p, n in phases.items())
+    return row
 
 
-def reference(folder: Path) -> tuple[dict[str, str], float]:
-    """What is exported without interference, and how long that takes."""
-    begin = 0.0
-    for _ in range(2):  # the first process waits for its libraries to be imported
-        run = make_run(folder, SETTINGS)
-        child = start(run)
-        wait_until(lambda child=child, run=run: run_state(run) == "running" or not child.alive())
-        begin = time.monotonic()
-        assert child.code() == 0, output(run)
-    return exported(run), time.monotonic() - begin
+def soak_flips(flips: int, seed: int) -> Row:
+    """Single bits flipped anywhere in ``checkpoints/``."""
+    row = Row("bit flipped in checkpoints/", tries=flips, struck=flips)
+    if not flips:
+        return row
+    from bitflips import flip_soak
+
+    found = flip_soak(flips, seed)
+    row.tries = row.struck = found.flips
+    row.check(found.accepted_other == 0, f"{found.accepted_other} accepted with other content")
+    row.check(found.lost == 0, f"{found.lost} runs lost")
+    row.note = (
+        f"{found.accepted_same} same content, {found.salvaged} salvaged, {found.refused} refused, "
+        f"{found.accepted_other} accepted with other content, {found.lost} lost"
+    )
+    return row
 
 
-def soak_one(folder: Path, seed: int, whole: dict[str, str], duration: float, most: int) -> Soaked:
-    """Kill a run up to ``most`` times, let it finish, compare."""
-    chance = random.Random(seed)
-    run = make_run(folder, {**SETTINGS, "runtime.streams": ("stored", "recomputed")[seed % 2]})
-    phases = []
-    for _ in range(chance.randint(1, most)):
-        child = start(run)
-        wait_until(lambda child=child: run_state(run) == "running" or not child.alive())
-        time.sleep(chance.uniform(0, LATEST_KILL * duration))
-        if child.alive():
-            os.kill(child.pid, signal.SIGKILL)
-            phases.append(last_phase(run))
-        child.code()
-    code = start(run).code()
-    assert code == 0, f"seed {seed}: the last attempt ended with {code}; {output(run)}"
-    continued = {attempt for attempt, _ in continuations(run)}
-    kills = [Kill(phase, attempt + 1 in continued) for attempt, phase in enumerate(phases, start=1)]
-    return Soaked(seed, kills, exported(run) == whole)
+def soak(folder: Path, *, kills: int, tasks: int, beside: int, flips: int, seed: int) -> list[Row]:
+    """All of it: ``kills`` of runs, ``tasks`` of each command, ``beside`` runs with gc beside them."""
+    whole = reference(folder / "runs")
+    print(f"uninterrupted: {whole.seconds:.1f} s", flush=True)
+    parts: list[Callable[[], Row]] = [
+        lambda: soak_kills(folder / "runs", whole, kills, seed),
+        lambda: soak_redos(whole, tasks, seed),
+        lambda: soak_task("export", whole, 2 * tasks, seed),
+        lambda: soak_task("eval", whole, tasks, seed),
+        lambda: soak_gc(folder, whole, tasks, seed),
+        lambda: soak_gc_beside(folder / "beside", whole, beside),
+        lambda: soak_rm(folder, whole, 2 * tasks, seed),
+        lambda: soak_flips(flips, seed),
+    ]
+    return [_timed(part) for part in parts]
 
 
-def last_phase(run: RunDirectory) -> str:
-    """The phase that the run was in when it was last heard of."""
-    started = of(run, events.PhaseStarted)
-    return started[-1].phase if started else "start"
+def _timed(part: Callable[[], Row]) -> Row:
+    began = time.monotonic()
+    row = part()
+    row.seconds = time.monotonic() - began
+    print(f"{row.what}: {row.struck} in {row.seconds:.0f} s, {len(row.faults)} faults", flush=True)
+    for fault in row.faults:
+        print(f"  FAULT {fault}", flush=True)
+    return row
 
 
-def continuations(run: RunDirectory) -> Iterator[tuple[int, str]]:
-    """Attempts whose first metric of a block, or of the end-to-end training, is not step 1."""
-    first: dict[tuple[int, str, int | None], events.Metric] = {}
-    for event in log(run):
-        if isinstance(event, events.Metric) and event.val_loss is None:
-            first.setdefault((event.attempt, event.phase, event.block), event)
-    for (attempt, phase, _), metric in first.items():
-        if metric.step > 1 and attempt > 1:
-            yield attempt, phase
-
-
-def soak(folder: Path, kills: int, seed: int, most: int = MOST_KILLS_OF_A_RUN) -> Iterator[Soaked]:
-    """Runs, until so many kills have struck."""
-    whole, duration = reference(folder)
-    print(f"uninterrupted: {duration:.1f} s", flush=True)
-    struck = 0
-    while struck < kills:
-        soaked = soak_one(folder, seed, whole, duration, most)
-        struck += len(soaked.kills)
-        seed += 1
-        yield soaked
+def table(rows: list[Row]) -> str:
+    """A line for each kind of interruption."""
+    lines = [("interruption", "tries", "struck", "faults", "seconds", "")]
+    lines += [
+        (row.what, str(row.tries), str(row.struck), str(len(row.faults)), f"{row.seconds:.0f}", row.note)
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+    return "\n".join(
+        "  ".join(
+            (line[0].ljust(widths[0]), *(line[i].rjust(widths[i]) for i in range(1, 5)), line[5])
+        ).rstrip()
+        for line in lines
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=50, help="of runs")
+    parser.add_argument(
+        "--tasks", type=int, default=20, help="kills of redo, eval and gc, half those of export and rm"
+    )
+    parser.add_argument("--beside", type=int, default=5, help="runs that train while gc runs")
+    parser.add_argument("--flips", type=int, default=5000, help="bits")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     began = time.monotonic()
-    struck: Counter[str] = Counter()
-    inside = 0
-    failed = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="eqat-soak-") as folder:
         os.environ["EQAT_CACHE_DIR"] = f"{folder}/cache"
-        for soaked in soak(Path(folder) / "runs", args.kills, args.seed):
-            where = ", ".join(f"{kill.phase}{' (continued inside)' * kill.inside}" for kill in soaked.kills)
-            print(
-                f"seed {soaked.seed}: {'equal' if soaked.equal else 'DIFFERENT'}; killed in {where}",
-                flush=True,
-            )
-            struck.update(kill.phase for kill in soaked.kills)
-            inside += sum(kill.inside for kill in soaked.kills)
-            if not soaked.equal:
-                failed.append(soaked.seed)
-    print(
-        f"{sum(struck.values())} kills in {time.monotonic() - began:.0f} s: {dict(struck)}; {inside} inside"
-    )
-    print(f"different: seeds {failed}" if failed else "every export is equal to the last byte")
-    return 1 if failed else 0
+        rows = soak(
+            Path(folder),
+            kills=args.kills,
+            tasks=args.tasks,
+            beside=args.beside,
+            flips=args.flips,
+            seed=args.seed,
+        )
+    faults = sum(len(row.faults) for row in rows)
+    print(table(rows))
+    struck = sum(row.struck for row in rows)
+    print(f"{struck} interruptions in {time.monotonic() - began:.0f} s, {faults} faults")
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":
