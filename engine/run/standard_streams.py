@@ -14,6 +14,7 @@ import io
 import os
 import select
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,8 @@ def open_standard_streams() -> None:
     if stdin is None:
         sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
     elif isinstance(stdin, io.TextIOWrapper):
-        stdin.reconfigure(errors="replace")  # an answer that is no text is no answer, and no traceback
+        with suppress(io.UnsupportedOperation):  # somebody has read from it already
+            stdin.reconfigure(errors="replace")  # an answer that is no text is no answer, and no traceback
     sys.stdout = _writer(sys.stdout, 1)
     sys.stderr = _writer(sys.stderr, 2)
 
