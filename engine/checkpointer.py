@@ -36,7 +36,7 @@ from engine.run import events
 from engine.run.config import RuntimeConfig
 from engine.run.errors import StopRequested
 from engine.run.estimate import size_text
-from engine.run.files import disk_error, full_disk
+from engine.run.files import disk_error, existing, full_disk
 from engine.run.recovery_model import PART_OF_THE_PROMISE, SNAPSHOT_SHARE
 
 T = TypeVar("T")
@@ -144,6 +144,7 @@ class Checkpoints:
             self.report.waiting = ""
 
     def _wait_for_room(self, needed: int, what: str, place: Path) -> None:
+        place = existing(place)
         free = _free_bytes(place)
         if not self.report.waiting:
             size = f" of {size_text(needed)}" if needed else ""

@@ -242,7 +242,7 @@ class Pipeline:
         while True:
             try:
                 return self.job.checkpoints.patiently(
-                    partial(self._perplexity, block_for, batch), needed, EVALUATION, self.run.path
+                    partial(self._perplexity, block_for, batch), needed, EVALUATION, self.run.cache_dir
                 )
             except torch.OutOfMemoryError:
                 if batch == 1:
@@ -272,7 +272,7 @@ class Pipeline:
             return {}
         needed = hidden_bytes(self.job.lm, self.job.tasks)
         found = self.job.checkpoints.patiently(
-            partial(self._accuracies, block_for), needed, EVALUATION, self.run.path
+            partial(self._accuracies, block_for), needed, EVALUATION, self.run.cache_dir
         )
         return {
             "accuracy": {name: result.accuracy for name, result in found.items()},

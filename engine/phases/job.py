@@ -116,7 +116,7 @@ class Job:
             )
 
         needed = math.prod(shape) * dtype.itemsize
-        return self.checkpoints.patiently(reserve, needed, "the file of activations", self.run.path)
+        return self.checkpoints.patiently(reserve, needed, "the file of activations", self.run.cache_dir)
 
     @torch.no_grad()
     def embed(self, tokens: Tensor, *stores: ActivationStore) -> None:

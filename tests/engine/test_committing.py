@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from engine.reporter import Reporter
 from engine.run import events
 from engine.run.config import ModelConfig, RunConfig, RuntimeConfig
 from engine.run.directory import RunDirectory
-from engine.run.errors import EqatError, ExitCode, StopRequested
+from engine.run.errors import EqatError, ExitCode, PreflightError, StopRequested
 
 IDENTITY = {"what": "test"}
 ENTRIES = {"block-000": {"words": torch.arange(1000, dtype=torch.int32)}}
@@ -182,3 +183,75 @@ def test_another_failure_is_raised(checkpoints: Checkpoints) -> None:
     checkpoints.store.commit = commit  # type: ignore[method-assign, assignment]
     with pytest.raises(EqatError, match="broken"):
         work()
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+LIMIT = OSError(errno.EFBIG, "File too large")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FULL,
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        Exception("could not write: No space left on device (os error 28)"),
+        Exception("Disk quota exceeded (os error 122)"),
+        caused(RuntimeError("saving failed"), FULL),
+        caused(EqatError("no room", exit_code=ExitCode.DISK_FULL), FULL),
+        EqatError("no room", exit_code=ExitCode.DISK_FULL),
+    ],
+)
+def test_a_full_disk_is_waited_for_however_it_is_told(
+    checkpoints: Checkpoints, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.checkpointer.TRY_AGAIN_SECONDS", 0.0)
+    tries = iter([error, error, None])
+
+    def write() -> str:
+        if (failure := next(tries)) is not None:
+            raise failure
+        return "written"
+
+    assert checkpoints.patiently(write, 100 << 10, "an export") == "written"
+    assert not checkpoints.report.waiting
+    (warning,) = told(checkpoints, events.Warning)
+    assert "an export of 100 KiB does not fit" in warning.message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        LIMIT,
+        Exception("File too large (os error 27)"),
+        caused(EqatError("no room", exit_code=ExitCode.DISK_FULL), LIMIT),
+        caused(EqatError("another", exit_code=ExitCode.IDENTITY), FULL),
+        OSError(errno.EIO, "Input/output error"),
+        KeyError("a bug"),
+    ],
+)
+def test_what_room_would_not_mend_is_not_waited_for(checkpoints: Checkpoints, error: Exception) -> None:
+    def write() -> str:
+        raise error
+
+    with pytest.raises(type(error)):
+        checkpoints.patiently(write, 100)
+    assert told(checkpoints, events.Warning) == []
+
+
+def test_a_run_that_is_deleted_while_it_waits_ends(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.checkpointer.WAIT_SECONDS", 0.0)
+    delete = lambda: shutil.rmtree(checkpoints.store.directory)  # noqa: E731
+    checkpoints.report.checkpoint_requested = delete  # type: ignore[method-assign]
+
+    def write() -> None:
+        raise FULL
+
+    with pytest.raises(PreflightError, match="No such file"):
+        checkpoints.patiently(write, 1 << 60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -141,3 +142,79 @@ def test_verification_leaves_the_trained_model_as_it_was(exported: Exported) -> 
     check(exported, exported[2].path)
     after = lm.outer_state()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def header_of(path: Path) -> dict[str, object]:
+    content = path.read_bytes()
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+
+
+def with_header(path: Path, text: str) -> None:
+    """Another header, of a length that fits it."""
+    path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(1000))
+
+
+def odd_offsets(path: Path) -> None:
+    if path.suffix != ".safetensors":
+        path.write_text("{")
+        return
+    header = header_of(path)
+    name = next(name for name in header if name != "__metadata__")
+    header[name] |= {"data_offsets": [0, 1 << 60], "shape": [1 << 59]}  # type: ignore[operator]
+    with_header(path, json.dumps(header))
+
+
+ODD_FILES = {
+    "a FIFO": lambda path, other: (path.unlink(), os.mkfifo(path)),
+    "a link": lambda path, other: (path.rename(other), path.symlink_to(other)),
+    "a link to nothing": lambda path, other: (path.unlink(), path.symlink_to(other / "absent")),
+    "a device": lambda path, other: (path.unlink(), path.symlink_to("/dev/zero")),
+    "a folder": lambda path, other: (path.unlink(), path.mkdir()),
+    "empty": lambda path, other: path.write_bytes(b""),
+    "zeros": lambda path, other: path.write_bytes(bytes(100)),
+    "too long a header": lambda path, other: path.write_bytes(b"\xff" * 100),
+    "nested": lambda path, other: with_header(path, "[" * 100_000 + "]" * 100_000),
+    "no object": lambda path, other: with_header(path, "[1, 2]"),
+    "a number of many digits": lambda path, other: with_header(path, "9" * 10_000),
+    "no text": lambda path, other: path.write_bytes((4).to_bytes(8, "little") + b"\xff\xfe\xfd\xfc" * 9),
+    "fields of other types": lambda path, other: with_header(path, '{"a": {"dtype": 1, "shape": "x"}}'),
+    "offsets beyond the file": lambda path, other: odd_offsets(path),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_FILES)
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00003.safetensors", "config.json", "index", "quantize_config.json"]
+)
+def test_files_that_are_something_else_are_caught_without_waiting_or_following(
+    exported: Exported, tmp_path: Path, odd: str, name: str
+) -> None:
+    copy = shutil.copytree(exported[2].path, tmp_path / "copy")
+    files = exported[2].files
+    named = {"index": "model.safetensors.index.json", "model-00001-of-00003.safetensors": files[0]}
+    ODD_FILES[odd](copy / named.get(name, name), tmp_path / "other")
+    result = check(exported, copy)
+    assert not result.verified
+    assert all(problem and "\n" not in problem for problem in result.problems)
+
+
+@pytest.mark.parametrize("place", ["../out/{}", "/etc/passwd", "..", "", "a\0b"])
+def test_an_index_names_files_of_its_own_folder_only(exported: Exported, tmp_path: Path, place: str) -> None:
+    copy = shutil.copytree(exported[2].path, tmp_path / "copy")
+    index = copy / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    first = next(iter(content["weight_map"]))
+    content["weight_map"][first] = place.format(exported[2].files[0])
+    index.write_text(json.dumps(content))
+    result = check(exported, copy)
+    assert not result.verified
+
+
+@pytest.mark.parametrize(
+    "said", [None, [], "gptq_v2", {"checkpoint_format": "gptq_v2", "bits": [3]}, {"bits": 3}]
+)
+def test_a_configuration_of_odd_types_is_caught(exported: Exported, tmp_path: Path, said: object) -> None:
+    copy = shutil.copytree(exported[2].path, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
+    assert not check(exported, copy).verified
