@@ -14,6 +14,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -165,13 +166,14 @@ def start(
     die_at: int | None = None,
     arguments: tuple[str, ...] = (),
     before: Callable[[], None] | None = None,
+    fullest: Path | None = None,
 ) -> Child:
     """An engine process on ``run``, its output in the run's log; with limits and arguments, if given.
 
     ``before``, a function of a module, is called in it first.
 
     ``die_at`` kills it at the n-th publication point: before and after each rename below its checkpoints and
-    its cache.
+    its cache. ``fullest`` is a file into which it writes the most bytes that the run's directory ever held.
     """
     if module:
         pid = launch.launch(run, args=arguments)
@@ -179,9 +181,10 @@ def start(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["engine.pipeline", "engine.reporter", "engine.telemetry"])
     attempt = launch.next_attempt(run)
-    limits = {"largest_file": largest_file, "gpu_bytes": gpu_bytes, "die_at": die_at}
+    limits = {"largest_file": largest_file, "gpu_bytes": gpu_bytes, "die_at": die_at, "fullest": fullest}
+    os.umask(umask := os.umask(0o077))  # a process is born with it, but the server has its own
     given = (str(run.path), *arguments)
-    process = context.Process(target=_engine, args=(given, attempt, limits, dict(os.environ), before))
+    process = context.Process(target=_engine, args=(given, attempt, limits, dict(os.environ), umask, before))
     process.start()
     return Child(process, run)
 
@@ -189,12 +192,14 @@ def start(
 def _engine(
     given: tuple[str, ...],
     attempt: int,
-    limits: dict[str, int | None],
+    limits: dict[str, Any],
     environment: dict[str, str],
+    umask: int,
     before: Callable[[], None] | None,
 ) -> None:
     """The body of a forked engine process: what ``launch`` and ``python -m engine`` do, with warm imports."""
     os.setsid()
+    os.umask(umask)
     os.environ.update(environment)
     os.environ[launch.ATTEMPT_VARIABLE] = str(attempt)
     run = RunDirectory.open(given[0])
@@ -209,6 +214,8 @@ def _engine(
         torch.cuda.set_per_process_memory_fraction(gpu_bytes / total)
     if limits["die_at"] is not None:
         _die_at(run, limits["die_at"])
+    if limits["fullest"] is not None:
+        _watch(run, limits["fullest"])
     if largest_file is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
@@ -245,3 +252,34 @@ def _die_at(run: RunDirectory, point: int) -> None:
             pass_point()
 
     os.replace = replace
+
+
+def _watch(run: RunDirectory, fullest: Path) -> None:
+    """In this process: write down the most that the run's directory held.
+
+    It is fullest just before something in it goes, so looking then misses nothing, however busy the machine.
+    """
+    most, one_at_a_time = 0, threading.Lock()
+
+    def look(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal most
+        if event not in ("os.remove", "os.rename", "os.truncate"):
+            return
+        with one_at_a_time:
+            if (now := held(run.path)) > most:
+                most = now
+                fullest.write_text(str(most))
+
+    sys.addaudithook(look)
+
+
+def held(folder: Path) -> int:
+    """Bytes of all files below ``folder``, as far as they are still there."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(place, name)).st_size
+            except OSError:
+                continue
+    return total

@@ -76,10 +76,7 @@ def test_too_small_a_memory_budget_is_refused_by_the_plan(make: Make, engine: En
 
 
 def test_a_missing_model_is_one_clear_line(make: Make, engine: Engine, tmp_path: Path) -> None:
-    run = make(**{"model.source": str(tmp_path / "nothing-here")})
-    child = engine(run, module=True)
-    assert child.code() == 3
-    error = failure(run, 3)
+    error = failed(make(**{"model.source": str(tmp_path / "nothing-here")}), engine, 3)
     assert "nothing-here" in error.where + error.message
     assert error.hint
 

@@ -39,8 +39,13 @@ def phases(run: RunDirectory) -> list[str]:
 
 
 def completed(run: RunDirectory) -> RunDirectory:
-    """Run it to its end, and check what every completed run has in common."""
+    """Run it to its end, and check it."""
     assert run_here(run) == 0, [e.message for e in of(run, events.Error)]
+    return checked(run)
+
+
+def checked(run: RunDirectory) -> RunDirectory:
+    """What every completed run has in common."""
     assert run_state(run) == "done"
     blocks = [e.block for e in of(run, events.BlockFinished)]
     assert blocks == list(range(of(run, events.BlockStarted)[0].blocks))
@@ -62,8 +67,8 @@ def quantization(run: RunDirectory) -> dict[str, object]:
 # -- all of it -----------------------------------------------------------------------------------------
 
 
-def test_every_phase_runs_and_the_events_say_so(make: Make) -> None:
-    run = completed(make())
+def test_every_phase_runs_and_the_events_say_so(finished_once: Make) -> None:
+    run = checked(finished_once())
     assert phases(run) == EVERY_PHASE
     numbers = [e.seq for e in log(run)]
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers))), "no event was lost"
@@ -90,8 +95,8 @@ def test_every_phase_runs_and_the_events_say_so(make: Make) -> None:
     assert len(manifest["identity"]["model"]) == 64
 
 
-def test_the_same_configuration_gives_the_same_bytes(make: Make) -> None:
-    first, second = completed(make()), completed(make())
+def test_the_same_configuration_gives_the_same_bytes(make: Make, finished_once: Make) -> None:
+    first, second = completed(make()), checked(finished_once())
     assert exported(first) == exported(second)
     other = completed(make(**{"runtime.seed": 1}))
     assert exported(other).keys() == exported(first).keys()
@@ -99,14 +104,14 @@ def test_the_same_configuration_gives_the_same_bytes(make: Make) -> None:
 
 
 @pytest.mark.parametrize("store", ["host", "disk"])
-def test_where_activations_live_does_not_change_a_bit(make: Make, store: str) -> None:
-    device = completed(make(**{"runtime.activation_store": "device"}))
+def test_where_activations_live_does_not_change_a_bit(make: Make, finished_once: Make, store: str) -> None:
+    device = checked(finished_once(**{"runtime.activation_store": "device"}))
     other = completed(make(**{"runtime.activation_store": store}))
     assert exported(other) == exported(device)
 
 
-def test_a_second_run_in_the_same_directory_trains_nothing_and_exports_the_same(make: Make) -> None:
-    run = completed(make())
+def test_a_second_run_in_the_same_directory_trains_nothing_and_exports_the_same(finished_copy: Make) -> None:
+    run = checked(finished_copy())
     before = exported(run)
     assert run_here(run) == 0
     assert exported(run) == before
@@ -161,10 +166,10 @@ def test_each_phase_can_be_left_out(make: Make) -> None:
     assert not of(run, events.Export)
 
 
-def test_an_export_can_be_asked_for_later(make: Make) -> None:
+def test_an_export_can_be_asked_for_later(make: Make, finished_once: Make) -> None:
     run = completed(make(**{"export.formats": []}))
     assert run_here(run, "--task", "export", "--format", "gptq_v2") == 0
-    assert exported(run) == {**exported(completed(make())), **card_of(run)}
+    assert exported(run) == {**exported(finished_once()), **card_of(run)}
 
 
 def card_of(run: RunDirectory) -> dict[str, str]:
@@ -172,8 +177,8 @@ def card_of(run: RunDirectory) -> dict[str, str]:
     return {name: digest for name, digest in exported(run).items() if name == "README.md"}
 
 
-def test_evaluation_can_be_repeated_and_agrees(make: Make) -> None:
-    run = completed(make())
+def test_evaluation_can_be_repeated_and_agrees(finished_copy: Make) -> None:
+    run = checked(finished_copy())
     assert run_here(run, "--task", "eval") == 0
     again = of(run, events.Eval, attempt=2)
     assert [e.stage for e in again] == ["e2e_qp"]
@@ -206,10 +211,10 @@ def test_the_teacher_is_recomputed_when_both_phases_train_on_different_text(make
     assert of(run, events.Metric)[-1].phase == "e2e_qp"
 
 
-def test_phases_may_compute_in_different_precision(make: Make) -> None:
+def test_phases_may_compute_in_different_precision(make: Make, finished_once: Make) -> None:
     half = completed(make(**{"block_ap.compute_dtype": "bfloat16", "e2e_qp.compute_dtype": "float32"}))
     assert run_here(half) == 0
-    full = completed(make())
+    full = finished_once()
     assert exported(half)["model.safetensors"] != exported(full)["model.safetensors"]
     low = completed(make(**{"e2e_qp.compute_dtype": "bfloat16"}))
     assert exported(low)["model.safetensors"] != exported(full)["model.safetensors"], "it was not used"

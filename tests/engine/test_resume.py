@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engine_runs import Child, change, exported, failure, make_run, of, output, run_here
+from engine_runs import Child, change, exported, failure, of, output, run_here
 from waiting import holds_back, waits
 
 from engine.run import control, events
@@ -24,12 +24,10 @@ Engine = Callable[..., Child]
 SLOW = {"block_ap.sequences": 16, "block_ap.epochs": 8, "e2e_qp.sequences": 12, "e2e_qp.epochs": 5}
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+@pytest.fixture
+def uninterrupted(finished_once: Callable[..., RunDirectory]) -> dict[str, str]:
     """What SLOW exports when nobody interferes."""
-    run = make_run(tmp_path_factory.mktemp("runs"), SLOW)
-    assert run_here(run) == 0
-    return exported(run)
+    return exported(finished_once(**SLOW))
 
 
 def finished_blocks(run: RunDirectory) -> list[int]:
@@ -105,10 +103,9 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(
     assert exported(run) == uninterrupted
 
 
-def test_blocks_rounded_without_training_are_restored_too(make: Make) -> None:
+def test_blocks_rounded_without_training_are_restored_too(make: Make, finished_once: Make) -> None:
     settings = {"block_ap.enabled": False, "e2e_qp.enabled": False}
-    run, whole = make(**settings), make(**settings)
-    assert run_here(whole) == 0
+    run, whole = make(**settings), finished_once(**settings)
     control.request(run, "stop")
     assert run_here(run) == 75
     assert run_here(run) == 0
@@ -224,10 +221,9 @@ def test_a_stop_is_heard_in_evaluation_and_export_and_leaves_no_half_export(make
     ],
 )
 def test_a_changed_setting_is_refused_by_name(
-    make: Make, field: str, value: object, words: tuple[str, ...]
+    finished_copy: Make, field: str, value: object, words: tuple[str, ...]
 ) -> None:
-    run = make()
-    assert run_here(run) == 0
+    run = finished_copy()
     before = {path: path.read_bytes() for path in run.checkpoints_dir.rglob("*") if path.is_file()}
     change(run, **{field: value})
     assert run_here(run) == 8
@@ -239,9 +235,8 @@ def test_a_changed_setting_is_refused_by_name(
     assert after == before, "a refused attempt must not touch the checkpoints"
 
 
-def test_settings_that_decide_nothing_may_change(make: Make) -> None:
-    run = make()
-    assert run_here(run) == 0
+def test_settings_that_decide_nothing_may_change(finished_copy: Make) -> None:
+    run = finished_copy()
     before = exported(run)
     change(run, **{"runtime.activation_store": "disk", "name": "renamed"})
     assert run_here(run) == 0

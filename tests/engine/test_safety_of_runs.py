@@ -76,8 +76,7 @@ def test_checkpoints_and_caches_hold_no_pickles(
     cache = tmp_path / "cache"
     monkeypatch.setenv("EQAT_CACHE_DIR", str(cache))
     run = make(**OFTEN)
-    # Not forked from the server of these tests: that has the environment it was started with.
-    child = engine(run, module=True)
+    child = engine(run)
     child.until(
         lambda: (
             any(e.step for e in of(run, events.CheckpointCommitted)) and list(run.cache_dir.glob("s*.raw"))
@@ -180,7 +179,7 @@ def test_files_are_created_with_sane_permissions(
         control.request(run, "stop")
         assert run_here(run) == 75
         os.umask(umask)  # the engine tightens it for the process it thinks it has for itself
-        child = start(run, module=True)
+        child = start(run)
         assert child.code() == 0, output(run)
         again = make_redo(run, 2, {"block_ap.epochs": 2})
         assert run_here(again) == 0

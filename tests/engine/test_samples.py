@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import exported, failure, make_run, of, output, run_here, wait_until
+from engine_runs import exported, failure, of, output, run_here, wait_until
 from torch import nn
 
 from engine.evaluation.generation import end_tokens, prompt_ids
@@ -32,17 +31,10 @@ Make = Callable[..., RunDirectory]
 PROMPT = "Once upon a time"
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    run = make_run(tmp_path_factory.mktemp("runs"))
-    assert run_here(run) == 0
-    return run
-
-
 @pytest.fixture
-def finished(trained: RunDirectory, tmp_path: Path) -> RunDirectory:
+def finished(finished_copy: Make) -> RunDirectory:
     """A finished run that a test may write into."""
-    return RunDirectory.open(shutil.copytree(trained.path, tmp_path / trained.id))
+    return finished_copy()
 
 
 def generate(run: RunDirectory, *arguments: str, prompt: str = PROMPT) -> int:
