@@ -31,7 +31,7 @@ def soak_gc(folder: Path, whole: Whole, kills: int, seed: int) -> Row:
     for number in itertools.count():
         runs = folder / f"gc-{number}"
         run = RunDirectory(Path(shutil.copytree(crashed.path, runs / crashed.id, symlinks=True)))
-        code = eqat("gc", "--runs-dir", str(runs), die_at=chance.randint(1, 12))
+        code = eqat("gc", "--runs-dir", str(runs), die_at=chance.randint(1, 7))
         row.tries += 1
         row.struck += code == -signal.SIGKILL
         row.check(eqat("gc", "--runs-dir", str(runs)) == 0, f"try {row.tries}: gc does not end well")
@@ -49,9 +49,14 @@ def _crashed(folder: Path) -> RunDirectory:
     child.until(lambda: len(of(run, events.CheckpointCommitted)) >= COMMITS)
     os.kill(child.pid, signal.SIGKILL)
     child.code()
-    # What a kill inside a write leaves behind.
-    (run.checkpoints_dir / "objects" / ".half.1.abcd.tmp").write_bytes(bytes(1000))
+    # What kills inside a write leave behind.
+    objects = run.checkpoints_dir / "objects"
+    for name in ("a" * 64, "b" * 64, "c" * 64):
+        (objects / f".{name}.safetensors.1.0000abcd.tmp").write_bytes(bytes(1000))
+    (run.path / ".status.json.1.0000abcd.tmp").write_bytes(b"{")
+    (run.checkpoints_dir / ".CURRENT.1.0000abcd.tmp").write_bytes(b"1")
     (run.export_dir / "gptq_v2.partial").mkdir(exist_ok=True)
+    (run.export_dir / "gptq_v2.partial" / "model-00001.safetensors.writing").write_bytes(bytes(1000))
     return run
 
 
@@ -60,9 +65,8 @@ def soak_gc_beside(folder: Path, whole: Whole, runs: int) -> Row:
     row = Row("gc beside a run that trains")
     for _ in range(runs):
         run = make_run(folder, SETTINGS)
-        hidden = folder / f".removed-{run.id}-abcd"
-        hidden.mkdir()
-        (hidden / "config.toml").write_text("")
+        hidden = folder / f".removed-{whole.run.id}-0000abcd"
+        shutil.copytree(whole.run.path, hidden)
         child = start(run)
         while child.alive():
             row.struck += 1

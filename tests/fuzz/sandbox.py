@@ -105,9 +105,10 @@ def _be_the_child(
         os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
         os.dup2(files[0], 1)
         os.dup2(files[1], 2)
-        # As in a terminal of a user whose locale is UTF-8: what is no text cannot be printed.
-        sys.stdout = os.fdopen(1, "w", encoding="utf-8")
-        sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace")
+        # As Python makes them for a user whose locale is UTF-8.
+        sys.stdin = sys.__stdin__ = os.fdopen(0, encoding="utf-8")
+        sys.stdout = sys.__stdout__ = os.fdopen(1, "w", encoding="utf-8")
+        sys.stderr = sys.__stderr__ = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace")
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(folder)

@@ -14,10 +14,12 @@ MISSING = (
     "export/gptq_v2.partial",
     "export/gptq_v2.old",
     "export/gptq_v2.failed",
-    "cache/activations",
-    "checkpoints/.CURRENT.1.abcd.tmp",
+    "cache/full.bin",
+    "cache/streams-001-full.raw",
+    "checkpoints/.CURRENT.1.0000abcd.tmp",
+    f"checkpoints/objects/.{'a' * 64}.safetensors.1.0000abcd.tmp",
     "checkpoints/generation-000999.json",
-    ".status.json.1.abcd.tmp",
+    ".status.json.1.0000abcd.tmp",
     "control/..json",
     "logs/attempt-002.log",
     "launch.json",
@@ -49,7 +51,7 @@ def _beside_the_run(world: World, chance: Random) -> Case:
         (
             world.run,
             world.runs / "20260103-0000-linked-w3g32-aaaa",
-            world.runs / ".removed-20260102-0000-x-abcd",
+            world.runs / ".removed-20260102-0000-x-w3g32-0000abcd",
             world.runs / "latest",
         )
     )

@@ -24,8 +24,9 @@ def make(world: World, chance: Random) -> Case:
     files = _files(world.run, folder) or _files(world.run, "")
     path = chance.choice(files)
     action = chance.random()
-    if action < 0.06:
-        mutation = places.exchange(path, chance.choice(files), world)
+    other = chance.choice(files)
+    if action < 0.06 and other != path:
+        mutation = places.exchange(path, other, world)
     elif action < 0.12:
         mutation = places.misname(path, world, chance)
     else:

@@ -134,8 +134,10 @@ def furnish(world: World) -> None:
     place = world.elsewhere
     for name in ("config.toml", "CURRENT", "data.txt", "x.tmp", "model.safetensors", "events.jsonl"):
         (place / name).write_text(f"somebody else's {name}\n")
-    for name in (".a.1.2.tmp", f"{'a' * 64}.safetensors", "generation-000001.json", "gptq_v2.partial"):
+    for name in (".CURRENT.1.0000abcd.tmp", f"{'a' * 64}.safetensors", "generation-000001.json", "full.bin"):
         (place / name).write_text(f"somebody else's {name}\n")
+    (place / "gptq_v2.partial").mkdir()
+    (place / "gptq_v2.partial" / "model.safetensors").write_text("somebody else's half a model")
     (place / "objects").mkdir()
     (place / "objects" / f"{'b' * 64}.safetensors").write_text("somebody else's weights\n")
 
