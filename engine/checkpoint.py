@@ -5,17 +5,16 @@ the next: objects, generation file, CURRENT. A kill between any two of them leav
 force. Generations share objects, so committing a finished block writes that block and nothing else. Two
 generations are kept; an object lives as long as one of them names it.
 
-Reading fails closed: an object whose bytes do not hash to its name makes its generation unusable, the one
-before is taken instead (and the caller is told), and a generation made by another model, data set or
-configuration is refused with the field that differs. Nothing is ever searched for or guessed. What is damaged
-is written anew when its content comes up again.
+Whatever is damaged is seen, since a digest covers it, and left out with what depends on it
+(:mod:`engine.run.usable`): the caller is told, and it is trained again. A generation made by another model,
+data set or configuration is refused with the field that differs. What is damaged is written anew when its
+content comes up again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,21 +24,22 @@ from typing import Any
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from engine.run.errors import EqatError, ExitCode, IdentityError
-from engine.run.files import atomic_write, disk_error
-from engine.run.generations import (
-    SCHEMA,
+from engine.run.errors import DamagedRun, IdentityError
+from engine.run.files import atomic_write, make_folder
+from engine.run.generations import SCHEMA, Generation, highest, prune, publish
+from engine.run.objects import (
     DamagedCheckpoint,
-    Generation,
-    candidates,
-    generation_path,
-    highest,
+    object_damage,
     object_path,
     objects_path,
-    prune,
-    read_generation,
+    read_object,
+    share_object,
 )
+from engine.run.usable import newest_usable
 from engine.tensorfile import safetensors_chunks
+
+ADDED_SINCE_SCHEMA_2 = ("tokenizer",)
+"""Fields of the identity that a generation of schema 2 cannot have: it is accepted without them."""
 
 
 @dataclass(frozen=True)
@@ -65,34 +65,33 @@ class CheckpointStore:
         on_damage: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.directory = directory
-        self.objects = objects_path(directory)
         self.identity = dict(identity)
-        try:
-            self.objects.mkdir(mode=0o755, parents=True, exist_ok=True)
-        except OSError as error:
-            raise disk_error(error, self.objects) from error
-        self._current = self._open(on_damage)
+        if not os.path.lexists(directory):
+            make_folder(directory)
+        make_folder(objects_path(directory), root=directory.parent)
+        found = newest_usable(directory, self._check_identity)
+        for message in found.warnings if found else ():
+            on_damage(message)
+        self.damage = found.damage if found else ""
+        """What of the newest generation is damaged and was left out here; empty where all of it is whole."""
+        self._current = found.generation if found else Generation(0)
+        # Above whatever lies there: a generation that a kill left unpublished keeps its number.
+        self._last = highest(directory)
         self._pending_bytes = 0
         self._pending_seconds = 0.0
 
     # Reading
 
-    def _open(self, on_damage: Callable[[str], None]) -> Generation:
-        found = newest_intact(self.directory, on_damage, self._check_identity)
-        return found or Generation(0)
-
     def _check_identity(self, found: Generation) -> None:
         """Refuse to continue what was made from something else; names the first field that differs."""
-        stored = {**found.identity, "checkpoint schema": found.schema}
-        now = {**self.identity, "checkpoint schema": SCHEMA}
-        for name in [*now, *(name for name in stored if name not in now)]:
-            if stored.get(name) != now.get(name):
-                raise IdentityError(
-                    f"the checkpoint was made with {_shown(stored.get(name))}, this run has "
-                    f"{_shown(now.get(name))}",
-                    where=name,
-                    hint="resume with what the run was started with, or start a new run",
-                )
+        name = differing_field(found, self.identity)
+        if name is not None:
+            raise IdentityError(
+                f"the checkpoint was made with {_shown(found.identity.get(name))}, this run has "
+                f"{_shown(self.identity.get(name))}",
+                where=name,
+                hint="resume with what the run was started with, or start a new run",
+            )
 
     @property
     def generation(self) -> int:
@@ -104,17 +103,13 @@ class CheckpointStore:
 
     def get(self, name: str) -> dict[str, Tensor]:
         """The tensors of an entry, on the CPU, in the order of their names."""
-        digest = self._current.entries[name]
         try:
-            content = _content(object_path(self.directory, digest))
-            if hashlib.sha256(content).hexdigest() != digest:
-                raise DamagedCheckpoint(f"{digest}: its checksum does not match")
+            content = read_object(self.directory, self._current.entries[name])
         except DamagedCheckpoint as damage:
-            raise EqatError(
+            raise DamagedRun(
                 f"a checkpoint object changed while the run was using it: {damage}",
-                exit_code=ExitCode.IDENTITY,
                 where=name,
-                hint="resume the run; it goes back to the generation before",
+                hint="resume the run; what is damaged is trained again",
             ) from damage
         # safetensors returns them in the order of a hash table, which differs from one load to the next; what
         # is written from them (an export) must not.
@@ -135,8 +130,9 @@ class CheckpointStore:
             hashed.update(chunk)
             size += len(chunk)
         digest = hashed.hexdigest()
-        if not _is_intact(self.directory, digest):
-            atomic_write(object_path(self.directory, digest), safetensors_chunks(tensors))
+        if object_damage(self.directory, digest):
+            path = object_path(self.directory, digest)
+            atomic_write(path, safetensors_chunks(tensors), root=self.directory.parent)
             self._pending_bytes += size
         self._current.entries[name] = digest
         self._pending_seconds += time.monotonic() - began
@@ -154,11 +150,17 @@ class CheckpointStore:
 
         Objects are hard links where the file system can, copies elsewhere. They count from the next
         :meth:`commit`.
+
+        Raises:
+            DamagedCheckpoint: for an object that is not what its name says; nothing of it is taken over.
         """
         for name, digest in generation.entries.items():
-            if wanted(name):
-                _share(object_path(source, digest), object_path(self.directory, digest))
-                self._current.entries[name] = digest
+            if not wanted(name):
+                continue
+            if object_damage(self.directory, digest) and not share_object(source, self.directory, digest):
+                path = object_path(self.directory, digest)
+                atomic_write(path, read_object(source, digest), root=self.directory.parent)
+            self._current.entries[name] = digest
         for name, value in generation.facts.items():
             if wanted(name):
                 self._current.facts[name] = value
@@ -170,94 +172,30 @@ class CheckpointStore:
     def commit(self) -> Committed:
         """Publish everything put since the last commit as a new generation."""
         began = time.monotonic()
-        made = replace(self._current, number=self._current.number + 1, identity=self.identity, schema=SCHEMA)
-        encoded = made.encode()
-        atomic_write(generation_path(self.directory, made.number), encoded)
-        atomic_write(self.directory / "CURRENT", f"{made.number}\n".encode())
-        self._current = made
+        made = replace(self._current, number=self._last + 1, identity=self.identity, schema=SCHEMA)
+        encoded_bytes = publish(self.directory, made)
+        self._current, self._last = made, made.number
         prune(self.directory)
         committed = Committed(
             made.number,
-            self._pending_bytes + len(encoded),
+            self._pending_bytes + encoded_bytes,
             self._pending_seconds + time.monotonic() - began,
         )
         self._pending_bytes, self._pending_seconds = 0, 0.0
         return committed
 
 
-def newest_intact(
-    directory: Path,
-    on_damage: Callable[[str], None] = lambda message: None,
-    check: Callable[[Generation], None] = lambda found: None,
-) -> Generation | None:
-    """The newest generation whose objects are all there and intact; none where nothing was ever committed.
+def differing_field(found: Generation, now: Mapping[str, str]) -> str | None:
+    """The first field of the identity in which a generation differs from this run; none when it may be
+    continued."""
 
-    ``check`` sees a generation before its objects are read and may refuse it by raising.
-    """
-    if not (directory / "CURRENT").exists():
-        return None
-    damages: list[str] = []
-    for number in candidates(directory):
-        try:
-            found = read_generation(directory, number)
-            check(found)
-            for digest in found.entries.values():
-                _verify(directory, digest)
-        except DamagedCheckpoint as damage:
-            damages.append(f"checkpoint generation {number} is damaged ({damage})")
-            continue
-        for message in damages:
-            on_damage(f"{message}; going back to the one before")
-        return found
-    there = highest(directory)
-    raise EqatError(
-        "no usable checkpoint generation is left"
-        + (f": {damages[0]}" if damages else ": CURRENT is damaged"),
-        exit_code=ExitCode.IDENTITY,
-        where=str(directory),
-        hint="start a new run; nothing here can be continued"
-        if damages or not there
-        else f"generation {there} is the last one that lies there: "
-        f"echo {there} > {shlex.quote(str(directory / 'CURRENT'))}, then resume",
-    )
+    def agrees(name: str) -> bool:
+        if found.schema < SCHEMA and name in ADDED_SINCE_SCHEMA_2 and name not in found.identity:
+            return True
+        return found.identity.get(name) == now.get(name)
 
-
-def _verify(directory: Path, digest: str) -> None:
-    path = object_path(directory, digest)
-    try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DamagedCheckpoint(f"{path.name}: {error.strerror}") from error
-    if found != digest:
-        raise DamagedCheckpoint(f"{path.name}: its checksum does not match")
-
-
-def _is_intact(directory: Path, digest: str) -> bool:
-    """Whether the object is there; a damaged one, left by a generation that was given up, is not."""
-    if not object_path(directory, digest).exists():
-        return False
-    try:
-        _verify(directory, digest)
-    except DamagedCheckpoint:
-        return False
-    return True
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DamagedCheckpoint(f"{path.name}: {error.strerror}") from error
-
-
-def _share(source: Path, target: Path) -> None:
-    if target.exists():
-        return
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        atomic_write(target, _content(source))
+    names = [*now, *(name for name in found.identity if name not in now)]
+    return next((name for name in names if not agrees(name)), None)
 
 
 def _shown(value: Any) -> str:

@@ -36,12 +36,12 @@ from engine.run import events
 from engine.run.config import RuntimeConfig
 from engine.run.errors import StopRequested
 from engine.run.estimate import size_text
+from engine.run.facts import TRAINING
 from engine.run.files import disk_error, existing, full_disk
 from engine.run.recovery_model import PART_OF_THE_PROMISE, SNAPSHOT_SHARE
 
 T = TypeVar("T")
 
-ENTRY = "training"
 WAIT_SECONDS = 1.0
 TRY_AGAIN_SECONDS = 60.0
 """Room may come back without showing (a quota), so the write is tried again after this long anyway."""
@@ -287,8 +287,8 @@ class TrainingCheckpoints:
         )
 
     def _publish(self, tensors: dict[str, Tensor], facts: dict[str, Any], waited: float) -> Committed:
-        self.store.put(ENTRY, tensors)
-        self.store.remember(ENTRY, facts)
+        self.store.put(TRAINING, tensors)
+        self.store.remember(TRAINING, facts)
         committed = self.store.commit()
         self.checkpoints.say(committed, self.phase, self.block, facts["sampler"]["step"], waited)
         return committed
@@ -307,16 +307,16 @@ class TrainingCheckpoints:
 def snapshot_of(store: CheckpointStore, phase: events.Phase, block: int | None = None) -> Snapshot | None:
     """Where an earlier attempt's training of this phase and block can be continued; the random numbers go
     on from there too."""
-    facts = store.fact(ENTRY)
+    facts = store.fact(TRAINING)
     if facts is None or (facts["phase"], facts["block"]) != (phase, block):
         return None
-    return Snapshot(store.get(ENTRY), facts)
+    return Snapshot(store.get(TRAINING), facts)
 
 
 def forget_snapshot(store: CheckpointStore) -> None:
     """What was trained to its end needs no state to continue from."""
-    store.drop(ENTRY)
-    store.forget(ENTRY)
+    store.drop(TRAINING)
+    store.forget(TRAINING)
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

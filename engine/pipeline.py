@@ -59,7 +59,8 @@ from engine.reporter import Reporter
 from engine.run import events
 from engine.run.config import GridConfig, RunConfig
 from engine.run.directory import RunDirectory
-from engine.run.errors import UsageError
+from engine.run.errors import DamagedRun, UsageError
+from engine.run.facts import E2E_DONE
 from engine.run.housekeeping import remove_cache
 from engine.run.phases import phases_of
 from engine.run.plan import Plan, host_budget
@@ -196,11 +197,19 @@ class Pipeline:
 
     def _require_finished(self) -> None:
         """`eval`, `export` and `generate` work on what a run has trained; there must be all of it."""
+        store = self.job.store
         trained = self.job.all_blocks_finished()
-        if not trained or (self.config.e2e_qp.enabled and not self.job.store.fact("e2e_qp_done")):
-            raise UsageError(
-                "the run has not finished training", where=self.run.id, hint=f"eqat resume {self.run.id}"
+        if trained and (store.fact(E2E_DONE) or not self.config.e2e_qp.enabled):
+            return
+        if store.damage:
+            raise DamagedRun(
+                f"its checkpoint is damaged ({store.damage}), and this trains nothing",
+                where=self.run.id,
+                hint=f"eqat resume {self.run.id} trains what is damaged again",
             )
+        raise UsageError(
+            "the run has not finished training", where=self.run.id, hint=f"eqat resume {self.run.id}"
+        )
 
     def train_blocks(self) -> None:
         self.full = train_blocks(self.job)

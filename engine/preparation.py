@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from engine.checkpoint import CheckpointStore, newest_intact
+from engine.checkpoint import CheckpointStore
 from engine.data.text import Part, corpus_name
 from engine.data.tokens import token_windows, tokenizer_hash
 from engine.models.source import ModelSource
@@ -32,8 +32,11 @@ from engine.run.config import (
 )
 from engine.run.directory import RunDirectory
 from engine.run.errors import IdentityError, PreflightError
+from engine.run.facts import block_entry, losses_fact
 from engine.run.generations import DamagedCheckpoint
 from engine.run.redo import read_origin
+from engine.run.salvage import blocks_of, leading_blocks
+from engine.run.usable import most_blocks
 from engine.setup import device_name, package_versions
 
 DECIDING_PACKAGES = ("torch", "transformers")
@@ -184,27 +187,32 @@ def share_origin(run: RunDirectory, store: CheckpointStore, report: Reporter) ->
 
     Raises:
         IdentityError: when the model or the grid is another than that of the blocks.
-        PreflightError: when the other run is gone, or has not finished those blocks.
+        PreflightError: when the other run is gone, or has not all of those blocks intact.
     """
     origin = read_origin(run)
     if origin is None or store.generation:
         return
     place = RunDirectory(Path(origin.path)).checkpoints_dir
-    found = newest_intact(place, lambda message: report.warning("checkpoint", f"{origin.id}: {message}"))
-    names = {f"{kind}-{index:03d}" for kind in ("block", "losses") for index in range(origin.from_block)}
-    if found is None or any(name not in found.entries for name in names if name.startswith("block")):
+    found = most_blocks(place, origin.from_block)
+    blocks = leading_blocks(found.generation.entries)
+    if not 0 <= origin.from_block <= blocks:
         raise PreflightError(
-            f"the run it shares has no finished blocks 0 to {origin.from_block - 1} any more",
+            f"blocks 0 to {origin.from_block - 1} cannot be shared: "
+            + (f"of its blocks only 0 to {blocks - 1} are" if blocks else "none of its blocks is")
+            + f" finished and intact{f' ({found.damage})' if found.damage else ''}",
             where=origin.path,
-            hint=f"finish that run first (eqat resume {origin.id}), or start a new one",
+            hint=f"eqat resume {origin.id} trains the rest, or --from-block {blocks} shares what there is",
         )
+    there = found.generation
     if origin.from_block:
-        _must_agree(found.identity, store.identity, ("model", "grid."), origin.id)
+        _must_agree(there.identity, store.identity, ("model", "grid."), origin.id)
+    shared = [index for index in blocks_of(there.entries) if index < origin.from_block]
+    names = {name(index) for index in shared for name in (block_entry, losses_fact)}
     for stage, fields in (("fp", ("model", "evaluation")), ("rtn", ("model", "evaluation", "grid."))):
-        if _differing(found.identity, store.identity, fields) is None:
+        if _differing(there.identity, store.identity, fields) is None:
             names.add(f"eval_{stage}")
     try:
-        store.adopt(place, found, names.__contains__)
+        store.adopt(place, there, names.__contains__)
     except (OSError, DamagedCheckpoint) as error:
         raise PreflightError(f"blocks cannot be shared: {error}", where=origin.path) from error
     store.commit()

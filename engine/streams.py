@@ -48,7 +48,7 @@ class StoredStreams:
 
     @classmethod
     def from_fact(cls, fact: Any) -> StoredStreams | None:
-        """None for a run that has none."""
+        """None for a run that has none. The types were checked when the checkpoint was read."""
         return None if fact is None else cls(**fact)
 
     def file(self, folder: Path, name: str) -> Path:

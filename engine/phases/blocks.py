@@ -21,13 +21,10 @@ from engine.data.activations import ActivationStore
 from engine.methods.block_ap import BlockResult, train_block
 from engine.methods.reconstruction import Streams
 from engine.methods.rtn import round_to_nearest
-from engine.phases.job import Job, block_entry, compute_dtype, losses_fact
+from engine.phases.job import Job, compute_dtype
 from engine.phases.passage import forget_streams, pass_through, store_at, stored_at
 from engine.phases.teacher import keep_as_teacher
-
-MICRO_BATCH = "block_ap_micro_batch"
-"""Name of the fact that says how many sequences at a time memory sufficed for, if that is less than a
-batch."""
+from engine.run.facts import MICRO_BATCH, block_entry, losses_fact, micro_batch_after
 
 
 def round_blocks(job: Job) -> None:
@@ -51,8 +48,13 @@ def train_blocks(job: Job) -> ActivationStore | None:
         return _BlockPhase(job).run()
     for index in range(job.blocks):
         job.report.block_started(index, job.blocks)
-        job.report.block_finished(**job.store.fact(losses_fact(index)), restored=True)
+        _restored(job, index)
     return None
+
+
+def _restored(job: Job, index: int) -> None:
+    """Tell of a block that an earlier attempt finished; its losses may be lost, and only tell."""
+    job.report.block_finished(**(job.store.fact(losses_fact(index)) or {}), restored=True)
 
 
 class _BlockPhase:
@@ -72,7 +74,7 @@ class _BlockPhase:
                     continue
                 if index >= border:
                     self._replay(index, streams)
-                job.report.block_finished(**job.store.fact(losses_fact(index)), restored=True)
+                _restored(job, index)
             if keep_as_teacher(job, streams.full):
                 self.teacher = streams.full
             else:
@@ -126,7 +128,7 @@ class _BlockPhase:
                 seed=job.seed(index),
                 dtype=self.dtype,
                 progress=progress,
-                micro_batch=job.store.fact(MICRO_BATCH),
+                micro_batch=micro_batch_after(job.store.fact(MICRO_BATCH)),
                 snapshot=snapshot,
                 world=job.world,
                 fast=job.plan.fast,
@@ -145,7 +147,9 @@ class _BlockPhase:
         }
         store.remember(losses_fact(index), losses)
         if result.micro_batch < self.config.batch_size:
-            store.remember(MICRO_BATCH, result.micro_batch)
+            before = store.fact(MICRO_BATCH)
+            history = before if isinstance(before, list) else []
+            store.remember(MICRO_BATCH, [*history, [index, result.micro_batch]])
         forget_snapshot(store)
         entries = {block_entry(index): result.packed.tensors()}
         committing = job.checkpoints.committing("block_ap", index, entries)

@@ -8,16 +8,17 @@ from engine import telemetry
 from engine.checkpointer import TrainingCheckpoints, forget_snapshot, restore_random_state, snapshot_of
 from engine.data.activations import ActivationStore
 from engine.methods.e2e_qp import E2EData, train_scales
-from engine.phases.job import Job, compute_dtype, scales_entry
+from engine.phases.job import Job, compute_dtype
 from engine.phases.passage import forget_streams
 from engine.phases.teacher import is_taught, teacher
 from engine.quant.packed import PackedLinear
+from engine.run.facts import E2E_DONE, scales_entry
 
 
 def train_end_to_end(job: Job, full: ActivationStore | None) -> None:
     """Train and commit the scales. ``full`` is Block-AP's full-precision stream, where it teaches; it is
     closed in the end."""
-    if job.store.fact("e2e_qp_done"):
+    if job.store.fact(E2E_DONE):
         return
     config = job.config.e2e_qp
     dtype = compute_dtype(config.compute_dtype, job.device)
@@ -50,7 +51,7 @@ def train_end_to_end(job: Job, full: ActivationStore | None) -> None:
             taught.close()
     forget_snapshot(job.store)
     forget_streams(job)
-    job.store.remember("e2e_qp_done", True)
+    job.store.remember(E2E_DONE, True)
     job.checkpoints.commit(
         "e2e_qp", entries={scales_entry(index): _trained(block) for index, block in enumerate(blocks)}
     )

@@ -21,6 +21,7 @@ from engine.quant.packed import PackedBlock, PackedWeight
 from engine.reporter import Reporter
 from engine.run.config import RunConfig
 from engine.run.directory import RunDirectory
+from engine.run.facts import E2E_DONE, block_entry, scales_entry
 from engine.run.files import make_folder
 from engine.run.plan import Plan, host_budget
 
@@ -74,7 +75,7 @@ class Job:
         """Block ``index`` as quantized so far: after E2E-QP with its trained scales."""
         grid = self.config.grid
         packed = PackedBlock.from_tensors(self.store.get(block_entry(index)), grid.bits, grid.symmetric)
-        if not self.store.fact("e2e_qp_done"):
+        if not self.store.fact(E2E_DONE):
             return packed
         trained = self.store.get(scales_entry(index))
         linears = {
@@ -127,21 +128,6 @@ class Job:
             hidden = self.lm.embed(tokens[start : start + batch].to(self.device))
             for store in stores:
                 store.write(start, hidden)
-
-
-def block_entry(index: int) -> str:
-    """Name of a quantized block in the checkpoint."""
-    return f"block-{index:03d}"
-
-
-def scales_entry(index: int) -> str:
-    """Name of a block's end-to-end trained scales."""
-    return f"scales-{index:03d}"
-
-
-def losses_fact(index: int) -> str:
-    """Name of a block's reconstruction losses."""
-    return f"losses-{index:03d}"
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -18,10 +18,9 @@ from engine.data.activations import ActivationStore
 from engine.methods.advance import Passage, advance
 from engine.phases.job import Job
 from engine.run.errors import EqatError, ExitCode
+from engine.run.facts import STREAMS
 from engine.streams import StoredStreams, delete_streams, read_streams, write_streams
 
-STORED = "streams"
-"""Name of the fact that says which streams lie in the cache."""
 STREAM_SILENCE = 600.0
 """Seconds that one large file may take unheard."""
 
@@ -49,7 +48,7 @@ def stored_at(job: Job, streams: Mapping[str, ActivationStore]) -> int | None:
 
     Then they hold anything, and have to be computed.
     """
-    stored = StoredStreams.from_fact(job.store.fact(STORED))
+    stored = StoredStreams.from_fact(job.store.fact(STREAMS))
     if stored is None or set(stored.sha256) != set(streams):
         return None
     job.report.expect_silence(STREAM_SILENCE)
@@ -78,12 +77,12 @@ def store_at(job: Job, border: int, streams: Mapping[str, ActivationStore]) -> N
             hint=error.hint,
         )
         return
-    job.store.remember(STORED, msgspec.to_builtins(stored))
+    job.store.remember(STREAMS, msgspec.to_builtins(stored))
     job.checkpoints.commit(job.report.phase_name, border - 1, beside=(stored.bytes, stored.seconds))
     delete_streams(folder, keep=stored)
 
 
 def forget_streams(job: Job) -> None:
     """Nobody needs stored streams any more."""
-    job.store.forget(STORED)
+    job.store.forget(STREAMS)
     delete_streams(job.run.cache_dir)

@@ -14,6 +14,7 @@ from engine.models.skeleton import text_config
 from engine.phases.job import Job
 from engine.run import events
 from engine.run.errors import UsageError
+from engine.run.facts import E2E_DONE
 from engine.run.fit import GPU_RESERVE
 from engine.run.machine import host_free
 from engine.run.plan import host_budget
@@ -53,7 +54,7 @@ def write_samples(
 
 def _quantized_stage(job: Job) -> events.Stage:
     """The newest quantized version."""
-    if job.store.fact("e2e_qp_done"):
+    if job.store.fact(E2E_DONE):
         return "e2e_qp"
     return "block_ap" if job.config.block_ap.enabled else "rtn"
 

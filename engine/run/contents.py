@@ -28,7 +28,7 @@ _REMOVED = re.compile(re.escape(REMOVED) + r".+-[0-9a-f]{8}", re.DOTALL)
 _ACTIVATIONS = re.compile(r"(?:full|quantized|teacher|evaluation|tasks-[0-9]{1,9})\.bin")
 _STREAM = re.compile(r"streams-[0-9]{3,9}-(?:full|quantized|teacher)\.raw")
 _REQUEST = re.compile(r"[0-9]{20}-[0-9a-f]{8}\.json")
-_GENERATION = re.compile(r"generation-[0-9]{6,9}\.json")
+_GENERATION = re.compile(r"(?:generation|spare)-[0-9]{6,9}(?:-[0-9a-f]{64})?\.json")
 _OBJECT = re.compile(r"[0-9a-f]{64}\.safetensors")
 # Tokenized text, and such a file that is being written.
 _TEXT = re.compile(r"[0-9a-f]{40}\.safetensors")

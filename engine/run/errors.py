@@ -86,6 +86,11 @@ def run_is_gone(path: PurePath) -> PreflightError:
     )
 
 
+class DamagedRun(IdentityError):
+    """A part of what a run has trained is damaged; resuming it trains that part again, also where the run was
+    done."""
+
+
 class StopRequested(Exception):
     """Raised at a step boundary once a stop or an abort was asked for."""
 

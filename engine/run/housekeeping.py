@@ -9,7 +9,6 @@ run that is deleted first loses its name: a deletion that is cut off leaves noth
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import secrets
 import stat
@@ -25,6 +24,7 @@ from engine.run.lock import RunLock
 from engine.run.proof import Identity, prove_made_here, prove_removed, prove_run
 from engine.run.removal import not_deleted, remove_entry, remove_proven, rename_proven
 from engine.run.state import BULK, load_state
+from engine.run.usable import current_is_intact
 
 LONGEST_NAME = 255
 """Bytes that a file system allows a name."""
@@ -214,34 +214,12 @@ def _remove_from(folder: Path, root: Path, names: list[str]) -> None:
 
 
 def _prune(run: RunDirectory, dry_run: bool) -> int:
-    """Remove old generations, unless that could take the only good one.
-
-    What a generation that cannot be read is made of is not known, so then nothing is removed.
-    """
+    """Remove old generations, unless that could take the only good one."""
     place = run.checkpoints_dir
-    last = generations.newest(place)
-    if not _is_inside(run, "checkpoints/objects") or not last:
+    if not _is_inside(run, "checkpoints/objects"):
         return 0
-    keep = 1 if _is_done(run) and _is_intact(place, last) else generations.GENERATIONS_KEPT
-    try:
-        for number in range(last, max(0, last - keep), -1):
-            if generations.generation_path(place, number).exists():
-                generations.read_generation(place, number)
-    except generations.DamagedCheckpoint:
-        return 0
+    keep = 1 if _is_done(run) and current_is_intact(place) else generations.GENERATIONS_KEPT
     return generations.prune(place, keep=keep, dry_run=dry_run)
-
-
-def _is_intact(place: Path, number: int) -> bool:
-    """Whether all that a generation names is there and hashes to its name."""
-    try:
-        for digest in set(generations.read_generation(place, number).entries.values()):
-            with generations.object_path(place, digest).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    return False
-    except (OSError, generations.DamagedCheckpoint):
-        return False
-    return True
 
 
 def _is_done(run: RunDirectory) -> bool:

@@ -38,7 +38,6 @@ OFTEN = {
     "runtime.streams": "stored",
 }
 TEXT = {".log", ".md", ".txt", ".jinja"}
-NUMBERS = {"lock", "CURRENT"}
 PICKLE = tuple(b"\x80" + bytes([protocol]) for protocol in range(2, 6))
 
 
@@ -60,7 +59,9 @@ def check_is_data(path: Path) -> None:
         read_header(path)
     elif path.suffix in TEXT:
         content.decode()
-    elif path.name in NUMBERS:
+    elif path.name == "CURRENT":
+        assert re.fullmatch(rb"[0-9]+ [0-9a-f]{64}\n", content), path
+    elif path.name == "lock":
         int(content)
     else:
         half_written = re.fullmatch(r"\..+\.(tmp|partial)", path.name)
@@ -217,11 +218,26 @@ def test_a_folder_that_is_a_link_may_be_filled_but_what_lies_there_stays(
     assert [path.read_text() for path in kept] == [PRECIOUS] * len(kept)
 
 
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/objects"])
+def test_checkpoints_that_are_a_link_are_refused_in_one_line(make: Make, tmp_path: Path, place: str) -> None:
+    run = make()
+    (run.checkpoints_dir / "objects").mkdir()
+    elsewhere = tmp_path / "elsewhere"
+    (run.path / place).rename(elsewhere)
+    (run.path / place).symlink_to(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    assert run_here(run) == 3
+    error = failure(run, 3)
+    assert error.where == str(run.checkpoints_dir / "objects")
+    assert "a link" in error.message
+    assert sorted(elsewhere.rglob("*")) == before
+
+
 def test_a_file_that_is_a_link_is_replaced_and_not_written_through(
     make: Make, engine: Engine, tmp_path: Path
 ) -> None:
     run = make(**{"e2e_qp.enabled": False})
-    names = ("status.json", "launch.json", "logs/attempt-001.log", "checkpoints/generation-000001.json")
+    names = ("status.json", "launch.json", "logs/attempt-001.log", "checkpoints/CURRENT")
     for number, name in enumerate(names):
         elsewhere = tmp_path / f"elsewhere-{number}"
         elsewhere.write_text(PRECIOUS)

@@ -41,14 +41,12 @@ def commit(run: RunDirectory, number: int, *blocks: bytes) -> list[Path]:
         digest = hashlib.sha256(content).hexdigest()
         generations.object_path(run.checkpoints_dir, digest).write_bytes(content)
         made[f"block-{index:03d}"] = digest
-    path = generations.generation_path(run.checkpoints_dir, number)
-    path.write_bytes(Generation(number, made).encode())
-    (run.checkpoints_dir / "CURRENT").write_text(f"{number}\n")
+    generations.publish(run.checkpoints_dir, Generation(number, made))
     return [generations.object_path(run.checkpoints_dir, digest) for digest in made.values()]
 
 
 def numbers_of_generations(run: RunDirectory) -> list[int]:
-    return sorted(int(path.stem[-6:]) for path in run.checkpoints_dir.glob("generation-0*.json"))
+    return sorted(int(path.stem[11:17]) for path in run.checkpoints_dir.glob("generation-0*.json"))
 
 
 # -- generations ---------------------------------------------------------------------------------------

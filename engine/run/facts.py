@@ -1,0 +1,176 @@
+"""What a checkpoint remembers beside tensors: the name and the type of every such value; and how its entries,
+the tensors, are called.
+
+A value decides: where in the data a training goes on, which perplexity the report shows, how many sequences
+pass at a time. So each is checked when it is read, for its type and, where it counts something, for a bound
+that no real run reaches: a damaged count must not become a loop or an allocation.
+
+Some values only tell (losses, perplexities) or save time (stored streams). Without them a run does the same,
+so a wrong one costs only itself; a wrong one of the others makes its generation unusable.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from engine.run.event_kinds import STAGES
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+Few = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+Block = Annotated[int, msgspec.Meta(ge=0, le=9999)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+TRAINING = "training"
+"""The state of a training that was interrupted: the fact, and the entry with its tensors."""
+STREAMS = "streams"
+"""Which activation streams lie in the cache."""
+MICRO_BATCH = "block_ap_micro_batch"
+"""From which block on memory sufficed for how many sequences at a time, if that is less than a batch."""
+E2E_DONE = "e2e_qp_done"
+"""That the scales are trained."""
+
+
+def block_entry(index: int) -> str:
+    """Name of a quantized block in the checkpoint."""
+    return f"block-{index:03d}"
+
+
+def scales_entry(index: int) -> str:
+    """Name of a block's end-to-end trained scales."""
+    return f"scales-{index:03d}"
+
+
+def losses_fact(index: int) -> str:
+    """Name of a block's reconstruction losses."""
+    return f"losses-{index:03d}"
+
+
+class Losses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``losses-NNN``: reconstruction losses of a block."""
+
+    initial_loss: float | None = None
+    final_loss: float | None = None
+    val_loss: float | None = None
+
+
+class Evaluated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``eval_<stage>``: what was measured of one version of the model."""
+
+    perplexity: Annotated[float, msgspec.Meta(gt=0)] | None
+    """None when it was not a finite number."""
+    tokens: Count
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+    accuracy: dict[str, Share] = {}
+    questions: dict[str, Count] = {}
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.seconds) or not math.isfinite(self.perplexity or 0.0):
+            raise ValueError("a number is not finite")
+
+
+class Sampler(msgspec.Struct, frozen=True):
+    """Position in the data (:class:`engine.data.sampler.BatchSampler`)."""
+
+    step: Few
+    count: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+    batch_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+    epochs: Few
+    seed: int
+    drop_last: Literal[0, 1]
+
+    def __post_init__(self) -> None:
+        if self.step > self.epochs * math.ceil(self.count / self.batch_size):
+            raise ValueError("the step lies behind the last one")
+
+
+class Training(
+    msgspec.Struct,
+    frozen=True,
+    rename={"steps": "step.steps", "scaler": "step.scaler", "val_loss": "best.val_loss"},
+):
+    """``training``: the values of a :class:`engine.methods.optimization.Snapshot`."""
+
+    phase: Literal["block_ap", "e2e_qp"]
+    block: Block | None
+    started: bool
+    epochs_done: Few
+    stale: Few
+    restarts: Annotated[int, msgspec.Meta(ge=0, le=100)]
+    steps_done: Few
+    micro_batch: Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+    initial_val: float | None
+    noted: dict[str, float]
+    sampler: Sampler
+    steps: Few
+    scaler: dict[str, float]
+    val_loss: float | None
+
+    def __post_init__(self) -> None:
+        if (self.phase == "block_ap") != (self.block is not None):
+            raise ValueError("the phase and the block do not fit")
+
+
+class Streams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``streams``: activation streams that lie in the cache (:class:`engine.streams.StoredStreams`)."""
+
+    border: Block
+    shape: Annotated[list[Count], msgspec.Meta(min_length=3, max_length=3)]
+    dtype: Annotated[str, msgspec.Meta(max_length=40)]
+    sha256: dict[Literal["full", "quantized", "teacher"], Digest]
+    bytes: Count
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+
+
+Halvings = list[tuple[Block, Few]]
+"""``halvings-<stream>``: block and first sequence from which only half as many pass at a time."""
+MicroBatches = list[tuple[Block, Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]]]
+"""Block behind whose training it was noted, and the sequences at a time. Earlier versions kept only the last
+number."""
+
+_KINDS: tuple[tuple[str, Any, bool], ...] = (
+    (r"losses-[0-9]{3,4}", Losses, False),
+    (rf"eval_({'|'.join(STAGES)})", Evaluated, False),
+    (STREAMS, Streams, False),
+    (TRAINING, Training, True),
+    (r"halvings-(full|quantized|teacher)", Halvings, True),
+    (MICRO_BATCH, MicroBatches | Annotated[int, msgspec.Meta(ge=1, le=1 << 31)], True),
+    (E2E_DONE, Literal[True], True),
+)
+"""Pattern of the name, type, whether the result depends on it."""
+
+
+def problem_of(name: str, value: object) -> str:
+    """What is wrong with a value for being the fact called ``name``; empty where nothing is, and for a name
+    that is not known here."""
+    for pattern, kind, _ in _KINDS:
+        if re.fullmatch(pattern, name):
+            if kind == Literal[True]:  # msgspec knows no literal truth
+                return "" if value is True else "is not true"
+            try:
+                msgspec.convert(value, kind)
+            except (msgspec.ValidationError, OverflowError) as error:
+                return str(error)
+            return ""
+    return ""
+
+
+def is_known(name: str) -> bool:
+    """Whether a fact of this name exists."""
+    return any(re.fullmatch(pattern, name) for pattern, _, _ in _KINDS)
+
+
+def decides(name: str) -> bool:
+    """Whether the result of a run depends on the fact, so that it cannot be left out alone."""
+    return any(essential and re.fullmatch(pattern, name) for pattern, _, essential in _KINDS)
+
+
+def micro_batch_after(value: Any) -> int | None:
+    """Sequences at a time behind the last block of ``block_ap_micro_batch``; none when all of a batch."""
+    if isinstance(value, list):
+        return int(value[-1][1]) if value else None
+    return None if value is None else int(value)
