@@ -199,7 +199,7 @@ class Pipeline:
         """`eval`, `export` and `generate` work on what a run has trained; there must be all of it."""
         store = self.job.store
         trained = self.job.all_blocks_finished()
-        if trained and (store.fact(E2E_DONE) or not self.config.e2e_qp.enabled):
+        if trained and (store.fact(E2E_DONE) or not self.config.e2e_qp.enabled) and not self._lost_figures():
             return
         if store.damage:
             raise DamagedRun(
@@ -209,6 +209,16 @@ class Pipeline:
             )
         raise UsageError(
             "the run has not finished training", where=self.run.id, hint=f"eqat resume {self.run.id}"
+        )
+
+    def _lost_figures(self) -> bool:
+        """Whether damage took a perplexity that the export's card tells: without it the export would be
+        another."""
+        wanted = [name for name in phases_of(self.config) if name.startswith("evaluate_")]
+        facts = (name.replace("evaluate_", "eval_") for name in wanted)
+        store = self.job.store
+        return (
+            self.task == "export" and bool(store.damage) and any(store.fact(name) is None for name in facts)
         )
 
     def train_blocks(self) -> None:

@@ -197,11 +197,11 @@ def share_origin(run: RunDirectory, store: CheckpointStore, report: Reporter) ->
     blocks = leading_blocks(found.generation.entries)
     if not 0 <= origin.from_block <= blocks:
         raise PreflightError(
-            f"blocks 0 to {origin.from_block - 1} cannot be shared: "
-            + (f"of its blocks only 0 to {blocks - 1} are" if blocks else "none of its blocks is")
-            + f" finished and intact{f' ({found.damage})' if found.damage else ''}",
+            f"blocks before {origin.from_block} cannot be shared: {_intact_words(blocks)}"
+            + (f" ({found.damage})" if found.damage else ""),
             where=origin.path,
-            hint=f"eqat resume {origin.id} trains the rest, or --from-block {blocks} shares what there is",
+            hint=f"eqat resume {origin.id} trains the rest"
+            + (f", or --from-block {blocks} shares what there is" if blocks else ""),
         )
     there = found.generation
     if origin.from_block:
@@ -216,6 +216,14 @@ def share_origin(run: RunDirectory, store: CheckpointStore, report: Reporter) ->
     except (OSError, DamagedCheckpoint) as error:
         raise PreflightError(f"blocks cannot be shared: {error}", where=origin.path) from error
     store.commit()
+
+
+def _intact_words(blocks: int) -> str:
+    if blocks <= 1:
+        return (
+            "only block 0 of it is finished and intact" if blocks else "no block of it is finished and intact"
+        )
+    return f"only blocks 0 to {blocks - 1} of it are finished and intact"
 
 
 def _must_agree(
