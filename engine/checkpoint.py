@@ -25,7 +25,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from engine.run.errors import DamagedRun, IdentityError
-from engine.run.files import atomic_write, make_folder
+from engine.run.files import make_folder
 from engine.run.generations import SCHEMA, Generation, highest, prune, publish
 from engine.run.objects import (
     DamagedCheckpoint,
@@ -34,6 +34,7 @@ from engine.run.objects import (
     objects_path,
     read_object,
     share_object,
+    write_over,
 )
 from engine.run.usable import newest_usable
 from engine.tensorfile import safetensors_chunks
@@ -132,7 +133,7 @@ class CheckpointStore:
         digest = hashed.hexdigest()
         if object_damage(self.directory, digest):
             path = object_path(self.directory, digest)
-            atomic_write(path, safetensors_chunks(tensors), root=self.directory.parent)
+            write_over(path, safetensors_chunks(tensors), self.directory.parent)
             self._pending_bytes += size
         self._current.entries[name] = digest
         self._pending_seconds += time.monotonic() - began
@@ -159,7 +160,7 @@ class CheckpointStore:
                 continue
             if object_damage(self.directory, digest) and not share_object(source, self.directory, digest):
                 path = object_path(self.directory, digest)
-                atomic_write(path, read_object(source, digest), root=self.directory.parent)
+                write_over(path, read_object(source, digest), self.directory.parent)
             self._current.entries[name] = digest
         for name, value in generation.facts.items():
             if wanted(name):

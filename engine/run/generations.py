@@ -33,9 +33,8 @@ import msgspec
 from engine.run import facts as known_facts
 from engine.run.contents import is_unfinished_checkpoint, is_unfinished_object
 from engine.run.errors import EqatError, PreflightError
-from engine.run.files import atomic_write
 from engine.run.guarded import BadFile, NoFile, opened_folder, parsed, read_bytes
-from engine.run.objects import DIGEST, DamagedCheckpoint, names_in, object_path, objects_path
+from engine.run.objects import DIGEST, DamagedCheckpoint, names_in, object_path, objects_path, write_over
 
 __all__ = [
     "GENERATIONS_KEPT",
@@ -286,8 +285,8 @@ def publish(directory: Path, made: Generation) -> int:
     """
     encoded = made.encode()
     ref = Ref(made.number, hashlib.sha256(encoded).hexdigest())
-    atomic_write(directory / ref.name, encoded, root=directory.parent)
-    atomic_write(directory / "CURRENT", f"{ref.number} {ref.digest}\n".encode(), root=directory.parent)
+    write_over(directory / ref.name, encoded, directory.parent)
+    write_over(directory / "CURRENT", f"{ref.number} {ref.digest}\n".encode(), directory.parent)
     return len(encoded)
 
 
@@ -360,7 +359,7 @@ def _with_spare(directory: Path, only: Ref, dry_run: bool) -> set[str]:
         content = _content(directory, only)
         for name in (only.name, only.spare):
             if not dry_run and not _holds(directory / name, content):
-                atomic_write(directory / name, content, root=directory.parent)
+                write_over(directory / name, content, directory.parent)
     except EqatError:
         pass  # a full disk: what is there is whole
     return {only.name, only.spare}

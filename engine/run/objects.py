@@ -13,12 +13,14 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
 from engine.run.errors import PreflightError
+from engine.run.files import atomic_write
 from engine.run.guarded import BadFile, bad_file, open_regular, opened_folder
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -131,6 +133,16 @@ def _check_link(path: Path, root: Path, digest: str) -> None:
             _require(hashlib.file_digest(file, "sha256").hexdigest(), digest)
     except BadFile as error:
         raise DamagedCheckpoint(f"{digest}.safetensors {error.message}") from error
+
+
+def write_over(path: Path, data: bytes | Iterable[bytes | memoryview], root: Path) -> None:
+    """:func:`engine.run.files.atomic_write`, also where a folder has the name: it is set aside under another
+    one, since no file can replace it."""
+    with contextlib.suppress(OSError), opened_folder(path.parent, root) as folder:
+        if stat.S_ISDIR(os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode):
+            aside = f"{path.name}.aside-{secrets.token_hex(4)}"
+            os.rename(path.name, aside, src_dir_fd=folder, dst_dir_fd=folder)
+    atomic_write(path, data, root=root)
 
 
 def names_in(folder: Path, root: Path) -> list[str]:

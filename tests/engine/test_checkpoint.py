@@ -15,9 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine import checkpoint
 from engine.checkpoint import CheckpointStore
-from engine.run import generations
+from engine.run import generations, objects
 from engine.run.errors import EqatError, ExitCode, IdentityError, PreflightError
 
 IDENTITY = {"block_ap.epochs": "2", "model": "a" * 64, "data": "b" * 64}
@@ -341,6 +340,33 @@ def test_what_is_no_regular_file_is_damage_and_is_neither_read_nor_waited_for(
     check(reopened(directory), 3)
 
 
+@pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
+def test_the_same_work_done_again_takes_the_place_of_what_is_no_regular_file(
+    tmp_path: Path, kind: str
+) -> None:
+    directory = tmp_path / "checkpoints"
+    directory.mkdir()
+    filled(directory, 3)
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    for path in (object_of(directory, 3, block(3)), directory / "CURRENT"):
+        path.unlink()
+        if kind == "folder":
+            path.mkdir()
+            (path / "inside").write_text("precious")
+        else:
+            os.mkfifo(path) if kind == "fifo" else path.symlink_to(precious)
+    store = reopened(directory)
+    store.put(block(3), tensors(3))
+    store.remember("latest", 3)
+    store.commit()
+    heard: list[str] = []
+    check(reopened(directory, heard), 3)
+    assert not heard
+    assert precious.read_text() == "precious"
+    assert len(list(directory.rglob("inside"))) == (2 if kind == "folder" else 0)
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "checkpoints/objects"])
 def test_folders_that_are_links_are_refused_in_one_line(tmp_path: Path, name: str) -> None:
     directory = tmp_path / "checkpoints"
@@ -535,7 +561,7 @@ def killed_at(directory: Path, call: str, n: int) -> bool:
 
 def end_at(call: str, n: int) -> None:
     """In this process, the ``n``-th use of a system call is its last act (half done, for a write)."""
-    owners, name = ([os], call) if call != "write" else ([checkpoint, generations], "atomic_write")
+    owners, name = ([os], call) if call != "write" else ([objects], "atomic_write")
     real = getattr(owners[0], name)
     calls = 0
 
