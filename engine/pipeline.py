@@ -141,7 +141,11 @@ class Pipeline:
             lm.compile(expect_silence=report.expect_silence, on_failure=self._slower_passages)
         tokens = draw_tokens(config, source.tokenizer(), report)
         identity = {name: value for name, value in source.identity().items() if name not in ("path", "name")}
-        made_from = {"model": digest(identity), **tokens.digests()}
+        made_from = {
+            "model": digest(identity),
+            "tokenizer": source.assets_identity(),
+            **tokens.digests(),
+        }
         report.expect_silence(PREPARE_SILENCE)
         store = CheckpointStore(
             run.checkpoints_dir,

@@ -6,7 +6,6 @@ transformers' own, with a cache of keys and values; ours is only to have the who
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from engine.evaluation.chat import render
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
@@ -32,12 +33,14 @@ class Continuation:
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> Tensor:
-    """Token ids ``[1, T]``: as a user's turn where the tokenizer knows conversations, else as it is."""
+    """Token ids ``[1, T]``: as a user's turn where the tokenizer knows conversations, else as it is.
+
+    Raises:
+        PreflightError: when the tokenizer's chat template cannot be used.
+    """
     if getattr(tokenizer, "chat_template", None):
-        turn = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         # The template writes the special tokens itself.
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(render(tokenizer, prompt), add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(prompt)["input_ids"]
     return torch.tensor([ids], dtype=torch.long)
@@ -87,14 +90,10 @@ def end_tokens(lm: CausalLM) -> list[int]:
     model's, generation_config.json those that end a turn.
     """
     named = [lm.source.tokenizer().eos_token_id, lm.model.generation_config.eos_token_id]
-    if lm.source.directory is not None:
-        try:
-            stored = json.loads((lm.source.directory / "generation_config.json").read_bytes())
-            named.append(stored.get("eos_token_id"))
-        except (OSError, ValueError, AttributeError):
-            pass  # not every model has one, and a broken one is worth no failure here
+    named.append(lm.source.generation_settings().get("eos_token_id"))
     found = (token for entry in named for token in (entry if isinstance(entry, list) else [entry]))
-    return sorted({token for token in found if isinstance(token, int) and 0 <= token < lm.vocab_size})
+    numbers = (token for token in found if isinstance(token, int) and not isinstance(token, bool))
+    return sorted({token for token in numbers if 0 <= token < lm.vocab_size})
 
 
 class _Stop(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed

@@ -35,7 +35,7 @@ from engine.quant.packed import PackedBlock, PackedWeight
 from engine.quant.packing import bitpack
 from engine.run.disk_model import TOKENIZER_FILES
 from engine.run.errors import PreflightError
-from engine.run.guarded import opened_folder, read_object
+from engine.run.guarded import opened_folder
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
@@ -313,9 +313,9 @@ def _write_assets(directory: Path, lm: CausalLM, source: ModelSource, grid: _Gri
 def _original_config(directory: Path, source: ModelSource) -> dict[str, Any]:
     """config.json as its authors wrote it; what transformers would write again lacks every default."""
     rewritten = read_json(directory / "config.json")
-    if source.directory is None:
+    original = source.stored_config()
+    if original is None:
         return rewritten
-    original = read_object(source.directory / "config.json", follow=True)
     # Of a multimodal model only the language model is quantized, and only its part is written.
     return original if original.get("model_type") == rewritten.get("model_type") else rewritten
 

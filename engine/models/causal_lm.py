@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.models.compiled import Compiled, P, T
+from engine.models.foreign import foreign
 from engine.models.gguf import GGUFReader
 from engine.models.skeleton import build_skeleton, find_blocks, linear_names, refuse_block, text_config
 from engine.models.source import ModelSource
@@ -68,7 +69,8 @@ class CausalLM:
         for index, block in enumerate(self._blocks):
             refuse_block(block, self.block_prefix(index))
         self.weights = match_names(source.weights, (name for name, _ in self.model.named_parameters()))
-        self.tied = self._tie_as_stored()
+        with foreign(f"{type(self.model).__name__} has no usable embeddings", source.name):
+            self.tied = self._tie_as_stored()
         self._check_checkpoint()
         self._load_outer()
         self._arguments: OrderedDict[tuple[int, int, torch.dtype], list[dict[str, Any]]] = OrderedDict()
@@ -79,9 +81,10 @@ class CausalLM:
         """Final norm and output embeddings, where they are all that follows the blocks."""
         self._compiled: Callable[[Callable[..., Any]], Compiled] | None = None
         """The compiled form of a function; none while nothing is compiled."""
-        self._probe()
-        if (norm := self._find_norm()) is not None:
-            self.tail = norm, self.model.get_output_embeddings()
+        with foreign(f"{type(self.model).__name__} cannot be run block by block", source.name):
+            self._probe()
+            if (norm := self._find_norm()) is not None:
+                self.tail = norm, self.model.get_output_embeddings()
 
     # -- structure ---------------------------------------------------------------------------------
 
@@ -266,6 +269,13 @@ class CausalLM:
         """Move computed buffers to the device; take those that a checkpoint stores from there."""
         for name, buffer in list(module.named_buffers(recurse=recurse)):
             stored = self.weights.load(prefix + name) if prefix + name in self.weights else buffer
+            if stored.shape != buffer.shape:
+                raise PreflightError(
+                    f"tensor {prefix + name!r} has shape {list(stored.shape)}, "
+                    f"but config.json asks for {list(buffer.shape)}",
+                    where=self.weights.where(prefix + name),
+                    hint="check that config.json belongs to these weights",
+                )
             owner, _, leaf = name.rpartition(".")
             module.get_submodule(owner)._buffers[leaf] = stored.to(device=device, dtype=buffer.dtype)
 

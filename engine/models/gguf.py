@@ -14,6 +14,7 @@ full precision means "as good as this file".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,25 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from engine.models.foreign import foreign
 from engine.models.weights import read_exactly
 from engine.run.errors import PreflightError
-from engine.run.headers import read_gguf_header
+from engine.run.gguf_header import gguf_header
+from engine.run.limits import LARGEST_SIZE, MOST_BLOCKS, MOST_HEADS, MOST_POSITIONS, WIDEST
+from engine.run.stamps import StampedFile
 
 SLICE_BYTES = 8 << 20
+BOUNDS = {
+    "block_count": MOST_BLOCKS,
+    "embedding_length": WIDEST,
+    "feed_forward_length": LARGEST_SIZE,
+    "attention.head_count": MOST_HEADS,
+    "attention.head_count_kv": MOST_HEADS,
+    "attention.key_length": WIDEST,
+    "attention.sliding_window": MOST_POSITIONS,
+    "context_length": MOST_POSITIONS,
+}
+"""The largest value of each whole number that is used; the smallest is 1."""
 ROPE_DIVISORS = "rope_freqs.weight"
 
 MODEL_TYPES = {
@@ -69,8 +84,9 @@ class GGUFReader:
         import gguf
 
         self.file = file
-        header = read_gguf_header(file)
-        self.architecture = str(header.metadata.get("general.architecture", "unknown"))
+        self._stamped = StampedFile.of(file)
+        header = gguf_header(self._stamped)
+        self.architecture = str(header.metadata.get("general.architecture", "unknown"))[:80]
         if self.architecture not in MODEL_TYPES:
             raise PreflightError(
                 f"GGUF architecture {self.architecture!r} is not supported",
@@ -78,7 +94,7 @@ class GGUFReader:
                 hint=f"supported are {', '.join(MODEL_TYPES)}; or use the model's safetensors checkpoint",
             )
         self._tensors = {
-            name: GGUFTensor(info.start, info.nbytes, gguf.GGMLQuantizationType[info.dtype], info.shape)
+            name: GGUFTensor(info.start, info.nbytes, _kind(info.dtype, file), info.shape)
             for name, info in header.tensors.items()
         }
         self.metadata = {
@@ -87,9 +103,9 @@ class GGUFReader:
             if name.startswith(f"{self.architecture}.")
         }
         self.special_tokens = {
-            token: int(header.metadata[name])
+            token: value
             for token in ("bos", "eos", "padding")
-            if (name := f"tokenizer.ggml.{token}_token_id") in header.metadata
+            if _is_token(value := header.metadata.get(f"tokenizer.ggml.{token}_token_id"))
         }
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
         self._map = gguf.get_tensor_name_map(arch, self.number("block_count"))
@@ -111,8 +127,8 @@ class GGUFReader:
     def where(self, name: str) -> str:
         return str(self.file)
 
-    def files(self) -> list[Path]:
-        return [self.file]
+    def files(self) -> list[StampedFile]:
+        return [self._stamped]
 
     def inventory(self) -> list[str]:
         return [f"{name} {t.type.name} {t.shape} {t.start}" for name, t in sorted(self._tensors.items())]
@@ -124,6 +140,8 @@ class GGUFReader:
             heads = self.number("attention.head_count")
             if ".attn_k." in stored:
                 heads = self.number("attention.head_count_kv", heads)
+            if not weight.ndim or weight.shape[0] % (2 * heads):
+                raise self._unusable(f"tensor {stored} has not a whole number of rows for {heads} heads")
             weight = unpermute_rotary(weight, heads)
         elif self.architecture in ("gemma2", "gemma3") and stored.endswith("norm.weight"):
             weight -= 1.0
@@ -140,20 +158,38 @@ class GGUFReader:
     # ----------------------------------------------------------------------------------------------
 
     def number(self, name: str, default: int | None = None) -> int:
-        """A whole number of the metadata, the architecture's prefix left out."""
+        """A whole number of the metadata, the architecture's prefix left out, between 1 and its bound."""
         value = self.metadata.get(name, default)
-        if not isinstance(value, int):
+        if not isinstance(value, int) or isinstance(value, bool):
             # Absent, or a list: some pruned models have another number in every layer.
-            raise PreflightError(
-                f"metadata {self.architecture}.{name} is {'missing' if value is None else 'not one number'}",
-                where=str(self.file),
-                hint="use the model's safetensors checkpoint",
+            raise self._unusable(
+                f"metadata {self.architecture}.{name} is {'missing' if value is None else 'not one number'}"
+            )
+        if not 1 <= value <= BOUNDS[name]:
+            raise self._unusable(
+                f"metadata {self.architecture}.{name} is {value}, not between 1 and {BOUNDS[name]}"
             )
         return value
+
+    def positive(self, name: str, default: float | None = None) -> float:
+        """A finite number above 0 of the metadata, the architecture's prefix left out."""
+        value = self.metadata.get(name, default)
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+        if not (math.isfinite(number) and number > 0):
+            raise self._unusable(
+                f"metadata {self.architecture}.{name} is "
+                f"{'missing' if value is None else 'no number that is finite and above 0'}"
+            )
+        return number
+
+    def _unusable(self, message: str) -> PreflightError:
+        return PreflightError(message, where=str(self.file), hint="use the model's safetensors checkpoint")
 
     def rope_divisors(self) -> Tensor | None:
         """What llama.cpp divides the rotary frequencies by (Llama 3.1 and later); None for most models."""
         tensor = self._tensors.get(ROPE_DIVISORS)
+        if tensor is not None and (len(tensor.shape) != 1 or not 1 <= tensor.shape[0] <= WIDEST):
+            raise self._unusable(f"tensor {ROPE_DIVISORS} is no list of divisors")
         return None if tensor is None else self._dequantize(tensor)
 
     def _stored(self, name: str) -> str:
@@ -182,10 +218,24 @@ class GGUFReader:
         for first in range(0, tensor.nbytes // block_bytes, blocks_in_slice):
             count = min(blocks_in_slice, tensor.nbytes // block_bytes - first)
             raw = torch.empty(count * block_bytes, dtype=torch.uint8)
-            read_exactly(self.file, tensor.start + first * block_bytes, raw)
+            read_exactly(self._stamped, tensor.start + first * block_bytes, raw)
             values = _to_float(raw.numpy(), tensor.type, self.file)
             flat[first * block : (first + count) * block] = torch.from_numpy(values.reshape(-1))
         return result
+
+
+def _kind(name: str, file: Path) -> Any:
+    """The gguf package's name for a type; its older releases lack the newest types."""
+    import gguf
+
+    try:
+        return gguf.GGMLQuantizationType[name]
+    except KeyError as error:
+        raise PreflightError(
+            f"GGUF quantization {name} cannot be read by this version of the gguf package",
+            where=str(file),
+            hint="update gguf, or use the model's safetensors checkpoint",
+        ) from error
 
 
 def _to_float(raw: np.ndarray, kind: Any, file: Path) -> np.ndarray:
@@ -201,12 +251,17 @@ def _to_float(raw: np.ndarray, kind: Any, file: Path) -> np.ndarray:
         if kind in plain:
             return raw.view(plain[kind]).astype(np.float32)
         return gguf.dequantize(raw, kind)
-    except NotImplementedError as error:
+    except (NotImplementedError, KeyError) as error:
         raise PreflightError(
             f"GGUF quantization {kind.name} cannot be read",
             where=str(file),
             hint="use a file of type F16, BF16, Q8_0, Q6_K or Q4_K, or the safetensors checkpoint",
         ) from error
+
+
+def _is_token(value: Any) -> bool:
+    """Whether it is the number of a token; files carry others where they have none."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST_SIZE
 
 
 def unpermute_rotary(weight: Tensor, heads: int) -> Tensor:
@@ -227,16 +282,23 @@ def gguf_config(reader: GGUFReader) -> PreTrainedConfig:
     """
     stored = reader.metadata
     hidden, heads = reader.number("embedding_length"), reader.number("attention.head_count")
-    theta = float(stored.get("rope.freq_base", 10000.0))
+    theta = reader.positive("rope.freq_base", 10000.0)
+    embedding = reader.shape("model.embed_tokens.weight")
+    if len(embedding) != 2 or not 1 <= embedding[0] <= LARGEST_SIZE:
+        raise PreflightError(
+            f"the embedding has the shape {list(embedding)}",
+            where=str(reader.file),
+            hint="use the model's safetensors checkpoint",
+        )
     options: dict[str, Any] = {
-        "vocab_size": reader.shape("model.embed_tokens.weight")[0],
+        "vocab_size": embedding[0],
         "hidden_size": hidden,
         "intermediate_size": reader.number("feed_forward_length"),
         "num_hidden_layers": reader.number("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": reader.number("attention.head_count_kv", heads),
         "max_position_embeddings": reader.number("context_length"),
-        "rms_norm_eps": float(stored["attention.layer_norm_rms_epsilon"]),
+        "rms_norm_eps": reader.positive("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in reader.names(),
         "rope_parameters": rope_parameters(reader, theta),
         "bos_token_id": reader.special_tokens.get("bos"),
@@ -249,7 +311,8 @@ def gguf_config(reader: GGUFReader) -> PreTrainedConfig:
         options["sliding_window"] = reader.number("attention.sliding_window")
     if GEMMA_27B.get(reader.architecture) == options["num_hidden_layers"]:
         options["query_pre_attn_scalar"] = hidden // heads
-    return AutoConfig.for_model(MODEL_TYPES[reader.architecture], **options)
+    with foreign("transformers does not understand the file's metadata", str(reader.file)):
+        return AutoConfig.for_model(MODEL_TYPES[reader.architecture], **options)
 
 
 def rope_parameters(reader: GGUFReader, theta: float) -> dict[str, Any]:
@@ -257,11 +320,11 @@ def rope_parameters(reader: GGUFReader, theta: float) -> dict[str, Any]:
 
     A model with the wrong rotary table looks alive and is not.
     """
-    kind = reader.metadata.get("rope.scaling.type", "none")
+    kind = str(reader.metadata.get("rope.scaling.type", "none"))[:80]
     divisors = reader.rope_divisors()
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if kind == "linear" and divisors is None:
-        parameters |= {"rope_type": "linear", "factor": float(reader.metadata["rope.scaling.factor"])}
+        parameters |= {"rope_type": "linear", "factor": reader.positive("rope.scaling.factor")}
     elif kind == "none" and divisors is not None:
         parameters |= _llama3_scaling(divisors, theta, str(reader.file))
     elif kind != "none" or any(name.startswith("rope_factors") for name in reader.names()):

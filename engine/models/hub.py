@@ -22,8 +22,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from engine.models.weights import INDEX_NAME, SINGLE_NAME, read_index
 from engine.run.errors import EqatError, ExitCode, PreflightError
+from engine.run.headers import INDEX_NAME, SINGLE_NAME, read_index
+from engine.run.stamps import StampedFile
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 Result = TypeVar("Result")
@@ -36,7 +37,8 @@ def download(repo: str, revision: str | None, *, trust_remote_code: bool = False
     if not (folder / "config.json").is_file():
         raise PreflightError("the repository has no config.json", where=repo, hint="check the hub id")
     index = folder / INDEX_NAME
-    wanted = sorted(set(read_index(index).values())) if index.is_file() else [SINGLE_NAME]
+    listed = read_index(StampedFile.of(index)).values() if index.is_file() else [SINGLE_NAME]
+    wanted = sorted(set(listed))
     if all((folder / name).is_file() for name in wanted):
         return folder
     # The commit of the folder, so that shards never mix with those of a newer commit.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from engine.models.skeleton import initial_vectors
+from engine.run.stamps import StampedFile
 
 
 class RandomReader:
@@ -38,7 +38,7 @@ class RandomReader:
     def where(self, name: str) -> str:
         return "random weights"
 
-    def files(self) -> list[Path]:
+    def files(self) -> list[StampedFile]:
         return []
 
     def inventory(self) -> list[str]:

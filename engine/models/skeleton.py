@@ -19,7 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from engine.models.foreign import foreign, memory_headroom
 from engine.run.errors import PreflightError
+
+STRUCTURE_BYTES = 1 << 30
+"""Room for rotary tables and masks, which are buffers of a structure."""
 
 
 @contextmanager
@@ -54,14 +58,36 @@ def build_skeleton(
     keep: Callable[[Tensor], bool] | None = None,
 ) -> PreTrainedModel:
     """The causal language model that transformers selects for ``config``, without weights, on the CPU."""
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    # config.json never chooses the kernels: it could name some that have to be fetched, or that leave out
+    # what a model needs, so both are always said.
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "attn_implementation": "sdpa",
+        "experts_implementation": "eager",
+    }
     if getattr(text_config(config), "attn_logit_softcapping", None) is not None:
         # Fused attention leaves the soft cap out; some releases of transformers select it all the same.
         options["attn_implementation"] = "eager"
+    where = str(getattr(config, "name_or_path", "") or "config.json")
+    with foreign(f"transformers cannot build a model of type {config.model_type!r}", where):
+        try:
+            model = _built(config, options, keep)
+        except (ValueError, ImportError) as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            # How a class says that it has no fused attention.
+            model = _built(config, {**options, "attn_implementation": "eager"}, keep)
+        return model.eval().requires_grad_(False)
+
+
+def _built(
+    config: PreTrainedConfig, options: dict[str, Any], keep: Callable[[Tensor], bool] | None
+) -> PreTrainedModel:
     try:
-        with parameters_on_meta(keep):
+        with parameters_on_meta(keep), memory_headroom(_headroom(config)):
             # transformers writes dtype and attention choice into the configuration it is given.
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
@@ -70,16 +96,34 @@ def build_skeleton(
             where="config.json",
             hint="only decoder-only language models (AutoModelForCausalLM) can be quantized",
         ) from error
-    return model.eval().requires_grad_(False)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise PreflightError(
+            f"a model of type {config.model_type!r} with these sizes takes too much memory before it has a "
+            "single weight",
+            where="config.json",
+            hint="check its numbers of positions and layers",
+        ) from error
+
+
+def _headroom(config: PreTrainedConfig) -> int:
+    """Bytes that may be reserved while the structure is built: each parameter for a moment, its buffers for
+    good."""
+    text = text_config(config)
+    sizes = [getattr(text, name, 0) for name in ("vocab_size", "intermediate_size", "hidden_size")]
+    vocab, intermediate, hidden = (size if isinstance(size, int) else 0 for size in sizes)
+    return STRUCTURE_BYTES + 16 * hidden * max(vocab, 4 * intermediate, 4 * hidden)
 
 
 def refuse_config(config: PreTrainedConfig, name: str) -> None:
     """Refuse what the configuration alone shows to be impossible."""
     if getattr(config, "quantization_config", None):
         stored = config.quantization_config
-        stored = stored if isinstance(stored, dict) else vars(stored)
+        method = stored.get("quant_method") if isinstance(stored, dict) else None
+        method = method or getattr(stored, "quant_method", "unknown method")
         raise PreflightError(
-            f"the model is already quantized ({stored.get('quant_method', 'unknown method')})",
+            f"the model is already quantized ({str(method)[:80]})",
             where=name,
             hint="start from the original 16-bit model",
         )
@@ -97,7 +141,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and depth > 0
+        if isinstance(module, nn.ModuleList) and isinstance(depth, int) and len(module) == depth > 0
     ]
     if not lists:
         raise PreflightError(

@@ -2,29 +2,38 @@
 
 :meth:`ModelSource.open` answers four questions for the rest of the engine: the configuration, the
 tokenizer, a reader for single tensors, and an identity that changes whenever the model does.
+
+Nothing is read of a model's folder before all of it was judged (:mod:`engine.run.links`), and everything that
+is read later is compared with what was judged: a run whose model is replaced meanwhile ends with an
+IdentityError.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
+from engine.models.foreign import foreign
 from engine.models.gguf import GGUFReader, gguf_config
 from engine.models.hub import download
 from engine.models.random_weights import RandomReader
 from engine.models.skeleton import refuse_config
 from engine.models.tokenizer import byte_tokenizer
 from engine.models.weights import SafetensorsReader, WeightReader
-from engine.run.architecture import TINY_LLAMA, resolve_source
+from engine.run.architecture import TINY_LLAMA, parse_config, resolve_source
 from engine.run.config import ModelConfig
 from engine.run.disk_model import TOKENIZER_FILES
 from engine.run.errors import PreflightError
+from engine.run.guarded import SMALL, BadFile, parse_object
+from engine.run.links import NO_ASSETS, ModelFolder
+from engine.run.stamps import StampedFile
 
 SourceKind = Literal["directory", "hub", "gguf", "random"]
 
@@ -42,7 +51,7 @@ class ModelSource:
         config: PreTrainedConfig,
         weights: WeightReader,
         *,
-        directory: Path | None = None,
+        folder: ModelFolder | None = None,
         file: Path | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -52,12 +61,15 @@ class ModelSource:
         self.kind = kind
         self.config = config
         self.weights = weights
-        self.directory = directory
+        self.folder = folder
+        self.directory = folder.path if folder is not None else None
         self.file = file
         self.revision = revision
         self.trust_remote_code = trust_remote_code
         # Taken now: running the model can correct the configuration (a head that is not tied after all).
-        self._sha256 = self._digest()
+        with foreign("its configuration cannot be written down", name):
+            self._sha256 = self._digest()
+        self._assets = folder.assets_digest() if folder is not None else NO_ASSETS
         self._tokenizer: Any = None
 
     @classmethod
@@ -65,9 +77,7 @@ class ModelSource:
         """Find the model; every way in which that can fail is a PreflightError of one sentence."""
         resolved = resolve_source(model.source)
         if isinstance(resolved, Path):
-            if not resolved.exists():
-                raise PreflightError("no such file or folder", where=str(resolved), hint="check model.source")
-            if resolved.is_file():
+            if os.path.isfile(resolved):
                 return cls._open_gguf(resolved)
             return cls._open_directory(resolved, model)
         if resolved.startswith("random://"):
@@ -77,14 +87,18 @@ class ModelSource:
 
     @classmethod
     def _open_directory(cls, directory: Path, model: ModelConfig, hub_id: str | None = None) -> ModelSource:
-        config = read_config(directory, model.trust_remote_code)
+        folder = ModelFolder.judge(directory)
+        name = hub_id or directory.name
+        config = read_config(folder, model.trust_remote_code)
         refuse_config(config, hub_id or str(directory))
+        with foreign("its configuration has no language model's part", str(directory / "config.json")):
+            text = config.get_text_config()
         return cls(
-            hub_id or directory.name,
+            name,
             "hub" if hub_id else "directory",
-            config.get_text_config(),
-            SafetensorsReader(directory),
-            directory=directory,
+            text,
+            SafetensorsReader(directory, folder),
+            folder=folder,
             # The cache names a snapshot's folder after its commit.
             revision=directory.name if hub_id else None,
             trust_remote_code=model.trust_remote_code,
@@ -118,28 +132,41 @@ class ModelSource:
         if self.kind == "random":
             return byte_tokenizer(self.config.vocab_size)
         try:
-            # Said in every case: left out, transformers asks on the terminal and runs the code on "y".
-            if self.file is not None:
-                # The tokenizer is in the file; code that lies beside it does not belong to it.
-                return AutoTokenizer.from_pretrained(
-                    self.file.parent, gguf_file=self.file.name, trust_remote_code=False
-                )
-            return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=self.trust_remote_code)
-        except Exception as error:  # tokenizer back ends raise whatever they like on a broken file
-            if "trust_remote_code=True" in str(error) and not self.trust_remote_code:
-                raise self._tokenizer_code_refused() from error
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise PreflightError(
-                f"the tokenizer cannot be loaded: {lines[0]}",
-                where=self.name,
-                hint="the model's folder needs its tokenizer files (tokenizer.json or tokenizer.model)",
-            ) from error
+            with foreign(
+                "the tokenizer cannot be loaded",
+                self.name,
+                "the model's folder needs its tokenizer files (tokenizer.json or tokenizer.model)",
+            ):
+                return self._tokenizer_of_files()
+        except PreflightError as error:
+            if "trust_remote_code=True" in str(error.__cause__) and not self.trust_remote_code:
+                raise PreflightError(
+                    "the tokenizer runs code from its own repository",
+                    where=self.name,
+                    hint="read that code, then run it with --trust-remote-code",
+                ) from error
+            raise
 
-    def _tokenizer_code_refused(self) -> PreflightError:
-        hint = "read that code, then run it with --trust-remote-code"
+    def _tokenizer_of_files(self) -> Any:
+        # Whether code is trusted is said in every case: left out, transformers asks on the terminal and runs
+        # the code on "y".
         if self.file is not None:
-            hint = "put the .gguf file into a folder of its own; the code beside it is never run"
-        return PreflightError("the tokenizer runs code from its own repository", where=self.name, hint=hint)
+            return self._tokenizer_of_gguf(self.file)
+        assert self.folder is not None
+        self.folder.check_small_files()
+        tokenizer = AutoTokenizer.from_pretrained(self.folder.path, trust_remote_code=self.trust_remote_code)
+        self.folder.check_small_files()
+        return tokenizer
+
+    def _tokenizer_of_gguf(self, file: Path) -> Any:
+        """The tokenizer is in the file. transformers would also read what lies beside it, which does not
+        belong to it, so the file gets a folder of its own."""
+        with tempfile.TemporaryDirectory(prefix="eqat-tokenizer-") as place:
+            os.symlink(file.absolute(), os.path.join(place, file.name))
+            tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file.name, trust_remote_code=False)
+        for stamped in self.weights.files():
+            stamped.check()
+        return tokenizer
 
     def identity(self) -> dict[str, Any]:
         """What this model is, so that a resumed run notices when it is another one.
@@ -167,77 +194,104 @@ class ModelSource:
         config.pop("transformers_version", None)
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
         for file in self.weights.files():
-            digest.update(f"{file.name}:{file.stat().st_size};".encode())
+            digest.update(f"{file.path.name}:{file.size};".encode())
             for sample in _samples(file):
                 digest.update(sample)
         for code in self._own_code():
-            digest.update(f"{code.name}:".encode() + code.read_bytes())
+            digest.update(f"{code.path.name}:".encode() + code.read(SMALL))
         for line in self.weights.inventory():
             digest.update(line.encode())
         return digest.hexdigest()
 
+    def assets_identity(self) -> str:
+        """SHA-256 of what decides, besides configuration and weights, what a model does: tokenizer files,
+        chat templates, generation settings. Of a GGUF file and of random weights that of nothing: theirs are
+        in the file, or made."""
+        return self._assets
+
+    def stored_config(self) -> dict[str, Any] | None:
+        """config.json as its authors wrote it; None where there is no such file.
+
+        Raises:
+            IdentityError: when it is no longer the file that was opened.
+        """
+        return None if self.folder is None else self.folder.read_object("config.json")
+
+    def generation_settings(self) -> dict[str, Any]:
+        """generation_config.json; empty where there is none, and for a broken one, which is worth no failure.
+
+        Raises:
+            IdentityError: when it is no longer the file that was opened.
+        """
+        if self.folder is None or "generation_config.json" not in self.folder:
+            return {}
+        file = self.folder.files["generation_config.json"]
+        content = file.read(SMALL)
+        try:
+            return parse_object(content, file.path)
+        except BadFile:
+            return {}
+
     def save_assets(self, out_dir: Path) -> None:
-        """Write what belongs to a checkpoint besides its weights: config, generation config, tokenizer."""
+        """Write what belongs to a checkpoint besides its weights: config, generation config, tokenizer.
+
+        Raises:
+            IdentityError: when a file is no longer the one that was opened.
+        """
         out_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-        self.config.save_pretrained(out_dir)
-        if self.directory is None:
+        with foreign("its configuration cannot be written", self.name):
+            self.config.save_pretrained(out_dir)
+        if self.folder is None:
             self.tokenizer().save_pretrained(out_dir)
             GenerationConfig.from_model_config(self.config).save_pretrained(out_dir)
             return
+        self.folder.check_small_files()
         # Files are copied as they are: reading and writing them again can change a tokenizer.
-        names = [self.directory / name for name in (*TOKENIZER_FILES, "generation_config.json")]
-        for file in (*filter(Path.is_file, names), *self._own_code()):
-            shutil.copyfile(file, out_dir / file.name)
+        names = [name for name in (*TOKENIZER_FILES, "generation_config.json") if name in self.folder]
+        for file in (*map(self.folder.file, names), *self._own_code()):
+            (out_dir / file.path.name).write_bytes(file.read())
 
-    def _own_code(self) -> list[Path]:
+    def _own_code(self) -> list[StampedFile]:
         """Python files that came with the model, where the user allowed them to run."""
-        if self.directory is None or not self.trust_remote_code:
+        if self.folder is None or not self.trust_remote_code:
             return []
-        return sorted(self.directory.glob("*.py"))
+        return [self.folder.files[name] for name in self.folder.named("*.py")]
 
 
-def _samples(file: Path) -> Iterator[bytes]:
+def _samples(file: StampedFile) -> Iterator[bytes]:
     """Evenly spread pieces of a file, its beginning and its end among them; a small file whole."""
-    size = file.stat().st_size
+    size = file.size
     starts = list(range(0, size, SAMPLE_BYTES))
     if len(starts) > SAMPLES:
         starts = [(size - SAMPLE_BYTES) * index // (SAMPLES - 1) for index in range(SAMPLES)]
     try:
-        with file.open("rb") as content:
+        with file.opened() as content:
             for start in starts:
                 content.seek(start)
                 yield content.read(SAMPLE_BYTES)
     except OSError as error:
-        raise PreflightError(f"cannot be read: {error.strerror}", where=str(file)) from error
+        raise PreflightError(f"cannot be read: {error.strerror}", where=str(file.path)) from error
 
 
-def read_config(directory: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+def read_config(folder: ModelFolder, trust_remote_code: bool = False) -> PreTrainedConfig:
     """``config.json`` as a transformers configuration."""
-    path = directory / "config.json"
-    if not path.is_file():
+    directory, path = folder.path, folder.path / "config.json"
+    if "config.json" not in folder:
         candidates = sorted(file.name for file in directory.glob("*.gguf"))
         hint = f"name the file itself: {directory / candidates[0]}" if candidates else "name a model's folder"
         raise PreflightError("the folder has no config.json", where=str(directory), hint=hint)
-    try:
-        raw = json.loads(path.read_bytes())
-        model_type = raw.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise PreflightError("cannot be read as JSON", where=str(path), hint="download it again") from error
+    raw = parse_config(folder.files["config.json"])
+    model_type = raw.get("model_type")
     if raw.get("auto_map") and not trust_remote_code and model_type not in _known_types():
         raise PreflightError(
             f"model type {model_type!r} runs code from its own repository",
             where=str(path),
             hint="read that code, then run it with --trust-remote-code",
         )
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except Exception as error:  # validation differs between versions: OSError, ValueError, their own types
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise PreflightError(
-            f"model type {model_type!r} is not understood by transformers: {lines[0]}",
-            where=str(path),
-            hint="check config.json, or update transformers",
-        ) from error
+    with foreign(f"model type {model_type!r} is not understood by transformers", str(path)):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    folder.files["config.json"].check()
+    return config
 
 
 def _known_types() -> set[str]:

@@ -1,35 +1,40 @@
 """Reading one tensor at a time out of a safetensors checkpoint.
 
-A safetensors file is eight bytes of header length, a JSON header that gives every tensor's dtype, shape
-and byte range, and then the bytes. That is little enough to read directly, and reading it directly buys
-three things a memory map does not give:
+Where a tensor lies is what :mod:`engine.run.headers` found in the header of its file. Reading it directly
+buys four things a memory map does not give:
 
 * every tensor lies in memory of its own, which goes back when the tensor does; mapped pages would be
   counted as ours for as long as the file stays open;
 * a truncated or damaged file is found when the model is opened, from the header alone, and not hours
   later as a bus error inside the block that happens to need the missing bytes;
+* a file that is replaced or rewritten while a run works is noticed at its next tensor, not in the result;
 * between two blocks nothing is held except the parsed headers.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engine.run.errors import PreflightError
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit; a longer one means that the file is not safetensors at all."""
+from engine.run.guarded import bad_file
+from engine.run.headers import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    TensorInfo,
+    damaged,
+    read_index,
+    safetensors_header,
+    shard,
+)
+from engine.run.links import ModelFolder
+from engine.run.stamps import StampedFile
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -72,7 +77,7 @@ class WeightReader(Protocol):
         """File that holds the tensor, for messages."""
         ...
 
-    def files(self) -> list[Path]:
+    def files(self) -> list[StampedFile]:
         """Files the weights are read from; empty when they are made up."""
         ...
 
@@ -85,7 +90,7 @@ class WeightReader(Protocol):
 class TensorEntry:
     """Where one tensor lies: byte range ``[start, end)`` counted from the beginning of the file."""
 
-    file: Path
+    file: StampedFile
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
@@ -95,16 +100,19 @@ class TensorEntry:
 class SafetensorsReader:
     """A directory's ``model.safetensors``, or the shards that its index file lists."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, folder: ModelFolder | None = None) -> None:
+        """``folder`` is the directory as it was judged, where it was."""
         self.directory = directory
         self._entries: dict[str, TensorEntry] = {}
-        for file, expected in _checkpoint_files(directory).items():
-            entries = read_header(file)
+        folder = folder or ModelFolder.judge(directory)
+        for name, expected in _checkpoint_files(folder).items():
+            file = folder.files[name]
+            entries = _entries(file)
             missing = sorted(set(expected) - set(entries)) if expected is not None else []
             if missing:
                 raise PreflightError(
                     f"the index lists tensor {missing[0]!r} in this file, but the file does not hold it",
-                    where=str(file),
+                    where=str(file.path),
                     hint="download the model again",
                 )
             self._entries.update(entries)
@@ -122,10 +130,11 @@ class SafetensorsReader:
         return self._entry(name).dtype
 
     def where(self, name: str) -> str:
-        return str(self._entry(name).file)
+        return str(self._entry(name).file.path)
 
-    def files(self) -> list[Path]:
-        return sorted({entry.file for entry in self._entries.values()})
+    def files(self) -> list[StampedFile]:
+        files = {entry.file.path: entry.file for entry in self._entries.values()}
+        return [files[path] for path in sorted(files)]
 
     def inventory(self) -> list[str]:
         return [
@@ -150,115 +159,63 @@ class SafetensorsReader:
             ) from None
 
 
-def read_exactly(file: Path, start: int, into: Tensor) -> None:
-    """Fill a flat uint8 tensor with the file's bytes from ``start`` on."""
+def read_exactly(file: StampedFile, start: int, into: Tensor) -> None:
+    """Fill a flat uint8 tensor with the file's bytes from ``start`` on.
+
+    Raises:
+        IdentityError: when it is no longer the file that was opened.
+        BadFile: when it cannot be read.
+    """
     view = memoryview(into.numpy().data)
     try:
-        descriptor = os.open(file, os.O_RDONLY)
+        with file.opened() as stream:
+            done = 0
+            while done < len(view):
+                count = os.preadv(stream.fileno(), [view[done : done + (1 << 30)]], start + done)
+                if count == 0:
+                    raise damaged(file, f"ends {len(view) - done} bytes before the tensor does")
+                done += count
     except OSError as error:
-        raise PreflightError(f"cannot be read: {error.strerror}", where=str(file)) from error
-    try:
-        done = 0
-        while done < len(view):
-            count = os.preadv(descriptor, [view[done : done + (1 << 30)]], start + done)
-            if count == 0:
-                raise _damaged(file, f"ends {len(view) - done} bytes before the tensor does")
-            done += count
-    except OSError as error:
-        raise PreflightError(f"cannot be read: {error.strerror}", where=str(file)) from error
-    finally:
-        os.close(descriptor)
+        raise bad_file(error, file.path) from error
 
 
-def read_header(file: Path) -> dict[str, TensorEntry]:
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensor table of a safetensors file that nobody has looked at before."""
+    return _entries(StampedFile.of(path))
+
+
+def _entries(file: StampedFile) -> dict[str, TensorEntry]:
     """The tensor table of one safetensors file, checked against the file's size."""
-    try:
-        size = file.stat().st_size
-        with open(file, "rb") as stream:
-            head = stream.read(8)
-            length = int.from_bytes(head, "little")
-            if head.startswith(b"version "):
-                raise _damaged(file, "is a Git LFS pointer, not the weights", "run `git lfs pull`")
-            if len(head) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                raise _damaged(file, "is not a complete safetensors file: its header does not fit into it")
-            text = stream.read(length)
-    except OSError as error:
-        raise PreflightError(f"cannot be read: {error.strerror}", where=str(file)) from error
-    try:
-        header = json.loads(text)
-        entries = {
-            name: _entry(file, description, 8 + length)
-            for name, description in header.items()
-            if name != "__metadata__"
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(file, "has a damaged header") from error
-    last = max((entry.end for entry in entries.values()), default=8 + length)
-    if last > size:
-        raise _damaged(file, f"is truncated: {size} bytes instead of {last}")
-    return entries
+    return {name: _entry(file, info) for name, info in safetensors_header(file).items()}
 
 
-def _entry(file: Path, description: Mapping[str, Any], base: int) -> TensorEntry:
-    name = description["dtype"]
-    if name not in DTYPES:
+def _entry(file: StampedFile, info: TensorInfo) -> TensorEntry:
+    if info.dtype not in DTYPES:
         raise PreflightError(
-            f"tensors of dtype {name} are not supported",
-            where=str(file),
+            f"tensors of dtype {info.dtype[:80]} are not supported",
+            where=str(file.path),
             hint="use the model's original float16, bfloat16 or float32 checkpoint",
         )
-    dtype = DTYPES[name]
-    shape = tuple(int(n) for n in description["shape"])
-    start, end = (int(n) for n in description["data_offsets"])
-    if start < 0 or min(shape, default=0) < 0 or end - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError("byte range and shape disagree")
-    return TensorEntry(file, dtype, shape, base + start, base + end)
+    return TensorEntry(file, DTYPES[info.dtype], info.shape, info.start, info.start + info.nbytes)
 
 
-def _damaged(file: Path, what: str, hint: str = "download the file again") -> PreflightError:
-    return PreflightError(f"the weight file {what}", where=str(file), hint=hint)
-
-
-def _checkpoint_files(directory: Path) -> dict[Path, list[str] | None]:
-    """Files to read, each with the tensors that the index promises in it (None without an index)."""
-    index = directory / INDEX_NAME
-    if index.is_file():
-        shards: dict[Path, list[str] | None] = {}
-        for name, shard in read_index(index).items():
-            names = shards.setdefault(directory / shard, [])
+def _checkpoint_files(folder: ModelFolder) -> dict[str, list[str] | None]:
+    """Names of the files to read, each with the tensors that the index promises in it (None without one)."""
+    if INDEX_NAME in folder:
+        shards: dict[str, list[str] | None] = {}
+        for name, file in read_index(folder.files[INDEX_NAME]).items():
+            names = shards.setdefault(file, [])
             assert names is not None
             names.append(name)
-        for shard_path in shards:
-            if not shard_path.is_file():
-                raise PreflightError(
-                    f"shard {shard_path.name} is missing; the index lists {len(shards)} files",
-                    where=str(directory),
-                    hint="download the model again; a download continues where it was interrupted",
-                )
+        for file in sorted(shards):
+            shard(folder, file, len(shards))
         return shards
-    if (directory / SINGLE_NAME).is_file():
-        return {directory / SINGLE_NAME: None}
-    others = sorted(directory.glob("*.safetensors")) if directory.is_dir() else []
+    if SINGLE_NAME in folder:
+        return {SINGLE_NAME: None}
+    others = folder.named("*.safetensors")
     if len(others) == 1:
         return {others[0]: None}
-    raise _no_weights(directory, [path.name for path in others])
-
-
-def read_index(index: Path) -> dict[str, str]:
-    """``weight_map`` of an index file: tensor name to shard file name."""
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        result = {str(name): str(shard) for name, shard in weight_map.items()}
-    except OSError as error:
-        raise PreflightError(f"cannot be read: {error.strerror}", where=str(index)) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PreflightError(
-            "the index of the weight files is damaged", where=str(index), hint="download the file again"
-        ) from error
-    for shard in result.values():
-        if Path(shard).name != shard:
-            raise PreflightError(f"the index names a file outside its folder: {shard!r}", where=str(index))
-    return result
+    raise _no_weights(folder.path, others)
 
 
 def _no_weights(directory: Path, safetensors: list[str]) -> PreflightError:
@@ -325,7 +282,7 @@ class RenamedReader:
     def where(self, name: str) -> str:
         return self._reader.where(self._stored(name))
 
-    def files(self) -> list[Path]:
+    def files(self) -> list[StampedFile]:
         return self._reader.files()
 
     def inventory(self) -> list[str]:

@@ -8,7 +8,6 @@ imported, and only a hub id that is not in the local cache goes to the network.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import socket
@@ -20,8 +19,13 @@ import msgspec
 
 from engine.run.errors import PreflightError, UsageError
 from engine.run.families import FAMILIES, Architecture, LinearShape, architecture, text_config
-from engine.run.headers import GGUFHeader, read_gguf_header, safetensors_tensors
+from engine.run.gguf_header import GGUFHeader, read_gguf_header
+from engine.run.guarded import SMALL, parse_object
+from engine.run.headers import safetensors_tensors
+from engine.run.limits import check_config
+from engine.run.links import ModelFolder
 from engine.run.refusals import refuse
+from engine.run.stamps import StampedFile, refuse_odd
 
 __all__ = [
     "FAMILIES",
@@ -86,8 +90,10 @@ def resolve_source(source: str) -> Path | str:
         return source
     if source.startswith("package://"):
         return _package_file(source)
-    path = Path(source).expanduser()
-    if path.exists():
+    # pathlib raises what it likes on names of other users, too long ones and such with a null byte.
+    path = Path(os.path.expanduser(source))
+    if os.path.exists(path):
+        refuse_odd(path)
         return path
     if re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", source) and not source.endswith(".gguf"):
         return source
@@ -111,7 +117,7 @@ def _package_file(source: str) -> Path:
             hint=f"pip install {package.replace('_', '-')}",
         )
     path = Path(folders[0]) / file
-    if not file or not path.is_file():
+    if not file or not os.path.isfile(path):
         raise PreflightError(f"the Python package {package!r} has no file {file!r}", where=source)
     return path
 
@@ -121,7 +127,9 @@ def read_model_config(source: str, revision: str | None = None) -> dict[str, Any
     path = resolve_source(source)
     if isinstance(path, str):
         return dict(RANDOM_MODELS[path]) if path in RANDOM_MODELS else _hub_config(path, revision)
-    return gguf_config(read_gguf_header(path)) if path.is_file() else _local_config(path)
+    if path.is_file():
+        return gguf_config(read_gguf_header(path))
+    return _local_config(ModelFolder.judge(path))
 
 
 def describe(source: str, revision: str | None = None) -> ModelDescription:
@@ -140,10 +148,11 @@ def describe(source: str, revision: str | None = None) -> ModelDescription:
             source=source,
             kind="gguf",
             config=gguf_config(header),
-            architecture=_gguf_architecture(header),
+            architecture=_gguf_architecture(path, header),
             stored_bytes=sum(info.nbytes for info in header.tensors.values()),
         )
-    config, tensors = _local_config(path), safetensors_tensors(path)
+    folder = ModelFolder.judge(path)
+    config, tensors = _local_config(folder), safetensors_tensors(folder)
     if not tensors and any(path.glob("pytorch_model*.bin")):
         raise PreflightError(
             "this model has its weights only as pytorch_model.bin",
@@ -164,25 +173,25 @@ def read_architecture(source: str, revision: str | None = None) -> Architecture:
     return describe(source, revision).architecture
 
 
-def _local_config(directory: Path) -> dict[str, Any]:
-    file = directory / "config.json"
-    if not file.is_file():
-        nested = sorted(directory.glob("*.gguf"))
+def _local_config(folder: ModelFolder) -> dict[str, Any]:
+    if "config.json" not in folder:
+        nested = sorted(folder.path.glob("*.gguf"))
         raise PreflightError(
             "this directory has no config.json",
-            where=str(directory),
+            where=str(folder.path),
             hint=f"name the file itself: {nested[0]}" if nested else "give a Hugging Face model directory",
         )
-    return _parse_config(file)
+    return parse_config(folder.files["config.json"])
 
 
-def _parse_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PreflightError("this file is not readable JSON", where=str(file)) from error
-    if not isinstance(config, dict):
-        raise PreflightError("this file does not hold a model configuration", where=str(file))
+def parse_config(file: StampedFile) -> dict[str, Any]:
+    """A config.json, its numbers and types bounded (:mod:`engine.run.limits`).
+
+    Raises:
+        BadFile: for anything that is no configuration.
+    """
+    config = parse_object(file.read(SMALL), file.path)
+    check_config(config, file.path)
     return config
 
 
@@ -197,9 +206,10 @@ def _hub_config(repository: str, revision: str | None) -> dict[str, Any]:
     try:
         cached = try_to_load_from_cache(repository, "config.json", revision=revision)
         if isinstance(cached, str):
-            return _parse_config(Path(cached))
+            return parse_config(StampedFile.of(Path(cached)))
         _require_network(repository)
-        return _parse_config(Path(hf_hub_download(repository, "config.json", revision=revision)))
+        fetched = hf_hub_download(repository, "config.json", revision=revision)
+        return parse_config(StampedFile.of(Path(fetched)))
     except PreflightError:
         raise
     except Exception as error:  # huggingface_hub raises its own, requests' and httpx' errors
@@ -266,7 +276,9 @@ def gguf_config(header: GGUFHeader) -> dict[str, Any]:
     embedding = tensors.get("token_embd.weight")
     config = {
         "model_type": GGUF_MODEL_TYPES.get(name, name),
-        "vocab_size": embedding.shape[0] if embedding else header.array_lengths.get("tokenizer.ggml.tokens"),
+        "vocab_size": embedding.shape[0]
+        if embedding and embedding.shape
+        else header.array_lengths.get("tokenizer.ggml.tokens"),
         "hidden_size": field("embedding_length"),
         "intermediate_size": field("feed_forward_length"),
         "num_hidden_layers": field("block_count"),
@@ -294,9 +306,11 @@ def _refuse_gguf(path: Path, header: GGUFHeader) -> None:
         )
 
 
-def _gguf_architecture(header: GGUFHeader) -> Architecture:
+def _gguf_architecture(path: Path, header: GGUFHeader) -> Architecture:
     """Formula sizes, called exact only if they add up to what the header lists."""
-    formula = architecture(gguf_config(header))
+    config = gguf_config(header)
+    check_config(config, path)
+    formula = architecture(config)
     stored = sum(info.elements for name, info in header.tensors.items() if not name.startswith("rope_"))
     fused = tuple(name for name, info in header.tensors.items() if len(info.shape) == 3)
     return msgspec.structs.replace(formula, exact=formula.exact and stored == formula.params, fused=fused)

@@ -18,6 +18,7 @@ import msgspec
 
 from engine.run.errors import PreflightError
 from engine.run.headers import TensorInfo
+from engine.run.limits import MOST_BLOCKS
 
 
 class LinearShape(msgspec.Struct, frozen=True):
@@ -198,8 +199,8 @@ def architecture(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
         embed_params=vocab * hidden,
         head_params=0 if tied else vocab * hidden,
         final_norm_params=hidden,
-        max_positions=int(fields.get("max_position_embeddings", 0) or 0),
-        sliding_window=fields.get("sliding_window", None),
+        max_positions=fields.optional_size("max_position_embeddings") or 0,
+        sliding_window=fields.optional_size("sliding_window"),
         dtype_bytes=DTYPE_BYTES.get(
             str(text.get("dtype") or text.get("torch_dtype")).removeprefix("torch."), 2
         ),
@@ -224,15 +225,25 @@ class _Fields:
 
     def size(self, name: str, default: int | None = None) -> int:
         value = self.get(name, default)
-        if isinstance(value, Sequence) and not isinstance(value, str) and value:
-            value = max(value)  # one entry a layer; the largest block decides memory
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise PreflightError(
-                f"config.json of model type {self.model_type or '(none)'!r} has no usable {name}",
-                where="model.source",
-                hint="only decoder-only Transformers with Llama-like fields can be planned",
-            )
-        return value
+        # Of one entry a layer the largest decides memory.
+        entries = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        numbers = [entry for entry in entries if isinstance(entry, int) and not isinstance(entry, bool)]
+        if not entries or len(numbers) < len(entries) or min(numbers) <= 0:
+            raise self._unusable(name)
+        return max(numbers)
+
+    def optional_size(self, name: str) -> int | None:
+        """None where it is not given, null, or switched off by false, 0 or -1."""
+        value = self.get(name, None)
+        off = value is None or value is False or (isinstance(value, int) and value <= 0)
+        return None if off else self.size(name)
+
+    def _unusable(self, name: str) -> PreflightError:
+        return PreflightError(
+            f"config.json of model type {self.model_type or '(none)'!r} has no usable {name}",
+            where="model.source",
+            hint="only decoder-only Transformers with Llama-like fields can be planned",
+        )
 
 
 def _linears(
@@ -261,14 +272,14 @@ def _linears(
     )
 
 
-IN_BLOCK = re.compile(r"^(?P<prefix>.*?\b(?:layers|h|blocks))\.(?P<block>\d+)\.(?P<name>.+)$")
+IN_BLOCK = re.compile(r"^(?P<prefix>.*?\b(?:layers|h|blocks))\.(?P<block>\d{1,6})\.(?P<name>.+)$")
 
 
 def _with_headers(formula: Architecture, tensors: Mapping[str, TensorInfo]) -> Architecture:
     """Replace the formula's block by the largest block that the headers describe."""
     blocks: dict[tuple[str, int], dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
-        if (match := IN_BLOCK.match(name)) and "vision" not in name:
+        if (match := IN_BLOCK.match(name)) and "vision" not in name and int(match["block"]) < MOST_BLOCKS:
             blocks.setdefault((match["prefix"], int(match["block"])), {})[match["name"]] = info
     if not blocks:
         return formula
@@ -278,6 +289,12 @@ def _with_headers(formula: Architecture, tensors: Mapping[str, TensorInfo]) -> A
     known = [linear.name for linear in formula.linears]
     names.sort(key=lambda name: known.index(name) if name in known else len(known))
     shapes = {name: block[name + ".weight"].shape for name in names if name + ".weight" in block}
+    if empty := [name for name, shape in shapes.items() if not min(shape)]:
+        raise PreflightError(
+            "this tensor has no elements",
+            where=f"{key[0]}.{key[1]}.{empty[0]}.weight",
+            hint="download it again",
+        )
     linears = tuple(
         LinearShape(name, out, into, f"{name}.bias" in block) for name, (out, into) in shapes.items()
     )

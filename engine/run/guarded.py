@@ -157,7 +157,11 @@ def read_object(
 ) -> dict[str, Any]:
     """A JSON object, as Python's own parser reads it (NaN and infinities included: others' programs write
     them); :class:`BadFile` for anything else."""
-    content = read_bytes(path, limit, root=root, follow=follow)
+    return parse_object(read_bytes(path, limit, root=root, follow=follow), path)
+
+
+def parse_object(content: bytes, path: Path) -> dict[str, Any]:
+    """What :func:`read_object` makes of the content of ``path``."""
     found = parsed(lambda data: json.loads(data.decode("utf-8")), content, path)
     if not isinstance(found, dict):
         raise BadFile("holds no JSON object", where=str(path))

@@ -1,29 +1,60 @@
 """What a checkpoint file says about itself: tensor names, shapes and types, without reading a weight.
 
-Two formats, both parsed by hand from a few kilobytes at the start of a file, so that ``eqat plan``
-answers in well under a second and needs neither torch nor the ``safetensors`` and ``gguf`` packages.
+A safetensors file is eight bytes of header length, little-endian, then as many bytes of JSON, name -> {dtype,
+shape, data_offsets}, then the tensors. Its header is read here and nowhere else, by hand, from the beginning
+of the file: ``eqat plan`` answers in well under a second and needs neither torch nor ``safetensors``, and the
+engine (:mod:`engine.models.weights`) reads tensors at the very places that were checked here. GGUF files have
+:mod:`engine.run.gguf_header`.
 
-safetensors  8 bytes little-endian length n, then n bytes of JSON: name -> {dtype, shape, data_offsets}.
-GGUF         magic, version, number of tensors, number of key/value pairs; the pairs (typed; the token
-             lists are arrays of some 10^5 strings, which are stepped over, not decoded); then one
-             record a tensor with its dimensions in reverse order.
-
-Every way in which a file can be damaged that shows in its header (wrong magic, a length beyond the end
-of the file, data missing at the end, a shard that is not there) is a PreflightError naming the file.
+Every way in which a file can be damaged that shows in its header (a length beyond the end of the file, a type
+that is none, ranges that do not fit the shapes, data missing at the end, a shard that is not there) is a
+PreflightError naming the file.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import mmap
-import struct
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from engine.run.errors import PreflightError
+from engine.run.guarded import LARGE, BadFile
+from engine.run.links import ModelFolder
+from engine.run.stamps import StampedFile
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit; a longer one means that the file is not safetensors at all."""
+MOST_DIMENSIONS = 8
+LARGEST_DIMENSION = 1 << 40
+DOWNLOAD_AGAIN = "download or copy this file again"
+
+ITEM_BITS = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+    "C64": 64,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+}
 
 
 class TensorInfo(msgspec.Struct, frozen=True):
@@ -33,234 +64,138 @@ class TensorInfo(msgspec.Struct, frozen=True):
     dtype: str
     nbytes: int
     start: int = 0
-    """First byte in the file; only GGUF headers say."""
+    """First byte, counted from the beginning of the file."""
 
     @property
     def elements(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
-# ---------------------------------------------------------------------------------------- safetensors
+_Size = Annotated[int, Meta(ge=0, lt=LARGEST_DIMENSION)]
+_Place = Annotated[int, Meta(ge=0, lt=1 << 62)]
 
 
-def safetensors_tensors(directory: Path) -> dict[str, TensorInfo]:
-    """All tensors of the safetensors checkpoint in ``directory``; empty when there is none."""
+class _Entry(msgspec.Struct, frozen=True):
+    """A tensor as the header describes it."""
+
+    dtype: str
+    shape: Annotated[tuple[_Size, ...], Meta(max_length=MOST_DIMENSIONS)]
+    data_offsets: tuple[_Place, _Place]
+
+
+class _Index(msgspec.Struct, frozen=True):
+    weight_map: dict[str, str]
+
+
+def safetensors_tensors(folder: ModelFolder) -> dict[str, TensorInfo]:
+    """All tensors of the safetensors checkpoint in a folder; empty when there is none."""
     tensors: dict[str, TensorInfo] = {}
-    for file in safetensors_files(directory):
-        tensors.update(read_safetensors_header(file))
+    for file in safetensors_files(folder):
+        tensors.update(safetensors_header(file))
     return tensors
 
 
-def safetensors_files(directory: Path) -> list[Path]:
+def safetensors_files(folder: ModelFolder) -> list[StampedFile]:
     """The shards an index lists, or the single file; a listed shard that is missing is an error."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise PreflightError("the shard index is damaged", where=str(index)) from error
-        for name in names:
-            if not (directory / name).is_file():
-                raise PreflightError(
-                    "this shard is listed in the index but missing",
-                    where=str(directory / name),
-                    hint="finish the download of the model",
-                )
-        return [directory / name for name in names]
-    single = directory / "model.safetensors"
-    return [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
+    if INDEX_NAME in folder:
+        names = sorted(set(read_index(folder.files[INDEX_NAME]).values()))
+        return [shard(folder, name, len(names)) for name in names]
+    if SINGLE_NAME in folder:
+        return [folder.files[SINGLE_NAME]]
+    return [folder.files[name] for name in folder.named("*.safetensors")]
 
 
-def read_safetensors_header(file: Path) -> dict[str, TensorInfo]:
-    """Name -> TensorInfo of one file, checked against the length of the file."""
+def shard(folder: ModelFolder, name: str, listed: int) -> StampedFile:
+    """One of the files that an index lists."""
+    if name not in folder:
+        raise PreflightError(
+            f"this shard is missing; the index lists {listed} files",
+            where=str(folder.path / name),
+            hint="finish the download of the model; a download continues where it was interrupted",
+        )
+    return folder.files[name]
 
-    def damaged(reason: str) -> PreflightError:
-        return PreflightError(reason, where=str(file), hint="download or copy this file again")
 
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        if len(prefix) < 8:
-            raise damaged("the safetensors file is empty or cut off")
-        length = int.from_bytes(prefix, "little")
-        if length > size - 8:
-            raise damaged("the safetensors header is damaged: it is said to be longer than the file")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            tensors = {
-                name: TensorInfo(
-                    tuple(info["shape"]), info["dtype"], info["data_offsets"][1] - info["data_offsets"][0]
-                )
-                for name, info in header.items()
-            }
-            end = max((info["data_offsets"][1] for info in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise damaged("the safetensors header is damaged") from error
-    if size < 8 + length + end:
-        raise damaged(f"the safetensors file is cut off: {size} bytes instead of {8 + length + end}")
+def read_index(index: StampedFile) -> dict[str, str]:
+    """``weight_map`` of an index file: tensor name to the name of a file beside it.
+
+    Raises:
+        BadFile: for anything else.
+    """
+    content = index.read(LARGE)
+    try:
+        found = msgspec.json.decode(content, type=_Index).weight_map
+    except Exception as error:  # whatever a parser raises; guarded.py says why
+        raise BadFile(
+            f"the index of the weight files is damaged: {_first_line(error)}",
+            where=str(index.path),
+            hint=DOWNLOAD_AGAIN,
+        ) from error
+    for name in set(found.values()):
+        if Path(name).name != name or "\0" in name or not name.endswith(".safetensors"):
+            raise BadFile(
+                f"the index names {name[:200]!r}, which is no safetensors file in this folder but outside",
+                where=str(index.path),
+                hint=DOWNLOAD_AGAIN,
+            )
+    return found
+
+
+def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
+    """:func:`safetensors_header` of a file that nobody has looked at before."""
+    return safetensors_header(StampedFile.of(path))
+
+
+def safetensors_header(file: StampedFile) -> dict[str, TensorInfo]:
+    """Name -> TensorInfo of one file, checked against the length of the file.
+
+    Raises:
+        BadFile: naming the file.
+        IdentityError: when the file is another one than that which was stamped.
+    """
+    text = _header_text(file)
+    begin = 8 + len(text)
+    try:
+        described = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        described.pop("__metadata__", None)
+        tensors = {name: _info(name, entry, begin) for name, entry in described.items()}
+    except BadFile:
+        raise
+    except Exception as error:  # whatever a parser raises; guarded.py says why
+        raise damaged(file, f"has a damaged header: {_first_line(error)}") from error
+    end = max((info.start + info.nbytes for info in tensors.values()), default=begin)
+    if end > file.size:
+        raise damaged(file, f"is truncated: {file.size} bytes instead of {end}")
     return tensors
 
 
-# ----------------------------------------------------------------------------------------------- GGUF
-
-GGML_TYPES: dict[int, tuple[str, int, int]] = {
-    # id: (name, weights in a block, bytes of a block)
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    15: ("Q8_K", 256, 292),
-    16: ("IQ2_XXS", 256, 66),
-    17: ("IQ2_XS", 256, 74),
-    18: ("IQ3_XXS", 256, 98),
-    19: ("IQ1_S", 256, 50),
-    20: ("IQ4_NL", 32, 18),
-    21: ("IQ3_S", 256, 110),
-    22: ("IQ2_S", 256, 82),
-    23: ("IQ4_XS", 256, 136),
-    24: ("I8", 1, 1),
-    25: ("I16", 1, 2),
-    26: ("I32", 1, 4),
-    27: ("I64", 1, 8),
-    28: ("F64", 1, 8),
-    29: ("IQ1_M", 256, 56),
-    30: ("BF16", 1, 2),
-    34: ("TQ1_0", 256, 54),
-    35: ("TQ2_0", 256, 66),
-    39: ("MXFP4", 32, 17),
-    42: ("Q2_0", 64, 18),
-}
-
-SCALAR_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
-LONGEST_KEPT_ARRAY = 1024
-"""Per-layer arrays (head counts, feed-forward lengths) are kept; token scores and types are not."""
+def _header_text(file: StampedFile) -> bytes:
+    try:
+        with file.opened() as stream:
+            head = stream.read(8)
+            length = int.from_bytes(head, "little")
+            if head.startswith(b"version "):
+                raise damaged(file, "is a Git LFS pointer, not the weights", "run `git lfs pull`")
+            if len(head) < 8 or length > min(MAX_HEADER_BYTES, file.size - 8):
+                raise damaged(file, "is empty, cut off or damaged: its header does not fit into it")
+            return stream.read(length)
+    except OSError as error:
+        raise BadFile(f"cannot be read: {error.strerror}", where=str(file.path)) from error
 
 
-class GGUFHeader(msgspec.Struct, frozen=True):
-    """Key/value pairs and tensors of a GGUF file."""
-
-    metadata: dict[str, Any]
-    """Scalars, strings and short arrays of numbers."""
-    array_lengths: dict[str, int]
-    """Length of every array, also of those that were stepped over."""
-    tensors: dict[str, TensorInfo]
-    """Shapes in the usual order: [out, in]."""
-
-
-def read_gguf_header(file: Path) -> GGUFHeader:
-    """Key/value pairs and tensor records of a GGUF file (version 2 or 3, little-endian)."""
-
-    def damaged(reason: str) -> PreflightError:
-        return PreflightError(reason, where=str(file), hint="download or copy this file again")
-
-    size = file.stat().st_size
-    if size < 24:
-        raise damaged("the GGUF file is empty or cut off")
-    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        if view[:4] != b"GGUF":
-            raise damaged("this is not a GGUF file")
-        try:
-            header, data_bytes = _Parser(view).header()
-        except (struct.error, IndexError, UnicodeDecodeError, KeyError, OverflowError) as error:
-            raise damaged("the GGUF header is damaged or cut off") from error
-        except ValueError as error:
-            raise damaged(str(error)) from error
-    if size < data_bytes:
-        raise damaged(f"the GGUF file is cut off: {size} bytes instead of {data_bytes}")
-    return header
+def _info(name: str, raw: msgspec.Raw, begin: int) -> TensorInfo:
+    """ValueError where range, shape and type disagree."""
+    entry = msgspec.json.decode(raw, type=_Entry)
+    start, end = entry.data_offsets
+    bits = ITEM_BITS.get(entry.dtype)
+    if end < start or (bits is not None and (end - start) * 8 != math.prod(entry.shape) * bits):
+        raise ValueError(f"byte range and shape of {name[:200]} disagree")
+    return TensorInfo(entry.shape, entry.dtype, end - start, begin + start)
 
 
-class _Parser:
-    """A cursor over the mapped file."""
+def damaged(file: StampedFile, what: str, hint: str = DOWNLOAD_AGAIN) -> BadFile:
+    return BadFile(f"the weight file {what}", where=str(file.path), hint=hint)
 
-    def __init__(self, view: mmap.mmap) -> None:
-        self.view = view
-        self.offset = 4
 
-    def scalar(self, kind: str) -> Any:
-        layout = struct.Struct("<" + kind)
-        (value,) = layout.unpack_from(self.view, self.offset)
-        self.offset += layout.size
-        return value
-
-    def string(self) -> str:
-        length = self.scalar("Q")
-        if self.offset + length > len(self.view):
-            raise struct.error("string beyond the end of the file")
-        text = self.view[self.offset : self.offset + length].decode("utf-8")
-        self.offset += length
-        return text
-
-    def header(self) -> tuple[GGUFHeader, int]:
-        """The header, and how many bytes the file must have to hold what it announces."""
-        version = self.scalar("I")
-        if version not in (2, 3):
-            raise ValueError(f"GGUF version {version} is not supported (2 and 3 are)")
-        tensor_count, pair_count = self.scalar("Q"), self.scalar("Q")
-        metadata: dict[str, Any] = {}
-        lengths: dict[str, int] = {}
-        for _ in range(pair_count):
-            key = self.string()
-            kind = self.scalar("I")
-            if kind == ARRAY:
-                values, lengths[key] = self.array()
-                if values is not None:
-                    metadata[key] = values
-            else:
-                metadata[key] = self.string() if kind == STRING else self.scalar(SCALAR_FORMATS[kind])
-        relative = dict(self.tensor() for _ in range(tensor_count))
-        alignment = int(metadata.get("general.alignment", 32))
-        start = -(-self.offset // alignment) * alignment
-        tensors = {
-            name: msgspec.structs.replace(info, start=start + info.start) for name, info in relative.items()
-        }
-        end = max((info.start + info.nbytes for info in tensors.values()), default=start)
-        return GGUFHeader(metadata, lengths, tensors), end
-
-    def array(self) -> tuple[list[Any] | None, int]:
-        """A short array of numbers as a list; of any other only its length."""
-        kind, count = self.scalar("I"), self.scalar("Q")
-        if kind == STRING:
-            self.skip_strings(count)
-            return None, count
-        if kind == ARRAY:
-            for _ in range(count):
-                self.array()
-            return None, count
-        layout = struct.Struct("<" + SCALAR_FORMATS[kind])
-        values = None
-        if count <= LONGEST_KEPT_ARRAY:
-            values = [layout.unpack_from(self.view, self.offset + i * layout.size)[0] for i in range(count)]
-        self.offset += layout.size * count
-        return values, count
-
-    def skip_strings(self, count: int) -> None:
-        """The one hot loop: local names only, since a vocabulary has up to 2.6e5 entries."""
-        unpack, view, offset = struct.Struct("<Q").unpack_from, self.view, self.offset
-        for _ in range(count):
-            offset += 8 + unpack(view, offset)[0]
-        self.offset = offset
-
-    def tensor(self) -> tuple[str, TensorInfo]:
-        """Name and record; its ``start`` is still relative to the end of the header."""
-        name = self.string()
-        dimensions = [self.scalar("Q") for _ in range(self.scalar("I"))]
-        kind, offset = self.scalar("I"), self.scalar("Q")
-        if kind not in GGML_TYPES:
-            raise ValueError(f"tensor {name} has the unknown GGML type {kind}")
-        label, weights, size = GGML_TYPES[kind]
-        shape = tuple(reversed(dimensions))
-        return name, TensorInfo(shape, label, math.prod(shape) // weights * size, offset)
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

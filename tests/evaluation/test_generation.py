@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine.evaluation import chat
 from engine.evaluation.generation import continuation, end_tokens, prompt_ids
 from engine.evaluation.perplexity import perplexity
 from engine.methods.rtn import round_to_nearest
@@ -21,6 +24,7 @@ from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.models.tokenizer import byte_tokenizer
 from engine.run.config import GridConfig, ModelConfig
+from engine.run.errors import IdentityError, PreflightError
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 300,
@@ -39,8 +43,8 @@ TEMPLATE = (
 )
 
 
-def opened(source: str) -> CausalLM:
-    return CausalLM(ModelSource.open(ModelConfig(source=source)), torch.device("cpu"), torch.float32)
+def opened(source: str | Path) -> CausalLM:
+    return CausalLM(ModelSource.open(ModelConfig(source=str(source))), torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture
@@ -127,10 +131,22 @@ def test_text_ends_where_the_model_ends_it(tmp_path: Path) -> None:
     end = free[3]
     assert end_tokens(lm) == [2]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
+    lm = opened(tmp_path)
     assert end_tokens(lm) == sorted({2, end})
     made = continuation(lm, lm.load_block, ids_1T, 8)
     assert made.tokens == free.index(end) + 1
     (tmp_path / "generation_config.json").write_text("[half a li")
+    assert end_tokens(opened(tmp_path)) == [2]
+    with pytest.raises(IdentityError, match=r"generation_config\.json"):
+        end_tokens(lm)
+
+
+def test_a_broken_list_of_end_tokens_is_ignored(tmp_path: Path) -> None:
+    lm = saved(tmp_path, "llama")
+    broken = ('{"a": 1}', '[1e400, -1, "x", null, true]', "999999", "[[2]]")
+    for content in ("null", "{}", *(f'{{"eos_token_id": {value}}}' for value in broken)):
+        (tmp_path / "generation_config.json").write_text(content)
+        lm = opened(tmp_path)
     assert end_tokens(lm) == [2]
 
 
@@ -142,6 +158,49 @@ def test_only_a_tokenizer_that_knows_conversations_gets_a_turn() -> None:
     turn = prompt_ids(tokenizer, "Hi")
     assert tokenizer.decode(turn[0]) == "<|begin|>user: Hi>"
     assert turn[0].tolist().count(tokenizer.bos_token_id) == 1, "the template writes it, nobody else"
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ 'x' * 10**10 }}", "memory"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "still at work"),
+        ("{{ 9**9**9 }}", "memory|still at work"),
+        ("{{ 'x' * 30000000 }}", "too much"),
+        ("{{ messages[7].content }}", "no element 7"),
+        ("{% for %}", "Expected an expression"),
+        ("{{ raise_exception('no such\nrole') }}", "no such"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ 1 // 0 }}", "division"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("(" * 100_000, ""),
+        ("{{ " + "(" * 100_000, ""),
+    ],
+)
+def test_a_template_that_fails_or_never_ends_is_one_line_in_time(
+    template: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "SECONDS", 3.0)
+    tokenizer = byte_tokenizer(300)
+    tokenizer.chat_template = template
+    began = time.monotonic()
+    if not says:
+        with contextlib.suppress(PreflightError):
+            assert prompt_ids(tokenizer, "Hi").shape[0] == 1
+        return
+    with pytest.raises(PreflightError, match=says) as caught:
+        prompt_ids(tokenizer, "Hi")
+    assert "chat template" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - began < 30
+
+
+def test_what_a_template_writes_arrives_whatever_it_is() -> None:
+    tokenizer = byte_tokenizer(300)
+    tokenizer.chat_template = "{{ messages[0].content * 1000 }}🙂\u0000"
+    ids = prompt_ids(tokenizer, "naïve 日本")[0]
+    assert tokenizer.decode(ids) == "naïve 日本" * 1000 + "🙂\u0000"
 
 
 def test_a_stop_is_heard_after_the_next_token(tiny: CausalLM) -> None:

@@ -23,7 +23,8 @@ from engine.run.architecture import (
 )
 from engine.run.config import GridConfig
 from engine.run.errors import ExitCode, PreflightError, UsageError
-from engine.run.headers import GGML_TYPES, read_gguf_header, read_safetensors_header
+from engine.run.gguf_header import GGML_TYPES, read_gguf_header
+from engine.run.headers import read_safetensors_header
 
 STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260K"
 # Installed for the demo; only its file is used, so it is looked for and not imported.
@@ -392,7 +393,7 @@ def test_a_directory_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PreflightError, match=r"no config\.json"):
         describe(str(tmp_path))
     (tmp_path / "config.json").write_text("{ not json")
-    with pytest.raises(PreflightError, match="not readable JSON"):
+    with pytest.raises(PreflightError, match="not valid JSON"):
         describe(str(tmp_path))
 
 
