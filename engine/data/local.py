@@ -8,19 +8,19 @@ so there the documents themselves decide by what they say. A folder whose files 
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import itertools
-import json
+import os
 import random
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
+from engine.data.lines import is_text, json_rows, open_text, readable, stamped
 from engine.data.text import VALIDATION_FRACTION, Part, held_out_bucket
 from engine.run.errors import DataError
+from engine.run.stamps import StampedFile
 
 SMALL_CHARS = 64 << 20
 """Up to this much text is held in memory, split by position and identified by content."""
@@ -36,7 +36,11 @@ _SPLIT_NAMES: dict[Part, tuple[str, ...]] = {
 
 
 class LocalText:
-    """A file, or the files of a folder in the order of their paths."""
+    """A file, or the files of a folder in the order of their paths.
+
+    They are the same files from the first look at them to the last: a text that changes between being
+    identified and being read raises IdentityError, so that tokens are never cached under another text's name.
+    """
 
     streams = False
 
@@ -46,6 +50,7 @@ class LocalText:
         self._column = column or "text"
         self._split = split
         self._files = _find_files(path)
+        self._fingerprints: dict[tuple[Path, ...], str] = {}
 
     def documents(self, part: Part, seed: int = 0) -> Iterator[str]:
         files, own_part = self._files_of(part)
@@ -73,12 +78,21 @@ class LocalText:
             "path": str(self.path.resolve()),
             "column": self._column,
             "part": rule,
-            "files": _fingerprint(files, self.path),
+            "files": self._fingerprint(files),
         }
 
-    def _files_of(self, part: Part) -> tuple[list[Path], bool]:
+    def _fingerprint(self, files: list[StampedFile]) -> str:
+        for file in files:
+            file.check()
+        names = tuple(file.path for file in files)
+        if names not in self._fingerprints:
+            with readable(self.path):
+                self._fingerprints[names] = _fingerprint(files, self.path)
+        return self._fingerprints[names]
+
+    def _files_of(self, part: Part) -> tuple[list[StampedFile], bool]:
         """The files to read, and whether they are the part itself (or a part must still be cut out)."""
-        if self.path.is_file():
+        if not self.path.is_dir():
             return self._files, part == "evaluation"
         by_part = {name: self._named(words) for name, words in _SPLIT_NAMES.items()}
         if self._split and any(by_part.values()):
@@ -97,15 +111,15 @@ class LocalText:
             return by_part["validation"] or by_part["train"] or self._files, True
         return by_part["train"] or self._files, False
 
-    def _named(self, words: Iterable[str]) -> list[Path]:
+    def _named(self, words: Iterable[str]) -> list[StampedFile]:
         pattern = re.compile(rf"^({'|'.join(map(re.escape, words))})([-_. ]|$)", re.IGNORECASE)
         return [
             file
             for file in self._files
-            if any(pattern.match(component) for component in file.relative_to(self.path).parts)
+            if any(pattern.match(component) for component in file.path.relative_to(self.path).parts)
         ]
 
-    def _read(self, files: Iterable[Path]) -> Iterator[str]:
+    def _read(self, files: Iterable[StampedFile]) -> Iterator[str]:
         """Every document of the files; a source without a single character is an error."""
         anything = False
         for file in files:
@@ -117,18 +131,20 @@ class LocalText:
             raise DataError("there is no text in it", where=str(self.path), hint="use another file or column")
 
 
-def _find_files(path: Path) -> list[Path]:
-    if path.is_file():
+def _find_files(path: Path) -> list[StampedFile]:
+    """Links are followed, since data is often linked in, but to regular files only."""
+    if not path.is_dir():
+        found = stamped(path)
         if not path.name.endswith(SUFFIXES):
             raise DataError(
                 "unknown kind of text file", where=str(path), hint=f"readable are {', '.join(SUFFIXES)}"
             )
-        return [path]
+        return [found]
     files = [
-        file
+        stamped(file, "remove it from the folder")
         for file in sorted(path.rglob("*"))
         if file.name.endswith(SUFFIXES)
-        and file.is_file()
+        and not os.path.isdir(file)
         # hidden folders are version control and caches; cache-*.arrow is what `datasets` leaves behind
         and not any(component.startswith((".", "cache-")) for component in file.relative_to(path).parts)
     ]
@@ -165,48 +181,31 @@ def _split_by_position(documents: list[str], part: Part) -> Iterator[str]:
             yield piece
 
 
-def _fingerprint(files: list[Path], root: Path) -> str:
+def _fingerprint(files: list[StampedFile], root: Path) -> str:
     """Content hash of a small source; path, size and modification time of a large one."""
-    sizes = [file.stat() for file in files]
-    small = sum(size.st_size for size in sizes) <= SMALL_CHARS
+    small = sum(file.size for file in files) <= SMALL_CHARS
     digest = hashlib.sha256()
-    for file, size in zip(files, sizes, strict=True):
-        digest.update(f"{file.name if file == root else file.relative_to(root)}\0{size.st_size}\0".encode())
-        digest.update(file.read_bytes() if small else str(size.st_mtime_ns).encode())
+    for file in files:
+        name = file.path.name if file.path == root else file.path.relative_to(root)
+        digest.update(f"{name}\0{file.size}\0".encode(errors="surrogateescape"))
+        digest.update(file.read(SMALL_CHARS) if small else str(file.stamp.mtime_ns).encode())
     return ("sha256:" if small else "stat:") + digest.hexdigest()
 
 
-def _read_file(path: Path, column: str) -> Iterator[str]:
-    name = path.name.removesuffix(".gz").removesuffix(".zst")
-    try:
+def _read_file(file: StampedFile, column: str) -> Iterator[str]:
+    name = file.path.name.removesuffix(".gz").removesuffix(".zst")
+    with readable(file.path):
         if name.endswith(".txt"):
-            yield from _read_text(path)
+            yield from _read_text(file)
         elif name.endswith(".jsonl"):
-            yield from _read_jsonl(path, column)
+            yield from _read_jsonl(file, column)
         else:
-            yield from _read_columnar(path, column)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"not UTF-8 text ({error.reason})", where=str(path), hint="convert the file to UTF-8"
-        ) from None
-    except (OSError, EOFError) as error:  # unreadable, or a compressed file that ends too early
-        raise DataError(f"cannot be read: {error}", where=str(path)) from None
+            yield from _read_columnar(file, column)
 
 
-def _open_text(path: Path) -> IO[str]:
-    if path.name.endswith(".zst"):
-        import pyarrow
-
-        stream = pyarrow.input_stream(str(path), compression="zstd")
-        return io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8", newline="")
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
-
-
-def _read_text(path: Path) -> Iterator[str]:
+def _read_text(source: StampedFile) -> Iterator[str]:
     """The file as one document; one that would not fit comfortably in memory, as pieces of whole lines."""
-    with _open_text(path) as file:
+    with open_text(source) as file:
         text = file.read(SMALL_CHARS + 1)
         if len(text) <= SMALL_CHARS:
             yield text
@@ -223,69 +222,69 @@ def _read_text(path: Path) -> Iterator[str]:
             text += more
 
 
-def _read_jsonl(path: Path, column: str) -> Iterator[str]:
-    with _open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"not a JSON line ({error.msg})", where=where) from None
-            if not isinstance(row, dict):
-                raise DataError("the line is not a JSON object", where=where)
-            if column not in row:
-                raise missing_column(column, row, where)
-            text = checked_text(row[column], column, where)
-            if text is not None:
-                yield text
+def _read_jsonl(file: StampedFile, column: str) -> Iterator[str]:
+    for number, row in json_rows(file):
+        where = f"{file.path}:{number}"
+        if column not in row:
+            raise missing_column(column, row, where)
+        text = checked_text(row[column], column, where)
+        if text is not None:
+            yield text
 
 
-def _read_columnar(path: Path, column: str) -> Iterator[str]:
-    import pyarrow
-
-    try:
-        for batch in _record_batches(path, column):
-            for value in batch.column(batch.schema.get_field_index(column)).to_pylist():
-                text = checked_text(value, column, str(path))
+def _read_columnar(file: StampedFile, column: str) -> Iterator[str]:
+    row = 0
+    # Read, not mapped: a file that somebody cuts off meanwhile ends a process that has it mapped.
+    with file.opened() as stream:
+        for batch in _record_batches(file.path, stream, column):
+            index = batch.schema.get_field_index(column)
+            if index < 0:
+                raise DataError(f"has several columns {column!r}", where=str(file.path), hint="rename them")
+            for value in batch.column(index).to_pylist():
+                row += 1
+                text = checked_text(value, column, f"{file.path}, row {row}")
                 if text is not None:
                     yield text
-    except pyarrow.ArrowException as error:
-        raise DataError(f"cannot be read: {str(error).splitlines()[0]}", where=str(path)) from None
 
 
-def _record_batches(path: Path, column: str) -> Iterator[Any]:
+def _record_batches(path: Path, stream: BinaryIO, column: str) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
     if path.name.endswith(".parquet"):
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with pyarrow.parquet.ParquetFile(stream) as table:
             if column not in table.schema_arrow.names:
                 raise missing_column(column, table.schema_arrow.names, str(path))
             yield from table.iter_batches(batch_size=1024, columns=[column])
         return
-    with pyarrow.memory_map(str(path)) as mapped:
-        try:  # `datasets` writes the stream format, most others the file format
-            reader = pyarrow.ipc.open_stream(mapped)
-            batches: Iterable[Any] = reader
-        except pyarrow.ArrowInvalid:
-            mapped.seek(0)
-            reader = pyarrow.ipc.open_file(mapped)
-            batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
-        if column not in reader.schema.names:
-            raise missing_column(column, reader.schema.names, str(path))
-        yield from batches
+    try:  # `datasets` writes the stream format, most others the file format
+        reader = pyarrow.ipc.open_stream(stream)
+        batches: Iterable[Any] = reader
+    except pyarrow.ArrowInvalid:
+        stream.seek(0)
+        reader = pyarrow.ipc.open_file(stream)
+        batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+    if column not in reader.schema.names:
+        raise missing_column(column, reader.schema.names, str(path))
+    yield from batches
 
 
 def missing_column(column: str, available: Iterable[str], where: str) -> DataError:
     """The error for a column that is not there: says which ones are."""
-    names = ", ".join(map(str, available))
+    # Names come from the file: as many and as long ones as it likes, and not always text.
+    shown = [str(name)[:60].encode(errors="replace").decode() for name in itertools.islice(available, 20)]
+    names = ", ".join(" ".join(name.split()) for name in shown)
     return DataError(f"no column {column!r}", where=where, hint=f"set data.column to one of: {names}")
 
 
 def checked_text(value: object, column: str, where: str) -> str | None:
     """A row's text; an empty cell is skipped, anything but a string is an error."""
+    if isinstance(value, str) and not is_text(value):
+        raise DataError(
+            f"column {column!r} holds half a character (a lone surrogate)",
+            where=where,
+            hint="correct or remove this row",
+        )
     if value is None or isinstance(value, str):
         return value
     raise DataError(

@@ -12,7 +12,7 @@ continuation is likelier.
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.hub import HubSource, hub_rows
+from engine.data.lines import is_text, json_rows, stamped
 from engine.run.errors import DataError
 
 Row = dict[str, Any]
+MOST_CHOICES = 1000
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def questions(name: str, limit: int = 0) -> list[Question]:
         task = TASKS[name]
         found = _take(_asked(hub_rows(task.source), task.ask, name), limit)
     else:
-        found = _take(_asked(_lines(Path(name).expanduser()), _own, name), limit)
+        found = _take(_asked(_lines(Path(os.path.expanduser(name))), _own, name), limit)
     if not found:
         raise DataError("there are no questions in it", where=name, hint="check evaluation.tasks")
     return found
@@ -117,8 +119,8 @@ def _asked(rows: Iterator[Row], ask: Callable[[Row], Question], where: str) -> I
     for number, row in enumerate(rows, 1):
         try:
             question = ask(row)
-            right = 0 <= question.gold < len(question.pairs) and all(part for _, part in question.pairs)
-        except (KeyError, ValueError, TypeError, AttributeError):
+            right = _is_question(question)
+        except Exception:  # a row of any other form, in any way
             right = False
         if not right:
             raise DataError(
@@ -130,32 +132,34 @@ def _asked(rows: Iterator[Row], ask: Callable[[Row], Question], where: str) -> I
         yield question
 
 
+def _is_question(question: Question) -> bool:
+    """Whether there are texts to choose from and one of them is right."""
+    texts = [text for pair in question.pairs for text in pair]
+    return (
+        0 <= question.gold < len(question.pairs) <= MOST_CHOICES
+        and all(isinstance(text, str) and is_text(text) for text in texts)
+        and all(part for _, part in question.pairs)
+    )
+
+
 def _own(row: Row) -> Question:
     gold = row["gold"]
     if isinstance(gold, bool) or not isinstance(gold, int):
         raise TypeError
     if "context_options" in row:
         continuation = f" {row['continuation'].strip()}"
-        return Question(tuple((context, continuation) for context in row["context_options"]), gold)
+        return Question(tuple((context, continuation) for context in _list(row["context_options"])), gold)
     query = row["query"].rstrip()
-    return _follow(query, [choice.strip() for choice in row["choices"]], gold)
+    return _follow(query, [choice.strip() for choice in _list(row["choices"])], gold)
+
+
+def _list(value: Any) -> list[Any]:
+    # A text would be taken for a list of its letters.
+    if not isinstance(value, list):
+        raise TypeError
+    return value
 
 
 def _lines(path: Path) -> Iterator[Row]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, text in enumerate(file, 1):
-                if not text.strip():
-                    continue
-                try:
-                    row = json.loads(text)
-                except ValueError as error:
-                    raise DataError(f"line {number} is no JSON", where=str(path)) from error
-                if not isinstance(row, dict):
-                    raise DataError(f"line {number} is no JSON object", where=str(path))
-                yield row
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise DataError(
-            f"cannot be read: {reason}", where=str(path), hint="check evaluation.tasks"
-        ) from error
+    for _, row in json_rows(stamped(path, "check evaluation.tasks")):
+        yield row

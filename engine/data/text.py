@@ -14,8 +14,9 @@ the network. This module imports neither torch nor datasets: they load when need
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -68,8 +69,8 @@ def open_source(data: DataConfig) -> TextSource:
         return BuiltinText()
     if name in SHORTCUTS:
         return HubText(hub_source(data), corpus=name)
-    path = Path(name).expanduser()
-    if name and path.exists():
+    path = _path(name)
+    if name and os.path.exists(path):
         return LocalText(path, column=data.column, split=data.split, corpus=_local_corpus(path))
     if name.startswith(("/", ".", "~")) or path.name.endswith(SUFFIXES):
         raise DataError("no such file or folder", where=name, hint="check data.source")
@@ -89,8 +90,17 @@ def documents(data: DataConfig, part: Part, seed: int = 0) -> Iterator[str]:
 
 
 def corpus_name(data: DataConfig) -> str:
-    """Name of the corpus behind a configuration; the same corpus from two places has the same name."""
-    return open_source(data).corpus
+    """Name of the corpus behind a configuration; the same corpus from two places has the same name.
+
+    Nothing is opened: a report names the text long after it was read, whether or not it is still there.
+    """
+    name = data.source.strip()
+    if name == "builtin" or name in _shortcuts():
+        return name
+    path = _path(name)
+    if os.path.exists(path) or not _HUB_ID.match(name):
+        return _local_corpus(path)
+    return _hub_corpus(name)
 
 
 def evaluation_text(rows: Iterable[str]) -> str:
@@ -112,8 +122,19 @@ def held_out_bucket(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % 100
 
 
+def _path(name: str) -> Path:
+    # pathlib raises on the home of a user that there is not.
+    return Path(os.path.expanduser(name))
+
+
+def _shortcuts() -> Container[str]:
+    from engine.data.hub import SHORTCUTS
+
+    return SHORTCUTS
+
+
 def _local_corpus(path: Path) -> str:
-    resolved = path.resolve()
+    resolved = Path(os.path.realpath(path))
     for component in (resolved.name.lower(), resolved.parent.name.lower()):
         for pattern, corpus in _KNOWN_FILES:
             if pattern.search(component):

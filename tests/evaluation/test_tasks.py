@@ -183,8 +183,18 @@ def test_a_file_brings_its_own_questions(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("", "no questions"),
-        ("{", "line 1 is no JSON"),
-        ("[]", "no JSON object"),
+        ("{", "bad.jsonl:1: not a JSON line"),
+        ("[]", "bad.jsonl:1: the line is not a JSON object"),
+        ('{"a": ' + "[" * 100_000, "nested too deeply"),
+        ('{"gold": ' + "1" * 5000 + "}", "bad.jsonl:1: not a JSON line"),
+        ('{"query": "a", "choices": ["b"], "gold": 1e400}', "question 1"),
+        ('{"query": "a", "choices": ["b"], "gold": 99999999999999999999}', "question 1"),
+        ('{"query": "a", "choices": "bc", "gold": 0}', "question 1"),
+        ('{"query": "a", "choices": ["\\ud83d"], "gold": 0}', "question 1"),
+        ('{"query": "a", "choices": {"b": 1}, "gold": 0}', "question 1"),
+        ('{"context_options": [1, 2], "continuation": "b", "gold": 0}', "question 1"),
+        ('{"context_options": null, "continuation": "b", "gold": 0}', "question 1"),
+        ("\xff", "UTF-8"),
         ('{"query": "a", "choices": ["b"], "gold": 1}', "question 1"),
         ('{"query": "a", "choices": ["b"], "gold": true}', "question 1"),
         ('{"query": "a", "gold": 0}', "question 1"),
@@ -193,14 +203,14 @@ def test_a_file_brings_its_own_questions(tmp_path: Path) -> None:
 )
 def test_a_file_of_another_form_is_refused_in_words(text: str, says: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
-    path.write_text(text)
+    path.write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=says) as caught:
         questions(str(path))
     assert str(path) in str(caught.value)
 
 
 def test_a_file_that_is_not_there_is_refused_in_words(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(DataError, match="no such file"):
         questions(str(tmp_path / "none.jsonl"))
 
 
