@@ -171,14 +171,14 @@ class GGUFReader:
             )
         return value
 
-    def positive(self, name: str, default: float | None = None) -> float:
-        """A finite number above 0 of the metadata, the architecture's prefix left out."""
+    def positive(self, name: str, most: float, default: float | None = None) -> float:
+        """A number above 0 and up to ``most`` of the metadata, the architecture's prefix left out."""
         value = self.metadata.get(name, default)
         number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-        if not (math.isfinite(number) and number > 0):
+        if not 0 < number <= most:
             raise self._unusable(
                 f"metadata {self.architecture}.{name} is "
-                f"{'missing' if value is None else 'no number that is finite and above 0'}"
+                f"{'missing' if value is None else f'no number above 0 and up to {most:g}'}"
             )
         return number
 
@@ -282,7 +282,7 @@ def gguf_config(reader: GGUFReader) -> PreTrainedConfig:
     """
     stored = reader.metadata
     hidden, heads = reader.number("embedding_length"), reader.number("attention.head_count")
-    theta = reader.positive("rope.freq_base", 10000.0)
+    theta = reader.positive("rope.freq_base", 1e30, 10000.0)
     embedding = reader.shape("model.embed_tokens.weight")
     if len(embedding) != 2 or not 1 <= embedding[0] <= LARGEST_SIZE:
         raise PreflightError(
@@ -298,7 +298,7 @@ def gguf_config(reader: GGUFReader) -> PreTrainedConfig:
         "num_attention_heads": heads,
         "num_key_value_heads": reader.number("attention.head_count_kv", heads),
         "max_position_embeddings": reader.number("context_length"),
-        "rms_norm_eps": reader.positive("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": reader.positive("attention.layer_norm_rms_epsilon", 1.0),
         "tie_word_embeddings": "output.weight" not in reader.names(),
         "rope_parameters": rope_parameters(reader, theta),
         "bos_token_id": reader.special_tokens.get("bos"),
@@ -324,7 +324,7 @@ def rope_parameters(reader: GGUFReader, theta: float) -> dict[str, Any]:
     divisors = reader.rope_divisors()
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if kind == "linear" and divisors is None:
-        parameters |= {"rope_type": "linear", "factor": reader.positive("rope.scaling.factor")}
+        parameters |= {"rope_type": "linear", "factor": reader.positive("rope.scaling.factor", 1e6)}
     elif kind == "none" and divisors is not None:
         parameters |= _llama3_scaling(divisors, theta, str(reader.file))
     elif kind != "none" or any(name.startswith("rope_factors") for name in reader.names()):

@@ -86,8 +86,7 @@ def _built(
 ) -> PreTrainedModel:
     try:
         with parameters_on_meta(keep), memory_headroom(_headroom(config)):
-            # transformers writes dtype and attention choice into the configuration it is given.
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+            return AutoModelForCausalLM.from_config(_ours(config), **options)
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
@@ -105,6 +104,15 @@ def _built(
             where="config.json",
             hint="check its numbers of positions and layers",
         ) from error
+
+
+def _ours(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy that transformers may write dtype and attention choice into, which asks for nothing but logits
+    in the form that the engine reads them."""
+    own = copy.deepcopy(config)
+    for part in {id(one): one for one in (own, text_config(own))}.values():
+        part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
+    return own
 
 
 def _headroom(config: PreTrainedConfig) -> int:

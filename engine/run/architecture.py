@@ -268,7 +268,7 @@ GGUF_MODEL_TYPES = {
 def gguf_config(header: GGUFHeader) -> dict[str, Any]:
     """A config.json-like dict from a GGUF header."""
     values, tensors = header.metadata, header.tensors
-    name = str(values.get("general.architecture", ""))
+    name = str(values.get("general.architecture", ""))[:80]
 
     def field(key: str) -> Any:
         return values.get(f"{name}.{key}")
@@ -297,7 +297,7 @@ def gguf_config(header: GGUFHeader) -> dict[str, Any]:
 
 
 def _refuse_gguf(path: Path, header: GGUFHeader) -> None:
-    name = header.metadata.get("general.architecture", "(none)")
+    name = str(header.metadata.get("general.architecture", "(none)"))[:80]
     if name not in GGUF_MODEL_TYPES:
         raise PreflightError(
             f"GGUF architecture {name!r} is not supported",

@@ -24,6 +24,7 @@ from engine.run.headers import (
     LARGEST_DIMENSION,
     MOST_DIMENSIONS,
     TensorInfo,
+    is_name,
 )
 from engine.run.stamps import StampedFile
 
@@ -261,6 +262,8 @@ class _Parser:
     def tensor(self) -> tuple[str, TensorInfo]:
         """Name and record; its ``start`` is still relative to the end of the header."""
         name = self.string()
+        if not is_name(name):
+            raise ValueError(f"the GGUF header is damaged: {name[:80]!r} is no name of a tensor")
         count = self.scalar("I")
         if count > MOST_DIMENSIONS:
             raise ValueError(f"the GGUF header is damaged: tensor {name[:80]} has {count} dimensions")

@@ -31,6 +31,8 @@ MAX_HEADER_BYTES = 100_000_000
 """The format's own limit; a longer one means that the file is not safetensors at all."""
 MOST_DIMENSIONS = 8
 LARGEST_DIMENSION = 1 << 40
+LONGEST_NAME = 512
+"""Characters of a tensor's or a file's name."""
 DOWNLOAD_AGAIN = "download or copy this file again"
 
 ITEM_BITS = {
@@ -131,8 +133,15 @@ def read_index(index: StampedFile) -> dict[str, str]:
             where=str(index.path),
             hint=DOWNLOAD_AGAIN,
         ) from error
+    for name in found:
+        if not is_name(name):
+            raise BadFile(
+                f"the index of the weight files is damaged: {name[:80]!r} is no name of a tensor",
+                where=str(index.path),
+                hint=DOWNLOAD_AGAIN,
+            )
     for name in set(found.values()):
-        if Path(name).name != name or "\0" in name or not name.endswith(".safetensors"):
+        if not is_name(name) or Path(name).name != name or not name.endswith(".safetensors"):
             raise BadFile(
                 f"the index names {name[:200]!r}, which is no safetensors file in this folder but outside",
                 where=str(index.path),
@@ -185,12 +194,19 @@ def _header_text(file: StampedFile) -> bytes:
 
 def _info(name: str, raw: msgspec.Raw, begin: int) -> TensorInfo:
     """ValueError where range, shape and type disagree."""
+    if not is_name(name):
+        raise ValueError(f"{name[:80]!r} is no name of a tensor")
     entry = msgspec.json.decode(raw, type=_Entry)
     start, end = entry.data_offsets
     bits = ITEM_BITS.get(entry.dtype)
     if end < start or (bits is not None and (end - start) * 8 != math.prod(entry.shape) * bits):
         raise ValueError(f"byte range and shape of {name[:200]} disagree")
     return TensorInfo(entry.shape, entry.dtype, end - start, begin + start)
+
+
+def is_name(name: str) -> bool:
+    """Whether a tensor or a file can be called so, and messages can repeat it."""
+    return 0 < len(name) <= LONGEST_NAME and name.isprintable()
 
 
 def damaged(file: StampedFile, what: str, hint: str = DOWNLOAD_AGAIN) -> BadFile:

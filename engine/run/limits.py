@@ -7,9 +7,10 @@ more memory than there is. So a configuration is looked through once, here, befo
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ DEEPEST = 64
 """Levels of lists and tables; a real configuration has four."""
 MOST_VALUES = 2_000_000
 LARGEST_NUMBER = 1 << 63
+LONGEST_NAME = 200
+"""Characters of the name of a type or a class."""
 
 _BOUNDS: tuple[tuple[re.Pattern[str], int], ...] = tuple(
     (re.compile(pattern), most)
@@ -56,6 +59,9 @@ def check_config(config: Mapping[str, Any], where: Path | str) -> None:
     Raises:
         BadFile: with the name of the field.
     """
+    labels = config.get("id2label")
+    if isinstance(labels, Mapping) and len(labels) > MOST_LABELS:
+        raise _refused("id2label", f"has more than {MOST_LABELS} entries", where)
     for count, (field, value, depth) in enumerate(_values(config)):
         if count > MOST_VALUES or depth > DEEPEST:
             raise BadFile(
@@ -66,20 +72,26 @@ def check_config(config: Mapping[str, Any], where: Path | str) -> None:
             )
         if isinstance(value, int | float) and not isinstance(value, bool):
             _check_number(field, value, where)
-        elif field in _TYPES and value is not None and not isinstance(value, _TYPES[field][0]):
+        elif field in _TYPES and value is not None and not _TYPES[field][0](value):
             raise _refused(field, f"has to be {_TYPES[field][1]}", where)
     names = config.get("architectures")
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+    if names is not None and not (isinstance(names, list) and all(map(_is_name, names))):
         raise _refused("architectures", "has to be a list of names", where)
-    labels = config.get("id2label")
-    if isinstance(labels, Mapping) and len(labels) > MOST_LABELS:
-        raise _refused("id2label", f"has more than {MOST_LABELS} entries", where)
 
 
-_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "model_type": (str, "a name"),
-    "auto_map": (dict, "a table"),
-    "text_config": (dict, "a table"),
+def _is_name(value: Any) -> bool:
+    """Messages repeat it."""
+    return isinstance(value, str) and len(value) <= LONGEST_NAME and value.isprintable()
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model_type": (_is_name, "a name"),
+    "auto_map": (_is_table, "a table"),
+    "text_config": (_is_table, "a table"),
 }
 
 
@@ -88,9 +100,14 @@ def _check_number(field: str, value: int | float, where: Path | str) -> None:
         raise _refused(field, f"has to be {_TYPES[field][1]}", where)
     if isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
         raise _refused(field, "is a number of more than 64 bits", where)
-    most = next((most for pattern, most in _BOUNDS if pattern.fullmatch(field)), None)
+    most = _bound(field)
     if most is not None and (not math.isfinite(value) or value > most):
         raise _refused(field, f"is {value:g}, and no model has more than {most}", where)
+
+
+@functools.lru_cache(4096)
+def _bound(field: str) -> int | None:
+    return next((most for pattern, most in _BOUNDS if pattern.fullmatch(field)), None)
 
 
 def _values(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, int]]:
