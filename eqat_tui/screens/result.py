@@ -219,7 +219,8 @@ class ResultScreen(WorkScreen):
                 args += ["--to", folder]
             self._launch(*args)
 
-        self.app.push_screen(ExportDialog(export_formats()), begin)
+        run = self.eqat.current()
+        self.app.push_screen(ExportDialog(export_formats(), run.path), begin)
 
     def _launch(self, *args: str) -> None:
         run = self.eqat.current()
@@ -258,9 +259,10 @@ class ExportDialog(ModalScreen[tuple[list[str], str] | None]):
         Binding("space", "switch", "Switch", show=False),
     ]
 
-    def __init__(self, formats: tuple[str, ...]) -> None:
+    def __init__(self, formats: tuple[str, ...], run: Path) -> None:
         super().__init__()
         self._formats, self._chosen = formats, set(formats[:1])
+        self._run = run
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog"):
@@ -321,7 +323,7 @@ class ExportDialog(ModalScreen[tuple[list[str], str] | None]):
         if folder:
             folder = str(Path(folder).expanduser().absolute())
             try:
-                check_target(Path(folder))
+                check_target(Path(folder), self._run)
             except EqatError as error:
                 wrong = self.query_one("#wrong", Panel)
                 wrong.show(wrap(f"✗ {error}", max(20, wrong.size.width), "bad"))

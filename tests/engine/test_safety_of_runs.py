@@ -200,22 +200,19 @@ def test_files_are_created_with_sane_permissions(
 PRECIOUS = "precious"
 
 
-@pytest.mark.parametrize("place", ["export/gptq_v2"])
-def test_a_folder_that_is_a_link_may_be_filled_but_what_lies_there_stays(
-    make: Make, tmp_path: Path, place: str
-) -> None:
+def test_an_export_that_is_a_link_is_replaced_and_what_lies_there_stays(make: Make, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     kept = [elsewhere / name for name in ("text.txt", "streams.raw", "generation-000001.json")]
     for path in kept:
         path.write_text(PRECIOUS)
     run = make(**{"runtime.streams": "stored", "e2e_qp.enabled": False})
-    link = run.path / place
-    if link.exists():
-        link.rmdir()
+    link = run.export_dir / "gptq_v2"
     link.symlink_to(elsewhere)
     assert run_here(run) == 0
     assert [path.read_text() for path in kept] == [PRECIOUS] * len(kept)
+    assert sorted(elsewhere.iterdir()) == sorted(kept)
+    assert not link.is_symlink()
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/objects"])
