@@ -18,9 +18,10 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from engine.run import events
-from engine.run.config import apply_overrides, is_operational, resolve, validate
+from engine.run.config import RunConfig, apply_overrides, is_operational, resolve, validate
 from engine.run.directory import RunDirectory, RunLock
 from engine.run.errors import (
+    DamagedRun,
     EqatError,
     ExitCode,
     IdentityError,
@@ -117,6 +118,20 @@ def _attempt(
     validate(config)
     if arguments.task == "generate":
         _check_prompt(arguments.prompt, arguments.new_tokens)
+    from engine.offline import everything_is_local, offline
+
+    with offline(everything_is_local(config)):
+        return _work(run, config, attempt, arguments, leaves)
+
+
+def _work(
+    run: RunDirectory,
+    config: RunConfig,
+    attempt: int,
+    arguments: argparse.Namespace,
+    leaves: events.Outcome | None,
+) -> int:
+    """The attempt, once it is known what it is; everything that ends it is told."""
     # Imported here, once the lock is held and the configuration is known to be good: torch takes seconds.
     from engine.failures import as_eqat_error
     from engine.pipeline import Pipeline
@@ -157,6 +172,8 @@ def _attempt(
             failure = run_is_gone(run.path)
         if failure.exit_code == ExitCode.BUG:
             traceback.print_exc()
+        if isinstance(failure, DamagedRun):
+            leaves = None  # what the run was is lost in part, and it can be resumed
         report.fail(failure)
         outcome, code = "failed", failure.exit_code
     finally:

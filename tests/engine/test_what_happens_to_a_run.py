@@ -68,6 +68,27 @@ def test_a_refused_task_leaves_a_done_run_done(done: RunDirectory) -> None:
     assert run_state(done) == "done"
 
 
+def test_an_export_that_finds_a_damaged_block_says_so_and_resuming_trains_it_again(
+    done: RunDirectory,
+) -> None:
+    before = exported(done)
+    path = max(done.checkpoints_dir.glob("objects/*.safetensors"), key=lambda place: place.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 4
+    path.write_bytes(content)
+    assert run_here(done, "--task", "export") == 8
+    said = of(done, events.Error)[-1]
+    assert "damaged" in said.message
+    assert f"eqat resume {done.id}" in said.hint
+    assert run_state(done) == "failed", "a done run could not be resumed"
+    assert exported(done) == before
+    assert run_here(done) == 0
+    assert run_state(done) == "done"
+    assert exported(done) == before
+    told = [event.message for event in of(done, events.Warning) if event.code == "checkpoint"]
+    assert any("damaged" in message and "block" in message for message in told), told
+
+
 def test_a_run_that_is_moved_under_its_engine_is_told_and_not_made_anew(
     make: Make, engine: Engine, tmp_path: Path
 ) -> None:
