@@ -303,7 +303,7 @@ def test_a_terminal_that_hangs_up_under_tmux_changes_nothing(tmp_path: Path) -> 
         )
     finally:
         subprocess.run([*tmux, "kill-server"], check=False)
-    wait_until(lambda: run_state(run) != "running")
+    wait_until(lambda: run_state(run) != "running", seconds=2 * PATIENCE)  # a whole training
     assert run_state(run) == "done"
     assert [event.attempt for event in load_state(run).exports.values()] == [1]
 

@@ -134,7 +134,7 @@ def headless(folder: Path) -> RunDirectory:
     config = resolve(apply_overrides(load("smoke"), changes))
     run = RunDirectory.create(folder, config)
     launch(run)
-    wait_until(lambda: run_state(run) not in ("created", "running"))
+    wait_until(lambda: run_state(run) not in ("created", "running"), seconds=2 * PATIENCE)
     assert run_state(run) == "done"
     return run
 
@@ -176,7 +176,7 @@ def test_a_run_from_setup_to_export_with_the_keyboard_only(tmux: Tmux, tmp_path:
     assert any(row.finished for row in load_state(run).phases if row.name == "evaluate_fp")
     tmux.press("r")
     tmux.sees("attempt 2")
-    tmux.sees("finished")
+    tmux.sees("finished", seconds=2 * PATIENCE)  # a whole training
 
     tmux.press("3")
     tmux.sees("quality")
