@@ -53,28 +53,34 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     # Libraries create files too: whatever the umask allows, nobody else may write into a run.
     os.umask(os.umask(0o022) | 0o022)
+    # A stop that is asked for while the libraries load waits until there is someone to hear it. Whoever sees
+    # the lock taken may ask for one.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         run = RunDirectory.open(arguments.run_dir)
         with RunLock(run.lock_path):
-            attempt = this_attempt(run)
-            # What is done with a finished run cannot undo what it is.
-            leaves = load_state(run, skip=BULK).outcome if arguments.task != "run" else None
-            # A stop that is asked for while the libraries load waits until there is someone to hear it.
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-            try:
-                run.require_own()
-                overrides: dict[str, object] = dict(item.partition("=")[::2] for item in arguments.set)
-                if arguments.format is not None:
-                    overrides["export.formats"] = arguments.format
-                return _attempt(run, attempt, arguments, overrides, leaves)
-            except EqatError as error:
-                _record_refusal(run, attempt, error, leaves)
-                raise
-            finally:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            return _locked(run, arguments)
     except EqatError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return int(error.exit_code)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _locked(run: RunDirectory, arguments: argparse.Namespace) -> int:
+    """The attempt, with the lock held; a refusal is told where whoever follows the run reads it."""
+    attempt = this_attempt(run)
+    # What is done with a finished run cannot undo what it is.
+    leaves = load_state(run, skip=BULK).outcome if arguments.task != "run" else None
+    try:
+        run.require_own()
+        overrides: dict[str, object] = dict(item.partition("=")[::2] for item in arguments.set)
+        if arguments.format is not None:
+            overrides["export.formats"] = arguments.format
+        return _attempt(run, attempt, arguments, overrides, leaves)
+    except EqatError as error:
+        _record_refusal(run, attempt, error, leaves)
+        raise
 
 
 def _record_refusal(run: RunDirectory, attempt: int, error: EqatError, leaves: events.Outcome | None) -> None:
