@@ -107,7 +107,7 @@ def _cached() -> Iterator[Found]:
     for folder in _folders(hub_cache()):
         if not folder.name.startswith("models--"):
             continue
-        if not any((snapshot / "config.json").is_file() for snapshot in _folders(folder / "snapshots")):
+        if not any(map(_is_model, _folders(folder / "snapshots"))):
             continue
         size = sum(_size(path) for path in _entries(folder / "blobs"))
         name = folder.name.removeprefix("models--").replace("--", "/", 1)
@@ -118,13 +118,14 @@ def complete(text: str) -> list[Found]:
     """Folders and models whose path begins with ``text``: a folder browser, by typing."""
     if not text:
         return []
-    path = Path(text).expanduser()
+    # pathlib raises on the home of a user that there is not.
+    path = Path(os.path.expanduser(text))
     here = text.endswith("/") or text in (".", "..", "~")
     folder, begin = (path, "") if here else (path.parent, path.name)
     shown = text if text.endswith("/") else f"{text}/" if here else text[: len(text) - len(begin)]
     hidden = begin.startswith(".")
     found: list[Found] = []
-    if here and (folder / "config.json").is_file():
+    if here and _is_model(folder):
         found.append(
             Found(source=text.rstrip("/") or "/", origin="folder", detail="the model in this folder")
         )
@@ -139,8 +140,8 @@ def complete(text: str) -> list[Found]:
 
 
 def _entry(path: Path, shown: str) -> Found | None:
-    if path.is_dir():
-        if (path / "config.json").is_file():
+    if os.path.isdir(path):
+        if _is_model(path):
             return Found(source=shown, origin="folder", detail="model folder")
         return Found(source=shown, origin="folder", detail="folder", is_model=False)
     if path.suffix == ".gguf":
@@ -148,15 +149,20 @@ def _entry(path: Path, shown: str) -> Found | None:
     return None
 
 
+def _is_model(folder: Path) -> bool:
+    # Unlike pathlib, os.path raises for no folder that cannot be looked into.
+    return os.path.isfile(folder / "config.json")
+
+
 def _entries(folder: Path) -> Iterable[Path]:
     try:
         return list(folder.iterdir())
-    except OSError:
+    except (OSError, ValueError):
         return []
 
 
 def _folders(folder: Path) -> list[Path]:
-    return [path for path in _entries(folder) if path.is_dir()]
+    return [path for path in _entries(folder) if os.path.isdir(path)]
 
 
 def _size(path: Path) -> int:

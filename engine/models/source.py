@@ -137,7 +137,9 @@ class ModelSource:
                 self.name,
                 "the model's folder needs its tokenizer files (tokenizer.json or tokenizer.model)",
             ):
-                return self._tokenizer_of_files()
+                tokenizer = self._tokenizer_of_files()
+                # One that cannot do this would fail in the middle of a text.
+                tokenizer.decode(tokenizer("a b")["input_ids"])
         except PreflightError as error:
             if "trust_remote_code=True" in str(error.__cause__) and not self.trust_remote_code:
                 raise PreflightError(
@@ -146,6 +148,20 @@ class ModelSource:
                     hint="read that code, then run it with --trust-remote-code",
                 ) from error
             raise
+        self._refuse_other_tokenizer(tokenizer)
+        return tokenizer
+
+    def _refuse_other_tokenizer(self, tokenizer: Any) -> None:
+        """Tokens that the embedding has no row for would end a run in the middle, on a GPU without a word."""
+        rows = getattr(self.config, "vocab_size", None)
+        used = [tokenizer.vocab_size - 1, tokenizer.bos_token_id, tokenizer.eos_token_id]
+        largest = max(number for number in used if number is not None)
+        if isinstance(rows, int) and largest >= rows:
+            raise PreflightError(
+                f"the tokenizer has a token {largest}, but the model's embedding only {rows} rows",
+                where=self.name,
+                hint="check that tokenizer and config.json belong to the same model",
+            )
 
     def _tokenizer_of_files(self) -> Any:
         # Whether code is trusted is said in every case: left out, transformers asks on the terminal and runs

@@ -251,6 +251,13 @@ def test_masks_that_would_take_gigabytes_are_refused(tmp_path: Path) -> None:
     assert "memory" in said
 
 
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(folder: Path) -> None:
+    tiny.byte_tokenizer(400).save_pretrained(folder)
+    source = ModelSource.open(ModelConfig(source=str(folder)))
+    with pytest.raises(PreflightError, match="token 399, but the model's embedding only 320 rows"):
+        source.tokenizer()
+
+
 # -- attention -----------------------------------------------------------------------------------------
 
 
