@@ -47,6 +47,8 @@ class Axis(NamedTuple):
         if self.log:
             low, high = math.log10(low), math.log10(high)
         step = (size - 1) / (high - low) if high > low else 0.0
+        if step > LARGEST:  # between two numbers that are as good as one
+            step = 0.0
         last, middle, log = size - 1, 0.0 if step else (size - 1) / 2, self.log
 
         def place(value: float) -> int:
@@ -94,7 +96,8 @@ def chart(
     values = [y for _, y in points if y is not None]
     y_axis = _y_axis(values if y_top is None else [*values, y_top], log, y_from_zero)
     low, high = x_range or (min(x for x, _ in points), max(x for x, _ in points))
-    x_axis = Axis(low, max(high, low + 1e-9))
+    low, high = float(low), float(high)
+    x_axis = Axis(low, high if high > low else low + max(1e-9, abs(low) * 1e-9))
     cells: dict[tuple[int, int], tuple[int, str, str]] = {}
     one_cell = ascii_only or marks
     fine_x, fine_y = (inner, rows) if one_cell else (2 * inner, 4 * rows)

@@ -8,6 +8,8 @@ time and is called on a thread, because a network file system may hang.
 
 from __future__ import annotations
 
+import os
+import re
 import threading
 import time
 from collections import deque
@@ -30,8 +32,10 @@ from engine.run.directory import (
 )
 from engine.run.errors import EqatError
 from engine.run.events import AnyEvent, EventFollower, read_events
+from engine.run.guarded import BadFile, bad_file, open_regular
 from engine.run.launch import log_path
 from engine.run.state import RunState
+from eqat_tui.output import error_words, one_line
 from eqat_tui.progress import lasting_line
 
 Liveness = Literal[
@@ -137,7 +141,7 @@ class Journal:
             self._last_t = event.t
             text, role = _words(event, state)
             if text:
-                self.entries.append(Entry(event.t, text, role))
+                self.entries.append(Entry(event.t, one_line(text), role))
 
     def told(self, liveness: Liveness) -> tuple[Entry, ...]:
         """All entries; a crash is one, although no engine could write it."""
@@ -185,14 +189,17 @@ class LiveFeed:
     def poll(self) -> RunView:
         """What is on disk now; reads only what is new."""
         now = time.time()
+        try:
+            return self._look(now)
+        except Exception as error:  # a thread calls this: what ended it would end the looking, in silence
+            return self._view(now, "gone", problem=f"cannot be read: {error_words(error)}")
+
+    def _look(self, now: float) -> RunView:
         if not self.run.config_toml.exists():
             return self._view(now, "gone", problem="the run's directory is gone")
         problem = self._read_config()
-        try:
-            new = self._follower.poll()
-            found = run_state(self.run)
-        except (EqatError, OSError) as error:
-            return self._view(now, "gone", problem=f"cannot be read: {_words_of(error)}")
+        new = self._follower.poll()
+        found = run_state(self.run)
         self._state = self._state.apply_all(new)
         self._journal.take(self._state, new)
         status = read_status(self.run)
@@ -253,34 +260,34 @@ def read_config(run: RunDirectory) -> tuple[dict[str, Any] | None, str]:
         return to_dict(run.config()), ""
     except EqatError as error:
         return None, f"config.toml was not written by this version: {error.message}"
-    except OSError as error:
-        return None, f"config.toml cannot be read: {_words_of(error)}"
-
-
-def _words_of(error: Exception) -> str:
-    return str(error.strerror if isinstance(error, OSError) and error.strerror else error)
+    except Exception as error:
+        return None, f"config.toml cannot be read: {error_words(error)}"
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
+    return tuple(int(part) for part in version.split(".")[:8] if re.fullmatch("[0-9]{1,9}", part))
 
 
 def log_tail(run: RunDirectory, attempt: int) -> Sequence[str]:
     """The last lines of what the engine printed, in its newest log."""
     logs = sorted(run.logs_dir.glob("attempt-*.log")) if run.logs_dir.is_dir() else []
     log = logs[-1] if logs else log_path(run, max(1, attempt))
-    return end_of_file(log)
+    return end_of_file(log, root=run.path)
 
 
-def end_of_file(path: Path) -> list[str]:
-    """The last lines of a text file, or why there are none."""
+def end_of_file(path: Path, *, root: Path | None = None) -> list[str]:
+    """The last lines of a text file, or why there are none; ``root`` as for
+    :func:`~engine.run.guarded.open_regular`."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_regular(path, root=root), "rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - LOG_BYTES))
             text = file.read(LOG_BYTES).decode(errors="replace")
     except OSError as error:
-        return [f"({path.name}: {error.strerror or error})"]
+        return [f"({path.name}: {bad_file(error, path).message})"]
+    except BadFile as error:
+        return [f"({path.name}: {error.message})"]
+    # Here colours and bars of progress are not worth an escape each.
     lines = ["".join(letter if letter.isprintable() else " " for letter in row) for row in text.splitlines()]
     return lines[-LOG_LINES:]
 
@@ -303,8 +310,8 @@ class ReplayFeed:
                 self._config, self._problem = read_config(self.run)
                 try:
                     found = _the_run_itself(read_events(self.run.events_path)[0])
-                except OSError as error:
-                    found, self._problem = [], f"the log cannot be read: {_words_of(error)}"
+                except Exception as error:
+                    found, self._problem = [], f"the log cannot be read: {error_words(error)}"
                 self._times = _shortened([event.t for event in found])
                 self._last_poll = time.monotonic()
                 self._rewind()

@@ -144,11 +144,8 @@ def wrap(text: str, width: int, role: str = "") -> list[Line]:
 
 
 def few(lines: list[Line], most: int) -> list[Line]:
-    """The first ``most`` lines; an ellipsis where there are more."""
-    if len(lines) <= most:
-        return lines
-    *kept, last = lines[:most]
-    return [*kept, [*last, (f" {ELLIPSIS}", last[-1][1] if last else "")]]
+    """At most ``most`` lines; the last is an ellipsis where there are more."""
+    return lines if len(lines) <= most else [*lines[: most - 1], [(ELLIPSIS, "muted")]]
 
 
 def _pieces(word: str, width: int) -> list[str]:

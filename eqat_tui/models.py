@@ -66,12 +66,12 @@ def _recent(runs_dir: Path) -> Iterator[Found]:
     sources: dict[str, int] = {}
     try:
         runs = list_runs(runs_dir)
-    except EqatError:
+    except (EqatError, OSError):
         return
     for run in runs[:100]:
         try:
             source = run.config().model.source
-        except (EqatError, OSError):
+        except Exception:  # a damaged run hides no other
             continue
         sources[source] = sources.get(source, 0) + 1
     for source, count in list(sources.items())[:MOST_RECENT]:

@@ -78,5 +78,5 @@ def _working(place: Path) -> RunDirectory | None:
     """The newest run that an engine works on."""
     try:
         return next((run for run in list_runs(place)[:RECENT] if is_held(run.lock_path)), None)
-    except EqatError:
+    except (EqatError, OSError):
         return None

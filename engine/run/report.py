@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from engine.run.state import RunState
 
 
+DEEPEST = 40
+"""Levels of the tree; ours has six."""
+
+
 def render(run: RunState, *, state: str, config: Mapping[str, Any] | None) -> dict[str, Any]:
     """Plain dicts, lists, strings and finite numbers; keys are stable, what is unknown is ``None``."""
     export = next(reversed(run.exports.values()), None)
@@ -112,10 +116,13 @@ def _payload(event: Event | None) -> dict[str, Any] | None:
     return {name: getattr(event, name) for name in event.__struct_fields__ if name not in envelope}
 
 
-def _json_safe(tree: Any) -> Any:
-    """NaN and infinities as ``None``: other languages' JSON readers refuse them."""
+def _json_safe(tree: Any, depth: int = 0) -> Any:
+    """NaN and infinities as ``None``: other languages' JSON readers refuse them. So is what lies deeper
+    than any tree of ours, for whoever prints it would run out of stack."""
     if isinstance(tree, float):
         return tree if math.isfinite(tree) else None
+    if isinstance(tree, Mapping | list | tuple) and depth >= DEEPEST:
+        return None
     if isinstance(tree, Mapping):
-        return {str(key): _json_safe(value) for key, value in tree.items()}
-    return [_json_safe(value) for value in tree] if isinstance(tree, list | tuple) else tree
+        return {str(key): _json_safe(value, depth + 1) for key, value in tree.items()}
+    return [_json_safe(value, depth + 1) for value in tree] if isinstance(tree, list | tuple) else tree

@@ -309,12 +309,12 @@ def _before(metrics: list[events.Metric], event: events.Metric) -> list[events.M
     the first metric of every block, and only there.
     """
 
-    def series(metric: events.Metric) -> tuple[int, str, int | None]:
-        return metric.attempt, metric.phase, metric.block
-
-    if not metrics or series(metrics[-1]) == series(event):
+    last = metrics[-1] if metrics else event
+    if (last.attempt, last.phase, last.block) == (event.attempt, event.phase, event.block):
         return metrics
-    return [old for old in metrics if series(old)[1:] != series(event)[1:] or old.step < event.step]
+    # A damaged log may change the block at every metric, so this has to be quick.
+    phase, block, step = event.phase, event.block, event.step
+    return [old for old in metrics if old.block != block or old.phase != phase or old.step < step]
 
 
 def _memory(state: RunState, event: events.Memory) -> RunState:

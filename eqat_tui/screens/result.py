@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from textual.widgets import Input
 
 from engine.run import control
 from engine.run.errors import EqatError
+from engine.run.guarded import read_bytes
 from engine.run.launch import launch
 from engine.run.publish import check_target
 from engine.run.schema import ExportConfig, field_types
@@ -33,6 +35,7 @@ from eqat_tui.widgets.typed import TypedInput
 
 FIRST_PROMPT = "The capital of France is"
 CARD = "README.md"
+LARGEST_CARD = 1 << 20
 
 
 def export_formats() -> tuple[str, ...]:
@@ -231,15 +234,16 @@ class ResultScreen(WorkScreen):
         assert view is not None
         path = self._export_path(view)
         assert path is not None
-        try:
-            text = (path / CARD).read_text(errors="replace")
-        except OSError as error:
-            self.eqat.tell(error)
+        root = Path(view.path)
+        card = Path(os.path.normpath(path / CARD))
+        if not card.is_relative_to(root):  # the log says where, and a log can say anything
+            self.notify(f"{card} lies outside of the run, and is not read", severity="warning")
             return
+        text = read_bytes(card, LARGEST_CARD, root=root).decode(errors="replace")
         # The front matter is for the hub's index, not for a reader.
         if text.startswith("---"):
             text = text.partition("\n---")[2].lstrip("-\n")
-        self.app.push_screen(MarkdownReader(str(path / CARD), text))
+        self.app.push_screen(MarkdownReader(str(card), text))
 
     def do_copy(self) -> None:
         assert self._view is not None

@@ -19,9 +19,10 @@ from eqat_tui.charts import chart, legend
 from eqat_tui.housekeeping import what_is_in
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line
-from eqat_tui.output import format_bytes
+from eqat_tui.output import error_words, format_bytes
 from eqat_tui.screens.base import WorkScreen, show_input
 from eqat_tui.screens.dialogs import Confirm
+from eqat_tui.summary import UNREADABLE
 from eqat_tui.views import runs as views
 from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel, ScrollPanel, entitle
@@ -36,20 +37,18 @@ class Catalogue:
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[Any, dict[str, Any]]] = {}
-        self.unreadable: dict[str, str] = {}
 
     def read(self, runs: Sequence[RunDirectory]) -> list[dict[str, Any]]:
-        """A summary of each run; one that cannot be read is left out and named in ``unreadable``."""
+        """A row for each run; that of one that cannot be read says so."""
         found = []
-        self.unreadable = {}
         for run in runs:
             stamp = self._stamp(run)
             known = self._known.get(run.id)
             try:
                 if known is None or known[0] != stamp:
                     known = self._known[run.id] = (stamp, summarize(run))
-            except (EqatError, OSError) as error:
-                self.unreadable[run.id] = str(error)
+            except Exception as error:  # whatever its files make a parser raise
+                found.append(views.unreadable(run, error_words(error)))
                 continue
             found.append(known[1])
         return found
@@ -166,7 +165,7 @@ class RunsScreen(WorkScreen):
             if place is not None:
                 panel.move_to(place, tell=False)
         order = f"by {self._sort}" + (f", with “{self._words}”" if self._words else "")
-        bad = len(self._catalogue.unreadable)
+        bad = sum(run["state"] == UNREADABLE for run in self._all)
         entitle(panel, f"runs, {order}" + (f"; {bad} cannot be read" if bad else ""))
         self._fill_details(details)
         self.refresh_bars(line((f"{len(self._shown)} of {len(self._all)} ", "muted")))

@@ -8,11 +8,11 @@ from typing import Any
 
 from engine.run.state import RunState
 from eqat_tui.feed import RunView
-from eqat_tui.lines import Line, Span, columns, cut, line, widths_of, wrap
+from eqat_tui.lines import Line, Span, columns, cut, few, line, widths_of, wrap
 from eqat_tui.output import format_bits, format_bytes, format_count, format_number, format_seconds, share
 from eqat_tui.planned import known
 from eqat_tui.summary import MOST_TASKS, accuracy_rows, facts, shorten
-from eqat_tui.views.monitor import what
+from eqat_tui.views.monitor import MOST_LINES, what
 from eqat_tui.words import STAGES, stage_name
 
 QUANTIZED = ("e2e_qp", "block_ap", "rtn")
@@ -116,7 +116,7 @@ def samples(state: RunState, width: int) -> list[Line]:
         made = f", {sample.tokens} tokens in {format_seconds(sample.seconds)}" if sample.tokens else ""
         texts.append(
             [
-                line((name, "strong"), (made, "muted")),
+                cut([(name, "strong"), (made, "muted")], half),
                 *wrap(
                     sample.problem or sample.text.strip() or "(nothing)",
                     half,
@@ -145,7 +145,7 @@ def exports(view: RunView, width: int) -> list[Line]:
     for done in view.state.exports.values():
         mark: Span = ("✓ verified", "good") if done.verified else ("✗ NOT VERIFIED", "bad")
         size = f"{format_bytes(done.bytes)}, {format_bits(done.bits_per_weight)} bits per weight"
-        lines.append(line((done.format, "strong"), "  ", mark, (f"  {size}", "muted")))
+        lines.append(cut([(done.format, "strong"), ("  ", ""), mark, (f"  {size}", "muted")], width))
         checks = []
         if done.max_logit_diff is not None:
             checks.append(f"largest logit difference {format_number(done.max_logit_diff, 2)}")
@@ -155,9 +155,10 @@ def exports(view: RunView, width: int) -> list[Line]:
                 f"reloaded, {format_number(done.perplexity_trained)} trained"
             )
         lines += [line("  ", *row) for row in wrap("; ".join(checks), width - 2, "muted") if checks]
-        lines += [line("  ", *row) for row in wrap(shorten(export_path(view.path, done.path)), width - 2)]
+        place = wrap(shorten(export_path(view.path, done.path)), width - 2)
         if done.copied_to:
-            lines += [line("  ", *row) for row in wrap(f"copied to {done.copied_to}", width - 2, "good")]
+            place += few(wrap(f"copied to {done.copied_to}", width - 2, "good"), MOST_LINES)
+        lines += [line("  ", *row) for row in few(place, 2 * MOST_LINES)]
     return lines or [line(("no packed checkpoint yet: e writes one", "muted"))]
 
 

@@ -7,12 +7,11 @@ from typing import Any, Literal
 
 from engine.run.config import field_names, flat, to_dict
 from engine.run.directory import RunDirectory
-from engine.run.errors import EqatError
 from engine.run.state import BULK, RunState, load_state
 from eqat_tui.charts import Series
 from eqat_tui.lines import Line, Span, columns, cut, line, widths_of, wrap
 from eqat_tui.output import format_bytes, format_number, format_seconds
-from eqat_tui.summary import ago, shorten
+from eqat_tui.summary import UNREADABLE, ago, shorten
 from eqat_tui.views.monitor import STATE_MARKS, STATE_ROLES, elapsed
 from eqat_tui.words import model_name, phase_name
 
@@ -21,6 +20,24 @@ SortBy = Literal["started", "state", "model", "perplexity", "size"]
 SORTS: tuple[SortBy, ...] = ("started", "state", "model", "perplexity", "size")
 
 _BY_STATE = ("running", "hung", "created", "crashed", "failed", "stopped", "aborted", "done")
+
+
+def unreadable(run: RunDirectory, words: str) -> dict[str, Any]:
+    """The row of a run that cannot be read: it is there, and can be deleted."""
+    nothing = dict.fromkeys(
+        ("started", "updated", "seconds", "eta_s", "name", "model", "bits", "group_size", "bits_per_weight")
+    )
+    nothing |= dict.fromkeys(("device", "phase", "block", "blocks", "waiting"))
+    return {
+        **nothing,
+        "id": run.id,
+        "state": UNREADABLE,
+        "path": str(run.path),
+        "perplexity": {},
+        "size_bytes": {"fp": None, "quantized": None},
+        "error": f"cannot be read: {words}",
+        "exports": [],
+    }
 
 
 def trained_perplexity(run: Summary) -> float | None:
@@ -74,6 +91,8 @@ def rows(runs: Sequence[Summary], marked: frozenset[str], width: int, now: float
 def _cells(run: Summary, marked: bool, now: float) -> list[str | Span]:
     state = run["state"]
     words = f"{STATE_MARKS.get(state, '?')} {state}"
+    if state == UNREADABLE:
+        return ["", run["id"], "?", ("✗ cannot be read", "bad"), "–", ("–", "muted"), "–", ("–", "muted")]
     if run["waiting"]:
         words = "‖ paused: disk full"
     elif state == "running" and run["phase"]:
@@ -96,6 +115,11 @@ def _cells(run: Summary, marked: bool, now: float) -> list[str | Span]:
 
 def details(run: Summary, width: int) -> list[Line]:
     """More about the run under the cursor."""
+    if run["state"] == UNREADABLE:
+        return [
+            cut([(words, role)], width)
+            for words, role in ((run["id"], "strong"), (run["error"], "bad"), ("", ""))
+        ]
     lines = [cut(line((run["id"], "strong"), (f"  preset {run['name'] or '?'}", "muted")), width)]
     words = [f"model {run['model']}"]
     if run["device"]:
@@ -117,13 +141,14 @@ class Compared:
 
     def __init__(self, run: RunDirectory, letter: str) -> None:
         self.letter, self.id = letter, run.id
+        # Whatever a damaged file makes a parser raise: it is one empty column, and the others are shown.
         try:
             self.settings = flat(to_dict(run.config()))
-        except EqatError:
+        except Exception:
             self.settings = {}
         try:
             self.state = load_state(run, skip=BULK)
-        except EqatError:
+        except Exception:
             self.state = RunState(id=run.id)
 
 

@@ -112,3 +112,13 @@ def test_wrapping_loses_no_word(text: str, width: int) -> None:
 def test_columns_are_aligned() -> None:
     rows = columns([["a", "1"], ["bbb", "22"]], [3, 4], right="lr", gap="|")
     assert [plain(row) for row in rows] == ["a  |   1", "bbb|  22"]
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("y", [2.2e-308, 5e-324, 9e299, -9e299, 0.0])
+@pytest.mark.parametrize("x", [0, -(10**30), 10**300, 10**400, 5e-324, math.nan, math.inf])
+def test_numbers_at_the_ends_of_all_numbers_are_drawn_or_left_out(x: float, y: float, log: bool) -> None:
+    for points in ([(x, y)], [(x, y), (0, 1.0)], [(x, y), (x, math.nan), (x, None)]):
+        for x_range in (None, (1, x), (x, 10**400)):
+            made = chart([Series("loss", points)], 60, 8, log=log, x_range=x_range, x_name="step")
+            assert [width_of(row) <= 60 for row in made] == [True] * 8
