@@ -137,7 +137,7 @@ def test_the_fuzzer_sees_how_much_memory_was_held() -> None:
 
 # -- the mutations -------------------------------------------------------------------------------------
 
-SEEDS = 16
+SEEDS = 10
 CONTENT = {
     ".json": b'{"a": [1, {"b": "text"}], "c": null}',
     ".jsonl": b'{"kind": "metric", "t": 1.5}\n{"kind": "error", "hint": "x"}\n',
