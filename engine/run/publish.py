@@ -30,11 +30,8 @@ def check_target(folder: Path, run: Path | None = None) -> None:
             raise UsageError("exists and is not an empty folder", where=str(folder), hint=ANOTHER)
         if run is not None and folder.resolve().is_relative_to(run.resolve()):
             raise UsageError("lies inside the run itself", where=str(folder), hint=ANOTHER)
-        above = folder.parent
-        if not os.path.lexists(above):
-            raise UsageError(
-                f"cannot be made, there is no folder {above}", where=str(folder), hint=f"mkdir -p {above}"
-            )
+        # Folders above it that are missing are made.
+        above = next(place for place in folder.absolute().parents if os.path.lexists(place))
         writable = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
     except (OSError, ValueError) as error:  # ValueError for a name with a zero byte
         what = getattr(error, "strerror", None) or str(error)
@@ -68,6 +65,10 @@ def publish(checkpoint: Path, folder: Path, *, run: Path, poll: Callable[[], Non
         EqatError: for a full disk or one that cannot be written.
     """
     check_target(folder, run)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_error(error, folder) from error
     partial = f".eqat-{secrets.token_hex(8)}.partial"  # not longer than any name that the user chose may be
     try:
         with opened_folder(checkpoint, run) as source, opened_folder(folder.parent.resolve()) as above:

@@ -94,12 +94,20 @@ def targets(run: Path, place: Path) -> dict[str, Path]:
         "inside the run": run / "copy",
         "through a link": place / "into the run" / "copy",
         "around a corner": place / "real" / ".." / "runs" / "run" / "copy",
-        "no parent": place / "absent" / "copy",
         "proc": Path("/proc/copy"),
         "root": Path("/"),
         "zero byte": place / "a\0b",
         "too long": place / ("n" * 256),
     }
+
+
+def test_folders_above_the_copy_are_made(run: Path, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "deep" / "copy"
+    check_target(target, run)
+    publish(export_of(run), target, run=run)
+    assert sorted(path.name for path in target.iterdir()) == sorted(
+        path.name for path in export_of(run).iterdir()
+    )
 
 
 def test_a_place_that_cannot_take_it_is_refused_in_one_line_and_stays_as_it_was(
