@@ -572,7 +572,7 @@ def end_at(call: str, n: int) -> None:
             if call == "write":
                 path, pieces = Path(str(args[0])), args[1]
                 data = pieces if isinstance(pieces, bytes) else b"".join(pieces)  # type: ignore[call-overload]
-                path.with_name(f".{path.name}.half.tmp").write_bytes(data[: len(data) // 2])
+                path.with_name(f".{path.name}.{os.getpid()}.0123abcd.tmp").write_bytes(data[: len(data) // 2])
             os._exit(9)
         return real(*args, **kwargs)
 
