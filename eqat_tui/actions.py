@@ -12,16 +12,9 @@ from typing import Any
 from engine.run import config as configs
 from engine.run import control
 from engine.run.config import RunConfig
-from engine.run.directory import (
-    RunDirectory,
-    default_runs_dir,
-    find_run,
-    holder,
-    is_held,
-    read_launched,
-    run_state,
-)
+from engine.run.directory import RunDirectory, holder, is_held, read_launched, run_state
 from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
+from engine.run.finding import default_runs_dir, find_run
 from engine.run.launch import launch, log_path
 from engine.run.lock import opened_by
 from engine.run.proof import is_run

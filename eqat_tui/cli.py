@@ -123,7 +123,8 @@ def run(
 
     Closing the terminal never ends a run: eqat attach RUN follows it again.
     """
-    from engine.run.directory import RunDirectory, check_runs_dir, default_runs_dir
+    from engine.run.directory import RunDirectory
+    from engine.run.finding import check_runs_dir, default_runs_dir
     from engine.run.plan import check, make_plan
     from eqat_tui import actions
     from eqat_tui.configure import build_config
@@ -160,7 +161,7 @@ def plan(
     as_json: Json = False,
 ) -> int:
     """Show what a run would need: memory, disk, time, final size. Loads nothing."""
-    from engine.run.directory import default_runs_dir
+    from engine.run.finding import default_runs_dir
     from eqat_tui import actions
     from eqat_tui.configure import build_config
 
@@ -292,7 +293,7 @@ def runs(
     as_json: Json = False,
 ) -> None:
     """List the runs, newest first."""
-    from engine.run.directory import default_runs_dir, list_runs
+    from engine.run.finding import default_runs_dir, list_runs
     from eqat_tui.actions import summaries as summaries_of
     from eqat_tui.output import print_json, say, show
     from eqat_tui.summary import runs_table
@@ -349,7 +350,7 @@ def doctor(
     """
     import msgspec
 
-    from engine.run.directory import default_runs_dir
+    from engine.run.finding import default_runs_dir
     from eqat_tui.doctor import diagnose
     from eqat_tui.output import one_line, print_json, show
 
@@ -458,7 +459,7 @@ def gc(
 
     A run that is being worked on is left alone, and so is what no run makes. What was trained stays.
     """
-    from engine.run.directory import default_runs_dir, list_runs
+    from engine.run.finding import default_runs_dir, list_runs
     from eqat_tui import actions
     from eqat_tui.housekeeping import clean
 

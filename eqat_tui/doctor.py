@@ -22,8 +22,9 @@ from typing import Literal
 import msgspec
 
 from engine.run import config as configs
-from engine.run.directory import RunDirectory, check_runs_dir, run_state
+from engine.run.directory import RunDirectory, run_state
 from engine.run.errors import EqatError, PreflightError
+from engine.run.finding import check_runs_dir
 from engine.run.launch import exit_code, launch, log_path
 from engine.run.summary import show
 from eqat_tui.output import format_bytes, format_seconds

@@ -11,8 +11,8 @@ from typing import Literal
 import msgspec
 
 from engine.run.config import ExportConfig, GridConfig
-from engine.run.directory import list_runs
 from engine.run.errors import EqatError
+from engine.run.finding import list_runs
 from eqat_tui.output import format_bytes
 
 MOST_RECENT = 8

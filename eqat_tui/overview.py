@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from engine.run import config as configs
-from engine.run.directory import default_runs_dir, list_runs
 from engine.run.errors import EqatError
+from engine.run.finding import default_runs_dir, list_runs
 from eqat_tui.actions import summaries
 from eqat_tui.output import table
 from eqat_tui.summary import runs_table

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.run.directory import RunDirectory, default_runs_dir, is_held, list_runs
+from engine.run.directory import RunDirectory, is_held
 from engine.run.errors import EqatError, PreflightError, UsageError
+from engine.run.finding import default_runs_dir, list_runs
 from eqat_tui.output import show
 
 RECENT = 20

@@ -28,7 +28,6 @@ from engine.run.files import (
     atomic_write,
     atomic_write_json,
     disk_error,
-    existing,
     make_folder,
     overwrite_in_place,
     read_error,
@@ -48,12 +47,9 @@ __all__ = [
     "atomic_write_json",
     "classify",
     "clean_temporaries",
-    "default_runs_dir",
-    "find_run",
     "holder",
     "is_held",
     "last_events",
-    "list_runs",
     "process_alive",
     "read_launched",
     "read_status",
@@ -234,111 +230,6 @@ def _slug(source: str) -> str:
     name = source.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix(".gguf")
     name = re.sub(r"[^a-z0-9._]+", "-", name).strip("-._")[:48]
     return name.rstrip("-._") or "model"
-
-
-# -- finding runs --------------------------------------------------------------------------------------
-
-
-def default_runs_dir(flag: str | os.PathLike[str] | None = None) -> Path:
-    """``--runs-dir``, else ``$EQAT_RUNS_DIR``, else ``./runs``."""
-    return Path(flag or os.environ.get("EQAT_RUNS_DIR") or "runs").expanduser()
-
-
-def check_runs_dir(runs_dir: Path) -> Path:
-    """``runs_dir``, or the folder above it that exists; :class:`PreflightError` where no runs can be made."""
-    place = existing(runs_dir)
-    what = "" if os.access(place, os.W_OK | os.X_OK) else "cannot be written"
-    if not os.path.isdir(place):
-        what = "is a file, not a folder"
-    if what:
-        raise PreflightError(what, where=str(place), hint="choose another place with --runs-dir")
-    return place
-
-
-def list_runs(runs_dir: Path) -> list[RunDirectory]:
-    """The runs in ``runs_dir``, newest first; none where there is no such directory.
-
-    A link to a run is listed under its own name, unless the run itself is listed, or another link to it.
-    """
-    different: dict[Path, RunDirectory] = {}
-    for run in _entries(runs_dir):
-        different.setdefault(run.path, run)
-    return sorted(different.values(), key=_made, reverse=True)
-
-
-def _entries(runs_dir: Path) -> list[RunDirectory]:
-    """Every entry of ``runs_dir`` that is a run or a link to one, real folders first."""
-    try:
-        # Hidden ones are deletions that were cut off.
-        found = [path for path in runs_dir.iterdir() if not path.name.startswith(".") and is_run(path)]
-        place = runs_dir.resolve()
-    except FileNotFoundError:
-        return []
-    except NotADirectoryError as error:
-        raise UsageError("is a file, not a folder", where=str(runs_dir)) from error
-    except OSError as error:
-        raise UsageError(f"cannot be read: {error.strerror}", where=str(runs_dir)) from error
-    runs = [_found_at(place / path.name) for path in sorted(found)]
-    return sorted(runs, key=lambda run: run.link is not None)
-
-
-def _found_at(path: Path) -> RunDirectory:
-    """The run at ``path``, which may be a link to it."""
-    return RunDirectory(path.resolve(), path if path.is_symlink() else None)
-
-
-def find_run(runs_dir: Path, ref: str) -> RunDirectory:
-    """The run that ``ref`` means: ``latest``, an id, a path, or the unique beginning or end of an id.
-
-    A run that is listed by a link is found by the link's name and by its own id, which its engine uses.
-    """
-    if not ref:
-        raise UsageError("names no run", where="run", hint="latest, an id, or a path")
-    if "/" in ref or ref in (".", ".."):
-        return _open_found(ref)
-    runs = list_runs(runs_dir)
-    if ref == "latest":
-        if not runs:
-            raise UsageError("there are no runs yet", where=str(runs_dir), hint="eqat run demo makes one")
-        return runs[0]
-    # A second name of a run that is listed already means it too, but only when it is given whole.
-    exact = [run for run in _entries(runs_dir) if run.id == ref]
-    found = exact or [run for run in runs if run.path.name == ref]
-    found = found or [run for run in runs if any(name.startswith(ref) for name in _names(run))]
-    found = found or [run for run in runs if any(name.endswith(f"-{ref}") for name in _names(run))]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        ids = ", ".join(run.id for run in found[:4])
-        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
-        raise UsageError(f"{ref!r} means {len(found)} runs", where="run", hint=f"{ids}{more}")
-    if is_run(Path(ref)):
-        return _open_found(ref)
-    raise UsageError(f"there is no run {ref!r} in {runs_dir}", where="run", hint="eqat runs lists the runs")
-
-
-def _open_found(ref: str) -> RunDirectory:
-    """The run at the path ``ref``."""
-    run = RunDirectory.open(ref)
-    place = Path(os.path.expanduser(ref)).absolute()
-    return RunDirectory(run.path, place if place.is_symlink() else None)
-
-
-def _names(run: RunDirectory) -> tuple[str, str]:
-    """How a run is listed, and how it calls itself."""
-    return run.id, run.path.name
-
-
-def _made(run: RunDirectory) -> tuple[str, int]:
-    """Sorts by the time in the id, and within a minute by the file that was written when it was made."""
-    try:
-        written = run.config_toml.stat().st_mtime_ns
-    except OSError:
-        written = 0
-    stamp = run.path.name[:13]
-    if not re.fullmatch(r"\d{8}-\d{4}", stamp):  # a run that was renamed
-        stamp = time.strftime("%Y%m%d-%H%M", time.localtime(written / 1e9))
-    return stamp, written
 
 
 # -- status and state ----------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from engine.run import housekeeping
-from engine.run.directory import RunDirectory, is_held, list_runs
+from engine.run.directory import RunDirectory, is_held
 from engine.run.errors import EqatError
+from engine.run.finding import list_runs
 from engine.run.launch import launch
 from engine.run.summary import summarize
 from eqat_tui.charts import chart, legend

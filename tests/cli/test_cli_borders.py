@@ -15,8 +15,9 @@ import pytest
 from cli_tools import EQAT_WITH_SCRIPTED_ENGINE, SCRIPTED_ENGINE, Eqat, environment, story, wait_until
 
 from engine.run import events
-from engine.run.directory import RunDirectory, holder, list_runs, run_state
+from engine.run.directory import RunDirectory, holder, run_state
 from engine.run.events import EventWriter
+from engine.run.finding import list_runs
 from engine.run.printable import hides
 from eqat_tui import actions
 

@@ -32,8 +32,9 @@ from cli_tools import (
 )
 from waiting import PATIENCE, wait_until, waits
 
-from engine.run.directory import RunDirectory, holder, list_runs, run_state
+from engine.run.directory import RunDirectory, holder, run_state
 from engine.run.errors import PreflightError
+from engine.run.finding import list_runs
 from engine.run.state import load_state
 from eqat_tui import actions
 

@@ -19,7 +19,8 @@ from waiting import PATIENCE
 from engine.data.tokens import default_cache_dir
 from engine.run import generations
 from engine.run.config import load
-from engine.run.directory import RunDirectory, list_runs, run_state
+from engine.run.directory import RunDirectory, run_state
+from engine.run.finding import list_runs
 from engine.run.lock import RunLock
 from eqat_tui.housekeeping import token_cache
 

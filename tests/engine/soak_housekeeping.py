@@ -14,7 +14,8 @@ from soak_runs import SETTINGS, Whole, finish
 from soak_tools import Row, contents, eqat
 
 from engine.run import events
-from engine.run.directory import RunDirectory, list_runs
+from engine.run.directory import RunDirectory
+from engine.run.finding import list_runs
 
 COMMITS = 6
 """Checkpoints after which the run that is cleaned is killed: old generations and a cache are there."""

@@ -13,9 +13,10 @@ import pytest
 
 from engine.run import config as configs
 from engine.run import events, generations, housekeeping, launch
-from engine.run.directory import RunDirectory, list_runs
+from engine.run.directory import RunDirectory
 from engine.run.errors import PreflightError
 from engine.run.events import EventWriter
+from engine.run.finding import list_runs
 from engine.run.generations import Generation
 
 CONFIG = configs.resolve(configs.load("smoke"))

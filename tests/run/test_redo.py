@@ -8,9 +8,10 @@ import pytest
 
 from engine.run import config as configs
 from engine.run import directory, events, redo
-from engine.run.directory import RunDirectory, list_runs
+from engine.run.directory import RunDirectory
 from engine.run.errors import PreflightError, UsageError
 from engine.run.events import EventWriter
+from engine.run.finding import list_runs
 from engine.run.redo import Origin, make_redo, read_origin
 
 CONFIG = configs.resolve(configs.load("smoke"))

@@ -12,19 +12,11 @@ import pytest
 
 from engine.run import config as configs
 from engine.run import directory, events
-from engine.run.directory import (
-    Launched,
-    RunDirectory,
-    Status,
-    check_runs_dir,
-    classify,
-    find_run,
-    list_runs,
-    run_state,
-)
+from engine.run.directory import Launched, RunDirectory, Status, classify, run_state
 from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.events import EventWriter
 from engine.run.files import atomic_write, atomic_write_json, disk_error
+from engine.run.finding import check_runs_dir, default_runs_dir, find_run, list_runs
 from engine.run.lock import RunLock
 
 CONFIG = configs.resolve(configs.load("smoke"))
@@ -170,10 +162,10 @@ def test_a_reference_that_means_no_run_or_several_is_a_usage_error(runs: Path) -
 
 def test_runs_directory_is_the_flag_then_the_variable_then_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EQAT_RUNS_DIR", raising=False)
-    assert directory.default_runs_dir() == Path("runs")
+    assert default_runs_dir() == Path("runs")
     monkeypatch.setenv("EQAT_RUNS_DIR", "/a")
-    assert directory.default_runs_dir() == Path("/a")
-    assert directory.default_runs_dir("b") == Path("b")
+    assert default_runs_dir() == Path("/a")
+    assert default_runs_dir("b") == Path("b")
 
 
 def test_place_that_cannot_hold_runs_is_a_preflight_error(tmp_path: Path) -> None:
