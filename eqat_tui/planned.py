@@ -68,9 +68,9 @@ PUBLISHED: Mapping[str, Any] = {
 
 def known(plan: Any) -> dict[str, Any]:
     """``plan`` with every key of ``SHAPE`` and ``published``; what is no number, or negative, is ``None``."""
-    published = plan.get("published") if isinstance(plan, Mapping) else None
+    published = branch(plan, "published")
     found: dict[str, Any] = _shaped(plan, SHAPE)
-    return {**found, "published": _shaped(published, PUBLISHED) if published else None}
+    return {**found, "published": _shaped(published, PUBLISHED) if isinstance(published, Mapping) else None}
 
 
 def _shaped(value: Any, shape: Any) -> Any:

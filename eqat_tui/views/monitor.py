@@ -27,7 +27,7 @@ from eqat_tui.progress import fraction
 from eqat_tui.summary import group_words
 from eqat_tui.words import hint_for_app, model_name, phase_name
 
-MOST_LINES = 6
+MOST_LINES = 4
 """Of one notice: what went wrong must not push away where the run is."""
 MOST_RATES = 8
 
