@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -484,7 +485,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run_command(arguments: list[str]) -> int:
-    from eqat_tui.output import print_error
+    from eqat_tui.output import print_error, say
 
     try:
         code = app(args=arguments, prog_name="eqat", standalone_mode=False)
@@ -497,7 +498,8 @@ def _run_command(arguments: list[str]) -> int:
         if words is None:
             if type(error).__name__ == "Abort":  # Ctrl-C before there was anything to stop
                 return ExitCode.ABORTED
-            raise
+            say(traceback.format_exc())  # what a bug's traceback quotes may be foreign words too
+            return ExitCode.BUG
         problem = UsageError(words().rstrip("."), hint="eqat --help")
     else:
         return int(code or 0)

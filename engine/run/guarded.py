@@ -56,9 +56,12 @@ def opened_folder(folder: Path, root: Path | None = None) -> Iterator[int]:
         OSError: ``ELOOP`` or ``ENOTDIR`` for a link.
     """
     root = folder if root is None else root
+    inside = folder.relative_to(root).parts
+    if ".." in inside:  # it would lead out again
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(folder))
     fd = os.open(root, _FOLDER | os.O_NOFOLLOW)
     try:
-        for part in folder.relative_to(root).parts:
+        for part in inside:
             inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=fd)
             os.close(fd)
             fd = inner

@@ -82,6 +82,17 @@ def test_no_folder_below_the_root_may_be_a_link(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == ["objects"]
 
 
+def test_no_path_below_the_root_leads_out_of_it_again(tmp_path: Path) -> None:
+    (tmp_path / "run" / "inner").mkdir(parents=True)
+    (tmp_path / "secret").write_bytes(b"1")
+    for path in (Path("..", "secret"), Path("inner", "..", "..", "secret")):
+        with pytest.raises(BadFile):
+            read_bytes(tmp_path / "run" / path, 10, root=tmp_path / "run")
+        with pytest.raises(PreflightError):
+            atomic_write(tmp_path / "run" / path, b"2", root=tmp_path / "run")
+    assert (tmp_path / "secret").read_bytes() == b"1"
+
+
 def test_a_root_that_became_a_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "real")
