@@ -1,6 +1,6 @@
 """A chat template that belongs to a model is a program, and is run like somebody else's program.
 
-Jinja keeps templates away from files, not from the processor and from memory: two nested loops, ``9**9**9``
+Jinja keeps templates away from files, not from the processor and from memory: two nested loops, ``9**(9**9)``
 or ``'x' * 10**10`` would hold a run for ever or fill the machine, some of it inside a single operation that
 no signal interrupts. So the template is rendered by a child of this process that can reserve only so much
 memory and is killed after so many seconds. The child is a fork: what renders is the tokenizer that is loaded

@@ -165,7 +165,7 @@ def test_only_a_tokenizer_that_knows_conversations_gets_a_turn() -> None:
     [
         ("{{ 'x' * 10**10 }}", "memory"),
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "still at work"),
-        ("{{ 9**9**9 }}", "memory|still at work"),
+        ("{{ 9**(9**9) }}", "memory|still at work|ended the process"),
         ("{{ 'x' * 30000000 }}", "too much"),
         ("{{ messages[7].content }}", "no element 7"),
         ("{% for %}", "Expected an expression"),
