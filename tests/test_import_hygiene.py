@@ -73,6 +73,7 @@ def test_the_app_loads_no_engine_library_whatever_it_shows(tmp_path: Path) -> No
 import os, sys
 os.chdir({str(tmp_path)!r})
 sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "tests" / "tui")!r}]
+sys.path.insert(0, {str(REPOSITORY / "tests" / "engine")!r})
 from pathlib import Path
 from app_tools import app_of, drive, picture, press, until
 from logs import RECORDED, make_run

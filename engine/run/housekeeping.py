@@ -149,15 +149,13 @@ def remove_cache(run: RunDirectory) -> None:
 
 
 def _garbage(run: RunDirectory) -> Iterator[tuple[Path, list[str]]]:
-    """Folders of a run, each with the names of what lies in it and no continuation needs."""
+    """Folders of a run, each with the names of what lies in it and no continuation needs; of checkpoints
+    :func:`_prune` knows."""
     patterns: list[tuple[str, Callable[[str], bool]]] = [
         (".", contents.is_unfinished_at_top),
         ("control", contents.is_unfinished_request),
         ("cache", contents.is_cached),
     ]
-    if not generations.newest(run.checkpoints_dir):  # else pruning does it
-        patterns.append(("checkpoints", contents.is_unfinished_checkpoint))
-        patterns.append(("checkpoints/objects", contents.is_unfinished_object))
     for folder, ours in patterns:
         yield run.path / folder, _names(run, folder, ours)
     there = exports(run)

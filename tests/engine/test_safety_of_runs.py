@@ -225,7 +225,7 @@ def test_checkpoints_that_are_a_link_are_refused_in_one_line(make: Make, tmp_pat
     before = sorted(elsewhere.rglob("*"))
     assert run_here(run) == 3
     error = failure(run, 3)
-    assert error.where == str(run.checkpoints_dir / "objects")
+    assert error.where == str(run.path / place)
     assert "a link" in error.message
     assert sorted(elsewhere.rglob("*")) == before
 
