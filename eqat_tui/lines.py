@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len, get_character_cell_size, set_cell_size
 
-from engine.run.printable import printable
+from engine.run.printable import JOINERS, printable
 
 Span = tuple[str, str]
 Line = list[Span]
@@ -157,7 +157,8 @@ def _pieces(word: str, width: int) -> list[str]:
             pieces.append(word[begin:index])
             begin, used = index, 0
         used += size
-    return [*pieces, word[begin:]]
+    # A joiner joins nothing over the end of a line, and alone it would be shown as an escape.
+    return [piece.strip("".join(JOINERS)) for piece in (*pieces, word[begin:])]
 
 
 def bar(fraction: float | None, width: int, role: str = "accent") -> Line:

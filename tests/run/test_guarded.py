@@ -38,8 +38,9 @@ def odd_files(folder: Path) -> dict[str, Path]:
     places["dangling"].symlink_to(folder / "absent")
     places["zero"].symlink_to("/dev/zero")
     os.mkfifo(places["fifo"])
-    with socket.socket(socket.AF_UNIX) as one:
-        one.bind(str(places["socket"]))
+    # Binding takes at most 108 bytes of name; a folder's descriptor is a short one.
+    with opened_folder(folder) as fd, socket.socket(socket.AF_UNIX) as one:
+        one.bind(f"/proc/self/fd/{fd}/socket")
     places["folder"].mkdir()
     return places
 
