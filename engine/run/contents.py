@@ -7,6 +7,7 @@ file of the user's some day; so every name is spelled as the code that writes it
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 CONFIG = "config.toml"
 FILES = (CONFIG, "run.json", "origin.json", "lock", "status.json", "launch.json", "events.jsonl")
@@ -28,6 +29,10 @@ _REMOVED = re.compile(re.escape(REMOVED) + r".+-[0-9a-f]{8}", re.DOTALL)
 _ACTIVATIONS = re.compile(r"(?:full|quantized|teacher|evaluation|tasks-[0-9]{1,9})\.bin")
 _STREAM = re.compile(r"streams-[0-9]{3,9}-(?:full|quantized|teacher)\.raw")
 _REQUEST = re.compile(r"[0-9]{20}-[0-9a-f]{8}\.json")
+_ANSWERED = re.compile(r"[0-9]{20}-[0-9a-f]{8}\.done")
+_LOG = re.compile(r"attempt-[0-9]{3,9}\.log")
+# A folder that had a checkpoint file's name and was set aside (engine.run.objects).
+_ASIDE = re.compile(r"(.+)\.aside-[0-9a-f]{8}", re.DOTALL)
 _GENERATION = re.compile(r"(?:generation|spare)-[0-9]{6,9}(?:-[0-9a-f]{64})?\.json")
 _OBJECT = re.compile(r"[0-9a-f]{64}\.safetensors")
 # Tokenized text, and such a file that is being written.
@@ -86,3 +91,34 @@ def is_unfinished_object(name: str) -> bool:
 def is_cached_text(name: str) -> bool:
     """Tokenized text in the user's cache, or such a file that was being written (``engine.data.tokens``)."""
     return _TEXT.fullmatch(name) is not None or _UNFINISHED_TEXT.fullmatch(name) is not None
+
+
+def belongs_in(folder: str, name: str) -> bool:
+    """Whether a run has an entry of this name in one of its folders (``checkpoints/objects`` is one, too)."""
+    aside = _ASIDE.fullmatch(name)
+    if aside is not None and folder.startswith("checkpoints"):
+        name = aside[1]
+    return _BELONGS[folder](name)
+
+
+def _is_in_control(name: str) -> bool:
+    return any(kind.fullmatch(temporary_of(name) or name) for kind in (_REQUEST, _ANSWERED))
+
+
+def _is_in_checkpoints(name: str) -> bool:
+    name = temporary_of(name) or name
+    return name in ("CURRENT", "objects") or _GENERATION.fullmatch(name) is not None
+
+
+def _is_in_export(name: str) -> bool:
+    return any(name == made + ending for made in FORMATS for ending in ("", *LEFTOVERS))
+
+
+_BELONGS: dict[str, Callable[[str], bool]] = {
+    "control": _is_in_control,
+    "logs": lambda name: _LOG.fullmatch(name) is not None,
+    "checkpoints": _is_in_checkpoints,
+    "checkpoints/objects": lambda name: _OBJECT.fullmatch(temporary_of(name) or name) is not None,
+    "eval": lambda name: False,
+    "export": _is_in_export,
+}

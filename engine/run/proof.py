@@ -68,7 +68,8 @@ def prove_run(path: Path) -> Identity:
 
     Proof is all of this: the path is a real folder of this user's, not a link to one; ``config.toml`` reads
     as the configuration of a run and has every section; the folders that are made with a run are there; and
-    at its top lies nothing that no run has. What lies deeper is part of the run, unless it is another run.
+    neither at its top nor in one of these folders lies anything that no run has. What lies deeper, in an
+    export, is part of the run, unless it is another run.
 
     Raises:
         PreflightError: names the first proof that is missing.
@@ -76,6 +77,7 @@ def prove_run(path: Path) -> Identity:
     with _folder_of_ours(path) as folder:
         names = _prove_making(folder, path)
         _prove_top(folder, names, path)
+        _prove_folders(path)
         inner = next(_runs_inside(path), None)
         if inner is not None:
             raise NotProven(
@@ -111,6 +113,7 @@ def prove_removed(path: Path) -> Identity:
         if names:
             _prove_config(path)
             _prove_top(folder, names, path)
+            _prove_folders(path)
         return Identity.of(os.fstat(folder))
 
 
@@ -191,14 +194,7 @@ def _prove_config(run: Path) -> None:
 
 def _prove_top(folder: int, names: Sequence[str], path: Path) -> None:
     """Nothing but a run's files and folders lies at the top, and each is what its name says."""
-    foreign = [name for name in names if not contents.belongs_at_top(name)]
-    if foreign:
-        them = "it" if len(foreign) == 1 else "them"
-        raise NotProven(
-            f"holds what no run has: {shown(foreign)}",
-            where=str(path),
-            hint=f"move {them} away, or delete the folder by hand",
-        )
+    _refuse_foreign([name for name in names if not contents.belongs_at_top(name)], path)
     device = os.fstat(folder).st_dev
     for name in names:
         try:
@@ -214,6 +210,30 @@ def _prove_top(folder: int, names: Sequence[str], path: Path) -> None:
                 where=str(path / name),
                 hint="move it away, or delete the run's folder by hand",
             )
+
+
+def _prove_folders(run: Path) -> None:
+    """Nothing but what the engine makes lies in a run's folders, such as a model that was trained further.
+
+    Only of ``cache`` it is promised that all of it may go. A link is only a name: what it leads to stays.
+    """
+    for name in (*MADE_WITH_A_RUN, "checkpoints/objects"):
+        try:
+            with opened_folder(run / name, run) as folder, os.scandir(folder) as entries:
+                inside = [entry.name for entry in entries if not entry.is_symlink()]
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        _refuse_foreign([one for one in inside if not contents.belongs_in(name, one)], run / name)
+
+
+def _refuse_foreign(names: Sequence[str], place: Path) -> None:
+    if names:
+        them = "it" if len(names) == 1 else "them"
+        raise NotProven(
+            f"holds what no run has: {shown(names)}",
+            where=str(place),
+            hint=f"move {them} away, or delete the folder by hand",
+        )
 
 
 def _runs_inside(path: Path) -> Iterator[Path]:

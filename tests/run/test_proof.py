@@ -137,8 +137,15 @@ UNPROVEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "nearly a temporary file": (lambda folder: (folder / ".x.1.ab.tmp").touch(), ".x.1.ab.tmp"),
     "somebody's temporary file": (lambda folder: (folder / ".x.1.0123abcd.tmp").touch(), "0123abcd"),
     "another run inside": (run_in("."), "holds what no run has"),
-    "another run in a folder": (run_in("export"), "holds another run"),
-    "another run deep inside": (run_in("export/mine/runs"), "holds another run"),
+    "another run in a folder": (run_in("cache"), "holds another run"),
+    "another run deep inside": (run_in("export/gptq_v2/runs"), "holds another run"),
+    "another run that was made there": (run_in("export"), "holds what no run has"),
+    "a model in export": (lambda folder: (folder / "export" / "mine").mkdir(), "what no run has: mine"),
+    "a file in export": (lambda folder: precious(folder / "export"), "what no run has: notes.txt"),
+    "a file among the logs": (lambda folder: precious(folder / "logs"), "what no run has: notes.txt"),
+    "a file among the checkpoints": (lambda folder: precious(folder / "checkpoints"), "notes.txt"),
+    "a file among the requests": (lambda folder: precious(folder / "control"), "notes.txt"),
+    "a file of an evaluation": (lambda folder: precious(folder / "eval"), "notes.txt"),
     "no configuration": (lambda folder: (folder / "config.toml").unlink(), "config.toml is missing"),
     "an empty configuration": (rewrite(lambda text: ""), "it has no section model"),
     "another program's configuration": (rewrite(lambda text: "[tool.x]\na = 1\n"), "no section model"),
@@ -229,7 +236,7 @@ def test_links_inside_a_run_are_removed_and_what_they_lead_to_stays(
     precious(elsewhere)
     (run.export_dir / "mine").symlink_to(elsewhere)
     (run.cache_dir / "full.bin").symlink_to(elsewhere / "notes.txt")
-    os.link(elsewhere / "notes.txt", run.logs_dir / "notes.txt")
+    os.link(elsewhere / "notes.txt", run.logs_dir / "attempt-001.log")
     housekeeping.delete_run(run)
     assert snapshot(tmp_path) == {**snapshot(tmp_path), "elsewhere/notes.txt": b"precious"}
     assert list((tmp_path / "runs").iterdir()) == []
@@ -277,9 +284,11 @@ def test_a_deletion_that_is_cut_off_anywhere_is_finished(runs: Path, monkeypatch
     allowed = 0
     while True:
         run = RunDirectory.create(runs, CONFIG)
-        for folder in contents.FOLDERS:
-            (run.path / folder / "inside").mkdir()
-            (run.path / folder / "inside" / "file").write_text("x")
+        for folder in ("cache/inside", "export/gptq_v2", "checkpoints/objects"):
+            (run.path / folder).mkdir()
+            (run.path / folder / f"{'a' * 64}.safetensors").write_text("x")
+        for number in range(1, 5):
+            (run.logs_dir / f"attempt-{number:03d}.log").write_text("x")
         (run.path / ".status.json.1.0123abcd.tmp").touch()
         left = allowed
 
@@ -435,7 +444,7 @@ def is_as_in_a_run(path: Path, *, removed: bool) -> bool:
     if path.is_symlink():
         return False
     if path.name in contents.FOLDERS:
-        return path.is_dir()
+        return path.is_dir() and (path.name == "cache" or not any(path.iterdir()))
     return path.is_file() or not any(path.iterdir())
 
 
