@@ -158,7 +158,8 @@ def _work(
         report.emit(started_event(run, device, arguments.task, leaves))
         plan = make_plan(config, device=str(device), runs_dir=run.path)
         report.emit(events.Plan(plan=plan.to_dict()))
-        check(plan)
+        # What is done with a finished run waits for room, as the run itself does once it works.
+        check(plan, waits_for_room=arguments.task != "run")
         Pipeline(
             run,
             config,

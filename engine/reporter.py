@@ -31,6 +31,8 @@ PLAN_COUNTS = 0.1
 # The main loop may be silent this long before a reader calls the run hung; slow single operations ask for
 # more.
 GRACE_SECONDS = 60.0
+LONGEST_FAILURE = 500
+"""Letters of an error in the status file, which has to fit into the place of the one before."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -78,6 +80,9 @@ class Reporter:
         self._signal_code = ExitCode.ABORTED
         self._warned = False
         self._requested: StopRequested | None = None
+        self._failure = ""
+        self._outcome: events.Outcome | None = None
+        self._exit_code: int | None = None
         self.waiting = ""
         """Why nothing happens at the moment; shown by whoever follows the run."""
         self._done = threading.Event()
@@ -297,6 +302,9 @@ class Reporter:
             attempt=self.attempt,
             events_dropped=self.events.dropped,
             waiting=self.waiting,
+            outcome=self._outcome,
+            exit_code=self._exit_code,
+            failure=self._failure,
         )
 
     def _keep_status(self) -> None:
@@ -319,6 +327,7 @@ class Reporter:
 
     def fail(self, error: EqatError) -> None:
         """Record why the attempt ends."""
+        self._failure = str(error)[:LONGEST_FAILURE]
         self.emit(error_event(error))
 
     def finish(
@@ -326,6 +335,7 @@ class Reporter:
     ) -> None:
         """The last event; ``leaves`` is the run's state where that is not how this attempt ended."""
         seconds = time.monotonic() - self.started
+        self._outcome, self._exit_code = leaves or outcome, int(exit_code)
         self.emit(
             events.RunFinished(outcome=outcome, exit_code=int(exit_code), seconds=seconds, leaves=leaves)
         )

@@ -32,8 +32,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _folder(text: str) -> Path:
+    """A variable that is not set must not mean the current folder."""
+    if not text:
+        raise UsageError("is empty", where="--runs-dir", hint="name a folder, or leave it out")
+    return Path(text)
+
+
 RunsDir = Annotated[
-    Path | None, typer.Option("--runs-dir", help="Where runs are kept; else $EQAT_RUNS_DIR, else ./runs.")
+    Path | None,
+    typer.Option(
+        "--runs-dir",
+        parser=_folder,
+        metavar="FOLDER",
+        help="Where runs are kept; else $EQAT_RUNS_DIR, else ./runs.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Target = Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset, or a .toml file.")]
@@ -404,7 +418,7 @@ def export(
     args = ["--task", "export", "--format", format]
     found = actions.find(run, runs_dir)
     if to is not None:
-        to = to.expanduser().absolute()
+        to = Path(os.path.expanduser(to)).absolute()
         check_target(to, found.path)
         args += ["--to", str(to)]
     return actions.start(found, args=args, detach=detach, as_json=as_json)

@@ -124,6 +124,12 @@ class Follower:
             raise run_is_gone(self.run.path)
         if code == ExitCode.PREFLIGHT:
             refuse_second(self.run)  # two were started at once, and the other has the run
+        ended = read_status(self.run)
+        if ended is not None and ended.outcome is not None and ended.attempt >= self.state.attempt:
+            if ended.failure:
+                self.display.note(f"error: {ended.failure}")
+            if code in (None, ended.exit_code):  # the log had no room for the last words; the status had
+                return ended.exit_code or 0
         # No last word, or one that the process then contradicted by how it ended.
         print_tail(self.run, code, self.display)
         if code is None:

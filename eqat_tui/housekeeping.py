@@ -157,4 +157,4 @@ def token_cache() -> Path:
     from platformdirs import user_cache_dir
 
     root = os.environ.get("EQAT_CACHE_DIR")
-    return Path(root).expanduser() / "tokens" if root else Path(user_cache_dir("eqat")) / "tokens"
+    return Path(os.path.expanduser(root)) / "tokens" if root else Path(user_cache_dir("eqat")) / "tokens"

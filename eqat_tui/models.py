@@ -100,7 +100,7 @@ def hub_cache() -> Path:
         os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"
     )
     place = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
-    return Path(os.path.expandvars(place)).expanduser()
+    return Path(os.path.expanduser(os.path.expandvars(place)))
 
 
 def _cached() -> Iterator[Found]:

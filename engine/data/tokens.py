@@ -94,7 +94,7 @@ def default_cache_dir() -> Path:
     """Where tokens are kept: ``$EQAT_CACHE_DIR/tokens``, or the user's cache directory."""
     chosen = os.environ.get("EQAT_CACHE_DIR")
     if chosen:
-        return Path(chosen).expanduser() / "tokens"
+        return Path(os.path.expanduser(chosen)) / "tokens"
     from platformdirs import user_cache_dir
 
     return Path(user_cache_dir("eqat")) / "tokens"

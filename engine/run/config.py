@@ -206,7 +206,7 @@ def config_hash(config: RunConfig) -> str:
 
 def _read_layers(path: Path, *, seen: tuple[Path, ...], root: Path | None = None) -> dict[str, Any]:
     """The merged tree of ``path`` and what it extends, outermost last. Below ``root`` nothing is a link."""
-    path = path.resolve() if root is None else path
+    path = Path(os.path.realpath(path)) if root is None else path
     if path in seen:
         raise UsageError("extends itself", where=str(path))
     try:
@@ -226,7 +226,7 @@ def _extend(tree: dict[str, Any], *, directory: Path | None, seen: tuple[Path, .
     if not isinstance(parent, str):
         raise UsageError("must be the name of a preset or a path", where="extends")
     if parent.endswith(".toml") and directory is not None:
-        path = directory / Path(parent).expanduser()
+        path = directory / os.path.expanduser(parent)
     else:
         path = preset_path(parent)
     base = _read_layers(path, seen=seen)

@@ -88,6 +88,12 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     events_dropped: int = 0
     waiting: str = ""
     """Why the engine does nothing at the moment (a full disk), in one sentence; empty while it works."""
+    outcome: Outcome | None = None
+    """What the run is since this attempt has ended. The log says so too, unless the disk had no room for it:
+    a status is written in the place of the one before."""
+    exit_code: int | None = None
+    failure: str = ""
+    """Why the attempt failed, in one line."""
 
 
 class Launched(msgspec.Struct, frozen=True, kw_only=True):
@@ -370,13 +376,14 @@ def run_state(run: RunDirectory, *, now: float | None = None) -> State:
 
 def _outcome(run: RunDirectory, events: list[AnyEvent]) -> Outcome | None:
     """How the last attempt ended, or what it left the run as; none for one that was cut off in training."""
-    last = _last_mark(run, events)
-    if isinstance(last, RunStarted):
-        return last.leaves
-    # A finish counts only for the attempt that wrote last.
-    if isinstance(last, RunFinished) and last.attempt == events[-1].attempt:
-        return last.leaves or last.outcome
-    return None
+    last, newest = _last_mark(run, events), events[-1].attempt if events else 0
+    status = read_status(run)
+    # A log on a full disk ends before its attempt does, or does not even begin.
+    told = status.outcome if status is not None and status.attempt >= newest else None
+    if isinstance(last, RunFinished) and last.attempt == newest:
+        beyond = status is not None and status.attempt > newest and told is not None
+        return told if beyond else last.leaves or last.outcome
+    return told or (last.leaves if isinstance(last, RunStarted) else None)
 
 
 def _heartbeat_age(run: RunDirectory, status: Status | None, now: float) -> float | None:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from engine.run.errors import EqatError, ExitCode, PreflightError
-from engine.run.guarded import BadFile, open_regular, opened_folder
+from engine.run.guarded import BadFile, bad_file, open_regular, opened_folder
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (
@@ -129,8 +129,8 @@ def sync_folder(folder: int) -> None:
 
 
 def read_error(error: OSError, path: Path) -> PreflightError:
-    """What a failed read means for the user: no access, or a fault of the disk (3)."""
-    return PreflightError(f"cannot be read: {error.strerror or error}", where=str(path))
+    """What a failed read means for the user: a link, no access, or a fault of the disk (3)."""
+    return bad_file(error, path)
 
 
 def full_disk(error: BaseException) -> int | None:

@@ -19,7 +19,7 @@ from engine.run.proof import is_run
 
 def default_runs_dir(flag: str | os.PathLike[str] | None = None) -> Path:
     """``--runs-dir``, else ``$EQAT_RUNS_DIR``, else ``./runs``."""
-    return Path(flag or os.environ.get("EQAT_RUNS_DIR") or "runs").expanduser()
+    return Path(os.path.expanduser(flag or os.environ.get("EQAT_RUNS_DIR") or "runs"))
 
 
 def check_runs_dir(runs_dir: Path) -> Path:
@@ -49,7 +49,7 @@ def _entries(runs_dir: Path) -> list[RunDirectory]:
     try:
         # Hidden ones are deletions that were cut off.
         found = [path for path in runs_dir.iterdir() if not path.name.startswith(".") and is_run(path)]
-        place = runs_dir.resolve()
+        place = Path(os.path.realpath(runs_dir))
     except FileNotFoundError:
         return []
     except NotADirectoryError as error:

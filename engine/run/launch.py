@@ -27,7 +27,7 @@ from engine.run.directory import (
 )
 from engine.run.errors import EqatError, PreflightError
 from engine.run.files import atomic_write_json, disk_error, make_folder
-from engine.run.guarded import open_regular, opened_folder
+from engine.run.guarded import open_regular, opened_folder, require_regular
 
 ATTEMPT_VARIABLE = "EQAT_ATTEMPT"
 """Tells the engine which attempt, and so which log, it is."""
@@ -91,6 +91,8 @@ def launch(
 
 def refuse_second(run: RunDirectory, *, but: int = 0) -> None:
     """PreflightError that says who works on the run, or is about to on this machine; ``but`` may."""
+    if os.path.lexists(run.lock_path):
+        require_regular(os.lstat(run.lock_path), run.lock_path)  # no engine could take it
     owner = holder(run.lock_path)
     if owner is None:
         launched = read_launched(run)

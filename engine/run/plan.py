@@ -11,6 +11,7 @@ of them into the error a run ends with.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,19 +177,19 @@ def _check_local_text(config: RunConfig) -> None:
     used = [("data.source", config.data, config.block_ap.enabled or config.e2e_qp.enabled)]
     used.append(("evaluation.data.source", config.evaluation.data, config.evaluation.enabled))
     for name, data, wanted in used:
-        path = Path(data.source).expanduser()
+        path = Path(os.path.expanduser(data.source))
         if not wanted or not (data.source.startswith(("/", ".", "~")) or path.suffix in TEXT_SUFFIXES):
             continue
-        if not path.exists():
+        if not os.path.exists(path):
             raise DataError("no such file or folder", where=data.source, hint=f"check {name}")
-        if path.is_file() and path.stat().st_size == 0:
+        if os.path.isfile(path) and path.stat().st_size == 0:
             raise DataError("the file is empty", where=data.source, hint=f"check {name}")
 
 
-def check(plan: Plan) -> None:
-    """Raise PreflightError for the first thing that does not fit."""
-    if plan.problems:
-        problem = plan.problems[0]
+def check(plan: Plan, *, waits_for_room: bool = False) -> None:
+    """Raise PreflightError for the first thing that does not fit; a disk counts unless it is waited for."""
+    found = [problem for problem in plan.problems if not (waits_for_room and problem.where == "disk")]
+    for problem in found[:1]:
         raise PreflightError(problem.message, where=problem.where, hint=problem.hint)
 
 
@@ -302,10 +303,10 @@ def corpus(data: DataConfig) -> str:
     source = data.source
     if source.lower() in CORPUS_NAMES:
         return CORPUS_NAMES[source.lower()]
-    path = Path(source).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(source))
+    if not os.path.exists(path):
         return source
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     for pattern, name in LOCAL_CORPORA.items():
         if any(re.search(pattern, part.lower()) for part in (path.name, path.parent.name)):
             return name
@@ -325,9 +326,9 @@ def evaluation_windows(config: RunConfig, arch: Architecture) -> tuple[int, bool
     if not section.enabled:
         return 0, False
     name = corpus(section.data)
-    path = Path(section.data.source).expanduser()
+    path = Path(os.path.expanduser(section.data.source))
     characters = CORPUS_CHARACTERS.get(name)
-    if characters is None and path.is_file():
+    if characters is None and os.path.isfile(path):
         characters = path.stat().st_size
     known = characters is not None
     windows = int((characters or UNKNOWN_CHARACTERS) / _characters_per_token(arch)) // section.sequence_length

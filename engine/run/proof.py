@@ -49,18 +49,14 @@ def is_run(path: Path) -> bool:
     """Whether ``path`` looks like a run; false, not an error, for what may not be looked into.
 
     A ``config.toml`` alone would make a run of every project, and of the folder above an export. So there
-    are also to be ``checkpoints`` and either ``control``, which is made with a run, or the event log, which a
-    copy still has after a program that leaves out empty folders. Of those only the names count: a run whose
-    checkpoints were moved to another disk and linked is still listed, though it is not deleted.
+    are also to be either ``control``, which is made with a run, or the event log, which a copy still has
+    after a program that leaves out empty folders; and another folder of a run. Only the names count: a run
+    that lost its checkpoints, or whose configuration is a link, is still listed, though it is not deleted.
     """
-    try:
-        if not stat.S_ISREG(os.lstat(path / contents.CONFIG).st_mode):
-            return False
-    except (OSError, ValueError):
+    if not os.path.lexists(path / contents.CONFIG):
         return False
-    return os.path.lexists(path / "checkpoints") and any(
-        os.path.lexists(path / name) for name in ("control", "events.jsonl")
-    )
+    known = any(os.path.lexists(path / name) for name in ("control", "events.jsonl"))
+    return known and any(os.path.lexists(path / name) for name in ("checkpoints", "logs", "export"))
 
 
 def prove_run(path: Path) -> Identity:

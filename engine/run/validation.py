@@ -67,7 +67,8 @@ def validate(config: RunConfig) -> None:
     _e2e_qp(config.e2e_qp, symmetric=config.grid.symmetric)
     _evaluation(config.evaluation)
     _unique("export.formats", config.export.formats)
-    _positive("export.shard_gib", config.export.shard_gib)
+    # A file has a header; below a KiB there would be more files than a folder can hold.
+    _between("export.shard_gib", config.export.shard_gib, 1e-6, 1e6)
     _runtime(config.runtime)
 
 
@@ -206,12 +207,6 @@ def _count(name: str, value: int, *, least: int = 1, most: int = _LARGEST) -> No
 def _finite(name: str, value: float) -> None:
     if not math.isfinite(value):
         raise UsageError(f"cannot be {value}", where=name, hint="a finite number")
-
-
-def _positive(name: str, value: float) -> None:
-    _finite(name, value)
-    if value <= 0:
-        raise UsageError(f"cannot be {value:g}", where=name, hint="above 0")
 
 
 def _not_negative(name: str, value: float, *, hint: str) -> None:

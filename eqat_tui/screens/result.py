@@ -325,7 +325,7 @@ class ExportDialog(ModalScreen[tuple[list[str], str] | None]):
             return
         folder = self.query_one("#folder", Input).value.strip()
         if folder:
-            folder = str(Path(folder).expanduser().absolute())
+            folder = str(Path(os.path.expanduser(folder)).absolute())
             try:
                 check_target(Path(folder), self._run)
             except EqatError as error:

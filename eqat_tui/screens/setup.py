@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -418,7 +419,7 @@ class SetupScreen(WorkScreen):
     def do_save(self) -> None:
         def save(path: str | None) -> None:
             if path and path.strip():
-                target = Path(path.strip()).expanduser()
+                target = Path(os.path.expanduser(path.strip()))
                 text = to_toml(self.draft.config()).encode()
                 self.eqat.in_background(lambda: _write_new(target, text), f"saved; eqat run {target}")
 
@@ -457,6 +458,7 @@ def _write_new(path: Path, text: bytes) -> None:
 
     if path.suffix != ".toml":
         raise UsageError("must end in .toml, or eqat run takes it for a preset", where=str(path))
-    if path.exists():
+    if os.path.lexists(path):
         raise UsageError("exists already", where=str(path), hint="choose another name")
-    atomic_write(path, text)
+    # The folder is the user's to choose, and may be a link.
+    atomic_write(Path(os.path.realpath(path.parent)) / path.name, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from engine_runs import (
 
 from engine.export import place
 from engine.run import control, events
-from engine.run.directory import RunDirectory, read_status
+from engine.run.directory import RunDirectory, read_status, run_state
 
 Engine = Callable[..., Child]
 EXPORT = ("--task", "export")
@@ -168,6 +169,57 @@ def test_a_disk_that_fills_during_an_export_is_waited_for_and_the_old_export_sta
     assert exported(run) == before
     assert names(run) == ["gptq_v2"]
     assert [e.code for e in of(run, events.Warning, 2)].count("disk_full") == 1
+
+
+def test_an_export_that_begins_on_a_full_disk_waits_too(
+    tmp_path: Path, engine: Engine, mount: Callable[[Path, str], None]
+) -> None:
+    """All of the run lies on the small disk, its log and its status too."""
+    runs = tmp_path / "small" / "runs"
+    runs.mkdir(parents=True)
+    mount(runs.parent, "8m")
+    run = make_run(runs)
+    assert run_here(run) == 0
+    before = exported(run)
+    fill(runs.parent / "filler")
+    child = engine(run, arguments=EXPORT)
+    child.until(lambda: waiting(run))
+    assert exported(run) == before
+    (runs.parent / "filler").unlink()
+    assert child.code() == 0, output(run)
+    assert exported(run) == before
+    assert run_state(run) == "done"
+
+
+def test_a_run_that_is_stopped_on_a_full_disk_is_stopped_and_not_crashed(
+    tmp_path: Path, engine: Engine, mount: Callable[[Path, str], None]
+) -> None:
+    """Whether its log has room for its last words is decided by the system: the status always has."""
+    runs = tmp_path / "small" / "runs"
+    runs.mkdir(parents=True)
+    mount(runs.parent, "8m")
+    run = make_run(
+        runs, {"block_ap.sequences": 16, "block_ap.epochs": 200, "runtime.checkpoint_minutes": 1e-4}
+    )
+    child = engine(run)
+    child.until(lambda: of(run, events.CheckpointCommitted))
+    child.until(lambda: fill(runs.parent / "filler") or waiting(run))
+    child.send(signal.SIGTERM)
+    assert child.code() == 75
+    assert run_state(run) == "stopped"
+    status = read_status(run)
+    assert status is not None
+    assert (status.outcome, status.exit_code) == ("stopped", 75)
+
+
+def fill(path: Path) -> None:
+    """Take all the room that there is at the moment."""
+    with contextlib.suppress(OSError), path.open("ab", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    with contextlib.suppress(OSError), path.open("ab", buffering=0) as file:
+        while file.write(b"x"):
+            pass
 
 
 def test_an_export_that_waits_for_room_can_be_stopped(

@@ -12,9 +12,9 @@ import pytest
 
 from engine.run import config as configs
 from engine.run import directory, events
-from engine.run.directory import Launched, RunDirectory, Status, classify, run_state
+from engine.run.directory import Launched, RunDirectory, Status, classify, run_state, write_status
 from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
-from engine.run.events import EventWriter
+from engine.run.events import EventWriter, Outcome, RunFinished, RunStarted
 from engine.run.files import atomic_write, atomic_write_json, disk_error
 from engine.run.finding import check_runs_dir, default_runs_dir, find_run, list_runs
 from engine.run.lock import RunLock
@@ -365,3 +365,31 @@ def test_a_place_without_permission_is_refused(tmp_path: Path) -> None:
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# -- ends that the log had no room for -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outcome", ["stopped", "failed", "done", "aborted"])
+def test_an_end_that_only_the_status_had_room_for_is_known(run: RunDirectory, outcome: Outcome) -> None:
+    begin(run, 1)
+    write_status(run, Status(attempt=1))
+    assert run_state(run) == "crashed"
+    write_status(run, Status(attempt=1, outcome=outcome, exit_code=75))
+    assert run_state(run) == outcome
+    begin(run, 2)  # and died
+    assert run_state(run) == "crashed"
+
+
+def test_a_status_of_an_attempt_that_the_log_does_not_know_counts(run: RunDirectory) -> None:
+    begin(run, 1)
+    with EventWriter(run.events_path, 1) as writer:
+        writer.emit(RunFinished(outcome="failed", exit_code=7, seconds=1.0))
+    assert run_state(run) == "failed"
+    write_status(run, Status(attempt=2, outcome="stopped", exit_code=75))
+    assert run_state(run) == "stopped"
+
+
+def begin(run: RunDirectory, attempt: int) -> None:
+    with EventWriter(run.events_path, attempt) as writer:
+        writer.emit(RunStarted(id=run.id, pid=1, host="h", device="cpu", versions={}, argv=[]))
