@@ -22,6 +22,7 @@ from engine.run.redo import make_redo
 from engine.run.state import BULK, RunState, load_state
 from engine.run.summary import show as show_run
 from engine.run.summary import summarize
+from engine.run.usable import is_damaged
 from eqat_tui.follow import LIVE, Follower, Left
 from eqat_tui.output import cell, error_words, one_line, print_json, say, show
 from eqat_tui.progress import open_display
@@ -106,7 +107,9 @@ def resume(run: RunDirectory, overrides: Mapping[str, str], *, detach: bool, as_
     if state in ("running", "hung"):
         raise UsageError(f"is {state}", where=run.id, hint=f"eqat attach {typed(run)} follows it")
     if state == "done":
-        raise UsageError("is done already", where=run.id, hint=f"eqat show {typed(run)} shows the result")
+        if not is_damaged(run.checkpoints_dir):
+            raise UsageError("is done already", where=run.id, hint=f"eqat show {typed(run)} shows the result")
+        say("it was done, and its checkpoint is damaged: what is damaged is trained again")
     for name in overrides:
         if name in configs.field_names() and not configs.is_operational(name):
             raise UsageError(

@@ -80,7 +80,8 @@ def open_regular(
 
     Raises:
         OSError: what the system says; ``ELOOP`` for a link.
-        BadFile: for a folder, a FIFO, a socket or a device.
+        BadFile: for a folder, a FIFO, a socket or a device; for writing also for a file that has a second
+            name, which may be somebody's start-up file.
     """
     try:
         if follow:
@@ -95,7 +96,14 @@ def open_regular(
             raise BadFile(f"is {kind}, not a regular file", where=str(path)) from error
         raise
     try:
-        require_regular(os.fstat(fd), path)
+        status = os.fstat(fd)
+        require_regular(status, path)
+        if flags & (os.O_WRONLY | os.O_RDWR) and status.st_nlink > 1:
+            raise BadFile(
+                "has another name somewhere (a hard link), and what is written into it would appear there",
+                where=str(path),
+                hint="copy it and put the copy in its place",
+            )
     except BaseException:
         os.close(fd)
         raise

@@ -130,6 +130,19 @@ def _blocks_words(gone: list[int]) -> str:
     return f"blocks {', '.join(map(str, gone))}"
 
 
+def held(kept: Generation) -> str:
+    """What a run that goes on from ``kept`` has, in words."""
+    if kept.facts.get(known.E2E_DONE):
+        return "all that was trained"
+    blocks = leading_blocks(kept.entries) if is_chained(kept.identity) else len(blocks_of(kept.entries))
+    parts = [f"{blocks} finished block{'s' * (blocks != 1)}" if blocks else "no finished block"]
+    training = kept.facts.get(known.TRAINING)
+    if training is not None:
+        what = "the end-to-end training" if training["block"] is None else f"block {training['block']}"
+        parts.append(f"{what} up to step {training['sampler']['step']}")
+    return " and ".join(parts)
+
+
 def progress(kept: Generation) -> tuple[int, ...]:
     """How far a run is that goes on from ``kept``; the larger, the less is left to do."""
     training = kept.facts.get(known.TRAINING) or {}

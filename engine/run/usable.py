@@ -16,7 +16,7 @@ from engine.run.errors import EqatError, ExitCode, IdentityError, PreflightError
 from engine.run.facts import block_entry
 from engine.run.generations import DamagedCheckpoint, Generation, OtherSchema, Ref, candidates, current, read
 from engine.run.objects import names_in, object_damage, objects_path
-from engine.run.salvage import Salvaged, blocks_of, is_chained, leading_blocks, progress, salvage
+from engine.run.salvage import Salvaged, blocks_of, held, is_chained, leading_blocks, progress, salvage
 
 NEW_RUN = "start a new run; nothing here can be continued"
 MISSING = "CURRENT is missing"
@@ -143,6 +143,14 @@ def most_blocks(directory: Path, wanted: int) -> Usable:
     return best
 
 
+def is_damaged(directory: Path) -> bool:
+    """Whether generations lie there and CURRENT's is not intact; a run that has none has nothing damaged."""
+    try:
+        return bool(candidates(directory)) and not current_is_intact(directory)
+    except PreflightError:
+        return False
+
+
 def current_is_intact(directory: Path) -> bool:
     """Whether the generation that CURRENT names is there with all that it holds."""
     try:
@@ -182,14 +190,15 @@ def _refuse(search: _Search, directory: Path, pointer: str, lying: list[Ref]) ->
 def _told(best: _Candidate, search: _Search, pointer: str) -> Usable:
     """``best``, with a warning for everything before it in the order that is not as it should be."""
     warnings = []
-    number = best.ref.number
+    number, has = best.ref.number, held(best.salvaged.generation)
     if pointer:
-        warnings.append(f"{pointer}; going on with generation {number}")
+        warnings.append(f"{pointer}; going on with generation {number}, which has {has}")
     for ref, damage in search.damage.items():
         if ref == best.ref:
             break
         warnings.append(
-            f"checkpoint generation {ref.number} is damaged ({damage}); going back to generation {number}"
+            f"checkpoint generation {ref.number} is damaged ({damage}); going back to generation {number}, "
+            f"which has {has}"
         )
     if best.damage:
         lost = best.salvaged.lost or "nothing that was trained"

@@ -89,6 +89,22 @@ def test_an_export_that_finds_a_damaged_block_says_so_and_resuming_trains_it_aga
     assert any("damaged" in message and "block" in message for message in told), told
 
 
+def test_a_damaged_run_that_is_done_can_be_resumed_at_once(done: RunDirectory) -> None:
+    before = exported(done)
+    again = eqat(done, "resume", done.id)
+    assert "is done already" in again.communicate(timeout=120)[1]
+    assert again.returncode == 2
+    generation = max(done.checkpoints_dir.glob("generation-*.json"))
+    generation.write_bytes(generation.read_bytes()[:-7])
+    for path in done.checkpoints_dir.glob("spare-*.json"):
+        path.unlink()
+    resumed = eqat(done, "resume", done.id)
+    said = resumed.communicate(timeout=240)[1]
+    assert resumed.returncode == 0, said
+    assert "its checkpoint is damaged" in said
+    assert exported(done) == before
+
+
 def test_a_run_that_is_moved_under_its_engine_is_told_and_not_made_anew(
     make: Make, engine: Engine, tmp_path: Path
 ) -> None:

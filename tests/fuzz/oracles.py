@@ -142,8 +142,11 @@ def of_export(operation: Operation, world: World, rules: Rules, reference: dict[
     """Faults of what a run exported that ended with 0: it is what it would have been."""
     if not rules.export:
         return []
-    if operation.name.endswith("--task eval") and (world.run / "export" / "gptq_v2").is_symlink():
-        return []  # somebody's link: an evaluation makes no export, and reading it would read elsewhere
+    made = not any(task in operation.name for task in ("--task eval", "--task generate"))
+    if not made and not (world.run / "export" / "gptq_v2" / "config.json").is_file():
+        return []  # these make no export, and somebody took it away
+    if not made and (world.run / "export" / "gptq_v2").is_symlink():
+        return []  # or put a link there, which leads elsewhere
     try:
         found = exported(RunDirectory(world.run))
     except (AssertionError, OSError) as error:

@@ -132,6 +132,19 @@ def test_a_file_that_links_elsewhere_is_neither_read_nor_written_through(
     assert untouched(precious)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_somebodys_file_too_is_not_written_into(
+    run: RunDirectory, precious: Path, name: str
+) -> None:
+    """A hard link is no link: the file is regular, and writing into it writes into somebody's."""
+    path = run.path / name
+    path.unlink(missing_ok=True)
+    os.link(precious, path)
+    look(run)
+    write(run)
+    assert precious.read_text() == START_UP
+
+
 def test_events_are_not_appended_to_a_start_up_file(run: RunDirectory, precious: Path) -> None:
     run.events_path.symlink_to(precious)
     with pytest.raises(PreflightError) as caught:
