@@ -18,6 +18,7 @@ from engine.run.events import EventWriter, Outcome, RunFinished, RunStarted
 from engine.run.files import atomic_write, atomic_write_json, disk_error
 from engine.run.finding import check_runs_dir, default_runs_dir, find_run, list_runs
 from engine.run.lock import RunLock
+from engine.run.summary import summarize
 
 CONFIG = configs.resolve(configs.load("smoke"))
 
@@ -96,10 +97,21 @@ def test_a_configuration_alone_makes_no_run(run: RunDirectory, tmp_path: Path) -
         find_run(project.parent, str(project))
 
 
-def test_a_linked_configuration_makes_no_run(run: RunDirectory, tmp_path: Path) -> None:
+def test_a_run_whose_configuration_is_a_link_is_listed_and_its_configuration_is_not_read(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    """Left out of the list it would seem to be gone."""
     run.config_toml.rename(tmp_path / "config.toml")
     run.config_toml.symlink_to(tmp_path / "config.toml")
-    assert list_runs(run.path.parent) == []
+    assert [found.id for found in list_runs(run.path.parent)] == [run.id]
+    with pytest.raises(UsageError, match="is a link"):
+        run.config()
+    assert summarize(run)["model"] is None
+
+
+def test_a_run_that_lost_its_checkpoints_is_still_listed(run: RunDirectory) -> None:
+    run.checkpoints_dir.rmdir()
+    assert [found.id for found in list_runs(run.path.parent)] == [run.id]
 
 
 def test_a_copy_without_empty_folders_is_still_listed(run: RunDirectory) -> None:
