@@ -1,6 +1,6 @@
 # make demo      quantize a real 135M-parameter model at 3 bits, from a fresh clone
 # make test      the test suite               make lint      ruff, types, import contracts
-# make soak      kill runs, exports, gc and rm at random instants, flip bits, compare the exports (an hour)
+# make soak      kill runs, exports, gc and rm at random instants, flip bits, compare the exports (15 min)
 # make fuzz      mutate every file that is read, and look for harm (SECONDS=300, SEED=0)
 # make screenshot  the app's pictures in README.md, from a run (RUN=latest)
 # make interop   load our exports with gptqmodel, in an environment of its own
