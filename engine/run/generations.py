@@ -240,6 +240,10 @@ def _check_schema(tree: Any, ref: Ref) -> None:
     schema = tree.get("schema") if isinstance(tree, dict) else None
     if ref.digest and isinstance(schema, int) and schema > SCHEMA:
         raise OtherSchema(schema)  # its digest is right, so that is what somebody wrote
+    if schema == 1 and not ref.digest:
+        raise DamagedCheckpoint(
+            f"{ref.name} is of a version whose checkpoints this one does not read (schema 1)"
+        )
     if schema != (SCHEMA if ref.digest else 2):
         raise DamagedCheckpoint(f"{ref.name} is not a generation file of its schema")
 

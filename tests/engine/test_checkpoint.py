@@ -503,6 +503,14 @@ def test_fields_that_came_or_went_are_refused_too(tmp_path: Path) -> None:
         assert caught.value.where == field
 
 
+def test_a_checkpoint_of_the_first_schema_is_refused_by_that_name(tmp_path: Path) -> None:
+    (tmp_path / "generation-000001.json").write_text('{"schema": 1, "generation": 1}')
+    (tmp_path / "CURRENT").write_text("1\n")
+    with pytest.raises(EqatError, match=r"does not read \(schema 1\)") as caught:
+        CheckpointStore(tmp_path, {})
+    assert caught.value.exit_code == 8
+
+
 def test_a_checkpoint_of_another_schema_is_refused(tmp_path: Path) -> None:
     filled(tmp_path, 1)
     made = replace(generations.read_generation(tmp_path, 1), schema=99)
