@@ -66,6 +66,14 @@ def reset_peaks(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def _free_bytes(place: Path) -> int | None:
+    """Room on the disk of a run; none once the run was deleted or moved, which others say."""
+    try:
+        return shutil.disk_usage(place).free
+    except OSError:
+        return None
+
+
 class _Gpu:
     """NVML readings of one device; anything the driver does not offer is none."""
 
@@ -138,7 +146,7 @@ class Telemetry:
             host_used=int(self._process.memory_info().rss),
             host_peak=peak_host_bytes(),
             host_available=int(psutil.virtual_memory().available),
-            disk_free=shutil.disk_usage(self.run_path).free,
+            disk_free=_free_bytes(self.run_path),
         )
 
     def close(self) -> None:

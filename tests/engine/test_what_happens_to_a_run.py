@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from engine_runs import Child, exported, make_run, of, output, run_here, start, wait_until
 
 from engine.run import events
 from engine.run.directory import RunDirectory, run_state
 from engine.run.state import load_state
+from engine.telemetry import Telemetry
 
 Make = Callable[..., RunDirectory]
 Engine = Callable[..., Child]
@@ -103,6 +105,15 @@ def test_a_damaged_run_that_is_done_can_be_resumed_at_once(done: RunDirectory) -
     assert resumed.returncode == 0, said
     assert "its checkpoint is damaged" in said
     assert exported(done) == before
+
+
+def test_the_machine_is_looked_at_also_when_the_run_is_gone(tmp_path: Path) -> None:
+    """By a thread, whose failure would be a traceback in the log."""
+    telemetry = Telemetry(torch.device("cpu"), tmp_path / "gone", lambda reading: None)
+    try:
+        assert telemetry.sample().disk_free is None
+    finally:
+        telemetry.close()
 
 
 def test_a_run_that_is_moved_under_its_engine_is_told_and_not_made_anew(
