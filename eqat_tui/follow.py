@@ -22,8 +22,7 @@ from engine.run import control
 from engine.run.directory import RunDirectory, holder, read_status, run_state
 from engine.run.errors import ExitCode, run_is_gone
 from engine.run.events import AnyEvent, EventFollower, RunFinished
-from engine.run.files import read_error
-from engine.run.guarded import BadFile
+from engine.run.guarded import BadFile, bad_file
 from engine.run.launch import exit_code, log_path, next_attempt, refuse_second
 from engine.run.log_bytes import tail
 from engine.run.state import RunState
@@ -102,7 +101,7 @@ class Follower:
         try:
             return self._events.poll()
         except OSError as error:
-            raise read_error(error, self.run.events_path) from error
+            raise bad_file(error, self.run.events_path) from error
 
     def _take(self) -> None:
         new = self._poll()

@@ -6,7 +6,9 @@ file of the user's some day; so every name is spelled as the code that writes it
 
 from __future__ import annotations
 
+import os
 import re
+import secrets
 from collections.abc import Callable
 
 CONFIG = "config.toml"
@@ -22,7 +24,7 @@ LEFTOVERS = (".partial", ".failed", ".old")
 REMOVED = ".removed-"
 """Begins the name of a run whose deletion has begun."""
 
-# As engine.run.files.atomic_write names the file that it writes and then renames.
+# As temporary_name makes them.
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9]{1,10}\.[0-9a-f]{8}\.tmp", re.DOTALL)
 _REMOVED = re.compile(re.escape(REMOVED) + r".+-[0-9a-f]{8}", re.DOTALL)
 # The engine's activations: where they live while it computes, and as they are stored for a resumption.
@@ -38,6 +40,12 @@ _OBJECT = re.compile(r"[0-9a-f]{64}\.safetensors")
 # Tokenized text, and such a file that is being written.
 _TEXT = re.compile(r"[0-9a-f]{40}\.safetensors")
 _UNFINISHED_TEXT = re.compile(r"\.[0-9a-f]{12}-[a-z0-9_]{8}")
+
+
+def temporary_name(name: str) -> str:
+    """What a file is called while it is written, before it is renamed to ``name``. Unique: two threads (or an
+    engine and a command) may write the same file at once."""
+    return f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
 
 def temporary_of(name: str) -> str:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import msgspec
 
 from engine.run.config import RunConfig, absolute_paths, load_run, to_toml
+from engine.run.contents import temporary_of
 from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.events import AnyEvent, Outcome, RunFinished, RunStarted, tail_events
 from engine.run.files import (
@@ -30,9 +31,8 @@ from engine.run.files import (
     disk_error,
     make_folder,
     overwrite_in_place,
-    read_error,
 )
-from engine.run.guarded import BadFile, NoFile, opened_folder, read_object, read_struct
+from engine.run.guarded import BadFile, NoFile, bad_file, opened_folder, read_object, read_struct
 from engine.run.lock import RunLock, holder, is_held
 from engine.run.ownership import require_own_folders
 from engine.run.proof import is_run
@@ -266,13 +266,11 @@ def clean_temporaries(run: RunDirectory) -> None:
     """
     try:
         with opened_folder(run.path) as folder:
-            for name in filter(_TEMPORARY.fullmatch, os.listdir(folder)):
-                os.unlink(name, dir_fd=folder)
+            for name in os.listdir(folder):
+                if temporary_of(name) in ("status.json", "run.json"):
+                    os.unlink(name, dir_fd=folder)
     except OSError:
         pass  # they are in nobody's way
-
-
-_TEMPORARY = re.compile(r"\.(status|run)\.json\.[0-9]{1,10}\.[0-9a-f]{8}\.tmp")
 
 
 def read_status(run: RunDirectory) -> Status | None:
@@ -302,7 +300,7 @@ def last_events(run: RunDirectory) -> list[AnyEvent]:
     try:
         return tail_events(run.events_path)
     except OSError as error:
-        raise read_error(error, run.events_path) from error
+        raise bad_file(error, run.events_path) from error
 
 
 def _last_mark(run: RunDirectory, events: list[AnyEvent]) -> RunStarted | RunFinished | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import Any
 
 import msgspec
 
+from engine.run.contents import temporary_name
 from engine.run.errors import EqatError, ExitCode, PreflightError
-from engine.run.guarded import BadFile, bad_file, open_regular, opened_folder
+from engine.run.guarded import BadFile, open_regular, opened_folder
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_ACCESS = (
@@ -39,8 +39,7 @@ def atomic_write(
     Raises what :func:`disk_error` makes of an :class:`OSError`; the old file is untouched then.
     """
     path = Path(path)
-    # The name is unique: two threads (or an engine and a command) may write the same file at once.
-    new = f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    new = temporary_name(path.name)
     try:
         with opened_folder(path.parent, root) as folder:
             try:
@@ -126,11 +125,6 @@ def sync_folder(folder: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network file systems
             raise
-
-
-def read_error(error: OSError, path: Path) -> PreflightError:
-    """What a failed read means for the user: a link, no access, or a fault of the disk (3)."""
-    return bad_file(error, path)
 
 
 def full_disk(error: BaseException) -> int | None:

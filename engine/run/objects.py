@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
+from engine.run.contents import temporary_name
 from engine.run.errors import PreflightError
 from engine.run.files import atomic_write
 from engine.run.guarded import BadFile, bad_file, open_regular, opened_folder
@@ -103,7 +104,7 @@ def share_object(source: Path, target: Path, digest: str) -> bool:
         OSError: what stands in the way of the link.
     """
     name = object_path(source, digest).name
-    new = f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    new = temporary_name(name)
     with (
         opened_folder(objects_path(source), source.parent) as there,
         opened_folder(objects_path(target), target.parent) as here,

@@ -8,11 +8,11 @@ else can be exchanged while it is used. Reading needs no such trust (:mod:`engin
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from engine.run.contents import temporary_name
 from engine.run.errors import PreflightError
 from engine.run.guarded import kind_of, opened_folder
 
@@ -52,7 +52,7 @@ def is_ours(folder: Path, owner: int) -> bool:
 
 def _is_how_files_are_owned_here(folder: Path, owner: int) -> bool:
     """Whether the file system gives ``owner`` what this user makes."""
-    name = f".owner.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    name = temporary_name("owner")
     try:
         with opened_folder(folder) as place:
             fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=place)

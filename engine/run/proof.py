@@ -105,7 +105,7 @@ def prove_removed(path: Path) -> Identity:
     if not contents.is_removed_run(path.name):
         raise NotProven("is not called as a deletion calls what it removes", where=str(path))
     with _folder_of_ours(path) as folder:
-        names = _names(folder, path)
+        names = os.listdir(folder)
         if names:
             _prove_config(path)
             _prove_top(folder, names, path)
@@ -144,16 +144,9 @@ def _folder_of_ours(path: Path) -> Iterator[int]:
         raise bad_file(error, path) from error
 
 
-def _names(folder: int, path: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError as error:
-        raise bad_file(error, path) from error
-
-
 def _prove_making(folder: int, path: Path) -> list[str]:
     """The names in a folder that has the configuration and the folders with which a run is made."""
-    names = _names(folder, path)
+    names = os.listdir(folder)
     missing = [name for name in MADE_WITH_A_RUN if name not in names]
     if contents.CONFIG not in names or missing:
         what = f"the folder {missing[0]}" if missing else contents.CONFIG

@@ -115,8 +115,7 @@ def _words(found: Generation, kept: Generation, gone: list[int]) -> str:
         parts.append("the end-to-end training")
     training = found.facts.get(known.TRAINING)
     if training is not None and known.TRAINING not in kept.facts:
-        what = "the end-to-end training" if training["block"] is None else f"block {training['block']}"
-        parts.append(f"what was trained of {what} so far")
+        parts.append(f"what was trained of {_what_trains(training)} so far")
     if not parts:
         return "nothing that is needed"
     return " and ".join(parts)
@@ -130,23 +129,32 @@ def _blocks_words(gone: list[int]) -> str:
     return f"blocks {', '.join(map(str, gone))}"
 
 
+def _what_trains(training: Mapping[str, Any]) -> str:
+    """Which training an interrupted state belongs to."""
+    return "the end-to-end training" if training["block"] is None else f"block {training['block']}"
+
+
+def _finished(kept: Generation) -> int:
+    """How many blocks need not be trained again."""
+    return leading_blocks(kept.entries) if is_chained(kept.identity) else len(blocks_of(kept.entries))
+
+
 def held(kept: Generation) -> str:
     """What a run that goes on from ``kept`` has, in words."""
     if kept.facts.get(known.E2E_DONE):
         return "all that was trained"
-    blocks = leading_blocks(kept.entries) if is_chained(kept.identity) else len(blocks_of(kept.entries))
+    blocks = _finished(kept)
     parts = [f"{blocks} finished block{'s' * (blocks != 1)}" if blocks else "no finished block"]
     training = kept.facts.get(known.TRAINING)
     if training is not None:
-        what = "the end-to-end training" if training["block"] is None else f"block {training['block']}"
-        parts.append(f"{what} up to step {training['sampler']['step']}")
+        parts.append(f"{_what_trains(training)} up to step {training['sampler']['step']}")
     return " and ".join(parts)
 
 
 def progress(kept: Generation) -> tuple[int, ...]:
     """How far a run is that goes on from ``kept``; the larger, the less is left to do."""
     training = kept.facts.get(known.TRAINING) or {}
-    blocks = leading_blocks(kept.entries) if is_chained(kept.identity) else len(blocks_of(kept.entries))
+    blocks = _finished(kept)
     end_to_end = bool(training) and training["block"] is None
     evaluated = sum(name.startswith("eval_") for name in kept.facts)
     streams = kept.facts.get(known.STREAMS) or {"border": 0}

@@ -16,7 +16,7 @@ import msgspec
 from engine.run import events, report
 from engine.run.directory import RunDirectory, Status, read_status
 from engine.run.events import Event, read_events
-from engine.run.files import read_error
+from engine.run.guarded import bad_file
 
 BULK = frozenset({"metric", "memory"})
 """Nineteen events in twenty: who wants to know only what was achieved may skip them."""
@@ -480,6 +480,6 @@ def load_state(run: RunDirectory, *, skip: frozenset[str] = frozenset()) -> RunS
     try:
         written, _ = read_events(run.events_path, skip=skip)
     except OSError as error:
-        raise read_error(error, run.events_path) from error
+        raise bad_file(error, run.events_path) from error
     state = state.apply_all(written)
     return msgspec.structs.replace(state, id=run.id, status=read_status(run))
