@@ -28,7 +28,7 @@ from pathlib import Path
 
 from engine.run.errors import EqatError, PreflightError
 from engine.run.files import disk_error, make_folder, sync_folder
-from engine.run.guarded import opened_folder, require_regular
+from engine.run.guarded import open_inner, opened_folder, require_regular
 
 _RENAME_EXCHANGE = 2
 _CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
@@ -75,8 +75,7 @@ class ExportPlace:
         try:
             with self._opened() as above:
                 os.mkdir(self.partial.name, 0o755, dir_fd=above)
-                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-                self._made = os.open(self.partial.name, flags, dir_fd=above)
+                self._made = open_inner(self.partial.name, above)
             yield self.partial
         except OSError as error:
             raise disk_error(error, self.partial) from error

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from engine.run.guarded import BadFile
+from engine.run.guarded import BadFile, bad_file
 from engine.run.headers import (
     DOWNLOAD_AGAIN,
     LARGEST_DIMENSION,
@@ -129,7 +129,7 @@ def _beginning(file: StampedFile, count: int) -> bytes:
         with file.opened() as stream:
             return stream.read(min(count, LARGEST_HEADER))
     except OSError as error:
-        raise BadFile(f"cannot be read: {error.strerror}", where=str(file.path)) from error
+        raise bad_file(error, file.path) from error
 
 
 def _damaged(file: StampedFile, reason: str) -> BadFile:

@@ -62,12 +62,17 @@ def opened_folder(folder: Path, root: Path | None = None) -> Iterator[int]:
     fd = os.open(root, _FOLDER | os.O_NOFOLLOW)
     try:
         for part in inside:
-            inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=fd)
+            inner = open_inner(part, fd)
             os.close(fd)
             fd = inner
         yield fd
     finally:
         os.close(fd)
+
+
+def open_inner(name: str, folder: int) -> int:
+    """A descriptor of a folder in an opened folder; raises as :func:`opened_folder` for a link."""
+    return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
 
 
 def open_regular(

@@ -21,7 +21,7 @@ import msgspec
 from msgspec import Meta
 
 from engine.run.errors import PreflightError
-from engine.run.guarded import LARGE, BadFile
+from engine.run.guarded import LARGE, BadFile, bad_file
 from engine.run.links import ModelFolder
 from engine.run.stamps import StampedFile
 
@@ -189,7 +189,7 @@ def _header_text(file: StampedFile) -> bytes:
                 raise damaged(file, "is empty, cut off or damaged: its header does not fit into it")
             return stream.read(length)
     except OSError as error:
-        raise BadFile(f"cannot be read: {error.strerror}", where=str(file.path)) from error
+        raise bad_file(error, file.path) from error
 
 
 def _info(name: str, raw: msgspec.Raw, begin: int) -> TensorInfo:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from engine.run import contents
 from engine.run.config import from_toml
 from engine.run.errors import EqatError, PreflightError
-from engine.run.guarded import bad_file, kind_of, opened_folder, parsed, read_text
+from engine.run.guarded import bad_file, kind_of, open_inner, opened_folder, parsed, read_text
 from engine.run.ownership import is_ours, user_name
 from engine.run.schema import RunConfig, Section, field_types, is_section
 
@@ -247,7 +247,7 @@ def _wrong_kind(folder: int, name: str, status: os.stat_result) -> str:
     if stat.S_ISDIR(status.st_mode) if name in contents.FOLDERS else stat.S_ISREG(status.st_mode):
         return ""
     if stat.S_ISDIR(status.st_mode):
-        inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        inner = open_inner(name, folder)
         try:
             return "a folder" if os.listdir(inner) else ""
         finally:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engine.run.errors import EqatError, UsageError
 from engine.run.files import disk_error, sync_folder
-from engine.run.guarded import opened_folder, require_regular
+from engine.run.guarded import open_inner, opened_folder, require_regular
 
 ANOTHER = "choose another folder"
 PIECE_BYTES = 16 << 20
@@ -93,7 +93,7 @@ class _inner:
     """A folder in an opened folder, opened without following a link."""
 
     def __init__(self, name: str, folder: int) -> None:
-        self.fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+        self.fd = open_inner(name, folder)
 
     def __enter__(self) -> int:
         return self.fd
