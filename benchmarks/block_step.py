@@ -54,9 +54,10 @@ from common import (
     where,
 )
 
-from engine.methods.block_ap import BlockResult, train_block
-from engine.methods.reconstruction import Streams
-from engine.run.config import BlockAPConfig, GridConfig
+from engine.config.block_ap import BlockAPConfig
+from engine.config.grid import GridConfig
+from engine.methods.blockwise.block_ap import BlockResult, train_block
+from engine.methods.blockwise.reconstruction import Streams
 
 BATCHES = {"SmolLM2-135M": (4, 1024), "tiny": (2, 32)}
 """Sequences a step and their length; otherwise (2, 2048)."""

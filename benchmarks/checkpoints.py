@@ -25,16 +25,18 @@ import torch
 from common import SHAPES, Marks, model
 from torch import Tensor
 
-from engine.checkpoint import CheckpointStore
-from engine.checkpointer import Checkpoints, TrainingCheckpoints, snapshot_of
+from engine.checkpoints.commits import Checkpoints, TrainingCheckpoints, snapshot_of
+from engine.checkpoints.store import CheckpointStore
+from engine.config.block_ap import BlockAPConfig
+from engine.config.grid import GridConfig
+from engine.config.runtime import RuntimeConfig
 from engine.data.activations import make_store
-from engine.methods.block_ap import train_block
-from engine.methods.optimization import Snapshot
-from engine.methods.reconstruction import Streams
+from engine.methods.blockwise.block_ap import train_block
+from engine.methods.blockwise.reconstruction import Streams
 from engine.models.causal_lm import CausalLM
+from engine.process import device_name, package_versions
 from engine.quant.packed import PackedBlock
-from engine.run.config import BlockAPConfig, GridConfig, RuntimeConfig
-from engine.setup import device_name, package_versions
+from engine.training.stepper import Snapshot
 
 
 class Clock(Marks):

@@ -22,8 +22,8 @@ from engine.data.activations import ActivationStore, StoreKind, make_store
 from engine.models.causal_lm import CausalLM
 from engine.models.random_weights import RandomReader
 from engine.models.source import ModelSource
+from engine.process import device_name, package_versions
 from engine.quant.packed import PackedBlock, PackedWeight
-from engine.setup import device_name, package_versions
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """The scripts are for GPUs; on a CPU, with the shape "tiny", they show that they run."""

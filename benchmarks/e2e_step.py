@@ -49,10 +49,10 @@ from common import (
     where,
 )
 
-from engine.methods.e2e_qp import E2EData, Teacher, train_scales
-from engine.methods.head_loss import HeadLoss
+from engine.config.e2e_qp import E2EQPConfig
+from engine.methods.network.e2e_qp import E2EData, Teacher, train_scales
+from engine.methods.network.head_loss import HeadLoss
 from engine.quant.packed import Kernels
-from engine.run.config import E2EQPConfig
 
 SKIPPED = 2
 """First steps, in which things are compiled and memory is found."""

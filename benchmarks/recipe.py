@@ -64,14 +64,14 @@ from common import (
     where,
 )
 
-from engine.checkpoint import CheckpointStore
+from engine.checkpoints.store import CheckpointStore
+from engine.config.block_ap import BlockAPConfig
 from engine.data.activations import ActivationStore
 from engine.evaluation.perplexity import perplexity
 from engine.methods.advance import Passage, advance
-from engine.methods.block_ap import train_block
-from engine.methods.reconstruction import Streams
+from engine.methods.blockwise.block_ap import train_block
+from engine.methods.blockwise.reconstruction import Streams
 from engine.models.causal_lm import CausalLM
-from engine.run.config import BlockAPConfig
 
 BLOCKS = {"Llama-2-7B": 32, "Llama-3-8B": 32, "Llama-2-13B": 40, "Llama-2-70B": 80, "SmolLM2-135M": 30}
 TRAIN, VALIDATION, EPOCHS, BATCH = 4096, 64, 2, 2

@@ -22,9 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine.run import events
-from engine.run.directory import holder
-from engine.setup import package_versions
+from engine.process import package_versions
+from engine.run import event_log, events
+from engine.run.lock import holder
 
 CHECKPOINTS = [
     "runtime.checkpoint_minutes=0.0005",
@@ -42,7 +42,7 @@ def eqat(*arguments: str) -> str:
 
 
 def log(run: Path) -> list[Any]:
-    return events.read_events(run / "events.jsonl")[0]
+    return event_log.read_events(run / "events.jsonl")[0]
 
 
 def inside(run: Path, phase: str) -> list[Any]:

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from engine.errors import EqatError
 from engine.run.directory import RunDirectory
-from engine.run.errors import EqatError
 from engine.run.finding import default_runs_dir, find_run
 from eqat_tui.app import EqatApp
 from eqat_tui.feed import ReplayFeed, RunView

@@ -26,12 +26,14 @@ from block_step import BATCHES, GRID, VARIANTS, settings
 from common import DEVICE, SHAPES, Marks, dtype, median_of, model, random_block, random_store, table, where
 
 from engine import telemetry
-from engine.checkpoint import CheckpointStore
-from engine.checkpointer import Checkpoints, TrainingCheckpoints
-from engine.methods.block_ap import train_block
-from engine.methods.reconstruction import Streams
+from engine.checkpoints.commits import Checkpoints, TrainingCheckpoints
+from engine.checkpoints.store import CheckpointStore
+from engine.config.model import ModelConfig
+from engine.config.run import RunConfig
+from engine.config.runtime import RuntimeConfig
+from engine.methods.blockwise.block_ap import train_block
+from engine.methods.blockwise.reconstruction import Streams
 from engine.reporter import Reporter
-from engine.run.config import ModelConfig, RunConfig, RuntimeConfig
 from engine.run.directory import RunDirectory
 
 

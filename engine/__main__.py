@@ -17,10 +17,10 @@ from pathlib import Path
 # torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from engine.run import events
-from engine.run.config import RunConfig, apply_overrides, is_operational, resolve, validate
-from engine.run.directory import RunDirectory, RunLock
-from engine.run.errors import (
+from engine.config.loading import apply_overrides, is_operational, resolve
+from engine.config.run import RunConfig
+from engine.config.validation import validate
+from engine.errors import (
     DamagedRun,
     EqatError,
     ExitCode,
@@ -29,10 +29,13 @@ from engine.run.errors import (
     UsageError,
     run_is_gone,
 )
+from engine.run import event_log, events
+from engine.run.directory import RunDirectory
 from engine.run.launch import this_attempt
-from engine.run.printable import printable
-from engine.run.standard_streams import finish_output, open_standard_streams
+from engine.run.lock import RunLock
 from engine.run.state import BULK, load_state
+from engine.system.printable import printable
+from engine.system.standard_streams import finish_output, open_standard_streams
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -87,7 +90,7 @@ def _record_refusal(run: RunDirectory, attempt: int, error: EqatError, leaves: e
     """What ends an attempt before there is a reporter; whoever follows the run reads only its events."""
     from engine.reporter import error_event
 
-    with contextlib.suppress(EqatError), events.EventWriter(run.events_path, attempt) as writer:
+    with contextlib.suppress(EqatError), event_log.EventWriter(run.events_path, attempt) as writer:
         writer.emit(error_event(error))
         code = int(error.exit_code)
         writer.emit(events.RunFinished(outcome="failed", exit_code=code, seconds=0.0, leaves=leaves))
@@ -141,9 +144,9 @@ def _work(
     # Imported here, once the lock is held and the configuration is known to be good: torch takes seconds.
     from engine.failures import as_eqat_error
     from engine.pipeline import Pipeline
+    from engine.plan.plan import Plan, check, make_plan
+    from engine.process import choose_device, prepare_process, started_event
     from engine.reporter import Reporter
-    from engine.run.plan import Plan, check, make_plan
-    from engine.setup import choose_device, prepare_process, started_event
     from engine.telemetry import Telemetry
 
     device = choose_device(config.runtime.device)

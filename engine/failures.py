@@ -7,11 +7,11 @@ import re
 import msgspec
 import torch
 
-from engine.run.config import RunConfig
-from engine.run.errors import EqatError, ExitCode
-from engine.run.files import full_disk
-from engine.run.machine import Machine
-from engine.run.plan import out_of_memory_remedy
+from engine.config.run import RunConfig
+from engine.errors import EqatError, ExitCode
+from engine.plan.machine import Machine
+from engine.plan.plan import out_of_memory_remedy
+from engine.system.files import full_disk
 
 
 def as_eqat_error(

@@ -12,8 +12,9 @@ import os
 import sys
 from collections.abc import Iterator
 
+from engine.config.data import DataConfig
+from engine.config.run import RunConfig
 from engine.data.tasks import TASKS
-from engine.run.config import DataConfig, RunConfig
 
 _VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 _SWITCHES = (

@@ -29,23 +29,26 @@ import torch
 from torch import nn
 
 from engine import telemetry
-from engine.checkpoint import CheckpointStore
+from engine.checkpoints.store import CheckpointStore
+from engine.config.grid import GridConfig
+from engine.config.run import RunConfig
+from engine.config.stages import phases_of, versions
 from engine.data.activations import ActivationStore
 from engine.data.sampler import ALONE, World
 from engine.data.tasks import questions, task_name
 from engine.data.text import corpus_name
+from engine.errors import DamagedRun, UsageError
 from engine.evaluation.perplexity import PerplexityResult, perplexity
 from engine.evaluation.tasks import Accuracy, TokenizedTask, accuracies, hidden_bytes, tokenize
-from engine.methods.rtn import round_to_nearest
+from engine.gpu.compiled import SWITCH_HINT
+from engine.methods.blockwise.rtn import round_to_nearest
 from engine.models.causal_lm import CausalLM
-from engine.models.compiled import SWITCH_HINT
 from engine.models.source import ModelSource
 from engine.phases.blocks import round_blocks, train_blocks
 from engine.phases.end_to_end import train_end_to_end
 from engine.phases.export import export, recover_exports
 from engine.phases.job import Job, compute_dtype
-from engine.phases.samples import NEW_TOKENS, write_samples
-from engine.preparation import (
+from engine.phases.preparation import (
     PREPARE_SILENCE,
     deciding_fields,
     digest,
@@ -54,16 +57,15 @@ from engine.preparation import (
     warn_of_changes,
     write_manifest,
 )
+from engine.phases.samples import NEW_TOKENS, write_samples
+from engine.plan.fit import host_budget
+from engine.plan.plan import Plan
 from engine.quant.packed import Kernels
 from engine.reporter import Reporter
 from engine.run import events
-from engine.run.config import GridConfig, RunConfig
 from engine.run.directory import RunDirectory
-from engine.run.errors import DamagedRun, UsageError
 from engine.run.facts import E2E_DONE
 from engine.run.housekeeping import remove_cache
-from engine.run.phases import phases_of
-from engine.run.plan import Plan, host_budget
 
 Task = Literal["run", "eval", "export", "generate"]
 
@@ -92,7 +94,7 @@ class Pipeline:
     full: ActivationStore | None = None
     """Block-AP's full-precision stream, from where it ends until end-to-end training has learnt from it."""
 
-    def phases(self) -> list[events.Phase]:
+    def phases(self) -> list[str]:
         """Names of the phases this configuration runs, in order."""
         if self.task == "run":
             return phases_of(self.config)
@@ -116,8 +118,8 @@ class Pipeline:
         if self.task == "run":
             remove_cache(self.run)
 
-    def _phase_method(self, name: events.Phase) -> Callable[[], None]:
-        methods: dict[events.Phase, Callable[[], None]] = {
+    def _phase_method(self, name: str) -> Callable[[], None]:
+        methods: dict[str, Callable[[], None]] = {
             "evaluate_fp": lambda: self.evaluate("fp", self._full_block),
             "block_ap": self.train_blocks,
             "rtn": lambda: round_blocks(self.job),
@@ -160,7 +162,7 @@ class Pipeline:
             self.job.tasks = self._questions(source)
         if self.task != "run":
             self._require_finished()
-        for stage in events.STAGES:
+        for stage in versions():
             known = store.fact(f"eval_{stage}")
             if known and known["perplexity"] is not None:
                 self.job.perplexities[stage] = known["perplexity"]
@@ -230,7 +232,7 @@ class Pipeline:
 
     # Evaluation
 
-    def evaluate(self, stage: events.Stage, block_for: Callable[[int], nn.Module]) -> None:
+    def evaluate(self, stage: str, block_for: Callable[[int], nn.Module]) -> None:
         """Perplexity and tasks of one version of the model, unless an earlier attempt measured them."""
         job = self.job
         known = job.store.fact(f"eval_{stage}")

@@ -1,6 +1,6 @@
 """What the running engine says: events, status, heartbeat; and what it hears: requests to stop.
 
-The methods know this object only as :class:`engine.methods.optimization.Progress`. All of it is cheap: a
+The methods know this object only as :class:`engine.training.stepper.Progress`. All of it is cheap: a
 metric is written at most four times a second, the status file is replaced by a thread every two seconds, and
 requests are looked for twice a second.
 """
@@ -18,10 +18,10 @@ from types import FrameType
 import torch
 
 from engine import telemetry
-from engine.run import events
+from engine.errors import EqatError, ExitCode, StopRequested, run_is_gone
+from engine.run import event_log, events
 from engine.run.control import acknowledge, pending
 from engine.run.directory import RunDirectory, Status, clean_temporaries, write_status
-from engine.run.errors import EqatError, ExitCode, StopRequested, run_is_gone
 
 METRIC_SECONDS = 0.25
 CONTROL_SECONDS = 0.5
@@ -63,12 +63,12 @@ class Reporter:
         self.run, self.attempt, self.device = run, attempt, device
         self._place = _place_of(run)
         clean_temporaries(run)
-        self.events = events.EventWriter(run.events_path, attempt, rank=rank)
+        self.events = event_log.EventWriter(run.events_path, attempt, rank=rank)
         self.started = time.monotonic()
-        self.phases: list[events.Phase] = []
+        self.phases: list[str] = []
         self.phase_seconds: dict[str, float] = {}
         self.predicted_seconds: dict[str, float] = {}
-        self.phase_name: events.Phase = "prepare"
+        self.phase_name: str = "prepare"
         self._phase_began = self._pace_began = self._block_began = time.monotonic()
         self._block: int | None = None
         self._blocks: int | None = None
@@ -89,7 +89,7 @@ class Reporter:
         self._thread = threading.Thread(target=self._keep_status, name="status", daemon=True)
         self._thread.start()
 
-    def begin(self, phases: list[events.Phase], predicted_seconds: Mapping[str, float]) -> None:
+    def begin(self, phases: list[str], predicted_seconds: Mapping[str, float]) -> None:
         """Announce what is to come: the phases, and how long the plan thinks each will take."""
         self.phases, self.predicted_seconds = phases, dict(predicted_seconds)
 
@@ -210,7 +210,7 @@ class Reporter:
         self.emit(events.Warning(code=code, message=message, hint=hint))
 
     @contextmanager
-    def phase(self, name: events.Phase) -> Iterator[None]:
+    def phase(self, name: str) -> Iterator[None]:
         """Bracket a phase with events; its peaks are its own."""
         telemetry.reset_peaks(self.device)
         self.phase_name = name

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import NoReturn
 
-from engine.run.standard_streams import open_standard_streams
+from engine.system.standard_streams import open_standard_streams
 
 
 def main() -> NoReturn:
@@ -29,7 +29,7 @@ def main() -> NoReturn:
         from eqat_tui.cli import main as run_command
 
         run_command()
-    from engine.run.errors import EqatError
+    from engine.errors import EqatError
 
     os.umask(os.umask(0o022) | 0o022)
     from eqat_tui.output import end, print_error

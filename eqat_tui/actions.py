@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.run import config as configs
+from engine.config import loading as configs
+from engine.config.run import RunConfig
+from engine.config.validation import validate
+from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run import control
-from engine.run.config import RunConfig
-from engine.run.directory import RunDirectory, holder, is_held, read_launched, run_state
-from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
+from engine.run.directory import RunDirectory, read_launched, run_state
 from engine.run.finding import default_runs_dir, find_run
 from engine.run.launch import launch, log_path
-from engine.run.lock import opened_by
+from engine.run.lock import holder, is_held, opened_by
 from engine.run.proof import is_run
 from engine.run.redo import make_redo
 from engine.run.state import BULK, RunState, load_state
@@ -62,7 +63,7 @@ def run_of(ref: str) -> str:
 
 def print_plan(config: RunConfig, runs_dir: Path, *, as_json: bool) -> int:
     """Print the plan; the exit code says whether the run would start."""
-    from engine.run.plan import check, make_plan
+    from engine.plan.plan import check, make_plan
     from eqat_tui.plan_text import plan_text
 
     plan = make_plan(config, runs_dir=runs_dir)
@@ -118,7 +119,7 @@ def resume(run: RunDirectory, overrides: Mapping[str, str], *, detach: bool, as_
                 hint=f"eqat resume {typed(run)} --from-block K --set ... trains blocks K... again, in a new "
                 "run",
             )
-    configs.validate(configs.resolve(configs.apply_overrides(run.config(), overrides)))
+    validate(configs.resolve(configs.apply_overrides(run.config(), overrides)))
     args = [part for name, value in overrides.items() for part in ("--set", f"{name}={value}")]
     return start(run, args=args, detach=detach, as_json=as_json)
 

@@ -26,9 +26,9 @@ from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Input
 
+from engine.errors import EqatError
 from engine.run.directory import RunDirectory
-from engine.run.errors import EqatError
-from engine.run.printable import printable_lines
+from engine.system.printable import printable_lines
 from eqat_tui.feed import Feed, LiveFeed, ReplayFeed, RunView
 from eqat_tui.keys import EVERYWHERE, bindings
 from eqat_tui.palette import OUR_THEMES, THEMES, AsciiFilter, PrintableFilter, Terminal

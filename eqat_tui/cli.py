@@ -18,8 +18,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from engine import __version__
-from engine.run.errors import EqatError, ExitCode, UsageError
-from engine.run.standard_streams import open_standard_streams
+from engine.errors import EqatError, ExitCode, UsageError
+from engine.system.standard_streams import open_standard_streams
 
 app = typer.Typer(
     name="eqat",
@@ -138,9 +138,9 @@ def run(
 
     Closing the terminal never ends a run: eqat attach RUN follows it again.
     """
+    from engine.plan.plan import check, make_plan
     from engine.run.directory import RunDirectory
     from engine.run.finding import check_runs_dir, default_runs_dir
-    from engine.run.plan import check, make_plan
     from eqat_tui import actions
     from eqat_tui.configure import build_config
 
@@ -410,7 +410,7 @@ def export(
     as_json: Json = False,
 ) -> int:
     """Write a run's packed checkpoint again, and verify it."""
-    from engine.run.publish import check_target
+    from engine.system.publish import check_target
     from eqat_tui import actions
 
     if format != "gptq_v2":

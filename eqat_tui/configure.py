@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from engine.run import config as configs
-from engine.run.config import RunConfig
-from engine.run.errors import UsageError
+from engine.config import loading as configs
+from engine.config.run import RunConfig
+from engine.config.validation import validate
+from engine.errors import UsageError
 
 
 def build_config(
@@ -33,7 +34,7 @@ def build_config(
     overrides = {name: value for name, value in flags.items() if value is not None}
     overrides.update(parse_settings(settings))
     config = configs.resolve(configs.load(target, overrides=overrides))
-    configs.validate(config)
+    validate(config)
     return config
 
 

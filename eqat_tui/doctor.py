@@ -21,9 +21,10 @@ from typing import Literal
 
 import msgspec
 
-from engine.run import config as configs
+from engine.config import loading as configs
+from engine.config.validation import validate
+from engine.errors import EqatError, PreflightError
 from engine.run.directory import RunDirectory, run_state
-from engine.run.errors import EqatError, PreflightError
 from engine.run.finding import check_runs_dir
 from engine.run.launch import exit_code, launch, log_path
 from engine.run.summary import show
@@ -208,7 +209,7 @@ def presets() -> Check:
             config = configs.load(name)
             if not config.model.source:  # one that wants --model is not broken
                 config = configs.apply_overrides(config, {"model.source": "random://tiny-llama"})
-            configs.validate(configs.resolve(config))
+            validate(configs.resolve(config))
     except EqatError as error:
         return Check(name="presets", status="failed", detail=str(error), hint="reinstall eqat")
     if not names:

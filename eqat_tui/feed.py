@@ -20,21 +20,16 @@ from typing import Any, Literal, NamedTuple, Protocol
 import msgspec
 
 from engine import __version__
+from engine.config.loading import to_dict
+from engine.errors import EqatError
 from engine.run import control, events
-from engine.run.config import to_dict
-from engine.run.directory import (
-    RunDirectory,
-    Status,
-    holder,
-    read_launched,
-    read_status,
-    run_state,
-)
-from engine.run.errors import EqatError
-from engine.run.events import AnyEvent, EventFollower, read_events
-from engine.run.guarded import BadFile, bad_file, open_regular
+from engine.run.directory import RunDirectory, Status, read_launched, read_status, run_state
+from engine.run.event_log import EventFollower, read_events
+from engine.run.events import AnyEvent
 from engine.run.launch import log_path
+from engine.run.lock import holder
 from engine.run.state import RunState
+from engine.system.guarded import BadFile, bad_file, open_regular
 from eqat_tui.output import error_words, one_line
 from eqat_tui.progress import lasting_line
 
@@ -277,7 +272,7 @@ def log_tail(run: RunDirectory, attempt: int) -> Sequence[str]:
 
 def end_of_file(path: Path, *, root: Path | None = None) -> list[str]:
     """The last lines of a text file, or why there are none; ``root`` as for
-    :func:`~engine.run.guarded.open_regular`."""
+    :func:`~engine.system.guarded.open_regular`."""
     try:
         with os.fdopen(open_regular(path, root=root), "rb") as file:
             size = file.seek(0, 2)

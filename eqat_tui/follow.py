@@ -18,14 +18,16 @@ from typing import Any, Literal
 
 import msgspec
 
+from engine.errors import ExitCode, run_is_gone
 from engine.run import control
-from engine.run.directory import RunDirectory, holder, read_status, run_state
-from engine.run.errors import ExitCode, run_is_gone
-from engine.run.events import AnyEvent, EventFollower, RunFinished
-from engine.run.guarded import BadFile, bad_file
+from engine.run.directory import RunDirectory, read_status, run_state
+from engine.run.event_log import EventFollower
+from engine.run.events import AnyEvent, RunFinished
 from engine.run.launch import exit_code, log_path, next_attempt, refuse_second
-from engine.run.log_bytes import tail
+from engine.run.lock import holder
 from engine.run.state import RunState
+from engine.system.guarded import BadFile, bad_file
+from engine.system.log_bytes import tail
 from eqat_tui.progress import Display
 
 POLL_S = 0.2

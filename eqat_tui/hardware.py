@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from engine.run.files import existing
+from engine.system.files import existing
 
 ENGINES_EVERY_S = 5.0
 """The list of all processes is searched for engines this often; between, only the known ones are measured."""

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run import contents, housekeeping
 from engine.run.directory import RunDirectory, run_state
-from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.finding import default_runs_dir, find_run
 from engine.run.proof import shown
 from engine.run.state import load_state

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len, get_character_cell_size, set_cell_size
 
-from engine.run.printable import JOINERS, printable
+from engine.system.printable import JOINERS, printable
 
 Span = tuple[str, str]
 Line = list[Span]

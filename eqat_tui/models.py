@@ -10,8 +10,9 @@ from typing import Literal
 
 import msgspec
 
-from engine.run.config import ExportConfig, GridConfig
-from engine.run.errors import EqatError
+from engine.config.export import ExportConfig
+from engine.config.grid import GridConfig
+from engine.errors import EqatError
 from engine.run.finding import list_runs
 from eqat_tui.output import format_bytes
 
@@ -179,7 +180,9 @@ def inspect(
     formats: tuple[str, ...] = ExportConfig().formats,
 ) -> ModelFacts | str:
     """What ``source`` is and whether it can be quantized; one sentence where nothing can be known."""
-    from engine.run.architecture import FAMILIES, describe, refuse
+    from engine.architecture.description import describe
+    from engine.architecture.families import FAMILIES
+    from engine.architecture.refusals import refuse
 
     problem = ""
     try:

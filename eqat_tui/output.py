@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from engine.run.errors import EqatError
-from engine.run.printable import hides, printable, printable_lines
-from engine.run.standard_streams import OutputError, finish_output
+from engine.errors import EqatError
+from engine.system.printable import hides, printable, printable_lines
+from engine.system.standard_streams import OutputError, finish_output
 
 LONGEST_LINE = 4000
 """Letters of an error or a note: a file's name may have as many, and no sentence has more."""
@@ -29,7 +29,7 @@ LONGEST_TIME_S = 3.6e9
 
 
 def show(text: str) -> None:
-    """Data, on stdout; :class:`~engine.run.standard_streams.OutputError` where that is full or gone."""
+    """Data, on stdout; :class:`~engine.system.standard_streams.OutputError` where that is full or gone."""
     print(printable_lines(text), flush=True)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.run import config as configs
-from engine.run.errors import EqatError
+from engine.config import loading as configs
+from engine.errors import EqatError
 from engine.run.finding import default_runs_dir, list_runs
 from eqat_tui.actions import summaries
 from eqat_tui.output import table

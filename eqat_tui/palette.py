@@ -20,8 +20,8 @@ from textual.content import Content
 from textual.filter import LineFilter
 from textual.theme import Theme
 
-from engine.run.ascii import SIGNS
-from engine.run.printable import hides
+from engine.system.ascii import SIGNS
+from engine.system.printable import hides
 from eqat_tui.lines import Line, cut
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from engine.config.stages import phase_label
 from eqat_tui.output import (
     cell,
     format_bits,
@@ -17,7 +18,7 @@ from eqat_tui.output import (
     table,
 )
 from eqat_tui.planned import known
-from eqat_tui.words import model_name, phase_name
+from eqat_tui.words import model_name
 
 STORES = {"device": "on the GPU", "host": "in host memory", "disk": "on disk"}
 
@@ -47,7 +48,7 @@ def phase_table(plan: Mapping[str, Any]) -> str:
     gpu = plan["device"] == "cuda"
     rows = []
     for phase in plan["phases"]:
-        row = [f"  {phase_name(phase['name'])}", format_seconds(phase["seconds"])]
+        row = [f"  {phase_label(phase['name'])}", format_seconds(phase["seconds"])]
         row += [format_bytes(phase["peak_gpu_bytes"])] if gpu else []
         rows.append([*row, format_bytes(phase["peak_host_bytes"])])
     header = ["  phase", "time", *(["GPU memory"] if gpu else []), "host memory"]

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from engine.config.stages import phase_label, stage_label
 from engine.run import events
 from engine.run.events import Event
 from engine.run.state import RunState
@@ -28,7 +29,6 @@ from eqat_tui.output import (
     say,
     share,
 )
-from eqat_tui.words import phase_name, stage_name
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -71,10 +71,10 @@ def lasting_line(event: Event, state: RunState) -> str | None:
                 if peak is not None
             ]
             peak_text = f", peak {', '.join(peaks)}" if peaks else ""
-            return f"✓ {phase_name(event.phase)}: {format_seconds(event.seconds)}{peak_text}"
+            return f"✓ {phase_label(event.phase)}: {format_seconds(event.seconds)}{peak_text}"
         case events.Eval():
             value = format_number(event.perplexity) if event.perplexity is not None else "not finite"
-            return f"  perplexity, {stage_name(event.stage)}: {value}"
+            return f"  perplexity, {stage_label(event.stage)}: {value}"
         case events.Export():
             checked = "verified" if event.verified else "NOT VERIFIED"
             return f"  {event.format}: {format_bytes(event.bytes)}, {checked}"
@@ -108,7 +108,7 @@ def fraction(state: RunState) -> float | None:
 def position(state: RunState) -> str:
     """``Block-AP [4/8]  block 12/30``."""
     index = next((row.index for row in state.phases if row.name == state.phase), None)
-    text = phase_name(state.phase)
+    text = phase_label(state.phase)
     if index is not None and state.phase_count and state.task == "run":
         text += f" [{index + 1}/{state.phase_count}]"
     if state.blocks and state.block is not None:
@@ -153,7 +153,7 @@ class PlainDisplay:
     def update(self, state: RunState, new: Sequence[Event]) -> None:
         for event in new:
             if isinstance(event, events.PhaseStarted):
-                self._print(f"{phase_name(event.phase)} [{event.index + 1}/{event.phases}]")
+                self._print(f"{phase_label(event.phase)} [{event.index + 1}/{event.phases}]")
             line = lasting_line(event, state)
             if line is not None:
                 self._print(line)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.config.stages import phase_label, stage_label, versions
 from eqat_tui.output import (
     LONGEST_LINE,
     LONGEST_TIME_S,
@@ -26,7 +27,7 @@ from eqat_tui.output import (
     table,
 )
 from eqat_tui.planned import branch
-from eqat_tui.words import STAGES, model_name, phase_name, stage_name
+from eqat_tui.words import model_name
 
 Tree = Mapping[str, Any]
 
@@ -71,12 +72,12 @@ def perplexity_table(perplexity: Mapping[str, float | None]) -> str:
     """Perplexity of every stage that was evaluated, and how far each is from full precision."""
     base = perplexity.get("fp")
     rows = []
-    for stage in STAGES:
+    for stage in versions(perplexity):
         value = perplexity.get(stage)
         if value is None:
             continue
         ratio = f"{format_number(value / base, 3)}×" if base else ""
-        rows.append((f"  {stage_name(stage)}", format_number(value), ratio))
+        rows.append((f"  {stage_label(stage)}", format_number(value), ratio))
     if not rows:
         return ""
     return table(rows, header=("  perplexity", "", "of full precision"), right="lrr")
@@ -84,9 +85,9 @@ def perplexity_table(perplexity: Mapping[str, float | None]) -> str:
 
 def accuracy_rows(accuracy: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:
     """Percent of right answers: a row a task and their mean, a column a stage; the first row names them."""
-    stages = [stage for stage in STAGES if stage in accuracy]
+    stages = [stage for stage in versions(accuracy) if stage in accuracy]
     tasks = list(dict.fromkeys(task for stage in stages for task in accuracy[stage]))[:MOST_TASKS]
-    rows = [("accuracy, %", *(stage_name(stage) for stage in stages))]
+    rows = [("accuracy, %", *(stage_label(stage) for stage in stages))]
 
     def percent(value: float | None) -> str:
         return "–" if value is None or not abs(value) <= 10 else f"{100 * value:.1f}"
@@ -129,7 +130,7 @@ def facts(run: Tree) -> dict[str, str]:
         total = sum(phase["seconds"] for phase in phases)
         longest = sorted(phases, key=lambda phase: -phase["seconds"])[:3]
         shares = ", ".join(
-            f"{phase_name(phase['name'])} {format_seconds(phase['seconds'])}" for phase in longest
+            f"{phase_label(phase['name'])} {format_seconds(phase['seconds'])}" for phase in longest
         )
         lines["time"] = f"{format_seconds(total)} ({shares})"
     memory = [
@@ -156,7 +157,7 @@ def samples(run: Tree) -> str:
         made = (
             f" ({sample['tokens']} tokens in {format_seconds(sample['seconds'])})" if sample["tokens"] else ""
         )
-        parts.append(f"{stage_name(sample['stage'])}{made}:\n{_whole(sample['problem'] or sample['text'])}")
+        parts.append(f"{stage_label(sample['stage'])}{made}:\n{_whole(sample['problem'] or sample['text'])}")
     return "\n\n".join(parts)
 
 
@@ -225,7 +226,7 @@ def state_words(run: Tree) -> str:
         return str(run["state"])
     block, blocks = run.get("block"), run.get("blocks")
     where = f" {block + 1}/{blocks}" if block is not None and blocks else ""
-    return f"running {phase_name(run['phase'])}{where}"
+    return f"running {phase_label(run['phase'])}{where}"
 
 
 def ago(when: float | None, now: float) -> str:
@@ -252,7 +253,7 @@ def shorten(path: str | Path) -> str:
 
 def _position(run: Tree) -> str:
     position = run["position"]
-    words = phase_name(position["phase"])
+    words = phase_label(position["phase"])
     if position["blocks"] and position["block"] is not None:
         words += f", block {position['block'] + 1} of {position['blocks']}"
     if position["steps"] and position["step"] is not None:

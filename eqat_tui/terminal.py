@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.run.directory import RunDirectory, is_held
-from engine.run.errors import EqatError, PreflightError, UsageError
+from engine.errors import EqatError, PreflightError, UsageError
+from engine.run.directory import RunDirectory
 from engine.run.finding import default_runs_dir, list_runs
+from engine.run.lock import is_held
 from eqat_tui.output import show
 
 RECENT = 20

@@ -27,13 +27,13 @@ def modules_after(code: str) -> set[str]:
     "module",
     [
         "engine.run",
-        "engine.run.config",
+        "engine.config.loading",
         "engine.run.directory",
         "engine.run.events",
         "engine.run.state",
         "engine.run.control",
         "engine.run.launch",
-        "engine.run.plan",
+        "engine.plan.plan",
     ],
 )
 def test_the_run_contract_loads_no_engine_library_and_no_user_interface(module: str) -> None:

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from engine.config.loading import load, resolve
+from engine.config.validation import validate
+from engine.errors import EqatError, UsageError
 from engine.run import control
-from engine.run.config import load, resolve, validate
 from engine.run.directory import RunDirectory
-from engine.run.errors import EqatError, UsageError
-from engine.run.generations import DamagedCheckpoint, read_generation
+from engine.run.generations import read_generation
+from engine.run.objects import DamagedCheckpoint
 from engine.run.redo import read_origin
 
 ROOT = Path(__file__).parents[1]

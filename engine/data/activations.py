@@ -35,9 +35,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from engine.run.errors import EqatError, ExitCode, PreflightError
-from engine.run.files import make_folder
-from engine.run.guarded import opened_folder
+from engine.errors import EqatError, ExitCode, PreflightError
+from engine.system.files import make_folder
+from engine.system.guarded import opened_folder
 
 StoreKind = Literal["device", "host", "disk"]
 Indices = slice | Sequence[int] | Tensor

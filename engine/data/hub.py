@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from engine.config.data import DataConfig
 from engine.data.local import checked_text, missing_column
 from engine.data.text import Part, held_out_bucket
-from engine.run.config import DataConfig
-from engine.run.errors import DataError
+from engine.errors import DataError
 
 _SHUFFLE_ROWS = 1000  # rows held while shuffling a stream: documents of 5 KB make 5 MB
 _HELD_OUT = {"validation": range(10), "evaluation": range(10, 20)}

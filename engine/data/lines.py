@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from engine.run.errors import DataError, EqatError
-from engine.run.guarded import BadFile
-from engine.run.stamps import StampedFile
+from engine.errors import DataError, EqatError
+from engine.system.guarded import BadFile
+from engine.system.stamps import StampedFile
 
 LONGEST_LINE = 128 << 20
 """Characters; a book has a few millions."""

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 
 from engine.data.lines import is_text, json_rows, open_text, readable, stamped
 from engine.data.text import VALIDATION_FRACTION, Part, held_out_bucket
-from engine.run.errors import DataError
-from engine.run.stamps import StampedFile
+from engine.errors import DataError
+from engine.system.stamps import StampedFile
 
 SMALL_CHARS = 64 << 20
 """Up to this much text is held in memory, split by position and identified by content."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.run.errors import IdentityError
+from engine.errors import IdentityError
 
 
 class World(NamedTuple):

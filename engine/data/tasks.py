@@ -21,7 +21,7 @@ from typing import Any
 
 from engine.data.hub import HubSource, hub_rows
 from engine.data.lines import is_text, json_rows, stamped
-from engine.run.errors import DataError
+from engine.errors import DataError
 
 Row = dict[str, Any]
 MOST_CHOICES = 1000

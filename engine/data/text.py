@@ -20,8 +20,8 @@ from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, Protocol
 
-from engine.run.config import DataConfig
-from engine.run.errors import DataError
+from engine.config.data import DataConfig
+from engine.errors import DataError
 
 Part = Literal["train", "validation", "evaluation"]
 PARTS: tuple[Part, ...] = ("train", "validation", "evaluation")

@@ -32,9 +32,9 @@ import numpy
 import torch
 from torch import Tensor
 
+from engine.config.data import DataConfig
 from engine.data.text import Part, TextSource, evaluation_text, open_source
-from engine.run.config import DataConfig
-from engine.run.errors import DataError
+from engine.errors import DataError
 
 MAX_PASSES = 4
 """A text is drawn from at most this many times over."""

@@ -18,8 +18,8 @@ import time
 import warnings
 from typing import Any
 
+from engine.errors import PreflightError
 from engine.models.foreign import first_line, reserved_bytes
-from engine.run.errors import PreflightError
 
 SECONDS = 20.0
 """A template that needs a hundredth of this on the slowest machine is a large one."""

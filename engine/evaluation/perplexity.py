@@ -30,9 +30,9 @@ from torch.nn import functional
 
 from engine.data.activations import StoreKind, make_store
 from engine.data.prefetch import READ_AHEAD, InPlace
+from engine.errors import DataError, StopRequested
 from engine.models.ahead import one_ahead
 from engine.quant.packed import unpacked
-from engine.run.errors import DataError, StopRequested
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM

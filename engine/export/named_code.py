@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.export.shards import write_json
-from engine.run.guarded import LARGE, BadFile, parsed, read_bytes
+from engine.system.guarded import LARGE, BadFile, parsed, read_bytes
 
 CLASSES, PIPELINES = "auto_map", "custom_pipelines"
 KERNELS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")

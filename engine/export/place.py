@@ -26,9 +26,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.run.errors import EqatError, PreflightError
-from engine.run.files import disk_error, make_folder, sync_folder
-from engine.run.guarded import open_inner, opened_folder, require_regular
+from engine.errors import EqatError, PreflightError
+from engine.system.files import disk_error, make_folder, sync_folder
+from engine.system.guarded import open_inner, opened_folder, require_regular
 
 _RENAME_EXCHANGE = 2
 _CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
@@ -68,7 +68,7 @@ class ExportPlace:
         """An empty folder to write the new export into; what is left of it when the context ends is removed.
 
         Raises:
-            EqatError: what :func:`~engine.run.files.disk_error` makes of every :class:`OSError` inside.
+            EqatError: what :func:`~engine.system.files.disk_error` makes of every :class:`OSError` inside.
         """
         make_folder(self.folder.parent, root=self.root)
         self.recover()

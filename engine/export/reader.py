@@ -37,8 +37,17 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from engine.run.errors import PreflightError
-from engine.run.guarded import LARGE, SMALL, NoFile, bad_file, open_regular, parsed, read_object, read_struct
+from engine.errors import PreflightError
+from engine.system.guarded import (
+    LARGE,
+    SMALL,
+    NoFile,
+    bad_file,
+    open_regular,
+    parsed,
+    read_object,
+    read_struct,
+)
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from engine.tensorfile import ALIGNMENT, DTYPE_NAMES, tensor_bytes
+from engine.checkpoints.tensorfile import ALIGNMENT, DTYPE_NAMES, tensor_bytes
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

@@ -29,12 +29,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from engine.errors import EqatError, ExitCode, StopRequested
 from engine.evaluation.perplexity import token_nll
 from engine.export.gptq_v2 import FORMAT, block_buffers, half, outer_names, quantization_config, stored_form
 from engine.export.reader import GPTQv2Reader, PackedSource, packed_model, read_json
 from engine.quant.packed import PackedBlock, PackedWeight
-from engine.run.errors import EqatError, ExitCode, StopRequested
-from engine.run.files import full_disk
+from engine.system.files import full_disk
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM

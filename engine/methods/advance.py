@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from engine.data.prefetch import READ_AHEAD, InPlace
-from engine.methods.optimization import Progress, autocast
 from engine.quant.packed import unpacked
+from engine.training.stepper import Progress, autocast
 
 if TYPE_CHECKING:
     from engine.data.activations import ActivationStore

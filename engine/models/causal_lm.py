@@ -30,13 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.models.compiled import Compiled, P, T
+from engine.errors import PreflightError
+from engine.gpu.compiled import Compiled, P, T
 from engine.models.foreign import foreign
 from engine.models.gguf import GGUFReader
 from engine.models.skeleton import build_skeleton, find_blocks, linear_names, refuse_block, text_config
 from engine.models.source import ModelSource
 from engine.models.weights import RenamedReader, match_names
-from engine.run.errors import PreflightError
 
 KEPT_SHAPES = 4
 """Batch shapes whose block arguments are kept; masks of long sequences are not small."""

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
-from engine.run.errors import EqatError, PreflightError, StopRequested
+from engine.errors import EqatError, PreflightError, StopRequested
 
 _NOT_THE_MODELS_FAULT = (EqatError, StopRequested, MemoryError, torch.OutOfMemoryError)
 

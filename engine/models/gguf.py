@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from engine.architecture.gguf_header import gguf_header
+from engine.architecture.limits import LARGEST_SIZE, MOST_BLOCKS, MOST_HEADS, MOST_POSITIONS, WIDEST
+from engine.errors import PreflightError
 from engine.models.foreign import foreign
 from engine.models.weights import read_exactly
-from engine.run.errors import PreflightError
-from engine.run.gguf_header import gguf_header
-from engine.run.limits import LARGEST_SIZE, MOST_BLOCKS, MOST_HEADS, MOST_POSITIONS, WIDEST
-from engine.run.stamps import StampedFile
+from engine.system.stamps import StampedFile
 
 SLICE_BYTES = 8 << 20
 BOUNDS = {

@@ -22,9 +22,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from engine.run.errors import EqatError, ExitCode, PreflightError
-from engine.run.headers import INDEX_NAME, SINGLE_NAME, read_index
-from engine.run.stamps import StampedFile
+from engine.architecture.headers import INDEX_NAME, SINGLE_NAME, read_index
+from engine.errors import EqatError, ExitCode, PreflightError
+from engine.system.stamps import StampedFile
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 Result = TypeVar("Result")

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from engine.models.skeleton import initial_vectors
-from engine.run.stamps import StampedFile
+from engine.system.stamps import StampedFile
 
 
 class RandomReader:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from engine.errors import PreflightError
 from engine.models.foreign import foreign, memory_headroom
-from engine.run.errors import PreflightError
 
 STRUCTURE_BYTES = 1 << 30
 """Room for rotary tables and masks, which are buffers of a structure."""

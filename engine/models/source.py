@@ -3,9 +3,9 @@
 :meth:`ModelSource.open` answers four questions for the rest of the engine: the configuration, the
 tokenizer, a reader for single tensors, and an identity that changes whenever the model does.
 
-Nothing is read of a model's folder before all of it was judged (:mod:`engine.run.links`), and everything that
-is read later is compared with what was judged: a run whose model is replaced meanwhile ends with an
-IdentityError.
+Nothing is read of a model's folder before all of it was judged (:mod:`engine.architecture.links`), and
+everything that is read later is compared with what was judged: a run whose model is replaced meanwhile ends
+with an IdentityError.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
+from engine.architecture.description import TINY_LLAMA, parse_config, resolve_source
+from engine.architecture.links import NO_ASSETS, ModelFolder
+from engine.config.model import ModelConfig
+from engine.errors import PreflightError
 from engine.models.foreign import foreign
 from engine.models.gguf import GGUFReader, gguf_config
 from engine.models.hub import download
@@ -27,13 +31,9 @@ from engine.models.random_weights import RandomReader
 from engine.models.skeleton import refuse_config
 from engine.models.tokenizer import byte_tokenizer
 from engine.models.weights import SafetensorsReader, WeightReader
-from engine.run.architecture import TINY_LLAMA, parse_config, resolve_source
-from engine.run.config import ModelConfig
-from engine.run.disk_model import TOKENIZER_FILES
-from engine.run.errors import PreflightError
-from engine.run.guarded import SMALL, BadFile, parse_object
-from engine.run.links import NO_ASSETS, ModelFolder
-from engine.run.stamps import StampedFile
+from engine.plan.disk_model import TOKENIZER_FILES
+from engine.system.guarded import SMALL, BadFile, parse_object
+from engine.system.stamps import StampedFile
 
 SourceKind = Literal["directory", "hub", "gguf", "random"]
 

@@ -1,7 +1,7 @@
 """Reading one tensor at a time out of a safetensors checkpoint.
 
-Where a tensor lies is what :mod:`engine.run.headers` found in the header of its file. Reading it directly
-buys four things a memory map does not give:
+Where a tensor lies is what :mod:`engine.architecture.headers` found in the header of its file. Reading it
+directly buys four things a memory map does not give:
 
 * every tensor lies in memory of its own, which goes back when the tensor does; mapped pages would be
   counted as ours for as long as the file stays open;
@@ -22,9 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from engine.run.errors import PreflightError
-from engine.run.guarded import bad_file
-from engine.run.headers import (
+from engine.architecture.headers import (
     INDEX_NAME,
     SINGLE_NAME,
     TensorInfo,
@@ -33,8 +31,10 @@ from engine.run.headers import (
     safetensors_header,
     shard,
 )
-from engine.run.links import ModelFolder
-from engine.run.stamps import StampedFile
+from engine.architecture.links import ModelFolder
+from engine.errors import PreflightError
+from engine.system.guarded import bad_file
+from engine.system.stamps import StampedFile
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from engine.checkpointer import TrainingCheckpoints, forget_snapshot, restore_random_state, snapshot_of
+from engine.checkpoints.commits import TrainingCheckpoints, forget_snapshot, restore_random_state, snapshot_of
 from engine.data.activations import ActivationStore
-from engine.methods.block_ap import BlockResult, train_block
-from engine.methods.reconstruction import Streams
-from engine.methods.rtn import round_to_nearest
+from engine.methods.blockwise.block_ap import BlockResult, train_block
+from engine.methods.blockwise.reconstruction import Streams
+from engine.methods.blockwise.rtn import round_to_nearest
 from engine.phases.job import Job, compute_dtype
 from engine.phases.passage import forget_streams, pass_through, store_at, stored_at
 from engine.phases.teacher import keep_as_teacher

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from engine import telemetry
-from engine.checkpointer import TrainingCheckpoints, forget_snapshot, restore_random_state, snapshot_of
+from engine.checkpoints.commits import TrainingCheckpoints, forget_snapshot, restore_random_state, snapshot_of
 from engine.data.activations import ActivationStore
-from engine.methods.e2e_qp import E2EData, train_scales
+from engine.methods.network.e2e_qp import E2EData, train_scales
 from engine.phases.job import Job, compute_dtype
 from engine.phases.passage import forget_streams
 from engine.phases.teacher import is_taught, teacher

@@ -13,16 +13,17 @@ from typing import Any
 import msgspec
 import torch
 
+from engine.config.loading import equivalent_command, to_toml
+from engine.config.runtime import RuntimeConfig
 from engine.data.text import corpus_name
 from engine.export.gptq_v2 import FORMAT, ExportResult, export_gptq_v2, room_beside_tensors
 from engine.export.place import ExportPlace
 from engine.export.verify import VerifyResult, verify_gptq_v2
 from engine.phases.job import Job
+from engine.process import package_versions
 from engine.run import events
-from engine.run.config import RuntimeConfig, equivalent_command, to_toml
 from engine.run.directory import RunDirectory
-from engine.run.publish import check_target, publish
-from engine.setup import package_versions
+from engine.system.publish import check_target, publish
 
 # Part of the evaluation text on which exported and trained logits are compared.
 VERIFY_WINDOWS, VERIFY_TOKENS = 2, 512

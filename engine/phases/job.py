@@ -9,21 +9,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoint import CheckpointStore
-from engine.checkpointer import Checkpoints
+from engine.checkpoints.commits import Checkpoints
+from engine.checkpoints.store import CheckpointStore
+from engine.config.run import RunConfig
 from engine.data.activations import ActivationStore, make_store
 from engine.data.sampler import ALONE, World
 from engine.evaluation.tasks import TokenizedTask
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
-from engine.preparation import Tokens
+from engine.phases.preparation import Tokens
+from engine.plan.fit import host_budget
+from engine.plan.plan import Plan
 from engine.quant.packed import PackedBlock, PackedWeight
 from engine.reporter import Reporter
-from engine.run.config import RunConfig
 from engine.run.directory import RunDirectory
 from engine.run.facts import E2E_DONE, block_entry, scales_entry
-from engine.run.files import make_folder
-from engine.run.plan import Plan, host_budget
+from engine.system.files import make_folder
 
 
 @dataclass

@@ -14,12 +14,12 @@ import msgspec
 import torch
 from torch import nn
 
+from engine.checkpoints.streams import StoredStreams, delete_streams, read_streams, write_streams
 from engine.data.activations import ActivationStore
+from engine.errors import EqatError, ExitCode
 from engine.methods.advance import Passage, advance
 from engine.phases.job import Job
-from engine.run.errors import EqatError, ExitCode
 from engine.run.facts import STREAMS
-from engine.streams import StoredStreams, delete_streams, read_streams, write_streams
 
 STREAM_SILENCE = 600.0
 """Seconds that one large file may take unheard."""

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from engine import telemetry
+from engine.errors import UsageError
 from engine.evaluation.generation import continuation, prompt_ids
 from engine.models.skeleton import text_config
 from engine.phases.job import Job
+from engine.plan.fit import GPU_RESERVE, host_budget
+from engine.plan.machine import host_free
 from engine.run import events
-from engine.run.errors import UsageError
 from engine.run.facts import E2E_DONE
-from engine.run.fit import GPU_RESERVE
-from engine.run.machine import host_free
-from engine.run.plan import host_budget
 
 NEW_TOKENS = 64
 FIRST_TOKEN_SILENCE = 600
@@ -37,7 +36,7 @@ def write_samples(
     ids_1T = prompt_ids(job.source.tokenizer(), prompt)
     new_tokens = _room_after(job, ids_1T.shape[1], new_tokens)
     # Two models one after the other, each with all of its blocks.
-    models: list[tuple[events.Stage, Callable[[int], nn.Module]]] = [
+    models: list[tuple[str, Callable[[int], nn.Module]]] = [
         ("fp", job.lm.load_block),
         (_quantized_stage(job), job.dense_block),
     ]
@@ -52,7 +51,7 @@ def write_samples(
         telemetry.release_memory()
 
 
-def _quantized_stage(job: Job) -> events.Stage:
+def _quantized_stage(job: Job) -> str:
     """The newest quantized version."""
     if job.store.fact(E2E_DONE):
         return "e2e_qp"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.data.activations import ActivationStore
-from engine.methods.e2e_qp import Teacher, positions
+from engine.methods.network.e2e_qp import Teacher, positions
 from engine.phases.job import Job, compute_dtype
 from engine.phases.passage import pass_through, store_at, stored_at
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engine.config.grid import GridConfig
 from engine.quant.grid import RELATIVE_SCALE_FLOOR, fake_quantize, initial_range, quantize
 from engine.quant.packed import PackedBlock, PackedWeight, replace_submodule, stored_scale
-from engine.run.config import GridConfig
 
 TRAINED = ("weight", "scale", "zero_point", "quantized")
 """A linear's parameters that its packed weight stands for."""

@@ -6,10 +6,10 @@ file of the user's some day; so every name is spelled as the code that writes it
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
 from collections.abc import Callable
+
+from engine.system.temporary import temporary_of
 
 CONFIG = "config.toml"
 FILES = (CONFIG, "run.json", "origin.json", "lock", "status.json", "launch.json", "events.jsonl")
@@ -24,8 +24,6 @@ LEFTOVERS = (".partial", ".failed", ".old")
 REMOVED = ".removed-"
 """Begins the name of a run whose deletion has begun."""
 
-# As temporary_name makes them.
-_TEMPORARY = re.compile(r"\.(.+)\.[0-9]{1,10}\.[0-9a-f]{8}\.tmp", re.DOTALL)
 _REMOVED = re.compile(re.escape(REMOVED) + r".+-[0-9a-f]{8}", re.DOTALL)
 # The engine's activations: where they live while it computes, and as they are stored for a resumption.
 _ACTIVATIONS = re.compile(r"(?:full|quantized|teacher|evaluation|tasks-[0-9]{1,9})\.bin")
@@ -42,21 +40,9 @@ _TEXT = re.compile(r"[0-9a-f]{40}\.safetensors")
 _UNFINISHED_TEXT = re.compile(r"\.[0-9a-f]{12}-[a-z0-9_]{8}")
 
 
-def temporary_name(name: str) -> str:
-    """What a file is called while it is written, before it is renamed to ``name``. Unique: two threads (or an
-    engine and a command) may write the same file at once."""
-    return f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-
-
-def temporary_of(name: str) -> str:
-    """The file that the temporary file ``name`` was to become; empty for any other file."""
-    match = _TEMPORARY.fullmatch(name)
-    return match[1] if match else ""
-
-
 def is_unfinished_at_top(name: str) -> bool:
     """A file at the top of a run that was being written, or that was made to see whose files are made there
-    (``engine.run.ownership``)."""
+    (``engine.system.ownership``)."""
     return temporary_of(name) in (*FILES, "owner")
 
 

@@ -16,11 +16,11 @@ from typing import Literal, get_args
 
 import msgspec
 
+from engine.errors import EqatError, ExitCode, UsageError
 from engine.run.directory import FOLDER_MODE, RunDirectory
-from engine.run.errors import EqatError, ExitCode, UsageError
-from engine.run.files import atomic_write_json, disk_error, make_folder
-from engine.run.guarded import BadFile, opened_folder, read_struct
 from engine.run.lock import holder, opened_by
+from engine.system.files import atomic_write_json, disk_error, make_folder
+from engine.system.guarded import BadFile, opened_folder, read_struct
 
 Action = Literal["stop", "abort"]
 

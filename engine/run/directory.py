@@ -21,42 +21,17 @@ from typing import Any, Literal
 
 import msgspec
 
-from engine.run.config import RunConfig, absolute_paths, load_run, to_toml
-from engine.run.contents import temporary_of
-from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
-from engine.run.events import AnyEvent, Outcome, RunFinished, RunStarted, tail_events
-from engine.run.files import (
-    atomic_write,
-    atomic_write_json,
-    disk_error,
-    make_folder,
-    overwrite_in_place,
-)
-from engine.run.guarded import BadFile, NoFile, bad_file, opened_folder, read_object, read_struct
-from engine.run.lock import RunLock, holder, is_held
-from engine.run.ownership import require_own_folders
+from engine.config.loading import absolute_paths, load_run, to_toml
+from engine.config.run import RunConfig
+from engine.errors import EqatError, ExitCode, PreflightError, UsageError
+from engine.run.event_log import tail_events
+from engine.run.events import AnyEvent, Outcome, RunFinished, RunStarted
+from engine.run.lock import is_held
 from engine.run.proof import is_run
-
-__all__ = [
-    "Launched",
-    "RunDirectory",
-    "RunLock",
-    "State",
-    "Status",
-    "atomic_write",
-    "atomic_write_json",
-    "classify",
-    "clean_temporaries",
-    "holder",
-    "is_held",
-    "last_events",
-    "process_alive",
-    "read_launched",
-    "read_status",
-    "run_state",
-    "starting",
-    "write_status",
-]
+from engine.system.files import atomic_write, atomic_write_json, disk_error, make_folder, overwrite_in_place
+from engine.system.guarded import BadFile, NoFile, bad_file, opened_folder, read_object, read_struct
+from engine.system.ownership import require_own_folders
+from engine.system.temporary import temporary_of
 
 State = Literal["created", "running", "hung", "crashed", "done", "stopped", "failed", "aborted"]
 

@@ -1,368 +1,244 @@
-"""What happened in a run: a closed set of events, one JSON object a line, appended and never changed.
+"""The closed set of events: one frozen struct a kind, its fields the payload.
 
-Every line carries the same envelope: format version ``v``, sequence number ``seq`` (continues over
-attempts; a gap means that lines were lost), ``attempt``, wall clock ``t`` and monotonic clock ``mono`` in
-seconds (comparable within one attempt only), and the ``kind`` that selects the payload.
-
-The log outlives crashes, full disks and newer programs, so the two sides are unequal on purpose. The
-writer never raises into a training loop: what cannot be written is counted. The reader never fails on what
-it finds: it stops at the last newline, skips bad lines and unknown kinds, and ignores unknown fields.
+:mod:`engine.run.event_log` writes and reads them. Phases and stages are plain text here: a log may have been
+written with a method that this version does not know, and its events are to be read all the same.
 """
 
 from __future__ import annotations
 
-import errno
-import functools
-import math
-import os
-import threading
-import time
-from collections.abc import Callable
-from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Literal, get_args
 
 import msgspec
 
-from engine.run.event_kinds import (
-    EVENT_TYPES,
-    PHASES,
-    STAGES,
-    VERSION,
-    AnyEvent,
-    BlockFinished,
-    BlockStarted,
-    CheckpointCommitted,
-    ControlAck,
-    Error,
-    Eval,
-    Event,
-    Export,
-    Memory,
-    Metric,
-    Outcome,
-    Phase,
-    PhaseFinished,
-    PhaseStarted,
-    Plan,
-    RunFinished,
-    RunStarted,
-    Sample,
-    Stage,
-    Warning,
+VERSION = 1
+
+Outcome = Literal["done", "stopped", "failed", "aborted"]
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", omit_defaults=False):
+    """The envelope. The writer fills it; whoever emits an event gives the payload only."""
+
+    v: int = VERSION
+    seq: int = 0
+    attempt: int = 1
+    t: float = 0.0
+    mono: float = 0.0
+
+
+class RunStarted(Event, frozen=True, kw_only=True, tag="run.started"):
+    """An attempt begins: the first of a run, a resumption, or something else that is done with a finished run
+    (``task``: ``eval``, ``export``, ``generate``). That cannot undo what the run is: should it be cut off,
+    the run is still what it was, ``leaves``."""
+
+    id: str
+    pid: int
+    host: str
+    device: str
+    versions: dict[str, str]
+    argv: list[str]
+    task: str = "run"
+    leaves: Outcome | None = None
+
+
+class Plan(Event, frozen=True, kw_only=True, tag="plan"):
+    """What the run was expected to need (``Plan.to_dict()``)."""
+
+    plan: dict[str, Any]
+
+
+class PhaseStarted(Event, frozen=True, kw_only=True, tag="phase.started"):
+    """Phase ``index`` (from 0) of ``phases``."""
+
+    phase: str
+    index: int
+    phases: int
+
+
+class PhaseFinished(Event, frozen=True, kw_only=True, tag="phase.finished"):
+    """Seconds and peak memory of this attempt's part of the phase."""
+
+    phase: str
+    seconds: float
+    peak_gpu_bytes: int | None = None
+    peak_host_bytes: int | None = None
+
+
+class BlockStarted(Event, frozen=True, kw_only=True, tag="block.started"):
+    """Decoder block ``block`` (from 0) of ``blocks``."""
+
+    phase: str
+    block: int
+    blocks: int
+
+
+class BlockFinished(Event, frozen=True, kw_only=True, tag="block.finished"):
+    """A block is frozen to the grid; ``restored`` when it came from a checkpoint."""
+
+    phase: str
+    block: int
+    seconds: float
+    initial_loss: float | None = None
+    final_loss: float | None = None
+    val_loss: float | None = None
+    restored: bool = False
+
+
+class Metric(Event, frozen=True, kw_only=True, tag="metric"):
+    """A training step. ``step`` counts from 1 within its block (or phase) to ``steps``.
+
+    ``non_finite`` is set when a number of this step, or of one left out since the last metric, was NaN
+    or infinite; such numbers are written as null.
+    """
+
+    phase: str
+    step: int
+    steps: int
+    epoch: int
+    block: int | None = None
+    loss: float | None = None
+    val_loss: float | None = None
+    grad_norm: float | None = None
+    lr: dict[str, float] = {}
+    tokens_per_second: float | None = None
+    non_finite: bool = False
+
+
+class Memory(Event, frozen=True, kw_only=True, tag="memory"):
+    """A sample of the machine: bytes, per cent, degrees Celsius, watts. What cannot be read is null."""
+
+    gpu_used: int | None = None
+    gpu_total: int | None = None
+    gpu_peak: int | None = None
+    gpu_other: int | None = None
+    gpu_utilization: float | None = None
+    gpu_temperature: float | None = None
+    gpu_power: float | None = None
+    host_used: int | None = None
+    host_peak: int | None = None
+    host_available: int | None = None
+    disk_free: int | None = None
+
+
+class Eval(Event, frozen=True, kw_only=True, tag="eval"):
+    """Perplexity of the model at one stage (null when it is not a finite number), and the share of right
+    answers by task."""
+
+    stage: str
+    perplexity: float | None
+    tokens: int
+    sequence_length: int
+    seconds: float
+    corpus: str
+    accuracy: dict[str, float] = {}
+    questions: dict[str, int] = {}
+
+
+class CheckpointCommitted(Event, frozen=True, kw_only=True, tag="checkpoint.committed"):
+    """Everything up to here survives a crash.
+
+    ``bytes`` were written; training waited for ``seconds``, and the writing went on beside it for
+    ``background_seconds``. ``step`` is the last one contained, where the checkpoint lies inside a block or
+    inside end-to-end training.
+    """
+
+    generation: int
+    bytes: int
+    seconds: float
+    phase: str
+    block: int | None = None
+    step: int | None = None
+    background_seconds: float = 0.0
+
+
+class Export(Event, frozen=True, kw_only=True, tag="export"):
+    """A packed checkpoint was written, and ``verified`` by reading it back."""
+
+    format: str
+    path: str
+    verified: bool
+    bytes: int
+    fp_bytes: int
+    bits_per_weight: float
+    max_logit_diff: float | None = None
+    logit_tolerance: float | None = None
+    perplexity: float | None = None
+    perplexity_trained: float | None = None
+    copied_to: str = ""
+    """A folder outside of the run that has a copy, where one was asked for."""
+    tokens: int | None = None
+    """The two perplexities are those of the reloaded and of the trained model on this many tokens only: their
+    difference counts, not their size."""
+
+
+class Sample(Event, frozen=True, kw_only=True, tag="sample"):
+    """Text that one version of the model (``fp`` or the newest quantized stage) wrote after a prompt.
+
+    ``text`` is the continuation only, of ``tokens`` tokens written in ``seconds``, loading the model not
+    counted; ``problem`` says why there is none.
+    """
+
+    stage: str
+    prompt: str
+    text: str = ""
+    tokens: int = 0
+    seconds: float = 0.0
+    problem: str = ""
+
+
+class ControlAck(Event, frozen=True, kw_only=True, tag="control.ack"):
+    """The engine saw a request (``stop`` or ``abort``) and will act on it."""
+
+    request: str
+    id: str
+
+
+class Warning(Event, frozen=True, kw_only=True, tag="warning"):
+    """Something the user should know; the run goes on."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+
+class Error(Event, frozen=True, kw_only=True, tag="error"):
+    """Why the attempt ends: one line, where, and the remedy."""
+
+    code: str
+    where: str
+    message: str
+    hint: str
+    exit_code: int
+
+
+class RunFinished(Event, frozen=True, kw_only=True, tag="run.finished"):
+    """The attempt's last word; an attempt without one crashed.
+
+    An attempt that did something with a finished run (an evaluation, an export) and failed leaves the run as
+    finished as it was: ``leaves``.
+    """
+
+    outcome: Outcome
+    exit_code: int
+    seconds: float
+    leaves: Outcome | None = None
+
+
+AnyEvent = (
+    RunStarted
+    | Plan
+    | PhaseStarted
+    | PhaseFinished
+    | BlockStarted
+    | BlockFinished
+    | Metric
+    | Memory
+    | Eval
+    | CheckpointCommitted
+    | Export
+    | Sample
+    | ControlAck
+    | Warning
+    | Error
+    | RunFinished
 )
-from engine.run.files import disk_error
-from engine.run.guarded import open_regular
-from engine.run.log_bytes import tail, whole_lines
-
-__all__ = [
-    "EVENT_TYPES",
-    "METRIC_INTERVAL_S",
-    "PHASES",
-    "STAGES",
-    "VERSION",
-    "AnyEvent",
-    "BlockFinished",
-    "BlockStarted",
-    "CheckpointCommitted",
-    "ControlAck",
-    "Error",
-    "Eval",
-    "Event",
-    "EventFollower",
-    "EventWriter",
-    "Export",
-    "Memory",
-    "Metric",
-    "Outcome",
-    "Phase",
-    "PhaseFinished",
-    "PhaseStarted",
-    "Plan",
-    "RunFinished",
-    "RunStarted",
-    "Sample",
-    "Stage",
-    "Warning",
-    "encode",
-    "parse_lines",
-    "read_events",
-    "tail_events",
-]
-
-METRIC_INTERVAL_S = 0.25
-"""Metrics of one phase and block come at most this often, apart from its first and last."""
-
-TAIL_BYTES = 1 << 16
-"""Of the end of a log: enough to know how the last attempt ended, unless a line in it is longer."""
-LONGEST_TAIL_BYTES = 1 << 26
-
-_decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
-_E = TypeVar("_E", bound=Event)
-
-
-# -- writing -------------------------------------------------------------------------------------------
-
-
-def encode(event: Event) -> bytes:
-    """One line without its newline. NaN and infinities become null and set the ``non_finite`` flag."""
-    try:
-        return _encoder.encode(_finite(event))
-    except UnicodeEncodeError:
-        # A file name that is not UTF-8 reaches Python as lone surrogates, which JSON cannot carry.
-        return _encoder.encode(_printable(msgspec.to_builtins(event, enc_hook=_plain)))
-
-
-def _plain(value: Any) -> Any:
-    """Numbers of numpy or torch as Python's; anything else by its text, rather than losing the line."""
-    item = getattr(value, "item", None)
-    if callable(item):
-        try:
-            return item()
-        except (TypeError, ValueError, RuntimeError):
-            pass
-    return str(value)
-
-
-_encoder = msgspec.json.Encoder(enc_hook=_plain)
-
-
-_fields = functools.cache(msgspec.structs.fields)
-
-
-def _finite(event: _E) -> _E:
-    """``event`` with numbers that JSON cannot hold replaced, so that every reader can decode the line."""
-    changes: dict[str, Any] = {}
-    for field in _fields(type(event)):
-        value = getattr(event, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            changes[field.name] = 0.0 if field.type is float else None
-        elif field.name == "lr" and isinstance(value, dict):
-            kept = {name: rate for name, rate in value.items() if math.isfinite(rate)}
-            if len(kept) < len(value):
-                changes["lr"] = kept
-    if not changes:
-        return event
-    if isinstance(event, Metric):
-        changes["non_finite"] = True
-    return msgspec.structs.replace(event, **changes)
-
-
-def _printable(tree: Any) -> Any:
-    if isinstance(tree, str):
-        return tree.encode("utf-8", "backslashreplace").decode("utf-8")
-    if isinstance(tree, dict):
-        return {_printable(key): _printable(value) for key, value in tree.items()}
-    return [_printable(value) for value in tree] if isinstance(tree, list) else tree
-
-
-class EventWriter:
-    """Appends events of one attempt to ``events.jsonl``; safe to use from several threads.
-
-    Opening may raise what :func:`disk_error` makes of an :class:`OSError`, or :class:`BadFile` (nothing has
-    been computed yet); after that, nothing does.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        attempt: int,
-        *,
-        rank: int = 0,
-        clock: Callable[[], float] = time.time,
-        monotonic: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.path = Path(path)
-        self.attempt = attempt
-        self.rank = rank
-        self.dropped = 0
-        self._clock = clock
-        self._monotonic = monotonic
-        # A telemetry thread and the training loop write to the same log; re-entrant, because a signal
-        # may interrupt an emit and its handler's cleanup may want to say so.
-        self._lock = threading.RLock()
-        self._waiting: Metric | None = None
-        self._series: tuple[str, int | None] | None = None
-        self._last_metric = -math.inf
-        try:
-            self._seq, self._torn = _log_end(self.path)
-            self._fd = open_regular(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        except OSError as error:
-            raise disk_error(error, self.path) from error
-
-    def emit(self, event: Event) -> None:
-        """Write ``event``; of metrics that come faster than four a second, the latest.
-
-        Of several processes that train together only the first (rank 0) speaks.
-        """
-        if self.rank:
-            return
-        with self._lock:
-            if isinstance(event, Metric):
-                self._emit_metric(event)
-            else:
-                self._write_waiting()
-                self._write(event)
-
-    def flush(self) -> None:
-        """Write the metric that was held back, if there is one."""
-        with self._lock:
-            self._write_waiting()
-
-    def close(self) -> None:
-        """Flush and close; emitting afterwards counts as dropped."""
-        with self._lock:
-            if self._fd >= 0:
-                self._write_waiting()
-                os.close(self._fd)
-                self._fd = -1
-
-    def __enter__(self) -> EventWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _emit_metric(self, metric: Metric) -> None:
-        series = (metric.phase, metric.block)
-        first = series != self._series
-        if first:
-            self._write_waiting()
-        elif self._waiting is not None and self._waiting.non_finite:
-            metric = msgspec.structs.replace(metric, non_finite=True)
-        now = self._monotonic()
-        self._series = series
-        # A validation loss comes once an epoch; the step after it must not take its place.
-        if first or metric.val_loss is not None or now - self._last_metric >= METRIC_INTERVAL_S:
-            self._waiting = None
-            self._last_metric = now
-            self._write(metric)
-        else:
-            # The clocks of a metric that is written later are those of its step.
-            self._waiting = msgspec.structs.replace(_finite(metric), t=self._clock(), mono=now)
-
-    def _write_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None:
-            self._last_metric = self._monotonic()
-            self._write(waiting)
-
-    def _write(self, event: Event) -> None:
-        self._seq += 1
-        try:
-            line = encode(
-                msgspec.structs.replace(
-                    event,
-                    v=VERSION,
-                    seq=self._seq,
-                    attempt=self.attempt,
-                    t=event.t or self._clock(),
-                    mono=event.mono or self._monotonic(),
-                )
-            )
-            data = (b"\n" if self._torn else b"") + line + b"\n"
-            written = os.write(self._fd, data) if self._fd >= 0 else 0
-        except (OSError, TypeError, ValueError, OverflowError, RecursionError):
-            self.dropped += 1
-            return
-        if written < len(data):
-            # A disk that fills up takes the beginning of a line. The next line starts on a new one.
-            self._torn = self._torn if written == 0 else True
-            # One that lacks only its newline gets it with the next line, and is read like any other.
-            self.dropped += written < len(data) - 1
-        else:
-            self._torn = False
-
-
-def _log_end(path: Path) -> tuple[int, bool]:
-    """The last sequence number in a log, and whether its last line is torn."""
-    window = TAIL_BYTES
-    while True:
-        try:
-            end, whole = tail(path, window)
-        except FileNotFoundError:
-            return 0, False
-        events = parse_lines(end)
-        if events or whole or window >= LONGEST_TAIL_BYTES:
-            last = max((event.seq for event in events), default=0)
-            return last, bool(end) and not end.endswith(b"\n")
-        window *= 16
-
-
-# -- reading -------------------------------------------------------------------------------------------
-
-
-def parse_lines(data: bytes, skip: frozenset[str] = frozenset()) -> list[AnyEvent]:
-    """The events in ``data``, which may hold anything. ``skip`` names kinds that are not wanted.
-
-    The writer puts ``kind`` first, so unwanted lines (metrics are nine in ten) are passed over undecoded.
-    """
-    unwanted = tuple(f'{{"kind":"{kind}"'.encode() for kind in sorted(skip))
-    events: list[AnyEvent] = []
-    for line in data.split(b"\n"):
-        if not line or (unwanted and line.startswith(unwanted)):
-            continue
-        try:
-            events.append(_decoder.decode(line))
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            continue  # half a line, another program's line, or a kind from the future
-    return events
-
-
-def read_events(
-    path: str | os.PathLike[str], offset: int = 0, *, skip: frozenset[str] = frozenset()
-) -> tuple[list[AnyEvent], int]:
-    """Events in the complete lines from byte ``offset`` on, and the offset to continue from."""
-    events: list[AnyEvent] = []
-    try:
-        for lines, behind in whole_lines(Path(path), offset):
-            events += parse_lines(lines, skip)
-            offset = behind
-    except FileNotFoundError:
-        pass
-    return events, offset
-
-
-def tail_events(
-    path: str | os.PathLike[str],
-    until: Callable[[list[AnyEvent]], bool] = bool,
-    *,
-    skip: frozenset[str] = frozenset(),
-) -> list[AnyEvent]:
-    """Events at the end of the log: so many, in ever larger pieces of it, that ``until`` is content.
-
-    By default there is one. Where the log has no such end, the last 64 MiB of it are looked at.
-    """
-    window = TAIL_BYTES
-    while True:
-        try:
-            end, whole = tail(Path(path), window)
-        except FileNotFoundError:
-            return []
-        events = parse_lines(end[: end.rfind(b"\n") + 1], skip)
-        if whole or window >= LONGEST_TAIL_BYTES or until(events):
-            return events
-        window *= 16
-
-
-class EventFollower:
-    """Reads a log as it grows: each :meth:`poll` returns what is new since the last."""
-
-    def __init__(self, path: str | os.PathLike[str], offset: int = 0) -> None:
-        self.path = Path(path)
-        self.offset = offset
-
-    def poll(self) -> list[AnyEvent]:
-        """New complete events; an empty list when there are none, or no log yet."""
-        try:
-            events, self.offset = read_events(self.path, self.offset)
-        except OSError as error:
-            if error.errno in (errno.ESTALE, errno.EIO):  # a network file system that hiccups
-                return []
-            raise
-        return events
+EVENT_TYPES: tuple[type[Event], ...] = get_args(AnyEvent)

@@ -17,14 +17,14 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from engine.run.event_kinds import STAGES
-
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Few = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Block = Annotated[int, msgspec.Meta(ge=0, le=9999)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
+NAME = "[a-z][a-z0-9_]{0,39}"
+"""Of a stage; one that another version made may lie here."""
 TRAINING = "training"
 """The state of a training that was interrupted: the fact, and the entry with its tensors."""
 STREAMS = "streams"
@@ -93,7 +93,7 @@ class Training(
     frozen=True,
     rename={"steps": "step.steps", "scaler": "step.scaler", "val_loss": "best.val_loss"},
 ):
-    """``training``: the values of a :class:`engine.methods.optimization.Snapshot`."""
+    """``training``: the values of a :class:`engine.training.stepper.Snapshot`."""
 
     phase: Literal["block_ap", "e2e_qp"]
     block: Block | None
@@ -116,7 +116,7 @@ class Training(
 
 
 class Streams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``streams``: activation streams that lie in the cache (:class:`engine.streams.StoredStreams`)."""
+    """``streams``: activation streams in the cache (:class:`engine.checkpoints.streams.StoredStreams`)."""
 
     border: Block
     shape: Annotated[list[Count], msgspec.Meta(min_length=3, max_length=3)]
@@ -134,7 +134,7 @@ number."""
 
 _KINDS: tuple[tuple[str, Any, bool], ...] = (
     (r"losses-[0-9]{3,4}", Losses, False),
-    (rf"eval_({'|'.join(STAGES)})", Evaluated, False),
+    (rf"eval_{NAME}", Evaluated, False),
     (STREAMS, Streams, False),
     (TRAINING, Training, True),
     (r"halvings-(full|quantized|teacher)", Halvings, True),

@@ -11,10 +11,10 @@ import re
 import time
 from pathlib import Path
 
+from engine.errors import PreflightError, UsageError
 from engine.run.directory import RunDirectory
-from engine.run.errors import PreflightError, UsageError
-from engine.run.files import existing
 from engine.run.proof import is_run
+from engine.system.files import existing
 
 
 def default_runs_dir(flag: str | os.PathLike[str] | None = None) -> Path:

@@ -14,7 +14,7 @@ Schema 2 had no digest of its generations (``generation-000012.json``, and a bar
 still be read, checked as far as types reach, and becomes schema 3 with the next commit. The form of a name
 says which schema its content has to have, so no flip turns one into the other.
 
-``engine.checkpoint`` reads and writes them.
+``engine.checkpoints.store`` reads and writes them.
 """
 
 from __future__ import annotations
@@ -30,31 +30,11 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
+from engine.errors import EqatError, PreflightError
 from engine.run import facts as known_facts
 from engine.run.contents import is_unfinished_checkpoint, is_unfinished_object
-from engine.run.errors import EqatError, PreflightError
-from engine.run.guarded import BadFile, NoFile, opened_folder, parsed, read_bytes
 from engine.run.objects import DIGEST, DamagedCheckpoint, names_in, object_path, objects_path, write_over
-
-__all__ = [
-    "GENERATIONS_KEPT",
-    "SCHEMA",
-    "DamagedCheckpoint",
-    "Generation",
-    "OtherSchema",
-    "Ref",
-    "candidates",
-    "current",
-    "generation_path",
-    "highest",
-    "newest",
-    "object_path",
-    "objects_path",
-    "prune",
-    "publish",
-    "read",
-    "read_generation",
-]
+from engine.system.guarded import BadFile, NoFile, opened_folder, parsed, read_bytes
 
 SCHEMA = 3
 GENERATIONS_KEPT = 2
@@ -285,7 +265,7 @@ def _check_unverified(found: Generation) -> None:
 def publish(directory: Path, made: Generation) -> int:
     """Write a generation, whose objects are durable already, and make it the current one; its bytes.
 
-    Raises what :func:`engine.run.files.disk_error` makes of an :class:`OSError`.
+    Raises what :func:`engine.system.files.disk_error` makes of an :class:`OSError`.
     """
     encoded = made.encode()
     ref = Ref(made.number, hashlib.sha256(encoded).hexdigest())

@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.errors import PreflightError
 from engine.run import contents, generations
-from engine.run.directory import RunDirectory, holder, starting
-from engine.run.errors import PreflightError
-from engine.run.guarded import opened_folder
-from engine.run.lock import RunLock
+from engine.run.directory import RunDirectory, starting
+from engine.run.lock import RunLock, holder
 from engine.run.proof import Identity, prove_made_here, prove_removed, prove_run
 from engine.run.removal import not_deleted, remove_entry, remove_proven, rename_proven
 from engine.run.state import BULK, load_state
 from engine.run.usable import current_is_intact
+from engine.system.guarded import opened_folder
 
 LONGEST_NAME = 255
 """Bytes that a file system allows a name."""

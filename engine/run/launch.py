@@ -15,19 +15,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.errors import EqatError, PreflightError
 from engine.run.control import discard_pending
-from engine.run.directory import (
-    FOLDER_MODE,
-    Launched,
-    RunDirectory,
-    holder,
-    last_events,
-    read_launched,
-    starting,
-)
-from engine.run.errors import EqatError, PreflightError
-from engine.run.files import atomic_write_json, disk_error, make_folder
-from engine.run.guarded import open_regular, opened_folder, require_regular
+from engine.run.directory import FOLDER_MODE, Launched, RunDirectory, last_events, read_launched, starting
+from engine.run.lock import holder
+from engine.system.files import atomic_write_json, disk_error, make_folder
+from engine.system.guarded import open_regular, opened_folder, require_regular
 
 ATTEMPT_VARIABLE = "EQAT_ATTEMPT"
 """Tells the engine which attempt, and so which log, it is."""

@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from engine.run.errors import PreflightError
-from engine.run.files import disk_error
-from engine.run.guarded import BadFile, open_regular
+from engine.errors import PreflightError
+from engine.system.files import disk_error
+from engine.system.guarded import BadFile, open_regular
 
 # Locks this process holds: (device, inode) -> pid that took it. A forked child inherits the table but not
 # the locks, which is why the pid is kept.

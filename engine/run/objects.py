@@ -19,10 +19,10 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
-from engine.run.contents import temporary_name
-from engine.run.errors import PreflightError
-from engine.run.files import atomic_write
-from engine.run.guarded import BadFile, bad_file, open_regular, opened_folder
+from engine.errors import PreflightError
+from engine.system.files import atomic_write
+from engine.system.guarded import BadFile, bad_file, open_regular, opened_folder
+from engine.system.temporary import temporary_name
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 _NOT_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -137,8 +137,8 @@ def _check_link(path: Path, root: Path, digest: str) -> None:
 
 
 def write_over(path: Path, data: bytes | Iterable[bytes | memoryview], root: Path) -> None:
-    """:func:`engine.run.files.atomic_write`, also where a folder has the name: it is set aside under another
-    one, since no file can replace it."""
+    """:func:`engine.system.files.atomic_write`, also where a folder has the name: it is set aside under
+    another one, since no file can replace it."""
     with contextlib.suppress(OSError), opened_folder(path.parent, root) as folder:
         if stat.S_ISDIR(os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode):
             aside = f"{path.name}.aside-{secrets.token_hex(4)}"

@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from engine.config.base import Section, field_types, is_section
+from engine.config.loading import from_toml
+from engine.config.run import RunConfig
+from engine.errors import EqatError, PreflightError
 from engine.run import contents
-from engine.run.config import from_toml
-from engine.run.errors import EqatError, PreflightError
-from engine.run.guarded import bad_file, kind_of, open_inner, opened_folder, parsed, read_text
-from engine.run.ownership import is_ours, user_name
-from engine.run.schema import RunConfig, Section, field_types, is_section
+from engine.system.guarded import bad_file, kind_of, open_inner, opened_folder, parsed, read_text
+from engine.system.ownership import is_ours, user_name
 
 MADE_WITH_A_RUN = tuple(name for name in contents.FOLDERS if name != "cache")
 """Folders that every version made with a run, and that nothing removes from it."""

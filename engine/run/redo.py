@@ -12,12 +12,13 @@ from typing import Annotated
 
 import msgspec
 
-from engine.run import config as configs
-from engine.run.config import RunConfig
+from engine.config import loading as configs
+from engine.config.run import RunConfig
+from engine.config.validation import validate
+from engine.errors import PreflightError, UsageError
 from engine.run.directory import RunDirectory
-from engine.run.errors import PreflightError, UsageError
-from engine.run.guarded import BadFile, NoFile, read_struct
 from engine.run.state import BULK, load_state
+from engine.system.guarded import BadFile, NoFile, read_struct
 
 SHARED_FIELDS = ("model.", "grid.", "block_ap.enabled")
 """What the shared blocks depend on, and every later one must agree with."""
@@ -69,7 +70,7 @@ def redo_config(run: RunDirectory, from_block: int, overrides: Mapping[str, obje
     _check_blocks(run, from_block)
     before = run.config()
     config = configs.resolve(configs.apply_overrides(before, overrides))
-    configs.validate(config)
+    validate(config)
     if from_block:  # else no block is shared, and nothing has to agree
         _check_settings(configs.resolve(before), config)
     return config

@@ -11,10 +11,10 @@ import shutil
 import stat
 from pathlib import Path
 
+from engine.errors import PreflightError
 from engine.run import contents
-from engine.run.errors import PreflightError
-from engine.run.guarded import opened_folder
 from engine.run.proof import Identity, NotProven, shown
+from engine.system.guarded import opened_folder
 
 _TRIES = 100
 

@@ -13,10 +13,13 @@ from typing import Any
 
 import msgspec
 
-from engine.run import events, report
+from engine.config.stages import STAGES, versions
+from engine.run import events
+from engine.run import rendering as report
 from engine.run.directory import RunDirectory, Status, read_status
-from engine.run.events import Event, read_events
-from engine.run.guarded import bad_file
+from engine.run.event_log import read_events
+from engine.run.events import Event
+from engine.system.guarded import bad_file
 
 BULK = frozenset({"metric", "memory"})
 """Nineteen events in twenty: who wants to know only what was achieved may skip them."""
@@ -158,18 +161,21 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
         return _close_phase(self)
 
     def trained_blocks(self) -> list[BlockRow]:
-        """The blocks as the run quantized them: by Block-AP, else by rounding."""
-        return self.blocks_of("block_ap") or self.blocks_of("rtn")
+        """The blocks as the run quantized them: by a method, else by rounding."""
+        made = {row.phase for row in self.block_rows.values()}
+        by = [stage.name for stage in STAGES if stage.scope == "block" and not stage.baseline]
+        named = next((name for name in (*by, *sorted(made - set(STAGES.names()))) if name in made), None)
+        return self.blocks_of(named or "rtn")
 
     def perplexity(self) -> dict[str, float | None]:
         """Perplexity by stage; ``None`` for one that was not evaluated or was not finite."""
-        return {stage: _perplexity(self.evaluations.get(stage)) for stage in events.STAGES}
+        return {stage: _perplexity(self.evaluations.get(stage)) for stage in versions(self.evaluations)}
 
     def accuracy(self) -> dict[str, dict[str, float]]:
         """Share of right answers by stage and task, for stages that were asked."""
         return {
             stage: found.accuracy
-            for stage in events.STAGES
+            for stage in versions(self.evaluations)
             if (found := self.evaluations.get(stage)) is not None and found.accuracy
         }
 

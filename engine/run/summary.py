@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.config.loading import to_dict
+from engine.errors import EqatError
 from engine.run import events
-from engine.run.config import to_dict
 from engine.run.directory import RunDirectory, last_events, run_state
-from engine.run.errors import EqatError
 from engine.run.redo import read_origin
 from engine.run.state import load_state
 

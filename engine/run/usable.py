@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.run.errors import EqatError, ExitCode, IdentityError, PreflightError
+from engine.errors import EqatError, ExitCode, IdentityError, PreflightError
 from engine.run.facts import block_entry
-from engine.run.generations import DamagedCheckpoint, Generation, OtherSchema, Ref, candidates, current, read
-from engine.run.objects import names_in, object_damage, objects_path
+from engine.run.generations import Generation, OtherSchema, Ref, candidates, current, read
+from engine.run.objects import DamagedCheckpoint, names_in, object_damage, objects_path
 from engine.run.salvage import Salvaged, blocks_of, held, is_chained, leading_blocks, progress, salvage
 
 NEW_RUN = "start a new run; nothing here can be continued"

@@ -10,7 +10,7 @@ from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Input
 
-from engine.run.errors import EqatError
+from engine.errors import EqatError
 from eqat_tui.keys import EVERYWHERE, Key
 from eqat_tui.lines import Line
 from eqat_tui.widgets.chrome import KeyBar, TopBar

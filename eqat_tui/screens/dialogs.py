@@ -13,7 +13,7 @@ from textual.screen import ModalScreen
 from textual.suggester import SuggestFromList
 from textual.widgets import Input
 
-from engine.run.printable import printable_lines
+from engine.system.printable import printable_lines
 from eqat_tui.lines import Line, line, wrap
 from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel, ScrollPanel, entitle

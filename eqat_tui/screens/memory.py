@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from textual.message import Message
 from textual.widget import Widget
 
-from engine.run.errors import EqatError
+from engine.errors import EqatError
 from engine.run.finding import find_run
 from eqat_tui.charts import chart, legend
 from eqat_tui.keys import Key, bindings

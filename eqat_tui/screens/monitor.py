@@ -10,8 +10,8 @@ from textual.containers import Horizontal, Vertical
 from textual.timer import Timer
 from textual.widget import Widget
 
+from engine.errors import EqatError
 from engine.run import control
-from engine.run.errors import EqatError
 from engine.run.launch import launch
 from engine.run.state import MAX_BLOCKS
 from eqat_tui.charts import Series, chart, legend

@@ -13,7 +13,7 @@ from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widgets import Input
 
-from engine.run.config import GridConfig
+from engine.config.grid import GridConfig
 from eqat_tui.lines import Line, columns, cut, line, widths_of, wrap
 from eqat_tui.output import format_bytes, format_parameters
 from eqat_tui.widgets.list_panel import ListPanel

@@ -14,13 +14,14 @@ from textual.screen import ModalScreen
 from textual.widget import Widget
 from textual.widgets import Input
 
+from engine.config.base import field_types
+from engine.config.export import ExportConfig
+from engine.errors import EqatError
 from engine.run import control
-from engine.run.errors import EqatError
-from engine.run.guarded import read_bytes
 from engine.run.launch import launch
-from engine.run.publish import check_target
-from engine.run.schema import ExportConfig, field_types
 from engine.run.summary import origin
+from engine.system.guarded import read_bytes
+from engine.system.publish import check_target
 from eqat_tui.feed import RunView
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import Line, line, wrap

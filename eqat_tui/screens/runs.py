@@ -10,11 +10,12 @@ from textual.containers import Vertical
 from textual.widget import Widget
 from textual.widgets import Input
 
+from engine.errors import EqatError
 from engine.run import housekeeping
-from engine.run.directory import RunDirectory, is_held
-from engine.run.errors import EqatError
+from engine.run.directory import RunDirectory
 from engine.run.finding import list_runs
 from engine.run.launch import launch
+from engine.run.lock import is_held
 from engine.run.summary import summarize
 from eqat_tui.charts import chart, legend
 from eqat_tui.housekeeping import what_is_in

@@ -12,12 +12,13 @@ from textual.timer import Timer
 from textual.widget import Widget
 from textual.widgets import Input
 
-from engine.run import config as configs
-from engine.run.config import RunConfig, to_toml
+from engine.config import loading as configs
+from engine.config.loading import to_toml
+from engine.config.run import RunConfig
+from engine.errors import EqatError
 from engine.run.directory import RunDirectory
-from engine.run.errors import EqatError
-from engine.run.files import atomic_write
 from engine.run.launch import launch
+from engine.system.files import atomic_write
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line, wrap
 from eqat_tui.screens.base import WorkScreen, show_input
@@ -142,7 +143,7 @@ class SetupScreen(WorkScreen):
         number, draft = self._planning, self.draft
 
         def work() -> None:
-            from engine.run.plan import make_plan
+            from engine.plan.plan import make_plan
 
             try:
                 result: Any = make_plan(draft.config(), runs_dir=self.eqat.runs_dir).to_dict()
@@ -454,7 +455,7 @@ def _beside(values: Sequence[Any], value: Any, by: int) -> Any:
 
 
 def _write_new(path: Path, text: bytes) -> None:
-    from engine.run.errors import UsageError
+    from engine.errors import UsageError
 
     if path.suffix != ".toml":
         raise UsageError("must end in .toml, or eqat run takes it for a preset", where=str(path))

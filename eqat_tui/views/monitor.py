@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engine.config.stages import phase_label
 from engine.run import events
 from engine.run.state import MAX_BLOCKS, BlockRow, RunState
 from eqat_tui.charts import Series
@@ -25,7 +26,7 @@ from eqat_tui.output import (
 from eqat_tui.planned import branch, known
 from eqat_tui.progress import fraction
 from eqat_tui.summary import group_words
-from eqat_tui.words import hint_for_app, model_name, phase_name
+from eqat_tui.words import hint_for_app, model_name
 
 MOST_LINES = 4
 """Of one notice: what went wrong must not push away where the run is."""
@@ -169,7 +170,7 @@ def progress(view: RunView, width: int) -> list[Line]:
     index = next((row.index for row in state.phases if row.name == state.phase), None)
     of_the_run = state.task == "run" and state.phase_count  # an export made later has phases of its own
     count = f" {index + 1}/{state.phase_count}" if index is not None and of_the_run else ""
-    name = phase_name(state.phase) if state.phase else ("starting" if view.live else "not started")
+    name = phase_label(state.phase) if state.phase else ("starting" if view.live else "not started")
     words = line((name, "strong"), (count, "muted"))
     if state.blocks and state.block is not None:
         words += line(f"  block {state.block + 1}/{state.blocks}")

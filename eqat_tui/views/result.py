@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.config.stages import stage_label, versions
 from engine.run.state import RunState
 from eqat_tui.feed import RunView
 from eqat_tui.lines import Line, Span, columns, cut, few, line, widths_of, wrap
@@ -13,7 +14,6 @@ from eqat_tui.output import format_bits, format_bytes, format_count, format_numb
 from eqat_tui.planned import known
 from eqat_tui.summary import MOST_TASKS, accuracy_rows, facts, shorten
 from eqat_tui.views.monitor import MOST_LINES, what
-from eqat_tui.words import STAGES, stage_name
 
 QUANTIZED = ("e2e_qp", "block_ap", "rtn")
 
@@ -22,7 +22,7 @@ def perplexities(state: RunState, width: int) -> list[Line]:
     """Perplexity of each stage beside full precision, and what the paper reached where that compares."""
     base = state.perplexity().get("fp")
     rows: list[list[str | Span]] = []
-    for stage in STAGES:
+    for stage in versions(state.evaluations):
         found = state.evaluations.get(stage)
         if found is None:
             continue
@@ -30,7 +30,7 @@ def perplexities(state: RunState, width: int) -> list[Line]:
         ratio = f"{format_number(value / base, 3)}×" if value is not None and base else ""
         words: Span = (format_number(value), "strong") if value is not None else ("not finite", "bad")
         kept = ("█" * round(24 * share(base, value)), _role(stage))
-        rows.append([stage_name(stage), words, (ratio, "muted"), kept])
+        rows.append([stage_label(stage), words, (ratio, "muted"), kept])
     if not rows:
         return [line(("nothing was evaluated yet", "muted"))]
     head: list[str | Span] = [("perplexity", "muted"), "", ("of full", "muted"), ("quality kept", "muted")]
@@ -108,7 +108,7 @@ def samples(state: RunState, width: int) -> list[Line]:
     one = full or trained
     assert one is not None
     lines = wrap(f"prompt: {one.prompt}", width, "muted")
-    halves = [(stage_name(s.stage), s) for s in (full, trained) if s is not None]
+    halves = [(stage_label(s.stage), s) for s in (full, trained) if s is not None]
     beside_each_other = width >= 70 and len(halves) == 2
     half = (width - 3) // 2 if beside_each_other else width
     texts = []

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from engine.run.config import field_names, flat, to_dict
+from engine.config.loading import field_names, flat, to_dict
+from engine.config.stages import phase_label
 from engine.run.directory import RunDirectory
 from engine.run.state import BULK, RunState, load_state
 from eqat_tui.charts import Series
@@ -13,7 +14,7 @@ from eqat_tui.lines import Line, Span, columns, cut, line, widths_of, wrap
 from eqat_tui.output import format_bytes, format_number, format_seconds
 from eqat_tui.summary import UNREADABLE, ago, shorten
 from eqat_tui.views.monitor import STATE_MARKS, STATE_ROLES, elapsed
-from eqat_tui.words import model_name, phase_name
+from eqat_tui.words import model_name
 
 Summary = Mapping[str, Any]
 SortBy = Literal["started", "state", "model", "perplexity", "size"]
@@ -97,7 +98,7 @@ def _cells(run: Summary, marked: bool, now: float) -> list[str | Span]:
         words = "‖ paused: disk full"
     elif state == "running" and run["phase"]:
         block, blocks = run["block"], run["blocks"]
-        words += f" {phase_name(run['phase'])}" + (
+        words += f" {phase_label(run['phase'])}" + (
             f" {block + 1}/{blocks}" if blocks and block is not None else ""
         )
     group = "channel" if run["group_size"] == -1 else f"g{run['group_size']}"

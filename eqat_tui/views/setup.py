@@ -13,10 +13,13 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from engine.run import config as configs
-from engine.run.config import BITS, GROUP_SIZES, RunConfig, value_of
-from engine.run.errors import EqatError
-from engine.run.schema import field_types, is_section
+from engine.config import loading as configs
+from engine.config.base import field_types, is_section
+from engine.config.grid import BITS, GROUP_SIZES
+from engine.config.loading import value_of
+from engine.config.run import RunConfig
+from engine.config.validation import validate
+from engine.errors import EqatError
 from eqat_tui.lines import Line, Span, bar, cut, line, wrap
 from eqat_tui.output import format_bits, format_bytes, format_parameters, format_seconds, share
 from eqat_tui.planned import known
@@ -98,7 +101,7 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
     def config(self) -> RunConfig:
         """The configuration that would run; UsageError names the field that is wrong."""
         config = configs.resolve(self.loaded())
-        configs.validate(config)
+        validate(config)
         return config
 
     def shown(self) -> RunConfig:
@@ -177,7 +180,7 @@ def rows(unfolded: frozenset[str], words: str = "") -> list[Row]:
 
 def matching(words: str) -> list[str]:
     """Fields that have all of ``words`` in name or meaning, those with a name like it first."""
-    from engine.run.field_docs import field_help
+    from engine.config.field_docs import field_help
 
     help_of = field_help()
     wanted = words.lower().split()
@@ -283,7 +286,7 @@ def _value(row: Row, draft: Draft, config: RunConfig) -> Line:
 
 def meaning(row: Row, draft: Draft, config: RunConfig) -> str:
     """What a line of the form means, with its default."""
-    from engine.run.field_docs import field_help
+    from engine.config.field_docs import field_help
 
     if row.kind == "model":
         return "The model to quantize. enter lists what is here, and takes a folder, a file or a hub id."
@@ -305,7 +308,7 @@ def meaning(row: Row, draft: Draft, config: RunConfig) -> str:
 
 def configs_describe(name: str) -> str:
     """What a field takes, in words."""
-    from engine.run.schema import describe
+    from engine.config.base import describe
 
     if name == "grid.bits":
         return "2, 3, 4 or 8"

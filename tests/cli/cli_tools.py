@@ -70,7 +70,7 @@ SCRIPTED_ENGINE = """
 import os, signal, sys, time
 from engine.run import control, events
 from engine.run.directory import RunDirectory, RunLock, Status, write_status
-from engine.run.events import EventWriter
+from engine.run.event_log import EventWriter
 from engine.run.launch import this_attempt
 
 run = RunDirectory.open(sys.argv[1])

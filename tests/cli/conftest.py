@@ -11,9 +11,9 @@ import pytest
 from cli_tools import Eqat, environment, story
 from waiting import PATIENCE
 
-from engine.run.config import load, resolve
+from engine.config.loading import load, resolve
 from engine.run.directory import RunDirectory
-from engine.run.events import EventWriter
+from engine.run.event_log import EventWriter
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ import pytest
 from cli_tools import EQAT_WITH_SCRIPTED_ENGINE, SCRIPTED_ENGINE, Eqat, environment, story, wait_until
 
 from engine.run import events
-from engine.run.directory import RunDirectory, holder, run_state
-from engine.run.events import EventWriter
+from engine.run.directory import RunDirectory, run_state
+from engine.run.event_log import EventWriter
 from engine.run.finding import list_runs
-from engine.run.printable import hides
+from engine.run.lock import holder
+from engine.system.printable import hides
 from eqat_tui import actions
 
 EVIL = "\x1b]0;owned\x07\x1b]52;c;ZXZpbA==\x07\x9b31m\x7f exe.\u202egpj \u2028[/]"

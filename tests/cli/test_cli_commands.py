@@ -13,7 +13,7 @@ import pytest
 from cli_tools import Eqat, environment
 from waiting import PATIENCE
 
-from engine.run.config import preset_names
+from engine.config.loading import preset_names
 from engine.run.directory import RunDirectory
 
 

@@ -32,9 +32,10 @@ from cli_tools import (
 )
 from waiting import PATIENCE, wait_until, waits
 
-from engine.run.directory import RunDirectory, holder, run_state
-from engine.run.errors import PreflightError
+from engine.errors import PreflightError
+from engine.run.directory import RunDirectory, run_state
 from engine.run.finding import list_runs
+from engine.run.lock import holder
 from engine.run.state import load_state
 from eqat_tui import actions
 

@@ -13,8 +13,9 @@ import pytest
 from cli_tools import Eqat, ended, start_eqat
 from waiting import stands_still, wait_until
 
-from engine.run.directory import RunDirectory, holder, run_state
+from engine.run.directory import RunDirectory, run_state
 from engine.run.finding import list_runs
+from engine.run.lock import holder
 from engine.run.state import load_state
 
 OLD = 1_000_000_000

@@ -16,9 +16,9 @@ from cli_tools import Eqat, environment
 from engine_runs import start
 from waiting import PATIENCE
 
+from engine.config.loading import load
 from engine.data.tokens import default_cache_dir
 from engine.run import generations
-from engine.run.config import load
 from engine.run.directory import RunDirectory, run_state
 from engine.run.finding import list_runs
 from engine.run.lock import RunLock

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from engine.config.data import DataConfig
 from engine.data.text import documents
-from engine.run.config import DataConfig
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

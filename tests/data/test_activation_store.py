@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.data import activations
 from engine.data.activations import ActivationStore, StoreKind, make_store
-from engine.run.errors import EqatError, ExitCode, PreflightError
+from engine.errors import EqatError, ExitCode, PreflightError
 
 KINDS: tuple[StoreKind, ...] = ("device", "host", "disk")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

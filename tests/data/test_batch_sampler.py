@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.data.sampler import BatchSampler
-from engine.run.errors import IdentityError
+from engine.errors import IdentityError
 
 counts = st.integers(1, 40)
 batch_sizes = st.integers(1, 9)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.data.activations import ActivationStore, StoreKind, make_store
 from engine.data.prefetch import InPlace, Prefetcher, WriteBehind, to_device
-from engine.run.errors import EqatError, ExitCode
+from engine.errors import EqatError, ExitCode
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KINDS: tuple[StoreKind, ...] = ("device", "host", "disk")

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.config.data import DataConfig
 from engine.data import local
 from engine.data.hub import SHORTCUTS, HubSource, HubText, _interleave, _join_articles, hub_source
 from engine.data.local import LocalText, _split_by_position
@@ -30,8 +31,7 @@ from engine.data.text import (
     held_out_bucket,
     open_source,
 )
-from engine.run.config import DataConfig
-from engine.run.errors import DataError, ExitCode
+from engine.errors import DataError, ExitCode
 
 DOCUMENTS = [f"Document {n} speaks.\n" + f"Line {n} of it.\n" * 20 for n in range(40)]
 
@@ -335,8 +335,8 @@ def test_hub_mistakes_are_data_errors(repository: Path) -> None:
 def test_offline_hub_id_says_what_works_without_a_network() -> None:
     code = (
         "from engine.data.text import documents\n"
-        "from engine.run.config import DataConfig\n"
-        "from engine.run.errors import DataError\n"
+        "from engine.config.loading import DataConfig\n"
+        "from engine.errors import DataError\n"
         "try:\n"
         "    next(documents(DataConfig(source='c4'), 'train'))\n"
         "except DataError as error:\n"
@@ -416,7 +416,7 @@ def test_text_sources_load_without_torch_or_datasets() -> None:
     code = (
         "import sys\n"
         "from engine.data.text import documents\n"
-        "from engine.run.config import DataConfig\n"
+        "from engine.config.loading import DataConfig\n"
         "next(documents(DataConfig(), 'train'))\n"
         "assert not {'torch', 'datasets', 'transformers'} & set(sys.modules)\n"
     )

@@ -16,12 +16,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.config.data import DataConfig
 from engine.data import tokens as tokens_module
 from engine.data.hub import HubSource, HubText
 from engine.data.text import documents
 from engine.data.tokens import _load, _store, default_cache_dir, token_windows, tokenizer_hash
-from engine.run.config import DataConfig
-from engine.run.errors import DataError, ExitCode
+from engine.errors import DataError, ExitCode
 
 BUILTIN = DataConfig()
 

@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from engine_runs import make_run, of, output, start
 
+from engine.errors import EqatError
 from engine.run import events, generations, housekeeping
 from engine.run.directory import RunDirectory
-from engine.run.errors import EqatError
 from engine.run.generations import Generation, Ref
 from engine.run.objects import read_object
 from engine.run.usable import most_blocks, newest_usable

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 from waiting import NOBODY_ASKS, PATIENCE, hears, stands_still, wait_until
 
-from engine.run import config as configs
-from engine.run import events, launch
+from engine.config import loading as configs
+from engine.run import event_log, events, launch
 from engine.run.directory import RunDirectory
 
 WEIGHTS = "model.safetensors"
@@ -82,7 +82,7 @@ def local_model(folder: Path) -> Path:
 
 
 def log(run: RunDirectory) -> list[events.AnyEvent]:
-    return events.read_events(run.events_path)[0]
+    return event_log.read_events(run.events_path)[0]
 
 
 def of(run: RunDirectory, kind: type[E], attempt: int | None = None) -> list[E]:

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.checkpoint import CheckpointStore
+from engine.checkpoints.store import CheckpointStore
+from engine.errors import EqatError, ExitCode, IdentityError, PreflightError
 from engine.run import generations, objects
-from engine.run.errors import EqatError, ExitCode, IdentityError, PreflightError
 
 IDENTITY = {"block_ap.epochs": "2", "model": "a" * 64, "data": "b" * 64}
 

@@ -14,13 +14,15 @@ import torch
 from engine_runs import E, of
 from waiting import PATIENCE
 
-from engine.checkpoint import CheckpointStore
-from engine.checkpointer import Checkpoints
+from engine.checkpoints.commits import Checkpoints
+from engine.checkpoints.store import CheckpointStore
+from engine.config.model import ModelConfig
+from engine.config.run import RunConfig
+from engine.config.runtime import RuntimeConfig
+from engine.errors import EqatError, ExitCode, PreflightError, StopRequested
 from engine.reporter import Reporter
 from engine.run import events
-from engine.run.config import ModelConfig, RunConfig, RuntimeConfig
 from engine.run.directory import RunDirectory
-from engine.run.errors import EqatError, ExitCode, PreflightError, StopRequested
 
 IDENTITY = {"what": "test"}
 ENTRIES = {"block-000": {"words": torch.arange(1000, dtype=torch.int32)}}
@@ -115,7 +117,7 @@ def test_a_full_disk_is_waited_for(
             raise EqatError("no room", exit_code=ExitCode.DISK_FULL) from OSError(errno.ENOSPC, "no room")
         return real()
 
-    monkeypatch.setattr("engine.checkpointer.TRY_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("engine.checkpoints.commits.TRY_AGAIN_SECONDS", 0.0)
     checkpoints.store.commit = commit  # type: ignore[method-assign, assignment]
     with checkpoints.committing("block_ap", 0, ENTRIES):
         pass
@@ -130,8 +132,8 @@ def test_it_goes_on_as_soon_as_there_is_room(
     """A checkpoint of 100 bytes, or whatever kept it from fitting where there seemed to be room for it."""
     seen = iter(free)
     usage = lambda place: SimpleNamespace(free=next(seen))  # noqa: E731
-    monkeypatch.setattr("engine.checkpointer.shutil.disk_usage", usage)
-    monkeypatch.setattr("engine.checkpointer.WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("engine.checkpoints.commits.shutil.disk_usage", usage)
+    monkeypatch.setattr("engine.checkpoints.commits.WAIT_SECONDS", 0.0)
     tries = iter([EqatError("no room", exit_code=ExitCode.DISK_FULL), None])
 
     def write() -> str:
@@ -154,8 +156,9 @@ def test_it_goes_on_as_soon_as_there_is_room(
 def test_what_a_waiting_run_says_is_what_it_needs_and_what_was_free_when_it_looked(
     checkpoints: Checkpoints, needed: int, free: int, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.checkpointer.shutil.disk_usage", lambda place: SimpleNamespace(free=free))
-    monkeypatch.setattr("engine.checkpointer.TRY_AGAIN_SECONDS", 0.0)
+    usage = SimpleNamespace(free=free)
+    monkeypatch.setattr("engine.checkpoints.commits.shutil.disk_usage", lambda place: usage)
+    monkeypatch.setattr("engine.checkpoints.commits.TRY_AGAIN_SECONDS", 0.0)
     said: list[str] = []
 
     def write() -> None:
@@ -209,7 +212,7 @@ LIMIT = OSError(errno.EFBIG, "File too large")
 def test_a_full_disk_is_waited_for_however_it_is_told(
     checkpoints: Checkpoints, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.checkpointer.TRY_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr("engine.checkpoints.commits.TRY_AGAIN_SECONDS", 0.0)
     tries = iter([error, error, None])
 
     def write() -> str:
@@ -246,7 +249,7 @@ def test_what_room_would_not_mend_is_not_waited_for(checkpoints: Checkpoints, er
 def test_a_run_that_is_deleted_while_it_waits_ends(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.checkpointer.WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("engine.checkpoints.commits.WAIT_SECONDS", 0.0)
     delete = lambda: shutil.rmtree(checkpoints.store.directory)  # noqa: E731
     checkpoints.report.checkpoint_requested = delete  # type: ignore[method-assign]
 

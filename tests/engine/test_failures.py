@@ -16,10 +16,10 @@ import torch
 from engine_runs import WEIGHTS, Child, change, exported, failure, local_model, make_run, of, output, run_here
 from safetensors.torch import load_file, save_file
 
+from engine.errors import EqatError, ExitCode
 from engine.failures import as_eqat_error
 from engine.run import events
 from engine.run.directory import RunDirectory, run_state
-from engine.run.errors import EqatError, ExitCode
 
 Make = Callable[..., RunDirectory]
 Engine = Callable[..., Child]

@@ -12,23 +12,24 @@ import torch
 from engine_runs import of, run_here
 from torch import Tensor
 
+from engine.config import loading as configs
+from engine.config.grid import GridConfig
+from engine.config.model import ModelConfig
 from engine.data.activations import StoreKind, make_store
 from engine.data.sampler import BatchSampler
 from engine.methods.advance import Passage, advance
-from engine.methods.block_ap import BlockResult, train_block
-from engine.methods.e2e_qp import E2EData, Teacher, train_scales
-from engine.methods.optimization import Diverged, Snapshot
-from engine.methods.reconstruction import Streams
-from engine.methods.rtn import round_to_nearest
+from engine.methods.blockwise.block_ap import BlockResult, train_block
+from engine.methods.blockwise.reconstruction import Streams
+from engine.methods.blockwise.rtn import round_to_nearest
+from engine.methods.network.e2e_qp import E2EData, Teacher, train_scales
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.quant.grid import fake_quantize, initial_range, quantize
 from engine.quant.packed import Kernels, PackedLinear, PackedWeight
 from engine.quant.packing import bitpack, bitunpack
-from engine.run import config as configs
 from engine.run import events
-from engine.run.config import GridConfig, ModelConfig
 from engine.run.directory import RunDirectory
+from engine.training.stepper import Diverged, Snapshot
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -232,7 +233,7 @@ def test_16_bit_arithmetic_trains_as_well_as_float32(dtype: torch.dtype) -> None
 
 
 def test_a_non_finite_step_is_found_on_the_device_and_not_applied() -> None:
-    from engine.methods.optimization import ParameterGroup, Stepper
+    from engine.training.stepper import ParameterGroup, Stepper
 
     parameter = torch.nn.Parameter(torch.ones(8, device=GPU))
     stepper = Stepper(

@@ -11,10 +11,10 @@ import pytest
 from engine_runs import Child, exported, failure, log, of, run_here
 from safetensors import safe_open
 
-from engine.run import config as configs
+from engine.config import loading as configs
+from engine.plan.plan import make_plan
 from engine.run import events
 from engine.run.directory import RunDirectory, run_state
-from engine.run.plan import make_plan
 from engine.run.state import load_state
 
 Make = Callable[..., RunDirectory]

@@ -16,6 +16,8 @@ from engine_runs import Child, of
 from waiting import wait_until
 
 from engine import reporter as reporters
+from engine.config.run import RunConfig
+from engine.config.stages import phases_of
 from engine.reporter import Reporter
 from engine.run import events
 from engine.run.directory import RunDirectory, Status, classify, read_status, run_state
@@ -23,6 +25,7 @@ from engine.telemetry import Telemetry, peak_host_bytes, reset_peaks
 
 Make = Callable[..., RunDirectory]
 CPU = torch.device("cpu")
+PHASES = [*phases_of(RunConfig()), "rtn", "generate"]
 
 
 @pytest.fixture
@@ -232,8 +235,8 @@ def test_the_estimate_never_fails_whatever_the_phases_do(report: Reporter) -> No
     watcher = threading.Thread(target=watch)
     watcher.start()
     for attempt in range(3):
-        report.begin(list(events.PHASES), {} if attempt % 2 else dict.fromkeys(events.PHASES, 0.0))
-        for name in events.PHASES:
+        report.begin(list(PHASES), {} if attempt % 2 else dict.fromkeys(PHASES, 0.0))
+        for name in PHASES:
             with report.phase(name):
                 report.block_started(0, 1)
                 report.metric(step=1, steps=1, epoch=0, loss=math.nan)

@@ -21,12 +21,12 @@ import torch
 from engine_runs import WEIGHTS, Child, failure, local_model, make_run, of, output, run_here, start
 from safetensors.torch import load_file, save_file
 
+from engine.checkpoints.streams import StoredStreams
+from engine.errors import EqatError
 from engine.models.weights import read_header
 from engine.run import control, events
 from engine.run.directory import RunDirectory, run_state
-from engine.run.errors import EqatError
 from engine.run.redo import make_redo
-from engine.streams import StoredStreams
 
 Make = Callable[..., RunDirectory]
 Engine = Callable[..., Child]

@@ -16,15 +16,15 @@ import torch
 from engine_runs import exported, failure, of, output, run_here, wait_until
 from torch import nn
 
+from engine.config.loading import resolve
 from engine.evaluation.generation import end_tokens, prompt_ids
 from engine.models.causal_lm import CausalLM
 from engine.phases.samples import write_samples
 from engine.pipeline import Pipeline
+from engine.plan.plan import make_plan
 from engine.reporter import Reporter
 from engine.run import control, events
-from engine.run.config import resolve
 from engine.run.directory import RunDirectory, run_state
-from engine.run.plan import make_plan
 from engine.run.state import load_state
 
 Make = Callable[..., RunDirectory]

@@ -16,10 +16,10 @@ from engine_runs import WEIGHTS, change, exported, failure, local_model, make_ru
 from safetensors.torch import load_file, save_file
 
 from engine.data import tokens as token_module
+from engine.errors import IdentityError
 from engine.reporter import Reporter
 from engine.run import events
 from engine.run.directory import RunDirectory
-from engine.run.errors import IdentityError
 
 Begins = Callable[[events.Event], bool]
 
@@ -191,7 +191,7 @@ def test_what_a_text_is_called_is_known_without_the_text(tmp_path: Path) -> None
 
 
 def test_a_stamped_file_is_compared_before_and_after_every_reading(tmp_path: Path) -> None:
-    from engine.run.stamps import StampedFile
+    from engine.system.stamps import StampedFile
 
     path = tmp_path / "file"
     path.write_bytes(b"12345")

@@ -16,15 +16,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine.config.grid import GridConfig
+from engine.config.model import ModelConfig
+from engine.errors import IdentityError, PreflightError
 from engine.evaluation import chat
 from engine.evaluation.generation import continuation, end_tokens, prompt_ids
 from engine.evaluation.perplexity import perplexity
-from engine.methods.rtn import round_to_nearest
+from engine.methods.blockwise.rtn import round_to_nearest
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.models.tokenizer import byte_tokenizer
-from engine.run.config import GridConfig, ModelConfig
-from engine.run.errors import IdentityError, PreflightError
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 300,

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine.config.model import ModelConfig
+from engine.errors import DataError, StopRequested
 from engine.evaluation.perplexity import perplexity
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
-from engine.run.config import ModelConfig
-from engine.run.errors import DataError, StopRequested
 
 STORIES = Path(__file__).parents[2].parent / "shared/models/stories260K"
 SHAPE: dict[str, Any] = {

@@ -11,14 +11,16 @@ import tiny
 import torch
 from torch.nn import functional
 
+from engine.config.evaluation import TASKS
+from engine.config.loading import apply_overrides, load, resolve
+from engine.config.model import ModelConfig
+from engine.config.validation import validate
 from engine.data import tasks as asking
 from engine.data.tasks import Question, questions
+from engine.errors import DataError, StopRequested, UsageError
 from engine.evaluation.tasks import Row, TokenizedTask, _scores, accuracies, tokenize
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
-from engine.run.config import ModelConfig, apply_overrides, load, resolve, validate
-from engine.run.errors import DataError, StopRequested, UsageError
-from engine.run.schema import TASKS
 
 CPU = torch.device("cpu")
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine.config.model import ModelConfig
 from engine.export.gptq_v2 import ExportResult, export_gptq_v2
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.models.tokenizer import byte_tokenizer
 from engine.quant.packed import PackedBlock, PackedWeight
-from engine.run.config import ModelConfig
 
 VOCAB = 320
 SHAPE: dict[str, Any] = {

@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from engine.errors import PreflightError
 from engine.export.gptq_v2 import export_gptq_v2, packed_tensors
 from engine.export.reader import GPTQv2Reader, packed_model, unpack_rows
 from engine.export.verify import verify_gptq_v2
 from engine.quant.grid import initial_range, quantize
 from engine.quant.packed import PackedBlock, PackedWeight
-from engine.run.errors import PreflightError
 
 STORIES = Path(__file__).parents[2].parent / "shared/models/stories260K"
 GRIDS = [(bits, group) for bits in (2, 3, 4, 8) for group in (32, 64, 128, -1)]

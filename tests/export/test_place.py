@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from engine.errors import EqatError, ExitCode, PreflightError
 from engine.export import place as place_module
 from engine.export.place import ExportPlace, exchange
-from engine.run.errors import EqatError, ExitCode, PreflightError
-from engine.run.guarded import opened_folder
+from engine.system.guarded import opened_folder
 
 PRECIOUS = "precious"
 FILES = ("README.md", "config.json", "model.safetensors")

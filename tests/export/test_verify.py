@@ -12,11 +12,11 @@ import torch
 from packed_models import export, open_model, save_model, some_ids
 from safetensors import safe_open
 
+from engine.errors import EqatError
 from engine.export.gptq_v2 import ExportResult
 from engine.export.verify import VerifyResult, verify_gptq_v2
 from engine.models.causal_lm import CausalLM
 from engine.quant.packed import PackedBlock
-from engine.run.errors import EqatError
 
 Exported = tuple[CausalLM, list[PackedBlock], ExportResult]
 

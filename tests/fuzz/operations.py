@@ -77,7 +77,7 @@ def read(world: World, function: Callable[..., Any], *arguments: object) -> Oper
     """A function of ours that reads files; what it raises for the user is told as commands tell it."""
 
     def action() -> int:
-        from engine.run.errors import EqatError
+        from engine.errors import EqatError
         from eqat_tui.output import print_error
 
         try:
@@ -146,8 +146,9 @@ def programs(world: World, chance: Random) -> list[Operation]:
 
 def look_at_run(path: Path) -> None:
     """Everything that the app reads of a run, and its views at two sizes."""
-    from engine.run import control, events, launch
-    from engine.run.directory import RunDirectory, holder, read_status, run_state
+    from engine.run import control, event_log, launch
+    from engine.run.directory import RunDirectory, read_status, run_state
+    from engine.run.lock import holder
     from engine.run.redo import read_origin
     from engine.run.state import load_state
     from engine.run.summary import show, summarize
@@ -157,7 +158,7 @@ def look_at_run(path: Path) -> None:
 
     run = RunDirectory.open(path)
     load_state(run)
-    events.read_events(run.events_path)
+    event_log.read_events(run.events_path)
     run_state(run), read_status(run), holder(run.lock_path), control.pending(run), launch.next_attempt(run)
     shown, row = show(run), summarize(run)
     for view in (feed.LiveFeed(run).poll(), *_replayed(feed.ReplayFeed(run))):
@@ -208,15 +209,15 @@ def show_screen(path: Path, mode: str) -> None:
 
 def plan_model(source: Path) -> None:
     """What a plan reads of a model."""
-    from engine.run.architecture import describe
+    from engine.architecture.description import describe
 
     describe(str(source))
 
 
 def open_model(source: Path) -> None:
     """What an engine reads of a model: tokenizer, every tensor, identity."""
+    from engine.config.model import ModelConfig
     from engine.models.source import ModelSource
-    from engine.run.config import ModelConfig
 
     found = ModelSource.open(ModelConfig(source=str(source)))
     found.identity()
@@ -227,8 +228,8 @@ def open_model(source: Path) -> None:
 
 def read_texts(source: Path) -> None:
     """All documents of every part, and what the text is identified by."""
+    from engine.config.data import DataConfig
     from engine.data.text import PARTS, open_source
-    from engine.run.config import DataConfig
 
     found = open_source(DataConfig(source=str(source)))
     for part in PARTS:
@@ -239,8 +240,8 @@ def read_texts(source: Path) -> None:
 
 def load_config(path: Path) -> None:
     """Load, complete, check and write a configuration."""
-    from engine.run import config as configs
-    from engine.run.validation import validate
+    from engine.config import loading as configs
+    from engine.config.validation import validate
 
     config = configs.resolve(configs.load(str(path)))
     validate(config)

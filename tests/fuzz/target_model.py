@@ -14,7 +14,7 @@ from hostile import value as hostile_value
 from mutate import mutate_file
 from world import World
 
-from engine.run import config as configs
+from engine.config import loading as configs
 from engine.run.directory import RunDirectory
 
 CODE = """import os
@@ -60,7 +60,7 @@ def _damaged(world: World, chance: Random) -> str:
 
 
 def _with_index(world: World) -> None:
-    from engine.run.headers import read_safetensors_header
+    from engine.architecture.headers import read_safetensors_header
 
     names = read_safetensors_header(world.model / "model.safetensors")
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model.safetensors")}

@@ -19,8 +19,8 @@ import binaries
 from engine_runs import SMALL, exported, local_model
 from world import NEIGHBOUR, VICTIM, World, furnish
 
-from engine.run import config as configs
-from engine.run import control, events, housekeeping
+from engine.config import loading as configs
+from engine.run import control, event_log, events, housekeeping
 from engine.run.directory import RunDirectory
 
 COMMITS = {"stopped": 3, "crashed": 5}
@@ -74,9 +74,9 @@ def _engine(run: RunDirectory, commits: int | None, kill: bool) -> int:
     from engine.__main__ import main
 
     seen = 0
-    emit = events.EventWriter.emit
+    emit = event_log.EventWriter.emit
 
-    def count(writer: events.EventWriter, event: events.Event) -> None:
+    def count(writer: event_log.EventWriter, event: events.Event) -> None:
         nonlocal seen
         emit(writer, event)
         seen += isinstance(event, events.CheckpointCommitted)
@@ -85,7 +85,7 @@ def _engine(run: RunDirectory, commits: int | None, kill: bool) -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
             control.request(run, "stop")
 
-    events.EventWriter.emit = count  # type: ignore[method-assign]
+    event_log.EventWriter.emit = count  # type: ignore[method-assign]
     return main([str(run.path)])
 
 

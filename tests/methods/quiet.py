@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from engine.config.block_ap import BlockAPConfig
+from engine.config.grid import GridConfig
+from engine.errors import StopRequested
 from engine.methods.advance import Passage, advance
-from engine.methods.block_ap import BlockResult, train_block
-from engine.methods.optimization import Snapshot
-from engine.methods.reconstruction import Streams
+from engine.methods.blockwise.block_ap import BlockResult, train_block
+from engine.methods.blockwise.reconstruction import Streams
 from engine.models.causal_lm import CausalLM
-from engine.run.config import BlockAPConfig, GridConfig
-from engine.run.errors import StopRequested
+from engine.training.stepper import Snapshot
 
 
 class Heard:

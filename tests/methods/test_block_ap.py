@@ -12,17 +12,19 @@ from quiet import Heard, one_block
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engine.config.block_ap import BlockAPConfig
+from engine.config.grid import GridConfig
+from engine.config.model import ModelConfig
 from engine.data.activations import make_store
 from engine.data.sampler import BatchSampler
-from engine.methods.optimization import Diverged, ParameterGroup, Stepper, cosine_factor
-from engine.methods.reconstruction import Streams, distance
-from engine.methods.rtn import round_to_nearest
+from engine.errors import ExitCode, NonFiniteError, StopRequested
+from engine.methods.blockwise.reconstruction import Streams, distance
+from engine.methods.blockwise.rtn import round_to_nearest
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.quant.grid import initial_range
 from engine.quant.packed import PackedBlock, replace_submodule
-from engine.run.config import BlockAPConfig, GridConfig, ModelConfig
-from engine.run.errors import ExitCode, NonFiniteError, StopRequested
+from engine.training.stepper import Diverged, ParameterGroup, Stepper, cosine_factor
 
 CPU = torch.device("cpu")
 TRAIN, VAL, LENGTH = 6, 2, 16

@@ -11,13 +11,14 @@ import torch
 from quiet import Heard
 from torch import Tensor, nn
 
+from engine.config.grid import GridConfig
+from engine.config.model import ModelConfig
 from engine.data.activations import make_store
 from engine.evaluation.perplexity import perplexity
 from engine.methods.advance import Passage, advance
-from engine.methods.rtn import round_to_nearest
+from engine.methods.blockwise.rtn import round_to_nearest
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
-from engine.run.config import GridConfig, ModelConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTH = 24

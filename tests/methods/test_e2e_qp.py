@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
+from engine.config.e2e_qp import E2EQPConfig
+from engine.config.grid import GridConfig
+from engine.config.model import ModelConfig
 from engine.data.activations import make_store
 from engine.data.sampler import BatchSampler
-from engine.methods.e2e_qp import E2EData, Teacher, train_scales
-from engine.methods.optimization import cosine_factor
-from engine.methods.rtn import round_to_nearest
+from engine.errors import NonFiniteError
+from engine.methods.blockwise.rtn import round_to_nearest
+from engine.methods.network.e2e_qp import E2EData, Teacher, train_scales
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.quant.packed import PackedBlock, PackedLinear, PackedWeight, replace_submodule
-from engine.run.config import E2EQPConfig, GridConfig, ModelConfig
-from engine.run.errors import NonFiniteError
+from engine.training.stepper import cosine_factor
 
 CPU = torch.device("cpu")
 TRAIN, VAL, LENGTH = 8, 2, 16

@@ -14,18 +14,20 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from engine.config.block_ap import BlockAPConfig
+from engine.config.grid import GridConfig
+from engine.config.model import ModelConfig
 from engine.data.activations import StoreKind, make_store
 from engine.data.sampler import World
-from engine.methods import block_ap
-from engine.methods.block_ap import BlockResult, train_block
-from engine.methods.fast_reconstruction import FastReconstruction
-from engine.methods.optimization import Snapshot
-from engine.methods.reconstruction import Reconstruction, Streams
+from engine.errors import NonFiniteError, StopRequested
+from engine.methods.blockwise import block_ap
+from engine.methods.blockwise.block_ap import BlockResult, train_block
+from engine.methods.blockwise.fast_reconstruction import FastReconstruction
+from engine.methods.blockwise.reconstruction import Reconstruction, Streams
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.quant import quant_step
-from engine.run.config import BlockAPConfig, GridConfig, ModelConfig
-from engine.run.errors import NonFiniteError, StopRequested
+from engine.training.stepper import Snapshot
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRAIN, VAL, LENGTH = 5, 2, 16

@@ -10,11 +10,11 @@ import tiny
 import torch
 from torch import Tensor
 
+from engine.config.model import ModelConfig
 from engine.evaluation.perplexity import NO_LABEL
-from engine.methods.head_loss import HeadLoss, tail_loss
+from engine.methods.network.head_loss import HeadLoss, tail_loss
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
-from engine.run.config import ModelConfig
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOKENS = 37

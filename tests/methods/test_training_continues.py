@@ -13,17 +13,20 @@ import torch
 from quiet import Heard
 from torch import Tensor, nn
 
+from engine.config.block_ap import BlockAPConfig
+from engine.config.e2e_qp import E2EQPConfig
+from engine.config.grid import GridConfig
+from engine.config.model import ModelConfig
 from engine.data.activations import make_store
+from engine.errors import StopRequested
 from engine.methods.advance import Passage, advance
-from engine.methods.block_ap import train_block
-from engine.methods.e2e_qp import E2EData, train_scales
-from engine.methods.optimization import Snapshot
-from engine.methods.reconstruction import Streams
-from engine.methods.rtn import round_to_nearest
+from engine.methods.blockwise.block_ap import train_block
+from engine.methods.blockwise.reconstruction import Streams
+from engine.methods.blockwise.rtn import round_to_nearest
+from engine.methods.network.e2e_qp import E2EData, train_scales
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
-from engine.run.config import BlockAPConfig, E2EQPConfig, GridConfig, ModelConfig
-from engine.run.errors import StopRequested
+from engine.training.stepper import Snapshot
 
 CPU = torch.device("cpu")
 TRAIN, VAL, LENGTH = 7, 2, 16
@@ -190,7 +193,7 @@ def test_a_restart_at_half_the_learning_rate_is_continued_as_one(
     lm: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three bad steps in the first attempt at the training; the interruption comes after it began again."""
-    from engine.methods.reconstruction import Reconstruction
+    from engine.methods.blockwise.reconstruction import Reconstruction
 
     real = Reconstruction.micro_step
     calls = 0

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.models import compiled
-from engine.models.compiled import Compiled
+from engine.gpu import compiled
+from engine.gpu.compiled import Compiled
 
 
 def twice(x: Tensor) -> Tensor:

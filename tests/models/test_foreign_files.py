@@ -20,15 +20,15 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.architecture.description import describe
+from engine.architecture.gguf_header import GGML_TYPES, read_gguf_header
+from engine.architecture.headers import read_safetensors_header
+from engine.config.model import ModelConfig
+from engine.errors import EqatError, ExitCode
 from engine.models.foreign import memory_headroom
 from engine.models.gguf import GGUFReader, gguf_config
 from engine.models.source import ModelSource
 from engine.models.weights import SafetensorsReader
-from engine.run.architecture import describe
-from engine.run.config import ModelConfig
-from engine.run.errors import EqatError, ExitCode
-from engine.run.gguf_header import GGML_TYPES, read_gguf_header
-from engine.run.headers import read_safetensors_header
 
 SECONDS = 10.0
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from engine.config.model import ModelConfig
+from engine.errors import PreflightError
 from engine.models.causal_lm import CausalLM
 from engine.models.gguf import GGUFReader
 from engine.models.source import ModelSource
-from engine.run.config import ModelConfig
-from engine.run.errors import PreflightError
 
 CPU = torch.device("cpu")
 Kind = gguf.GGMLQuantizationType

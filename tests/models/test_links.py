@@ -12,12 +12,12 @@ import pytest
 import tiny
 import torch
 
+from engine.architecture.description import describe, resolve_source
+from engine.architecture.links import ASSETS, ModelFolder
+from engine.config.model import ModelConfig
+from engine.errors import PreflightError
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
-from engine.run.architecture import describe, resolve_source
-from engine.run.config import ModelConfig
-from engine.run.errors import PreflightError
-from engine.run.links import ASSETS, ModelFolder
 
 NAMES = [
     "config.json",

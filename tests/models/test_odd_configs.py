@@ -17,13 +17,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.architecture.description import describe
+from engine.architecture.limits import check_config
+from engine.architecture.refusals import refuse
+from engine.config.grid import GridConfig
+from engine.config.model import ModelConfig
+from engine.errors import EqatError, ExitCode, PreflightError
 from engine.models.causal_lm import CausalLM
 from engine.models.foreign import memory_headroom
 from engine.models.source import ModelSource
-from engine.run.architecture import describe, refuse
-from engine.run.config import GridConfig, ModelConfig
-from engine.run.errors import EqatError, ExitCode, PreflightError
-from engine.run.limits import check_config
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,9 @@ import pytest
 import tiny
 from engine_runs import make_run, run_here
 
+from engine.config.loading import apply_overrides, load
+from engine.config.run import RunConfig
 from engine.offline import everything_is_local, offline
-from engine.run.config import RunConfig, apply_overrides, load
 
 ROOT = Path(__file__).parents[2]
 

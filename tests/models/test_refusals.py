@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BartConfig, PreTrainedConfig
 
+from engine.config.model import ModelConfig
+from engine.errors import EqatError, ExitCode, PreflightError
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
-from engine.run.config import ModelConfig
-from engine.run.errors import EqatError, ExitCode, PreflightError
 
 CPU = torch.device("cpu")
 

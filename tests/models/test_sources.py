@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from engine.config.model import ModelConfig
 from engine.models.causal_lm import CausalLM
 from engine.models.source import SAMPLE_BYTES, SAMPLES, ModelSource, _samples
 from engine.models.weights import SafetensorsReader
-from engine.run.config import ModelConfig
-from engine.run.stamps import StampedFile
+from engine.system.stamps import StampedFile
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -254,8 +254,8 @@ def test_samples_of_a_large_file_are_spread_from_its_first_to_its_last_byte(tmp_
 ASK_FOR_TOKENIZER = """
 import sys
 from engine.models.source import ModelSource
-from engine.run.config import ModelConfig
-from engine.run.errors import EqatError
+from engine.config.loading import ModelConfig
+from engine.errors import EqatError
 try:
     ModelSource.open(ModelConfig(source=sys.argv[1], trust_remote_code=sys.argv[2] == "True")).tokenizer()
 except EqatError as error:
@@ -322,8 +322,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OPEN_FROM_HUB = """
 import sys
 from engine.models.source import SAMPLE_BYTES, SAMPLES, ModelSource, _samples
-from engine.run.config import ModelConfig
-from engine.run.errors import EqatError
+from engine.config.loading import ModelConfig
+from engine.errors import EqatError
 for name in sys.argv[1:]:
     try:
         source = ModelSource.open(ModelConfig(source=name))

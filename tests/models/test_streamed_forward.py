@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from engine.config.model import ModelConfig
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
-from engine.run.config import ModelConfig
 
 CPU = torch.device("cpu")
 STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260K"

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from engine.config.grid import GridConfig
 from engine.quant.fake_linear import FakeQuantLinear, freeze_block, wrap_linears
 from engine.quant.grid import dequantize
 from engine.quant.packed import PackedBlock, PackedLinear, PackedWeight, unpacked
-from engine.run.config import GridConfig
 
 
 def random_packed(bits: int, groups: int, out: int = 32, inputs: int = 96, seed: int = 0) -> PackedWeight:

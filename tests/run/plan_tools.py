@@ -6,9 +6,14 @@ from typing import Any
 
 import msgspec
 
-from engine.run.config import BlockAPConfig, DataConfig, E2EQPConfig, GridConfig, ModelConfig, RunConfig
-from engine.run.estimate import GIB
-from engine.run.machine import Machine
+from engine.config.block_ap import BlockAPConfig
+from engine.config.data import DataConfig
+from engine.config.e2e_qp import E2EQPConfig
+from engine.config.grid import GridConfig
+from engine.config.model import ModelConfig
+from engine.config.run import RunConfig
+from engine.plan.estimate import GIB
+from engine.plan.machine import Machine
 
 LLAMA_2 = {
     "model_type": "llama",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import msgspec
 from hypothesis import strategies as st
 
-from engine.run import events
+from engine.run import event_log, events
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=5),
@@ -65,4 +65,4 @@ def some_event(*, any_float: bool = False) -> st.SearchStrategy[events.Event]:
 
 def log_of(some: list[events.Event]) -> bytes:
     """The bytes of a log that holds ``some`` events."""
-    return b"".join(events.encode(event) + b"\n" for event in some)
+    return b"".join(event_log.encode(event) + b"\n" for event in some)

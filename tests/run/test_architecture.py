@@ -10,21 +10,20 @@ from typing import Any
 
 import pytest
 
-from engine.run.architecture import (
+from engine.architecture.description import (
     GGUF_MODEL_TYPES,
     TINY_LLAMA,
-    Architecture,
-    architecture,
     describe,
     read_architecture,
     read_model_config,
-    refuse,
     resolve_source,
 )
-from engine.run.config import GridConfig
-from engine.run.errors import ExitCode, PreflightError, UsageError
-from engine.run.gguf_header import GGML_TYPES, read_gguf_header
-from engine.run.headers import read_safetensors_header
+from engine.architecture.families import Architecture, architecture
+from engine.architecture.gguf_header import GGML_TYPES, read_gguf_header
+from engine.architecture.headers import read_safetensors_header
+from engine.architecture.refusals import refuse
+from engine.config.grid import GridConfig
+from engine.errors import ExitCode, PreflightError, UsageError
 
 STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260K"
 # Installed for the demo; only its file is used, so it is looked for and not imported.

@@ -8,16 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from engine.run import control, events
-from engine.run.config import load, resolve
+from engine.config.loading import load, resolve
+from engine.errors import EqatError, ExitCode, PreflightError
+from engine.run import control, event_log, events
 from engine.run.directory import (
     Launched,
     RunDirectory,
-    RunLock,
     Status,
-    atomic_write_json,
     clean_temporaries,
-    is_held,
     last_events,
     process_alive,
     read_launched,
@@ -25,12 +23,14 @@ from engine.run.directory import (
     run_state,
     write_status,
 )
-from engine.run.errors import EqatError, ExitCode, PreflightError
-from engine.run.events import EventFollower, EventWriter, RunFinished, RunStarted, read_events, tail_events
+from engine.run.event_log import EventFollower, EventWriter, read_events, tail_events
+from engine.run.events import RunFinished, RunStarted
 from engine.run.launch import launch, next_attempt
+from engine.run.lock import RunLock, is_held
 from engine.run.redo import read_origin
 from engine.run.state import load_state
 from engine.run.summary import show, summarize
+from engine.system.files import atomic_write_json
 
 FILES = (
     "lock",
@@ -277,7 +277,7 @@ def test_the_end_of_a_log_is_found_behind_a_very_long_line(run: RunDirectory) ->
 
 
 def test_an_attempt_number_from_a_log_cannot_run_away(run: RunDirectory) -> None:
-    line = events.encode(started(run, attempt=10**18, seq=1, t=1.0))
+    line = event_log.encode(started(run, attempt=10**18, seq=1, t=1.0))
     run.events_path.write_bytes(line + b"\n")
     assert next_attempt(run) == 1
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from msgspec import Struct
 
-from engine.run.errors import PreflightError
-from engine.run.files import atomic_write, make_folder, overwrite_in_place
-from engine.run.guarded import (
+from engine.errors import PreflightError
+from engine.system.files import atomic_write, make_folder, overwrite_in_place
+from engine.system.guarded import (
     BadFile,
     NoFile,
     open_regular,

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.run import config as configs
+from engine.config import loading as configs
+from engine.errors import PreflightError
 from engine.run import events, generations, housekeeping, launch
 from engine.run.directory import RunDirectory
-from engine.run.errors import PreflightError
-from engine.run.events import EventWriter
+from engine.run.event_log import EventWriter
 from engine.run.finding import list_runs
 from engine.run.generations import Generation
 

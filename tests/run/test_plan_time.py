@@ -8,8 +8,10 @@ import msgspec
 import pytest
 from plan_tools import H200, PAPER, machine, paper
 
-from engine.run.config import EvaluationConfig, RuntimeConfig, apply_overrides, load, resolve
-from engine.run.plan import make_plan
+from engine.config.evaluation import EvaluationConfig
+from engine.config.loading import apply_overrides, load, resolve
+from engine.config.runtime import RuntimeConfig
+from engine.plan.plan import make_plan
 
 
 def test_time_estimates_are_of_the_right_order(llama: str) -> None:

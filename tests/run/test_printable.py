@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.run.printable import hides, printable, printable_lines
+from engine.system.printable import hides, printable, printable_lines
 
 ANYTHING = st.text(
     st.characters(exclude_categories=()) | st.sampled_from("\x1b\x07\r\n\t\x9b\u202e\u200d\ud800")

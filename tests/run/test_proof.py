@@ -13,14 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.run import config as configs
-from engine.run import contents, control, files, housekeeping, removal
+from engine.config import loading as configs
+from engine.config.export import ExportConfig
+from engine.errors import EqatError, PreflightError
+from engine.run import contents, control, housekeeping, removal
 from engine.run.directory import RunDirectory
-from engine.run.errors import EqatError, PreflightError
 from engine.run.finding import find_run, list_runs
 from engine.run.proof import Identity, prove_removed, prove_run
 from engine.run.redo import Origin
-from engine.run.schema import ExportConfig
+from engine.system import files
 
 CONFIG = configs.resolve(configs.load("smoke"))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.run.errors import EqatError, UsageError
-from engine.run.publish import check_target, publish
+from engine.errors import EqatError, UsageError
+from engine.system.publish import check_target, publish
 
 FILES = {"README.md": b"card", "model.safetensors": bytes(range(256)) * 1000}
 

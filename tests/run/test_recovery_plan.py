@@ -14,15 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan_tools import H200, LLAMA_2, SHAPES
 
-from engine.run import checkpoint_sizes, disk_model, recovery_model
-from engine.run.architecture import TINY_LLAMA, architecture, describe
-from engine.run.checkpoint_sizes import block_bytes, scales_bytes, snapshot_bytes
-from engine.run.config import GridConfig, RunConfig, apply_overrides, load, resolve
-from engine.run.disk_model import assets_bytes, header_room
-from engine.run.estimate import CONSTANTS, GIB, MIB, Workload
-from engine.run.fit import choose_store
-from engine.run.machine import Machine, detect
-from engine.run.plan import Plan, make_plan, out_of_memory_remedy
+from engine.architecture.description import TINY_LLAMA, describe
+from engine.architecture.families import architecture
+from engine.config.grid import GridConfig
+from engine.config.loading import apply_overrides, load, resolve
+from engine.config.run import RunConfig
+from engine.plan import checkpoint_sizes, disk_model, recovery_model
+from engine.plan.checkpoint_sizes import block_bytes, scales_bytes, snapshot_bytes
+from engine.plan.disk_model import assets_bytes, header_room
+from engine.plan.estimate import CONSTANTS, GIB, MIB, Workload
+from engine.plan.fit import choose_store
+from engine.plan.machine import Machine, detect
+from engine.plan.plan import Plan, make_plan, out_of_memory_remedy
 from eqat_tui.plan_text import plan_text
 
 TWO_CORES = Machine(gpu_name=None, gpu_free=0, gpu_total=0, host_free=24 * GIB, disk_free=80 * GIB, cpus=2)
@@ -73,7 +76,7 @@ def tiny() -> Any:
 
 def file_length(tensors: Any) -> int:
     """Of the file that the engine writes."""
-    from engine.tensorfile import safetensors_chunks
+    from engine.checkpoints.tensorfile import safetensors_chunks
 
     return sum(map(len, safetensors_chunks(tensors)))
 
@@ -81,7 +84,7 @@ def file_length(tensors: Any) -> int:
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_a_finished_block_takes_what_was_planned_to_the_byte(grid: GridConfig) -> None:
     lm = tiny()
-    from engine.methods.rtn import round_to_nearest
+    from engine.methods.blockwise.rtn import round_to_nearest
 
     packed = round_to_nearest(lm.load_block(1), lm.linear_names(1), grid)
     assert block_bytes(architecture(TINY_LLAMA), grid) == file_length(packed.tensors())
@@ -97,8 +100,8 @@ def snapshot_of_block_ap(config: RunConfig, progress: Any) -> None:
     import torch
 
     from engine.data.activations import make_store
-    from engine.methods.block_ap import train_block
-    from engine.methods.reconstruction import Streams
+    from engine.methods.blockwise.block_ap import train_block
+    from engine.methods.blockwise.reconstruction import Streams
 
     lm, section = tiny(), config.block_ap
     shape = (section.sequences + section.val_sequences, section.sequence_length, lm.hidden_size)
@@ -113,8 +116,8 @@ def snapshot_of_block_ap(config: RunConfig, progress: Any) -> None:
 def snapshot_of_e2e_qp(config: RunConfig, progress: Any) -> None:
     import torch
 
-    from engine.methods.e2e_qp import E2EData, train_scales
-    from engine.methods.rtn import round_to_nearest
+    from engine.methods.blockwise.rtn import round_to_nearest
+    from engine.methods.network.e2e_qp import E2EData, train_scales
 
     lm, section = tiny(), config.e2e_qp
     blocks = [
@@ -133,8 +136,8 @@ def test_a_snapshot_takes_what_was_planned(phase: str, changes: dict[str, str]) 
     """Parameters, two moments and the best state: 16 bytes for each trained parameter, 12 without
     validation."""
     tiny()
-    from engine.checkpointer import random_state
-    from engine.methods.optimization import Snapshot
+    from engine.checkpoints.commits import random_state
+    from engine.training.stepper import Snapshot
 
     config = resolve(apply_overrides(SMOKE, {f"{phase}.{name}": value for name, value in changes.items()}))
     states: list[Any] = []
@@ -164,7 +167,7 @@ def test_a_snapshot_takes_what_was_planned(phase: str, changes: dict[str, str]) 
 def test_an_export_has_the_header_and_the_files_that_were_planned(tmp_path: Path) -> None:
     lm = tiny()
     from engine.export import gptq_v2, shards
-    from engine.models.source import TOKENIZER_FILES
+    from engine.plan.disk_model import TOKENIZER_FILES
 
     reserved = 8 + shards.header_room(gptq_v2._all_names(lm))
     assert header_room(architecture(TINY_LLAMA)) == pytest.approx(reserved, abs=shards.ALIGNMENT)
@@ -177,7 +180,7 @@ def test_an_export_has_the_header_and_the_files_that_were_planned(tmp_path: Path
 
 def test_constants_that_describe_the_engines_checkpoints_are_the_engines() -> None:
     torch = pytest.importorskip("torch")
-    from engine import checkpointer
+    from engine.checkpoints import commits as checkpointer
 
     assert torch.get_rng_state().numel() == checkpoint_sizes.CPU_GENERATOR
     assert checkpointer.SNAPSHOT_SHARE == recovery_model.SNAPSHOT_SHARE

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.run import config as configs
+from engine.config import loading as configs
+from engine.errors import PreflightError, UsageError
 from engine.run import directory, events, redo
 from engine.run.directory import RunDirectory
-from engine.run.errors import PreflightError, UsageError
-from engine.run.events import EventWriter
+from engine.run.event_log import EventWriter
 from engine.run.finding import list_runs
 from engine.run.redo import Origin, make_redo, read_origin
 

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_strategies import structs
 
-from engine.run import config as configs
-from engine.run.config import RunConfig
-from engine.run.errors import ExitCode, UsageError
+from engine.config import loading as configs
+from engine.config.data import DataConfig
+from engine.config.run import RunConfig
+from engine.config.validation import validate
+from engine.errors import ExitCode, UsageError
 
 SMOKE = configs.load("smoke")
 
@@ -69,7 +71,7 @@ def test_preset_is_valid_and_round_trips(name: str) -> None:
     assert config.description
     if not config.model.source:  # a recipe, waiting for its model
         config = configs.apply_overrides(config, {"model.source": "org/model"})
-    configs.validate(config)
+    validate(config)
     assert configs.from_toml(configs.to_toml(config)) == config
     assert configs.config_hash(configs.from_toml(configs.to_toml(config))) == configs.config_hash(config)
 
@@ -134,9 +136,9 @@ def test_another_source_drops_what_belonged_to_the_old_one() -> None:
     assert base.model.trust_remote_code
     other = configs.apply_overrides(base, {"model.source": "c/d", "evaluation.data.source": "c4"})
     assert (other.model.revision, other.model.trust_remote_code) == (None, False)
-    assert other.evaluation.data == configs.DataConfig(source="c4")
+    assert other.evaluation.data == DataConfig(source="c4")
     kept = configs.apply_overrides(other, {"evaluation.data.source": "x/y", "evaluation.data.split": "dev"})
-    assert kept.evaluation.data == configs.DataConfig(source="x/y", split="dev")
+    assert kept.evaluation.data == DataConfig(source="x/y", split="dev")
 
 
 def test_run_directory_loads_as_its_config(tmp_path: Path) -> None:
@@ -248,7 +250,7 @@ def test_resolve_fills_what_was_left_out_and_nothing_else() -> None:
 def test_symmetric_grid_trains_no_zero_points() -> None:
     config = configs.resolve(configs.apply_overrides(SMOKE, {"grid.symmetric": "true"}))
     assert config.block_ap.train == ("weights", "scales", "norms")
-    configs.validate(config)
+    validate(config)
 
 
 def test_local_sources_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +331,7 @@ def replaced(config: RunConfig, name: str, value: Any) -> RunConfig:
 @pytest.mark.parametrize(("name", "value"), WRONG)
 def test_wrong_value_is_refused_by_its_field_name(name: str, value: Any) -> None:
     with pytest.raises(UsageError) as caught:
-        configs.validate(replaced(SMOKE, name, value))
+        validate(replaced(SMOKE, name, value))
     assert caught.value.where == name
     assert caught.value.exit_code == ExitCode.USAGE
     assert "\n" not in str(caught.value)
@@ -347,7 +349,7 @@ INTEGERS = [
 @pytest.mark.parametrize("name", FLOATS)
 def test_no_number_may_be_nan_or_infinite(name: str, value: float) -> None:
     with pytest.raises(UsageError) as caught:
-        configs.validate(replaced(SMOKE, name, value))
+        validate(replaced(SMOKE, name, value))
     assert caught.value.where == name
 
 
@@ -355,7 +357,7 @@ def test_no_number_may_be_nan_or_infinite(name: str, value: float) -> None:
 @pytest.mark.parametrize("name", INTEGERS)
 def test_no_count_may_be_negative_enormous_or_no_number(name: str, value: Any) -> None:
     with pytest.raises(UsageError) as caught:
-        configs.validate(replaced(SMOKE, name, value))
+        validate(replaced(SMOKE, name, value))
     assert caught.value.where.startswith(name)
 
 
@@ -370,7 +372,7 @@ def test_no_count_may_be_negative_enormous_or_no_number(name: str, value: Any) -
 )
 def test_fields_that_contradict_each_other_are_refused(overrides: dict[str, str], where: str) -> None:
     with pytest.raises(UsageError) as caught:
-        configs.validate(configs.apply_overrides(SMOKE, overrides))
+        validate(configs.apply_overrides(SMOKE, overrides))
     assert caught.value.where == where
     assert caught.value.hint
 
@@ -389,7 +391,7 @@ def test_fields_that_contradict_each_other_are_refused(overrides: dict[str, str]
     ],
 )
 def test_unusual_but_meaningful_configs_pass(overrides: dict[str, str]) -> None:
-    configs.validate(configs.apply_overrides(SMOKE, overrides))
+    validate(configs.apply_overrides(SMOKE, overrides))
 
 
 def refusal(check: Callable[[], object]) -> str:
@@ -404,11 +406,11 @@ def refusal(check: Callable[[], object]) -> str:
 @settings(max_examples=150, deadline=None)
 @given(structs(RunConfig, any_float=True))
 def test_validation_says_yes_or_names_a_field(config: RunConfig) -> None:
-    assert refusal(lambda: configs.validate(config)) in ["", *configs.field_names()]
+    assert refusal(lambda: validate(config)) in ["", *configs.field_names()]
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(configs.field_names()), st.text(max_size=10))
 def test_any_text_typed_for_any_field_is_taken_or_refused(name: str, text: str) -> None:
-    refused = refusal(lambda: configs.validate(configs.apply_overrides(SMOKE, {name: text})))
+    refused = refusal(lambda: validate(configs.apply_overrides(SMOKE, {name: text})))
     assert refused in ["", *configs.field_names()]

@@ -10,15 +10,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from engine.run import config as configs
+from engine.config import loading as configs
+from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run import directory, events
 from engine.run.directory import Launched, RunDirectory, Status, classify, run_state, write_status
-from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
-from engine.run.events import EventWriter, Outcome, RunFinished, RunStarted
-from engine.run.files import atomic_write, atomic_write_json, disk_error
+from engine.run.event_log import EventWriter
+from engine.run.events import Outcome, RunFinished, RunStarted
 from engine.run.finding import check_runs_dir, default_runs_dir, find_run, list_runs
 from engine.run.lock import RunLock
 from engine.run.summary import summarize
+from engine.system.files import atomic_write, atomic_write_json, disk_error
 
 CONFIG = configs.resolve(configs.load("smoke"))
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_strategies import log_of, some_event
 
-from engine.run import events
-from engine.run.errors import PreflightError
-from engine.run.events import EventFollower, EventWriter, read_events
+from engine.errors import PreflightError
+from engine.run import event_log, events
+from engine.run.event_log import EventFollower, EventWriter, read_events
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -71,14 +71,14 @@ def test_reader_accepts_every_byte_prefix_of_a_log(
 def test_reader_finds_the_good_lines_among_any_others(lines: list[events.Event | bytes]) -> None:
     data = b""
     for line in lines:
-        data += line.replace(b"\n", b" ") if isinstance(line, bytes) else events.encode(line)
+        data += line.replace(b"\n", b" ") if isinstance(line, bytes) else event_log.encode(line)
         data += b"\n"
-    assert events.parse_lines(data) == [line for line in lines if not isinstance(line, bytes)]
+    assert event_log.parse_lines(data) == [line for line in lines if not isinstance(line, bytes)]
 
 
 def test_reader_ignores_unknown_kinds_and_unknown_fields(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    known = json.loads(events.encode(warning("known")))
+    known = json.loads(event_log.encode(warning("known")))
     lines = [
         {**known, "added_by_a_newer_version": [1, 2]},
         {**known, "kind": "from.the.future"},
@@ -97,16 +97,16 @@ def test_every_line_is_strict_json_and_decodes_to_its_kind(event: events.Event) 
     def refuse(token: str) -> None:
         raise AssertionError(f"{token} is no JSON")
 
-    line = events.encode(event)
+    line = event_log.encode(event)
     json.loads(line, parse_constant=refuse)
     assert b"\n" not in line
-    (read,) = events.parse_lines(line + b"\n")
+    (read,) = event_log.parse_lines(line + b"\n")
     assert type(read) is type(event)
 
 
 def test_skipped_kinds_are_left_out_and_only_those() -> None:
     log = log_of([metric(1), warning("a"), metric(2)])
-    (kept,) = events.parse_lines(log, frozenset({"metric"}))
+    (kept,) = event_log.parse_lines(log, frozenset({"metric"}))
     assert isinstance(kept, events.Warning)
 
 
@@ -114,7 +114,7 @@ def test_follower_waits_for_a_log_and_then_for_its_lines(tmp_path: Path) -> None
     path = tmp_path / "events.jsonl"
     follower = EventFollower(path)
     assert follower.poll() == []
-    line = events.encode(warning("one"))
+    line = event_log.encode(warning("one"))
     path.write_bytes(line[:10])
     assert follower.poll() == []
     path.write_bytes(line + b"\n")
@@ -176,7 +176,8 @@ def test_writer_survives_a_disk_that_fills_and_empties(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     code = """
 import resource, sys
-from engine.run.events import EventWriter, Warning
+from engine.run.event_log import EventWriter
+from engine.run.events import Warning
 writer = EventWriter(sys.argv[1], 1)
 writer.emit(Warning(code="test", message="before"))
 _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from waiting import wait_until
 
-from engine.run import config as configs
+from engine.config import loading as configs
+from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run import control, launch
 from engine.run.directory import RunDirectory, Status, read_status, run_state, write_status
-from engine.run.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.lock import RunLock, holder, is_held, opened_by
 from engine.run.state import load_state
 
@@ -205,13 +205,13 @@ def test_request_outside_the_run_or_unknown_is_refused(run: RunDirectory) -> Non
 
 ENGINE = """
 import os, sys, time
-from engine.run import control, events
+from engine.run import event_log, control, events
 from engine.run.directory import RunDirectory, Status, write_status
 from engine.run.launch import this_attempt
 from engine.run.lock import RunLock
 
 run = RunDirectory.open(sys.argv[1])
-with RunLock(run.lock_path), events.EventWriter(run.events_path, this_attempt(run)) as writer:
+with RunLock(run.lock_path), event_log.EventWriter(run.events_path, this_attempt(run)) as writer:
     argv = [*sys.argv[2:], os.path.realpath("/dev/stdin")]
     writer.emit(events.RunStarted(id=run.id, pid=os.getpid(), host="h", device="cpu", versions={}, argv=argv))
     print("to the log", flush=True)

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_strategies import log_of, some_event
 
-from engine.run import config as configs
+from engine.config import loading as configs
 from engine.run import events, state
 from engine.run.directory import RunDirectory, Status, run_state, write_status
-from engine.run.events import EventWriter
+from engine.run.event_log import EventWriter
 from engine.run.state import MAX_METRICS, MAX_READINGS, RunState, load_state
 from engine.run.summary import show, summarize
 
@@ -194,7 +194,7 @@ PROMISED = {
 @pytest.fixture
 def finished(tmp_path: Path) -> RunDirectory:
     run = RunDirectory.create(tmp_path / "runs", CONFIG)
-    stages: list[tuple[events.Stage, float]] = [
+    stages: list[tuple[str, float]] = [
         ("fp", 10.0),
         ("rtn", 90.0),
         ("block_ap", 30.0),

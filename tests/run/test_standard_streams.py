@@ -20,7 +20,7 @@ CODES = [
 
 def run(code: str, redirection: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
     """``code`` after the streams were opened, as the shell redirects it."""
-    program = f"from engine.run.standard_streams import *\nopen_standard_streams()\n{code}"
+    program = f"from engine.system.standard_streams import *\nopen_standard_streams()\n{code}"
     return subprocess.run(
         ["sh", "-c", f'"$0" -c "$1" {redirection}', sys.executable, program],
         cwd=cwd,
@@ -97,7 +97,7 @@ def test_narration_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
 def test_the_streams_of_another_program_are_left_alone() -> None:
     import io
 
-    from engine.run.standard_streams import open_standard_streams
+    from engine.system.standard_streams import open_standard_streams
 
     before = sys.stdout, sys.stderr
     mine = sys.stdout = io.StringIO()

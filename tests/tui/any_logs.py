@@ -10,7 +10,8 @@ import msgspec
 from hypothesis import strategies as st
 
 from engine.run import events
-from engine.run.events import Event, encode
+from engine.run.event_log import encode
+from engine.run.events import Event
 
 NASTY = (
     "",

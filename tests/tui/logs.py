@@ -10,14 +10,18 @@ from pathlib import Path
 
 import msgspec
 
+from engine.config.loading import load, resolve
+from engine.config.run import RunConfig
+from engine.config.stages import phases_of
 from engine.run import events
-from engine.run.config import load, resolve
-from engine.run.directory import RunDirectory, RunLock, Status, write_status
-from engine.run.events import Event, EventWriter, encode
+from engine.run.directory import RunDirectory, Status, write_status
+from engine.run.event_log import EventWriter, encode
+from engine.run.events import Event
+from engine.run.lock import RunLock
 
 START = 1_764_000_000.0
 """2025-11-24 16:00 UTC."""
-PHASES = tuple(phase for phase in events.PHASES if phase not in ("rtn", "generate"))
+PHASES = tuple(phases_of(RunConfig()))
 BLOCKS, STEPS = 6, 40
 PLAN = {
     "device": "cuda",
@@ -63,10 +67,10 @@ class Log:
         )
         self.add(events.Plan(plan=PLAN))
 
-    def phase(self, name: events.Phase) -> None:
+    def phase(self, name: str) -> None:
         self.add(events.PhaseStarted(phase=name, index=PHASES.index(name), phases=len(PHASES)))
 
-    def phase_ends(self, name: events.Phase, seconds: float) -> None:
+    def phase_ends(self, name: str, seconds: float) -> None:
         self.add(
             events.PhaseFinished(phase=name, seconds=seconds, peak_gpu_bytes=3 * GIB, peak_host_bytes=2 * GIB)
         )
@@ -89,7 +93,7 @@ class Log:
             after=0.1,
         )
 
-    def evaluation(self, stage: events.Stage, perplexity: float | None) -> None:
+    def evaluation(self, stage: str, perplexity: float | None) -> None:
         self.add(
             events.Eval(
                 stage=stage,
@@ -143,7 +147,7 @@ class Log:
                 )
             )
 
-    def evaluates(self, phase: events.Phase, stage: events.Stage, value: float) -> None:
+    def evaluates(self, phase: str, stage: str, value: float) -> None:
         self.phase(phase)
         self.evaluation(stage, value)
         self.phase_ends(phase, 4.0)

@@ -17,9 +17,9 @@ from logs import make_run
 from engine.run import events
 from engine.run.directory import Status
 from engine.run.events import Event
-from engine.run.printable import hides
 from engine.run.state import RunState
 from engine.run.summary import show, summarize
+from engine.system.printable import hides
 from eqat_tui import progress, summary
 from eqat_tui.charts import chart
 from eqat_tui.feed import Journal, LiveFeed, Replay, ReplayFeed, RunView

@@ -12,8 +12,9 @@ import pytest
 from logs import LiveEngine, make_run, running, write_log
 
 from engine.run import control, events
-from engine.run.directory import RunDirectory, RunLock, Status, write_status
-from engine.run.events import EventWriter
+from engine.run.directory import RunDirectory, Status, write_status
+from engine.run.event_log import EventWriter
+from engine.run.lock import RunLock
 from engine.run.state import load_state
 from eqat_tui import feed as feeds
 from eqat_tui.feed import LiveFeed, ReplayFeed

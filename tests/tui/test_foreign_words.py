@@ -23,7 +23,7 @@ from textual.widgets import Input
 
 from engine.run import events
 from engine.run.directory import RunDirectory
-from engine.run.printable import hides, printable
+from engine.system.printable import hides, printable
 from eqat_tui.app import EqatApp
 from eqat_tui.feed import end_of_file
 from eqat_tui.lines import beside, columns, cut, few, fit, line, plain, width_of, widths_of, wrap

@@ -19,7 +19,7 @@ import pytest
 from pty_app import NOT_OURS, REPOSITORY
 from waiting import PATIENCE, wait_until
 
-from engine.run.config import apply_overrides, load, resolve
+from engine.config.loading import apply_overrides, load, resolve
 from engine.run.directory import RunDirectory, run_state
 from engine.run.finding import list_runs
 from engine.run.launch import launch

@@ -13,8 +13,9 @@ from logs import RECORDED
 from textual.pilot import Pilot
 
 from engine.run import control
-from engine.run.directory import RunDirectory, RunLock
+from engine.run.directory import RunDirectory
 from engine.run.finding import list_runs
+from engine.run.lock import RunLock
 from eqat_tui.app import EqatApp
 from eqat_tui.feed import ReplayFeed
 from eqat_tui.keys import EVERYWHERE, key_name

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 from logs import make_run
 
-from engine.run.architecture import TINY_LLAMA
-from engine.run.config import GridConfig
+from engine.architecture.description import TINY_LLAMA
+from engine.config.grid import GridConfig
 from eqat_tui.models import ModelFacts, complete, inspect, known_models
 
 

@@ -10,9 +10,9 @@ from logs import RECORDED, Log
 
 from engine.run import events
 from engine.run.directory import Launched, RunDirectory, Status
-from engine.run.files import atomic_write_json
 from engine.run.lock import RunLock
 from engine.run.state import RunState
+from engine.system.files import atomic_write_json
 from eqat_tui.feed import LiveFeed, RunView
 from eqat_tui.lines import plain
 from eqat_tui.views import monitor

@@ -12,10 +12,10 @@ from app_tools import MONOCHROME, PLAIN, app_of, drive, picture, press, settled,
 from logs import GIB, RECORDED, START, make_run, pure_nonsense
 from textual.pilot import Pilot
 
+from engine.plan import plan as planning
+from engine.plan.machine import Machine
 from engine.run import control, events
-from engine.run import plan as planning
 from engine.run.directory import RunDirectory
-from engine.run.machine import Machine
 from eqat_tui import hardware
 from eqat_tui.app import EqatApp
 from eqat_tui.feed import Liveness

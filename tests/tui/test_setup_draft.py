@@ -10,10 +10,10 @@ import typer.main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.run import config as configs
-from engine.run.config import to_dict
-from engine.run.errors import UsageError
-from engine.run.field_docs import field_help
+from engine.config import loading as configs
+from engine.config.field_docs import field_help
+from engine.config.loading import to_dict
+from engine.errors import UsageError
 from eqat_tui.cli import app
 from eqat_tui.configure import build_config
 from eqat_tui.lines import plain

@@ -13,7 +13,7 @@ from app_tools import app_of, asked, drive, picture, press, told, until
 from textual.pilot import Pilot
 from waiting import PATIENCE
 
-from engine.run import plan as planning
+from engine.plan import plan as planning
 from engine.run.directory import RunDirectory
 from eqat_tui.app import EqatApp
 from eqat_tui.screens.dialogs import Ask, Confirm
@@ -117,7 +117,7 @@ def test_settings_are_saved_as_a_file_that_runs() -> None:
         await until(pilot, lambda: Path("mine.toml").exists())
 
     drive(app_of(mode="setup"), script)
-    from engine.run.config import load
+    from engine.config.loading import load
 
     assert load("mine.toml").grid.bits == 3
 
@@ -145,7 +145,7 @@ def test_a_preset_keeps_what_was_changed() -> None:
 def test_a_model_is_found_by_typing_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "models" / "small"
     folder.mkdir(parents=True)
-    from engine.run.architecture import TINY_LLAMA
+    from engine.architecture.description import TINY_LLAMA
 
     folder.joinpath("config.json").write_bytes(msgspec.json.encode(TINY_LLAMA))
 

@@ -14,8 +14,8 @@ from textual.events import Key
 from textual.pilot import Pilot
 from textual.widgets import Input
 
+from engine.errors import UsageError
 from engine.run.directory import RunDirectory
-from engine.run.errors import UsageError
 from engine.run.finding import list_runs
 from eqat_tui.app import EqatApp
 from eqat_tui.lines import width_of

@@ -15,7 +15,7 @@ from pty_app import SIXTEEN, TRUE_COLOUR, PtyApp
 
 from engine.run import events
 from engine.run.directory import RunDirectory
-from engine.run.events import encode
+from engine.run.event_log import encode
 
 RUN = "20251124-1600-tiny-llama-w4g32-0001"
 KB = 1000

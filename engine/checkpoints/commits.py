@@ -1,0 +1,354 @@
+"""When checkpoints are taken inside a block and inside E2E-QP, and what happens when the disk is full.
+
+A training offers its state at every step boundary (:meth:`TrainingCheckpoints.step_boundary`). It is taken
+
+* when so much time has passed since the last checkpoint that a kill would lose more than was promised
+  (``runtime.checkpoint_minutes``), and the last ones were cheap enough (``runtime.checkpoint_share``);
+* when a stop was asked for: then the run ends with nothing lost.
+
+Training waits only while its state is copied into host memory. A thread hashes, writes and publishes it, and
+until that is done the generation before stays in force.
+
+A full disk is no reason to lose a run: the previous checkpoint is whole, the run says what it needs and waits
+until there is room.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from engine.checkpoints.store import CheckpointStore, Committed
+from engine.config.runtime import RuntimeConfig
+from engine.errors import StopRequested
+from engine.plan.estimate import size_text
+from engine.plan.recovery_model import PART_OF_THE_PROMISE, SNAPSHOT_SHARE
+from engine.reporter import Reporter
+from engine.run import events
+from engine.run.facts import TRAINING
+from engine.system.files import disk_error, existing, full_disk
+from engine.training.stepper import Snapshot
+
+T = TypeVar("T")
+
+WAIT_SECONDS = 1.0
+TRY_AGAIN_SECONDS = 60.0
+"""Room may come back without showing (a quota), so the write is tried again after this long anyway."""
+NOTICEABLE_BYTES = 1 << 20
+"""Free space that came back, not the ups and downs of logs."""
+
+
+class Checkpoints:
+    """A run's checkpoint store as the pipeline uses it: says what it committed, waits while the disk is
+    full."""
+
+    def __init__(self, store: CheckpointStore, report: Reporter, runtime: RuntimeConfig) -> None:
+        self.store, self.report, self.runtime = store, report, runtime
+        self.cost = 0.0
+        """Seconds that training lost to its last snapshot."""
+
+    def commit(
+        self,
+        phase: str,
+        block: int | None = None,
+        entries: Mapping[str, Mapping[str, Tensor]] | None = None,
+        *,
+        beside: tuple[int, float] = (0, 0.0),
+    ) -> None:
+        """Publish ``entries`` (tensors on the CPU) and whatever was remembered; waits while the disk is full.
+
+        ``beside`` are bytes and seconds that were spent on files of the checkpoint before.
+        """
+
+        done = self.patiently(lambda: self._publish(entries or {}), _needed(entries or {}))
+        done = Committed(done.generation, done.bytes + beside[0], done.seconds + beside[1])
+        self.say(done, phase, block)
+
+    @contextmanager
+    def committing(
+        self, phase: str, block: int, entries: Mapping[str, Mapping[str, Tensor]]
+    ) -> Iterator[None]:
+        """:meth:`commit` by a thread, beside what happens in the context, which must not use the store.
+
+        It is done when the context ends, however that ends; only an abort does not wait. A full disk is
+        waited for then.
+        """
+        writing = _Writing(self, lambda: self._publish(entries), _needed(entries))
+        try:
+            yield
+        except BaseException as error:
+            writing.leave(error)
+            raise
+        began = time.monotonic()
+        committed = writing.result()
+        self.say(committed, phase, block, waited=time.monotonic() - began)
+
+    def _publish(self, entries: Mapping[str, Mapping[str, Tensor]]) -> Committed:
+        for name, tensors in entries.items():
+            self.store.put(name, tensors)
+        return self.store.commit()
+
+    def say(
+        self,
+        committed: Committed,
+        phase: str,
+        block: int | None,
+        step: int | None = None,
+        waited: float | None = None,
+    ) -> None:
+        """Tell what was committed; training ``waited`` so long for it (all the time, when not given)."""
+        foreground = committed.seconds if waited is None else waited
+        self.report.emit(
+            events.CheckpointCommitted(
+                generation=committed.generation,
+                bytes=committed.bytes,
+                seconds=foreground,
+                phase=phase,
+                block=block,
+                step=step,
+                background_seconds=0.0 if waited is None else committed.seconds,
+            )
+        )
+
+    def patiently(
+        self, work: Callable[[], T], needed: int, what: str = "a checkpoint", place: Path | None = None
+    ) -> T:
+        """``work()``, which writes ``needed`` bytes, again whenever there is room, while the disk is full.
+
+        It leaves nothing half-written behind when it fails. ``what`` it writes (``an export``) is said to
+        whoever follows the run; ``place`` is the folder whose disk counts, else that of the checkpoints.
+
+        Raises:
+            StopRequested: when a stop is asked for while there is no room.
+        """
+        try:
+            while True:
+                try:
+                    return work()
+                except Exception as error:
+                    if not _disk_is_full(error):
+                        raise
+                self._wait_for_room(needed, what, place or self.store.directory)
+        finally:
+            self.report.waiting = ""
+
+    def _wait_for_room(self, needed: int, what: str, place: Path) -> None:
+        place = existing(place)
+        free = _free_bytes(place)
+        if not self.report.waiting:
+            size = f" of {size_text(needed)}" if needed else ""
+            self.report.waiting = (
+                f"the disk is full: {what}{size} does not fit into the {size_text(free)} free at {place}; "
+                "what was written before is whole, and the run goes on by itself once there is room"
+            )
+            self.report.warning("disk_full", self.report.waiting, "free some space, or stop the run")
+        again = time.monotonic() + TRY_AGAIN_SECONDS
+        # Where there seems to be room, something else than the disk's size (a quota) is in the way.
+        enough = needed if free < needed else free + NOTICEABLE_BYTES
+        while time.monotonic() < again and _free_bytes(place) < enough:
+            self.report.checkpoint_requested()
+            time.sleep(WAIT_SECONDS)
+
+
+class _Writing(Generic[T]):
+    """``work()``, which writes ``needed`` bytes, by a thread."""
+
+    def __init__(self, checkpoints: Checkpoints, work: Callable[[], T], needed: int) -> None:
+        self._checkpoints, self._work, self._needed = checkpoints, work, needed
+        self._done: Future[T] = Future()
+        self._thread = threading.Thread(target=self._try_once, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _try_once(self) -> None:
+        try:
+            self._done.set_result(self._work())
+        except BaseException as failure:
+            self._done.set_exception(failure)
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
+
+    def result(self) -> T:
+        """Waits for the thread. What stood in its way is raised, a full disk waited for.
+
+        Raises:
+            StopRequested: at an abort; the process ends in the middle of the write, and what was published
+                before stays.
+        """
+        self._wait()
+        failure = self._done.exception()
+        if failure is None:
+            return self._done.result()
+        if not _disk_is_full(failure):
+            raise failure
+        return self._checkpoints.patiently(self._work, self._needed)
+
+    def leave(self, error: BaseException) -> None:
+        """Whatever ends the run, what is being written counts; only an abort does not wait for it."""
+        if not (isinstance(error, StopRequested) and error.abort):
+            self._wait()
+
+    def _wait(self) -> None:
+        while self.running:
+            self._thread.join(0.05)
+            stop = self._checkpoints.report.stop_asked()
+            if stop is not None and stop.abort:
+                raise stop
+
+
+class TrainingCheckpoints:
+    """What one block's training, or the end-to-end training, reports to (:class:`Progress`).
+
+    Use it as a context: on leaving, nothing is being written any more.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, phase: str, block: int | None = None) -> None:
+        self.checkpoints, self.report = checkpoints, checkpoints.report
+        self.store, self.runtime = checkpoints.store, checkpoints.runtime
+        self.phase, self.block = phase, block
+        self._last = time.monotonic()
+        self._writing: _Writing[Committed] | None = None
+        self._waited = 0.0
+        """Seconds that training stood still for it."""
+
+    def __enter__(self) -> TrainingCheckpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self._finish_writing()
+        elif self._writing is not None:
+            self._writing.leave(error)
+
+    # What a training says
+
+    def due(self) -> bool:
+        return self.report.due()
+
+    def metric(self, **values: Any) -> None:
+        self.report.metric(**values)
+
+    def warning(self, code: str, message: str, hint: str = "") -> None:
+        self.report.warning(code, message, hint)
+
+    def checkpoint_requested(self) -> None:
+        self.report.checkpoint_requested()
+
+    def expect_silence(self, seconds: float) -> None:
+        self.report.expect_silence(seconds)
+
+    # Checkpoints
+
+    def step_boundary(self, state: Callable[[], Snapshot]) -> None:
+        """A state to continue from: kept when a checkpoint is due; after a stop, kept and left."""
+        stop = self.report.stop_asked()
+        if stop is None:
+            if self._is_due():
+                self._keep(state())
+            return
+        if not stop.abort:
+            self._finish_writing()
+            self._keep(state())
+            self._finish_writing()
+        raise stop
+
+    def _is_due(self) -> bool:
+        if self._writing is not None:
+            if self._writing.running:
+                return False
+            self._finish_writing()
+        runtime = self.runtime
+        promised = PART_OF_THE_PROMISE * 60 * runtime.checkpoint_minutes
+        affordable = self.checkpoints.cost / (SNAPSHOT_SHARE * runtime.checkpoint_share)
+        return runtime.checkpoint_minutes > 0 and time.monotonic() - self._last >= max(promised, affordable)
+
+    def _keep(self, state: Snapshot) -> None:
+        """Copy the state; a thread does the rest."""
+        began = time.monotonic()
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors.items()}
+        tensors |= random_state(self.report.device)
+        self._last = time.monotonic()
+        self._waited = self._last - began
+        facts = {"phase": self.phase, "block": self.block, **state.facts}
+        self._writing = _Writing(
+            self.checkpoints, functools.partial(self._publish, tensors, facts, self._waited), _bytes(tensors)
+        )
+
+    def _publish(self, tensors: dict[str, Tensor], facts: dict[str, Any], waited: float) -> Committed:
+        self.store.put(TRAINING, tensors)
+        self.store.remember(TRAINING, facts)
+        committed = self.store.commit()
+        self.checkpoints.say(committed, self.phase, self.block, facts["sampler"]["step"], waited)
+        return committed
+
+    def _finish_writing(self) -> None:
+        """Wait for the thread."""
+        if self._writing is None:
+            return
+        committed = self._writing.result()
+        self._writing = None  # and with it the copy of the state
+        # On a GPU training goes on while the host writes, a CPU does one or the other.
+        on_cpu = self.report.device.type == "cpu"
+        self.checkpoints.cost = self._waited + (committed.seconds if on_cpu else 0.0)
+
+
+def snapshot_of(store: CheckpointStore, phase: str, block: int | None = None) -> Snapshot | None:
+    """Where an earlier attempt's training of this phase and block can be continued; the random numbers go
+    on from there too."""
+    facts = store.fact(TRAINING)
+    if facts is None or (facts["phase"], facts["block"]) != (phase, block):
+        return None
+    return Snapshot(store.get(TRAINING), facts)
+
+
+def forget_snapshot(store: CheckpointStore) -> None:
+    """What was trained to its end needs no state to continue from."""
+    store.drop(TRAINING)
+    store.forget(TRAINING)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The generators' states, by entry name."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_state(tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put the generators where they were."""
+    torch.set_rng_state(tensors["random.cpu"])
+    if device.type == "cuda" and "random.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random.cuda"], device)
+
+
+def _needed(entries: Mapping[str, Mapping[str, Tensor]]) -> int:
+    return sum(_bytes(tensors) for tensors in entries.values())
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """A file that may not grow beyond a limit of this process (EFBIG) will not fit later either."""
+    return full_disk(error) not in (None, errno.EFBIG)
+
+
+def _free_bytes(place: Path) -> int:
+    try:
+        return shutil.disk_usage(place).free
+    except OSError as error:  # the run was deleted while it waited
+        raise disk_error(error, place) from error

@@ -1,0 +1,46 @@
+"""What a section of the configuration is made of: a frozen struct whose fields say what they mean.
+
+Each section lives in a file of its own, one owner for every default, with its unit and effect.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+LearningRateScaling = Literal["absolute", "relative"]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every configuration struct: frozen, keyword-only, unknown fields rejected."""
+
+
+@functools.cache
+def field_types(section: type[Section]) -> Mapping[str, Any]:
+    """Type of each field of a section, by name."""
+    return {field.name: field.type for field in msgspec.structs.fields(section)}
+
+
+def is_section(kind: Any) -> bool:
+    """Whether a field of this type is a section of its own."""
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def describe(kind: Any) -> str:
+    """What a field of type ``kind`` takes, in words."""
+    if isinstance(kind, types.UnionType):
+        return " or ".join(describe(option) for option in typing.get_args(kind))
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return "a list, each " + describe(typing.get_args(kind)[0])
+    if is_section(kind):
+        return "a table"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    return words.get(kind, str(kind))

@@ -1,0 +1,54 @@
+"""What each field of the configuration means, in the words of its own docstring.
+
+The text under a field of a section is not kept by Python, so it is read from the source of the section's
+file: one owner for every meaning, whether it is read in the code or on a screen.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import itertools
+import re
+from collections.abc import Mapping
+
+from engine.config.base import Section, field_types, is_section
+from engine.config.run import RunConfig
+
+
+@functools.lru_cache(1)
+def field_help() -> dict[str, str]:
+    """The meaning of every field, by its dotted name, each on one line."""
+    return dict(_walk(RunConfig, ""))
+
+
+def _walk(section: type[Section], prefix: str) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for name, kind in field_types(section).items():
+        if is_section(kind):
+            found += _walk(kind, f"{prefix}{name}.")
+            continue
+        text = _texts(section).get(name, "")
+        reference = re.fullmatch(r"As in ``(\w+)``\.", text)
+        if reference:
+            text = _texts(field_types(RunConfig)[reference[1]]).get(name, "")
+        found.append((prefix + name, text.replace("``", "")))
+    return found
+
+
+@functools.cache
+def _texts(section: type[Section]) -> Mapping[str, str]:
+    """The string that follows each annotated field of a section."""
+    tree = ast.parse(inspect.getsource(section))
+    (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef))
+    texts = {}
+    for field, after in itertools.pairwise(body):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+        ):
+            texts[field.target.id] = " ".join(str(after.value.value).split())
+    return texts

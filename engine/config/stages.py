@@ -1,0 +1,187 @@
+"""The table of stages: one row for each version of the model that a run makes or measures.
+
+A run's *phases* follow from it, as its events name them: ``prepare``; a phase for each stage that is made,
+called like the stage; ``evaluate_<stage>`` for each that is measured; ``export``. What is done with a
+finished run is a phase as well (``generate``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import msgspec
+
+from engine.config.run import RunConfig
+from engine.config.tables import Table
+
+Scope = Literal["nothing", "block", "network"]
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True):
+    """A version of the model, and how it is made."""
+
+    name: str
+    """Its section of the configuration, its phase, and what its evaluation is called."""
+    label: str
+    """The version in words, as a table's row."""
+    scope: Scope
+    """Whether one block after the other is made, all together, or (the model as it came) nothing."""
+    doing: str = ""
+    """Its phase in words; empty: the label."""
+    result: str = ""
+    """Its row in a model card; empty: the label."""
+    about: str = ""
+    """What it does, in a sentence."""
+    baseline: bool = False
+    """It is measured whether or not another stage makes the blocks; it makes them where none does."""
+    run: str = ""
+    """``module:function`` that makes it: called with the run's :class:`~engine.phases.job.Job`."""
+    block: str = "engine.phases.job:packed_block"
+    """``module:function`` that gives one block of it to whoever measures it: called with job and index."""
+    costs: str = ""
+    """Module of its part of the plan (:mod:`engine.plan.stages`)."""
+
+    @property
+    def phase_label(self) -> str:
+        """Its phase in words."""
+        return self.doing or self.label
+
+    @property
+    def card_label(self) -> str:
+        """Its row in a model card."""
+        return self.result or self.label
+
+    def wanted(self, config: RunConfig) -> bool:
+        """Whether the configuration asks for it by name."""
+        section = getattr(config, self.name, None)
+        return section is not None and bool(section.enabled)
+
+
+STAGES = Table(
+    "stage",
+    Stage(
+        name="fp",
+        label="full precision",
+        scope="nothing",
+        baseline=True,
+        block="engine.phases.evaluation:full_block",
+        about="The model as it came.",
+    ),
+    Stage(
+        name="rtn",
+        label="round-to-nearest",
+        scope="block",
+        doing="round to nearest",
+        result="round to nearest",
+        baseline=True,
+        run="engine.phases.blocks:round_blocks",
+        block="engine.phases.evaluation:rounded_block",
+        costs="engine.plan.stages.rtn",
+        about="Every weight goes to the nearest point of its group's grid.",
+    ),
+    Stage(
+        name="block_ap",
+        label="Block-AP",
+        scope="block",
+        result="after Block-AP",
+        run="engine.phases.blocks:train_blocks",
+        costs="engine.plan.stages.block_ap",
+        about="Block-AP trains one block at a time with all its parameters.",
+    ),
+    Stage(
+        name="e2e_qp",
+        label="E2E-QP",
+        scope="network",
+        result="after E2E-QP",
+        run="engine.phases.end_to_end:train_end_to_end",
+        costs="engine.plan.stages.e2e_qp",
+        about="E2E-QP trains the scales of the whole model together.",
+    ),
+)
+
+PACKED = "packed"
+"""What a reloaded export is called beside the stages, where one is measured."""
+EVALUATE = "evaluate_"
+"""Begins the phase that measures a stage."""
+PHASES = {"prepare": "prepare", "export": "export", "generate": "sample texts"}
+"""The phases that belong to no stage, and their words."""
+
+
+def stages_of(config: RunConfig) -> tuple[Stage, ...]:
+    """The stages that ``config`` makes, in order: one that makes the blocks, then those of the whole network.
+
+    Where several make the blocks, :func:`~engine.config.validation.validate` has refused the configuration.
+    """
+    by_block = [stage for stage in STAGES if stage.scope == "block" and stage.wanted(config)]
+    if not by_block:
+        by_block = [stage for stage in STAGES if stage.scope == "block" and stage.baseline]
+    return (*by_block, *(stage for stage in STAGES if stage.scope == "network" and stage.wanted(config)))
+
+
+def phases_of(config: RunConfig) -> list[str]:
+    """The phases that ``config`` asks for, in order.
+
+    Full precision is measured before anything is trained: a model that is broken says so at once. What plain
+    rounding gives is only there to be compared with the trained blocks, so training does not wait for it.
+    """
+    made = stages_of(config)
+    measured = (
+        [stage for stage in STAGES if stage.baseline or stage in made] if config.evaluation.enabled else []
+    )
+
+    def evaluations(scope: Scope) -> list[str]:
+        return [f"{EVALUATE}{stage.name}" for stage in measured if stage.scope == scope]
+
+    phases = ["prepare", *evaluations("nothing")]
+    phases += [stage.name for stage in made if stage.scope == "block"]
+    phases += evaluations("block")
+    for stage in made:
+        if stage.scope == "network":
+            phases += [stage.name, *([f"{EVALUATE}{stage.name}"] if stage in measured else [])]
+    return [*phases, *(["export"] if config.export.formats else [])]
+
+
+def last_stage(config: RunConfig) -> Stage:
+    """The stage whose model is the run's result."""
+    return stages_of(config)[-1]
+
+
+def measured_stage(phase: str) -> str:
+    """The name of the stage that a phase measures; empty where it measures none."""
+    return phase.removeprefix(EVALUATE) if phase.startswith(EVALUATE) else ""
+
+
+def phase_label(phase: str | None) -> str:
+    """A phase in words; one that is not known here by its own name."""
+    if not phase:
+        return "starting"
+    measured = measured_stage(phase)
+    if measured in STAGES:
+        return f"evaluate {STAGES[measured].label}"
+    if phase in STAGES:
+        return STAGES[phase].phase_label
+    return PHASES.get(phase) or _cut(phase)
+
+
+def stage_label(stage: str) -> str:
+    """A version of the model in words; one that is not known here by its own name."""
+    if stage == PACKED:
+        return "packed checkpoint"
+    return STAGES[stage].label if stage in STAGES else _cut(stage)
+
+
+def _cut(name: str) -> str:
+    """A name out of a log, no longer than ours may be."""
+    return name if len(name) <= 40 else f"{name[:39]}…"
+
+
+def versions(seen: Iterable[str] = ()) -> tuple[str, ...]:
+    """Names of everything that is measured, in order; behind them those ``seen`` that are not known here."""
+    known = (*STAGES.names(), PACKED)
+    return (*known, *(name for name in seen if name not in known))
+
+
+def newest_first() -> tuple[str, ...]:
+    """Names of the quantized stages, the one that comes last in a run first."""
+    return tuple(stage.name for stage in reversed(list(STAGES)) if stage.scope != "nothing")

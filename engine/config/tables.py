@@ -1,0 +1,96 @@
+"""Tables that a feature adds one row to, and how somebody else's package adds its own.
+
+A row is light: the code it stands for is named as ``module:attribute`` and loaded when it is wanted, so that
+whoever only asks for a label loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, Generic, Protocol, TypeVar
+
+from engine.errors import UsageError
+
+EXTENSIONS = "EQAT_EXTENSIONS"
+"""Environment variable: modules, separated by commas, that add rows to the tables when they are imported."""
+
+
+class Named(Protocol):
+    """What a table holds."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Row = TypeVar("Row", bound=Named)
+
+
+class Table(Generic[Row]):
+    """Rows in the order in which they are to be asked, each with a name of its own."""
+
+    def __init__(self, what: str, *rows: Row) -> None:
+        """``what`` a row is, for messages: ``stage``."""
+        self.what = what
+        self._rows: dict[str, Row] = {}
+        for row in rows:
+            self.register(row)
+
+    def register(self, row: Row) -> None:
+        """Add a row at the end.
+
+        Raises:
+            ValueError: for a name that is taken, or that is no plain word in lower case.
+        """
+        if not re.fullmatch("[a-z][a-z0-9_]{0,39}", row.name):
+            raise ValueError(f"{row.name!r} is no name for a {self.what}")
+        if row.name in self._rows:
+            raise ValueError(f"there is a {self.what} {row.name!r} already")
+        self._rows[row.name] = row
+
+    def unregister(self, name: str) -> None:
+        """Take a row out again, which only tests want."""
+        del self._rows[name]
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def __getitem__(self, name: str) -> Row:
+        return self._rows[name]
+
+    def get(self, name: str) -> Row | None:
+        """The row called ``name``; none for one that is not known here."""
+        return self._rows.get(name)
+
+    def names(self) -> tuple[str, ...]:
+        """All names, in order."""
+        return tuple(self._rows)
+
+
+def load_named(reference: str) -> Any:
+    """What ``module:attribute`` names, or a whole ``module``."""
+    module, _, attribute = reference.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def load_extensions() -> None:
+    """Import the modules that :data:`EXTENSIONS` names; each registers what it brings.
+
+    Raises:
+        UsageError: for one that cannot be imported.
+    """
+    for module in filter(None, (name.strip() for name in os.environ.get(EXTENSIONS, "").split(","))):
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # of anybody's code
+            raise UsageError(
+                f"this extension cannot be imported: {type(error).__name__}: {str(error)[:200]}",
+                where=f"{EXTENSIONS}={module}",
+                hint="check the name and PYTHONPATH, or unset the variable",
+            ) from error

@@ -1,0 +1,1 @@
+"""What makes a GPU wait less: steps that are recorded, passages that are compiled."""

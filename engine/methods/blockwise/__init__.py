@@ -1,0 +1,1 @@
+"""Methods that quantize one block after another."""

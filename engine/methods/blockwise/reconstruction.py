@@ -1,0 +1,182 @@
+"""What Block-AP minimises for one block: the distance between what the fake-quantized block makes of the
+quantized stream and what the original block made of the full-precision one.
+
+This is the plain form: forward and backward are torch's, quantizer included. It runs everywhere and is what
+:mod:`engine.methods.blockwise.fast_reconstruction` is compared with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.config.block_ap import BlockAPConfig
+from engine.config.grid import GridConfig
+from engine.data.prefetch import Prefetcher, Rows
+from engine.quant.fake_linear import FakeQuantLinear, wrap_linears
+from engine.training.loop import Method
+from engine.training.stepper import ParameterGroup, autocast
+
+if TYPE_CHECKING:
+    from engine.data.activations import ActivationStore
+    from engine.models.causal_lm import CausalLM
+
+# Training sequences on which a block's loss is reported before and after: enough to be steady, few enough to
+# be free, so fewer where few are trained on.
+REPORT_SEQUENCES = 16
+REPORT_SHARE = 8
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The two activation streams ``[N, T, H]``: ``train`` training sequences, then the validation
+    sequences."""
+
+    full: ActivationStore
+    quantized: ActivationStore
+    train: int
+
+    @property
+    def sequences(self) -> int:
+        return self.full.shape[0]
+
+
+def reconstruction_loss(
+    block: nn.Module,
+    hidden: Tensor,
+    arguments: dict[str, Any],
+    target: Tensor,
+    kind: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Distance between the block's output for ``hidden`` ``[B, T, H]`` and ``target``, a float32 scalar."""
+    with autocast(hidden.device, dtype):
+        output = block(hidden, **arguments)
+    return distance(output[0] if isinstance(output, tuple) else output, target, kind)
+
+
+def distance(output: Tensor, target: Tensor, kind: str) -> Tensor:
+    """Reconstruction loss of a batch ``[B, T, H]``, a float32 scalar."""
+    target = target.float()
+    squared = (output.float() - target).square().mean(-1)
+    if kind == "token_relative_mse":
+        squared = squared / target.square().mean(-1).clamp_(min=1e-12)
+    return squared.mean()
+
+
+class Reconstruction(Method):
+    """A block with fake-quantized linears, measured against its own output at full precision."""
+
+    def __init__(
+        self,
+        lm: CausalLM,
+        index: int,
+        block: nn.Module,
+        streams: Streams,
+        config: BlockAPConfig,
+        grid: GridConfig,
+        dtype: torch.dtype,
+    ) -> None:
+        self.lm, self.index, self.block, self.streams = lm, index, block, streams
+        self.config, self.dtype = config, dtype
+        self.linears = wrap_linears(block, lm.linear_names(index), grid)
+        self.groups = _parameter_groups(block, self.linears, config)
+        self.poll: Callable[[], None] = lambda: None
+        self.train_loss: Callable[..., Tensor] = reconstruction_loss
+        """What the steps minimise; compiled where that pays. Reports and validations stay plain."""
+        self.prefetch = Prefetcher((streams.quantized, streams.full))
+
+    def loss(self, rows: Rows, function: Callable[..., Tensor] = reconstruction_loss) -> Tensor:
+        hidden, target = self.prefetch.read(rows)
+        batch, length = hidden.shape[:2]
+        arguments = self.lm.block_kwargs(self.index, batch, length, hidden.dtype)
+        return function(self.block, hidden, arguments, target, self.config.loss, self.dtype)
+
+    def micro_step(self, rows: Tensor, weight: float, scale: Callable[[Tensor], Tensor]) -> Tensor:
+        loss = self.loss(rows, self.train_loss) * weight
+        scale(loss).backward()
+        return loss.detach()
+
+    def upcoming(self, rows: Tensor) -> None:
+        self.prefetch.expect(rows)
+
+    def close(self) -> None:
+        """Give back what only training needs."""
+        self.prefetch.close()
+
+    def project(self) -> None:
+        for linear in self.linears.values():
+            linear.project()
+
+    def validate(self, micro_batch: int) -> float | None:
+        if self.streams.sequences == self.streams.train:
+            return None
+        return self.mean_loss(self.streams.train, self.streams.sequences, micro_batch)
+
+    def report_loss(self, micro_batch: int) -> float:
+        train = self.streams.train
+        count = min(REPORT_SEQUENCES, max(math.ceil(train / REPORT_SHARE), 4), train)
+        return self.mean_loss(0, count, micro_batch)
+
+    @torch.no_grad()
+    def mean_loss(self, first: int, last: int, micro_batch: int) -> float:
+        """Mean loss over sequences ``first`` to ``last``."""
+        total = torch.zeros((), dtype=torch.float64, device=self.lm.device)
+        parts = [range(a, min(a + micro_batch, last)) for a in range(first, last, micro_batch)]
+        for rows, following in zip_longest(parts, parts[1:]):
+            self.poll()
+            total += self.loss(rows).double() * len(rows)
+            if following is not None:
+                self.prefetch.expect(following)
+        return total.item() / (last - first)
+
+
+def _parameter_groups(
+    block: nn.Module, linears: dict[str, FakeQuantLinear], config: BlockAPConfig
+) -> list[ParameterGroup]:
+    """What is trained, at which learning rate; marks it as requiring gradients.
+
+    A relative learning rate is a fraction of one grid step: Adam moves a parameter by about its learning rate
+    per step, and what matters to a quantized weight is how many steps it takes to cross into the next
+    integer.
+    """
+    assert config.lr_weight is not None, "the configuration is not resolved"
+    assert config.lr_quant is not None, "the configuration is not resolved"
+    relative = config.lr_scaling == "relative"
+    groups: list[ParameterGroup] = []
+
+    def add(kind: str, parameter: nn.Parameter, lr: float) -> None:
+        parameter.requires_grad_(True)
+        groups.append(ParameterGroup(kind, [parameter], lr))
+
+    for linear in linears.values():
+        unit = linear.scale.mean().item() if relative else 1.0
+        if "weights" in config.train:
+            add("weights", linear.weight, config.lr_weight * unit)
+        if "scales" in config.train:
+            add("scales", linear.scale, config.lr_quant * unit)
+        if "zero_points" in config.train and not linear.grid.symmetric:
+            # A zero point is counted in grid steps already.
+            add("zero_points", linear.zero_point, config.lr_quant)
+    if "norms" in config.train:
+        inner = {id(p) for linear in linears.values() for p in linear.parameters()}
+        for name, parameter in block.named_parameters():
+            if id(parameter) not in inner and parameter.ndim == 1 and not name.endswith("bias"):
+                unit = parameter.abs().mean().item() if relative else 1.0
+                lr = config.lr_quant * unit if relative else config.lr_weight
+                add("norms", parameter, lr)
+    return _merge(groups)
+
+
+def _merge(groups: list[ParameterGroup]) -> list[ParameterGroup]:
+    """Join groups of the same kind and learning rate, so that the fused optimizer launches fewer kernels."""
+    merged: dict[tuple[str, float], list[nn.Parameter]] = {}
+    for group in groups:
+        merged.setdefault((group.kind, group.lr), []).extend(group.parameters)
+    return [ParameterGroup(kind, parameters, lr) for (kind, lr), parameters in merged.items()]

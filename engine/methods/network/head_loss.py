@@ -1,0 +1,103 @@
+"""The loss at a language model's head, whose logits never exist as a whole.
+
+A batch of ``T`` tokens has ``T x vocabulary`` logits, for a large vocabulary more than all activations of the
+blocks together. So the head works on a chunk of tokens at a time; the gradient of a chunk's loss is taken at
+once and kept at the last hidden state, from where it goes through the blocks in one piece.
+
+The teacher costs no second model: only its last hidden states are kept, and the head that turns them into
+logits is the student's own, since the head is not quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from engine.evaluation.perplexity import logits_nll
+from engine.gpu.compiled import Compiled
+from engine.models.causal_lm import CausalLM
+
+
+def token_loss(logits_TV: Tensor, labels_T: Tensor, teacher_TV: Tensor | None) -> Tensor:
+    """Summed over tokens, float32: cross-entropy to ``labels`` (their successors, -100 where there is none),
+    or the Kullback-Leibler divergence to the prediction that ``teacher`` makes."""
+    if teacher_TV is None:
+        return logits_nll(logits_TV, labels_T).sum()
+    target = teacher_TV.float().log_softmax(-1)
+    return functional.kl_div(logits_TV.float().log_softmax(-1), target, reduction="sum", log_target=True)
+
+
+def tail_loss(
+    norm: nn.Module, output: nn.Module, hidden_TH: Tensor, labels_T: Tensor, teacher_TH: Tensor | None
+) -> Tensor:
+    """The same from hidden states, for models that end with a norm and the output embeddings: in one piece,
+    so that it can be compiled."""
+    return _loss(lambda hidden: output(norm(hidden)), hidden_TH, labels_T, teacher_TH)
+
+
+def _loss(
+    head: Callable[[Tensor], Tensor], hidden_TH: Tensor, labels_T: Tensor, teacher_TH: Tensor | None
+) -> Tensor:
+    """The same where ``head`` makes logits ``[T, V]`` of hidden states."""
+    teacher_TV = None
+    if teacher_TH is not None:
+        with torch.no_grad():
+            teacher_TV = head(teacher_TH)
+    return token_loss(head(hidden_TH), labels_T, teacher_TV)
+
+
+class HeadLoss:
+    """The loss of the last block's output."""
+
+    def __init__(self, lm: CausalLM) -> None:
+        self.lm = lm
+        self._tail: Callable[..., Tensor] = tail_loss
+
+    def compile(self, *, expect_silence: Callable[[float], None], on_failure: Callable[[str], None]) -> None:
+        """Let the steps use a compiled form, where there can be one."""
+        self._tail = Compiled(tail_loss, expect_silence=expect_silence, on_failure=on_failure)
+
+    def gradient(
+        self,
+        hidden_TH: Tensor,
+        labels_T: Tensor,
+        teacher_TH: Tensor | None,
+        weight: float,
+        scale: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """``weight`` times the summed loss, and the gradient ``[T, H]`` of ``scale`` of that."""
+        gradient_TH = torch.empty_like(hidden_TH)
+        total = torch.zeros((), device=hidden_TH.device)
+        for part in self.lm.head_chunks(len(hidden_TH)):
+            # A leaf of its own: a slice's gradient would be as large as the whole, and mostly zeros.
+            hidden = hidden_TH[part].detach().requires_grad_(True)
+            with torch.enable_grad():
+                loss = self._chunk(hidden, labels_T[part], _part(teacher_TH, part), self._tail) * weight
+            gradient_TH[part] = torch.autograd.grad(scale(loss), hidden)[0]
+            total += loss.detach()
+        return total, gradient_TH
+
+    @torch.no_grad()
+    def value(self, hidden_TH: Tensor, labels_T: Tensor, teacher_TH: Tensor | None) -> Tensor:
+        """The summed loss alone, by the plain form."""
+        total = torch.zeros((), device=hidden_TH.device)
+        for part in self.lm.head_chunks(len(hidden_TH)):
+            total += self._chunk(hidden_TH[part], labels_T[part], _part(teacher_TH, part), tail_loss)
+        return total
+
+    def _chunk(
+        self, hidden_TH: Tensor, labels_T: Tensor, teacher_TH: Tensor | None, tail: Callable[..., Tensor]
+    ) -> Tensor:
+        modules = self.lm.tail
+        if modules is not None:
+            dtype = self.lm.dtype
+            teacher = None if teacher_TH is None else teacher_TH.to(dtype)
+            return tail(*modules, hidden_TH.to(dtype), labels_T, teacher)
+        return _loss(lambda hidden: self.lm.head(hidden[None])[0], hidden_TH, labels_T, teacher_TH)
+
+
+def _part(tensor: Tensor | None, part: slice) -> Tensor | None:
+    return None if tensor is None else tensor[part]

@@ -1,0 +1,164 @@
+"""What checkpoints hold, tensor by tensor: the bytes of a finished block, of trained scales, of a snapshot.
+
+The engine writes safetensors files (``engine.checkpoints.tensorfile``): a JSON header, then the tensors. Here
+the same header is made from the shapes alone, so the sizes are those of the files, down to models so small
+that headers count.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+from engine.architecture.families import FAMILIES, LLAMA, Architecture, LinearShape
+from engine.config.grid import GridConfig
+from engine.plan.estimate import CONSTANTS, Constants, Workload
+
+ITEM_BYTES = {"F32": 4, "I32": 4, "F16": 2, "U8": 1}
+ALIGNMENT = 8
+HIDDEN_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+CPU_GENERATOR, CUDA_GENERATOR = 5056, 16
+"""Bytes of torch's generators, whose states a snapshot holds."""
+
+
+class Tensor(NamedTuple):
+    """A tensor in a file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
+
+
+def file_bytes(tensors: Iterable[Tensor]) -> int:
+    """Length of the safetensors file of ``tensors``."""
+    header, offset = {}, 0
+    for tensor in sorted(tensors, key=lambda tensor: (-ITEM_BYTES[tensor.dtype], tensor.name)):
+        end = offset + tensor.nbytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (offset, end)}
+        offset = end
+    encoded = len(json.dumps(header, separators=(",", ":")))
+    return 8 + encoded + -encoded % ALIGNMENT + offset
+
+
+def _groups(linear: LinearShape, group_size: int) -> int:
+    """Groups in a row."""
+    return 1 if group_size == -1 else linear.in_features // group_size
+
+
+def norms(arch: Architecture) -> list[tuple[str, int]]:
+    """Names and widths of a block's norms; one that stands for all where the family is not known well."""
+    widths = {
+        "hidden": arch.hidden,
+        "head_dim": arch.head_dim,
+        "q": arch.heads * arch.head_dim,
+        "kv": arch.kv_heads * arch.head_dim,
+    }
+    kinds = FAMILIES.get(arch.model_type, LLAMA).norms
+    outer = [(name, arch.hidden) for name in HIDDEN_NORMS[: kinds.count("hidden")]]
+    inner = [widths[kind] for kind in kinds if kind != "hidden"]
+    found = [*outer, *zip(HEAD_NORMS, inner, strict=False)]
+    exact = sum(width for _, width in found) == arch.norm_params_per_block
+    return found if exact else [("norms", arch.norm_params_per_block)]
+
+
+# ------------------------------------------------------------------------------------- finished work
+
+
+@lru_cache
+def block_bytes(arch: Architecture, grid: GridConfig) -> int:
+    """The object of a finished block (``PackedBlock.tensors``)."""
+    return file_bytes([*_packed(arch, grid), *_others(arch)])
+
+
+def _packed(arch: Architecture, grid: GridConfig) -> Iterator[Tensor]:
+    for linear in arch.linears:
+        grid_shape = (linear.out_features, _groups(linear, grid.group_size))
+        words = (linear.out_features, linear.in_features * grid.bits // 32)
+        yield Tensor(f"linear.{linear.name}.words", "I32", words)
+        yield Tensor(f"linear.{linear.name}.scale", "F16", grid_shape)
+        yield Tensor(f"linear.{linear.name}.zero_point", "U8", grid_shape)
+
+
+def _others(arch: Architecture) -> Iterator[Tensor]:
+    for name, width in norms(arch):
+        yield Tensor(f"other.{name}.weight", "F16", (width,))
+    for linear in arch.linears:
+        if linear.bias:
+            yield Tensor(f"other.{linear.name}.bias", "F16", (linear.out_features,))
+
+
+@lru_cache
+def scales_bytes(arch: Architecture, grid: GridConfig) -> int:
+    """The object that E2E-QP adds for each block: its scales and zero points."""
+    tensors = []
+    for linear in arch.linears:
+        shape = (linear.out_features, _groups(linear, grid.group_size))
+        tensors += [
+            Tensor(f"{linear.name}.scale", "F16", shape),
+            Tensor(f"{linear.name}.zero_point", "U8", shape),
+        ]
+    return file_bytes(tensors)
+
+
+def generation_bytes(arch: Architecture, constants: Constants = CONSTANTS) -> int:
+    """A generation file."""
+    return constants.generation_base + arch.blocks * constants.generation_per_block
+
+
+# ------------------------------------------------------------------------------------------ snapshots
+
+
+def snapshot_bytes(work: Workload, phase: str) -> int:
+    """The state of a training in the middle (``Training.state_dict``): for every trained parameter its value,
+    AdamW's two moments and, with validation, its best value, all float32. 0 for a phase that trains
+    nothing."""
+    blocks = {"block_ap": 1, "e2e_qp": work.arch.blocks}
+    if phase not in blocks:
+        return 0
+    section = getattr(work.config, phase)
+    best = section.val_sequences > 0
+    return _snapshot_bytes(work.arch, work.config.grid, section.train, blocks[phase], best, work.cuda)
+
+
+@lru_cache
+def _snapshot_bytes(
+    arch: Architecture, grid: GridConfig, train: tuple[str, ...], blocks: int, best: bool, cuda: bool
+) -> int:
+    tensors = [Tensor(name, "F32", ()) for name in ("loss", "step.bad", "step.worst", "step.grad_norm")]
+    tensors.append(Tensor("random.cpu", "U8", (CPU_GENERATOR,)))
+    if cuda:
+        tensors.append(Tensor("random.cuda", "U8", (CUDA_GENERATOR,)))
+    for index, shape in enumerate(list(_trained(arch, grid, train)) * blocks):
+        kept = [f"step.{index}.{name}" for name in ("value", "exp_avg", "exp_avg_sq")]
+        kept += [f"best.{index}"] if best else []
+        tensors += [Tensor(name, "F32", shape) for name in kept]
+        tensors.append(Tensor(f"step.{index}.step", "F32", ()))
+    return file_bytes(tensors)
+
+
+def _trained(arch: Architecture, grid: GridConfig, train: tuple[str, ...]) -> Iterator[tuple[int, ...]]:
+    """Shapes of what is trained in a block."""
+    for linear in arch.linears:
+        grid_shape = (linear.out_features, _groups(linear, grid.group_size))
+        if "weights" in train:
+            yield linear.out_features, linear.in_features
+        if "scales" in train:
+            yield grid_shape
+        if "zero_points" in train and not grid.symmetric:
+            yield grid_shape
+    if "norms" in train:
+        for _, width in norms(arch):
+            yield (width,)

@@ -1,0 +1,272 @@
+"""What estimates are made of: measured constants, a configuration applied to a model, sizes on disk.
+
+``memory_model.py``, ``disk_model.py`` and ``time_model.py`` count bytes and operations; everything that is
+not such a count is in :data:`CONSTANTS` and :data:`GPU_RATES`, each entry with what it stands for and where
+its value comes from. To calibrate, change a number here and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from engine.architecture.families import Architecture
+from engine.config.grid import GridConfig
+from engine.config.run import RunConfig
+from engine.config.stages import phases_of
+
+MIB, GIB = 1 << 20, 1 << 30
+Store = Literal["device", "host", "disk"]
+"""Where activation streams live."""
+
+
+def size_text(count: float) -> str:
+    """Bytes for people."""
+    if count < MIB:
+        return f"{count / 1024:.0f} KiB"
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
+
+
+def time_text(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+class Constants(msgspec.Struct, frozen=True, kw_only=True):
+    """Measured quantities; memory in bytes, time in seconds."""
+
+    # Memory of the process
+    base_cpu: int = 450 * MIB
+    """Python, torch (CPU build), transformers and datasets imported: 420 MiB, and a tokenizer."""
+    base_cuda_host: int = 2 * GIB
+    """The same with a CUDA build, once the context exists: 1.5 to 2.5 GiB."""
+    cuda_context: int = 512 * MIB
+    """GPU memory outside torch's allocator: context, cuBLAS workspace, kernels."""
+    math_workspace: int = 40 * MIB
+    """Per-thread buffers of the CPU matrix library and heap that is never given back."""
+    heap_overhead: float = 1.3
+    """Resident over live bytes of CPU activations: a block's tensors are below malloc's mmap threshold and
+    fragment its heap. Measured on SmolLM2 blocks, 1024 to 4096 tokens."""
+    checkpoint_holes: float = 1.1
+    """Recomputing blocks keeps one small tensor of each between large ones that come and go, which leaves
+    holes in malloc's heap: this many times a block's widest temporaries, for every block. Measured on
+    SmolLM2 with 256 to 2048 tokens; a GPU's allocator does not do this."""
+    mmap_threshold: int = 32 * MIB
+    """Larger CPU tensors bypass the heap, and leave no holes."""
+
+    # Memory of training
+    fake_quant_tensors: int = 5
+    """float32 temporaries of the largest linear in the backward pass of the fake quantizer."""
+    loss_tensors: int = 3
+    """float32 hidden states that a block's loss keeps or makes: difference, square, gradient."""
+    unpack_bytes: int = 16
+    """Bytes a weight of the largest linear takes while it is unpacked (int32, uint8 and float steps)."""
+    head_values: int = 1 << 25
+    """Most logits that are computed together."""
+    gpu_head_values: int = 1 << 26
+    """The same on a GPU."""
+    logits_cross_entropy: int = 4
+    """Chunk-sized tensors at the peak of a cross-entropy step: logits, log-softmax, two gradients."""
+    logits_kl: int = 6
+    """The same for KL: teacher's log-probabilities, logits, log-softmax, three temporaries."""
+    logits_evaluation: int = 2
+    """Logits and log-softmax."""
+    load_factor: float = 1.75
+    """Bytes while a tensor is loaded and checked for NaN, relative to its float32 size."""
+
+    # Time on the CPU, for one core with AVX-512
+    cpu_flops: float = 100e9
+    """Matrix products and everything around them that grows with tokens, float32 (SmolLM2 block: 95e9 to
+    105e9 in training and inference)."""
+    cpu_flops_no_avx512: float = 45e9
+    cpu_step_per_weight: float = 22e-9
+    """Fake quantization forward and backward and AdamW, for every weight and step."""
+    cpu_unpack_per_weight: float = 10e-9
+    """Unpacking a packed weight once."""
+    cpu_search_per_weight: float = 10e-9
+    """One candidate range for one weight: 1.1 us over 121 candidates, 0.25 us over 21."""
+    parallel_efficiency: float = 0.9
+    """Gain of each core after the first."""
+
+    # Time on a GPU (one H200, torch 2.11)
+    gpu_step_bytes: float = 400.0
+    """Memory traffic of fake quantization and AdamW, for every weight and step, eager: of 27.5 ms for a
+    7B-shaped block at 2 x 2048, 20 ms are left over by matrix products and attention."""
+    gpu_compiled_step_bytes: float = 85.0
+    """The same, compiled: of 11.4 ms for that block 4.2 are left over."""
+    gpu_compiled_launch: float = 5.7e-3
+    """Kernel launches of one compiled step, while which the GPU works: the floor for small models."""
+    gpu_recorded_step_bytes: float = 95.0
+    """One kernel a linear, recorded: of 14.3 ms for that block on an H100 6.9 are left over."""
+    gpu_recorded_launch: float = 1.3e-3
+    """One recorded step of a small block (SmolLM2 on an H100)."""
+    gpu_fast_step_bytes: float = 50.0
+    """Recorded and compiled: of 9.9 ms on an H200 2.6 are left over; of 37.9 for a 70B block 9."""
+    gpu_fast_launch: float = 0.8e-3
+    """One recorded and compiled step of a small block (SmolLM2 on an H100)."""
+    gpu_compile: float = 30.0
+    """Compiling a block's step, once a run."""
+    gpu_compile_passage: float = 6.0
+    """Compiling one form of a block or head for passages: 3 of them took at most 15 s."""
+    gpu_unpack_bytes: float = 40.0
+    """Memory traffic of unpacking a packed weight once, eager."""
+    gpu_kernel_unpack_bytes: float = 4.0
+    """The same by one kernel: 22 us a matrix of a 7B block on an H100."""
+    gpu_block_launch: float = 6e-3
+    """Kernel launches of one block, forward and backward, eager: the floor for small models."""
+    gpu_passage_bytes: float = 280.0
+    """Memory traffic of a forward pass through a block beside its matrix products, for every hidden number
+    (tokens times hidden size), eager: of 1.97 ms for 2048 tokens of a 7B block on an H100 0.8 are left."""
+    gpu_compiled_passage_bytes: float = 72.0
+    """The same, compiled: of 5.3 ms for 2048 tokens of a 70B block 0.4 are left. Forward and backward
+    together are two and a half times that: of 34.5 ms for 16384 tokens of a 7B block 4 are left."""
+    gpu_search_bytes: float = 32.0
+    """Memory traffic of one candidate range for one weight."""
+
+    # Time of either
+    prepare: float = 12.0
+    """Importing torch and transformers, tokenizing."""
+    block_load: float = 0.05
+    """Opening and converting a block, beside its bytes."""
+    read_rate: float = 500e6
+    """Bytes a second at which stored weights are read and converted."""
+
+    # Checkpoints: bytes a second, except where it says otherwise. To be measured (benchmarks/checkpoints.py)
+    copy_rate_cuda: float = 3e9
+    """From GPU memory into fresh host memory that is not page-locked."""
+    copy_rate_cpu: float = 5e9
+    """From memory to memory: 3e9 to 8e9 on two cores."""
+    write_rate: float = 500e6
+    """SHA-256 on one core (1.8e9), then a file, then the disk: 0.2e9 to 0.7e9 on a virtual machine of two
+    cores that train, more on a local SSD."""
+    verify_rate: float = 1e9
+    """Reading and SHA-256."""
+    sync: float = 2e-3
+    """Seconds until one more file and its name are durable."""
+
+    # Disk: bytes
+    run_files: int = 10 << 10
+    """config.toml, run.json, status.json and the plan in the event log."""
+    generation_base: int = 3 << 10
+    """A generation file without its blocks: what it depends on, results, the position in a training."""
+    generation_per_block: int = 310
+    """Two entries and three losses."""
+    events_per_block: int = 900
+    """Begin, end and checkpoints in the event log."""
+    events_rate: float = 2000.0
+    """Of the event log, a second: metrics four times, memory once."""
+    export_texts: int = 7 << 10
+    """Model card and configurations."""
+    tokenizer_entry: int = 75
+    """Tokenizer files, for each token of the vocabulary, where they cannot be seen: tokenizer.json holds
+    every token and every merge (SmolLM2 72)."""
+
+
+CONSTANTS = Constants()
+
+GPU_RATES: dict[str, tuple[float, float]] = {
+    # name contains: (bf16 operations a second that matrix products reach, bytes a second that kernels reach)
+    "H200": (740e12, 4.0e12),
+    "H100": (740e12, 2.8e12),
+    "B200": (1500e12, 6.5e12),
+    "A100": (250e12, 1.6e12),
+    "L40": (180e12, 0.7e12),
+    "RTX 4090": (150e12, 0.85e12),
+    "RTX 3090": (65e12, 0.8e12),
+    "A10": (70e12, 0.5e12),
+    "L4": (60e12, 0.25e12),
+    "V100": (90e12, 0.75e12),
+    "T4": (40e12, 0.25e12),
+}
+"""H200 measured; the others are about 80 % of the data sheet."""
+UNKNOWN_GPU = (60e12, 0.5e12)
+
+
+class Workload(msgspec.Struct, frozen=True, kw_only=True):
+    """A configuration applied to a model, on the CPU or a GPU."""
+
+    arch: Architecture
+    config: RunConfig
+    cuda: bool
+    windows: int
+    """Evaluation windows."""
+    compiles_e2e: bool = False
+    """E2E-QP's blocks are compiled, and keep less for their backward pass."""
+    short_of_memory: bool = True
+    """Where that is left to the plan, E2E-QP recomputes activations."""
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether E2E-QP recomputes each block's activations instead of keeping them."""
+        wanted = self.config.e2e_qp.activation_checkpointing
+        return self.short_of_memory if wanted == "auto" else wanted == "on"
+
+    def bytes_of(self, dtype: str) -> int:
+        """Bytes of a number in a configured compute dtype."""
+        if dtype == "auto":
+            return 2 if self.cuda else 4
+        return 4 if dtype == "float32" else 2
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of a number outside the training of blocks."""
+        return self.bytes_of("auto")
+
+    @property
+    def shares_teacher(self) -> bool:
+        """Block-AP's full-precision stream ends as E2E-QP's teacher when both train on the same sequences."""
+        a, b = self.config.block_ap, self.config.e2e_qp
+        shapes = [(s.sequences, s.val_sequences, s.sequence_length) for s in (a, b)]
+        return a.enabled and b.enabled and b.loss == "kl" and shapes[0] == shapes[1]
+
+    def stream_bytes(self) -> int:
+        """One of Block-AP's two activation streams."""
+        section = self.config.block_ap
+        if not section.enabled:
+            return 0
+        numbers = (section.sequences + section.val_sequences) * section.sequence_length * self.arch.hidden
+        return numbers * self.bytes_of(section.compute_dtype)
+
+    def teacher_bytes(self) -> int:
+        """The teacher's last hidden states."""
+        section = self.config.e2e_qp
+        if not section.enabled or section.loss != "kl":
+            return 0
+        numbers = (section.sequences + section.val_sequences) * section.sequence_length * self.arch.hidden
+        return numbers * self.bytes_of(section.compute_dtype)
+
+    def evaluation_bytes(self) -> int:
+        """Hidden states of all evaluation windows."""
+        section = self.config.evaluation
+        return self.windows * section.sequence_length * self.arch.hidden * self.model_bytes
+
+    def phases(self) -> list[str]:
+        """Names of the phases, in order."""
+        return phases_of(self.config)
+
+
+class Sizes(msgspec.Struct, frozen=True):
+    """Bytes of the tensors."""
+
+    export: int
+    fp: int
+    bits_per_weight: float
+
+
+def sizes(arch: Architecture, grid: GridConfig) -> Sizes:
+    """Export (GPTQ v2), the 16-bit model, and bits per quantized weight.
+
+    A group of g weights of b bits costs g*b bits of codes, b of zero point and 16 of scale; everything
+    that is not the weight of a linear stays at 16 bits. GPTQ files also list each input's group (int32).
+    """
+    groups, weights = arch.groups_per_block(grid.group_size), arch.linear_params_per_block
+    packed_bits = weights * grid.bits + groups * (grid.bits + 16)
+    others = arch.bias_params_per_block + arch.norm_params_per_block
+    group_index = 4 * sum(linear.in_features for linear in arch.linears)
+    export = arch.blocks * (packed_bits // 8 + 2 * others + group_index) + 2 * arch.rest_params
+    return Sizes(export=export, fp=2 * arch.params, bits_per_weight=packed_bits / weights)

@@ -1,0 +1,287 @@
+"""What fits where: the place of the activation streams, what is too large, and the least painful remedy.
+
+:class:`Place` is everything about the machine and the model's files that estimates depend on, so that a run
+with other settings can be judged like the one that was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from engine.config.loading import is_operational
+from engine.config.run import RunConfig
+from engine.plan.disk_model import disk_peaks
+from engine.plan.estimate import CONSTANTS, GIB, Store, Workload, size_text
+from engine.plan.machine import Machine
+from engine.plan.memory_model import host_memory, phase_memory
+from engine.plan.recovery_model import Recovery, recovery
+from engine.plan.time_model import Pace, Speed, pace, phase_seconds
+
+GPU_RESERVE = 0.10
+"""Part of the free GPU memory that the choice of the activation store leaves alone."""
+HOST_RESERVE = 0.10
+"""Part of the free host memory that a run leaves to others, unless a budget is given."""
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that does not fit."""
+
+    where: str
+    message: str
+    hint: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message} ({self.hint})"
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a run would happen, and what it reads there."""
+
+    machine: Machine
+    rates: Speed
+    stored_bytes: int
+    """Of the model's weights as they are stored."""
+    assets_bytes: int
+    """Of what an export has besides its tensors."""
+
+    def pace(self, work: Workload) -> Pace:
+        return pace(work, self.rates, self.stored_bytes)
+
+    def seconds(self, work: Workload) -> dict[str, float]:
+        """Duration of each phase."""
+        return {phase: phase_seconds(work, phase, self.rates, self.stored_bytes) for phase in work.phases()}
+
+    def recovery(self, work: Workload, store: Store) -> Recovery:
+        """How the run would be checkpointed here."""
+
+        def fits(found: Recovery) -> bool:
+            return self.disk_needed(work, store, found) <= self.machine.disk_free
+
+        return recovery(work, self.pace(work), self.seconds(work), fits)
+
+    def disk_peaks(self, work: Workload, store: Store, found: Recovery) -> dict[str, int]:
+        """What the run directory grows to in each phase of a run that nobody stops."""
+        return disk_peaks(work, store, found, self.seconds(work), self.assets_bytes, stopped=False)
+
+    def disk_needed(self, work: Workload, store: Store, found: Recovery | None = None) -> int:
+        """What it grows to at most, stopped or not."""
+        found = found or self.recovery(work, store)
+        seconds = self.seconds(work)
+        return max(disk_peaks(work, store, found, seconds, self.assets_bytes, stopped=True).values())
+
+
+# ----------------------------------------------------------------------------------- activation store
+
+
+def choose_store(work: Workload, machine: Machine) -> tuple[Store, str]:
+    """The fastest place with room for the activation streams, and why."""
+    wanted = work.config.runtime.activation_store
+    if wanted != "auto":
+        return wanted, "set by runtime.activation_store"
+    size = size_text(max(phase_memory(work, phase).stored for phase in work.phases()))
+    if work.cuda and fits_device(work, machine.gpu_free):
+        return "device", f"{size} of activations fit into GPU memory beside the training"
+    if peak_host(work, "host") <= host_budget(work.config, machine):
+        return "host", f"{size} of activations fit into host memory"
+    return "disk", f"{size} of activations fit neither into GPU nor into host memory"
+
+
+def settle_recomputation(work: Workload, machine: Machine) -> Workload:
+    """E2E-QP keeps its activations where there is room for all of them beside the rest.
+
+    That is a third less work, but not worth moving the activation streams to a slower place.
+    """
+    if work.config.e2e_qp.activation_checkpointing != "auto" or not work.config.e2e_qp.enabled:
+        return work
+    store, _ = choose_store(work, machine)
+    keeps = msgspec.structs.replace(work, short_of_memory=False)
+    memory = phase_memory(keeps, "e2e_qp")
+    if work.cuda:
+        room = memory.gpu(store) <= (machine.gpu_free - CONSTANTS.cuda_context) * (1 - GPU_RESERVE)
+    else:
+        room = host_memory(keeps, memory, store) <= host_budget(work.config, machine)
+    return keeps if room else work
+
+
+def fits_device(work: Workload, gpu_free: int) -> bool:
+    """Whether a GPU with so much free memory has room for the streams beside the training."""
+    return peak_gpu(work, "device") <= (gpu_free - CONSTANTS.cuda_context) * (1 - GPU_RESERVE)
+
+
+def peak_gpu(work: Workload, store: Store) -> int:
+    return max(phase_memory(work, phase).gpu(store) for phase in work.phases())
+
+
+def peak_host(work: Workload, store: Store) -> int:
+    return max(host_memory(work, phase_memory(work, phase), store) for phase in work.phases())
+
+
+def host_budget(config: RunConfig, machine: Machine) -> int:
+    """Host memory that the run may use."""
+    if config.runtime.host_memory_gib:
+        return int(config.runtime.host_memory_gib * GIB)
+    return int(machine.host_free * (1 - HOST_RESERVE))
+
+
+# ------------------------------------------------------------------------------------------- problems
+
+
+def problems(work: Workload, store: Store, place: Place) -> Iterator[Problem]:
+    """What does not fit, each with a setting that would."""
+    machine = place.machine
+    if work.cuda and machine.gpu_name is None:
+        yield Problem(
+            where="runtime.device", message="no usable NVIDIA GPU was found", hint="use --device cpu"
+        )
+        return
+    limits = _limits(work, machine)
+    if work.cuda and peak_gpu(work, store) > limits.gpu:
+        phase = max(work.phases(), key=lambda name: phase_memory(work, name).gpu(store))
+        yield Problem(
+            where=phase,
+            message=f"{size_text(peak_gpu(work, store))} of GPU memory are needed and "
+            f"{size_text(limits.gpu)} are free on this {machine.gpu_name}",
+            hint=_remedy(work, store, place) or "use a GPU with more memory, or --device cpu",
+        )
+    if peak_host(work, store) > limits.host:
+        phase = max(work.phases(), key=lambda name: host_memory(work, phase_memory(work, name), store))
+        stated = "the budget is" if work.config.runtime.host_memory_gib else "what may be used is"
+        yield Problem(
+            where=phase,
+            message=f"{size_text(peak_host(work, store))} of host memory are needed and {stated} "
+            f"{size_text(limits.host)}",
+            hint=_remedy(work, store, place) or "use a machine with more memory",
+        )
+    needed = place.disk_needed(work, store)
+    if needed > limits.disk:
+        yield Problem(
+            where="disk",
+            message=f"the run needs {size_text(needed)} of disk and {size_text(limits.disk)} are free",
+            hint=_remedy(work, store, place) or "free some space or use --runs-dir on another disk",
+        )
+
+
+class _Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What may be used."""
+
+    gpu: int
+    host: int
+    disk: int
+
+
+def _limits(work: Workload, machine: Machine) -> _Limits:
+    return _Limits(
+        gpu=max(0, machine.gpu_free - CONSTANTS.cuda_context),
+        host=host_budget(work.config, machine),
+        disk=machine.disk_free,
+    )
+
+
+def _fits(work: Workload, store: Store, place: Place, limits: _Limits) -> bool:
+    return (
+        (not work.cuda or peak_gpu(work, store) <= limits.gpu)
+        and peak_host(work, store) <= limits.host
+        and place.disk_needed(work, store) <= limits.disk
+    )
+
+
+def _remedy(work: Workload, store: Store, place: Place) -> str:
+    """The least painful change after which everything fits; empty when there is none."""
+    limits = _limits(work, place.machine)
+    for text, other, kept in _changes(work, store):
+        if _fits(other, kept, place, limits):
+            return f"{text} would fit"
+    return ""
+
+
+def gpu_remedy(work: Workload, place: Place) -> str:
+    """What to do about a GPU whose memory did not suffice although every batch was halved down to one
+    sequence; empty when no setting helps. ``place.machine.gpu_free`` is what torch can have.
+
+    What may be changed in a run that is resumed comes first. The rest takes a new one.
+    """
+    config = work.config
+    for section, field in (("evaluation", "batch_size"), ("e2e_qp", "micro_batch_size")):
+        config = _change(config, section, field, 1)
+    config = _change(config, "block_ap", "batch_size", 1)
+    work = msgspec.structs.replace(work, config=config)
+    limits = msgspec.structs.replace(_limits(work, place.machine), gpu=place.machine.gpu_free)
+    store, _ = choose_store(work, _as_it_began(place.machine))
+    for text, other, kept in _changes(work, store):
+        if peak_gpu(other, kept) < peak_gpu(work, store) and _fits(other, kept, place, limits):
+            settings = text.replace(" with ", ", ").split(", ")
+            if all(is_operational(setting.partition(" = ")[0]) for setting in settings):
+                return f"set {text}"
+            return f"free the GPU (a new run with {text} would fit)"
+    return ""
+
+
+def _as_it_began(machine: Machine) -> Machine:
+    """When the run chose its place for the streams, the GPU was as good as empty."""
+    return msgspec.structs.replace(machine, gpu_free=machine.gpu_total)
+
+
+def _changes(work: Workload, store: Store) -> Iterator[tuple[str, Workload, Store]]:
+    """Ever smaller variants of the run, the least painful first: (what to set, workload, store)."""
+    if work.config.runtime.streams == "stored":
+        config = _change(work.config, "runtime", "streams", "recomputed")
+        yield "runtime.streams = recomputed", msgspec.structs.replace(work, config=config), store
+    slower: dict[Store, tuple[Store, ...]] = {
+        "device": ("host", "disk"),
+        "host": ("disk",),
+        "disk": ("host",),
+    }
+    for kept in slower[store]:
+        yield f"runtime.activation_store = {kept}", work, kept
+    for text, config in _smaller(work.config):
+        smaller = msgspec.structs.replace(work, config=config)
+        yield text, smaller, store
+        if store != "disk":
+            yield f"{text} with runtime.activation_store = disk", smaller, "disk"
+
+
+def _smaller(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    """Configurations that need less: each change alone first, then all of them adding up."""
+    for section, field, values in _ladders(config):
+        for value in values:
+            yield f"{section}.{field} = {str(value).lower()}", _change(config, section, field, value)
+    said: dict[str, str] = {}
+    for section, field, values in _ladders(config):
+        for value in values:
+            config = _change(config, section, field, value)
+            said[f"{section}.{field}"] = str(value).lower()
+            yield ", ".join(f"{name} = {value}" for name, value in said.items()), config
+
+
+def _change(config: RunConfig, section: str, field: str, value: Any) -> RunConfig:
+    part = msgspec.structs.replace(getattr(config, section), **{field: value})
+    return msgspec.structs.replace(config, **{section: part})
+
+
+def _ladders(config: RunConfig) -> list[tuple[str, str, list[Any]]]:
+    """Settings that can be lowered and the values to try, the least painful first."""
+
+    def halves(value: int, lowest: int) -> list[Any]:
+        values = []
+        while value > lowest:
+            value //= 2
+            values.append(value)
+        return values
+
+    block_ap, e2e_qp, evaluation = config.block_ap, config.e2e_qp, config.evaluation
+    recompute = ["on"] if e2e_qp.activation_checkpointing == "off" else []
+    ladders: list[tuple[str, str, list[Any]]] = [
+        ("evaluation", "batch_size", [1] if evaluation.batch_size > 1 else []),
+        ("e2e_qp", "micro_batch_size", [1] if e2e_qp.micro_batch_size > 1 else []),
+        ("e2e_qp", "activation_checkpointing", recompute),
+        ("block_ap", "batch_size", halves(block_ap.batch_size, 1)),
+        ("block_ap", "sequences", halves(block_ap.sequences, 128)),
+        ("e2e_qp", "sequences", halves(e2e_qp.sequences, 128)),
+        ("block_ap", "sequence_length", halves(block_ap.sequence_length, 256)),
+        ("e2e_qp", "sequence_length", halves(e2e_qp.sequence_length, 256)),
+        ("evaluation", "sequence_length", halves(evaluation.sequence_length, 256)),
+    ]
+    return [ladder for ladder in ladders if getattr(config, ladder[0]).enabled]

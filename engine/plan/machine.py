@@ -1,0 +1,137 @@
+"""What this machine has to offer, asked through NVML and psutil: no torch, no CUDA context."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.run.proof import is_run
+from engine.system.files import existing
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True):
+    """Free resources, bytes. ``gpu_name`` is none where there is no GPU that the engine could use."""
+
+    gpu_name: str | None
+    gpu_free: int
+    gpu_total: int
+    host_free: int
+    disk_free: int
+    """What a run that is resumed has written already counts as free: it is part of what the run needs."""
+    cpus: int
+    avx512: bool = True
+
+
+def detect(directory: Path | None = None, device: str = "auto") -> Machine:
+    """This machine now; ``directory`` is where runs are written, or one of them; ``device`` says which GPU is
+    meant."""
+    name, free, total = (None, 0, 0) if device == "cpu" else _gpu(_index(device))
+    place = directory or Path.cwd()
+    return Machine(
+        gpu_name=name,
+        gpu_free=free,
+        gpu_total=total,
+        host_free=host_free(),
+        disk_free=shutil.disk_usage(existing(place)).free + _written(place),
+        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        avx512=_has_avx512(),
+    )
+
+
+def host_free() -> int:
+    """Memory that can still be had: what the kernel says, or what the container's limit leaves."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    limit, used = _cgroup_number("memory.max"), _cgroup_number("memory.current")
+    if limit is None or used is None:
+        return available
+    return min(available, max(0, limit - used + _reclaimable()))
+
+
+def _reclaimable() -> int:
+    """File pages counted in ``memory.current`` that the kernel drops when memory is wanted."""
+    try:
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _cgroup_number(name: str) -> int | None:
+    try:
+        return int((CGROUP / name).read_text())
+    except (OSError, ValueError):  # "max" means no limit
+        return None
+
+
+def _written(directory: Path) -> int:
+    """Bytes on the disk of a run, if this is one."""
+    if not is_run(directory):
+        return 0
+    written = 0
+    for path in directory.rglob("*"):
+        try:
+            written += path.lstat().st_blocks * 512
+        except OSError:  # gone meanwhile
+            continue
+    return written
+
+
+def _index(device: str) -> int:
+    return int(device.partition(":")[2] or 0)
+
+
+def _gpu(index: int) -> tuple[str | None, int, int]:
+    """Name, free and total memory of the ``index``-th GPU that CUDA would show this process."""
+    if _torch_is_cpu_build():
+        return None, 0, 0
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no driver, no library, no permission: for the plan all of them mean no GPU
+        return None, 0, 0
+    try:
+        handle = _handle(pynvml, index)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        name = pynvml.nvmlDeviceGetName(handle)
+        return name.decode() if isinstance(name, bytes) else str(name), int(memory.free), int(memory.total)
+    except (pynvml.NVMLError, IndexError, ValueError):
+        return None, 0, 0
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _handle(nvml: Any, index: int) -> Any:
+    """CUDA_VISIBLE_DEVICES renumbers what CUDA shows; NVML does not follow it."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return nvml.nvmlDeviceGetHandleByIndex(index)
+    entry = [part.strip() for part in visible.split(",") if part.strip()][index]
+    if entry.startswith(("GPU-", "MIG-")):
+        return nvml.nvmlDeviceGetHandleByUUID(entry)
+    return nvml.nvmlDeviceGetHandleByIndex(int(entry))
+
+
+def _torch_is_cpu_build() -> bool:
+    """A GPU is of no use to a torch without CUDA; its version says so without an import."""
+    try:
+        return importlib.metadata.version("torch").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def _has_avx512() -> bool:
+    try:
+        with Path("/proc/cpuinfo").open() as lines:
+            return any("avx512f" in line for line in lines if line.startswith("flags"))
+    except OSError:
+        return False

@@ -1,0 +1,343 @@
+"""The plan: what a run will need and whether it fits, before anything is loaded.
+
+    model header -> sizes -> memory and disk of each phase, time, checkpoints
+    machine      -> where the activation streams live, what does not fit and what would (fit.py)
+
+Everything is computed from config.json or file headers in well under a second. Unsupported models raise
+at once (``refusals.py``); what does not fit is listed in :attr:`Plan.problems`, each in one sentence with
+a setting that would fit, so that ``eqat plan`` can show the whole picture. :func:`check` turns the first
+of them into the error a run ends with.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from engine.architecture.description import ModelDescription, describe
+from engine.architecture.families import Architecture
+from engine.architecture.refusals import refuse
+from engine.config.data import DataConfig
+from engine.config.run import RunConfig
+from engine.errors import DataError, EqatError, PreflightError
+from engine.plan.disk_model import assets_bytes
+from engine.plan.estimate import Store, Workload, sizes
+from engine.plan.fit import (
+    Place,
+    Problem,
+    choose_store,
+    gpu_remedy,
+    problems,
+    settle_recomputation,
+)
+from engine.plan.machine import Machine, detect
+from engine.plan.memory_model import host_memory, phase_memory
+from engine.plan.published import Published, published
+from engine.plan.recovery_model import Recovery, broken_promise
+from engine.plan.time_model import Speed, compiles, compiles_e2e, compiles_passages, fast, speed
+
+
+class PhasePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One phase of the run."""
+
+    name: str
+    peak_gpu_bytes: int | None
+    """Peak of torch's allocator; none on the CPU."""
+    peak_host_bytes: int
+    peak_disk_bytes: int
+    """What the run directory grows to, nameless files included, if nobody stops the run."""
+    seconds: float
+    parts: dict[str, int]
+    """What the peak consists of, without the process itself; bytes."""
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run is expected to need. Sizes are bytes, times seconds; all of them are estimates."""
+
+    model: str
+    model_type: str
+    parameters: int
+    blocks: int
+    exact: bool
+    """Sizes are exact; otherwise they are those of a Llama with the same fields."""
+    device: str
+    """``cuda`` or ``cpu``."""
+    phases: tuple[PhasePlan, ...]
+    peak_gpu_bytes: int | None
+    peak_host_bytes: int
+    disk_bytes: int
+    """What the run directory grows to at most: also where a stop adds a checkpoint to what there is."""
+    export_bytes: int
+    fp_bytes: int
+    bits_per_weight: float
+    activation_store: Store
+    activation_store_reason: str
+    stream_bytes: int
+    """One of Block-AP's two activation streams."""
+    recovery: Recovery
+    evaluation_windows: int
+    seconds: float
+    time_basis: str
+    fast: bool
+    """Block-AP's steps are recorded, and quantize, train and quantize again in one kernel."""
+    compiles: bool
+    """Block-AP's steps are compiled."""
+    compiles_e2e: bool
+    """E2E-QP's blocks are compiled."""
+    compiles_passages: bool
+    """Blocks are compiled for the streams that pass through them, and for perplexity."""
+    recomputes: bool
+    """E2E-QP recomputes each block's activations in the backward pass."""
+    published: Published | None
+    warnings: tuple[str, ...]
+    problems: tuple[Problem, ...]
+    machine: Machine
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for events and ``--json``."""
+        result: dict[str, Any] = msgspec.to_builtins(self)
+        return result
+
+
+TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow", ".gz", ".zst")
+
+
+def make_plan(
+    config: RunConfig,
+    *,
+    machine: Machine | None = None,
+    device: str | None = None,
+    runs_dir: Path | None = None,
+) -> Plan:
+    """Plan a run on this machine, or on the one described.
+
+    ``device`` (``cpu`` or ``cuda``) overrides ``runtime.device`` for a caller that knows what torch can use.
+
+    Raises:
+        PreflightError: for a model that is missing or cannot be quantized in this way.
+        DataError: for a local text file or folder that is not there.
+    """
+    _check_local_text(config)
+    model = describe(config.model.source, config.model.revision)
+    refuse(model.architecture, model.config, config.grid, config.export.formats)
+    wanted = device or config.runtime.device
+    machine = machine or detect(runs_dir, wanted)
+    work, unknown_text = _workload(config, model, machine, wanted)
+    work = settle_recomputation(work, machine)
+    place = _place(work, model, machine)
+    store, reason = choose_store(work, machine)
+    recovery = place.recovery(work, store)
+    phases = tuple(_phases(work, store, place, recovery))
+    warnings = [
+        *_warnings(work, model, unknown_text),
+        broken_promise(work, place.pace(work), place.seconds(work), recovery),
+    ]
+    size = sizes(work.arch, config.grid)
+    return Plan(
+        model=config.model.source,
+        model_type=work.arch.model_type,
+        parameters=work.arch.params,
+        blocks=work.arch.blocks,
+        exact=work.arch.exact,
+        device="cuda" if work.cuda else "cpu",
+        phases=phases,
+        peak_gpu_bytes=max(phase.peak_gpu_bytes or 0 for phase in phases) if work.cuda else None,
+        peak_host_bytes=max(phase.peak_host_bytes for phase in phases),
+        disk_bytes=place.disk_needed(work, store, recovery),
+        export_bytes=size.export * len(config.export.formats) or size.export,
+        fp_bytes=size.fp,
+        bits_per_weight=size.bits_per_weight,
+        activation_store=store,
+        activation_store_reason=reason,
+        stream_bytes=work.stream_bytes(),
+        recovery=recovery,
+        evaluation_windows=work.windows,
+        seconds=sum(phase.seconds for phase in phases),
+        time_basis=f"estimate: operations and memory traffic counted, at {place.rates.basis}",
+        fast=fast(work),
+        compiles=compiles(work, place.rates),
+        compiles_e2e=work.compiles_e2e,
+        compiles_passages=compiles_passages(work, place.rates),
+        recomputes=work.recomputes,
+        published=published(config.model.source, work.arch, config.grid),
+        warnings=tuple(filter(None, warnings)),
+        problems=tuple(problems(work, store, place)),
+        machine=machine,
+    )
+
+
+def _check_local_text(config: RunConfig) -> None:
+    """A mistyped path should not cost a run; what is in the files is for the engine to judge."""
+    used = [("data.source", config.data, config.block_ap.enabled or config.e2e_qp.enabled)]
+    used.append(("evaluation.data.source", config.evaluation.data, config.evaluation.enabled))
+    for name, data, wanted in used:
+        path = Path(os.path.expanduser(data.source))
+        if not wanted or not (data.source.startswith(("/", ".", "~")) or path.suffix in TEXT_SUFFIXES):
+            continue
+        if not os.path.exists(path):
+            raise DataError("no such file or folder", where=data.source, hint=f"check {name}")
+        if os.path.isfile(path) and path.stat().st_size == 0:
+            raise DataError("the file is empty", where=data.source, hint=f"check {name}")
+
+
+def check(plan: Plan, *, waits_for_room: bool = False) -> None:
+    """Raise PreflightError for the first thing that does not fit; a disk counts unless it is waited for."""
+    found = [problem for problem in plan.problems if not (waits_for_room and problem.where == "disk")]
+    for problem in found[:1]:
+        raise PreflightError(problem.message, where=problem.where, hint=problem.hint)
+
+
+def out_of_memory_remedy(config: RunConfig, machine: Machine) -> str:
+    """What to do about a GPU whose memory did not suffice although nothing is left to halve, as the begin of
+    a sentence that goes on with "then resume"; empty when no setting would help.
+
+    ``machine`` is the one that the run was planned on, its ``gpu_free`` what torch can have now: free memory
+    and what this process has reserved.
+    """
+    try:
+        model = describe(config.model.source, config.model.revision)
+        work, _ = _workload(config, model, machine, "cuda")
+        return gpu_remedy(work, _place(work, model, machine))
+    except EqatError:  # the model's files are gone, of all moments now: the failure at hand is the other one
+        return ""
+
+
+def _workload(
+    config: RunConfig, model: ModelDescription, machine: Machine, device: str
+) -> tuple[Workload, bool]:
+    """What is to be done, and whether the size of the evaluation text is a guess."""
+    cuda = device.startswith("cuda") or (device == "auto" and machine.gpu_name is not None)
+    windows, unknown_text = evaluation_windows(config, model.architecture)
+    work = Workload(arch=model.architecture, config=config, cuda=cuda, windows=windows)
+    compiled = compiles_e2e(work, _rates(work, machine))
+    return msgspec.structs.replace(work, compiles_e2e=compiled), unknown_text
+
+
+def _rates(work: Workload, machine: Machine) -> Speed:
+    cpus = work.config.runtime.threads or machine.cpus
+    return speed(work.cuda, machine.gpu_name or "", cpus, machine.avx512)
+
+
+def _place(work: Workload, model: ModelDescription, machine: Machine) -> Place:
+    return Place(
+        machine=machine,
+        rates=_rates(work, machine),
+        stored_bytes=model.stored_bytes or work.arch.params * work.arch.dtype_bytes,
+        assets_bytes=assets_bytes(model),
+    )
+
+
+def _phases(work: Workload, store: Store, place: Place, recovery: Recovery) -> Iterator[PhasePlan]:
+    seconds, disk = place.seconds(work), place.disk_peaks(work, store, recovery)
+    for name in work.phases():
+        memory = phase_memory(work, name)
+        parts = dict(memory.device)
+        if memory.stored and store != "disk":
+            parts[f"activation store ({store})"] = memory.stored
+        if memory.written:
+            parts["checkpoint being written"] = memory.written
+        yield PhasePlan(
+            name=name,
+            peak_gpu_bytes=memory.gpu(store) if work.cuda else None,
+            peak_host_bytes=host_memory(work, memory, store),
+            peak_disk_bytes=disk[name],
+            seconds=seconds[name],
+            parts=parts,
+        )
+
+
+# ------------------------------------------------------------------------------------------- warnings
+
+
+def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> Iterator[str]:
+    config, arch = work.config, work.arch
+    trained = config.block_ap.enabled or config.e2e_qp.enabled
+    if trained and config.evaluation.enabled and corpus(config.data) == corpus(config.evaluation.data):
+        yield (
+            f"calibration and evaluation both use {corpus(config.data)}: the result will look better than "
+            "on other text; evaluate on another corpus to compare models"
+        )
+    if model.kind == "gguf" and model.stored_bytes and model.stored_bytes < 1.5 * arch.params:
+        yield (
+            "the GGUF file holds quantized weights already: full precision here means as good as this file"
+        )
+    if not arch.exact:
+        yield f"sizes of model type {arch.model_type!r} are estimated as if it were a Llama"
+    if model.kind == "config":
+        yield "no weight files were found beside config.json: planned from config.json alone"
+    for name in ("block_ap", "e2e_qp", "evaluation"):
+        section = getattr(config, name)
+        if section.enabled and 0 < arch.max_positions < section.sequence_length:
+            yield (
+                f"{name}.sequence_length {section.sequence_length} is longer than the "
+                f"{arch.max_positions} positions the model was made for"
+            )
+    if unknown_text:
+        yield (
+            f"the size of the evaluation text is not known: {work.windows} windows are assumed; "
+            "set evaluation.windows to bound it"
+        )
+
+
+CORPUS_NAMES = {
+    "salesforce/wikitext": "wikitext2",
+    "wikitext": "wikitext2",
+    "allenai/c4": "c4",
+    "togethercomputer/redpajama-data-1t-sample": "redpajama",
+    "dkyoon/slimpajama-6b": "slimpajama",
+    "cerebras/slimpajama-627b": "slimpajama",
+    "huggingfacefw/fineweb-edu": "fineweb-edu",
+}
+LOCAL_CORPORA = {r"wiki(text)?[-_. ]?2|wiki\.(train|valid|validation|test)\b": "wikitext2"}
+"""Local copies recognised by their usual file names."""
+
+
+def corpus(data: DataConfig) -> str:
+    """The corpus behind a data configuration, whichever way it is reached."""
+    source = data.source
+    if source.lower() in CORPUS_NAMES:
+        return CORPUS_NAMES[source.lower()]
+    path = Path(os.path.expanduser(source))
+    if not os.path.exists(path):
+        return source
+    path = Path(os.path.realpath(path))
+    for pattern, name in LOCAL_CORPORA.items():
+        if any(re.search(pattern, part.lower()) for part in (path.name, path.parent.name)):
+            return name
+    return str(path)
+
+
+# --------------------------------------------------------------------------------------------- windows
+
+CORPUS_CHARACTERS = {"wikitext2": 1_290_000, "builtin": 70_000}
+"""Length of the evaluation text: WikiText-2's test split; the built-in corpus' evaluation part."""
+UNKNOWN_CHARACTERS = 2_000_000
+
+
+def evaluation_windows(config: RunConfig, arch: Architecture) -> tuple[int, bool]:
+    """How many windows are evaluated, and whether that is a guess."""
+    section = config.evaluation
+    if not section.enabled:
+        return 0, False
+    name = corpus(section.data)
+    path = Path(os.path.expanduser(section.data.source))
+    characters = CORPUS_CHARACTERS.get(name)
+    if characters is None and os.path.isfile(path):
+        characters = path.stat().st_size
+    known = characters is not None
+    windows = int((characters or UNKNOWN_CHARACTERS) / _characters_per_token(arch)) // section.sequence_length
+    if section.windows:
+        windows = min(windows, section.windows) if known else section.windows
+    return max(1, windows), not known and not section.windows
+
+
+def _characters_per_token(arch: Architecture) -> float:
+    """English text: WikiText-2's test split has 341 469 tokens for Llama 2, 289 077 for Llama 3."""
+    if arch.vocab < 1024:
+        return 1.0 if arch.vocab <= 300 else 1.6
+    return 3.8 if arch.vocab < 40_000 else 4.4

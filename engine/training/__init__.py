@@ -1,0 +1,1 @@
+"""The loop that every training shares, and one optimizer step of it."""

@@ -1,0 +1,346 @@
+"""The loop that both training phases share: epochs, validation, the best state, rollbacks; and all of it as a
+snapshot from which it continues exactly.
+
+A method brings what it minimises (:class:`Method`); everything that a step depends on is here:
+
+* the parameters and AdamW's moments (:class:`Stepper`), and where they validated best (:class:`BestState`);
+* the position in the data, from which order and learning rate follow (:class:`BatchSampler`);
+* how many sequences pass at a time, how often the training was restarted, how long it has not improved.
+
+So a snapshot after step *n* followed by the rest gives the same bits as never having stopped. Snapshots are
+taken between two steps, or during a validation, which changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from engine.data.sampler import ALONE, BatchSampler, World
+from engine.errors import NonFiniteError
+from engine.training.stepper import (
+    MAX_ROLLBACKS,
+    NON_FINITE_HINT,
+    BestState,
+    Diverged,
+    ParameterGroup,
+    Snapshot,
+    Stepper,
+    TrainingProgress,
+    cosine_factor,
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a method is trained."""
+
+    epochs: int
+    batch_size: int
+    micro_batch: int
+    """Sequences that pass at a time; halved when the GPU's memory does not suffice."""
+    weight_decay: float
+    grad_clip: float
+    lr_final_fraction: float
+    patience: int
+    seed: int
+    device: torch.device
+    dtype: torch.dtype
+    where: str
+    """For messages: ``block 3``."""
+    tokens_per_sequence: int
+    warmup_fraction: float = 0.0
+    world: World = ALONE
+
+
+class Method:
+    """What is trained, and on what."""
+
+    groups: list[ParameterGroup]
+
+    def stepper(self, settings: Settings) -> Stepper:
+        """The optimizer, new."""
+        return Stepper(
+            self.groups,
+            weight_decay=settings.weight_decay,
+            grad_clip=settings.grad_clip,
+            device=settings.device,
+            dtype=settings.dtype,
+        )
+
+    def micro_step(self, rows: Tensor, weight: float, scale: Callable[[Tensor], Tensor]) -> Tensor:
+        """Forward and backward of ``rows`` (sequences); their mean loss times ``weight``, detached.
+
+        What is sent backward is ``scale(loss)``.
+        """
+        raise NotImplementedError
+
+    def upcoming(self, rows: Tensor) -> None:
+        """The next micro-batch, as far as one can tell; told right after a :meth:`micro_step`."""
+
+    def save_memory(self) -> str:
+        """Do with less memory from now on, at the cost of time; what it does for that, empty if nothing."""
+        return ""
+
+    def memory_is_short(self, micro_batch: int) -> None:
+        """From now on only ``micro_batch`` sequences pass at a time."""
+
+    def project(self) -> None:
+        """Bring the parameters back into their domain after a step."""
+        raise NotImplementedError
+
+    def refresh(self) -> None:
+        """The parameters have got other values than a step gave them."""
+
+    def validate(self, micro_batch: int) -> float | None:
+        """Mean loss over the validation sequences, so many at a time; none without any."""
+        raise NotImplementedError
+
+
+@dataclass
+class Position:
+    """How far a training is; the data's position is the sampler's."""
+
+    started: bool = False
+    epochs_done: int = 0
+    stale: int = 0
+    """Epochs in a row that did not improve."""
+    restarts: int = 0
+    steps_done: int = 0
+    """Of all restarts together."""
+    micro_batch: int = 1
+    initial_val: float | None = None
+    noted: dict[str, Any] = field(default_factory=dict)
+    """Values that the method wants to find again."""
+
+
+class Training:
+    """One method's training, from the parameters' present values to the best validated ones."""
+
+    def __init__(
+        self,
+        method: Method,
+        train: int,
+        settings: Settings,
+        progress: TrainingProgress,
+        snapshot: Snapshot | None = None,
+    ) -> None:
+        """``train`` sequences are trained on; ``snapshot`` is where to continue, and is used up."""
+        self.method, self.settings, self.progress = method, settings, progress
+        self.best = BestState([p for group in method.groups for p in group.parameters])
+        self.sampler = BatchSampler(
+            train, settings.batch_size, settings.epochs, settings.seed, *settings.world
+        )
+        self.position = Position(micro_batch=settings.micro_batch)
+        self.loss = torch.zeros((), device=settings.device)
+        self.stepper = self.method.stepper(self.settings)
+        self._steps_here = 0
+        if snapshot is not None:
+            self.load_state_dict(snapshot)
+            snapshot.tensors.clear()  # gigabytes, of which the next checkpoint will want as many
+
+    # The loop
+
+    def run(self) -> None:
+        """Train to the end; leaves the best validated values in place.
+
+        Raises:
+            NonFiniteError: when it diverges a third time; names where and the step.
+            StopRequested: at a step boundary, after a stop was asked for.
+        """
+        while True:
+            try:
+                return self._train()
+            except Diverged as diverged:
+                self._restart(diverged)
+
+    def _train(self) -> None:
+        position, settings = self.position, self.settings
+        if not position.started:
+            position.initial_val = self.with_memory(self.method.validate)
+            self.best.keep_if_best(position.initial_val, at_start=True)
+            position.started = True
+        while position.epochs_done < settings.epochs and not self._patience_is_over():
+            for _, step, rows in self.sampler.rest_of_epoch(position.epochs_done):
+                self._step(step, rows)
+            self._end_of_epoch()
+        self.best.load_best()
+        self.method.refresh()
+
+    def _patience_is_over(self) -> bool:
+        return 0 < self.settings.patience <= self.position.stale
+
+    def _step(self, step: int, rows: Tensor) -> None:
+        settings = self.settings
+        warmup = math.ceil(settings.warmup_fraction * self.sampler.steps)
+        factor = cosine_factor(step, self.sampler.steps, settings.lr_final_fraction, warmup)
+        self.stepper.set_lr(self.lr_factor * factor)
+        self.loss = self.with_memory(lambda micro_batch: self._accumulate(rows, micro_batch))
+        self.stepper.step(self.loss)
+        self.method.project()
+        self.position.steps_done += 1
+        self._steps_here += 1
+        if self.progress.due():
+            self.stepper.check(step)
+            self._report(step + 1)
+        self.boundary()
+
+    def _accumulate(self, rows: Tensor, micro_batch: int) -> Tensor:
+        loss = torch.zeros((), device=self.settings.device)
+        parts = rows.split(micro_batch)
+        next_batch = self.sampler.upcoming()
+        following = [*parts[1:], *([] if next_batch is None else next_batch.split(micro_batch)[:1])]
+        for part, after in zip_longest(parts, following):
+            loss += self.method.micro_step(part, len(part) / len(rows), self.stepper.scale)
+            if after is not None:
+                self.method.upcoming(after)
+        return loss
+
+    def _end_of_epoch(self) -> None:
+        """Validate and keep the best."""
+        position, step = self.position, self.sampler.step
+        self.stepper.check(step - 1, last=step == self.sampler.steps)
+        val = self.with_memory(self.method.validate)
+        improved = self.best.keep_if_best(val)
+        if val is not None:
+            self.progress.metric(
+                step=step,
+                steps=self.sampler.steps,
+                epoch=position.epochs_done,
+                loss=self.loss.item(),
+                val_loss=val,
+            )
+        position.stale = 0 if improved or val is None else position.stale + 1
+        position.epochs_done += 1
+
+    def _report(self, step: int) -> None:
+        settings = self.settings
+        self.progress.metric(
+            step=step,
+            steps=self.sampler.steps,
+            epoch=self.position.epochs_done,
+            loss=self.loss.item(),
+            grad_norm=self.stepper.grad_norm.item(),
+            lr=self.stepper.lr(),
+            tokens=self._steps_here * settings.batch_size * settings.tokens_per_sequence,
+        )
+
+    def boundary(self) -> None:
+        """The state is one to continue from; raises StopRequested once a stop was asked for."""
+        self.progress.step_boundary(self.state_dict)
+
+    # Starting over
+
+    @property
+    def lr_factor(self) -> float:
+        """Halved at each restart."""
+        return 0.5**self.position.restarts
+
+    def _restart(self, diverged: Diverged) -> None:
+        """From the beginning at half the learning rate."""
+        old, where = self.position, self.settings.where
+        self.best.restart()
+        if old.restarts == MAX_ROLLBACKS:
+            raise NonFiniteError(
+                f"the loss was not finite in {diverged.in_a_row} steps in a row (step {diverged.step}), "
+                f"also after {MAX_ROLLBACKS} restarts at half the learning rate",
+                where=where,
+                hint=NON_FINITE_HINT,
+            ) from None
+        self.position = Position(
+            restarts=old.restarts + 1,
+            steps_done=old.steps_done,
+            micro_batch=old.micro_batch,
+            noted=old.noted,
+        )
+        self.sampler.seek(0)
+        self.stepper = self.method.stepper(self.settings)
+        self.progress.warning(
+            "rollback",
+            f"{where}: non-finite loss up to step {diverged.step}; "
+            f"starting it again with {self.lr_factor:g} of the learning rate",
+        )
+
+    # Too little memory
+
+    def with_memory(self, work: Callable[[int], T]) -> T:
+        """``work(micro_batch)``, again while memory does not suffice: first by what the method can do about
+        it, then with half as many sequences at a time.
+
+        Whatever gradients it had added up are dropped. With one sequence the error is raised.
+        """
+        while True:
+            try:
+                return work(self.position.micro_batch)
+            except torch.OutOfMemoryError:
+                saving = self.method.save_memory()
+                if not saving and self.position.micro_batch == 1:
+                    raise
+            # After the handler: its traceback holds the very tensors that have to go.
+            self._save(saving) if saving else self._halve()
+
+    def _save(self, how: str) -> None:
+        self.stepper.drop_gradients()
+        self._give_back()
+        self.progress.warning(
+            "memory",
+            f"{self.settings.where}: out of memory; going on by {how}",
+            hint="another process may be using the GPU; this run is only slower for it",
+        )
+
+    def _give_back(self) -> None:
+        if self.settings.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _halve(self) -> None:
+        position, settings = self.position, self.settings
+        before, position.micro_batch = position.micro_batch, position.micro_batch // 2
+        self.stepper.drop_gradients()
+        self.method.memory_is_short(position.micro_batch)
+        self._give_back()
+        self.progress.warning(
+            "micro_batch",
+            f"{settings.where}: out of memory with {before} sequences at a time; going on with "
+            f"{position.micro_batch} and the same batch of {settings.batch_size}",
+            hint="another process may be using the GPU; this run is only slower for it",
+        )
+
+    # Continuing
+
+    def state_dict(self) -> Snapshot:
+        """Everything from which :meth:`run` continues. The tensors are the live ones: copy them."""
+        position = self.position
+        facts = {
+            "started": position.started,
+            "epochs_done": position.epochs_done,
+            "stale": position.stale,
+            "restarts": position.restarts,
+            "steps_done": position.steps_done,
+            "micro_batch": position.micro_batch,
+            "initial_val": position.initial_val,
+            "noted": position.noted,
+            "sampler": self.sampler.state_dict(),
+        }
+        parts = {"": Snapshot({"loss": self.loss}, facts), "step.": self.stepper.state_dict()}
+        return Snapshot.join({**parts, "best.": self.best.state_dict()})
+
+    def load_state_dict(self, snapshot: Snapshot) -> None:
+        """Continue where another training of the same method and settings stood."""
+        facts = dict(snapshot.facts)
+        self.sampler.load_state_dict(facts["sampler"])
+        self.position = Position(
+            **{name: facts[name] for name in Position.__dataclass_fields__ if name in facts}
+        )
+        # Memory may have sufficed for fewer sequences only, and may be short by order now.
+        self.position.micro_batch = min(self.position.micro_batch, self.settings.micro_batch)
+        self.loss = snapshot.tensors["loss"].to(self.settings.device)
+        self.stepper.load_state_dict(snapshot.part("step."))
+        self.best.load_state_dict(snapshot.part("best."))
