@@ -50,8 +50,8 @@ class Telling(Marks):
     def metric(self, **values: Any) -> None:
         self._progress.metric(**values)
 
-    def checkpoint_requested(self) -> None:
-        self._progress.checkpoint_requested()
+    def leave_if_asked(self) -> None:
+        self._progress.leave_if_asked()
 
     def step_boundary(self, state: Any) -> None:
         super().step_boundary(state)

@@ -195,7 +195,7 @@ class Pipeline:
         """Early, so that a task that cannot be read does not wait for the first evaluation to say so."""
         found = {}
         for name in self.config.evaluation.tasks:
-            self.report.checkpoint_requested()
+            self.report.leave_if_asked()
             self.report.expect_silence(PREPARE_SILENCE)
             asked = questions(name, self.config.evaluation.task_limit)
             found[task_name(name)] = tokenize(asked, source.tokenizer())
@@ -315,7 +315,7 @@ class Pipeline:
         )
 
     def _heartbeat(self) -> bool:
-        self.report.checkpoint_requested()
+        self.report.leave_if_asked()
         return False
 
     def _full_block(self, index: int) -> nn.Module:

@@ -148,7 +148,7 @@ class Reporter:
         """Whether the run was deleted or moved, or something else lies in its place."""
         return _place_of(self.run) != self._place
 
-    def checkpoint_requested(self) -> None:
+    def leave_if_asked(self) -> None:
         """A place where nothing is lost by leaving: raises :class:`StopRequested` when asked to stop."""
         stop = self.stop_asked()
         if stop is not None:
@@ -204,7 +204,7 @@ class Reporter:
     def step(self, done: int, total: int) -> None:
         """Progress of a phase without metrics (an evaluation, an export)."""
         self._step, self._steps = done, total
-        self.checkpoint_requested()
+        self.leave_if_asked()
 
     def warning(self, code: str, message: str, hint: str = "") -> None:
         self.emit(events.Warning(code=code, message=message, hint=hint))

@@ -157,7 +157,7 @@ class Checkpoints:
         # Where there seems to be room, something else than the disk's size (a quota) is in the way.
         enough = needed if free < needed else free + NOTICEABLE_BYTES
         while time.monotonic() < again and _free_bytes(place) < enough:
-            self.report.checkpoint_requested()
+            self.report.leave_if_asked()
             time.sleep(WAIT_SECONDS)
 
 
@@ -243,8 +243,8 @@ class TrainingCheckpoints:
     def warning(self, code: str, message: str, hint: str = "") -> None:
         self.report.warning(code, message, hint)
 
-    def checkpoint_requested(self) -> None:
-        self.report.checkpoint_requested()
+    def leave_if_asked(self) -> None:
+        self.report.leave_if_asked()
 
     def expect_silence(self, seconds: float) -> None:
         self.report.expect_silence(seconds)

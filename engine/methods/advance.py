@@ -64,7 +64,7 @@ def advance(
     start, end = 0, stream.shape[0]
     with _converted(block, dtype), unpacked(block, dtype), InPlace(stream) as carried:
         while start < end:
-            progress.checkpoint_requested()
+            progress.leave_if_asked()
             rows, *following = passage.ranges(index, start, end)
             batch = passage.at(index, start)
             try:

@@ -38,7 +38,7 @@ def round_blocks(job: Job) -> None:
         packed = round_to_nearest(block, job.lm.linear_names(index), job.config.grid)
         job.checkpoints.commit("rtn", index, {block_entry(index): packed.tensors()})
         job.report.block_finished()
-        job.report.checkpoint_requested()
+        job.report.leave_if_asked()
 
 
 def train_blocks(job: Job) -> ActivationStore | None:
@@ -169,4 +169,4 @@ class _BlockPhase:
         recovery = job.plan.recovery
         if recovery.streams == "stored" and border % recovery.streams_every == 0:
             store_at(job, border, {"full": streams.full, "quantized": streams.quantized})
-        job.report.checkpoint_requested()
+        job.report.leave_if_asked()

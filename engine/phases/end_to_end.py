@@ -26,7 +26,7 @@ def train_end_to_end(job: Job, full: ActivationStore | None) -> None:
     blocks = []
     for index in range(job.blocks):
         blocks.append(job.packed(index).install(job.lm.load_block(index, dtype=dtype)))
-        job.report.checkpoint_requested()
+        job.report.leave_if_asked()
     telemetry.release_memory()
     snapshot = snapshot_of(job.store, "e2e_qp")
     if snapshot is not None:

@@ -72,7 +72,7 @@ def _needed(job: Job) -> int:
 
 def _hear(job: Job) -> None:
     """Between two pieces of a copy."""
-    job.report.checkpoint_requested()
+    job.report.leave_if_asked()
     job.report.expect_silence(COPY_SILENCE)
 
 
@@ -109,7 +109,7 @@ def _verify(job: Job, folder: Path) -> VerifyResult:
         job.lm,
         job.packed,
         tokens[:VERIFY_WINDOWS, :VERIFY_TOKENS],
-        on_block=lambda done, blocks: job.report.checkpoint_requested(),
+        on_block=lambda done, blocks: job.report.leave_if_asked(),
     )
 
 

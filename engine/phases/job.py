@@ -125,7 +125,7 @@ class Job:
         """Fill ``stores`` with what the first block receives."""
         batch = self.config.block_ap.batch_size
         for start in range(0, tokens.shape[0], batch):
-            self.report.checkpoint_requested()
+            self.report.leave_if_asked()
             hidden = self.lm.embed(tokens[start : start + batch].to(self.device))
             for store in stores:
                 store.write(start, hidden)

@@ -52,7 +52,7 @@ def stored_at(job: Job, streams: Mapping[str, ActivationStore]) -> int | None:
     if stored is None or set(stored.sha256) != set(streams):
         return None
     job.report.expect_silence(STREAM_SILENCE)
-    problem = read_streams(job.run.cache_dir, stored, streams, job.report.checkpoint_requested)
+    problem = read_streams(job.run.cache_dir, stored, streams, job.report.leave_if_asked)
     if not problem:
         return stored.border
     job.report.warning("streams", f"stored activations cannot be used, computing them again: {problem}")
@@ -67,7 +67,7 @@ def store_at(job: Job, border: int, streams: Mapping[str, ActivationStore]) -> N
     folder = job.run.cache_dir
     job.report.expect_silence(STREAM_SILENCE)
     try:
-        stored = write_streams(folder, border, streams, job.report.checkpoint_requested)
+        stored = write_streams(folder, border, streams, job.report.leave_if_asked)
     except EqatError as error:
         if error.exit_code != ExitCode.DISK_FULL:
             raise

@@ -76,7 +76,7 @@ def draw_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: R
     rules = tokenizer_hash(tokenizer)
 
     def draw(data: DataConfig, part: Part, sequences: int, length: int) -> Tensor:
-        report.checkpoint_requested()
+        report.leave_if_asked()
         report.expect_silence(PREPARE_SILENCE)
         return token_windows(
             tokenizer,

@@ -99,7 +99,7 @@ def _written(
         made = continuation(job.lm, load, ids_1T, new_tokens, should_stop=should_stop)
     except (torch.OutOfMemoryError, MemoryError):
         return msgspec.structs.replace(sample, problem="memory ran out with the whole model in it")
-    job.report.checkpoint_requested()
+    job.report.leave_if_asked()
     return msgspec.structs.replace(sample, text=made.text, tokens=made.tokens, seconds=made.seconds)
 
 

@@ -68,7 +68,7 @@ def teacher(job: Job, full: ActivationStore | None) -> Teacher:
         for index in range(job.blocks):
             block = job.lm.load_block(index, dtype=torch.float32)
             pass_through(job, index, block, text.name, stream, _dtype(job))
-            job.report.checkpoint_requested()
+            job.report.leave_if_asked()
         _store(job, stream)
     return Teacher(stream, text.rows)
 

@@ -48,7 +48,7 @@ class Progress(Protocol):
     def warning(self, code: str, message: str, hint: str = "") -> None:
         """Report something the user should know that does not end the run."""
 
-    def checkpoint_requested(self) -> None:
+    def leave_if_asked(self) -> None:
         """Called where nothing is lost by leaving; raises StopRequested once a stop was asked for."""
 
 

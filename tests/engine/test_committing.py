@@ -251,7 +251,7 @@ def test_a_run_that_is_deleted_while_it_waits_ends(
 ) -> None:
     monkeypatch.setattr("engine.checkpoints.commits.WAIT_SECONDS", 0.0)
     delete = lambda: shutil.rmtree(checkpoints.store.directory)  # noqa: E731
-    checkpoints.report.checkpoint_requested = delete  # type: ignore[method-assign]
+    checkpoints.report.leave_if_asked = delete  # type: ignore[method-assign]
 
     def write() -> None:
         raise FULL

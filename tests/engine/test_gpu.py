@@ -177,7 +177,7 @@ class Listening:
     def warning(self, code: str, message: str, hint: str = "") -> None:
         self.warnings.append(message)
 
-    def checkpoint_requested(self) -> None:
+    def leave_if_asked(self) -> None:
         pass
 
     def step_boundary(self, state: Callable[[], Snapshot]) -> None:

@@ -150,11 +150,11 @@ def test_while_an_engine_trains_its_heartbeat_its_estimate_and_its_readings_go_o
 def test_a_loop_that_no_longer_beats_is_seen_although_the_status_is_still_written(
     run: RunDirectory, report: Reporter
 ) -> None:
-    report.checkpoint_requested()
+    report.leave_if_asked()
     first = status_after(run)
     later = status_after(run)
     assert later.heartbeat == first.heartbeat, "the thread that writes the status must not beat for the loop"
-    report.checkpoint_requested()
+    report.leave_if_asked()
     assert status_after(run).heartbeat > first.heartbeat
 
 

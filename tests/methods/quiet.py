@@ -33,7 +33,7 @@ class Heard:
     def warning(self, code: str, message: str, hint: str = "") -> None:
         self.warnings.append((code, message))
 
-    def checkpoint_requested(self) -> None:
+    def leave_if_asked(self) -> None:
         self.boundaries += 1
         if self.boundaries == self._stop_at:
             raise StopRequested
@@ -42,7 +42,7 @@ class Heard:
         pass
 
     def step_boundary(self, state: Callable[[], Snapshot]) -> None:
-        self.checkpoint_requested()
+        self.leave_if_asked()
 
 
 def one_block(
