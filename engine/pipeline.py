@@ -30,13 +30,13 @@ from torch import nn
 
 from engine import telemetry
 from engine.checkpoints.store import CheckpointStore
+from engine.config.corpora import corpus_name
 from engine.config.grid import GridConfig
 from engine.config.run import RunConfig
 from engine.config.stages import phases_of, versions
 from engine.data.activations import ActivationStore
 from engine.data.sampler import ALONE, World
 from engine.data.tasks import questions, task_name
-from engine.data.text import corpus_name
 from engine.errors import DamagedRun, UsageError
 from engine.evaluation.perplexity import PerplexityResult, perplexity
 from engine.evaluation.tasks import Accuracy, TokenizedTask, accuracies, hidden_bytes, tokenize

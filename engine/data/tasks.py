@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.data.hub import HubSource, hub_rows
+from engine.config.corpora import HubSource
+from engine.data.hub import hub_rows
 from engine.data.lines import is_text, json_rows, stamped
 from engine.errors import DataError
 

@@ -18,10 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine.checkpoints.store import CheckpointStore
+from engine.config.corpora import corpus_name
 from engine.config.data import DataConfig
 from engine.config.loading import config_hash, equivalent_command, is_operational, to_dict
 from engine.config.run import RunConfig
-from engine.data.text import Part, corpus_name
+from engine.data.parts import Part
 from engine.data.tokens import token_windows, tokenizer_hash
 from engine.errors import IdentityError, PreflightError
 from engine.models.source import ModelSource
