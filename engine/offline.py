@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from engine.config.corpora import CORPORA
 from engine.config.data import BUILTIN, DataConfig
 from engine.config.run import RunConfig
-from engine.data.tasks import TASKS
+from engine.config.tasks import TASKS
 
 _VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 _SWITCHES = (

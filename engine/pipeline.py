@@ -34,9 +34,10 @@ from engine.config.corpora import corpus_name
 from engine.config.grid import GridConfig
 from engine.config.run import RunConfig
 from engine.config.stages import phases_of, versions
+from engine.config.tasks import task_name
 from engine.data.activations import ActivationStore
 from engine.data.sampler import ALONE, World
-from engine.data.tasks import questions, task_name
+from engine.data.tasks import questions
 from engine.errors import DamagedRun, UsageError
 from engine.evaluation.perplexity import PerplexityResult, perplexity
 from engine.evaluation.tasks import Accuracy, TokenizedTask, accuracies, hidden_bytes, tokenize

@@ -5,9 +5,6 @@ from __future__ import annotations
 from engine.config.base import Section
 from engine.config.data import DataConfig
 
-TASKS = ("winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge")
-"""Zero-shot tasks that are known by name."""
-
 
 class EvaluationConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Perplexity on non-overlapping windows."""

@@ -25,8 +25,8 @@ from typing import Any
 import msgspec
 
 from engine.config.base import Section, describe, field_types, is_section
-from engine.config.evaluation import TASKS
 from engine.config.run import RunConfig
+from engine.config.tasks import TASKS
 from engine.config.validation import convert
 from engine.errors import UsageError
 from engine.system.guarded import BadFile, NoFile, parsed, read_toml

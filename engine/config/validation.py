@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import Any
 
 import msgspec
@@ -19,10 +18,11 @@ from engine.config.base import describe, field_types, is_section
 from engine.config.block_ap import BlockAPConfig
 from engine.config.data import DataConfig
 from engine.config.e2e_qp import E2EQPConfig
-from engine.config.evaluation import TASKS, EvaluationConfig
+from engine.config.evaluation import EvaluationConfig
 from engine.config.grid import BITS, GROUP_SIZES, GridConfig
 from engine.config.run import RunConfig
 from engine.config.runtime import RuntimeConfig
+from engine.config.tasks import TASKS, task_name
 from engine.errors import UsageError
 
 _LARGEST = 2**31 - 1
@@ -151,13 +151,13 @@ def _evaluation(evaluation: EvaluationConfig) -> None:
     _count("evaluation.windows", evaluation.windows, least=0)
     _count("evaluation.batch_size", evaluation.batch_size)
     _count("evaluation.task_limit", evaluation.task_limit, least=0)
-    names = [name if name in TASKS else PurePath(name).stem for name in evaluation.tasks]
+    names = [task_name(name) for name in evaluation.tasks]
     for name in evaluation.tasks:
         if name not in TASKS and not name.endswith(".jsonl"):
             raise UsageError(
                 f"there is no task {name!r}",
                 where="evaluation.tasks",
-                hint=f"{', '.join(TASKS)}, or a .jsonl file of questions",
+                hint=f"{', '.join(TASKS.names())}, or a .jsonl file of questions",
             )
     if len(set(names)) < len(names):
         raise UsageError("two tasks have the same name", where="evaluation.tasks", hint="name each once")
