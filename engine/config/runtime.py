@@ -6,6 +6,9 @@ from typing import Literal
 
 from engine.config.base import Section
 
+StoreKind = Literal["device", "host", "disk"]
+"""Where activations can live between two blocks (:mod:`engine.data.activations`)."""
+
 
 class RuntimeConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where and how it runs. Nothing here is part of what is computed, except ``seed``."""
@@ -16,7 +19,7 @@ class RuntimeConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Decides which text is drawn and in which order it is seen."""
     threads: int = 0
     """CPU threads; 0 takes every core this process may use."""
-    activation_store: Literal["auto", "device", "host", "disk"] = "auto"
+    activation_store: Literal["auto", StoreKind] = "auto"
     """Where the two activation streams live; auto: the fastest place that has room."""
     host_memory_gib: float = 0.0
     """Budget of host memory, GiB; 0: what is free now, less a reserve."""

@@ -157,6 +157,7 @@ HUB_ROWS = {
         ),
     ),
 }
+HUB_ROWS["arc_challenge"] = HUB_ROWS["arc_easy"]
 
 
 @pytest.mark.parametrize("name", HUB_ROWS)

@@ -181,13 +181,6 @@ def test_phases_follow_the_configuration() -> None:
     ]
 
 
-def test_constants_that_describe_the_engine_are_the_engines() -> None:
-    pytest.importorskip("torch")
-    from engine.models.causal_lm import GPU_HEAD_VALUES, HEAD_VALUES
-
-    assert (CONSTANTS.head_values, CONSTANTS.gpu_head_values) == (HEAD_VALUES, GPU_HEAD_VALUES)
-
-
 # ---------------------------------------------------------------------------------- where streams live
 
 
