@@ -101,5 +101,5 @@ class StopRequested(Exception):
 
 
 def first_line(error: BaseException, most: int = 300) -> str:
-    """The first line of what an error says, at most so many letters of it; empty where it says nothing."""
-    return (str(error).strip().splitlines() or [""])[0][:most]
+    """The first line of what an error says, at most so many letters of it; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]

@@ -183,7 +183,7 @@ def _reported(where: str, hint: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = first_line(error) or type(error).__name__
+        reason = first_line(error)
         raise DataError(f"cannot be read from the hub: {reason}", where=where, hint=hint) from error
 
 
