@@ -18,13 +18,15 @@ from typing import NamedTuple
 
 from engine.errors import PreflightError
 from engine.run import contents, generations
-from engine.run.directory import RunDirectory, starting
+from engine.run.directory import RunDirectory
+from engine.run.liveness import starting
 from engine.run.lock import RunLock, holder
 from engine.run.proof import Identity, prove_made_here, prove_removed, prove_run
 from engine.run.removal import not_deleted, remove_entry, remove_proven, rename_proven
 from engine.run.state import BULK, load_state
 from engine.run.usable import current_is_intact
 from engine.system.guarded import opened_folder
+from engine.system.temporary import temporary_of
 
 LONGEST_NAME = 255
 """Bytes that a file system allows a name."""
@@ -133,6 +135,20 @@ def clean_run(run: RunDirectory, *, dry_run: bool = False) -> int:
                 _remove_from(folder, run.path, names)
         freed += _prune(run, dry_run)
     return freed
+
+
+def clean_temporaries(run: RunDirectory) -> None:
+    """Remove half-written files that a killed engine left; only for whoever holds the lock.
+
+    Of those alone that no other process writes: a request or a launch may be written at this moment.
+    """
+    try:
+        with opened_folder(run.path) as folder:
+            for name in os.listdir(folder):
+                if temporary_of(name) in ("status.json", "run.json"):
+                    os.unlink(name, dir_fd=folder)
+    except OSError:
+        pass  # they are in nobody's way
 
 
 def foreign_in_cache(run: RunDirectory) -> list[str]:

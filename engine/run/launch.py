@@ -17,8 +17,10 @@ from pathlib import Path
 
 from engine.errors import EqatError, PreflightError
 from engine.run.control import discard_pending
-from engine.run.directory import FOLDER_MODE, Launched, RunDirectory, last_events, read_launched, starting
+from engine.run.directory import FOLDER_MODE, RunDirectory
+from engine.run.liveness import last_events, starting
 from engine.run.lock import holder
+from engine.run.status import Launched, read_launched
 from engine.system.files import atomic_write_json, disk_error, make_folder
 from engine.system.guarded import open_regular, opened_folder, require_regular
 
