@@ -21,6 +21,7 @@ import msgspec
 from engine.config.loading import absolute_paths, load_run, to_toml
 from engine.config.run import RunConfig
 from engine.errors import EqatError, PreflightError, UsageError
+from engine.run import contents
 from engine.run.proof import is_run
 from engine.system.files import atomic_write, atomic_write_json, disk_error, make_folder
 from engine.system.guarded import NoFile, read_object
@@ -41,7 +42,7 @@ class RunDirectory:
         self.link = link
         self.id = (link or path).name
         self.run_json = path / "run.json"
-        self.config_toml = path / "config.toml"
+        self.config_toml = path / contents.CONFIG
         self.origin_path = path / "origin.json"
         self.lock_path = path / "lock"
         self.status_path = path / "status.json"
@@ -57,8 +58,7 @@ class RunDirectory:
     @property
     def folders(self) -> tuple[Path, ...]:
         """The folders that every run is made with."""
-        work = (self.control_dir, self.logs_dir, self.checkpoints_dir, self.cache_dir)
-        return (*work, self.eval_dir, self.export_dir)
+        return tuple(self.path / name for name in contents.FOLDERS)
 
     def __repr__(self) -> str:
         return f"RunDirectory({str(self.path)!r})"
