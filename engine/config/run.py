@@ -27,3 +27,8 @@ class RunConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+
+
+def run_config() -> type[RunConfig]:
+    """The type of a whole configuration, with the sections that extensions brought."""
+    return RunConfig

@@ -41,15 +41,15 @@ def round_blocks(job: Job) -> None:
         job.report.leave_if_asked()
 
 
-def train_blocks(job: Job) -> ActivationStore | None:
-    """Block-AP over all blocks. Returns the full-precision stream behind the last of them where end-to-end
-    training learns from it; none too when all blocks were finished before."""
+def train_blocks(job: Job) -> None:
+    """Block-AP over all blocks. Leaves the full-precision stream behind the last of them with the job where
+    end-to-end training learns from it; none when all blocks were finished before."""
     if not job.all_blocks_finished():
-        return _BlockPhase(job).run()
+        job.full = _BlockPhase(job).run()
+        return
     for index in range(job.blocks):
         job.report.block_started(index, job.blocks)
         _restored(job, index)
-    return None
 
 
 def _restored(job: Job, index: int) -> None:

@@ -6,23 +6,23 @@ from torch import Tensor, nn
 
 from engine import telemetry
 from engine.checkpoints.commits import TrainingCheckpoints, forget_snapshot, restore_random_state, snapshot_of
-from engine.data.activations import ActivationStore
+from engine.config.stages import STAGES
 from engine.methods.network.e2e_qp import E2EData, train_scales
 from engine.phases.job import Job, compute_dtype
 from engine.phases.passage import forget_streams
 from engine.phases.teacher import is_taught, teacher
 from engine.quant.packed import PackedLinear
-from engine.run.facts import E2E_DONE, scales_entry
+from engine.run.facts import done_fact, stage_entry
 
 
-def train_end_to_end(job: Job, full: ActivationStore | None) -> None:
-    """Train and commit the scales. ``full`` is Block-AP's full-precision stream, where it teaches; it is
-    closed in the end."""
-    if job.store.fact(E2E_DONE):
+def train_end_to_end(job: Job) -> None:
+    """Train and commit the scales; closes Block-AP's full-precision stream where that teaches."""
+    stage = STAGES["e2e_qp"]
+    if job.is_done(stage):
         return
     config = job.config.e2e_qp
     dtype = compute_dtype(config.compute_dtype, job.device)
-    taught = teacher(job, full) if is_taught(job) else None
+    taught = teacher(job, job.full) if is_taught(job) else None
     blocks = []
     for index in range(job.blocks):
         blocks.append(job.packed(index).install(job.lm.load_block(index, dtype=dtype)))
@@ -38,7 +38,7 @@ def train_end_to_end(job: Job, full: ActivationStore | None) -> None:
                 blocks,
                 E2EData(job.tokens.e2e_qp, job.tokens.e2e_qp_train, taught),
                 config,
-                seed=job.seed(job.blocks),
+                seed=job.network_seed(stage),
                 dtype=dtype,
                 progress=progress,
                 snapshot=snapshot,
@@ -51,9 +51,9 @@ def train_end_to_end(job: Job, full: ActivationStore | None) -> None:
             taught.close()
     forget_snapshot(job.store)
     forget_streams(job)
-    job.store.remember(E2E_DONE, True)
+    job.store.remember(done_fact(stage), True)
     job.checkpoints.commit(
-        "e2e_qp", entries={scales_entry(index): _trained(block) for index, block in enumerate(blocks)}
+        "e2e_qp", entries={stage_entry(stage, index): _trained(block) for index, block in enumerate(blocks)}
     )
 
 
