@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from engine import telemetry
+from engine.checkpoints.identity import deciding_fields, default_fields
 from engine.checkpoints.store import CheckpointStore
 from engine.config.grid import GridConfig
 from engine.config.run import RunConfig
@@ -50,7 +51,6 @@ from engine.phases.export import export, recover_exports
 from engine.phases.job import Job, compute_dtype
 from engine.phases.preparation import (
     PREPARE_SILENCE,
-    deciding_fields,
     digest,
     draw_tokens,
     share_origin,
@@ -152,6 +152,7 @@ class Pipeline:
         store = CheckpointStore(
             run.checkpoints_dir,
             {**deciding_fields(config), **made_from},
+            defaults=default_fields(config),
             on_damage=lambda message: report.warning("checkpoint", message),
         )
         share_origin(run, store, report)
