@@ -6,36 +6,27 @@ does not.
 
 Versions add settings. A checkpoint from before there was a setting was made as this version makes it with the
 setting's default value, or else the setting would have changed what it means to leave it out. So a setting
-that the stored identity lacks counts as its default, and the run goes on if that is what it has. The other
-way round nothing is assumed: of a field that is stored and that this version does not know (of a later
-version, of an extension that is not loaded) nobody here can say what it decided.
+that the stored identity lacks counts as its default, and the run goes on if that is what it has. Settings of
+an extension that a run does not use are never stored, so it goes on with and without the extension. Of a
+stored field that this version does not know nothing is assumed, since nobody here can say what it decided.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from engine.config.loading import apply_overrides, is_operational, resolve, to_dict, value_of
-from engine.config.run import RunConfig
+from engine.config.derived import resolve
+from engine.config.fields import is_operational, value_of
+from engine.config.overrides import apply_overrides
+from engine.config.run import LABELS, RunConfig
+from engine.config.writing import essential, flat, to_dict
 
 
 def deciding_fields(config: RunConfig) -> dict[str, str]:
     """The settings a checkpoint depends on, by name: all but labels and what is operational."""
-
-    def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-        for name, value in tree.items():
-            if isinstance(value, Mapping):
-                yield from flat(value, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", json.dumps(value)
-
-    return {
-        name: value
-        for name, value in flat(to_dict(config))
-        if name not in ("name", "description") and not is_operational(name)
-    }
+    return {name: json.dumps(value) for name, value in _deciding(essential(config)).items()}
 
 
 def default_fields(config: RunConfig) -> dict[str, str]:
@@ -46,7 +37,13 @@ def default_fields(config: RunConfig) -> dict[str, str]:
     def resolved(name: str) -> Any:
         return value_of(resolve(apply_overrides(config, {name: value_of(default, name)})), name)
 
-    return {name: json.dumps(resolved(name)) for name in deciding_fields(config)}
+    return {name: json.dumps(resolved(name)) for name in _deciding(to_dict(config))}
+
+
+def _deciding(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: value for name, value in flat(tree).items() if name not in LABELS and not is_operational(name)
+    }
 
 
 def differing_field(
@@ -58,13 +55,16 @@ def differing_field(
 ) -> str | None:
     """The first field, among those whose name begins so, in which a stored identity differs from a run's.
 
-    ``defaults`` says what a field counts as that the stored one lacks; see the top of this file.
+    ``defaults`` says what a field counts as that one of them lacks; see the top of this file.
     """
     names = [*here, *(name for name in there if name not in here)]
-    wanted = (name for name in names if name.startswith(beginning))
-    return next((name for name in wanted if stored(there, name, defaults) != here.get(name)), None)
+
+    def agrees(name: str) -> bool:
+        return counts_as(there, name, defaults) == counts_as(here, name, defaults)
+
+    return next((name for name in names if name.startswith(beginning) and not agrees(name)), None)
 
 
-def stored(there: Mapping[str, str], name: str, defaults: Mapping[str, str]) -> str | None:
-    """What a checkpoint was made with; none where nobody knows."""
-    return there.get(name, defaults.get(name))
+def counts_as(identity: Mapping[str, str], name: str, defaults: Mapping[str, str]) -> str | None:
+    """What a field is in an identity; none where nobody knows."""
+    return identity.get(name, defaults.get(name))

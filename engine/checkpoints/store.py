@@ -24,7 +24,7 @@ from typing import Any
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from engine.checkpoints.identity import differing_field, stored
+from engine.checkpoints.identity import counts_as, differing_field
 from engine.checkpoints.tensorfile import safetensors_chunks
 from engine.errors import DamagedRun, IdentityError
 from engine.run.generations import SCHEMA, Generation, highest, prune, publish
@@ -91,12 +91,13 @@ class CheckpointStore:
         """Refuse to continue what was made from something else; names the first field that differs."""
         defaults = self.defaults
         if found.schema < SCHEMA:
-            defaults = {name: self.identity.get(name, "") for name in ADDED_SINCE_SCHEMA_2} | defaults
+            added = {name: self.identity[name] for name in ADDED_SINCE_SCHEMA_2 if name in self.identity}
+            defaults = added | defaults
         name = differing_field(found.identity, self.identity, defaults)
         if name is not None:
             raise IdentityError(
-                f"the checkpoint was made with {_shown(stored(found.identity, name, defaults))}, "
-                f"this run has {_shown(self.identity.get(name))}",
+                f"the checkpoint was made with {_shown(counts_as(found.identity, name, defaults))}, "
+                f"this run has {_shown(counts_as(self.identity, name, defaults))}",
                 where=name,
                 hint="resume with what the run was started with, or start a new run",
             )

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from engine.config.base import ComputeDtype, LearningRateScaling, Section
+import msgspec
+
+from engine.config.base import ComputeDtype, LearningRateScaling
+from engine.config.grid import GridConfig
+from engine.config.stage_section import (
+    StageSection,
+    check_learning_rate,
+    check_schedule,
+    check_sequences,
+    check_trained,
+)
+
+Trained = Literal["weights", "scales", "zero_points", "norms"]
 
 
-class BlockAPConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BlockAPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Block-wise training of all parameters (EfficientQAT, section 3.2)."""
 
     enabled: bool = True
     """Train block by block; without it the blocks are only rounded."""
-    train: tuple[Literal["weights", "scales", "zero_points", "norms"], ...] = (
-        "weights",
-        "scales",
-        "zero_points",
-        "norms",
-    )
+    train: tuple[Trained, ...] = ("weights", "scales", "zero_points", "norms")
     """What is trained. A symmetric grid has no zero points to train: they are left out then."""
     sequences: int = 512
     """Training sequences."""
@@ -49,3 +56,29 @@ class BlockAPConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Stop a block after this many epochs without a better validation loss; 0 trains all epochs."""
     compute_dtype: ComputeDtype = "auto"
     """Arithmetic of the forward pass; auto: bfloat16 on a GPU, float32 on the CPU."""
+
+    def check_on(self, grid: GridConfig, name: str) -> None:
+        check_trained(f"{name}.train", self.train, self._trainable(grid), enabled=self.enabled)
+        self.check(name)
+
+    def check(self, name: str) -> None:
+        check_sequences(name, self)
+        check_learning_rate(f"{name}.lr_weight", self.lr_weight)
+        check_learning_rate(f"{name}.lr_quant", self.lr_quant)
+        check_schedule(name, self)
+
+    def resolved(self, grid: GridConfig) -> Self:
+        """Learning rates that were left out follow bits and scaling. A symmetric grid fixes its zero points,
+        so they leave the trained set, of which they are part by default."""
+        absolute = self.lr_scaling == "absolute"
+        lr_weight = (2e-5 if grid.bits == 2 else 1e-5) if absolute else 0.02
+        lr_quant = 1e-4 if absolute else 0.005
+        return msgspec.structs.replace(
+            self,
+            train=self._trainable(grid),
+            lr_weight=lr_weight if self.lr_weight is None else self.lr_weight,
+            lr_quant=lr_quant if self.lr_quant is None else self.lr_quant,
+        )
+
+    def _trainable(self, grid: GridConfig) -> tuple[Trained, ...]:
+        return tuple(what for what in self.train if not (grid.symmetric and what == "zero_points"))

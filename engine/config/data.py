@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.config import checks
 from engine.config.base import Section
 
 
@@ -18,3 +19,8 @@ class DataConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Column that holds the text; none means ``text``."""
     revision: str | None = None
     """Branch, tag or commit of a hub data set."""
+
+    def check(self, name: str) -> None:
+        checks.text(f"{name}.source", self.source, hint="builtin, a shortcut such as c4, a hub id, or a path")
+        for field in ("subset", "split", "column", "revision"):
+            checks.optional_text(f"{name}.{field}", getattr(self, field))

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
-from engine.config.base import ComputeDtype, LearningRateScaling, Section
+import msgspec
+
+from engine.config import checks
+from engine.config.base import ComputeDtype, LearningRateScaling
+from engine.config.grid import GridConfig
+from engine.config.stage_section import (
+    StageSection,
+    check_learning_rate,
+    check_schedule,
+    check_sequences,
+    check_trained,
+)
+from engine.errors import UsageError
 
 
-class E2EQPConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class E2EQPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """End-to-end training of quantization parameters (EfficientQAT, section 3.3)."""
 
     enabled: bool = True
@@ -47,3 +60,44 @@ class E2EQPConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True
     time; auto: where memory asks for it."""
     compute_dtype: ComputeDtype = "auto"
     """As in ``block_ap``."""
+
+    def check_on(self, grid: GridConfig, name: str) -> None:
+        if grid.symmetric and "zero_points" in self.train and self.enabled:
+            raise UsageError(
+                "a symmetric grid has no zero points to train",
+                where=f"{name}.train",
+                hint='["scales"], or grid.symmetric = false',
+            )
+        self.check(name)
+
+    def check(self, name: str) -> None:
+        check_trained(f"{name}.train", self.train, self.train, enabled=self.enabled)
+        check_sequences(name, self)
+        checks.count(f"{name}.micro_batch_size", self.micro_batch_size)
+        if self.batch_size % self.micro_batch_size:
+            divisors = [n for n in range(1, min(self.batch_size, 1024) + 1) if self.batch_size % n == 0]
+            raise UsageError(
+                f"{self.micro_batch_size} does not divide {name}.batch_size = {self.batch_size}",
+                where=f"{name}.micro_batch_size",
+                hint=f"one of {checks.listed(divisors)}",
+            )
+        check_learning_rate(f"{name}.lr", self.lr)
+        checks.between(f"{name}.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
+        check_schedule(name, self)
+
+    def resolved(self, grid: GridConfig) -> Self:
+        """A learning rate that was left out follows bits and scaling."""
+        lr = (2e-5 if grid.bits == 2 else 1e-5) if self.lr_scaling == "absolute" else 0.005
+        return msgspec.structs.replace(self, lr=lr if self.lr is None else self.lr)
+
+    @classmethod
+    def decides(cls, field: str) -> bool:
+        return field not in ("micro_batch_size", "activation_checkpointing")
+
+    @classmethod
+    def as_written_now(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Whether activations are recomputed was true or false before it could be ``auto``."""
+        word = tree.get("activation_checkpointing")
+        if not isinstance(word, bool):
+            return tree
+        return {**tree, "activation_checkpointing": "on" if word else "off"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from engine.config import checks
 from engine.config.base import Section
 
 
@@ -14,3 +15,12 @@ class ExportConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Layouts of the packed checkpoint; none writes nothing."""
     shard_gib: float = 4.0
     """Largest safetensors file, GiB."""
+
+    def check(self, name: str) -> None:
+        checks.unique(f"{name}.formats", self.formats)
+        # A file has a header; below a KiB there would be more files than a folder can hold.
+        checks.between(f"{name}.shard_gib", self.shard_gib, 1e-6, 1e6)
+
+    @classmethod
+    def decides(cls, field: str) -> bool:
+        return False  # it writes what was computed

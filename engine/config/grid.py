@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from engine.config import checks
 from engine.config.base import Section
 
 BITS = (2, 3, 4, 8)
@@ -23,3 +24,9 @@ class GridConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     """Initial scale and zero point: the group's minimum and maximum, or a search over shrunken ranges."""
     search_norm: float = 2.5
     """Exponent p of the |error|^p that ``range = "search"`` minimises."""
+
+    def check(self, name: str) -> None:
+        checks.one_of(f"{name}.bits", self.bits, BITS)
+        checks.one_of(f"{name}.group_size", self.group_size, GROUP_SIZES, hint=", where -1 is the whole row")
+        # Far above 10 the largest error alone decides, and |error|^p leaves the range of float32.
+        checks.between(f"{name}.search_norm", self.search_norm, 0.1, 10.0)

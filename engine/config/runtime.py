@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
+from engine.config import checks
 from engine.config.base import Section
+from engine.errors import UsageError
+
+LARGEST_SEED = 2**63 - 1  # what TOML and torch.manual_seed both hold
 
 
 class RuntimeConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,3 +35,19 @@ class RuntimeConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Largest part of the time that may go into checkpoints; where the two disagree, this one wins."""
     streams: Literal["auto", "stored", "recomputed"] = "auto"
     """How a resumed run gets its activations back; auto: stored where that costs little time and disk."""
+
+    def check(self, name: str) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device, re.ASCII):
+            raise UsageError(
+                f"cannot be {self.device!r}", where=f"{name}.device", hint="auto, cpu, cuda or cuda:N"
+            )
+        checks.count(f"{name}.seed", self.seed, least=0, most=LARGEST_SEED)
+        checks.count(f"{name}.threads", self.threads, least=0, most=4096)
+        checks.not_negative(f"{name}.host_memory_gib", self.host_memory_gib, hint="0 takes what is free")
+        # At most a year: 0 is how to have none.
+        checks.between(f"{name}.checkpoint_minutes", self.checkpoint_minutes, 0.0, 525_600.0)
+        checks.between(f"{name}.checkpoint_share", self.checkpoint_share, 0.0001, 1.0)
+
+    @classmethod
+    def decides(cls, field: str) -> bool:
+        return field in ("seed", "deterministic")

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from engine.checkpoints.identity import differing_field, stored
+from engine.checkpoints.identity import counts_as, differing_field
 from engine.checkpoints.store import CheckpointStore
 from engine.config.data import DataConfig
-from engine.config.loading import config_hash, equivalent_command, to_dict
 from engine.config.run import RunConfig
+from engine.config.sameness import config_hash, equivalent_command
+from engine.config.writing import to_dict
 from engine.data.text import Part, corpus_name
 from engine.data.tokens import token_windows, tokenizer_hash
 from engine.errors import IdentityError, PreflightError
@@ -209,8 +210,8 @@ def _must_agree(
     name = differing_field(there, here, store.defaults, beginning=fields)
     if name is not None:
         raise IdentityError(
-            f"the blocks of {run_id} were made with {stored(there, name, store.defaults)}, "
-            f"this run has {here.get(name)}",
+            f"the blocks of {run_id} were made with {counts_as(there, name, store.defaults)}, "
+            f"this run has {counts_as(here, name, store.defaults)}",
             where=name,
             hint="blocks can be shared only between runs of one model on one grid; start a new run",
         )

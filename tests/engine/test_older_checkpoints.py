@@ -11,7 +11,8 @@ from engine_runs import change, exported, failure, of, run_here
 
 from engine.checkpoints.identity import deciding_fields, default_fields
 from engine.checkpoints.store import CheckpointStore
-from engine.config import loading as configs
+from engine.config.derived import resolve
+from engine.config.loading import load
 from engine.errors import IdentityError
 from engine.run import events, generations
 from engine.run.directory import RunDirectory
@@ -71,14 +72,14 @@ def test_a_stored_field_that_this_version_does_not_know_is_refused_by_its_name(t
 
 
 def test_every_deciding_field_of_the_configuration_has_a_default() -> None:
-    config = configs.resolve(configs.load("smoke"))
+    config = resolve(load("smoke"))
     assert default_fields(config).keys() == deciding_fields(config).keys()
-    assert default_fields(configs.resolve(type(config)())) == deciding_fields(configs.resolve(type(config)()))
+    assert default_fields(resolve(type(config)())) == deciding_fields(resolve(type(config)()))
 
 
 def test_a_default_that_follows_from_other_settings_follows_from_those_of_the_run() -> None:
     given = {"grid.bits": 2, "e2e_qp.lr_scaling": "absolute", "e2e_qp.lr": 0.5, "grid.symmetric": True}
-    found = default_fields(configs.resolve(configs.load("smoke", overrides=given)))
+    found = default_fields(resolve(load("smoke", overrides=given)))
     assert (found["e2e_qp.lr"], found["block_ap.lr_weight"]) == ("2e-05", "0.02")
     assert found["block_ap.train"] == '["weights", "scales", "norms"]'
 

@@ -10,9 +10,9 @@ import typer.main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import loading as configs
 from engine.config.field_docs import field_help
-from engine.config.loading import to_dict
+from engine.config.fields import field_names
+from engine.config.writing import to_dict
 from engine.errors import UsageError
 from eqat_tui.cli import app
 from eqat_tui.configure import build_config
@@ -20,7 +20,7 @@ from eqat_tui.lines import plain
 from eqat_tui.views import setup as views
 from eqat_tui.views.setup import Draft
 
-FIELDS = [name for name in configs.field_names() if name not in ("name", "description")]
+FIELDS = [name for name in field_names() if name not in ("name", "description")]
 SOME = {
     "grid.bits": (2, 3, 4, 8),
     "grid.group_size": (32, 64, -1),
