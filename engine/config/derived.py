@@ -13,15 +13,19 @@ import msgspec
 from engine.config.base import field_types
 from engine.config.evaluation import TASKS
 from engine.config.fields import value_of
-from engine.config.run import RunConfig
+from engine.config.run import RunConfig, silent_sections
 from engine.config.stage_section import StageSection
 from engine.config.validation import convert
 from engine.config.writing import to_dict
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """``config`` with every derived value filled in; resolving twice changes nothing."""
-    sections = {name: getattr(config, name) for name in field_types(type(config))}
+    """``config`` with every derived value filled in; resolving twice changes nothing.
+
+    The section of an extension that the run does not use stays as it is: it says nothing, and is to stay so.
+    """
+    used = [name for name in field_types(type(config)) if name not in silent_sections(config)]
+    sections = {name: getattr(config, name) for name in used}
     derived = {
         name: section.resolved(config.grid)
         for name, section in sections.items()
