@@ -17,18 +17,19 @@ class EvaluationConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields
     """Perplexity on non-overlapping windows."""
 
     enabled: bool = True
-    """Measure perplexity before, between and after."""
+    """Perplexity is measured before, between and after the trainings."""
     data: DataConfig = DataConfig(source="wikitext2", split="test")
     sequence_length: int = 2048
-    """Tokens per window (context)."""
+    """A window has this many tokens of context."""
     windows: int = 0
-    """At most this many windows; 0 takes the whole text."""
+    """At most this many windows are measured; 0 takes the whole text."""
     batch_size: int = 4
-    """Windows per forward pass."""
+    """A forward pass takes this many windows."""
     tasks: tuple[str, ...] = ()
-    """Zero-shot tasks: winogrande, piqa, hellaswag, arc_easy, arc_challenge, or .jsonl files of questions."""
+    """These zero-shot tasks are asked: winogrande, piqa, hellaswag, arc_easy, arc_challenge, or .jsonl files
+    of questions."""
     task_limit: int = 0
-    """At most this many questions of each task; 0 takes all."""
+    """At most this many questions of each task are asked; 0 takes all."""
 
     def check(self, name: str) -> None:
         self.data.check(f"{name}.data")

@@ -12,9 +12,9 @@ class ExportConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Which packed checkpoints are written at the end."""
 
     formats: tuple[Literal["gptq_v2"], ...] = ("gptq_v2",)
-    """Layouts of the packed checkpoint; none writes nothing."""
+    """The packed checkpoint is written in each of these layouts; none writes nothing."""
     shard_gib: float = 4.0
-    """Largest safetensors file, GiB."""
+    """A safetensors file takes at most this many GiB."""
 
     def check(self, name: str) -> None:
         checks.unique(f"{name}.formats", self.formats)

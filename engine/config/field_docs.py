@@ -10,7 +10,6 @@ import ast
 import functools
 import inspect
 import itertools
-import re
 import textwrap
 from collections.abc import Mapping
 
@@ -34,11 +33,7 @@ def _walk(section: type[Section], prefix: str) -> list[tuple[str, str]]:
         if is_section(kind):
             found += _walk(kind, f"{prefix}{name}.")
             continue
-        text = _texts(section).get(name, "")
-        reference = re.fullmatch(r"As in ``(\w+)``\.", text)
-        if reference:
-            text = _texts(field_types(run_config())[reference[1]]).get(name, "")
-        found.append((prefix + name, text.replace("``", "")))
+        found.append((prefix + name, _texts(section).get(name, "").replace("``", "")))
     return found
 
 

@@ -25,8 +25,9 @@ class RunConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One run, completely."""
 
     name: str = "custom"
-    """Preset or file the run started from; a label, no part of what is computed."""
+    """The run started from this preset or file; a label, no part of what is computed."""
     description: str = ""
+    """A sentence says what the preset or file is for; a label too."""
     model: ModelConfig = ModelConfig()
     grid: GridConfig = GridConfig()
     data: DataConfig = DataConfig()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from run_strategies import structs
 
 from engine.config.data import DataConfig
 from engine.config.derived import absolute_paths, resolve
+from engine.config.field_docs import field_help
 from engine.config.fields import field_names
 from engine.config.loading import from_toml, load, preset_names
 from engine.config.overrides import apply_overrides
@@ -110,6 +112,14 @@ def test_paper_preset_is_the_published_recipe(bits: int, weight: float, e2e: flo
     assert (qp.loss, qp.lr, qp.grad_clip, qp.warmup_fraction) == ("cross_entropy", e2e, 0.3, 0.03)
     assert (qp.train, qp.compute_dtype) == (("scales",), "bfloat16")
     assert (paper.grid.range, paper.data.source) == ("minmax", "redpajama")
+
+
+def test_the_text_of_every_field_is_a_sentence_that_needs_no_other() -> None:
+    leaning = r"(?i)\b(as in|as above|same as|likewise)\b"
+    for name, text in field_help().items():
+        assert re.fullmatch(r'[A-Z"a-z].* .*[^.]\.', text), (name, text)
+        assert not re.search(leaning, text), (name, text)
+        assert len(text) <= 160, (name, len(text))
 
 
 # -- layers --------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_every_setting_says_what_it_means() -> None:
     texts = field_help()
     assert set(FIELDS) <= set(texts)
     assert [name for name in FIELDS if not texts[name]] == []
-    assert texts["block_ap.epochs"] == "Passes over the training sequences, per block."
+    assert texts["block_ap.epochs"] == "A block is trained for this many passes over the training sequences."
     assert texts["e2e_qp.lr_scaling"] == texts["block_ap.lr_scaling"]
     assert "``" not in "".join(texts.values())
 
