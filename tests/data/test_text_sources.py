@@ -335,7 +335,7 @@ def test_hub_mistakes_are_data_errors(repository: Path) -> None:
 def test_offline_hub_id_says_what_works_without_a_network() -> None:
     code = (
         "from engine.data.text import documents\n"
-        "from engine.config.loading import DataConfig\n"
+        "from engine.config.data import DataConfig\n"
         "from engine.errors import DataError\n"
         "try:\n"
         "    next(documents(DataConfig(source='c4'), 'train'))\n"
@@ -416,7 +416,7 @@ def test_text_sources_load_without_torch_or_datasets() -> None:
     code = (
         "import sys\n"
         "from engine.data.text import documents\n"
-        "from engine.config.loading import DataConfig\n"
+        "from engine.config.data import DataConfig\n"
         "next(documents(DataConfig(), 'train'))\n"
         "assert not {'torch', 'datasets', 'transformers'} & set(sys.modules)\n"
     )

@@ -12,8 +12,9 @@ import torch
 from engine_runs import of, run_here
 from torch import Tensor
 
-from engine.config import loading as configs
+from engine.config.derived import resolve
 from engine.config.grid import GridConfig
+from engine.config.loading import load
 from engine.config.model import ModelConfig
 from engine.data.activations import StoreKind, make_store
 from engine.data.sampler import BatchSampler
@@ -188,7 +189,7 @@ class Listening:
 
 
 def trained_block(device: torch.device, dtype: torch.dtype, bits: int = 3) -> tuple[BlockResult, Listening]:
-    config = configs.resolve(configs.load("smoke"))
+    config = resolve(load("smoke"))
     lm = CausalLM(ModelSource.open(config.model), device, torch.float32)
     ids = torch.randint(0, lm.vocab_size, (20, 32), generator=torch.Generator().manual_seed(0))
     stores = [make_store("device", (20, 32, lm.hidden_size), dtype, device) for _ in range(2)]
@@ -258,7 +259,7 @@ def trained_scales(
     kernels: bool, compiles: bool, recompute: bool, kind: StoreKind, folder: Path, dtype: torch.dtype
 ) -> tuple[Tensor, list[float]]:
     """End-to-end training of the smallest model; all scales in a row, and the losses."""
-    config = msgspec.structs.replace(configs.resolve(configs.load("smoke")).e2e_qp, epochs=3)
+    config = msgspec.structs.replace(resolve(load("smoke")).e2e_qp, epochs=3)
     lm = CausalLM(ModelSource.open(ModelConfig(source="random://tiny-llama")), GPU, torch.float32)
     grid = GridConfig(bits=3, group_size=32)
     packed = [round_to_nearest(lm.load_block(i), lm.linear_names(i), grid) for i in range(lm.blocks)]

@@ -11,9 +11,11 @@ import tiny
 import torch
 from torch.nn import functional
 
+from engine.config.derived import resolve
 from engine.config.evaluation import TASKS
-from engine.config.loading import apply_overrides, load, resolve
+from engine.config.loading import load
 from engine.config.model import ModelConfig
+from engine.config.overrides import apply_overrides
 from engine.config.validation import validate
 from engine.data import tasks as asking
 from engine.data.tasks import Question, questions

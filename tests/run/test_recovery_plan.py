@@ -16,8 +16,10 @@ from plan_tools import H200, LLAMA_2, SHAPES
 
 from engine.architecture.description import TINY_LLAMA, describe
 from engine.architecture.families import architecture
+from engine.config.derived import resolve
 from engine.config.grid import GridConfig
-from engine.config.loading import apply_overrides, load, resolve
+from engine.config.loading import load
+from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
 from engine.plan import checkpoint_sizes, disk_model, recovery_model
 from engine.plan.checkpoint_sizes import block_bytes, scales_bytes, snapshot_bytes
