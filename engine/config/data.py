@@ -5,11 +5,14 @@ from __future__ import annotations
 from engine.config import checks
 from engine.config.base import Section
 
+BUILTIN = "builtin"
+"""The text that comes with Python (:mod:`engine.data.builtin`): no network, no file."""
+
 
 class DataConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where text comes from."""
 
-    source: str = "builtin"
+    source: str = BUILTIN
     """Text comes from ``builtin``, a shortcut (redpajama, c4, wikitext2, slimpajama, fineweb-edu), a hub id,
     or a path."""
     subset: str | None = None

@@ -11,10 +11,10 @@ import os
 import msgspec
 
 from engine.config.base import field_types
-from engine.config.evaluation import TASKS
 from engine.config.fields import value_of
 from engine.config.run import RunConfig, silent_sections
 from engine.config.stage_section import StageSection
+from engine.config.tasks import TASKS
 from engine.config.validation import convert
 from engine.config.writing import to_dict
 

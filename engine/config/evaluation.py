@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import PurePath
-
 from engine.config import checks
 from engine.config.base import Section
 from engine.config.data import DataConfig
+from engine.config.tasks import TASKS, task_name
 from engine.errors import UsageError
-
-TASKS = ("winogrande", "piqa", "hellaswag", "arc_easy", "arc_challenge")
-"""Zero-shot tasks that are known by name."""
 
 
 class EvaluationConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,9 +38,9 @@ class EvaluationConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields
                 raise UsageError(
                     f"there is no task {task!r}",
                     where=f"{name}.tasks",
-                    hint=f"{', '.join(TASKS)}, or a .jsonl file of questions",
+                    hint=f"{', '.join(TASKS.names())}, or a .jsonl file of questions",
                 )
-        names = [task if task in TASKS else PurePath(task).stem for task in self.tasks]
+        names = [task_name(task) for task in self.tasks]
         if len(set(names)) < len(names):
             raise UsageError("two tasks have the same name", where=f"{name}.tasks", hint="name each once")
 

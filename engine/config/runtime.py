@@ -11,6 +11,9 @@ from engine.errors import UsageError
 
 LARGEST_SEED = 2**63 - 1  # what TOML and torch.manual_seed both hold
 
+StoreKind = Literal["device", "host", "disk"]
+"""Where activations can live between two blocks (:mod:`engine.data.activations`)."""
+
 
 class RuntimeConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where and how it runs. Nothing here is part of what is computed, except ``seed``."""
@@ -21,7 +24,7 @@ class RuntimeConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The seed decides which text is drawn and in which order it is seen."""
     threads: int = 0
     """The CPU computes with this many threads; 0 takes every core this process may use."""
-    activation_store: Literal["auto", "device", "host", "disk"] = "auto"
+    activation_store: Literal["auto", StoreKind] = "auto"
     """The two activation streams live here; auto takes the fastest place that has room."""
     host_memory_gib: float = 0.0
     """The run may take this many GiB of host memory; 0 takes what is free now, less a reserve."""

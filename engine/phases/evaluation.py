@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from engine import telemetry
+from engine.config.corpora import corpus_name
 from engine.config.stages import Stage
 from engine.config.tables import load_named
-from engine.data.text import corpus_name
 from engine.evaluation.perplexity import PerplexityResult, perplexity
 from engine.evaluation.tasks import Accuracy, accuracies, hidden_bytes
 from engine.methods.blockwise.rtn import round_to_nearest

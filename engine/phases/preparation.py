@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.checkpoints.identity import counts_as, differing_field
 from engine.checkpoints.store import CheckpointStore
+from engine.config.corpora import corpus_name
 from engine.config.data import DataConfig
 from engine.config.run import RunConfig
 from engine.config.sameness import config_hash, equivalent_command
 from engine.config.writing import to_dict
-from engine.data.text import Part, corpus_name
+from engine.data.parts import Part
 from engine.data.tokens import token_windows, tokenizer_hash
 from engine.errors import IdentityError, PreflightError
 from engine.models.source import ModelSource

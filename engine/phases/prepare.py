@@ -11,8 +11,9 @@ from engine.checkpoints.identity import deciding_fields, default_fields
 from engine.checkpoints.store import CheckpointStore
 from engine.config.run import RunConfig
 from engine.config.stages import measured_stage, network_stages, phases_of, stages_of, versions
+from engine.config.tasks import task_name
 from engine.data.sampler import ALONE, World
-from engine.data.tasks import questions, task_name
+from engine.data.tasks import questions
 from engine.errors import DamagedRun, UsageError
 from engine.evaluation.tasks import TokenizedTask, tokenize
 from engine.gpu.compiled import SWITCH_HINT

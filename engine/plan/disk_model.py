@@ -20,24 +20,12 @@ from pathlib import Path
 
 from engine.architecture.description import ModelDescription, resolve_source
 from engine.architecture.families import Architecture
+from engine.architecture.links import TOKENIZER_FILES
 from engine.plan.checkpoint_sizes import block_bytes, generation_bytes, norms, scales_bytes, snapshot_bytes
 from engine.plan.estimate import CONSTANTS, GIB, Constants, Store, Workload, sizes
 from engine.plan.memory_model import phase_memory
 from engine.plan.recovery_model import Recovery, stored_pairs, teacher_file
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""What an export copies from the model's folder."""
 BYTE_TOKENIZER = 13 << 10
 """The tokenizer of a random model."""
 HEADER_ENTRY = 100

@@ -7,17 +7,16 @@ its value comes from. To calibrate, change a number here and nothing else.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
-from engine.architecture.families import Architecture
+from engine.architecture.families import GPU_HEAD_VALUES, HEAD_VALUES, Architecture
 from engine.config.grid import GridConfig
 from engine.config.run import RunConfig
+from engine.config.runtime import StoreKind
 from engine.config.stages import phases_of
 
 MIB, GIB = 1 << 20, 1 << 30
-Store = Literal["device", "host", "disk"]
+Store = StoreKind
 """Where activation streams live."""
 
 
@@ -66,9 +65,9 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     """float32 hidden states that a block's loss keeps or makes: difference, square, gradient."""
     unpack_bytes: int = 16
     """Bytes a weight of the largest linear takes while it is unpacked (int32, uint8 and float steps)."""
-    head_values: int = 1 << 25
+    head_values: int = HEAD_VALUES
     """Most logits that are computed together."""
-    gpu_head_values: int = 1 << 26
+    gpu_head_values: int = GPU_HEAD_VALUES
     """The same on a GPU."""
     logits_cross_entropy: int = 4
     """Chunk-sized tensors at the peak of a cross-entropy step: logits, log-softmax, two gradients."""

@@ -12,7 +12,6 @@ of them into the error a run ends with.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import msgspec
 from engine.architecture.description import ModelDescription, describe
 from engine.architecture.families import Architecture
 from engine.architecture.refusals import refuse
-from engine.config.data import DataConfig
+from engine.config.corpora import evaluation_characters, is_path, local_path, origin
 from engine.config.run import RunConfig
 from engine.errors import DataError, EqatError, PreflightError
 from engine.plan.disk_model import assets_bytes
@@ -104,9 +103,6 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return result
 
 
-TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow", ".gz", ".zst")
-
-
 def make_plan(
     config: RunConfig,
     *,
@@ -176,8 +172,8 @@ def _check_local_text(config: RunConfig) -> None:
     used = [("data.source", config.data, config.block_ap.enabled or config.e2e_qp.enabled)]
     used.append(("evaluation.data.source", config.evaluation.data, config.evaluation.enabled))
     for name, data, wanted in used:
-        path = Path(os.path.expanduser(data.source))
-        if not wanted or not (data.source.startswith(("/", ".", "~")) or path.suffix in TEXT_SUFFIXES):
+        path = local_path(data.source)
+        if not wanted or not is_path(data.source):
             continue
         if not os.path.exists(path):
             raise DataError("no such file or folder", where=data.source, hint=f"check {name}")
@@ -257,9 +253,9 @@ def _phases(work: Workload, store: Store, place: Place, recovery: Recovery) -> I
 def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> Iterator[str]:
     config, arch = work.config, work.arch
     trained = config.block_ap.enabled or config.e2e_qp.enabled
-    if trained and config.evaluation.enabled and corpus(config.data) == corpus(config.evaluation.data):
+    if trained and config.evaluation.enabled and origin(config.data) == origin(config.evaluation.data):
         yield (
-            f"calibration and evaluation both use {corpus(config.data)}: the result will look better than "
+            f"calibration and evaluation both use {origin(config.data)}: the result will look better than "
             "on other text; evaluate on another corpus to compare models"
         )
     if model.kind == "gguf" and model.stored_bytes and model.stored_bytes < 1.5 * arch.params:
@@ -284,38 +280,8 @@ def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> It
         )
 
 
-CORPUS_NAMES = {
-    "salesforce/wikitext": "wikitext2",
-    "wikitext": "wikitext2",
-    "allenai/c4": "c4",
-    "togethercomputer/redpajama-data-1t-sample": "redpajama",
-    "dkyoon/slimpajama-6b": "slimpajama",
-    "cerebras/slimpajama-627b": "slimpajama",
-    "huggingfacefw/fineweb-edu": "fineweb-edu",
-}
-LOCAL_CORPORA = {r"wiki(text)?[-_. ]?2|wiki\.(train|valid|validation|test)\b": "wikitext2"}
-"""Local copies recognised by their usual file names."""
-
-
-def corpus(data: DataConfig) -> str:
-    """The corpus behind a data configuration, whichever way it is reached."""
-    source = data.source
-    if source.lower() in CORPUS_NAMES:
-        return CORPUS_NAMES[source.lower()]
-    path = Path(os.path.expanduser(source))
-    if not os.path.exists(path):
-        return source
-    path = Path(os.path.realpath(path))
-    for pattern, name in LOCAL_CORPORA.items():
-        if any(re.search(pattern, part.lower()) for part in (path.name, path.parent.name)):
-            return name
-    return str(path)
-
-
 # --------------------------------------------------------------------------------------------- windows
 
-CORPUS_CHARACTERS = {"wikitext2": 1_290_000, "builtin": 70_000}
-"""Length of the evaluation text: WikiText-2's test split; the built-in corpus' evaluation part."""
 UNKNOWN_CHARACTERS = 2_000_000
 
 
@@ -324,9 +290,8 @@ def evaluation_windows(config: RunConfig, arch: Architecture) -> tuple[int, bool
     section = config.evaluation
     if not section.enabled:
         return 0, False
-    name = corpus(section.data)
-    path = Path(os.path.expanduser(section.data.source))
-    characters = CORPUS_CHARACTERS.get(name)
+    path = local_path(section.data.source)
+    characters = evaluation_characters(section.data)
     if characters is None and os.path.isfile(path):
         characters = path.stat().st_size
     known = characters is not None

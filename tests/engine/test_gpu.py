@@ -16,7 +16,8 @@ from engine.config.derived import resolve
 from engine.config.grid import GridConfig
 from engine.config.loading import load
 from engine.config.model import ModelConfig
-from engine.data.activations import StoreKind, make_store
+from engine.config.runtime import StoreKind
+from engine.data.activations import make_store
 from engine.data.sampler import BatchSampler
 from engine.methods.advance import Passage, advance
 from engine.methods.blockwise.block_ap import BlockResult, train_block

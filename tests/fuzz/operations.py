@@ -229,7 +229,8 @@ def open_model(source: Path) -> None:
 def read_texts(source: Path) -> None:
     """All documents of every part, and what the text is identified by."""
     from engine.config.data import DataConfig
-    from engine.data.text import PARTS, open_source
+    from engine.data.parts import PARTS
+    from engine.data.text import open_source
 
     found = open_source(DataConfig(source=str(source)))
     for part in PARTS:

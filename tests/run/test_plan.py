@@ -29,7 +29,7 @@ from engine.errors import DataError, ExitCode, PreflightError
 from engine.plan.estimate import CONSTANTS, GIB, MIB, sizes
 from engine.plan.machine import detect
 from engine.plan.memory_model import phase_memory
-from engine.plan.plan import Plan, check, corpus, make_plan
+from engine.plan.plan import Plan, check, make_plan
 from engine.plan.published import FIGURES
 
 REPOSITORY = Path(__file__).parents[2]
@@ -183,13 +183,6 @@ def test_phases_follow_the_configuration() -> None:
     ]
 
 
-def test_constants_that_describe_the_engine_are_the_engines() -> None:
-    pytest.importorskip("torch")
-    from engine.models.causal_lm import GPU_HEAD_VALUES, HEAD_VALUES
-
-    assert (CONSTANTS.head_values, CONSTANTS.gpu_head_values) == (HEAD_VALUES, GPU_HEAD_VALUES)
-
-
 # ---------------------------------------------------------------------------------- where streams live
 
 
@@ -332,11 +325,29 @@ def test_judging_a_model_on_its_calibration_corpus_is_warned_of(
     assert any("calibration and evaluation both use" in warning for warning in plan.warnings) == same
 
 
-def test_a_local_copy_is_the_corpus_it_is_named_after(tmp_path: Path) -> None:
-    file = tmp_path / "wikitext-2-raw" / "wiki.test.raw"
-    file.parent.mkdir()
-    file.write_text("text")
-    assert corpus(DataConfig(source=str(file))) == corpus(DataConfig(source="wikitext2"))
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("wikitext-2-raw/wiki.test.raw", "wikitext2"),
+        ("c4_demo.jsonl", "c4"),
+        ("slim_pajama/part-0.jsonl", "slimpajama"),
+        ("redpajama.jsonl.gz", "redpajama"),
+        ("fineweb-edu/a.parquet", "fineweb-edu"),
+    ],
+)
+def test_judging_a_model_on_a_local_copy_of_its_calibration_corpus_is_warned_of(
+    llama: str, tmp_path: Path, file: str, name: str
+) -> None:
+    copy = tmp_path / file
+    copy.parent.mkdir(exist_ok=True)
+    copy.write_text("text")
+    config = paper(
+        llama,
+        data=DataConfig(source=name),
+        evaluation=EvaluationConfig(data=DataConfig(source=str(copy))),
+    )
+    warnings = make_plan(config, machine=H200).warnings
+    assert any(f"calibration and evaluation both use {name}:" in warning for warning in warnings)
 
 
 def test_a_sequence_longer_than_the_model_was_made_for_is_warned_of(llama: str) -> None:

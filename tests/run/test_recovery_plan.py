@@ -21,7 +21,7 @@ from engine.config.grid import GridConfig
 from engine.config.loading import load
 from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
-from engine.plan import checkpoint_sizes, disk_model, recovery_model
+from engine.plan import checkpoint_sizes, recovery_model
 from engine.plan.checkpoint_sizes import block_bytes, scales_bytes, snapshot_bytes
 from engine.plan.disk_model import assets_bytes, header_room
 from engine.plan.estimate import CONSTANTS, GIB, MIB, Workload
@@ -169,11 +169,9 @@ def test_a_snapshot_takes_what_was_planned(phase: str, changes: dict[str, str]) 
 def test_an_export_has_the_header_and_the_files_that_were_planned(tmp_path: Path) -> None:
     lm = tiny()
     from engine.export import gptq_v2, shards
-    from engine.plan.disk_model import TOKENIZER_FILES
 
     reserved = 8 + shards.header_room(gptq_v2._all_names(lm))
     assert header_room(architecture(TINY_LLAMA)) == pytest.approx(reserved, abs=shards.ALIGNMENT)
-    assert disk_model.TOKENIZER_FILES == TOKENIZER_FILES
     lm.source.save_assets(tmp_path)
     written = sum(file.stat().st_size for file in tmp_path.iterdir())
     card = 4 << 10
