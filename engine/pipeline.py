@@ -33,8 +33,6 @@ from engine.checkpoints.store import CheckpointStore
 from engine.config.grid import GridConfig
 from engine.config.run import RunConfig
 from engine.config.stages import phases_of, versions
-from engine.data.activations import ActivationStore
-from engine.data.sampler import ALONE, World
 from engine.data.tasks import questions, task_name
 from engine.data.text import corpus_name
 from engine.errors import DamagedRun, UsageError
@@ -66,6 +64,7 @@ from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.run.facts import E2E_DONE
 from engine.run.housekeeping import remove_cache
+from engine.training.world import ALONE, World
 
 Task = Literal["run", "eval", "export", "generate"]
 
@@ -91,8 +90,6 @@ class Pipeline:
     """Where the task ``export`` copies its checkpoints as well."""
 
     job: Job = field(init=False)
-    full: ActivationStore | None = None
-    """Block-AP's full-precision stream, from where it ends until end-to-end training has learnt from it."""
 
     def phases(self) -> list[str]:
         """Names of the phases this configuration runs, in order."""
@@ -121,11 +118,11 @@ class Pipeline:
     def _phase_method(self, name: str) -> Callable[[], None]:
         methods: dict[str, Callable[[], None]] = {
             "evaluate_fp": lambda: self.evaluate("fp", self._full_block),
-            "block_ap": self.train_blocks,
+            "block_ap": lambda: train_blocks(self.job),
             "rtn": lambda: round_blocks(self.job),
             "evaluate_rtn": lambda: self.evaluate("rtn", self._rounded_block),
             "evaluate_block_ap": lambda: self.evaluate("block_ap", self.job.packed_block),
-            "e2e_qp": lambda: train_end_to_end(self.job, self.full),
+            "e2e_qp": lambda: train_end_to_end(self.job),
             "evaluate_e2e_qp": lambda: self.evaluate("e2e_qp", self.job.packed_block),
             "export": lambda: export(self.job, self.export_to),
             "generate": lambda: write_samples(self.job, self.prompt, self.new_tokens),
@@ -226,9 +223,6 @@ class Pipeline:
         return (
             self.task == "export" and bool(store.damage) and any(store.fact(name) is None for name in facts)
         )
-
-    def train_blocks(self) -> None:
-        self.full = train_blocks(self.job)
 
     # Evaluation
 

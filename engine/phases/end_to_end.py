@@ -1,13 +1,13 @@
-"""The phase ``e2e_qp``: the scales of all blocks together; the integers stay as Block-AP left them."""
+"""The stage ``e2e_qp``: the scales of all blocks together; the integers stay as Block-AP left them."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from engine import telemetry
-from engine.checkpoints.commits import TrainingCheckpoints, forget_snapshot, restore_random_state, snapshot_of
-from engine.data.activations import ActivationStore
-from engine.methods.network.e2e_qp import E2EData, train_scales
+from engine.checkpoints.snapshots import resumable
+from engine.methods.network.e2e_qp import train_scales
+from engine.methods.network.network import NetworkData
 from engine.phases.job import Job, compute_dtype
 from engine.phases.passage import forget_streams
 from engine.phases.teacher import is_taught, teacher
@@ -15,33 +15,30 @@ from engine.quant.packed import PackedLinear
 from engine.run.facts import E2E_DONE, scales_entry
 
 
-def train_end_to_end(job: Job, full: ActivationStore | None) -> None:
-    """Train and commit the scales. ``full`` is Block-AP's full-precision stream, where it teaches; it is
-    closed in the end."""
+def train_end_to_end(job: Job) -> None:
+    """Train and commit the scales. What teaches is closed in the end: ``job.full``, where that is kept."""
     if job.store.fact(E2E_DONE):
         return
     config = job.config.e2e_qp
     dtype = compute_dtype(config.compute_dtype, job.device)
-    taught = teacher(job, full) if is_taught(job) else None
+    taught = teacher(job) if is_taught(job) else None
     blocks = []
     for index in range(job.blocks):
         blocks.append(job.packed(index).install(job.lm.load_block(index, dtype=dtype)))
         job.report.leave_if_asked()
     telemetry.release_memory()
-    snapshot = snapshot_of(job.store, "e2e_qp")
-    if snapshot is not None:
-        restore_random_state(snapshot.tensors, job.device)
     try:
-        with TrainingCheckpoints(job.checkpoints, "e2e_qp") as progress:
+        with resumable(job.checkpoints, "e2e_qp") as keeper:
             train_scales(
                 job.lm,
                 blocks,
-                E2EData(job.tokens.e2e_qp, job.tokens.e2e_qp_train, taught),
+                NetworkData(job.tokens.e2e_qp, job.tokens.e2e_qp_train, taught),
                 config,
                 seed=job.seed(job.blocks),
                 dtype=dtype,
-                progress=progress,
-                snapshot=snapshot,
+                progress=job.report,
+                snapshot=keeper.snapshot,
+                keeper=keeper,
                 world=job.world,
                 recompute=job.plan.recomputes,
                 compiles=job.plan.compiles_e2e,
@@ -49,7 +46,6 @@ def train_end_to_end(job: Job, full: ActivationStore | None) -> None:
     finally:
         if taught is not None:
             taught.close()
-    forget_snapshot(job.store)
     forget_streams(job)
     job.store.remember(E2E_DONE, True)
     job.checkpoints.commit(

@@ -13,7 +13,6 @@ from engine.checkpoints.commits import Checkpoints
 from engine.checkpoints.store import CheckpointStore
 from engine.config.run import RunConfig
 from engine.data.activations import ActivationStore, make_store
-from engine.data.sampler import ALONE, World
 from engine.evaluation.tasks import TokenizedTask
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
@@ -25,6 +24,7 @@ from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
 from engine.run.facts import E2E_DONE, block_entry, scales_entry
 from engine.system.files import make_folder
+from engine.training.world import ALONE, World
 
 
 @dataclass
@@ -46,6 +46,9 @@ class Job:
     """By stage, as far as measured."""
     accuracies: dict[str, dict[str, float]] = field(default_factory=dict)
     """By stage and task, as far as measured."""
+    full: ActivationStore | None = None
+    """The original model's last hidden states, from where they come into being until a training has learnt
+    from them."""
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.store, self.report, self.config.runtime)

@@ -93,7 +93,7 @@ class Training(
     frozen=True,
     rename={"steps": "step.steps", "scaler": "step.scaler", "val_loss": "best.val_loss"},
 ):
-    """``training``: the values of a :class:`engine.training.stepper.Snapshot`."""
+    """``training``: the values of a :class:`engine.training.snapshot.Snapshot`."""
 
     phase: Literal["block_ap", "e2e_qp"]
     block: Block | None

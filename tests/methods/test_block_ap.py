@@ -24,7 +24,8 @@ from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.quant.grid import initial_range
 from engine.quant.packed import PackedBlock, replace_submodule
-from engine.training.stepper import Diverged, ParameterGroup, Stepper, cosine_factor
+from engine.training.schedule import cosine_factor
+from engine.training.stepper import Diverged, ParameterGroup, Stepper
 
 CPU = torch.device("cpu")
 TRAIN, VAL, LENGTH = 6, 2, 16

@@ -20,11 +20,13 @@ from engine.data.activations import make_store
 from engine.data.sampler import BatchSampler
 from engine.errors import NonFiniteError
 from engine.methods.blockwise.rtn import round_to_nearest
-from engine.methods.network.e2e_qp import E2EData, Teacher, train_scales
+from engine.methods.network.e2e_qp import train_scales
+from engine.methods.network.network import NetworkData
+from engine.methods.network.teacher import Teacher
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.quant.packed import PackedBlock, PackedLinear, PackedWeight, replace_submodule
-from engine.training.stepper import cosine_factor
+from engine.training.schedule import cosine_factor
 
 CPU = torch.device("cpu")
 TRAIN, VAL, LENGTH = 8, 2, 16
@@ -72,13 +74,13 @@ def teacher_hidden(lm: CausalLM, ids: Tensor) -> Tensor:
     return hidden
 
 
-def data(lm: CausalLM, config: E2EQPConfig) -> E2EData:
+def data(lm: CausalLM, config: E2EQPConfig) -> NetworkData:
     ids = tiny.tokens(TRAIN + config.val_sequences, LENGTH, seed=3)
     if config.loss == "cross_entropy":
-        return E2EData(ids, TRAIN, None)
+        return NetworkData(ids, TRAIN, None)
     store = make_store("device", (*ids.shape, lm.hidden_size), torch.float32, CPU)
     store.write(0, teacher_hidden(lm, ids))
-    return E2EData(ids, TRAIN, Teacher(store))
+    return NetworkData(ids, TRAIN, Teacher(store))
 
 
 def train(
