@@ -282,7 +282,7 @@ class Pipeline:
             store_path=self.run.cache_dir / "evaluation.bin",
             store_budget_bytes=host_budget(self.config, self.plan.machine) // 2,
             on_progress=self.report.step,
-            should_stop=self._heartbeat,
+            on_batch=self.report.leave_if_asked,
         )
 
     def _ask(self, block_for: Callable[[int], nn.Module]) -> dict[str, dict[str, float]]:
@@ -305,12 +305,8 @@ class Pipeline:
             self.job.tasks,
             folder=self.run.cache_dir,
             on_progress=self.report.step,
-            should_stop=self._heartbeat,
+            on_batch=self.report.leave_if_asked,
         )
-
-    def _heartbeat(self) -> bool:
-        self.report.leave_if_asked()
-        return False
 
     def _full_block(self, index: int) -> nn.Module:
         return self.job.lm.load_block(index)
