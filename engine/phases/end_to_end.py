@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from engine import telemetry
@@ -12,6 +14,7 @@ from engine.phases.job import Job, compute_dtype
 from engine.phases.passage import forget_streams
 from engine.phases.teacher import is_taught, teacher
 from engine.quant.packed import PackedLinear
+from engine.quant.slots import slots
 from engine.run.facts import E2E_DONE, scales_entry
 
 
@@ -49,15 +52,20 @@ def train_end_to_end(job: Job) -> None:
     forget_streams(job)
     job.store.remember(E2E_DONE, True)
     job.checkpoints.commit(
-        "e2e_qp", entries={scales_entry(index): _trained(block) for index, block in enumerate(blocks)}
+        "e2e_qp",
+        entries={
+            scales_entry(index): _trained(block, job.lm.linear_names(index))
+            for index, block in enumerate(blocks)
+        },
     )
 
 
-def _trained(block: nn.Module) -> dict[str, Tensor]:
+def _trained(block: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """The scales and zero points of a block's linears, on the CPU."""
     tensors: dict[str, Tensor] = {}
-    for name, module in block.named_modules():
-        if isinstance(module, PackedLinear):
-            weight = module.packed()
-            tensors[f"{name}.scale"], tensors[f"{name}.zero_point"] = weight.scale, weight.zero_point
+    for slot in slots(block, names):
+        linear = slot.get()
+        assert isinstance(linear, PackedLinear), slot.name
+        weight = linear.packed()
+        tensors[f"{slot.name}.scale"], tensors[f"{slot.name}.zero_point"] = weight.scale, weight.zero_point
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

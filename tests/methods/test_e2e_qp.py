@@ -25,7 +25,8 @@ from engine.methods.network.network import NetworkData
 from engine.methods.network.teacher import Teacher
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
-from engine.quant.packed import PackedBlock, PackedLinear, PackedWeight, replace_submodule
+from engine.quant.packed import PackedBlock, PackedLinear, PackedWeight
+from engine.quant.slots import slot
 from engine.training.schedule import cosine_factor
 
 CPU = torch.device("cpu")
@@ -132,7 +133,7 @@ def test_a_two_block_model_trained_by_a_hand_written_loop_gives_the_same_scales(
     for index, block in enumerate(rounded(lm)):
         for name, weight in block.linears.items():
             by_hand[f"{index}.{name}"] = linear = HandLinear(weight)
-            replace_submodule(model, f"model.layers.{index}.{name}", linear)
+            slot(model, f"model.layers.{index}.{name}").set(linear)
     scales = [linear.scale for linear in by_hand.values()]
     optimizer = torch.optim.AdamW(scales, weight_decay=0, fused=False)
     sampler = BatchSampler(TRAIN, 4, 3, seed=5)
