@@ -26,7 +26,6 @@ import torch
 from engine.config.run import RunConfig
 from engine.config.stages import EVALUATE, STAGES, last_stage, measured_stage, phases_of
 from engine.config.tables import load_named
-from engine.data.sampler import ALONE, World
 from engine.phases.evaluation import evaluate
 from engine.phases.export import export, recover_exports
 from engine.phases.job import Job
@@ -36,6 +35,7 @@ from engine.plan.plan import Plan
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
 from engine.run.housekeeping import remove_cache
+from engine.training.world import ALONE, World
 
 
 @dataclass

@@ -107,7 +107,7 @@ def _perplexity(job: Job, block_for: BlockFor, batch_size: int) -> PerplexityRes
         store_path=job.run.cache_dir / "evaluation.bin",
         store_budget_bytes=host_budget(job.config, job.plan.machine) // 2,
         on_progress=job.report.step,
-        should_stop=partial(_heard, job),
+        on_batch=job.report.leave_if_asked,
     )
 
 
@@ -132,10 +132,5 @@ def _accuracies(job: Job, block_for: BlockFor) -> dict[str, Accuracy]:
         job.tasks,
         folder=job.run.cache_dir,
         on_progress=job.report.step,
-        should_stop=partial(_heard, job),
+        on_batch=job.report.leave_if_asked,
     )
-
-
-def _heard(job: Job) -> bool:
-    job.report.leave_if_asked()
-    return False

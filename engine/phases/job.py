@@ -14,7 +14,6 @@ from engine.checkpoints.store import CheckpointStore
 from engine.config.run import RunConfig
 from engine.config.stages import Stage, network_stages, stages_of
 from engine.data.activations import ActivationStore, make_store
-from engine.data.sampler import ALONE, World
 from engine.evaluation.tasks import TokenizedTask
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
@@ -26,6 +25,7 @@ from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
 from engine.run.facts import block_entry, done_fact, stage_entry
 from engine.system.files import make_folder
+from engine.training.world import ALONE, World
 
 
 @dataclass
@@ -48,7 +48,8 @@ class Job:
     accuracies: dict[str, dict[str, float]] = field(default_factory=dict)
     """By stage and task, as far as measured."""
     full: ActivationStore | None = None
-    """The full-precision stream behind the last block, until a stage has learnt from it."""
+    """The original model's last hidden states, from where they come into being until a training has learnt
+    from them."""
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.store, self.report, self.config.runtime)

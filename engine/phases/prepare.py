@@ -12,7 +12,6 @@ from engine.checkpoints.store import CheckpointStore
 from engine.config.run import RunConfig
 from engine.config.stages import measured_stage, network_stages, phases_of, stages_of, versions
 from engine.config.tasks import task_name
-from engine.data.sampler import ALONE, World
 from engine.data.tasks import questions
 from engine.errors import DamagedRun, UsageError
 from engine.evaluation.tasks import TokenizedTask, tokenize
@@ -34,6 +33,7 @@ from engine.quant.packed import Kernels
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
 from engine.run.facts import done_fact, eval_fact
+from engine.training.world import ALONE, World
 
 Task = Literal["run", "eval", "export", "generate"]
 """What an attempt does: the run itself, or something with a finished one."""

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from engine.config.grid import GridConfig
 from engine.quant.grid import RELATIVE_SCALE_FLOOR, fake_quantize, initial_range, quantize
-from engine.quant.packed import PackedBlock, PackedWeight, replace_submodule, stored_scale
+from engine.quant.packed import PackedBlock, PackedWeight, stored_scale
+from engine.quant.slots import slots
 
 TRAINED = ("weight", "scale", "zero_point", "quantized")
 """A linear's parameters that its packed weight stands for."""
@@ -85,11 +86,9 @@ class FakeQuantLinear(nn.Module):
 def wrap_linears(block: nn.Module, names: tuple[str, ...], grid: GridConfig) -> dict[str, FakeQuantLinear]:
     """Replace the named linears of a block by fake-quantized ones; returns them by name."""
     wrapped: dict[str, FakeQuantLinear] = {}
-    for name in names:
-        linear = block.get_submodule(name)
-        assert isinstance(linear, nn.Linear), name
-        wrapped[name] = FakeQuantLinear(linear, grid)
-        replace_submodule(block, name, wrapped[name])
+    for slot in slots(block, names):
+        wrapped[slot.name] = FakeQuantLinear(slot.linear(), grid)
+        slot.set(wrapped[slot.name])
     return wrapped
 
 

@@ -102,7 +102,7 @@ class Training(
     frozen=True,
     rename={"steps": "step.steps", "scaler": "step.scaler", "val_loss": "best.val_loss"},
 ):
-    """``training``: the values of a :class:`engine.training.stepper.Snapshot`."""
+    """``training``: the values of a :class:`engine.training.snapshot.Snapshot`."""
 
     phase: Annotated[str, msgspec.Meta(max_length=80)]
     block: Block | None

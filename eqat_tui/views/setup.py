@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import shlex
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -317,14 +316,6 @@ def configs_describe(name: str) -> str:
         return "32, 64, 128, 256, or -1 for whole rows (channel)"
     kind = kind_of(name)
     return describe(kind) if not (isinstance(kind, type) and is_section(kind)) else "a table"
-
-
-def is_list(name: str) -> bool:
-    """Whether a field holds several values."""
-    kind = kind_of(name)
-    if isinstance(kind, types.UnionType):
-        return any(typing.get_origin(option) is tuple for option in typing.get_args(kind))
-    return typing.get_origin(kind) is tuple
 
 
 # -- the plan ------------------------------------------------------------------------------------------

@@ -23,7 +23,9 @@ from engine.methods.advance import Passage, advance
 from engine.methods.blockwise.block_ap import BlockResult, train_block
 from engine.methods.blockwise.reconstruction import Streams
 from engine.methods.blockwise.rtn import round_to_nearest
-from engine.methods.network.e2e_qp import E2EData, Teacher, train_scales
+from engine.methods.network.e2e_qp import train_scales
+from engine.methods.network.network import NetworkData
+from engine.methods.network.teacher import Teacher
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.quant.grid import fake_quantize, initial_range, quantize
@@ -31,7 +33,7 @@ from engine.quant.packed import Kernels, PackedLinear, PackedWeight
 from engine.quant.packing import bitpack, bitunpack
 from engine.run import events
 from engine.run.directory import RunDirectory
-from engine.training.stepper import Diverged, Snapshot
+from engine.training.stepper import Diverged
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -182,9 +184,6 @@ class Listening:
     def leave_if_asked(self) -> None:
         pass
 
-    def step_boundary(self, state: Callable[[], Snapshot]) -> None:
-        pass
-
     def expect_silence(self, seconds: float) -> None:
         pass
 
@@ -274,7 +273,7 @@ def trained_scales(
         if kernels:
             Kernels.switch_on(GPU)
         train_scales(
-            *(lm, blocks, E2EData(ids, 16, Teacher(store)), config),
+            *(lm, blocks, NetworkData(ids, 16, Teacher(store)), config),
             seed=0,
             dtype=dtype,
             progress=heard,
