@@ -22,9 +22,9 @@ from eqat_tui.housekeeping import what_is_in
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line
 from eqat_tui.output import error_words, format_bytes
+from eqat_tui.run_text import UNREADABLE
 from eqat_tui.screens.base import WorkScreen, show_input
 from eqat_tui.screens.dialogs import Confirm
-from eqat_tui.summary import UNREADABLE
 from eqat_tui.views import runs as views
 from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel, ScrollPanel, entitle

@@ -10,6 +10,7 @@ from engine.config.stages import phase_label
 from engine.run import events
 from engine.run.state import MAX_BLOCKS, BlockRow, RunState
 from eqat_tui.charts import Series
+from eqat_tui.display import fraction
 from eqat_tui.feed import Entry, RunView
 from eqat_tui.lines import Line, Span, bar, beside, columns, cut, few, line, width_of, wrap
 from eqat_tui.output import (
@@ -24,8 +25,7 @@ from eqat_tui.output import (
     share,
 )
 from eqat_tui.planned import branch, known
-from eqat_tui.progress import fraction
-from eqat_tui.summary import group_words
+from eqat_tui.run_text import group_words
 from eqat_tui.words import hint_for_app, model_name
 
 MOST_LINES = 4

@@ -12,7 +12,7 @@ from eqat_tui.feed import RunView
 from eqat_tui.lines import Line, Span, columns, cut, few, line, widths_of, wrap
 from eqat_tui.output import format_bits, format_bytes, format_count, format_number, format_seconds, share
 from eqat_tui.planned import known
-from eqat_tui.summary import MOST_TASKS, accuracy_rows, facts, shorten
+from eqat_tui.run_text import MOST_TASKS, accuracy_rows, facts, shorten
 from eqat_tui.views.monitor import MOST_LINES, what
 
 QUANTIZED = ("e2e_qp", "block_ap", "rtn")

@@ -12,7 +12,7 @@ from engine.run.state import BULK, RunState, load_state
 from eqat_tui.charts import Series
 from eqat_tui.lines import Line, Span, columns, cut, line, widths_of, wrap
 from eqat_tui.output import format_bytes, format_number, format_seconds
-from eqat_tui.summary import UNREADABLE, ago, shorten
+from eqat_tui.run_text import UNREADABLE, ago, shorten
 from eqat_tui.views.monitor import STATE_MARKS, STATE_ROLES, elapsed
 from eqat_tui.words import model_name
 
