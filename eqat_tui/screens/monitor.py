@@ -61,7 +61,6 @@ COMMON_KEYS = (
 class MonitorScreen(WorkScreen):
     """Progress, blocks, losses, machine and journal of the current run."""
 
-    MODE = "monitor"
     KEYS = (*LIVE_KEYS, *REPLAY_KEYS, *COMMON_KEYS)
     ABOUT = (
         "The run, live. It is a process of its own: leaving this app, losing the connection or closing the "

@@ -50,7 +50,6 @@ def export_formats() -> tuple[str, ...]:
 class ResultScreen(WorkScreen):
     """Perplexity, figures, samples and packed checkpoints of the current run."""
 
-    MODE = "result"
     KEYS = (
         Key(
             "g",

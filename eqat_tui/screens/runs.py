@@ -72,7 +72,6 @@ class Catalogue:
 class RunsScreen(WorkScreen):
     """The list of runs."""
 
-    MODE = "runs"
     KEYS = (
         Key("enter", "open", "open", "Open the run: the monitor while it works, the result when it is done"),
         Key(
@@ -337,7 +336,6 @@ class RunsScreen(WorkScreen):
 class CompareScreen(WorkScreen):
     """Some runs side by side."""
 
-    MODE = "runs"
     KEYS = (
         Key("escape", "back", "back", "Back to the list of runs"),
         Key("s", "scale", "scale", "Logarithmic or linear scale"),

@@ -38,7 +38,6 @@ PLAN_DELAY_S = 0.15
 class SetupScreen(WorkScreen):
     """The form and the plan."""
 
-    MODE = "setup"
     KEYS = (
         Key("r", "run", "run", "Start the run; it goes on when this app is left"),
         Key("enter", "edit", "edit", "Choose or type a value; fold or unfold a section"),
