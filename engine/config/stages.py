@@ -32,7 +32,9 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     result: str = ""
     """Its row in a model card; empty: the label."""
     about: str = ""
-    """What it does, in a sentence."""
+    """What it does, in a sentence that can follow the one about the stage before it."""
+    part_of: str = ""
+    """The published method that it is a part of, with the other stages that say the same."""
     baseline: bool = False
     """It is measured whether or not another stage makes the blocks; it makes them where none does."""
     run: str = ""
@@ -88,6 +90,7 @@ STAGES = Table(
         run="engine.phases.blocks:train_blocks",
         costs="engine.plan.stages.block_ap",
         about="Block-AP trains one block at a time with all its parameters.",
+        part_of="EfficientQAT",
     ),
     Stage(
         name="e2e_qp",
@@ -96,7 +99,8 @@ STAGES = Table(
         result="after E2E-QP",
         run="engine.phases.end_to_end:train_end_to_end",
         costs="engine.plan.stages.e2e_qp",
-        about="E2E-QP trains the scales of the whole model together.",
+        about="E2E-QP then trains the scales of the whole model.",
+        part_of="EfficientQAT",
     ),
 )
 

@@ -10,6 +10,7 @@ from textual.containers import Horizontal, Vertical
 from textual.timer import Timer
 from textual.widget import Widget
 
+from engine.config.stages import STAGES
 from engine.errors import EqatError
 from engine.run import control
 from engine.run.launch import launch
@@ -146,7 +147,7 @@ class MonitorScreen(WorkScreen):
 
     def _tell_end(self, view: RunView) -> None:
         """The engine has ended while somebody watched."""
-        trains = view.state.phase in ("block_ap", "e2e_qp", "rtn")
+        trains = (view.state.phase or "") in STAGES
         place = "exactly there" if trains else "with this phase from its beginning"
         words = {
             "done": "the run is done: 3 shows its result",

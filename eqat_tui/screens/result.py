@@ -16,6 +16,7 @@ from textual.widgets import Input
 
 from engine.config.base import field_types
 from engine.config.export import ExportConfig
+from engine.config.stages import STAGES
 from engine.errors import EqatError
 from engine.run import control
 from engine.run.launch import launch
@@ -25,6 +26,7 @@ from engine.system.publish import check_target
 from eqat_tui.feed import RunView
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import Line, line, wrap
+from eqat_tui.planned import branch
 from eqat_tui.run_text import shorten
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Ask, MarkdownReader
@@ -187,8 +189,8 @@ class ResultScreen(WorkScreen):
     def _trained(view: RunView) -> bool:
         """Whether all phases that train are finished."""
         finished = {row.name for row in view.state.phases if row.finished}
-        config = view.config or {}
-        wanted = {name for name in ("block_ap", "e2e_qp") if config.get(name, {}).get("enabled")}
+        config = view.config
+        wanted = {stage.name for stage in STAGES if branch(config, stage.name, "enabled")}
         return bool(view.state.trained_blocks()) and wanted <= finished
 
     def do_sample(self) -> None:
