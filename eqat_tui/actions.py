@@ -26,10 +26,10 @@ from engine.run.state import BULK, RunState, load_state
 from engine.run.summary import show as show_run
 from engine.run.summary import summarize
 from engine.run.usable import is_damaged
+from eqat_tui.display import open_display
 from eqat_tui.follow import LIVE, Follower, Left
 from eqat_tui.output import cell, error_words, one_line, print_json, say, show
-from eqat_tui.progress import open_display
-from eqat_tui.summary import report, shorten
+from eqat_tui.run_text import report, shorten
 
 Told = Callable[[Mapping[str, Any]], str]
 """From what ``eqat show --json`` prints to what a person reads."""

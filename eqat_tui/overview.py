@@ -9,7 +9,7 @@ from engine.errors import EqatError
 from engine.run.finding import default_runs_dir, list_runs
 from eqat_tui.actions import summaries
 from eqat_tui.output import table
-from eqat_tui.summary import runs_table
+from eqat_tui.run_text import runs_table
 
 COMMANDS = (
     ("eqat run PRESET|FILE", "quantize a model and follow it; --dry-run shows the plan first"),

@@ -32,7 +32,9 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     result: str = ""
     """Its row in a model card; empty: the label."""
     about: str = ""
-    """What it does, in a sentence."""
+    """What it does, in a sentence that can follow the one about the stage before it."""
+    part_of: str = ""
+    """The published method that it is a part of, with the other stages that say the same."""
     baseline: bool = False
     """It is measured whether or not another stage makes the blocks; it makes them where none does."""
     run: str = ""
@@ -99,6 +101,7 @@ STAGES = Table(
         costs="engine.plan.stages.block_ap",
         reads_text=True,
         about="Block-AP trains one block at a time with all its parameters.",
+        part_of="EfficientQAT",
     ),
     Stage(
         name="e2e_qp",
@@ -109,7 +112,8 @@ STAGES = Table(
         costs="engine.plan.stages.e2e_qp",
         reads_text=True,
         entries_prefix="scales",
-        about="E2E-QP trains the scales of the whole model together.",
+        about="E2E-QP then trains the scales of the whole model.",
+        part_of="EfficientQAT",
     ),
 )
 

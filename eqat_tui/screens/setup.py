@@ -24,6 +24,7 @@ from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line, wrap
 from eqat_tui.screens.base import WorkScreen, show_input
 from eqat_tui.screens.dialogs import Ask, Choose, Confirm
+from eqat_tui.views import methods
 from eqat_tui.views import setup as views
 from eqat_tui.views.setup import Draft, Row
 from eqat_tui.widgets.list_panel import ListPanel
@@ -39,7 +40,6 @@ PLAN_DELAY_S = 0.15
 class SetupScreen(WorkScreen):
     """The form and the plan."""
 
-    MODE = "setup"
     KEYS = (
         Key("r", "run", "run", "Start the run; it goes on when this app is left"),
         Key("enter", "edit", "edit", "Choose or type a value; fold or unfold a section"),
@@ -257,7 +257,7 @@ class SetupScreen(WorkScreen):
     def _names(self, row: Row) -> set[str]:
         """The fields that a line of the form stands for."""
         if row.kind == "method":
-            return {"block_ap.enabled", "e2e_qp.enabled"}
+            return set(methods.switches())
         return set(views.section_fields(row.name)) if row.kind == "section" else {row.name}
 
     def do_run(self) -> None:
@@ -281,8 +281,8 @@ class SetupScreen(WorkScreen):
         elif row.kind == "base":
             self._choose_preset()
         elif row.kind == "method":
-            names = list(views.METHODS)
-            self._choose("Method", names, views.method_of(self._config), self._set_method)
+            names = list(methods.methods())
+            self._choose("Method", names, methods.method_of(self._config), self._set_method)
         elif views.choices(row.name) and row.name not in views.OPEN:
             values = list(views.choices(row.name))
             words = ["channel (whole rows)" if value == -1 else views.value_words(value) for value in values]
@@ -296,8 +296,7 @@ class SetupScreen(WorkScreen):
         self.app.push_screen(Choose(title, words, now), lambda word: take(word) if word is not None else None)
 
     def _set_method(self, name: str) -> None:
-        block_ap, e2e_qp = views.METHODS[name]
-        self._change(self.draft.set("block_ap.enabled", block_ap).set("e2e_qp.enabled", e2e_qp))
+        self._change(self.draft.with_method(name))
 
     def _ask(self, row: Row) -> None:
         value = views.value_words(value_of(self._config, row.name))
@@ -376,7 +375,7 @@ class SetupScreen(WorkScreen):
     def _step(self, row: Row, by: int) -> None:
         """The next or the last of a row's values."""
         if row.kind == "method":
-            self._set_method(_beside(list(views.METHODS), views.method_of(self._config), by))
+            self._set_method(_beside(list(methods.methods()), methods.method_of(self._config), by))
         elif row.kind == "base":
             names = preset_names()
             self._start_on(_beside(names, self.draft.base, by))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shlex
 import typing
@@ -23,6 +22,7 @@ from engine.errors import EqatError
 from eqat_tui.lines import Line, Span, bar, cut, line, wrap
 from eqat_tui.output import format_bits, format_bytes, format_parameters, format_seconds, share
 from eqat_tui.planned import known
+from eqat_tui.views import methods
 from eqat_tui.words import error_for_app, hint_for_app, model_name
 
 
@@ -37,25 +37,8 @@ def first_preset() -> str:
     return "demo" if there and "demo" in preset_names() else "paper"
 
 
-METHODS: Mapping[str, tuple[bool, bool]] = {
-    "EfficientQAT: Block-AP, then E2E-QP": (True, True),
-    "Block-AP only": (True, False),
-    "E2E-QP only, on rounded weights": (False, True),
-    "rounding only, nothing is trained": (False, False),
-}
 TEXTS = ("builtin", "wikitext2", "c4", "redpajama", "slimpajama", "fineweb-edu")
 """What ``left`` and ``right`` go through; enter takes anything else."""
-
-SECTIONS = {
-    "model": "Model",
-    "grid": "Grid",
-    "data": "Calibration text",
-    "block_ap": "Block-AP",
-    "e2e_qp": "E2E-QP",
-    "evaluation": "Evaluation",
-    "export": "Export",
-    "runtime": "Where and how it runs",
-}
 
 FLAGS = {
     "model.source": "--model",
@@ -82,6 +65,14 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
         if value_of(bare.loaded(), name) != value_of(changed.loaded(), name):
             return changed
         return Draft(base=self.base, changes=changes)
+
+    def with_method(self, name: str) -> Draft:
+        """With the stages of a method enabled, and no others."""
+        wanted = methods.methods()[name]
+        draft = self
+        for stage in methods.choosable("block", "network"):
+            draft = draft.set(methods.switch(stage), stage in wanted)
+        return draft
 
     def reset(self, names: Sequence[str]) -> Draft:
         """With what the base says about these fields."""
@@ -156,14 +147,14 @@ HEAD = (
     Row("field", "data.source", "Text"),
     Row("field", "runtime.device", "Device"),
 )
-_IN_HEAD = frozenset(row.name for row in HEAD if row.name) | {"block_ap.enabled", "e2e_qp.enabled"}
+_IN_HEAD = frozenset(row.name for row in HEAD if row.name)
 
 
-@functools.cache
 def section_fields(section: str) -> tuple[str, ...]:
     """The fields that are folded away in a section."""
     names = field_names()
-    return tuple(name for name in names if name.startswith(f"{section}.") and name not in _IN_HEAD)
+    above = _IN_HEAD | set(methods.switches())
+    return tuple(name for name in names if name.startswith(f"{section}.") and name not in above)
 
 
 def rows(unfolded: frozenset[str], words: str = "") -> list[Row]:
@@ -171,7 +162,7 @@ def rows(unfolded: frozenset[str], words: str = "") -> list[Row]:
     if words:
         return [Row("field", name, name) for name in matching(words)]
     made = list(HEAD)
-    for section, label in SECTIONS.items():
+    for section, label in methods.sections().items():
         made.append(Row("section", section, label))
         if section in unfolded:
             made += [Row("field", name, name.removeprefix(f"{section}.")) for name in section_fields(section)]
@@ -234,12 +225,6 @@ def complaint(draft: Draft, name: str, text: str) -> str:
     return ""
 
 
-def method_of(config: RunConfig) -> str:
-    """Which of the methods a configuration is."""
-    wanted = (config.block_ap.enabled, config.e2e_qp.enabled)
-    return next(name for name, switches in METHODS.items() if switches == wanted)
-
-
 def form_line(
     row: Row, draft: Draft, config: RunConfig, unfolded: frozenset[str], wrong: str, width: int
 ) -> Line:
@@ -256,7 +241,7 @@ def form_line(
     size = 11 if row.kind != "field" or row.name in _IN_HEAD else max(18, len(row.label) + 4)
     indent = "" if row in HEAD else "  "
     changed_here = row.name in draft.changes or (
-        row.kind == "method" and {"block_ap.enabled", "e2e_qp.enabled"} & set(draft.changes)
+        row.kind == "method" and set(methods.switches()) & set(draft.changes)
     )
     mark = "*" if changed_here else " "
     is_wrong = bool(wrong) and (wrong == row.name or (row.kind == "base" and wrong == "preset"))
@@ -273,7 +258,7 @@ def _value(row: Row, draft: Draft, config: RunConfig) -> Line:
     if row.kind == "base":
         return line(draft.base if len(draft.base) < 40 else f"…{draft.base[-38:]}")
     if row.kind == "method":
-        return line(method_of(config))
+        return line(methods.method_of(config))
     value = value_of(config, row.name)
     if row.name in ("grid.bits", "grid.group_size"):
         spans: Line = []
@@ -294,10 +279,7 @@ def meaning(row: Row, draft: Draft, config: RunConfig) -> str:
         description = config.description or "a file of yours"
         return f"{description}. enter lists the presets; what you changed (*) stays changed."
     if row.kind == "method":
-        return (
-            "Block-AP trains one block at a time with all its parameters; E2E-QP then trains the scales of "
-            "the whole model."
-        )
+        return methods.about()
     if row.kind == "section":
         return "enter or → unfolds these settings, ← folds them. / finds one by name or meaning."
     words = field_help().get(row.name, "")
