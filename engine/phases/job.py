@@ -20,7 +20,7 @@ from engine.models.source import ModelSource
 from engine.phases.preparation import Tokens
 from engine.plan.fit import host_budget
 from engine.plan.plan import Plan
-from engine.quant.packed import PackedBlock, PackedWeight
+from engine.quant.packed import PackedBlock, overlaid
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
 from engine.run.facts import E2E_DONE, block_entry, scales_entry
@@ -73,23 +73,15 @@ class Job:
         return all(self.is_finished(index) for index in range(self.blocks))
 
     def packed(self, index: int) -> PackedBlock:
-        """Block ``index`` as quantized so far: after E2E-QP with its trained scales."""
-        grid = self.config.grid
-        packed = PackedBlock.from_tensors(self.store.get(block_entry(index)), grid.bits, grid.symmetric)
-        if not self.store.fact(E2E_DONE):
-            return packed
-        trained = self.store.get(scales_entry(index))
-        linears = {
-            name: PackedWeight(
-                weight.words,
-                trained[f"{name}.scale"],
-                trained[f"{name}.zero_point"],
-                weight.bits,
-                weight.symmetric,
-            )
-            for name, weight in packed.linears.items()
-        }
-        return PackedBlock(linears, packed.others)
+        """Block ``index`` as quantized so far: what stages of the whole network trained is laid over it."""
+        tensors = self.store.get(block_entry(index))
+        for entry in self._later_entries(index):
+            tensors = overlaid(tensors, self.store.get(entry))
+        return PackedBlock.from_tensors(tensors, self.config.grid.shared)
+
+    def _later_entries(self, index: int) -> tuple[str, ...]:
+        """Entries with tensors of block ``index`` that stages after it made, in the stages' order."""
+        return (scales_entry(index),) if self.store.fact(E2E_DONE) else ()
 
     def packed_block(self, index: int) -> nn.Module:
         """Block ``index`` as quantized so far, on the device."""
