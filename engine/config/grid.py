@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 from engine.config import checks
@@ -9,6 +11,40 @@ from engine.config.base import Section
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, 256, -1)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid of one linear: what its integers, scales and zero points are."""
+
+    bits: int
+    """Bits of an integer, which runs from 0 to ``top``."""
+    group_size: int
+    """Neighbours along the input that share a scale and a zero point; -1 is the whole row."""
+    symmetric: bool = False
+    """Every zero point is ``middle``."""
+
+    @property
+    def top(self) -> int:
+        """The largest integer."""
+        return 2**self.bits - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric grid."""
+        return 2 ** (self.bits - 1)
+
+    def groups(self, in_features: int) -> int:
+        """Groups in a row.
+
+        Raises:
+            ValueError: if the group size does not divide ``in_features``.
+        """
+        if self.group_size == -1:
+            return 1
+        if in_features % self.group_size:
+            raise ValueError(f"group size {self.group_size} does not divide {in_features} input features")
+        return in_features // self.group_size
 
 
 class GridConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -31,3 +67,12 @@ class GridConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
         checks.one_of(f"{name}.group_size", self.group_size, GROUP_SIZES, hint=", where -1 is the whole row")
         # Far above 10 the largest error alone decides, and |error|^p leaves the range of float32.
         checks.between(f"{name}.search_norm", self.search_norm, 0.1, 10.0)
+
+    @property
+    def shared(self) -> Grid:
+        """The grid of every linear."""
+        return Grid(self.bits, self.group_size, self.symmetric)
+
+    def of_each(self, linears: Iterable[str]) -> dict[str, Grid]:
+        """The grid of each linear, by name."""
+        return dict.fromkeys(linears, self.shared)

@@ -20,7 +20,7 @@ from engine.models.source import ModelSource
 from engine.phases.preparation import Tokens
 from engine.plan.fit import host_budget
 from engine.plan.plan import Plan
-from engine.quant.packed import PackedBlock
+from engine.quant.packed import PackedBlock, overlaid
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
 from engine.run.facts import block_entry, done_fact, stage_entry
@@ -83,13 +83,11 @@ class Job:
     def packed(self, index: int) -> PackedBlock:
         """Block ``index`` as quantized so far: what made it, overlaid by what stages of the whole network
         trained of it, tensor by tensor."""
-        grid = self.config.grid
         tensors = self.store.get(block_entry(index))
         for stage in network_stages():
             if self.is_done(stage):
-                trained = self.store.get(stage_entry(stage, index))
-                tensors = {**tensors, **{_full_name(name): tensor for name, tensor in trained.items()}}
-        return PackedBlock.from_tensors(tensors, grid.bits, grid.symmetric)
+                tensors = overlaid(tensors, self.store.get(stage_entry(stage, index)))
+        return PackedBlock.from_tensors(tensors, self.config.grid.shared)
 
     def newest_stage(self) -> Stage:
         """The quantized version of the model that is the newest so far."""
@@ -138,11 +136,6 @@ class Job:
             hidden = self.lm.embed(tokens[start : start + batch].to(self.device))
             for store in stores:
                 store.write(start, hidden)
-
-
-def _full_name(name: str) -> str:
-    """What a block's own entry calls the tensor that an entry of the whole network calls ``name``."""
-    return name if name.startswith("other.") else f"linear.{name}"
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -13,7 +13,7 @@ from engine_runs import of, run_here
 from torch import Tensor
 
 from engine.config.derived import resolve
-from engine.config.grid import GridConfig
+from engine.config.grid import Grid, GridConfig
 from engine.config.loading import load
 from engine.config.model import ModelConfig
 from engine.config.runtime import StoreKind
@@ -79,7 +79,7 @@ def test_the_initial_grid_and_its_integers_agree(bits: int, symmetric: bool, met
     for outputs, inputs, group in SHAPES:
         weight = weights(outputs, inputs)
         here, there = (
-            initial_range(weight.to(d), bits, group, symmetric=symmetric, method=method, norm=2.5)
+            initial_range(weight.to(d), Grid(bits, group, symmetric), method=method, norm=2.5)
             for d in (CPU, GPU)
         )
         # The search compares sums; where two candidates are as good as equal, either may win.
@@ -100,9 +100,7 @@ def test_fake_quantization_and_its_gradients_agree(bits: int, outputs: int, inpu
     results = []
     for device in (CPU, GPU):
         weight = weights(outputs, inputs).to(device).requires_grad_(True)
-        scale, zero = initial_range(
-            weights(outputs, inputs), bits, group, symmetric=False, method="minmax", norm=2.5
-        )
+        scale, zero = initial_range(weights(outputs, inputs), Grid(bits, group), method="minmax", norm=2.5)
         scale = (scale * 0.8).to(device).requires_grad_(True)  # some weights are clipped
         zero = zero.to(device).requires_grad_(True)
         out = fake_quantize(weight, scale, zero, bits)
@@ -119,8 +117,8 @@ def test_packed_linears_compute_and_differentiate_alike(
     bits: int, outputs: int, inputs: int, group: int
 ) -> None:
     weight = weights(outputs, inputs)
-    scale, zero = initial_range(weight, bits, group, symmetric=False, method="minmax", norm=2.5)
-    packed = PackedWeight.from_codes(quantize(weight, scale, zero, bits), scale, zero, bits, False)
+    scale, zero = initial_range(weight, Grid(bits, group), method="minmax", norm=2.5)
+    packed = PackedWeight.from_codes(quantize(weight, scale, zero, bits), scale, zero, Grid(bits, group))
     assert torch.equal(packed.to(GPU).codes().cpu(), packed.codes())
     assert torch.equal(packed.to(GPU).dequantize().cpu(), packed.dequantize())
     x, direction = weights(3, inputs, seed=2), weights(3, outputs, seed=3)
