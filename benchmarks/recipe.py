@@ -133,6 +133,7 @@ def one_block(
             seed=number,
             dtype=dtype(),
             progress=marks,
+            keeper=marks,
             fast=DEVICE.type == "cuda",
             compiles=DEVICE.type == "cuda",
         )

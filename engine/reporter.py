@@ -1,6 +1,6 @@
 """What the running engine says: events, status, heartbeat; and what it hears: requests to stop.
 
-The methods know this object only as :class:`engine.training.stepper.Progress`. All of it is cheap: a
+The methods know this object only as :class:`engine.training.progress.Progress`. All of it is cheap: a
 metric is written at most four times a second, the status file is replaced by a thread every two seconds, and
 requests are looked for twice a second.
 """

@@ -30,7 +30,7 @@ from engine.run.state import RunState
 from engine.run.status import read_status
 from engine.system.guarded import BadFile, bad_file
 from engine.system.log_bytes import tail
-from eqat_tui.progress import Display
+from eqat_tui.display import Display
 
 POLL_S = 0.2
 TAIL_BYTES = 1 << 16

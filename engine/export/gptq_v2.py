@@ -79,13 +79,13 @@ class _Grid:
     weights: int = 0
 
     def add(self, name: str, weight: PackedWeight) -> None:
-        if self.bits and (weight.bits, weight.symmetric) != (self.bits, self.symmetric):
+        if self.bits and (weight.bits, weight.grid.symmetric) != (self.bits, self.symmetric):
             raise PreflightError(
-                f"has {weight.bits} bits, symmetric={weight.symmetric}, other layers {self.bits} bits, "
+                f"has {weight.bits} bits, symmetric={weight.grid.symmetric}, other layers {self.bits} bits, "
                 f"symmetric={self.symmetric}; gptq_v2 holds one grid for the whole model",
                 where=name,
             )
-        self.bits, self.symmetric = weight.bits, weight.symmetric
+        self.bits, self.symmetric = weight.bits, weight.grid.symmetric
         self.group_sizes = tuple(sorted({*self.group_sizes, weight.group_size}))
         self.whole_rows = self.whole_rows and weight.group_size == weight.in_features
         self.packed_bits += weight.words.numel() * 32 + weight.scale.numel() * (16 + weight.bits)

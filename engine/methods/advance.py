@@ -11,7 +11,8 @@ from torch import nn
 
 from engine.data.prefetch import READ_AHEAD, InPlace
 from engine.quant.packed import unpacked
-from engine.training.stepper import Progress, autocast
+from engine.training.precision import autocast
+from engine.training.progress import Progress
 
 if TYPE_CHECKING:
     from engine.data.activations import ActivationStore

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.data.activations import ActivationStore
-from engine.methods.network.e2e_qp import Teacher, positions
+from engine.methods.network.teacher import Teacher, positions
 from engine.phases.job import Job, compute_dtype
 from engine.phases.passage import pass_through, store_at, stored_at
 
@@ -57,10 +57,11 @@ def keep_as_teacher(job: Job, full: ActivationStore) -> bool:
     return True
 
 
-def teacher(job: Job, full: ActivationStore | None) -> Teacher:
-    """The teacher: ``full``, if that was kept, else from the disk, else computed one block at a time."""
+def teacher(job: Job) -> Teacher:
+    """The teacher: ``job.full``, if that was kept, else from the disk, else computed one block at a time."""
     text = _text(job)
-    if full is not None:
+    if job.full is not None:
+        full, job.full = job.full, None
         return Teacher(full, text.rows)
     stream = job.activations("teacher", text.tokens, _dtype(job))
     if stored_at(job, {"teacher": stream}) is None:

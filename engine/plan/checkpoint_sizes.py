@@ -90,6 +90,7 @@ def _packed(arch: Architecture, grid: GridConfig) -> Iterator[Tensor]:
         yield Tensor(f"linear.{linear.name}.words", "I32", words)
         yield Tensor(f"linear.{linear.name}.scale", "F16", grid_shape)
         yield Tensor(f"linear.{linear.name}.zero_point", "U8", grid_shape)
+        yield Tensor(f"linear.{linear.name}.grid", "I32", (3,))
 
 
 def _others(arch: Architecture) -> Iterator[Tensor]:

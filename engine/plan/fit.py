@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from engine.config.loading import is_operational
+from engine.config.fields import is_operational
 from engine.config.run import RunConfig
 from engine.plan.disk_model import disk_peaks
 from engine.plan.estimate import CONSTANTS, GIB, Store, Workload, size_text

@@ -18,8 +18,10 @@ from typing import Any
 
 import msgspec
 
-from engine.config.loading import absolute_paths, load_run, to_toml
+from engine.config.derived import absolute_paths
+from engine.config.loading import load_run
 from engine.config.run import RunConfig
+from engine.config.writing import to_toml
 from engine.errors import EqatError, PreflightError, UsageError
 from engine.run import contents
 from engine.run.proof import is_run

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from engine.config.loading import to_dict
+from engine.config.writing import to_dict
 from engine.errors import EqatError
 from engine.run import events
 from engine.run.directory import RunDirectory

@@ -69,7 +69,7 @@ def test_scores_are_those_of_each_row_alone(lm: CausalLM, stored: bool, tmp_path
         patch.setattr(module, "TOKENS_AT_A_TIME", 100)  # several batches, one of them not full
         if stored:
             patch.setattr(module, "CPU_MEMORY", 0)
-        scores = _scores(lm, lm.load_block, rows, tmp_path, lambda done, blocks: None, lambda: False)
+        scores = _scores(lm, lm.load_block, rows, tmp_path, lambda done, blocks: None, lambda: None)
     assert scores == pytest.approx([by_hand(lm, row) for row in rows], rel=1e-4)
     assert list(tmp_path.iterdir()) == []
 
@@ -94,14 +94,18 @@ def test_a_model_of_undefined_numbers_is_not_right_by_chance(lm: CausalLM) -> No
                 parameter.fill_(float("nan"))
         return block
 
-    scores = _scores(lm, broken, random_rows(lm, 3), None, lambda done, blocks: None, lambda: False)
+    scores = _scores(lm, broken, random_rows(lm, 3), None, lambda done, blocks: None, lambda: None)
     assert scores == [-math.inf] * 3
 
 
 def test_a_stop_ends_the_questions(lm: CausalLM) -> None:
     task = TokenizedTask(tuple(random_rows(lm, 4)), ((0, 2), (2, 4)), (0, 0))
+
+    def stop() -> None:
+        raise StopRequested
+
     with pytest.raises(StopRequested):
-        accuracies(lm, lm.load_block, {"mine": task}, should_stop=lambda: True)
+        accuracies(lm, lm.load_block, {"mine": task}, on_batch=stop)
 
 
 def test_a_continuation_begins_where_its_context_ends() -> None:

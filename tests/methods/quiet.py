@@ -1,4 +1,5 @@
-"""A progress that listens: what a method reported, and switches to make it due or stop."""
+"""A progress that listens: what a method reported, and switches to make it due or stop; as a keeper it keeps
+nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from engine.methods.advance import Passage, advance
 from engine.methods.blockwise.block_ap import BlockResult, train_block
 from engine.methods.blockwise.reconstruction import Streams
 from engine.models.causal_lm import CausalLM
-from engine.training.stepper import Snapshot
+from engine.training.snapshot import Snapshot
 
 
 class Heard:

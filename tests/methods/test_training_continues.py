@@ -23,10 +23,11 @@ from engine.methods.advance import Passage, advance
 from engine.methods.blockwise.block_ap import train_block
 from engine.methods.blockwise.reconstruction import Streams
 from engine.methods.blockwise.rtn import round_to_nearest
-from engine.methods.network.e2e_qp import E2EData, train_scales
+from engine.methods.network.e2e_qp import train_scales
+from engine.methods.network.network import NetworkData
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
-from engine.training.stepper import Snapshot
+from engine.training.snapshot import Snapshot
 
 CPU = torch.device("cpu")
 TRAIN, VAL, LENGTH = 7, 2, 16
@@ -94,8 +95,9 @@ def block_ap(lm: CausalLM, snapshot: Snapshot | None, progress: Heard, **changes
         GRID,
         seed=1,
         dtype=torch.float16 if changes.get("compute_dtype") == "float16" else torch.float32,
-        progress=progress,  # type: ignore[arg-type]
+        progress=progress,
         snapshot=snapshot,
+        keeper=progress,
     )
     losses = torch.tensor([result.initial_loss, result.final_loss, result.val_loss or 0.0])
     return {**result.packed.tensors(), "losses": losses}
@@ -111,7 +113,7 @@ def e2e_qp(
         round_to_nearest(lm.load_block(i), lm.linear_names(i), GRID).install(lm.load_block(i))
         for i in range(lm.blocks)
     ]
-    data = E2EData(tiny.tokens(TRAIN + VAL, LENGTH, seed=3), TRAIN, None)
+    data = NetworkData(tiny.tokens(TRAIN + VAL, LENGTH, seed=3), TRAIN, None)
     result = train_scales(
         lm,
         blocks,
@@ -120,7 +122,8 @@ def e2e_qp(
         seed=5,
         dtype=torch.float32,
         progress=progress,
-        snapshot=snapshot,  # type: ignore[arg-type]
+        snapshot=snapshot,
+        keeper=progress,
         recompute=recompute,
     )
     trained = {f"{i}.{n}": p for i, b in enumerate(blocks) for n, p in b.named_parameters()}

@@ -20,8 +20,9 @@ from engine.config.block_ap import BlockAPConfig
 from engine.config.data import DataConfig
 from engine.config.evaluation import EvaluationConfig
 from engine.config.grid import GridConfig
-from engine.config.loading import apply_overrides, load
+from engine.config.loading import load
 from engine.config.model import ModelConfig
+from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
 from engine.config.runtime import RuntimeConfig
 from engine.errors import DataError, ExitCode, PreflightError
@@ -51,7 +52,8 @@ def with_setting(config: RunConfig, name: str, value: str) -> RunConfig:
 def test_the_demo_is_planned_within_a_second_and_without_torch() -> None:
     program = f"""
 import sys
-from engine.config.loading import ModelConfig, RunConfig
+from engine.config.model import ModelConfig
+from engine.config.run import RunConfig
 from engine.plan.plan import make_plan
 plan = make_plan(RunConfig(model=ModelConfig(source={DEMO_MODEL!r})))
 assert plan.parameters == 134515008 and plan.exact
