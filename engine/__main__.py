@@ -32,14 +32,13 @@ from engine.errors import (
     run_is_gone,
 )
 from engine.run import event_log, events
+from engine.run.control import STOP_SIGNALS
 from engine.run.directory import RunDirectory
 from engine.run.launch import this_attempt
 from engine.run.lock import RunLock
 from engine.run.state import BULK, load_state
 from engine.system.printable import printable
 from engine.system.standard_streams import finish_output, open_standard_streams
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,7 +7,6 @@ requests are looked for twice a second.
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -20,12 +19,12 @@ import torch
 from engine import telemetry
 from engine.errors import EqatError, ExitCode, StopRequested, run_is_gone
 from engine.run import event_log, events
-from engine.run.control import acknowledge, pending
+from engine.run.control import STOP_SIGNALS, acknowledge, pending
 from engine.run.directory import RunDirectory
 from engine.run.housekeeping import clean_temporaries
+from engine.run.proof import Identity
 from engine.run.status import Status, write_status
 
-METRIC_SECONDS = 0.25
 CONTROL_SECONDS = 0.5
 STATUS_SECONDS = 2.0
 PLAN_COUNTS = 0.1
@@ -35,7 +34,6 @@ PLAN_COUNTS = 0.1
 GRACE_SECONDS = 60.0
 LONGEST_FAILURE = 500
 """Letters of an error in the status file, which has to fit into the place of the one before."""
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def error_event(error: EqatError) -> events.Error:
@@ -49,21 +47,12 @@ def error_event(error: EqatError) -> events.Error:
     )
 
 
-def _place_of(run: RunDirectory) -> tuple[int, int] | None:
-    """Device and inode of the run's directory; none where there is none."""
-    try:
-        status = os.lstat(run.path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
 class Reporter:
     """One attempt's voice. Create it once the lock is held; close it last."""
 
     def __init__(self, run: RunDirectory, attempt: int, device: torch.device, rank: int = 0) -> None:
         self.run, self.attempt, self.device = run, attempt, device
-        self._place = _place_of(run)
+        self._place = Identity.at(run.path)
         clean_temporaries(run)
         self.events = event_log.EventWriter(run.events_path, attempt, rank=rank)
         self.started = time.monotonic()
@@ -148,7 +137,7 @@ class Reporter:
 
     def is_gone(self) -> bool:
         """Whether the run was deleted or moved, or something else lies in its place."""
-        return _place_of(self.run) != self._place
+        return Identity.at(self.run.path) != self._place
 
     def leave_if_asked(self) -> None:
         """A place where nothing is lost by leaving: raises :class:`StopRequested` when asked to stop."""
@@ -171,7 +160,7 @@ class Reporter:
 
     def due(self) -> bool:
         self.beat()
-        return time.monotonic() - self._last_metric >= METRIC_SECONDS
+        return time.monotonic() - self._last_metric >= event_log.METRIC_INTERVAL_S
 
     def metric(
         self,

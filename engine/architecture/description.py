@@ -116,7 +116,7 @@ def read_model_config(source: str, revision: str | None = None) -> dict[str, Any
         return dict(RANDOM_MODELS[path]) if path in RANDOM_MODELS else _hub_config(path, revision)
     if path.is_file():
         return gguf_config(read_gguf_header(path))
-    return _local_config(ModelFolder.judge(path))
+    return local_config(ModelFolder.judge(path))
 
 
 def describe(source: str, revision: str | None = None) -> ModelDescription:
@@ -139,7 +139,7 @@ def describe(source: str, revision: str | None = None) -> ModelDescription:
             stored_bytes=sum(info.nbytes for info in header.tensors.values()),
         )
     folder = ModelFolder.judge(path)
-    config, tensors = _local_config(folder), safetensors_tensors(folder)
+    config, tensors = local_config(folder), safetensors_tensors(folder)
     if not tensors and any(path.glob("pytorch_model*.bin")):
         raise PreflightError(
             "this model has its weights only as pytorch_model.bin",
@@ -160,7 +160,13 @@ def read_architecture(source: str, revision: str | None = None) -> Architecture:
     return describe(source, revision).architecture
 
 
-def _local_config(folder: ModelFolder) -> dict[str, Any]:
+def local_config(folder: ModelFolder) -> dict[str, Any]:
+    """A model's config.json (:func:`parse_config`).
+
+    Raises:
+        PreflightError: where there is none, naming what lies there instead.
+        BadFile: for anything that is no configuration.
+    """
     if "config.json" not in folder:
         nested = sorted(folder.path.glob("*.gguf"))
         raise PreflightError(

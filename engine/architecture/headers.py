@@ -13,7 +13,9 @@ PreflightError naming the file.
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +35,9 @@ MOST_DIMENSIONS = 8
 LARGEST_DIMENSION = 1 << 40
 LONGEST_NAME = 512
 """Characters of a tensor's or a file's name."""
+ALIGNMENT = 8
+"""The tensors of a file begin at a multiple of this."""
+_ENTRY_OVERHEAD = 100  # dtype, shape and offsets of one header entry, written out in JSON
 DOWNLOAD_AGAIN = "download or copy this file again"
 
 ITEM_BITS = {
@@ -190,6 +195,13 @@ def _header_text(file: StampedFile) -> bytes:
             return stream.read(length)
     except OSError as error:
         raise bad_file(error, file.path) from error
+
+
+def header_room(names: Iterable[str]) -> int:
+    """Bytes that hold the header of a file containing any of the tensors ``names``, a multiple of 8: what an
+    export reserves before it knows where each tensor will lie."""
+    room = 64 + sum(len(json.dumps(name)) + _ENTRY_OVERHEAD for name in names)
+    return -(-room // ALIGNMENT) * ALIGNMENT
 
 
 def _info(name: str, raw: msgspec.Raw, begin: int) -> TensorInfo:

@@ -15,19 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-ALIGNMENT = 8
+from engine.architecture.headers import ALIGNMENT
+from engine.models.weights import DTYPES
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK_BYTES = 64 << 20
 
 

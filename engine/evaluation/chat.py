@@ -20,6 +20,7 @@ from typing import Any
 
 from engine.errors import PreflightError
 from engine.models.foreign import memory_headroom, reason
+from engine.run.control import STOP_SIGNALS
 
 SECONDS = 20.0
 """A template that needs a hundredth of this on the slowest machine is a large one."""
@@ -62,7 +63,7 @@ def _render_and_exit(tokenizer: Any, prompt: str, writing: int, longest: int) ->
     """The child's whole life; its last words are JSON, ``[text]`` or ``[null, problem]``."""
     try:
         # Signals to the process group are for the parent, whose handlers would write into the run.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         # Should the parent be killed, nobody would kill this.
         resource.setrlimit(resource.RLIMIT_CPU, (int(SECONDS) + 1, int(SECONDS) + 1))

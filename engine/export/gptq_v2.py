@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from engine import __version__
+from engine.architecture.headers import header_room
 from engine.architecture.links import TOKENIZER_FILES
 from engine.errors import PreflightError
 from engine.export.card import model_card
 from engine.export.named_code import drop_missing_code, modules_in, without_missing
 from engine.export.place import ExportPlace
 from engine.export.reader import read_json
-from engine.export.shards import ShardWriter, header_room, write_durably, write_json
+from engine.export.shards import ShardWriter, write_durably, write_json
 from engine.quant.packed import PackedBlock, PackedWeight
 from engine.quant.packing import bitpack
 from engine.system.guarded import opened_folder

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,18 +30,8 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from engine.checkpoints.tensorfile import ALIGNMENT, DTYPE_NAMES, tensor_bytes
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-
-_ENTRY_OVERHEAD = 100  # dtype, shape and offsets of one header entry, written out in JSON
-
-
-def header_room(names: Iterable[str]) -> int:
-    """Bytes that hold the header of a shard containing any of ``names``, a multiple of 8."""
-    room = 64 + sum(len(json.dumps(name)) + _ENTRY_OVERHEAD for name in names)
-    return -(-room // ALIGNMENT) * ALIGNMENT
+from engine.architecture.headers import ALIGNMENT, INDEX_NAME, SINGLE_NAME
+from engine.checkpoints.tensorfile import DTYPE_NAMES, tensor_bytes
 
 
 def write_durably(path: Path, data: bytes) -> None:

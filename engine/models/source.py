@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from engine.architecture.description import TINY_LLAMA, parse_config, resolve_source
+from engine.architecture.description import TINY_LLAMA, local_config, resolve_source
 from engine.architecture.links import NO_ASSETS, TOKENIZER_FILES, ModelFolder
 from engine.config.model import ModelConfig
 from engine.errors import PreflightError
@@ -291,11 +291,7 @@ def _samples(file: StampedFile) -> Iterator[bytes]:
 def read_config(folder: ModelFolder, trust_remote_code: bool = False) -> PreTrainedConfig:
     """``config.json`` as a transformers configuration."""
     directory, path = folder.path, folder.path / "config.json"
-    if "config.json" not in folder:
-        candidates = sorted(file.name for file in directory.glob("*.gguf"))
-        hint = f"name the file itself: {directory / candidates[0]}" if candidates else "name a model's folder"
-        raise PreflightError("the folder has no config.json", where=str(directory), hint=hint)
-    raw = parse_config(folder.files["config.json"])
+    raw = local_config(folder)
     model_type = raw.get("model_type")
     if raw.get("auto_map") and not trust_remote_code and model_type not in _known_types():
         raise PreflightError(

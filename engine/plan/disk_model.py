@@ -14,10 +14,10 @@ A stop takes a snapshot wherever it comes, also where none would be due.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from engine.architecture import headers
 from engine.architecture.description import ModelDescription, resolve_source
 from engine.architecture.families import Architecture
 from engine.architecture.links import TOKENIZER_FILES
@@ -28,8 +28,6 @@ from engine.plan.recovery_model import Recovery, stored_pairs, teacher_file
 
 BYTE_TOKENIZER = 13 << 10
 """The tokenizer of a random model."""
-HEADER_ENTRY = 100
-"""Bytes that an export reserves for each entry of its header, beside the name."""
 SUFFIXES = ("weight", "qweight", "qzeros", "scales", "g_idx", "bias")
 """What may be the name of a linear's tensor in an export; it reserves room for all of them."""
 
@@ -115,7 +113,7 @@ def export_bytes(work: Workload) -> int:
 
 
 def header_room(arch: Architecture) -> int:
-    """What each file reserves for its header (``engine.export.shards.header_room``)."""
+    """What each file reserves for its header, and the eight bytes before it."""
     names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     for index in range(arch.blocks):
         prefix = f"{arch.block_prefix}.{index}"
@@ -123,7 +121,7 @@ def header_room(arch: Architecture) -> int:
         for linear in arch.linears:
             names += [f"{prefix}.{linear.name}.{suffix}" for suffix in SUFFIXES]
             names += [f"{prefix}.{linear.name}.bias"] if linear.bias else []
-    return 8 + 64 + sum(len(json.dumps(name)) + HEADER_ENTRY for name in names)
+    return 8 + headers.header_room(names)
 
 
 def assets_bytes(model: ModelDescription, constants: Constants = CONSTANTS) -> int:

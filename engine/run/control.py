@@ -24,6 +24,9 @@ from engine.system.guarded import BadFile, opened_folder, read_struct
 
 Action = Literal["stop", "abort"]
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that an engine takes for a request; batch systems warn with the last."""
+
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One request; ``id`` sorts by time."""

@@ -37,7 +37,7 @@ class NotProven(PreflightError):
 
 
 class Identity(NamedTuple):
-    """Which folder was proven: another one may get its name in the meantime."""
+    """Which folder it is: another one may get its name in the meantime."""
 
     device: int
     inode: int
@@ -45,6 +45,14 @@ class Identity(NamedTuple):
     @classmethod
     def of(cls, status: os.stat_result) -> Identity:
         return cls(status.st_dev, status.st_ino)
+
+    @classmethod
+    def at(cls, path: Path) -> Identity | None:
+        """The one that has this name now; none where there is none."""
+        try:
+            return cls.of(os.lstat(path))
+        except OSError:
+            return None
 
 
 def is_run(path: Path) -> bool:

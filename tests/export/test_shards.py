@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from engine.export.shards import INDEX_NAME, SINGLE_NAME, ShardWriter, header_room
+from engine.architecture.headers import INDEX_NAME, SINGLE_NAME, header_room
+from engine.export.shards import ShardWriter
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.uint8, torch.int64, torch.bool]
 
