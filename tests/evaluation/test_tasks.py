@@ -12,8 +12,10 @@ import torch
 from torch.nn import functional
 
 from engine.config.corpora import HubSource
-from engine.config.loading import apply_overrides, load, resolve
+from engine.config.derived import resolve
+from engine.config.loading import load
 from engine.config.model import ModelConfig
+from engine.config.overrides import apply_overrides
 from engine.config.tasks import TASKS, Task
 from engine.config.validation import validate
 from engine.data import tasks as asking
