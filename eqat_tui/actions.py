@@ -16,15 +16,17 @@ from engine.config.run import RunConfig
 from engine.config.validation import validate
 from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run import control
-from engine.run.directory import RunDirectory, read_launched, run_state
+from engine.run.directory import RunDirectory
 from engine.run.finding import default_runs_dir, find_run
 from engine.run.launch import launch, log_path
+from engine.run.liveness import run_state
 from engine.run.lock import holder, is_held, opened_by
 from engine.run.proof import is_run
 from engine.run.redo import make_redo
+from engine.run.shown import show as show_run
+from engine.run.shown import summarize
 from engine.run.state import BULK, RunState, load_state
-from engine.run.summary import show as show_run
-from engine.run.summary import summarize
+from engine.run.status import read_launched
 from engine.run.usable import is_damaged
 from eqat_tui.display import open_display
 from eqat_tui.follow import LIVE, Follower, Left

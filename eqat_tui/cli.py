@@ -239,7 +239,8 @@ def attach(
 
     In a pipe, with --plain or --json it follows the run in lines until its end and exits as the run does.
     """
-    from engine.run.directory import read_launched, run_state
+    from engine.run.liveness import run_state
+    from engine.run.status import read_launched
     from eqat_tui import actions
     from eqat_tui.terminal import Look, can_open_app, open_app
 
@@ -326,7 +327,7 @@ def runs(
 @app.command()
 def show(run: Run, runs_dir: RunsDir = None, as_json: Json = False) -> None:
     """Show one run: perplexity, size, time, memory, exports."""
-    from engine.run.summary import show as show_run
+    from engine.run.shown import show as show_run
     from eqat_tui import actions
     from eqat_tui.output import print_json
     from eqat_tui.output import show as show_text
@@ -410,7 +411,7 @@ def export(
     as_json: Json = False,
 ) -> int:
     """Write a run's packed checkpoint again, and verify it."""
-    from engine.system.publish import check_target
+    from engine.system.copying import check_target
     from eqat_tui import actions
 
     if format != "gptq_v2":

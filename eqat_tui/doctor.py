@@ -26,10 +26,11 @@ from engine.config.loading import load, preset_names
 from engine.config.overrides import apply_overrides
 from engine.config.validation import validate
 from engine.errors import EqatError, PreflightError
-from engine.run.directory import RunDirectory, run_state
+from engine.run.directory import RunDirectory
 from engine.run.finding import check_runs_dir
 from engine.run.launch import exit_code, launch, log_path
-from engine.run.summary import show
+from engine.run.liveness import run_state
+from engine.run.shown import show
 from eqat_tui.output import format_bytes, format_seconds
 
 PACKAGES = (

@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import EqatError, PreflightError
+from engine.run.contents import FAILED, OLD, PARTIAL
 from engine.system.files import disk_error, make_folder, sync_folder
 from engine.system.guarded import open_inner, opened_folder, require_regular
 
@@ -43,7 +44,7 @@ class ExportPlace:
         self.folder = folder
         self.root = folder.parent if root is None else root
         self.partial, self.old, self.failed = (
-            folder.with_name(f"{folder.name}.{suffix}") for suffix in ("partial", "old", "failed")
+            folder.with_name(folder.name + ending) for ending in (PARTIAL, OLD, FAILED)
         )
         self._made: int | None = None
         """A descriptor of the folder that is being made: while it is open no other gets that inode."""

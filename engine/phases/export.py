@@ -24,7 +24,7 @@ from engine.phases.job import Job
 from engine.process import package_versions
 from engine.run import events
 from engine.run.directory import RunDirectory
-from engine.system.publish import check_target, publish
+from engine.system.copying import check_target, copy_whole
 
 # Part of the evaluation text on which exported and trained logits are compared.
 VERIFY_WINDOWS, VERIFY_TOKENS = 2, 512
@@ -58,7 +58,7 @@ def export(job: Job, copy_to: Path | None = None) -> None:
         copied = ""
         try:
             if name in targets:
-                publish(path, targets[name], run=job.run.path, poll=partial(_hear, job))
+                copy_whole(path, targets[name], run=job.run.path, poll=partial(_hear, job))
                 copied = str(targets[name])
         finally:  # the export in the run stands, whatever becomes of its copy
             _tell(job, written, verified, copied)

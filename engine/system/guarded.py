@@ -75,6 +75,20 @@ def open_inner(name: str, folder: int) -> int:
     return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
 
 
+def names_in(
+    folder: Path,
+    root: Path,
+    wanted: Callable[[os.DirEntry[str]], bool] = lambda entry: not entry.is_symlink(),
+) -> list[str]:
+    """What lies directly in ``folder``, sorted: by default all but links, which are not ours.
+
+    Raises:
+        OSError: as :func:`opened_folder`, and where it cannot be looked into.
+    """
+    with opened_folder(folder, root) as opened, os.scandir(opened) as entries:
+        return sorted(entry.name for entry in entries if wanted(entry))
+
+
 def open_regular(
     path: Path, flags: int = os.O_RDONLY, *, root: Path | None = None, mode: int = 0o644, follow: bool = False
 ) -> int:

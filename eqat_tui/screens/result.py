@@ -20,9 +20,9 @@ from engine.config.stages import STAGES
 from engine.errors import EqatError
 from engine.run import control
 from engine.run.launch import launch
-from engine.run.summary import origin
+from engine.run.shown import origin, render
+from engine.system.copying import check_target
 from engine.system.guarded import read_bytes
-from engine.system.publish import check_target
 from eqat_tui.feed import RunView
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import Line, line, wrap
@@ -154,7 +154,7 @@ class ResultScreen(WorkScreen):
         run = self.eqat.current()
         if self._origin is None or self._origin[0] != run.id:
             self._origin = run.id, origin(run)
-        shown = view.state.to_json(state=view.liveness, config=view.config)
+        shown = render(view.state, state=view.liveness, config=view.config)
         return views.figures({**shown, "path": str(run.path), "origin": self._origin[1]}, width)
 
     def _export_path(self, view: RunView) -> Path | None:

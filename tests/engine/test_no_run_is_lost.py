@@ -17,7 +17,9 @@ from engine_runs import Child, exported, make_run, of, output, run_here, start
 from waiting import PATIENCE, wait_until
 
 from engine.run import control, event_log, events, generations
-from engine.run.directory import RunDirectory, read_status, run_state
+from engine.run.directory import RunDirectory
+from engine.run.liveness import run_state
+from engine.run.status import read_status
 
 Make = Callable[..., RunDirectory]
 Engine = Callable[..., Child]

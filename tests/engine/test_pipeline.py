@@ -14,7 +14,8 @@ from safetensors import safe_open
 from engine.config.overrides import apply_overrides
 from engine.plan.plan import make_plan
 from engine.run import events
-from engine.run.directory import RunDirectory, run_state
+from engine.run.directory import RunDirectory
+from engine.run.liveness import run_state
 from engine.run.state import load_state
 
 Make = Callable[..., RunDirectory]

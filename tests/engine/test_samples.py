@@ -24,7 +24,8 @@ from engine.pipeline import Pipeline
 from engine.plan.plan import make_plan
 from engine.reporter import Reporter
 from engine.run import control, events
-from engine.run.directory import RunDirectory, run_state
+from engine.run.directory import RunDirectory
+from engine.run.liveness import run_state
 from engine.run.state import load_state
 
 Make = Callable[..., RunDirectory]

@@ -147,11 +147,13 @@ def programs(world: World, chance: Random) -> list[Operation]:
 def look_at_run(path: Path) -> None:
     """Everything that the app reads of a run, and its views at two sizes."""
     from engine.run import control, event_log, launch
-    from engine.run.directory import RunDirectory, read_status, run_state
+    from engine.run.directory import RunDirectory
+    from engine.run.liveness import run_state
     from engine.run.lock import holder
     from engine.run.redo import read_origin
+    from engine.run.shown import show, summarize
     from engine.run.state import load_state
-    from engine.run.summary import show, summarize
+    from engine.run.status import read_status
     from eqat_tui import feed
     from eqat_tui.views import monitor, result
     from eqat_tui.views.runs import Compared, details, differences

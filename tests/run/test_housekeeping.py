@@ -24,11 +24,6 @@ CONFIG = resolve(load("smoke"))
 SIZE = 1000
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.create(tmp_path / "runs", CONFIG)
-
-
 def finish(run: RunDirectory) -> None:
     with EventWriter(run.events_path, 1) as writer:
         writer.emit(events.RunStarted(id=run.id, pid=1, host="h", device="cpu", versions={}, argv=[]))

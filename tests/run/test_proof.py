@@ -28,16 +28,6 @@ from engine.system import files
 CONFIG = resolve(load("smoke"))
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    return tmp_path / "runs"
-
-
-@pytest.fixture
-def run(runs: Path) -> RunDirectory:
-    return RunDirectory.create(runs, CONFIG)
-
-
 def snapshot(folder: Path) -> dict[str, object]:
     """Everything below ``folder``: content of files, targets of links, kinds of the rest."""
     found: dict[str, object] = {}
