@@ -183,11 +183,11 @@ def test_an_export_has_the_header_and_the_files_that_were_planned(tmp_path: Path
 
 def test_constants_that_describe_the_engines_checkpoints_are_the_engines() -> None:
     torch = pytest.importorskip("torch")
-    from engine.checkpoints import snapshots as checkpointer
+    from engine.checkpoints import snapshots
 
     assert torch.get_rng_state().numel() == checkpoint_sizes.CPU_GENERATOR
-    assert checkpointer.SNAPSHOT_SHARE == recovery_model.SNAPSHOT_SHARE
-    assert checkpointer.PART_OF_THE_PROMISE == recovery_model.PART_OF_THE_PROMISE
+    assert snapshots.SNAPSHOT_SHARE == recovery_model.SNAPSHOT_SHARE
+    assert snapshots.PART_OF_THE_PROMISE == recovery_model.PART_OF_THE_PROMISE
 
 
 # ----------------------------------------------------------------------------------------------- the table
