@@ -311,7 +311,7 @@ def runs(
     from engine.run.finding import default_runs_dir, list_runs
     from eqat_tui.actions import summaries as summaries_of
     from eqat_tui.output import print_json, say, show
-    from eqat_tui.summary import runs_table
+    from eqat_tui.run_text import runs_table
 
     place = default_runs_dir(runs_dir)
     summaries = summaries_of(list_runs(place)[: limit or None])
@@ -330,7 +330,7 @@ def show(run: Run, runs_dir: RunsDir = None, as_json: Json = False) -> None:
     from eqat_tui import actions
     from eqat_tui.output import print_json
     from eqat_tui.output import show as show_text
-    from eqat_tui.summary import report
+    from eqat_tui.run_text import report
 
     shown = show_run(actions.find(run, runs_dir))
     if as_json:
@@ -434,7 +434,7 @@ def generate(
 ) -> int:
     """Let the full-precision and the quantized model continue a prompt, side by side."""
     from eqat_tui import actions
-    from eqat_tui.summary import samples
+    from eqat_tui.run_text import samples
 
     if not prompt.strip():
         raise UsageError("is empty", where="--prompt", hint="give the models something to continue")

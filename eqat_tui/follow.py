@@ -28,7 +28,7 @@ from engine.run.lock import holder
 from engine.run.state import RunState
 from engine.system.guarded import BadFile, bad_file
 from engine.system.log_bytes import tail
-from eqat_tui.progress import Display
+from eqat_tui.display import Display
 
 POLL_S = 0.2
 TAIL_BYTES = 1 << 16

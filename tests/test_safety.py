@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from engine.config.loading import load, resolve
+from engine.config.derived import resolve
+from engine.config.loading import load
 from engine.config.validation import validate
 from engine.errors import EqatError, UsageError
 from engine.run import control

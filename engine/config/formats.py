@@ -37,7 +37,7 @@ FORMATS = Table(
         name="gptq_v2",
         label="GPTQ v2",
         code="engine.export.gptq_v2:GPTQv2",
-        costs="engine.plan.estimate:gptq_bytes",
+        costs="engine.plan.export_sizes:gptq_bytes",
         words_along_outputs=True,
         loading=(
             "from transformers import AutoModelForCausalLM\n"

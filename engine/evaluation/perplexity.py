@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.data.activations import StoreKind, make_store
+from engine.config.runtime import StoreKind
+from engine.data.activations import make_store
 from engine.data.prefetch import READ_AHEAD, InPlace
 from engine.errors import DataError
 from engine.models.ahead import one_ahead

@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 from engine import __version__
+from engine.architecture.links import TOKENIZER_FILES
 from engine.errors import PreflightError
 from engine.export.card import model_card
 from engine.export.named_code import drop_missing_code, modules_in, without_missing
 from engine.export.place import ExportPlace
 from engine.export.reader import read_json
 from engine.export.shards import ShardWriter, header_room, write_durably, write_json
-from engine.plan.disk_model import TOKENIZER_FILES
 from engine.quant.packed import PackedBlock, PackedWeight
 from engine.quant.packing import bitpack
 from engine.system.guarded import opened_folder
@@ -79,13 +79,13 @@ class _Grid:
     weights: int = 0
 
     def add(self, name: str, weight: PackedWeight) -> None:
-        if self.bits and (weight.bits, weight.symmetric) != (self.bits, self.symmetric):
+        if self.bits and (weight.bits, weight.grid.symmetric) != (self.bits, self.symmetric):
             raise PreflightError(
-                f"has {weight.bits} bits, symmetric={weight.symmetric}, other layers {self.bits} bits, "
+                f"has {weight.bits} bits, symmetric={weight.grid.symmetric}, other layers {self.bits} bits, "
                 f"symmetric={self.symmetric}; gptq_v2 holds one grid for the whole model",
                 where=name,
             )
-        self.bits, self.symmetric = weight.bits, weight.symmetric
+        self.bits, self.symmetric = weight.bits, weight.grid.symmetric
         self.group_sizes = tuple(sorted({*self.group_sizes, weight.group_size}))
         self.whole_rows = self.whole_rows and weight.group_size == weight.in_features
         self.packed_bits += weight.words.numel() * 32 + weight.scale.numel() * (16 + weight.bits)

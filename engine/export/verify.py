@@ -175,7 +175,7 @@ def _check_quantization(out_dir: Path, block: PackedBlock, problems: _Problems) 
         group_size == -1 and any(w.group_size != w.in_features for w in block.linears.values())
     ):
         problems.add(f"config.json says group size {group_size}, the weights have {weight.group_size}")
-    wanted = quantization_config(weight.bits, group_size or 0, weight.symmetric)
+    wanted = quantization_config(weight.bits, group_size or 0, weight.grid.symmetric)
     for name, found in (
         ("config.json", in_config),
         ("quantize_config.json", read_json(out_dir / "quantize_config.json")),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from engine import telemetry
 from engine.checkpoints.snapshots import resumable
+from engine.config.stages import STAGES
 from engine.methods.network.e2e_qp import train_scales
 from engine.methods.network.network import NetworkData
 from engine.phases.job import Job, compute_dtype
@@ -15,12 +16,13 @@ from engine.phases.passage import forget_streams
 from engine.phases.teacher import is_taught, teacher
 from engine.quant.packed import PackedLinear
 from engine.quant.slots import slots
-from engine.run.facts import E2E_DONE, scales_entry
+from engine.run.facts import done_fact, stage_entry
 
 
 def train_end_to_end(job: Job) -> None:
     """Train and commit the scales. What teaches is closed in the end: ``job.full``, where that is kept."""
-    if job.store.fact(E2E_DONE):
+    stage = STAGES["e2e_qp"]
+    if job.is_done(stage):
         return
     config = job.config.e2e_qp
     dtype = compute_dtype(config.compute_dtype, job.device)
@@ -31,13 +33,13 @@ def train_end_to_end(job: Job) -> None:
         job.report.leave_if_asked()
     telemetry.release_memory()
     try:
-        with resumable(job.checkpoints, "e2e_qp") as keeper:
+        with resumable(job.checkpoints, stage.name) as keeper:
             train_scales(
                 job.lm,
                 blocks,
                 NetworkData(job.tokens.e2e_qp, job.tokens.e2e_qp_train, taught),
                 config,
-                seed=job.seed(job.blocks),
+                seed=job.network_seed(stage),
                 dtype=dtype,
                 progress=job.report,
                 snapshot=keeper.snapshot,
@@ -50,11 +52,11 @@ def train_end_to_end(job: Job) -> None:
         if taught is not None:
             taught.close()
     forget_streams(job)
-    job.store.remember(E2E_DONE, True)
+    job.store.remember(done_fact(stage), True)
     job.checkpoints.commit(
-        "e2e_qp",
+        stage.name,
         entries={
-            scales_entry(index): _trained(block, job.lm.linear_names(index))
+            stage_entry(stage, index): _trained(block, job.lm.linear_names(index))
             for index, block in enumerate(blocks)
         },
     )

@@ -13,9 +13,10 @@ from typing import Any
 import msgspec
 import torch
 
-from engine.config.loading import equivalent_command, to_toml
+from engine.config.corpora import corpus_name
 from engine.config.runtime import RuntimeConfig
-from engine.data.text import corpus_name
+from engine.config.sameness import equivalent_command
+from engine.config.writing import to_toml
 from engine.export.gptq_v2 import FORMAT, ExportResult, export_gptq_v2, room_beside_tensors
 from engine.export.place import ExportPlace
 from engine.export.verify import VerifyResult, verify_gptq_v2

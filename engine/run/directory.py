@@ -21,8 +21,10 @@ from typing import Any, Literal
 
 import msgspec
 
-from engine.config.loading import absolute_paths, load_run, to_toml
+from engine.config.derived import absolute_paths
+from engine.config.loading import load_run
 from engine.config.run import RunConfig
+from engine.config.writing import to_toml
 from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.event_log import tail_events
 from engine.run.events import AnyEvent, Outcome, RunFinished, RunStarted

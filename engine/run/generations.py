@@ -239,7 +239,7 @@ def _check_facts(found: Generation, dropped: list[str]) -> None:
 
 
 def _check_unverified(found: Generation) -> None:
-    """Without a digest, names that do not exist and parts that do not fit are all that shows damage."""
+    """Of schema 2: without a digest, only names that do not exist and parts that do not fit show damage."""
     strange = [name for name in found.entries if not _ENTRY.fullmatch(name)]
     strange += [name for name in found.facts if not known_facts.is_known(name)]
     blocks, scales = (
@@ -251,7 +251,7 @@ def _check_unverified(found: Generation) -> None:
         raise DamagedCheckpoint(f"generation {found.number} holds {strange[0]!r}, which does not exist")
     if (training is None) == (known_facts.TRAINING in found.entries):
         raise DamagedCheckpoint(f"generation {found.number} has half the state of a training")
-    if scales != (blocks if known_facts.E2E_DONE in found.facts else set()):
+    if scales != (blocks if "e2e_qp_done" in found.facts else set()):
         raise DamagedCheckpoint(f"generation {found.number} has scales of other blocks than it holds")
     if blocks != {f"{index:03d}" for index in range(len(blocks))}:
         raise DamagedCheckpoint(f"generation {found.number} lacks a block before one that it holds")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from engine.config.base import Section, field_types, is_section
 from engine.config.loading import from_toml
-from engine.config.run import RunConfig
+from engine.config.run import RunConfig, run_config
 from engine.errors import EqatError, PreflightError
 from engine.run import contents
 from engine.system.guarded import bad_file, kind_of, open_inner, opened_folder, parsed, read_text
@@ -165,7 +165,7 @@ def _prove_config(run: Path) -> None:
     if missing or "extends" in tree:
         why = f"it has no section {missing[0]}" if missing else "it extends another file"
         raise NotProven(f"is not the configuration of a run: {why}", where=str(path), hint=_BY_HAND)
-    unknown = next(_unknown_fields(tree, RunConfig), "")
+    unknown = next(_unknown_fields(tree, run_config()), "")
     if unknown:
         raise NotProven(
             f"has a field that this version does not know, {shown([unknown])}",

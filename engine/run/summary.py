@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.config.loading import to_dict
+from engine.config.writing import to_dict
 from engine.errors import EqatError
 from engine.run import events
 from engine.run.directory import RunDirectory, last_events, run_state

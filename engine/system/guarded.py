@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from engine.errors import PreflightError
+from engine.errors import PreflightError, first_line
 
 T = TypeVar("T")
 
@@ -214,8 +214,8 @@ def parsed(parse: Callable[[C], T], content: C, path: Path, language: str = "JSO
     except UnicodeDecodeError as error:
         raise BadFile(f"is not UTF-8 text ({error.reason})", where=str(path)) from error
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise BadFile(f"is not valid {language}: {lines[0][:200]}", where=str(path)) from error
+        said = first_line(error, 200)
+        raise BadFile(f"is not valid {language}: {said}", where=str(path)) from error
 
 
 def bad_file(error: OSError, path: Path) -> BadFile:

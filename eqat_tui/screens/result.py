@@ -16,6 +16,7 @@ from textual.widgets import Input
 
 from engine.config.base import field_types
 from engine.config.export import ExportConfig
+from engine.config.stages import STAGES
 from engine.errors import EqatError
 from engine.run import control
 from engine.run.launch import launch
@@ -25,9 +26,10 @@ from engine.system.publish import check_target
 from eqat_tui.feed import RunView
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import Line, line, wrap
+from eqat_tui.planned import branch
+from eqat_tui.run_text import shorten
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Ask, MarkdownReader
-from eqat_tui.summary import shorten
 from eqat_tui.views import monitor as monitor_views
 from eqat_tui.views import result as views
 from eqat_tui.widgets.list_panel import ListPanel
@@ -50,7 +52,6 @@ def export_formats() -> tuple[str, ...]:
 class ResultScreen(WorkScreen):
     """Perplexity, figures, samples and packed checkpoints of the current run."""
 
-    MODE = "result"
     KEYS = (
         Key(
             "g",
@@ -188,8 +189,8 @@ class ResultScreen(WorkScreen):
     def _trained(view: RunView) -> bool:
         """Whether all phases that train are finished."""
         finished = {row.name for row in view.state.phases if row.finished}
-        config = view.config or {}
-        wanted = {name for name in ("block_ap", "e2e_qp") if config.get(name, {}).get("enabled")}
+        config = view.config
+        wanted = {stage.name for stage in STAGES if branch(config, stage.name, "enabled")}
         return bool(view.state.trained_blocks()) and wanted <= finished
 
     def do_sample(self) -> None:

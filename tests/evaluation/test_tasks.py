@@ -11,9 +11,10 @@ import tiny
 import torch
 from torch.nn import functional
 
-from engine.config.evaluation import TASKS
+from engine.config.corpora import HubSource
 from engine.config.loading import apply_overrides, load, resolve
 from engine.config.model import ModelConfig
+from engine.config.tasks import TASKS, Task
 from engine.config.validation import validate
 from engine.data import tasks as asking
 from engine.data.tasks import Question, questions
@@ -160,6 +161,7 @@ HUB_ROWS = {
         ),
     ),
 }
+HUB_ROWS["arc_challenge"] = HUB_ROWS["arc_easy"]
 
 
 @pytest.mark.parametrize("name", HUB_ROWS)
@@ -170,7 +172,23 @@ def test_tasks_of_the_hub_are_asked_as_published(name: str, monkeypatch: pytest.
 
 
 def test_every_task_that_a_configuration_may_name_can_be_asked() -> None:
-    assert set(TASKS) == set(asking.TASKS)
+    assert set(TASKS.names()) == set(HUB_ROWS)
+
+
+def asked_backwards(row: asking.Row) -> Question:
+    return Question(((row["text"], row["text"][::-1]),), 0)
+
+
+def test_a_task_that_another_package_registers_is_validated_and_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    TASKS.register(Task(name="mirror", source=HubSource("a/b"), ask=f"{__name__}:asked_backwards"))
+    try:
+        monkeypatch.setattr(asking, "hub_rows", lambda source: iter([{"text": source.repo}]))
+        validate(resolve(apply_overrides(load("smoke"), {"evaluation.tasks": "mirror"})))
+        assert questions("mirror") == [Question((("a/b", "b/a"),), 0)]
+    finally:
+        TASKS.unregister("mirror")
 
 
 def test_a_file_brings_its_own_questions(tmp_path: Path) -> None:

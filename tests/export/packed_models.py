@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine.config.grid import Grid
 from engine.config.model import ModelConfig
 from engine.export.gptq_v2 import ExportResult, export_gptq_v2
 from engine.models.causal_lm import CausalLM
@@ -66,7 +67,7 @@ def random_weight(out: int, inp: int, bits: int, group: int, symmetric: bool, se
         zero[0, 0], zero[1, 0] = 0, top
         zero[2, -1], zero[3, -1] = top, 0
     scale = (0.5 + torch.rand(out, groups, generator=draw)) * (1.2 / (top * inp**0.5))
-    return PackedWeight.from_codes(codes, scale, zero, bits, symmetric)
+    return PackedWeight.from_codes(codes, scale, zero, Grid(bits, group, symmetric))
 
 
 def packed_blocks(lm: CausalLM, bits: int, group: int, symmetric: bool = False) -> list[PackedBlock]:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from engine.config.grid import Grid
 from engine.errors import PreflightError
 from engine.export.gptq_v2 import export_gptq_v2, packed_tensors
 from engine.export.reader import GPTQv2Reader, packed_model, unpack_rows
@@ -69,7 +70,7 @@ def test_layout_is_the_one_the_format_describes(bits: int) -> None:
     zero = torch.randint(0, 2**bits, (out, 2), generator=draw, dtype=torch.uint8)
     zero[0], zero[1] = 0, 2**bits - 1
     scale = torch.rand(out, 2, generator=draw)
-    tensors = dict(packed_tensors("l", PackedWeight.from_codes(codes, scale, zero, bits)))
+    tensors = dict(packed_tensors("l", PackedWeight.from_codes(codes, scale, zero, Grid(bits, group))))
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == {
         "l.qweight": ((inp * bits // 32, out), torch.int32),
         "l.qzeros": ((2, out * bits // 32), torch.int32),
@@ -240,7 +241,10 @@ def test_model_card_has_the_numbers_and_the_command(llama: Path, tmp_path: Path)
 
 def test_zero_points_that_do_not_fill_words_are_refused_by_name() -> None:
     weight = PackedWeight.from_codes(
-        torch.zeros(8, 64, dtype=torch.uint8), torch.ones(8, 1), torch.zeros(8, 1, dtype=torch.uint8), 2
+        torch.zeros(8, 64, dtype=torch.uint8),
+        torch.ones(8, 1),
+        torch.zeros(8, 1, dtype=torch.uint8),
+        Grid(2, 64),
     )
     with pytest.raises(PreflightError, match=r"layers\.0\.k_proj: 8 output channels of 2 bits"):
         list(packed_tensors("layers.0.k_proj", weight))
@@ -266,6 +270,7 @@ def test_mixed_grids_are_refused(llama: Path, tmp_path: Path) -> None:
 def test_a_real_model_keeps_its_predictions_at_8_bits(tmp_path: Path) -> None:
     """Its down_proj has 172 inputs, which no group size divides; whole rows at 8 bits fit."""
     source, lm = open_model(STORIES)
+    grid = Grid(8, -1)
 
     def block_for(index: int) -> PackedBlock:
         module = lm.load_block(index)
@@ -273,8 +278,10 @@ def test_a_real_model_keeps_its_predictions_at_8_bits(tmp_path: Path) -> None:
         for name in lm.linear_names(index):
             linear = module.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            scale, zero = initial_range(linear.weight, 8, -1, symmetric=False, method="minmax")
-            linears[name] = PackedWeight.from_codes(quantize(linear.weight, scale, zero, 8), scale, zero, 8)
+            scale, zero = initial_range(linear.weight, grid, method="minmax")
+            linears[name] = PackedWeight.from_codes(
+                quantize(linear.weight, scale, zero, 8), scale, zero, grid
+            )
         own = {f"{name}.weight" for name in linears}
         return PackedBlock(linears, {n: p for n, p in module.named_parameters() if n not in own})
 

@@ -229,7 +229,8 @@ def open_model(source: Path) -> None:
 def read_texts(source: Path) -> None:
     """All documents of every part, and what the text is identified by."""
     from engine.config.data import DataConfig
-    from engine.data.text import PARTS, open_source
+    from engine.data.parts import PARTS
+    from engine.data.text import open_source
 
     found = open_source(DataConfig(source=str(source)))
     for part in PARTS:
@@ -240,9 +241,12 @@ def read_texts(source: Path) -> None:
 
 def load_config(path: Path) -> None:
     """Load, complete, check and write a configuration."""
-    from engine.config import loading as configs
+    from engine.config.derived import resolve
+    from engine.config.loading import load
+    from engine.config.sameness import config_hash, equivalent_command
     from engine.config.validation import validate
+    from engine.config.writing import to_toml
 
-    config = configs.resolve(configs.load(str(path)))
+    config = resolve(load(str(path)))
     validate(config)
-    configs.to_toml(config), configs.config_hash(config), configs.equivalent_command(config)
+    to_toml(config), config_hash(config), equivalent_command(config)

@@ -86,7 +86,7 @@ class HandLinear(nn.Module):
         super().__init__()
         self.top, self.group = 2**grid.bits - 1, grid.group_size
         self.weight = nn.Parameter(linear.weight.detach().clone())
-        scale, zero = initial_range(self.weight.data, grid.bits, grid.group_size, method=grid.range)
+        scale, zero = initial_range(self.weight.data, grid.shared, method=grid.range)
         self.scale, self.zero = nn.Parameter(scale), nn.Parameter(zero)
         self.floor = scale * 1e-2
 

@@ -17,7 +17,8 @@ pytest.importorskip("triton")
 from engine.config.block_ap import BlockAPConfig
 from engine.config.grid import GridConfig
 from engine.config.model import ModelConfig
-from engine.data.activations import StoreKind, make_store
+from engine.config.runtime import StoreKind
+from engine.data.activations import make_store
 from engine.errors import NonFiniteError, StopRequested
 from engine.methods.blockwise import block_ap
 from engine.methods.blockwise.block_ap import BlockResult, train_block

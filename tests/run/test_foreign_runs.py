@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.config.loading import load, resolve
+from engine.config.derived import resolve
+from engine.config.loading import load
 from engine.errors import EqatError, ExitCode, PreflightError
 from engine.run import control, event_log, events
 from engine.run.directory import (

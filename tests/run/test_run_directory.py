@@ -10,7 +10,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from engine.config import loading as configs
+from engine.config.derived import resolve
+from engine.config.loading import load
+from engine.config.overrides import apply_overrides
 from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run import directory, events
 from engine.run.directory import Launched, RunDirectory, Status, classify, run_state, write_status
@@ -21,7 +23,7 @@ from engine.run.lock import RunLock
 from engine.run.summary import summarize
 from engine.system.files import atomic_write, atomic_write_json, disk_error
 
-CONFIG = configs.resolve(configs.load("smoke"))
+CONFIG = resolve(load("smoke"))
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def test_created_run_holds_its_config_and_its_folders(run: RunDirectory) -> None
 def test_id_is_a_plain_directory_name_whatever_the_model_is_called(
     runs: Path, source: str, slug: str
 ) -> None:
-    run = RunDirectory.create(runs, configs.apply_overrides(CONFIG, {"model.source": source}))
+    run = RunDirectory.create(runs, apply_overrides(CONFIG, {"model.source": source}))
     assert run.path.parent == runs.resolve()
     assert run.id[14:].startswith(f"{slug}-w4g32-")
 
@@ -69,7 +71,7 @@ def test_local_paths_in_a_run_do_not_depend_on_the_working_directory(
 ) -> None:
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
-    run = RunDirectory.create(runs, configs.apply_overrides(CONFIG, {"model.source": "model"}))
+    run = RunDirectory.create(runs, apply_overrides(CONFIG, {"model.source": "model"}))
     assert run.config().model.source == str(tmp_path.resolve() / "model")
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from waiting import wait_until
 
-from engine.config import loading as configs
+from engine.config.derived import resolve
+from engine.config.loading import load
 from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run import control, launch
 from engine.run.directory import RunDirectory, Status, read_status, run_state, write_status
@@ -23,7 +24,7 @@ from engine.run.lock import RunLock, holder, is_held, opened_by
 from engine.run.state import load_state
 
 REPOSITORY = Path(__file__).parents[2]
-CONFIG = configs.resolve(configs.load("smoke"))
+CONFIG = resolve(load("smoke"))
 
 
 @pytest.fixture

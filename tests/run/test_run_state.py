@@ -11,14 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_strategies import log_of, some_event
 
-from engine.config import loading as configs
+from engine.config.derived import resolve
+from engine.config.loading import load
+from engine.config.writing import to_dict
 from engine.run import events, state
 from engine.run.directory import RunDirectory, Status, run_state, write_status
 from engine.run.event_log import EventWriter
 from engine.run.state import MAX_METRICS, MAX_READINGS, RunState, load_state
 from engine.run.summary import show, summarize
 
-CONFIG = configs.resolve(configs.load("smoke"))
+CONFIG = resolve(load("smoke"))
 
 
 def reduce(some: list[events.Event], start: RunState | None = None) -> RunState:
@@ -46,7 +48,7 @@ def metric(step: int) -> events.Metric:
 def test_reducer_is_total_over_any_sequence_of_events(some: list[events.Event]) -> None:
     result = reduce(some)
     assert result.event_count == len(some)
-    printed = json.dumps(result.to_json(state="crashed", config=configs.to_dict(CONFIG)), allow_nan=False)
+    printed = json.dumps(result.to_json(state="crashed", config=to_dict(CONFIG)), allow_nan=False)
     assert set(json.loads(printed)) >= PROMISED
 
 

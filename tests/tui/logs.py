@@ -10,7 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from engine.config.loading import load, resolve
+from engine.config.derived import resolve
+from engine.config.loading import load
 from engine.config.run import RunConfig
 from engine.config.stages import phases_of
 from engine.run import events

@@ -19,7 +19,9 @@ import pytest
 from pty_app import NOT_OURS, REPOSITORY
 from waiting import PATIENCE, wait_until
 
-from engine.config.loading import apply_overrides, load, resolve
+from engine.config.derived import resolve
+from engine.config.loading import load
+from engine.config.overrides import apply_overrides
 from engine.run.directory import RunDirectory, run_state
 from engine.run.finding import list_runs
 from engine.run.launch import launch
