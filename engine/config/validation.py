@@ -20,6 +20,7 @@ from engine.config.block_ap import BlockAPConfig
 from engine.config.data import DataConfig
 from engine.config.e2e_qp import E2EQPConfig
 from engine.config.evaluation import TASKS, EvaluationConfig
+from engine.config.formats import refuse_unknown
 from engine.config.grid import BITS, GROUP_SIZES, GridConfig
 from engine.config.run import RunConfig
 from engine.config.runtime import RuntimeConfig
@@ -59,6 +60,7 @@ def validate(config: RunConfig) -> None:
     _block_ap(config.block_ap, symmetric=config.grid.symmetric)
     _e2e_qp(config.e2e_qp, symmetric=config.grid.symmetric)
     _evaluation(config.evaluation)
+    refuse_unknown("export.formats", config.export.formats)
     _unique("export.formats", config.export.formats)
     # A file has a header; below a KiB there would be more files than a folder can hold.
     _between("export.shard_gib", config.export.shard_gib, 1e-6, 1e6)
