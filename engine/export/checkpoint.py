@@ -101,7 +101,7 @@ class Export:
 
     def _write(self, directory: Path) -> ExportResult:
         """Every file of the export, into the empty ``directory``."""
-        room = header_room(_all_names(self.layout, self.lm))
+        room = header_room(tensor_names(self.layout, self.lm))
         writer = ShardWriter(directory, shard_bytes=self.shard_bytes, header_bytes=room)
         try:
             written = self._write_tensors(writer)
@@ -154,6 +154,15 @@ class Export:
         return written
 
 
+def tensor_names(layout: Layout, lm: CausalLM) -> Iterator[str]:
+    """Every tensor name that may be written, for the room the header needs; a few too many do no harm."""
+    yield from lm.model.state_dict()
+    for index in range(lm.blocks):
+        for name in lm.linear_names(index):
+            yield from layout.names(f"{lm.block_prefix(index)}.{name}")
+            yield f"{lm.block_prefix(index)}.{name}.bias"
+
+
 def room_beside_tensors(layout: Layout, lm: CausalLM, source: ModelSource, shards: int) -> int:
     """Bytes of an export besides its tensors: headers of so many files, the tokenizer, the small files."""
     tokenizer = 0
@@ -161,7 +170,7 @@ def room_beside_tensors(layout: Layout, lm: CausalLM, source: ModelSource, shard
         for name in TOKENIZER_FILES:
             with suppress(OSError):
                 tokenizer += (source.directory / name).stat().st_size
-    return shards * header_room(_all_names(layout, lm)) + tokenizer + SMALL_FILES
+    return shards * header_room(tensor_names(layout, lm)) + tokenizer + SMALL_FILES
 
 
 def half(name: str, tensor: Tensor) -> Tensor:
@@ -245,12 +254,3 @@ def _blocks_name(lm: CausalLM) -> str:
 def _stored_buffers(lm: CausalLM) -> list[str]:
     parameters = {name for name, _ in lm.model.named_parameters(remove_duplicate=False)}
     return [name for name in lm.model.state_dict() if name not in parameters and name in lm.weights]
-
-
-def _all_names(layout: Layout, lm: CausalLM) -> Iterator[str]:
-    """Every tensor name that may be written, for the room the header needs; a few too many do no harm."""
-    yield from lm.model.state_dict()
-    for index in range(lm.blocks):
-        for name in lm.linear_names(index):
-            yield from layout.names(f"{lm.block_prefix(index)}.{name}")
-            yield f"{lm.block_prefix(index)}.{name}.bias"
