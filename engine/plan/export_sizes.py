@@ -7,40 +7,17 @@ says (``Format.costs``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import msgspec
 
 from engine.architecture.families import Architecture
-from engine.config.formats import FORMATS
+from engine.config.formats import FORMATS, packed_bits
 from engine.config.grid import GridConfig
-from engine.config.tables import load_named
-
-LinearBytes = Callable[[int, int, int, int], int]
-"""Bytes of one linear of so many outputs, inputs, bits and group size."""
-
-
-def packed_bytes(out_features: int, in_features: int, bits: int, group_size: int) -> int:
-    """Codes, zero points and scales of a linear, packed without a gap."""
-    return _packed_bits(out_features, in_features, bits, group_size) // 8
-
-
-def gptq_bytes(out_features: int, in_features: int, bits: int, group_size: int) -> int:
-    """The same, and each input's group (int32), which GPTQ files list."""
-    return packed_bytes(out_features, in_features, bits, group_size) + 4 * in_features
-
-
-def _packed_bits(out_features: int, in_features: int, bits: int, group_size: int) -> int:
-    groups = out_features * (1 if group_size == -1 else in_features // group_size)
-    return out_features * in_features * bits + groups * (bits + 16)
 
 
 def format_bytes(arch: Architecture, grid: GridConfig, name: str) -> int:
-    """The tensors of an export in the format called ``name``; packed without a gap where its row gives no
-    function."""
-    linear_bytes: LinearBytes = load_named(FORMATS[name].costs) if FORMATS[name].costs else packed_bytes
+    """The tensors of an export in the format called ``name``."""
     linears = sum(
-        linear_bytes(linear.out_features, linear.in_features, grid.bits, grid.group_size)
+        FORMATS[name].linear_bytes(linear.out_features, linear.in_features, grid.shared)
         for linear in arch.linears
     )
     others = 2 * (arch.bias_params_per_block + arch.norm_params_per_block)
@@ -58,7 +35,7 @@ class Sizes(msgspec.Struct, frozen=True):
 def sizes(arch: Architecture, grid: GridConfig, formats: tuple[str, ...] = ()) -> Sizes:
     """The exports in ``formats`` (in the first of all, where none is asked for) and the 16-bit model."""
     packed_bits = sum(
-        _packed_bits(linear.out_features, linear.in_features, grid.bits, grid.group_size)
+        packed_bits(linear.out_features, linear.in_features, grid.bits, grid.group_size)
         for linear in arch.linears
     )
     return Sizes(

@@ -13,13 +13,13 @@ from engine.architecture.description import TINY_LLAMA, describe
 from engine.architecture.families import architecture
 from engine.config.dtypes import DTYPE_BYTES, resolved_dtype
 from engine.config.export import ExportConfig
-from engine.config.formats import FORMATS
+from engine.config.formats import FORMATS, gptq_bytes
 from engine.config.grid import GridConfig
 from engine.config.run import RunConfig
 from engine.config.stages import STAGES, Stage, stages_of
 from engine.plan.costs import costs_of, made_costs
 from engine.plan.estimate import CONSTANTS, GIB, Workload
-from engine.plan.export_sizes import format_bytes, gptq_bytes
+from engine.plan.export_sizes import format_bytes
 from engine.plan.fit import Place
 from engine.plan.object_sizes import block_bytes, scales_bytes
 from engine.plan.plan import PhasePlan, Plan, make_plan

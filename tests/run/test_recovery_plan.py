@@ -177,9 +177,11 @@ def test_a_snapshot_takes_what_was_planned(phase: str, changes: dict[str, str]) 
 
 def test_an_export_has_the_header_and_the_files_that_were_planned(tmp_path: Path) -> None:
     lm = tiny()
-    from engine.export import gptq_v2, shards
+    from engine.export import shards
+    from engine.export.checkpoint import tensor_names
+    from engine.export.layout import layout_of
 
-    reserved = 8 + shards.header_room(gptq_v2._all_names(lm))
+    reserved = 8 + shards.header_room(tensor_names(layout_of("gptq_v2"), lm))
     assert header_room(architecture(TINY_LLAMA)) == pytest.approx(reserved, abs=shards.ALIGNMENT)
     lm.source.save_assets(tmp_path)
     written = sum(file.stat().st_size for file in tmp_path.iterdir())
