@@ -18,6 +18,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from engine import __version__
+from engine.config.formats import DEFAULT_FORMAT, FORMATS
 from engine.errors import EqatError, ExitCode, UsageError
 from engine.system.standard_streams import open_standard_streams
 
@@ -402,7 +403,7 @@ def evaluate(
 @app.command()
 def export(
     run: Run,
-    format: Annotated[str, typer.Option("--format", help="gptq_v2.")] = "gptq_v2",
+    format: Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS.names())}.")] = DEFAULT_FORMAT,
     to: Annotated[
         Path | None, typer.Option("--to", metavar="FOLDER", help="Copy the verified checkpoint here as well.")
     ] = None,
@@ -414,8 +415,8 @@ def export(
     from engine.system.copying import check_target
     from eqat_tui import actions
 
-    if format != "gptq_v2":
-        raise UsageError(f"there is no format {format!r}", where="--format", hint="gptq_v2")
+    if format not in FORMATS:
+        raise UsageError(f"there is no format {format!r}", where="--format", hint=", ".join(FORMATS.names()))
     args = ["--task", "export", "--format", format]
     found = actions.find(run, runs_dir)
     if to is not None:

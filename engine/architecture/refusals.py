@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.architecture.families import Architecture, LinearShape, text_config
+from engine.config.formats import FORMATS
 from engine.config.grid import BITS, GROUP_SIZES, GridConfig
 from engine.errors import PreflightError
 
@@ -95,15 +96,24 @@ def _refuse_group_size(arch: Architecture, grid: GridConfig) -> None:
 
 
 def _refuse_packing(arch: Architecture, grid: GridConfig, export_formats: Sequence[str]) -> None:
-    """Codes lie along the input and, in GPTQ files, zero points along the output, in whole 32-bit words."""
+    """What the formats' rows say they cannot hold. Codes lie along the input in whole 32-bit words; in some
+    formats something lies so along the output, too."""
+    wanted = [FORMATS[name] for name in export_formats if name in FORMATS]
+    for row in wanted:
+        if row.lacks(grid.shared):
+            raise PreflightError(
+                f"{row.label} cannot hold {row.lacks(grid.shared)}",
+                where="export.formats",
+                hint=f"choose a grid that it holds, or leave {row.name} out of export.formats",
+            )
+    along_outputs = [row.name for row in wanted if row.words_along_outputs]
 
     def packs(count: int, bits: int) -> bool:
         return count * bits % 32 == 0
 
     def fits(linear: LinearShape, bits: int) -> bool:
-        return packs(linear.in_features, bits) and (not gptq or packs(linear.out_features, bits))
+        return packs(linear.in_features, bits) and (not along_outputs or packs(linear.out_features, bits))
 
-    gptq = any(name.startswith("gptq") for name in export_formats)
     for linear in arch.linears:
         if fits(linear, grid.bits):
             continue
@@ -112,7 +122,9 @@ def _refuse_packing(arch: Architecture, grid: GridConfig, export_formats: Sequen
         fitting = [bits for bits in BITS if all(fits(each, bits) for each in arch.linears)]
         remedy = f"bits that work for every layer: {', '.join(map(str, fitting))}" if fitting else ""
         if side == "output":
-            remedy = "; or ".join(filter(None, (remedy, "leave gptq_v2 out of export.formats")))
+            remedy = "; or ".join(
+                filter(None, (remedy, f"leave {' and '.join(along_outputs)} out of export.formats"))
+            )
         raise PreflightError(
             f"{count} {side} features of {grid.bits} bits do not fill whole 32-bit words",
             where=f"{arch.block_prefix}.0.{linear.name}",

@@ -9,7 +9,7 @@ import functools
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -58,6 +58,8 @@ def describe(kind: Any) -> str:
         return " or ".join(describe(option) for option in typing.get_args(kind))
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is Annotated:  # a name out of a table
+        return "one of " + ", ".join(typing.get_args(kind)[1].names())
     if typing.get_origin(kind) is tuple:
         return "a list, each " + describe(typing.get_args(kind)[0])
     if is_section(kind):

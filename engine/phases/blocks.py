@@ -48,7 +48,7 @@ def train_blocks(job: Job) -> None:
     from it; not when all blocks were finished before.
     """
     if not job.all_blocks_finished():
-        _BlockPhase(job).run()
+        _BlockAP(job).run()
         return
     for index in range(job.blocks):
         job.report.block_started(index, job.blocks)
@@ -60,7 +60,7 @@ def _restored(job: Job, index: int) -> None:
     job.report.block_finished(**(job.store.fact(losses_fact(index)) or {}), restored=True)
 
 
-class _BlockPhase:
+class _BlockAP:
     def __init__(self, job: Job) -> None:
         self.job, self.config = job, job.config.block_ap
         self.dtype = compute_dtype(self.config.compute_dtype, job.device)

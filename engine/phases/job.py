@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from engine.checkpoints.commits import Checkpoints
 from engine.checkpoints.store import CheckpointStore
+from engine.config.dtypes import resolved_dtype
 from engine.config.run import RunConfig
 from engine.config.stages import Stage, network_stages, stages_of
 from engine.data.activations import ActivationStore, make_store
@@ -139,10 +140,8 @@ class Job:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype of a configured one; ``auto`` is bfloat16 on a GPU and float32 on the CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = getattr(torch, name)
+    """The torch dtype of a configured one."""
+    dtype = getattr(torch, resolved_dtype(name, cuda=device.type == "cuda"))
     assert isinstance(dtype, torch.dtype)
     return dtype
 

@@ -1,8 +1,8 @@
-"""What estimates are made of: measured constants, a configuration applied to a model, sizes on disk.
+"""What estimates are made of: measured constants, and a configuration applied to a model.
 
-``memory_model.py``, ``disk_model.py`` and ``time_model.py`` count bytes and operations; everything that is
-not such a count is in :data:`CONSTANTS` and :data:`GPU_RATES`, each entry with what it stands for and where
-its value comes from. To calibrate, change a number here and nothing else.
+The stages (:mod:`engine.plan.stages`) and the phases beside them (``phases.py``) count bytes and operations;
+everything that is not such a count is in :data:`CONSTANTS` and :data:`GPU_RATES`, each entry with what it
+stands for and where its value comes from. To calibrate, change a number here and nothing else.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from engine.architecture.families import GPU_HEAD_VALUES, HEAD_VALUES, Architecture
-from engine.config.grid import GridConfig
+from engine.config.dtypes import DTYPE_BYTES, resolved_dtype
 from engine.config.run import RunConfig
 from engine.config.runtime import StoreKind
 from engine.config.stages import phases_of
@@ -194,50 +194,19 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     cuda: bool
     windows: int
     """Evaluation windows."""
-    compiles_e2e: bool = False
-    """E2E-QP's blocks are compiled, and keep less for their backward pass."""
+    compiled: frozenset[str] = frozenset()
+    """Stages whose training is compiled, and keeps less for its backward pass."""
     short_of_memory: bool = True
-    """Where that is left to the plan, E2E-QP recomputes activations."""
-
-    @property
-    def recomputes(self) -> bool:
-        """Whether E2E-QP recomputes each block's activations instead of keeping them."""
-        wanted = self.config.e2e_qp.activation_checkpointing
-        return self.short_of_memory if wanted == "auto" else wanted == "on"
+    """Where that is left to the plan, a training of the whole network recomputes activations."""
 
     def bytes_of(self, dtype: str) -> int:
         """Bytes of a number in a configured compute dtype."""
-        if dtype == "auto":
-            return 2 if self.cuda else 4
-        return 4 if dtype == "float32" else 2
+        return DTYPE_BYTES[resolved_dtype(dtype, cuda=self.cuda)]
 
     @property
     def model_bytes(self) -> int:
         """Bytes of a number outside the training of blocks."""
         return self.bytes_of("auto")
-
-    @property
-    def shares_teacher(self) -> bool:
-        """Block-AP's full-precision stream ends as E2E-QP's teacher when both train on the same sequences."""
-        a, b = self.config.block_ap, self.config.e2e_qp
-        shapes = [(s.sequences, s.val_sequences, s.sequence_length) for s in (a, b)]
-        return a.enabled and b.enabled and b.loss == "kl" and shapes[0] == shapes[1]
-
-    def stream_bytes(self) -> int:
-        """One of Block-AP's two activation streams."""
-        section = self.config.block_ap
-        if not section.enabled:
-            return 0
-        numbers = (section.sequences + section.val_sequences) * section.sequence_length * self.arch.hidden
-        return numbers * self.bytes_of(section.compute_dtype)
-
-    def teacher_bytes(self) -> int:
-        """The teacher's last hidden states."""
-        section = self.config.e2e_qp
-        if not section.enabled or section.loss != "kl":
-            return 0
-        numbers = (section.sequences + section.val_sequences) * section.sequence_length * self.arch.hidden
-        return numbers * self.bytes_of(section.compute_dtype)
 
     def evaluation_bytes(self) -> int:
         """Hidden states of all evaluation windows."""
@@ -247,25 +216,3 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     def phases(self) -> list[str]:
         """Names of the phases, in order."""
         return phases_of(self.config)
-
-
-class Sizes(msgspec.Struct, frozen=True):
-    """Bytes of the tensors."""
-
-    export: int
-    fp: int
-    bits_per_weight: float
-
-
-def sizes(arch: Architecture, grid: GridConfig) -> Sizes:
-    """Export (GPTQ v2), the 16-bit model, and bits per quantized weight.
-
-    A group of g weights of b bits costs g*b bits of codes, b of zero point and 16 of scale; everything
-    that is not the weight of a linear stays at 16 bits. GPTQ files also list each input's group (int32).
-    """
-    groups, weights = arch.groups_per_block(grid.group_size), arch.linear_params_per_block
-    packed_bits = weights * grid.bits + groups * (grid.bits + 16)
-    others = arch.bias_params_per_block + arch.norm_params_per_block
-    group_index = 4 * sum(linear.in_features for linear in arch.linears)
-    export = arch.blocks * (packed_bits // 8 + 2 * others + group_index) + 2 * arch.rest_params
-    return Sizes(export=export, fp=2 * arch.params, bits_per_weight=packed_bits / weights)

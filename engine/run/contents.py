@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from engine.config.formats import FORMATS
 from engine.system.temporary import temporary_of
 
 CONFIG = "config.toml"
@@ -16,8 +17,6 @@ FILES = (CONFIG, "run.json", "origin.json", "lock", "status.json", "launch.json"
 """Files at the top of a run. Only the configuration is there from the beginning."""
 FOLDERS = ("control", "logs", "checkpoints", "cache", "eval", "export")
 """Folders at the top of a run, all made with it. The end of a run removes ``cache``."""
-FORMATS = ("gptq_v2",)
-"""Folders in ``export/`` that are exports."""
 PARTIAL, FAILED, OLD = ".partial", ".failed", ".old"
 LEFTOVERS = (PARTIAL, FAILED, OLD)
 """What an export that was cut off, failed its verification or was replaced is called besides its format."""
@@ -123,7 +122,7 @@ def _is_in_checkpoints(name: str) -> bool:
 
 
 def _is_in_export(name: str) -> bool:
-    return any(name == made + ending for made in FORMATS for ending in ("", *LEFTOVERS))
+    return any(name == made + ending for made in FORMATS.names() for ending in ("", *LEFTOVERS))
 
 
 _BELONGS: dict[str, Callable[[str], bool]] = {

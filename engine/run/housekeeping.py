@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.config.formats import FORMATS
 from engine.errors import PreflightError
 from engine.run import contents, generations
 from engine.run.directory import RunDirectory
@@ -176,7 +177,7 @@ def _garbage(run: RunDirectory) -> Iterator[tuple[Path, list[str]]]:
         run.export_dir,
         [
             made + ending
-            for made in contents.FORMATS
+            for made in FORMATS.names()
             for ending in contents.LEFTOVERS
             # An export that was replaced; where its successor is missing, it is the only one there is.
             if made + ending in there and (ending != contents.OLD or made in there)

@@ -19,7 +19,7 @@ from engine.config.model import ModelConfig
 from engine.config.runtime import StoreKind
 from engine.data.activations import make_store
 from engine.data.sampler import BatchSampler
-from engine.methods.advance import Passage, advance
+from engine.methods.advance import Portions, advance
 from engine.methods.blockwise.block_ap import BlockResult, train_block
 from engine.methods.blockwise.reconstruction import Streams
 from engine.methods.blockwise.rtn import round_to_nearest
@@ -195,7 +195,7 @@ def trained_block(device: torch.device, dtype: torch.dtype, bits: int = 3) -> tu
         store.write(0, lm.embed(ids.to(device)))
     heard = Listening()
     block = lm.load_block(0, dtype=torch.float32)
-    advance(lm, 0, block, stores[0], Passage(config.block_ap.batch_size), dtype, heard)
+    advance(lm, 0, block, stores[0], Portions(config.block_ap.batch_size), dtype, heard)
     result = train_block(
         lm,
         0,

@@ -19,7 +19,7 @@ from engine.config.grid import GridConfig
 from engine.config.model import ModelConfig
 from engine.data.activations import make_store
 from engine.errors import StopRequested
-from engine.methods.advance import Passage, advance
+from engine.methods.advance import Portions, advance
 from engine.methods.blockwise.block_ap import train_block
 from engine.methods.blockwise.reconstruction import Streams
 from engine.methods.blockwise.rtn import round_to_nearest
@@ -85,7 +85,7 @@ def block_ap(lm: CausalLM, snapshot: Snapshot | None, progress: Heard, **changes
     for store in stores:
         store.write(0, lm.embed(ids))
     block = lm.load_block(0, dtype=torch.float32)
-    advance(lm, 0, block, stores[0], Passage(2), torch.float32, Heard())
+    advance(lm, 0, block, stores[0], Portions(2), torch.float32, Heard())
     result = train_block(
         lm,
         0,
@@ -317,21 +317,21 @@ def test_a_stream_computed_again_passes_in_the_same_portions(
         sizes.append(len(hidden))
         return output
 
-    def passed(passage: Passage) -> Tensor:
+    def passed(portions: Portions) -> Tensor:
         store = make_store("device", (*ids.shape, lm.hidden_size), torch.float32, CPU)
         store.write(0, lm.embed(ids))
         block = lm.load_block(0, dtype=torch.float32)
-        advance(lm, 0, block, store, passage, torch.float32, Heard())
+        advance(lm, 0, block, store, portions, torch.float32, Heard())
         return store.read(slice(0, 9))
 
     monkeypatch.setattr(lm, "run_block", recorded)
-    passage = Passage(4)
-    first = passed(passage)
+    portions = Portions(4)
+    first = passed(portions)
     assert sizes == [4, 1, 1, 1, 1, 1]
     sizes.clear()
     small.room = 100
     monkeypatch.setattr(
         lm, "run_block", lambda *a, **often: (sizes.append(len(a[2])), CausalLM.run_block(lm, *a, **often))[1]
     )
-    assert torch.equal(passed(Passage(4, json.loads(json.dumps(passage.halvings)))), first)
+    assert torch.equal(passed(Portions(4, json.loads(json.dumps(portions.halvings)))), first)
     assert sizes == [4, 1, 1, 1, 1, 1]

