@@ -63,6 +63,7 @@ def _restored(job: Job, index: int) -> None:
 class _BlockAP:
     def __init__(self, job: Job) -> None:
         self.job, self.config = job, job.config.block_ap
+        self.text = job.tokens.of("block_ap")
         self.dtype = compute_dtype(self.config.compute_dtype, job.device)
 
     def run(self) -> None:
@@ -85,10 +86,10 @@ class _BlockAP:
     @contextmanager
     def _streams(self) -> Iterator[Streams]:
         job = self.job
-        full = job.activations("full", job.tokens.block_ap, self.dtype)
-        quantized = job.activations("quantized", job.tokens.block_ap, self.dtype)
+        full = job.activations("full", self.text.tokens_NT, self.dtype)
+        quantized = job.activations("quantized", self.text.tokens_NT, self.dtype)
         try:
-            yield Streams(full, quantized, job.tokens.block_ap_train)
+            yield Streams(full, quantized, self.text.train)
         finally:
             quantized.close()
             if full is not job.full:
@@ -99,7 +100,7 @@ class _BlockAP:
         border = stored_at(self.job, {"full": streams.full, "quantized": streams.quantized})
         if border is not None:
             return border
-        self.job.embed(self.job.tokens.block_ap, streams.full, streams.quantized)
+        self.job.embed(self.text.tokens_NT, streams.full, streams.quantized)
         return 0
 
     def _replay(self, index: int, streams: Streams) -> None:

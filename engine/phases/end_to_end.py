@@ -26,7 +26,8 @@ def train_end_to_end(job: Job) -> None:
         return
     config = job.config.e2e_qp
     dtype = compute_dtype(config.compute_dtype, job.device)
-    taught = teacher(job) if is_taught(job) else None
+    text = job.tokens.of(stage.name)
+    taught = teacher(job, stage) if is_taught(job, stage) else None
     blocks = []
     for index in range(job.blocks):
         blocks.append(job.packed(index).install(job.lm.load_block(index, dtype=dtype)))
@@ -37,7 +38,7 @@ def train_end_to_end(job: Job) -> None:
             train_scales(
                 job.lm,
                 blocks,
-                NetworkData(job.tokens.e2e_qp, job.tokens.e2e_qp_train, taught),
+                NetworkData(text.tokens_NT, text.train, taught),
                 config,
                 seed=job.network_seed(stage),
                 dtype=dtype,

@@ -104,7 +104,7 @@ def _write(job: Job, path: Path, layout: Layout) -> tuple[ExportResult, VerifyRe
 
 def _verify(job: Job, layout: Layout, folder: Path) -> VerifyResult:
     """Read the files back and compare bits and logits."""
-    tokens = job.tokens.evaluation if len(job.tokens.evaluation) else job.tokens.block_ap
+    tokens = job.tokens.any()
     if not len(tokens):
         tokens = torch.arange(VERIFY_TOKENS).remainder(job.lm.vocab_size).unsqueeze(0)
     return verify(

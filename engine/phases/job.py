@@ -18,7 +18,7 @@ from engine.data.activations import ActivationStore, make_store
 from engine.evaluation.tasks import TokenizedTask
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
-from engine.phases.preparation import Tokens
+from engine.phases.text import Tokens
 from engine.plan.fit import host_budget
 from engine.plan.plan import Plan
 from engine.quant.packed import PackedBlock, overlaid

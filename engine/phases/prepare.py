@@ -19,15 +19,9 @@ from engine.gpu.compiled import SWITCH_HINT
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.phases.evaluation import recall
+from engine.phases.identity import digest, share_origin, warn_of_changes, write_manifest
 from engine.phases.job import Job, compute_dtype
-from engine.phases.preparation import (
-    PREPARE_SILENCE,
-    digest,
-    draw_tokens,
-    share_origin,
-    warn_of_changes,
-    write_manifest,
-)
+from engine.phases.text import PREPARE_SILENCE, draw_tokens
 from engine.plan.plan import Plan
 from engine.quant.packed import Kernels
 from engine.reporter import Reporter

@@ -1,9 +1,9 @@
-"""E2E-QP's teacher: the full-precision model's last hidden states on the text that is trained on.
+"""The teacher of a stage of the whole network: the full-precision model's last hidden states on its text.
 
-Block-AP's full-precision stream ends as just that where its text contains E2E-QP's and its arithmetic is the
-same: :mod:`engine.plan.streams` says whether the configuration allows it, then the tokens decide. Otherwise,
-and in a run that was resumed behind Block-AP, the text goes through the original blocks once more, unless the
-plan had it stored.
+Block-AP's full-precision stream ends as just that where its text contains the stage's and its arithmetic is
+the same: :mod:`engine.plan.streams` says whether the configuration allows it, then the tokens decide.
+Otherwise, and in a run that was resumed behind Block-AP, the text goes through the original blocks once more,
+unless the plan had it stored.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.config.stages import Stage
 from engine.data.activations import ActivationStore
 from engine.methods.network.teacher import Teacher, positions
 from engine.phases.job import Job, compute_dtype
 from engine.phases.passage import pass_through, store_at, stored_at
-from engine.plan.streams import may_share_teacher, taught
+from engine.plan.streams import may_share_teacher, streamed_stage, taught, taught_stage
 
 
 @dataclass(frozen=True)
@@ -25,43 +26,49 @@ class _Text:
     name: str
     tokens: Tensor
     rows: Tensor | None
-    """Where E2E-QP's own sequences lie in ``tokens``; none when they are the same."""
+    """Where the stage's own sequences lie in ``tokens``; none when they are the same."""
 
 
-def is_taught(job: Job) -> bool:
-    """Whether end-to-end training learns from a teacher."""
-    return taught(job.config) is not None
+def is_taught(job: Job, stage: Stage) -> bool:
+    """Whether a stage learns from a teacher."""
+    return taught_stage(job.config) == stage
 
 
-def _text(job: Job) -> _Text:
-    """The text whose last hidden states teach.
+def _text(job: Job, stage: Stage) -> _Text:
+    """The text whose last hidden states teach ``stage``.
 
     A resumed run computes Block-AP's stream anew from the same text in the same batches: in other batches,
     the last bits would be others.
     """
-    alone = _Text("teacher", job.tokens.e2e_qp, None)
+    own = job.tokens.of(stage.name).tokens_NT
+    alone = _Text("teacher", own, None)
     if not may_share_teacher(job.config, cuda=job.device.type == "cuda"):
         return alone
-    rows = positions(job.tokens.e2e_qp, job.tokens.block_ap)
-    return alone if rows is None else _Text("full", job.tokens.block_ap, rows)
+    streamed = job.tokens.of(streamed_stage(job.config).name).tokens_NT
+    rows = positions(own, streamed)
+    return alone if rows is None else _Text("full", streamed, rows)
 
 
 def _dtype(job: Job) -> torch.dtype:
-    return compute_dtype(job.config.e2e_qp.compute_dtype, job.device)
+    text = taught(job.config)
+    assert text is not None, "nothing learns from a teacher"
+    return compute_dtype(text.compute_dtype, job.device)
 
 
 def keep_as_teacher(job: Job, full: ActivationStore) -> bool:
     """Whether Block-AP's full-precision stream, behind the last block, is the teacher; stores it then, where
     the plan stores streams."""
-    if not is_taught(job) or _text(job).name != "full":
+    stage = taught_stage(job.config)
+    if stage is None or _text(job, stage).name != "full":
         return False
     _store(job, full)
     return True
 
 
-def teacher(job: Job) -> Teacher:
-    """The teacher: ``job.full``, if that was kept, else from the disk, else computed one block at a time."""
-    text = _text(job)
+def teacher(job: Job, stage: Stage) -> Teacher:
+    """The teacher of ``stage``: ``job.full``, if that was kept, else from the disk, else computed block by
+    block."""
+    text = _text(job, stage)
     if job.full is not None:
         full, job.full = job.full, None
         return Teacher(full, text.rows)

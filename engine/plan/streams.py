@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from engine.config.dtypes import resolved_dtype
 from engine.config.run import RunConfig
+from engine.config.stages import Stage
 from engine.plan.costs import Text, made_costs
 from engine.plan.estimate import Workload
 
@@ -23,6 +24,16 @@ def taught(config: RunConfig) -> Text | None:
     """The text of the teacher; none where nothing learns from one."""
     texts = (costs.teacher_text(config) for costs in made_costs(config))
     return next((text for text in texts if text is not None), None)
+
+
+def taught_stage(config: RunConfig) -> Stage | None:
+    """The stage that learns from a teacher; none where nothing does."""
+    return next((costs.stage for costs in made_costs(config) if costs.teacher_text(config) is not None), None)
+
+
+def streamed_stage(config: RunConfig) -> Stage:
+    """The stage whose text the two streams are, where :func:`streamed` says that there are any."""
+    return made_costs(config)[0].stage
 
 
 def may_share_teacher(config: RunConfig, *, cuda: bool) -> bool:

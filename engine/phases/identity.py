@@ -1,7 +1,6 @@
-"""Before anything is trained: the text as tokens, and what the run is made from.
+"""What a run is made from: written down once, compared when it goes on, shared with a run that redoes a part.
 
-A checkpoint belongs to one model, one text and one set of deciding settings; their names and digests are
-computed here, so that a resumed run can be refused with the name of what changed.
+A checkpoint belongs to one model, one text and one set of deciding settings.
 """
 
 from __future__ import annotations
@@ -9,29 +8,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from engine.checkpoints.identity import counts_as, differing_field
 from engine.checkpoints.store import CheckpointStore
 from engine.config.corpora import corpus_name
-from engine.config.data import DataConfig
 from engine.config.run import RunConfig
 from engine.config.sameness import config_hash, equivalent_command
+from engine.config.stages import STAGES
 from engine.config.writing import to_dict
-from engine.data.parts import Part
-from engine.data.tokens import token_windows, tokenizer_hash
 from engine.errors import IdentityError, PreflightError
 from engine.models.source import ModelSource
 from engine.process import device_name, package_versions
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
-from engine.run.facts import block_entry, losses_fact
+from engine.run.facts import block_entry, eval_fact, losses_fact
 from engine.run.objects import DamagedCheckpoint
 from engine.run.redo import read_origin
 from engine.run.salvage import blocks_of, leading_blocks
@@ -39,75 +33,6 @@ from engine.run.usable import most_blocks
 
 DECIDING_PACKAGES = ("torch", "transformers")
 """Other versions of these compute other last bits."""
-PREPARE_SILENCE = 600
-"""Seconds that a download, a long text to tokenize, or the check of a large checkpoint may take unheard."""
-
-
-@dataclass
-class Tokens:
-    """Token windows of every use, int ``[N, T]``."""
-
-    block_ap: Tensor
-    block_ap_train: int
-    e2e_qp: Tensor
-    e2e_qp_train: int
-    evaluation: Tensor
-
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of the text that is trained on (``data``) and of the text that is evaluated."""
-        return {
-            "data": _token_digest(self.block_ap, self.e2e_qp),
-            "evaluation text": _token_digest(self.evaluation),
-        }
-
-
-def _token_digest(*windows: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tokens in windows:
-        digest.update(f"{tuple(tokens.shape)};".encode())
-        digest.update(tokens.to(torch.int32).contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def draw_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: Reporter) -> Tokens:
-    """Token windows for both trainings and the evaluation; a phase that is off gets none.
-
-    Raises:
-        DataError: for text that is missing, empty, too short or of the wrong form.
-    """
-
-    rules = tokenizer_hash(tokenizer)
-
-    def draw(data: DataConfig, part: Part, sequences: int, length: int) -> Tensor:
-        report.leave_if_asked()
-        report.expect_silence(PREPARE_SILENCE)
-        return token_windows(
-            tokenizer,
-            data,
-            part,
-            sequences=sequences,
-            length=length,
-            seed=config.runtime.seed,
-            warn=report.warning,
-            rules=rules,
-        )
-
-    def both(section: Any) -> Tensor:
-        length = section.sequence_length
-        parts = [torch.zeros((0, length), dtype=torch.long)]
-        if section.enabled:
-            parts.append(draw(config.data, "train", section.sequences, length))
-            if section.val_sequences:
-                parts.append(draw(config.data, "validation", section.val_sequences, length))
-        return torch.cat(parts)
-
-    # Both trainings draw before the evaluation does: an empty or unfit calibration text is named first.
-    block_ap, e2e_qp = both(config.block_ap), both(config.e2e_qp)
-    section = config.evaluation
-    evaluation = torch.zeros((0, section.sequence_length), dtype=torch.long)
-    if section.enabled:
-        evaluation = draw(section.data, "evaluation", section.windows, section.sequence_length)
-    return Tokens(block_ap, config.block_ap.sequences, e2e_qp, config.e2e_qp.sequences, evaluation)
 
 
 def write_manifest(
@@ -186,9 +111,12 @@ def share_origin(run: RunDirectory, store: CheckpointStore, report: Reporter) ->
         _must_agree(there.identity, store, ("model", "grid."), origin.id)
     shared = [index for index in blocks_of(there.entries) if index < origin.from_block]
     names = {name(index) for index in shared for name in (block_entry, losses_fact)}
-    for stage, fields in (("fp", ("model", "evaluation")), ("rtn", ("model", "evaluation", "grid."))):
-        if differing_field(there.identity, store.identity, store.defaults, beginning=fields) is None:
-            names.add(f"eval_{stage}")
+    for stage in STAGES:
+        # What a method trained is measured anew; the baselines follow from the model, and from the grid.
+        fields = ("model", "evaluation", *(() if stage.scope == "nothing" else ("grid.",)))
+        same = differing_field(there.identity, store.identity, store.defaults, beginning=fields) is None
+        if stage.baseline and same:
+            names.add(eval_fact(stage.name))
     try:
         store.adopt(place, there, names.__contains__)
     except (OSError, DamagedCheckpoint) as error:

@@ -1,0 +1,116 @@
+"""The text of a run as tokens: what each stage learns from, and what is evaluated."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from engine.config.data import DataConfig
+from engine.config.run import RunConfig
+from engine.config.stages import STAGES
+from engine.data.parts import Part
+from engine.data.tokens import token_windows, tokenizer_hash
+from engine.reporter import Reporter
+
+PREPARE_SILENCE = 600
+"""Seconds that a download, a long text to tokenize, or the check of a large checkpoint may take unheard."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What one stage learns from: token windows int ``[N, T]``, of which the first ``train`` are trained on
+    and the others validate."""
+
+    tokens_NT: Tensor
+    train: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token windows of every use."""
+
+    calibration: Mapping[str, Windows]
+    """By stage; of a stage of ours that is not made, no window."""
+    evaluation: Tensor
+    """Int ``[N, T]``."""
+
+    def of(self, stage: str) -> Windows:
+        """What a stage learns from."""
+        return self.calibration[stage]
+
+    def any(self) -> Tensor:
+        """Windows to try a model on: those of the evaluation, else of the first stage that has some; else
+        none."""
+        candidates = (self.evaluation, *(windows.tokens_NT for windows in self.calibration.values()))
+        return next((tokens for tokens in candidates if len(tokens)), self.evaluation)
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the text that is trained on (``data``) and of the text that is evaluated."""
+        return {
+            "data": _token_digest(*(windows.tokens_NT for windows in self.calibration.values())),
+            "evaluation text": _token_digest(self.evaluation),
+        }
+
+
+def _token_digest(*windows: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tokens in windows:
+        digest.update(f"{tuple(tokens.shape)};".encode())
+        digest.update(tokens.to(torch.int32).contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def draw_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: Reporter) -> Tokens:
+    """Token windows for every stage that learns from text, and for the evaluation; what is off gets none.
+
+    Raises:
+        DataError: for text that is missing, empty, too short or of the wrong form.
+    """
+
+    rules = tokenizer_hash(tokenizer)
+
+    def draw(data: DataConfig, part: Part, sequences: int, length: int) -> Tensor:
+        report.leave_if_asked()
+        report.expect_silence(PREPARE_SILENCE)
+        return token_windows(
+            tokenizer,
+            data,
+            part,
+            sequences=sequences,
+            length=length,
+            seed=config.runtime.seed,
+            warn=report.warning,
+            rules=rules,
+        )
+
+    def both(section: Any) -> Windows:
+        length = section.sequence_length
+        parts = [torch.zeros((0, length), dtype=torch.long)]
+        if section.enabled:
+            parts.append(draw(config.data, "train", section.sequences, length))
+            if section.val_sequences:
+                parts.append(draw(config.data, "validation", section.val_sequences, length))
+        return Windows(torch.cat(parts), section.sequences)
+
+    # Stages draw before the evaluation does: an empty or unfit calibration text is named first.
+    calibration = {name: both(getattr(config, name)) for name in _reading(config)}
+    section = config.evaluation
+    evaluation = torch.zeros((0, section.sequence_length), dtype=torch.long)
+    if section.enabled:
+        evaluation = draw(section.data, "evaluation", section.windows, section.sequence_length)
+    return Tokens(calibration, evaluation)
+
+
+def _reading(config: RunConfig) -> list[str]:
+    """The stages that have windows. Those of ours always do, empty ones where they are off: so the digest of
+    the text is the one that earlier versions wrote down. An extension changes nothing where it is off."""
+    ours = RunConfig.__struct_fields__
+    return [
+        stage.name for stage in STAGES if stage.reads_text and (stage.name in ours or stage.wanted(config))
+    ]
