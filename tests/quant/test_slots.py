@@ -35,7 +35,7 @@ def test_slots_come_in_the_order_of_the_names() -> None:
 def test_a_quantized_block_has_its_linears_where_they_were() -> None:
     names = ("0.0", "0.2", "1")
     whole = block()
-    wrapped = wrap_linears(whole, names, GRID)
+    wrapped = wrap_linears(whole, GRID.of_each(names))
     assert [place.get() for place in slots(whole, names)] == list(wrapped.values())
     assert all(isinstance(linear, FakeQuantLinear) for linear in wrapped.values())
     packed = round_to_nearest(block(), names, GRID)
