@@ -19,7 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
 from engine.config.grid import Grid
-from engine.data.activations import ActivationStore, StoreKind, make_store
+from engine.config.runtime import StoreKind
+from engine.data.activations import ActivationStore, make_store
 from engine.models.causal_lm import CausalLM
 from engine.models.random_weights import RandomReader
 from engine.models.source import ModelSource

@@ -1,8 +1,8 @@
-"""The workbench: five screens over the same files that the commands read.
+"""The workbench: some screens (:mod:`eqat_tui.screens.table`) over the same files that the commands read.
 
-The app holds no truth. A thread reads the current run twice a second (:mod:`eqat_tui.feed`) and posts a view;
-the screen that is in front shows it. Training is another process, so whatever happens to this one (a crash,
-a lost connection, ``kill``) only ends the looking.
+The app holds no truth. A thread reads the current run twice a second (:mod:`eqat_tui.watcher`) and posts a
+view; the screen that is in front shows it. Training is another process, so whatever happens to this one (a
+crash, a lost connection, ``kill``) only ends the looking.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ from __future__ import annotations
 import gc
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 from textual.app import App, SystemCommand
 from textual.binding import BindingType
 from textual.events import Event, Key
 from textual.filter import LineFilter, Monochrome, NoColor
-from textual.message import Message
 from textual.notifications import SeverityLevel
 from textual.screen import Screen
 from textual.widget import Widget
@@ -30,115 +28,16 @@ from engine.errors import EqatError
 from engine.run.directory import RunDirectory
 from engine.system.printable import printable_lines
 from eqat_tui.feed import Feed, LiveFeed, ReplayFeed, RunView
-from eqat_tui.keys import EVERYWHERE, bindings
+from eqat_tui.keys import ALWAYS, bindings, everywhere
 from eqat_tui.palette import OUR_THEMES, THEMES, AsciiFilter, PrintableFilter, Terminal
 from eqat_tui.screens.base import WorkScreen
+from eqat_tui.screens.host import Host
+from eqat_tui.screens.table import SCREENS
+from eqat_tui.watcher import Looked, Watcher
 from eqat_tui.words import error_for_app
 
 LONGEST_NOTE = 1000
 """Letters of a note; one that is longer covers the screen."""
-POLL_S = 0.5
-"""Files are looked at twice a second, and never more is drawn."""
-
-MODE_NAMES = ("setup", "monitor", "result", "runs", "memory")
-
-
-def _setup() -> Screen[None]:
-    from eqat_tui.screens.setup import SetupScreen
-
-    return SetupScreen()
-
-
-def _monitor() -> Screen[None]:
-    from eqat_tui.screens.monitor import MonitorScreen
-
-    return MonitorScreen()
-
-
-def _result() -> Screen[None]:
-    from eqat_tui.screens.result import ResultScreen
-
-    return ResultScreen()
-
-
-def _runs() -> Screen[None]:
-    from eqat_tui.screens.runs import RunsScreen
-
-    return RunsScreen()
-
-
-def _memory() -> Screen[None]:
-    from eqat_tui.screens.memory import MemoryScreen
-
-    return MemoryScreen()
-
-
-class Looked(Message):
-    """The reading thread has a new view of the current run."""
-
-    def __init__(self, feed: Feed, view: RunView) -> None:
-        self.feed, self.view = feed, view
-        super().__init__()
-
-
-class Watcher(threading.Thread):
-    """Reads the current run. A daemon: a network file system that hangs must not keep the app from ending."""
-
-    def __init__(self, feed: Feed, post: Callable[[Looked], Any]) -> None:
-        super().__init__(name="watcher", daemon=True)
-        self._feed, self._post = feed, post
-        self._wake = threading.Event()
-        self._over = False
-
-    def look_now(self) -> None:
-        """Read at once and not at the next turn."""
-        self._wake.set()
-
-    def end(self) -> None:
-        """Read no more."""
-        self._over = True
-        self._wake.set()
-
-    def run(self) -> None:
-        last: RunView | None = None
-        while not self._over:
-            with without_collection() if last is None else nullcontext():
-                view = self._feed.poll()
-            if last is None or not _same(last, view):
-                self._post(Looked(self._feed, view))
-            last = view
-            self._wake.wait(POLL_S)
-            self._wake.clear()
-
-
-@contextmanager
-def without_collection() -> Iterator[None]:
-    """A long log makes events by the hundred thousand and no garbage; to look for it costs a fifth."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def _same(one: RunView, other: RunView) -> bool:
-    """Whether nothing has happened; the clock alone is nothing, except for an engine that is silent."""
-    return (
-        (
-            one.state is other.state
-            or (one.state.event_count, one.state.status) == (other.state.event_count, other.state.status)
-        )
-        and (one.liveness, one.requests, one.replay, one.problem)
-        == (
-            other.liveness,
-            other.requests,
-            other.replay,
-            other.problem,
-        )
-        and one.liveness != "hung"
-    )
 
 
 def _note(text: str) -> str:
@@ -150,14 +49,7 @@ class EqatApp(App[str]):
 
     TITLE = "eqat"
     CSS_PATH = "app.tcss"
-    MODES: ClassVar[dict[str, Any]] = {
-        "setup": _setup,
-        "monitor": _monitor,
-        "result": _result,
-        "runs": _runs,
-        "memory": _memory,
-    }
-    BINDINGS: ClassVar[list[BindingType]] = bindings(EVERYWHERE)
+    BINDINGS: ClassVar[list[BindingType]] = bindings(ALWAYS)
     NOTIFICATION_TIMEOUT = 5
 
     def __init__(
@@ -185,6 +77,9 @@ class EqatApp(App[str]):
         self.theme = terminal.theme
         self.animation_level = "none"
         self.exit_code = 0
+        for row in SCREENS:
+            self.add_mode(row.name, row.make)
+            self.bind(row.key, f"do('{row.name}')", description=row.label, show=False)
 
     # -- life --------------------------------------------------------------------------------------
 
@@ -257,12 +152,6 @@ class EqatApp(App[str]):
         self._watcher = Watcher(feed, self.post_message)
         self._watcher.start()
 
-    def close_run(self) -> None:
-        """No run is open any more."""
-        if self._watcher is not None:
-            self._watcher.end()
-        self.feed = self.view = self._watcher = None
-
     def look_now(self) -> None:
         """Show the effect of something the user did."""
         if self._watcher is not None:
@@ -300,7 +189,7 @@ class EqatApp(App[str]):
 
     async def do_everywhere(self, action: str) -> None:
         """What works on every screen."""
-        if action in MODE_NAMES:
+        if action in SCREENS:
             self.clear_notifications()
             if action == self.current_mode and len(self.screen_stack) > 1:
                 self.pop_screen()  # a comparison lies over the list of runs
@@ -401,7 +290,7 @@ class EqatApp(App[str]):
         if isinstance(screen, WorkScreen):
             for key in screen.offered():
                 yield self._command(screen, key.label, key.tip, key.action)
-        for key in EVERYWHERE:
+        for key in everywhere():
             if key.action != "palette":
                 yield self._command(screen, key.label, key.tip, key.action)
         yield from self._elsewhere(screen)
@@ -416,20 +305,12 @@ class EqatApp(App[str]):
 
     def _elsewhere(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """What the other screens can do: found here by name, done there."""
-        from eqat_tui.screens import memory, monitor, result, runs, setup
-
-        others: tuple[type[WorkScreen], ...] = (
-            setup.SetupScreen,
-            monitor.MonitorScreen,
-            result.ResultScreen,
-            runs.RunsScreen,
-            memory.MemoryScreen,
-        )
-        for other in others:
+        for row in SCREENS:
+            other: type[WorkScreen] = row.load()
             if not isinstance(screen, other):
                 for key in other.KEYS:
-                    words = f"{key.label} ({other.MODE.title()}: {key.shown})"
-                    yield self._command(screen, words, f"Go to {other.MODE.title()}. {key.tip}", other.MODE)
+                    words = f"{key.label} ({row.label}: {key.shown})"
+                    yield self._command(screen, words, f"Go to {row.label}. {key.tip}", row.name)
 
     def _use(self, theme: str) -> None:
         self.theme = theme
@@ -438,3 +319,10 @@ class EqatApp(App[str]):
 
     def _current_mode_screens(self) -> Iterable[WorkScreen]:
         return [screen for screen in self.screen_stack if isinstance(screen, WorkScreen)]
+
+
+if TYPE_CHECKING:
+
+    def _as_host(app: EqatApp) -> Host:
+        """The app offers what screens ask of it; mypy says so where it does not."""
+        return app

@@ -240,7 +240,8 @@ def attach(
 
     In a pipe, with --plain or --json it follows the run in lines until its end and exits as the run does.
     """
-    from engine.run.directory import read_launched, run_state
+    from engine.run.liveness import run_state
+    from engine.run.status import read_launched
     from eqat_tui import actions
     from eqat_tui.terminal import Look, can_open_app, open_app
 
@@ -312,7 +313,7 @@ def runs(
     from engine.run.finding import default_runs_dir, list_runs
     from eqat_tui.actions import summaries as summaries_of
     from eqat_tui.output import print_json, say, show
-    from eqat_tui.summary import runs_table
+    from eqat_tui.run_text import runs_table
 
     place = default_runs_dir(runs_dir)
     summaries = summaries_of(list_runs(place)[: limit or None])
@@ -327,11 +328,11 @@ def runs(
 @app.command()
 def show(run: Run, runs_dir: RunsDir = None, as_json: Json = False) -> None:
     """Show one run: perplexity, size, time, memory, exports."""
-    from engine.run.summary import show as show_run
+    from engine.run.shown import show as show_run
     from eqat_tui import actions
     from eqat_tui.output import print_json
     from eqat_tui.output import show as show_text
-    from eqat_tui.summary import report
+    from eqat_tui.run_text import report
 
     shown = show_run(actions.find(run, runs_dir))
     if as_json:
@@ -411,7 +412,7 @@ def export(
     as_json: Json = False,
 ) -> int:
     """Write a run's packed checkpoint again, and verify it."""
-    from engine.system.publish import check_target
+    from engine.system.copying import check_target
     from eqat_tui import actions
 
     if format not in FORMATS:
@@ -435,7 +436,7 @@ def generate(
 ) -> int:
     """Let the full-precision and the quantized model continue a prompt, side by side."""
     from eqat_tui import actions
-    from eqat_tui.summary import samples
+    from eqat_tui.run_text import samples
 
     if not prompt.strip():
         raise UsageError("is empty", where="--prompt", hint="give the models something to continue")

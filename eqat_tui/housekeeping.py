@@ -10,10 +10,12 @@ from typing import Any
 
 from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run import contents, housekeeping
-from engine.run.directory import RunDirectory, run_state
+from engine.run.directory import RunDirectory
 from engine.run.finding import default_runs_dir, find_run
+from engine.run.liveness import run_state
 from engine.run.proof import shown
 from engine.run.state import load_state
+from eqat_tui.measured import newest
 from eqat_tui.output import format_bytes, format_number, print_error, print_json, say, show
 
 # -- deleting ------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def _achieved(run: RunDirectory) -> list[str]:
     """The perplexity that was reached, else how many blocks are finished."""
     state = load_state(run, skip=frozenset({"metric", "memory", "block.started"}))
     measured = state.perplexity()
-    best = next((measured[stage] for stage in ("e2e_qp", "block_ap", "rtn") if measured.get(stage)), None)
+    best = newest(measured)
     if best is not None:
         return [f"perplexity {format_number(best)}"]
     finished = sum(row.finished for row in state.trained_blocks())

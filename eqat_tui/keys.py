@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from textual.binding import Binding, BindingType
 
+from eqat_tui.screens.table import SCREENS
+
 
 class Key(NamedTuple):
     """One thing that can be done."""
@@ -59,15 +61,21 @@ def bindings(keys: Iterable[Key]) -> list[BindingType]:
     ]
 
 
-EVERYWHERE = (
-    Key("1", "setup", "Setup", "Choose a model and settings, see the plan, start a run", footer=False),
-    Key("2", "monitor", "Monitor", "Watch the current run", footer=False),
-    Key("3", "result", "Result", "Perplexity, samples and exports of the current run", footer=False),
-    Key("4", "runs", "Runs", "All runs: open, resume, compare, delete", footer=False),
-    Key("5", "memory", "Memory", "Memory and load of this machine, live", footer=False),
+ALWAYS = (
     Key("question_mark,f1", "help", "help", "All keys of this screen"),
     Key("ctrl+p", "palette", "palette", "Find any action by its name"),
     Key("q,ctrl+q", "quit", "quit", "Leave the app; runs go on"),
     Key("ctrl+z", "suspend", "suspend", "Back to the shell for a while; fg comes back", footer=False),
     Key("ctrl+c", "how_to_leave", "how to leave", "Say how to leave", footer=False),
 )
+"""What works on every screen, besides going to another one."""
+
+
+def screen_keys() -> tuple[Key, ...]:
+    """The keys that go to the screens."""
+    return tuple(Key(row.key, row.name, row.label, row.tip, footer=False) for row in SCREENS)
+
+
+def everywhere() -> tuple[Key, ...]:
+    """The keys that work on every screen."""
+    return (*screen_keys(), *ALWAYS)

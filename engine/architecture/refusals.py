@@ -35,22 +35,18 @@ def refuse(
 
 def _refuse_kind(arch: Architecture, config: Mapping[str, Any]) -> None:
     """Models that are not a stack of ``nn.Linear`` blocks with 16-bit weights."""
+    where = arch.model_type or "model.source"
 
     def refusal(message: str, hint: str) -> PreflightError:
-        return PreflightError(message, where=arch.model_type or "model.source", hint=hint)
+        return PreflightError(message, where=where, hint=hint)
 
     text = text_config(config)
     if config.get("is_encoder_decoder"):
-        raise refusal(
-            "encoder-decoder models cannot be quantized", "give a decoder-only causal language model"
-        )
+        raise encoder_decoder(where)
     quantized = config.get("quantization_config") or text.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "") if isinstance(quantized, Mapping) else ""
-        raise refusal(
-            f"the model is already quantized{f' ({method})' if method else ''}",
-            "give the original 16-bit checkpoint",
-        )
+        raise already_quantized(method, where)
     experts = [name for name in EXPERT_FIELDS if isinstance(text.get(name), int) and text[name] > 1]
     if experts or arch.fused:
         where = arch.fused[0] if arch.fused else f"{arch.block_prefix}.0.mlp.experts"
@@ -65,6 +61,24 @@ def _refuse_kind(arch: Architecture, config: Mapping[str, Any]) -> None:
     names = config.get("architectures") or []
     if names and not any(str(name).endswith(CAUSAL_ENDINGS) for name in names):
         raise refusal(f"{names[0]} is not a causal language model", "give an AutoModelForCausalLM checkpoint")
+
+
+def encoder_decoder(where: str) -> PreflightError:
+    """What is said of a model that is not a single stack of blocks."""
+    return PreflightError(
+        "encoder-decoder models cannot be quantized",
+        where=where,
+        hint="give a decoder-only causal language model",
+    )
+
+
+def already_quantized(method: object, where: str) -> PreflightError:
+    """What is said of a model whose weights are codes already; its configuration names the ``method``."""
+    return PreflightError(
+        f"the model is already quantized{f' ({str(method)[:80]})' if method else ''}",
+        where=where,
+        hint="give the original 16-bit checkpoint",
+    )
 
 
 def _refuse_group_size(arch: Architecture, grid: GridConfig) -> None:

@@ -20,6 +20,26 @@ LearningRateScaling = Literal["absolute", "relative"]
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of every configuration struct: frozen, keyword-only, unknown fields rejected."""
 
+    def check(self, name: str) -> None:
+        """Refuse the first value that cannot work; ``name`` is that of the section, for messages.
+
+        Rules that need the model or the machine (does the group size divide a layer, does it fit in memory)
+        are the plan's; nothing here opens a file.
+
+        Raises:
+            UsageError: names the field.
+        """
+
+    @classmethod
+    def decides(cls, field: str) -> bool:
+        """Whether another value of a field computes something else; false for how a run is carried out."""
+        return True
+
+    @classmethod
+    def as_written_now(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The section's table of a file with what earlier versions spelt otherwise as this one spells it."""
+        return tree
+
 
 @functools.cache
 def field_types(section: type[Section]) -> Mapping[str, Any]:

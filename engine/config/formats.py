@@ -34,14 +34,16 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
     """``module:class`` of the heavy half: its :class:`~engine.export.layout.Layout`."""
     tensors: tuple[str, ...]
     """What stands for ``<linear>.weight``, each named ``<linear>.<one of these>``."""
-    costs: str
-    """``module:function``: bytes of these tensors for so many outputs, inputs, bits and group size."""
+    costs: str = ""
+    """``module:function``: bytes of these tensors for so many outputs, inputs, bits and group size; empty for
+    integers, zero points and scales without a gap."""
     loading: str
     """Python lines that load an export whose folder, a literal, takes the place of ``{path}``."""
 
     def linear_bytes(self, outputs: int, inputs: int, grid: Grid) -> int:
         """Bytes of a linear's tensors."""
-        return int(load_named(self.costs)(outputs, inputs, grid.bits, grid.group_size))
+        cost = load_named(self.costs) if self.costs else packed_bytes
+        return int(cost(outputs, inputs, grid.bits, grid.group_size))
 
     def lacks(self, grid: Grid) -> str:
         """What of a grid it cannot hold, in words; empty where it holds all of it."""
@@ -54,10 +56,20 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
         return ""
 
 
-def gptq_bytes(outputs: int, inputs: int, bits: int, group_size: int) -> int:
-    """Integers and zero points at their bits, scales at 16, and each input's group at 32."""
+def packed_bits(outputs: int, inputs: int, bits: int, group_size: int) -> int:
+    """Bits of a linear's integers and zero points, and of its scales at 16, packed without a gap."""
     groups = Grid(bits, group_size).groups(inputs)
-    return (outputs * inputs * bits + outputs * groups * (16 + bits)) // 8 + 4 * inputs
+    return outputs * inputs * bits + outputs * groups * (16 + bits)
+
+
+def packed_bytes(outputs: int, inputs: int, bits: int, group_size: int) -> int:
+    """The same in bytes."""
+    return packed_bits(outputs, inputs, bits, group_size) // 8
+
+
+def gptq_bytes(outputs: int, inputs: int, bits: int, group_size: int) -> int:
+    """The same, and each input's group at 32 bits, which GPTQ files list."""
+    return packed_bytes(outputs, inputs, bits, group_size) + 4 * inputs
 
 
 FORMATS = Table(

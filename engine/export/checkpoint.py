@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from engine.architecture.links import TOKENIZER_FILES
 from engine.errors import PreflightError
 from engine.export.card import model_card
 from engine.export.layout import Layout, Linear
@@ -29,7 +30,6 @@ from engine.export.place import ExportPlace
 from engine.export.reader import read_json
 from engine.export.result import ExportResult
 from engine.export.shards import ShardWriter, header_room, write_durably, write_json
-from engine.plan.disk_model import TOKENIZER_FILES
 from engine.quant.packed import PackedBlock, PackedWeight
 from engine.system.guarded import opened_folder
 

@@ -13,10 +13,11 @@ from typing import Any
 import msgspec
 import torch
 
+from engine.config.corpora import corpus_name
 from engine.config.formats import FORMATS
-from engine.config.loading import equivalent_command, to_toml
 from engine.config.runtime import RuntimeConfig
-from engine.data.text import corpus_name
+from engine.config.sameness import equivalent_command
+from engine.config.writing import to_toml
 from engine.export.checkpoint import Export, room_beside_tensors
 from engine.export.layout import Layout, layout_of
 from engine.export.place import ExportPlace
@@ -26,7 +27,7 @@ from engine.phases.job import Job
 from engine.process import package_versions
 from engine.run import events
 from engine.run.directory import RunDirectory
-from engine.system.publish import check_target, publish
+from engine.system.copying import check_target, copy_whole
 
 # Part of the evaluation text on which exported and trained logits are compared.
 VERIFY_WINDOWS, VERIFY_TOKENS = 2, 512
@@ -60,7 +61,7 @@ def export(job: Job, copy_to: Path | None = None) -> None:
         copied = ""
         try:
             if name in targets:
-                publish(path, targets[name], run=job.run.path, poll=partial(_hear, job))
+                copy_whole(path, targets[name], run=job.run.path, poll=partial(_hear, job))
                 copied = str(targets[name])
         finally:  # the export in the run stands, whatever becomes of its copy
             _tell(job, written, verified, copied)

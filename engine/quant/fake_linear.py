@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from engine.config.grid import Grid
 from engine.quant.grid import RELATIVE_SCALE_FLOOR, fake_quantize, initial_range, quantize
-from engine.quant.packed import PackedBlock, PackedWeight, replace_submodule, stored_scale
+from engine.quant.packed import PackedBlock, PackedWeight, stored_scale
+from engine.quant.slots import slots
 
 TRAINED = ("weight", "scale", "zero_point", "quantized")
 """A linear's parameters that its packed weight stands for."""
@@ -98,11 +99,10 @@ def wrap_linears(
     ``method`` and ``norm`` are those of :func:`~engine.quant.grid.initial_range`.
     """
     wrapped: dict[str, FakeQuantLinear] = {}
-    for name, grid in grids.items():
-        linear = block.get_submodule(name)
-        assert isinstance(linear, nn.Linear), name
-        wrapped[name] = FakeQuantLinear(linear, grid, method=method, norm=norm)
-        replace_submodule(block, name, wrapped[name])
+    for slot in slots(block, grids):
+        linear = FakeQuantLinear(slot.linear(), grids[slot.name], method=method, norm=norm)
+        wrapped[slot.name] = linear
+        slot.set(linear)
     return wrapped
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 from engine.config.grid import Grid
 from engine.quant.grid import dequantize
 from engine.quant.packing import bitpack, bitunpack
+from engine.quant.slots import slots
 
 SMALLEST_STORED_SCALE, LARGEST_STORED_SCALE = 2.0**-24, 65504.0
 
@@ -300,22 +301,20 @@ class PackedBlock:
     def install(self, block: nn.Module) -> nn.Module:
         """Replace the block's linears by packed ones and load its other parameters; returns the block."""
         device = self._install_others(block)
-        for name, weight in self.linears.items():
-            bias = self.others.get(f"{name}.bias")
-            old = block.get_submodule(name)
+        for slot in slots(block, self.linears):
+            weight, bias = self.linears[slot.name], self.others.get(f"{slot.name}.bias")
             if bias is not None:
-                bias = bias.to(device=device, dtype=old.weight.dtype)  # type: ignore[arg-type]
-            replace_submodule(block, name, PackedLinear(weight.to(device), bias))
+                bias = bias.to(device=device, dtype=slot.get().weight.dtype)  # type: ignore[arg-type]
+            slot.set(PackedLinear(weight.to(device), bias))
         return block
 
     def install_dense(self, block: nn.Module) -> nn.Module:
         """Give the block's linears dequantized weights, and load its other parameters; returns the block."""
         device = self._install_others(block)
-        for name, weight in self.linears.items():
-            linear = block.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            linear.weight.data = weight.to(device).dequantize(linear.weight.dtype)
-            bias = self.others.get(f"{name}.bias")
+        for slot in slots(block, self.linears):
+            linear = slot.linear()
+            linear.weight.data = self.linears[slot.name].to(device).dequantize(linear.weight.dtype)
+            bias = self.others.get(f"{slot.name}.bias")
             if bias is not None:
                 linear.bias.data = bias.to(device=device, dtype=linear.weight.dtype)
         return block
@@ -354,9 +353,3 @@ def _stored_grid(stored: Tensor | None, unsaid: Grid) -> Grid:
         return unsaid
     bits, group_size, symmetric = stored.tolist()
     return Grid(bits, group_size, bool(symmetric))
-
-
-def replace_submodule(module: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` where ``module``'s dotted ``name`` is."""
-    parent, _, child = name.rpartition(".")
-    setattr(module.get_submodule(parent) if parent else module, child, new)

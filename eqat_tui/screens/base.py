@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from textual.app import ComposeResult
 from textual.screen import Screen
@@ -11,34 +11,28 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from engine.errors import EqatError
-from eqat_tui.keys import EVERYWHERE, Key
+from eqat_tui.feed import RunView
+from eqat_tui.keys import Key, everywhere
 from eqat_tui.lines import Line
+from eqat_tui.screens.host import Host, host_of
 from eqat_tui.widgets.chrome import KeyBar, TopBar
 from eqat_tui.widgets.panel import Panel
-
-if TYPE_CHECKING:
-    from eqat_tui.app import EqatApp
-    from eqat_tui.feed import RunView
 
 READ_ONLY = "this viewer was opened with --read-only"
 
 
 class WorkScreen(Screen[None]):
-    """One of the five screens."""
+    """What a row of :data:`~eqat_tui.screens.table.SCREENS` names, and what is shown in its place."""
 
-    MODE: ClassVar[str] = ""
     KEYS: ClassVar[tuple[Key, ...]] = ()
     ABOUT: ClassVar[str] = ""
     WRITES: ClassVar[frozenset[str]] = frozenset()
     """Actions that change something, which a read-only viewer may not."""
 
     @property
-    def eqat(self) -> EqatApp:
-        """The app, as what it is."""
-        from eqat_tui.app import EqatApp
-
-        assert isinstance(self.app, EqatApp)
-        return self.app
+    def eqat(self) -> Host:
+        """The app, as what it offers to screens."""
+        return host_of(self)
 
     def compose(self) -> ComposeResult:
         yield TopBar()
@@ -65,7 +59,7 @@ class WorkScreen(Screen[None]):
 
     async def action_do(self, action: str) -> None:
         """Every key and every command of the palette ends here."""
-        if any(key.action == action for key in EVERYWHERE):
+        if any(key.action == action for key in everywhere()):
             await self.eqat.do_everywhere(action)
             return
         if all(key.action != action for key in self.offered()):
@@ -86,8 +80,8 @@ class WorkScreen(Screen[None]):
     def refresh_bars(self, right: Line | None = None) -> None:
         """Bring the two bars up to date."""
         if self.is_mounted and self.is_current:
-            self.query_one(TopBar).say(self.MODE, right)
-            self.query_one(KeyBar).say(self)
+            self.query_one(TopBar).say(self.eqat.current_mode, right)
+            self.query_one(KeyBar).say(self.offered(), self.why_not)
 
     def on_screen_resume(self) -> None:
         self.refresh_bars()

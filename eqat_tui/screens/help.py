@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from eqat_tui.keys import EVERYWHERE, Key
+from eqat_tui.keys import Key, everywhere
 from eqat_tui.lines import Line, line, width_of, wrap
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Reader
+from eqat_tui.screens.table import SCREENS
 
 MOVING = (("↑ ↓", "Move"), ("enter", "Choose"), ("tab", "Next part of the screen"), ("esc", "Close, go back"))
 
@@ -19,11 +20,11 @@ def help_for(screen: WorkScreen) -> Reader:
         for key, why_not in keys:
             made += _key(key, why_not, width)
         made += [line(), line(("everywhere", "strong"))]
-        for key in EVERYWHERE:
+        for key in everywhere():
             made += _key(key, "", width)
         return [*made, *(line((f"{name:>9}  ", "key"), words) for name, words in MOVING)]
 
-    return Reader(f"{screen.MODE.title()}: keys", lines)
+    return Reader(f"{SCREENS[screen.eqat.current_mode].label}: keys", lines)
 
 
 def _key(key: Key, why_not: str, width: int) -> list[Line]:

@@ -31,7 +31,6 @@ KEPT = 600
 class MemoryScreen(WorkScreen):
     """Bars, a history, and who uses what."""
 
-    MODE = "memory"
     KEYS = (
         Key("enter", "open", "open", "Open the run of the engine under the cursor"),
         Key("z", "zero", "from zero", "Scale of the history: all there is, or what changed"),

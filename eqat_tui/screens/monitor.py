@@ -10,6 +10,7 @@ from textual.containers import Horizontal, Vertical
 from textual.timer import Timer
 from textual.widget import Widget
 
+from engine.config.stages import STAGES
 from engine.errors import EqatError
 from engine.run import control
 from engine.run.launch import launch
@@ -61,7 +62,6 @@ COMMON_KEYS = (
 class MonitorScreen(WorkScreen):
     """Progress, blocks, losses, machine and journal of the current run."""
 
-    MODE = "monitor"
     KEYS = (*LIVE_KEYS, *REPLAY_KEYS, *COMMON_KEYS)
     ABOUT = (
         "The run, live. It is a process of its own: leaving this app, losing the connection or closing the "
@@ -147,7 +147,7 @@ class MonitorScreen(WorkScreen):
 
     def _tell_end(self, view: RunView) -> None:
         """The engine has ended while somebody watched."""
-        trains = view.state.phase in ("block_ap", "e2e_qp", "rtn")
+        trains = (view.state.phase or "") in STAGES
         place = "exactly there" if trains else "with this phase from its beginning"
         words = {
             "done": "the run is done: 3 shows its result",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from textual import events
-from textual.app import App, ComposeResult
+from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.screen import ModalScreen
@@ -16,6 +16,7 @@ from textual.widgets import Input
 from engine.config.grid import GridConfig
 from eqat_tui.lines import Line, columns, cut, line, widths_of, wrap
 from eqat_tui.output import format_bytes, format_parameters
+from eqat_tui.screens.host import host_of
 from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel, entitle
 from eqat_tui.widgets.typed import TypedInput
@@ -24,14 +25,6 @@ if TYPE_CHECKING:
     from eqat_tui.models import Found, ModelFacts
 
 INSPECT_DELAY_S = 0.15
-
-
-def in_thread(app: App[Any], work: Callable[[], None]) -> None:
-    """:meth:`eqat_tui.app.EqatApp.in_thread`."""
-    from eqat_tui.app import EqatApp
-
-    assert isinstance(app, EqatApp)
-    app.in_thread(work)
 
 
 class Picker(ModalScreen[str | None]):
@@ -188,7 +181,7 @@ class ModelPicker(Picker):
             found = known_models(self._runs_dir)
             self.app.call_from_thread(self._found, found)
 
-        in_thread(self.app, look)
+        host_of(self).in_thread(look)
 
     def _found(self, known: list[Found]) -> None:
         self._known = known
@@ -265,7 +258,7 @@ class ModelPicker(Picker):
                 facts = inspect(source, grid=grid)
                 self.app.call_from_thread(self._learn, source, facts)
 
-        self.set_timer(INSPECT_DELAY_S, lambda: in_thread(self.app, look))
+        self.set_timer(INSPECT_DELAY_S, lambda: host_of(self).in_thread(look))
 
     def _learn(self, source: str, facts: ModelFacts | str) -> None:
         self._facts[source] = facts

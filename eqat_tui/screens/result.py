@@ -15,18 +15,20 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from engine.config.formats import FORMATS
+from engine.config.stages import STAGES
 from engine.errors import EqatError
 from engine.run import control
 from engine.run.launch import launch
-from engine.run.summary import origin
+from engine.run.shown import origin, render
+from engine.system.copying import check_target
 from engine.system.guarded import read_bytes
-from engine.system.publish import check_target
 from eqat_tui.feed import RunView
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import Line, line, wrap
+from eqat_tui.planned import branch
+from eqat_tui.run_text import shorten
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Ask, MarkdownReader
-from eqat_tui.summary import shorten
 from eqat_tui.views import monitor as monitor_views
 from eqat_tui.views import result as views
 from eqat_tui.widgets.list_panel import ListPanel
@@ -46,7 +48,6 @@ def export_formats() -> tuple[str, ...]:
 class ResultScreen(WorkScreen):
     """Perplexity, figures, samples and packed checkpoints of the current run."""
 
-    MODE = "result"
     KEYS = (
         Key(
             "g",
@@ -149,7 +150,7 @@ class ResultScreen(WorkScreen):
         run = self.eqat.current()
         if self._origin is None or self._origin[0] != run.id:
             self._origin = run.id, origin(run)
-        shown = view.state.to_json(state=view.liveness, config=view.config)
+        shown = render(view.state, state=view.liveness, config=view.config)
         return views.figures({**shown, "path": str(run.path), "origin": self._origin[1]}, width)
 
     def _export_path(self, view: RunView) -> Path | None:
@@ -189,8 +190,8 @@ class ResultScreen(WorkScreen):
     def _trained(view: RunView) -> bool:
         """Whether all phases that train are finished."""
         finished = {row.name for row in view.state.phases if row.finished}
-        config = view.config or {}
-        wanted = {name for name in ("block_ap", "e2e_qp") if config.get(name, {}).get("enabled")}
+        config = view.config
+        wanted = {stage.name for stage in STAGES if branch(config, stage.name, "enabled")}
         return bool(view.state.trained_blocks()) and wanted <= finished
 
     def do_sample(self) -> None:

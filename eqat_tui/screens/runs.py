@@ -16,15 +16,15 @@ from engine.run.directory import RunDirectory
 from engine.run.finding import list_runs
 from engine.run.launch import launch
 from engine.run.lock import is_held
-from engine.run.summary import summarize
+from engine.run.shown import summarize
 from eqat_tui.charts import chart, legend
 from eqat_tui.housekeeping import what_is_in
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line
 from eqat_tui.output import error_words, format_bytes
+from eqat_tui.run_text import UNREADABLE
 from eqat_tui.screens.base import WorkScreen, show_input
 from eqat_tui.screens.dialogs import Confirm
-from eqat_tui.summary import UNREADABLE
 from eqat_tui.views import runs as views
 from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel, ScrollPanel, entitle
@@ -72,7 +72,6 @@ class Catalogue:
 class RunsScreen(WorkScreen):
     """The list of runs."""
 
-    MODE = "runs"
     KEYS = (
         Key("enter", "open", "open", "Open the run: the monitor while it works, the result when it is done"),
         Key(
@@ -337,7 +336,6 @@ class RunsScreen(WorkScreen):
 class CompareScreen(WorkScreen):
     """Some runs side by side."""
 
-    MODE = "runs"
     KEYS = (
         Key("escape", "back", "back", "Back to the list of runs"),
         Key("s", "scale", "scale", "Logarithmic or linear scale"),

@@ -12,9 +12,10 @@ from textual.timer import Timer
 from textual.widget import Widget
 from textual.widgets import Input
 
-from engine.config import loading as configs
-from engine.config.loading import to_toml
+from engine.config.fields import value_of
+from engine.config.loading import preset_names
 from engine.config.run import RunConfig
+from engine.config.writing import to_toml
 from engine.errors import EqatError
 from engine.run.directory import RunDirectory
 from engine.run.launch import launch
@@ -23,6 +24,7 @@ from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line, wrap
 from eqat_tui.screens.base import WorkScreen, show_input
 from eqat_tui.screens.dialogs import Ask, Choose, Confirm
+from eqat_tui.views import methods
 from eqat_tui.views import setup as views
 from eqat_tui.views.setup import Draft, Row
 from eqat_tui.widgets.list_panel import ListPanel
@@ -38,7 +40,6 @@ PLAN_DELAY_S = 0.15
 class SetupScreen(WorkScreen):
     """The form and the plan."""
 
-    MODE = "setup"
     KEYS = (
         Key("r", "run", "run", "Start the run; it goes on when this app is left"),
         Key("enter", "edit", "edit", "Choose or type a value; fold or unfold a section"),
@@ -256,7 +257,7 @@ class SetupScreen(WorkScreen):
     def _names(self, row: Row) -> set[str]:
         """The fields that a line of the form stands for."""
         if row.kind == "method":
-            return {"block_ap.enabled", "e2e_qp.enabled"}
+            return set(methods.switches())
         return set(views.section_fields(row.name)) if row.kind == "section" else {row.name}
 
     def do_run(self) -> None:
@@ -280,12 +281,12 @@ class SetupScreen(WorkScreen):
         elif row.kind == "base":
             self._choose_preset()
         elif row.kind == "method":
-            names = list(views.METHODS)
-            self._choose("Method", names, views.method_of(self._config), self._set_method)
+            names = list(methods.methods())
+            self._choose("Method", names, methods.method_of(self._config), self._set_method)
         elif views.choices(row.name) and row.name not in views.OPEN:
             values = list(views.choices(row.name))
             words = ["channel (whole rows)" if value == -1 else views.value_words(value) for value in values]
-            now = words[values.index(configs.value_of(self._config, row.name))]
+            now = words[values.index(value_of(self._config, row.name))]
             self._choose(row.name, words, now, lambda word: self._set(row.name, values[words.index(word)]))
         else:
             self._ask(row)
@@ -295,11 +296,10 @@ class SetupScreen(WorkScreen):
         self.app.push_screen(Choose(title, words, now), lambda word: take(word) if word is not None else None)
 
     def _set_method(self, name: str) -> None:
-        block_ap, e2e_qp = views.METHODS[name]
-        self._change(self.draft.set("block_ap.enabled", block_ap).set("e2e_qp.enabled", e2e_qp))
+        self._change(self.draft.with_method(name))
 
     def _ask(self, row: Row) -> None:
-        value = views.value_words(configs.value_of(self._config, row.name))
+        value = views.value_words(value_of(self._config, row.name))
 
         def answered(text: str | None) -> None:
             if text is not None:
@@ -375,14 +375,14 @@ class SetupScreen(WorkScreen):
     def _step(self, row: Row, by: int) -> None:
         """The next or the last of a row's values."""
         if row.kind == "method":
-            self._set_method(_beside(list(views.METHODS), views.method_of(self._config), by))
+            self._set_method(_beside(list(methods.methods()), methods.method_of(self._config), by))
         elif row.kind == "base":
-            names = configs.preset_names()
+            names = preset_names()
             self._start_on(_beside(names, self.draft.base, by))
         elif row.kind == "model":
             self._choose_model()
         elif choices := views.choices(row.name, self._devices_for(row)):
-            self._set(row.name, _beside(list(choices), configs.value_of(self._config, row.name), by))
+            self._set(row.name, _beside(list(choices), value_of(self._config, row.name), by))
         else:
             self._ask(row)
 

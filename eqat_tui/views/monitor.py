@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.config.stages import phase_label
+from engine.config.stages import STAGES, phase_label
 from engine.run import events
 from engine.run.state import MAX_BLOCKS, BlockRow, RunState
 from eqat_tui.charts import Series
+from eqat_tui.display import fraction
 from eqat_tui.feed import Entry, RunView
 from eqat_tui.lines import Line, Span, bar, beside, columns, cut, few, line, width_of, wrap
 from eqat_tui.output import (
@@ -24,8 +25,6 @@ from eqat_tui.output import (
     share,
 )
 from eqat_tui.planned import branch, known
-from eqat_tui.progress import fraction
-from eqat_tui.summary import group_words
 from eqat_tui.words import hint_for_app, model_name
 
 MOST_LINES = 4
@@ -288,7 +287,7 @@ def loss_series(view: RunView, chosen: int | None) -> tuple[str, list[Series]]:
     if phase is None:
         return "loss", [Series("loss", [])]
     own = [metric for metric in view.state.metrics if metric.phase == phase and metric.block == block]
-    name = "E2E-QP" if block is None else f"block {block}"
+    name = phase_label(phase) if block is None else f"block {block}"
     series = [Series("train", [(m.step, _value(m)) for m in own], "series1")]
     checked = [(float(m.step), m.val_loss) for m in own if m.val_loss is not None]
     if checked:
@@ -341,7 +340,7 @@ def block_table(view: RunView, width: int) -> tuple[Line, list[Line]]:
     planned = known(state.plan)["blocks"] or 0
     count = min(MAX_BLOCKS, max([int(planned), *(index + 1 for index in rows)]))
     training = view.live or view.replay is not None
-    current = state.block if training and state.phase in ("block_ap", "rtn") else None
+    current = state.block if training and _makes_blocks(state, rows) else None
     wide = width >= 45
     cells = [_block_cells(rows.get(index), index, index == current, wide) for index in range(count)]
     names = ["#", "state" if wide else "", "initial", "final", "valid.", "time"]
@@ -349,6 +348,14 @@ def block_table(view: RunView, width: int) -> tuple[Line, list[Line]]:
     sizes = [3, 8, 8, 8, 8, 5] if wide else [3, 1, 7, 7, 7, 5]
     made = columns([names, *cells], sizes, right="rlrrrr", gap=" ")
     return made[0], made[1:]
+
+
+def _makes_blocks(state: RunState, rows: Mapping[int, BlockRow]) -> bool:
+    """Whether the phase that is open is the one that makes the blocks of the table."""
+    stage = STAGES.get(state.phase or "")
+    if stage is not None:
+        return stage.scope == "block"
+    return any(row.phase == state.phase for row in rows.values())  # a stage that is not known here
 
 
 def _block_cells(row: BlockRow | None, index: int, current: bool, wide: bool) -> list[str | Span]:
@@ -476,8 +483,3 @@ def _speed_line(view: RunView, reading: events.Memory | None) -> Line:
 def journal(entries: Sequence[Entry], width: int) -> list[Line]:
     """What happened, oldest first, each on one line."""
     return [cut([(f"{format_time(one.t)} ", "muted"), (one.text, one.role)], width) for one in entries]
-
-
-def describe_grid(config: Mapping[str, Any]) -> str:
-    """``3 bits, groups of 64``."""
-    return f"{branch(config, 'grid', 'bits')} bits, {group_words(branch(config, 'grid', 'group_size'))}"

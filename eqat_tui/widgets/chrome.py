@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 from textual import events
 
-from eqat_tui.keys import EVERYWHERE, Key
+from eqat_tui.keys import ALWAYS, Key, screen_keys
 from eqat_tui.lines import Line, beside, line, width_of
 from eqat_tui.widgets.panel import Panel
-
-if TYPE_CHECKING:
-    from eqat_tui.screens.base import WorkScreen
-
-TABS = ("setup", "monitor", "result", "runs", "memory")
 
 
 class TopBar(Panel):
@@ -34,7 +29,7 @@ class TopBar(Panel):
     def _tabs(self, mode: str) -> Line:
         short = self.size.width < 70
         spans: Line = [(" eqat ", "strong")]
-        for key in EVERYWHERE[: len(TABS)]:
+        for key in screen_keys():
             here = key.action == mode
             name = key.label[:3] if short else key.label
             label = f"[{key.shown} {name}]" if here else f" {key.shown} {name} "
@@ -42,12 +37,13 @@ class TopBar(Panel):
         return spans
 
     def on_click(self, event: events.Click) -> None:
+        tabs = screen_keys()
         x = 0
         for index, (text, _) in enumerate(self.lines[0] if self.lines else []):
             x += len(text)
             if event.x < x:
-                if 0 < index <= len(TABS):
-                    self.screen.run_worker(self.screen.run_action(f"do('{TABS[index - 1]}')"))
+                if 0 < index <= len(tabs):
+                    self.screen.run_worker(self.screen.run_action(f"do('{tabs[index - 1].action}')"))
                 return
 
 
@@ -60,19 +56,22 @@ class KeyBar(Panel):
         super().__init__(id="key-bar")
         self._places: list[tuple[int, str]] = []
 
-    def say(self, screen: WorkScreen) -> None:
-        """The keys of ``screen`` as they stand; the ones for help and leaving are always there."""
-        always = [key for key in EVERYWHERE if key.footer]
+    def say(self, offered: Sequence[Key], why_not: Callable[[str], str]) -> None:
+        """The keys that a screen offers, and why some of them cannot be used now.
+
+        The ones for help and leaving are always there.
+        """
+        always = [key for key in ALWAYS if key.footer]
         last: Line = []
         for key in always:
             last += self._key(key, "")
         room = self.size.width - width_of(last)
         spans: Line = []
         self._places = []
-        for key in screen.offered():
+        for key in offered:
             if not key.footer:
                 continue
-            made = self._key(key, screen.why_not(key.action))
+            made = self._key(key, why_not(key.action))
             if width_of(spans) + width_of(made) > room:
                 break
             spans += made

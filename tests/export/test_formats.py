@@ -25,9 +25,10 @@ from typer.testing import CliRunner
 
 from engine.architecture.description import describe
 from engine.architecture.refusals import refuse
+from engine.config.derived import resolve
 from engine.config.formats import FORMATS
 from engine.config.grid import Grid, GridConfig
-from engine.config.loading import load, resolve
+from engine.config.loading import load
 from engine.config.validation import validate
 from engine.errors import PreflightError, UsageError
 from engine.export.layout import layout_of

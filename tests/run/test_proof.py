@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config import loading as configs
+from engine.config.derived import resolve
+from engine.config.loading import load
+from engine.config.writing import to_toml
 from engine.errors import EqatError, PreflightError
 from engine.run import contents, control, housekeeping, removal
 from engine.run.directory import RunDirectory
@@ -21,17 +23,7 @@ from engine.run.proof import Identity, prove_removed, prove_run
 from engine.run.redo import Origin
 from engine.system import files
 
-CONFIG = configs.resolve(configs.load("smoke"))
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    return tmp_path / "runs"
-
-
-@pytest.fixture
-def run(runs: Path) -> RunDirectory:
-    return RunDirectory.create(runs, CONFIG)
+CONFIG = resolve(load("smoke"))
 
 
 def snapshot(folder: Path) -> dict[str, object]:
@@ -393,7 +385,7 @@ def test_of_any_tree_only_proven_runs_are_deleted_and_the_rest_keeps_every_byte(
     folder = place / "run" if name == "link" else runs / name
     for inner in contents.FOLDERS:
         (folder / inner).mkdir(parents=True)
-    (folder / "config.toml").write_text(configs.to_toml(CONFIG) if whole else "[project]\n")
+    (folder / "config.toml").write_text(to_toml(CONFIG) if whole else "[project]\n")
     for entry, change in changes:
         put(folder / entry, change, elsewhere)
     if name == "link":

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from logs import make_run
 
 from engine.run import events
-from engine.run.directory import Status
 from engine.run.events import Event
+from engine.run.shown import render, show, summarize
 from engine.run.state import RunState
-from engine.run.summary import show, summarize
+from engine.run.status import Status
 from engine.system.printable import hides
-from eqat_tui import progress, summary
+from eqat_tui import display, run_text
 from eqat_tui.charts import chart
 from eqat_tui.feed import Journal, LiveFeed, Replay, ReplayFeed, RunView
 from eqat_tui.lines import Line, width_of
@@ -84,19 +84,19 @@ def lines_of(view: RunView, width: int) -> Iterator[Line]:
     yield result.headline(view, width)
     yield from result.samples(state, width)
     yield from result.exports(view, width)
-    shown = {**state.to_json(state=view.liveness, config=view.config), "path": view.path, "origin": None}
+    shown = {**render(state, state=view.liveness, config=view.config), "path": view.path, "origin": None}
     yield from result.figures(shown, width)
 
 
 def texts_of(view: RunView) -> Iterator[str]:
     """All that the command line says of a run."""
     state = view.state
-    shown = {**state.to_json(state=view.liveness, config=view.config), "path": view.path, "origin": None}
-    yield summary.report(shown)
-    yield summary.samples(shown)
-    yield progress.lasting(progress.position(state))
-    yield progress.lasting("  ".join(progress.measurements(state)))
-    assert 0.0 <= (progress.fraction(state) or 0.0) <= 1.0
+    shown = {**render(state, state=view.liveness, config=view.config), "path": view.path, "origin": None}
+    yield run_text.report(shown)
+    yield run_text.samples(shown)
+    yield display.lasting(display.position(state))
+    yield display.lasting("  ".join(display.measurements(state)))
+    assert 0.0 <= (display.fraction(state) or 0.0) <= 1.0
 
 
 def check_lines(lines: Sequence[Line], width: int) -> None:
@@ -122,8 +122,8 @@ def test_every_view_of_any_log_is_lines_that_fit(
     check_lines(list(lines_of(view, width)), width)
     for text in texts_of(view):
         assert len(text) <= MOST_LETTERS
-    display = progress.PlainDisplay(interval=0.0)
-    display.update(view.state, log)
+    plain = display.PlainDisplay(interval=0.0)
+    plain.update(view.state, log)
 
 
 @settings(max_examples=150)
@@ -145,9 +145,9 @@ def test_any_runs_are_listed_shown_compared_and_replayed(
         run.events_path.write_bytes(as_written(log))
         found.append(run)
     rows = [summarize(run) for run in found]
-    assert len(summary.runs_table(rows)) <= MOST_LETTERS
+    assert len(run_text.runs_table(rows)) <= MOST_LETTERS
     for run, row in zip(found, rows, strict=True):
-        assert len(summary.report(show(run))) <= MOST_LETTERS
+        assert len(run_text.report(show(run))) <= MOST_LETTERS
         check_lines(runs.details(row, 80), 80)
         view = LiveFeed(run).poll()
         assert not view.problem.startswith("cannot be read")

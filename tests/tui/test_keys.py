@@ -18,7 +18,7 @@ from engine.run.finding import list_runs
 from engine.run.lock import RunLock
 from eqat_tui.app import EqatApp
 from eqat_tui.feed import ReplayFeed
-from eqat_tui.keys import EVERYWHERE, key_name
+from eqat_tui.keys import everywhere, key_name
 from eqat_tui.lines import plain
 from eqat_tui.screens.base import READ_ONLY, WorkScreen
 from eqat_tui.screens.dialogs import Confirm, Reader
@@ -133,14 +133,14 @@ def test_every_key_is_in_the_help_and_in_the_palette(recorded: Recorded) -> None
             screen = app.screen
             assert isinstance(screen, WorkScreen)
             commands = {command.title for command in app.get_system_commands(screen)}
-            offered = [*screen.offered(), *(one for one in EVERYWHERE if one.action != "palette")]
+            offered = [*screen.offered(), *(one for one in everywhere() if one.action != "palette")]
             assert {one.label for one in offered} <= commands
             await press(pilot, "question_mark")
             await until(pilot, lambda: isinstance(app.screen, Reader))
             panel = app.screen.query_one(ScrollPanel)
             await until(pilot, lambda: bool(panel.lines))  # noqa: B023
             words = " ".join(" ".join(map(plain, panel.lines)).split())
-            for one in (*screen.offered(), *EVERYWHERE):
+            for one in (*screen.offered(), *everywhere()):
                 assert f"{one.shown} {one.label} {one.tip}" in words
             await press(pilot, "escape")
             await until(pilot, lambda: app.screen is screen)  # noqa: B023
@@ -156,7 +156,7 @@ def test_no_screen_has_a_key_twice() -> None:
     sets = [(*LIVE_KEYS, *COMMON_KEYS), (*REPLAY_KEYS, *COMMON_KEYS)]
     sets += [screen.KEYS for screen in (SetupScreen, ResultScreen, RunsScreen, MemoryScreen, CompareScreen)]
     for keys in sets:
-        names = [name for key in (*keys, *EVERYWHERE) for name in key.keys.split(",")]
+        names = [name for key in (*keys, *everywhere()) for name in key.keys.split(",")]
         assert len(names) == len(set(names))
 
 

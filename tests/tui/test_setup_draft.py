@@ -10,17 +10,18 @@ import typer.main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import loading as configs
 from engine.config.field_docs import field_help
-from engine.config.loading import to_dict
+from engine.config.fields import field_names
+from engine.config.writing import to_dict
 from engine.errors import UsageError
 from eqat_tui.cli import app
 from eqat_tui.configure import build_config
 from eqat_tui.lines import plain
+from eqat_tui.views import methods
 from eqat_tui.views import setup as views
 from eqat_tui.views.setup import Draft
 
-FIELDS = [name for name in configs.field_names() if name not in ("name", "description")]
+FIELDS = [name for name in field_names() if name not in ("name", "description")]
 SOME = {
     "grid.bits": (2, 3, 4, 8),
     "grid.group_size": (32, 64, -1),
@@ -67,7 +68,7 @@ def test_the_shown_command_makes_the_same_configuration(base: str, changes: dict
 
 
 def test_every_setting_is_in_the_form_with_its_meaning() -> None:
-    everything = views.rows(frozenset(views.SECTIONS))
+    everything = views.rows(frozenset(methods.sections()))
     shown = {row.name for row in everything if row.kind in ("field", "model")}
     assert shown | {"block_ap.enabled", "e2e_qp.enabled"} == set(FIELDS)
     draft = Draft(base="smoke")
@@ -79,7 +80,7 @@ def test_every_setting_says_what_it_means() -> None:
     texts = field_help()
     assert set(FIELDS) <= set(texts)
     assert [name for name in FIELDS if not texts[name]] == []
-    assert texts["block_ap.epochs"] == "Passes over the training sequences, per block."
+    assert texts["block_ap.epochs"] == "A block is trained for this many passes over the training sequences."
     assert texts["e2e_qp.lr_scaling"] == texts["block_ap.lr_scaling"]
     assert "``" not in "".join(texts.values())
 
@@ -110,11 +111,37 @@ def test_a_wrong_value_is_marked_where_it_is() -> None:
     assert not lines["grid.bits"].endswith("!")
 
 
-@pytest.mark.parametrize("name", views.METHODS)
+METHODS = {
+    "EfficientQAT: Block-AP, then E2E-QP": (True, True),
+    "Block-AP only": (True, False),
+    "E2E-QP only, on rounded weights": (False, True),
+    "rounding only, nothing is trained": (False, False),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_methods_are_what_they_say(name: str) -> None:
-    block_ap, e2e_qp = views.METHODS[name]
+    block_ap, e2e_qp = METHODS[name]
     draft = Draft(base="smoke").set("block_ap.enabled", block_ap).set("e2e_qp.enabled", e2e_qp)
-    assert views.method_of(draft.shown()) == name
+    assert methods.method_of(draft.shown()) == name
+    assert Draft(base="smoke").with_method(name) == draft
+
+
+def test_methods_are_chosen_from_in_the_same_order() -> None:
+    assert list(methods.methods()) == list(METHODS)
+
+
+def test_sections_are_called_as_their_stages_are() -> None:
+    assert methods.sections() == {
+        "model": "Model",
+        "grid": "Grid",
+        "data": "Calibration text",
+        "block_ap": "Block-AP",
+        "e2e_qp": "E2E-QP",
+        "evaluation": "Evaluation",
+        "export": "Export",
+        "runtime": "Where and how it runs",
+    }
 
 
 def test_settings_are_found_by_name_before_meaning() -> None:

@@ -21,7 +21,8 @@ from engine.config.grid import GridConfig
 from engine.data.prefetch import Prefetcher, Rows
 from engine.quant.fake_linear import FakeQuantLinear, wrap_linears
 from engine.training.loop import Method
-from engine.training.stepper import ParameterGroup, autocast
+from engine.training.precision import autocast
+from engine.training.stepper import ParameterGroup
 
 if TYPE_CHECKING:
     from engine.data.activations import ActivationStore

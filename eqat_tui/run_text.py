@@ -1,7 +1,7 @@
-"""A run as text: the report at its end, which is also what ``eqat show`` prints, and the list of runs.
+"""What the commands print of a run: the report at its end, which is also ``eqat show``, and the list of runs.
 
-Everything here is made from the same dictionaries that ``--json`` prints (:func:`engine.run.state.show` and
-:func:`~engine.run.state.summarize`), so a person and a script never see different numbers.
+Everything here is made from the same dictionaries that ``--json`` prints (:func:`engine.run.shown.show` and
+:func:`~engine.run.shown.summarize`), so a person and a script never see different numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.stages import phase_label, stage_label, versions
+from eqat_tui.measured import full_precision, newest
 from eqat_tui.output import (
     LONGEST_LINE,
     LONGEST_TIME_S,
@@ -70,7 +71,7 @@ def group_words(group_size: Any) -> str:
 
 def perplexity_table(perplexity: Mapping[str, float | None]) -> str:
     """Perplexity of every stage that was evaluated, and how far each is from full precision."""
-    base = perplexity.get("fp")
+    base = perplexity.get(full_precision())
     rows = []
     for stage in versions(perplexity):
         value = perplexity.get(stage)
@@ -201,13 +202,12 @@ def runs_table(runs: Sequence[Tree], *, now: float | None = None) -> str:
     rows = []
     for run in runs:
         perplexity = run["perplexity"]
-        trained = next((perplexity[s] for s in ("e2e_qp", "block_ap", "rtn") if perplexity.get(s)), None)
         rows.append(
             (
                 run["id"],
                 state_words(run),
-                format_number(perplexity.get("fp")),
-                format_number(trained),
+                format_number(perplexity.get(full_precision())),
+                format_number(newest(perplexity)),
                 format_bytes(run["size_bytes"]["quantized"]),
                 ago(run["started"], now),
             )
