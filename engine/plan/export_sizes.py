@@ -34,12 +34,12 @@ class Sizes(msgspec.Struct, frozen=True):
 
 def sizes(arch: Architecture, grid: GridConfig, formats: tuple[str, ...] = ()) -> Sizes:
     """The exports in ``formats`` (in the first of all, where none is asked for) and the 16-bit model."""
-    packed_bits = sum(
+    bits = sum(
         packed_bits(linear.out_features, linear.in_features, grid.bits, grid.group_size)
         for linear in arch.linears
     )
     return Sizes(
         export=sum(format_bytes(arch, grid, name) for name in formats or FORMATS.names()[:1]),
         fp=2 * arch.params,
-        bits_per_weight=packed_bits / arch.linear_params_per_block,
+        bits_per_weight=bits / arch.linear_params_per_block,
     )

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from plan_tools import LLAMA_2_7B
 
-from engine.config import loading as configs
+from engine.config.derived import resolve
+from engine.config.loading import load
 from engine.run.directory import RunDirectory
 
-CONFIG = configs.resolve(configs.load("smoke"))
+CONFIG = resolve(load("smoke"))
 
 
 @pytest.fixture
