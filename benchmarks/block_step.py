@@ -114,6 +114,7 @@ def measure(
             seed=seed,
             dtype=dtype(),
             progress=marks,
+            keeper=marks,
             **VARIANTS[variant],
         )
 

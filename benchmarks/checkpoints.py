@@ -25,7 +25,8 @@ import torch
 from common import SHAPES, Marks, model
 from torch import Tensor
 
-from engine.checkpoints.commits import Checkpoints, TrainingCheckpoints, snapshot_of
+from engine.checkpoints.commits import Checkpoints
+from engine.checkpoints.snapshots import SnapshotKeeper, snapshot_of
 from engine.checkpoints.store import CheckpointStore
 from engine.config.block_ap import BlockAPConfig
 from engine.config.grid import GridConfig
@@ -36,7 +37,7 @@ from engine.methods.blockwise.reconstruction import Streams
 from engine.models.causal_lm import CausalLM
 from engine.process import device_name, package_versions
 from engine.quant.packed import PackedBlock
-from engine.training.stepper import Snapshot
+from engine.training.snapshot import Snapshot
 
 
 class Clock(Marks):
@@ -56,7 +57,7 @@ class Clock(Marks):
         self.committed.append((len(self.times), event))
 
 
-class AtStep(TrainingCheckpoints):
+class AtStep(SnapshotKeeper):
     """Takes one checkpoint, at a step of our choice."""
 
     def __init__(self, checkpoints: Checkpoints, step: int | None) -> None:
@@ -66,7 +67,7 @@ class AtStep(TrainingCheckpoints):
     def step_boundary(self, state: Callable[[], Snapshot]) -> None:
         self.report.stop_asked()
         if self.step is not None and len(self.report.times) == self.step:
-            self._keep(state())
+            self.keep(state())
 
 
 def train(
@@ -93,19 +94,21 @@ def train(
     began = time.perf_counter()
     snapshot = snapshot_of(store, "block_ap", 0) if resume else None
     reading = time.perf_counter() - began
-    with AtStep(Checkpoints(store, clock, runtime), step) as progress:  # type: ignore[arg-type]
-        result = train_block(
-            lm,
-            0,
-            block,
-            Streams(*stores, args.sequences),
-            config,
-            GridConfig(bits=2, group_size=64),
-            seed=0,
-            dtype=dtype,
-            progress=progress,
-            snapshot=snapshot,
-        )
+    keeper = AtStep(Checkpoints(store, clock, runtime), step)  # type: ignore[arg-type]
+    result = train_block(
+        lm,
+        0,
+        block,
+        Streams(*stores, args.sequences),
+        config,
+        GridConfig(bits=2, group_size=64),
+        seed=0,
+        dtype=dtype,
+        progress=clock,
+        snapshot=snapshot,
+        keeper=keeper,
+    )
+    keeper.finish_writing()
     return result.packed, clock, reading
 
 

@@ -18,7 +18,9 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
-from engine.data.activations import ActivationStore, StoreKind, make_store
+from engine.config.grid import Grid
+from engine.config.runtime import StoreKind
+from engine.data.activations import ActivationStore, make_store
 from engine.models.causal_lm import CausalLM
 from engine.models.random_weights import RandomReader
 from engine.models.source import ModelSource
@@ -87,7 +89,7 @@ def packed_like(block: nn.Module, names: Sequence[str]) -> PackedBlock:
             torch.randint(-(2**31), 2**31 - 1, (out, inputs // 16), dtype=torch.int32, device=DEVICE),
             torch.full((out, inputs // 64), 0.8 * inputs**-0.5, dtype=torch.float16, device=DEVICE),
             torch.ones(out, inputs // 64, dtype=torch.uint8, device=DEVICE),
-            2,
+            Grid(2, 64),
         )
     return PackedBlock(linears, {})
 

@@ -50,8 +50,10 @@ from common import (
 )
 
 from engine.config.e2e_qp import E2EQPConfig
-from engine.methods.network.e2e_qp import E2EData, Teacher, train_scales
+from engine.methods.network.e2e_qp import train_scales
 from engine.methods.network.head_loss import HeadLoss
+from engine.methods.network.network import NetworkData
+from engine.methods.network.teacher import Teacher
 from engine.quant.packed import Kernels
 
 SKIPPED = 2
@@ -110,10 +112,11 @@ def measure(
         mock.patch.object(HeadLoss, "gradient", lambda *arguments: head(*arguments)),
     ):
         train_scales(
-            *(lm, blocks, E2EData(tokens, config.sequences, teacher), config),
+            *(lm, blocks, NetworkData(tokens, config.sequences, teacher), config),
             seed=0,
             dtype=dtype(),
             progress=marks,
+            keeper=marks,
             recompute=recompute,
             compiles=fast,
         )

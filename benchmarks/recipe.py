@@ -68,7 +68,7 @@ from engine.checkpoints.store import CheckpointStore
 from engine.config.block_ap import BlockAPConfig
 from engine.data.activations import ActivationStore
 from engine.evaluation.perplexity import perplexity
-from engine.methods.advance import Passage, advance
+from engine.methods.advance import Portions, advance
 from engine.methods.blockwise.block_ap import train_block
 from engine.methods.blockwise.reconstruction import Streams
 from engine.models.causal_lm import CausalLM
@@ -117,8 +117,8 @@ def one_block(
         block = fresh.block(torch.float32)
 
     def move(stream: ActivationStore) -> float:
-        passage, marks = Passage(BATCH), Marks()
-        whole = seconds(lambda: advance(lm, 0, block, stream, passage, dtype(), marks))
+        portions, marks = Portions(BATCH), Marks()
+        whole = seconds(lambda: advance(lm, 0, block, stream, portions, dtype(), marks))
         return whole / streams.sequences
 
     took["read"] = seconds(read)
@@ -133,6 +133,7 @@ def one_block(
             seed=number,
             dtype=dtype(),
             progress=marks,
+            keeper=marks,
             fast=DEVICE.type == "cuda",
             compiles=DEVICE.type == "cuda",
         )

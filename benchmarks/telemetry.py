@@ -26,7 +26,8 @@ from block_step import BATCHES, GRID, VARIANTS, settings
 from common import DEVICE, SHAPES, Marks, dtype, median_of, model, random_block, random_store, table, where
 
 from engine import telemetry
-from engine.checkpoints.commits import Checkpoints, TrainingCheckpoints
+from engine.checkpoints.commits import Checkpoints
+from engine.checkpoints.snapshots import SnapshotKeeper, resumable
 from engine.checkpoints.store import CheckpointStore
 from engine.config.model import ModelConfig
 from engine.config.run import RunConfig
@@ -38,24 +39,24 @@ from engine.run.directory import RunDirectory
 
 
 class Telling(Marks):
-    """Marks steps and passes everything on to what a run tells its training's progress to."""
+    """Marks steps and passes everything on to those whom a run's training talks to."""
 
-    def __init__(self, progress: TrainingCheckpoints) -> None:
+    def __init__(self, report: Reporter, keeper: SnapshotKeeper) -> None:
         super().__init__()
-        self._progress = progress
+        self._report, self._keeper = report, keeper
 
     def due(self) -> bool:
-        return self._progress.due()
+        return self._report.due()
 
     def metric(self, **values: Any) -> None:
-        self._progress.metric(**values)
+        self._report.metric(**values)
 
     def leave_if_asked(self) -> None:
-        self._progress.leave_if_asked()
+        self._report.leave_if_asked()
 
     def step_boundary(self, state: Any) -> None:
         super().step_boundary(state)
-        self._progress.step_boundary(state)
+        self._keeper.step_boundary(state)
 
 
 class Waiting(Marks):
@@ -94,10 +95,17 @@ def main() -> None:
     config = settings(rows, batch, length, epochs=-(-args.steps * batch // rows))
     form = VARIANTS["fast" if DEVICE.type == "cuda" else "plain"]
 
-    def train(progress: Marks) -> float:
+    def train(marks: Marks) -> float:
         block = copy.deepcopy(random_block(args.shape)).to(DEVICE)
-        train_block(*(lm, 0, block, streams, config, GRID), seed=0, dtype=dtype(), progress=progress, **form)
-        return statistics.median(progress.steps())
+        train_block(
+            *(lm, 0, block, streams, config, GRID),
+            seed=0,
+            dtype=dtype(),
+            progress=marks,
+            keeper=marks,
+            **form,
+        )
+        return statistics.median(marks.steps())
 
     silent, telling = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -112,8 +120,8 @@ def main() -> None:
             for _ in range(args.repeat):
                 silent.append(train(Marks()))
                 report.block_started(0, 1)
-                with TrainingCheckpoints(checkpoints, "block_ap", 0) as progress:
-                    telling.append(train(Telling(progress)))
+                with resumable(checkpoints, "block_ap", 0) as keeper:
+                    telling.append(train(Telling(report, keeper)))
         readings.close()
         report.close()
         size = run.events_path.stat().st_size

@@ -17,7 +17,9 @@ from pathlib import Path
 # torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from engine.config.loading import apply_overrides, is_operational, resolve
+from engine.config.derived import resolve
+from engine.config.fields import is_operational
+from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
 from engine.config.validation import validate
 from engine.errors import (

@@ -98,3 +98,8 @@ class StopRequested(Exception):
         super().__init__("abort requested" if abort else "stop requested")
         self.abort = abort
         self.exit_code = exit_code
+
+
+def first_line(error: BaseException, most: int = 300) -> str:
+    """The first line of what an error says, at most so many letters of it; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]

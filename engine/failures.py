@@ -8,7 +8,7 @@ import msgspec
 import torch
 
 from engine.config.run import RunConfig
-from engine.errors import EqatError, ExitCode
+from engine.errors import EqatError, ExitCode, first_line
 from engine.plan.machine import Machine
 from engine.plan.plan import out_of_memory_remedy
 from engine.system.files import full_disk
@@ -43,12 +43,12 @@ def as_eqat_error(
         )
     if isinstance(error, PermissionError):
         return EqatError(
-            f"no permission: {error.filename or _first_line(error)}",
+            f"no permission: {error.filename or first_line(error) or 'no message'}",
             exit_code=ExitCode.PREFLIGHT,
             where=position,
         )
     return EqatError(
-        f"{type(error).__name__}: {_first_line(error)}",
+        f"{type(error).__name__}: {first_line(error) if str(error).strip() else 'no message'}",
         exit_code=ExitCode.BUG,
         where=position,
         hint="this is a bug; the traceback is in the run's log",
@@ -73,7 +73,3 @@ def _out_of_gpu_memory(
         where=position,
         hint=f"{remedy or 'free the GPU'}, then resume: what was checkpointed is kept",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or ["no message"])[0][:300]

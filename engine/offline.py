@@ -12,9 +12,10 @@ import os
 import sys
 from collections.abc import Iterator
 
-from engine.config.data import DataConfig
+from engine.config.corpora import CORPORA
+from engine.config.data import BUILTIN, DataConfig
 from engine.config.run import RunConfig
-from engine.data.tasks import TASKS
+from engine.config.tasks import TASKS
 
 _VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 _SWITCHES = (
@@ -47,10 +48,8 @@ def _model_is_local(source: str) -> bool:
 
 def _text_is_local(data: DataConfig) -> bool:
     name = data.source.strip()
-    # `open_source` takes a shortcut for what it stands for before it looks for a file.
-    from engine.data.hub import SHORTCUTS
-
-    return name == "builtin" or (name not in SHORTCUTS and _exists(name))
+    # `open_source` takes a corpus' name for what it stands for before it looks for a file.
+    return name == BUILTIN or (name not in CORPORA and _exists(name))
 
 
 def _exists(name: str) -> bool:

@@ -1,6 +1,6 @@
 """What the running engine says: events, status, heartbeat; and what it hears: requests to stop.
 
-The methods know this object only as :class:`engine.training.stepper.Progress`. All of it is cheap: a
+The methods know this object only as :class:`engine.training.progress.Progress`. All of it is cheap: a
 metric is written at most four times a second, the status file is replaced by a thread every two seconds, and
 requests are looked for twice a second.
 """
@@ -21,7 +21,9 @@ from engine import telemetry
 from engine.errors import EqatError, ExitCode, StopRequested, run_is_gone
 from engine.run import event_log, events
 from engine.run.control import acknowledge, pending
-from engine.run.directory import RunDirectory, Status, clean_temporaries, write_status
+from engine.run.directory import RunDirectory
+from engine.run.housekeeping import clean_temporaries
+from engine.run.status import Status, write_status
 
 METRIC_SECONDS = 0.25
 CONTROL_SECONDS = 0.5

@@ -9,20 +9,24 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.config import loading as configs
+from engine.config.derived import resolve
+from engine.config.fields import field_names, is_operational
+from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
 from engine.config.validation import validate
 from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run import control
-from engine.run.directory import RunDirectory, read_launched, run_state
+from engine.run.directory import RunDirectory
 from engine.run.finding import default_runs_dir, find_run
 from engine.run.launch import launch, log_path
+from engine.run.liveness import run_state
 from engine.run.lock import holder, is_held, opened_by
 from engine.run.proof import is_run
 from engine.run.redo import make_redo
+from engine.run.shown import show as show_run
+from engine.run.shown import summarize
 from engine.run.state import BULK, RunState, load_state
-from engine.run.summary import show as show_run
-from engine.run.summary import summarize
+from engine.run.status import read_launched
 from engine.run.usable import is_damaged
 from eqat_tui.display import open_display
 from eqat_tui.follow import LIVE, Follower, Left
@@ -112,14 +116,14 @@ def resume(run: RunDirectory, overrides: Mapping[str, str], *, detach: bool, as_
             raise UsageError("is done already", where=run.id, hint=f"eqat show {typed(run)} shows the result")
         say("it was done, and its checkpoint is damaged: what is damaged is trained again")
     for name in overrides:
-        if name in configs.field_names() and not configs.is_operational(name):
+        if name in field_names() and not is_operational(name):
             raise UsageError(
                 "decides what is computed, so this run cannot go on with another value",
                 where=name,
                 hint=f"eqat resume {typed(run)} --from-block K --set ... trains blocks K... again, in a new "
                 "run",
             )
-    validate(configs.resolve(configs.apply_overrides(run.config(), overrides)))
+    validate(resolve(apply_overrides(run.config(), overrides)))
     args = [part for name, value in overrides.items() for part in ("--set", f"{name}={value}")]
     return start(run, args=args, detach=detach, as_json=as_json)
 

@@ -152,12 +152,6 @@ class EqatApp(App[str]):
         self._watcher = Watcher(feed, self.post_message)
         self._watcher.start()
 
-    def close_run(self) -> None:
-        """No run is open any more."""
-        if self._watcher is not None:
-            self._watcher.end()
-        self.feed = self.view = self._watcher = None
-
     def look_now(self) -> None:
         """Show the effect of something the user did."""
         if self._watcher is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from engine.config import loading as configs
+from engine.config.derived import resolve
+from engine.config.loading import load
 from engine.config.run import RunConfig
 from engine.config.validation import validate
 from engine.errors import UsageError
@@ -33,7 +34,7 @@ def build_config(
     }
     overrides = {name: value for name, value in flags.items() if value is not None}
     overrides.update(parse_settings(settings))
-    config = configs.resolve(configs.load(target, overrides=overrides))
+    config = resolve(load(target, overrides=overrides))
     validate(config)
     return config
 

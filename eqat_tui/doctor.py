@@ -21,13 +21,16 @@ from typing import Literal
 
 import msgspec
 
-from engine.config import loading as configs
+from engine.config.derived import resolve
+from engine.config.loading import load, preset_names
+from engine.config.overrides import apply_overrides
 from engine.config.validation import validate
 from engine.errors import EqatError, PreflightError
-from engine.run.directory import RunDirectory, run_state
+from engine.run.directory import RunDirectory
 from engine.run.finding import check_runs_dir
 from engine.run.launch import exit_code, launch, log_path
-from engine.run.summary import show
+from engine.run.liveness import run_state
+from engine.run.shown import show
 from eqat_tui.output import format_bytes, format_seconds
 
 PACKAGES = (
@@ -203,13 +206,13 @@ def disk(runs_dir: Path) -> Check:
 
 def presets() -> Check:
     """Every shipped preset can be read and is valid."""
-    names = configs.preset_names()
+    names = preset_names()
     try:
         for name in names:
-            config = configs.load(name)
+            config = load(name)
             if not config.model.source:  # one that wants --model is not broken
-                config = configs.apply_overrides(config, {"model.source": "random://tiny-llama"})
-            validate(configs.resolve(config))
+                config = apply_overrides(config, {"model.source": "random://tiny-llama"})
+            validate(resolve(config))
     except EqatError as error:
         return Check(name="presets", status="failed", detail=str(error), hint="reinstall eqat")
     if not names:
@@ -222,7 +225,7 @@ def smoke() -> Check:
     begun = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="eqat-doctor-") as folder:
-            config = configs.resolve(configs.load("smoke"))
+            config = resolve(load("smoke"))
             run = RunDirectory.create(Path(folder), config)
             problem = _run_quietly(run)
             took = format_seconds(time.monotonic() - begun)

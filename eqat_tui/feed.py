@@ -20,15 +20,17 @@ from typing import Any, Literal, NamedTuple, Protocol
 import msgspec
 
 from engine import __version__
-from engine.config.loading import to_dict
+from engine.config.writing import to_dict
 from engine.errors import EqatError
 from engine.run import control, events
-from engine.run.directory import RunDirectory, Status, read_launched, read_status, run_state
+from engine.run.directory import RunDirectory
 from engine.run.event_log import EventFollower, read_events
 from engine.run.events import AnyEvent
 from engine.run.launch import log_path
+from engine.run.liveness import run_state
 from engine.run.lock import holder
 from engine.run.state import RunState
+from engine.run.status import Status, read_launched, read_status
 from engine.system.guarded import BadFile, bad_file, open_regular
 from eqat_tui.display import lasting_line
 from eqat_tui.output import error_words, one_line

@@ -20,12 +20,14 @@ import msgspec
 
 from engine.errors import ExitCode, run_is_gone
 from engine.run import control
-from engine.run.directory import RunDirectory, read_status, run_state
+from engine.run.directory import RunDirectory
 from engine.run.event_log import EventFollower
 from engine.run.events import AnyEvent, RunFinished
 from engine.run.launch import exit_code, log_path, next_attempt, refuse_second
+from engine.run.liveness import run_state
 from engine.run.lock import holder
 from engine.run.state import RunState
+from engine.run.status import read_status
 from engine.system.guarded import BadFile, bad_file
 from engine.system.log_bytes import tail
 from eqat_tui.display import Display

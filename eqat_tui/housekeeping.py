@@ -10,8 +10,9 @@ from typing import Any
 
 from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run import contents, housekeeping
-from engine.run.directory import RunDirectory, run_state
+from engine.run.directory import RunDirectory
 from engine.run.finding import default_runs_dir, find_run
+from engine.run.liveness import run_state
 from engine.run.proof import shown
 from engine.run.state import load_state
 from eqat_tui.measured import newest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.config import loading as configs
+from engine.config.loading import load, preset_names, preset_path
 from engine.errors import EqatError
 from engine.run.finding import default_runs_dir, list_runs
 from eqat_tui.actions import summaries
@@ -44,9 +44,9 @@ def overview_text() -> str:
 def preset_rows() -> list[dict[str, Any]]:
     """The shipped presets; one that cannot be read is listed with the reason, not left out."""
     rows: list[dict[str, Any]] = []
-    for name in configs.preset_names():
+    for name in preset_names():
         try:
-            config = configs.load(name)
+            config = load(name)
         except EqatError as error:
             rows.append(
                 {
@@ -65,7 +65,7 @@ def preset_rows() -> list[dict[str, Any]]:
                 "model": config.model.source,
                 "bits": config.grid.bits,
                 "group_size": config.grid.group_size,
-                "path": str(configs.preset_path(name)),
+                "path": str(preset_path(name)),
             }
         )
     return rows

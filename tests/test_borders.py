@@ -12,7 +12,7 @@ ALLOWED = {
     # They make what they print printable.
     ("eqat_tui/output.py", "print"),
     # LiveDisplay._print, whose words went through progress.lasting.
-    ("eqat_tui/progress.py", "_console.print"),
+    ("eqat_tui/display.py", "_console.print"),
 }
 """Where something is written to a stream that may be a terminal's, reviewed by hand."""
 

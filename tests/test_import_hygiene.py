@@ -27,7 +27,8 @@ def modules_after(code: str) -> set[str]:
     "module",
     [
         "engine.run",
-        "engine.config.loading",
+        "engine.config.sameness",
+        "engine.config.field_docs",
         "engine.run.directory",
         "engine.run.events",
         "engine.run.state",

@@ -18,7 +18,12 @@ from urllib.parse import urlsplit
 import msgspec
 
 from engine.architecture.families import Architecture, architecture
-from engine.architecture.gguf_header import GGUFHeader, read_gguf_header
+from engine.architecture.gguf_header import (
+    GGUF_MODEL_TYPES,
+    GGUFHeader,
+    read_gguf_header,
+    supported_gguf,
+)
 from engine.architecture.headers import safetensors_tensors
 from engine.architecture.limits import check_config
 from engine.architecture.links import ModelFolder
@@ -125,7 +130,7 @@ def describe(source: str, revision: str | None = None) -> ModelDescription:
         )
     if path.is_file():
         header = read_gguf_header(path)
-        _refuse_gguf(path, header)
+        supported_gguf(header, path)
         return ModelDescription(
             source=source,
             kind="gguf",
@@ -236,21 +241,10 @@ def _hub_failure(error: Exception) -> str:
     return f"the hub cannot be reached ({type(error).__name__})"
 
 
-GGUF_MODEL_TYPES = {
-    "llama": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma2": "gemma2",
-    "gemma3": "gemma3_text",
-    "phi3": "phi3",
-}
-"""llama.cpp's architecture names that the engine reads -> transformers' model types."""
-
-
 def gguf_config(header: GGUFHeader) -> dict[str, Any]:
     """A config.json-like dict from a GGUF header."""
     values, tensors = header.metadata, header.tensors
-    name = str(values.get("general.architecture", ""))[:80]
+    name = header.architecture
 
     def field(key: str) -> Any:
         return values.get(f"{name}.{key}")
@@ -276,16 +270,6 @@ def gguf_config(header: GGUFHeader) -> dict[str, Any]:
         "torch_dtype": "float32",
     }
     return {key: value for key, value in config.items() if value is not None}
-
-
-def _refuse_gguf(path: Path, header: GGUFHeader) -> None:
-    name = str(header.metadata.get("general.architecture", "(none)"))[:80]
-    if name not in GGUF_MODEL_TYPES:
-        raise PreflightError(
-            f"GGUF architecture {name!r} is not supported",
-            where=str(path),
-            hint=f"use safetensors files of this model; GGUF works for {', '.join(GGUF_MODEL_TYPES)}",
-        )
 
 
 def _gguf_architecture(path: Path, header: GGUFHeader) -> Architecture:

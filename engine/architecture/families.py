@@ -20,6 +20,12 @@ from engine.architecture.headers import TensorInfo
 from engine.architecture.limits import MOST_BLOCKS
 from engine.errors import PreflightError
 
+HEAD_VALUES = 1 << 25
+"""Logits computed at once (128 MiB in float32): a large vocabulary's of a whole text would be more than
+everything else together."""
+GPU_HEAD_VALUES = 1 << 26
+"""On a GPU, whose products of 2000 tokens leave fewer of its processors idle than those of 1000."""
+
 
 class LinearShape(msgspec.Struct, frozen=True):
     """One ``nn.Linear`` of a block."""

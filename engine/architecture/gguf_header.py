@@ -25,6 +25,7 @@ from engine.architecture.headers import (
     TensorInfo,
     is_name,
 )
+from engine.errors import PreflightError
 from engine.system.guarded import BadFile, bad_file
 from engine.system.stamps import StampedFile
 
@@ -64,6 +65,17 @@ GGML_TYPES: dict[int, tuple[str, int, int]] = {
     42: ("Q2_0", 64, 18),
 }
 
+GGUF_MODEL_TYPES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "phi3": "phi3",
+}
+"""GGUF architectures whose tensors are known to come out as transformers has them, and its names for them.
+Mistral files call themselves llama."""
+
 SCALAR_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 LONGEST_KEPT_ARRAY = 1024
@@ -89,6 +101,27 @@ class GGUFHeader(msgspec.Struct, frozen=True):
     """Length of every array, also of those that were stepped over."""
     tensors: dict[str, TensorInfo]
     """Shapes in the usual order: [out, in]."""
+
+    @property
+    def architecture(self) -> str:
+        """llama.cpp's name for the kind of model; empty where the file gives none."""
+        return str(self.metadata.get("general.architecture", ""))[:80]
+
+
+def supported_gguf(header: GGUFHeader, path: Path) -> str:
+    """The architecture of a file, which the engine can read.
+
+    Raises:
+        PreflightError: for any other.
+    """
+    name = header.architecture
+    if name not in GGUF_MODEL_TYPES:
+        raise PreflightError(
+            f"GGUF architecture {name or '(none)'!r} is not supported",
+            where=str(path),
+            hint=f"use safetensors files of this model; GGUF works for {', '.join(GGUF_MODEL_TYPES)}",
+        )
+    return name
 
 
 def read_gguf_header(path: Path) -> GGUFHeader:

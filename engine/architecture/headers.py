@@ -21,7 +21,7 @@ import msgspec
 from msgspec import Meta
 
 from engine.architecture.links import ModelFolder
-from engine.errors import PreflightError
+from engine.errors import PreflightError, first_line
 from engine.system.guarded import LARGE, BadFile, bad_file
 from engine.system.stamps import StampedFile
 
@@ -129,7 +129,7 @@ def read_index(index: StampedFile) -> dict[str, str]:
         found = msgspec.json.decode(content, type=_Index).weight_map
     except Exception as error:  # whatever a parser raises; guarded.py says why
         raise BadFile(
-            f"the index of the weight files is damaged: {_first_line(error)}",
+            f"the index of the weight files is damaged: {first_line(error, 200)}",
             where=str(index.path),
             hint=DOWNLOAD_AGAIN,
         ) from error
@@ -171,7 +171,7 @@ def safetensors_header(file: StampedFile) -> dict[str, TensorInfo]:
     except BadFile:
         raise
     except Exception as error:  # whatever a parser raises; guarded.py says why
-        raise damaged(file, f"has a damaged header: {_first_line(error)}") from error
+        raise damaged(file, f"has a damaged header: {first_line(error, 200)}") from error
     end = max((info.start + info.nbytes for info in tensors.values()), default=begin)
     if end > file.size:
         raise damaged(file, f"is truncated: {file.size} bytes instead of {end}")
@@ -211,7 +211,3 @@ def is_name(name: str) -> bool:
 
 def damaged(file: StampedFile, what: str, hint: str = DOWNLOAD_AGAIN) -> BadFile:
     return BadFile(f"the weight file {what}", where=str(file.path), hint=hint)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

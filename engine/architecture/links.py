@@ -58,6 +58,19 @@ ASSETS = (
     "*.jinja",
 )
 """What decides, besides configuration and weights, what a model does: tokenizer, templates, generation."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Of these, what an export copies from the model's folder (``generation_config.json`` goes with them)."""
 HAND_WRITTEN = (
     "config.json",
     "generation_config.json",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.architecture.families import Architecture, LinearShape, text_config
+from engine.config.formats import FORMATS
 from engine.config.grid import BITS, GROUP_SIZES, GridConfig
 from engine.errors import PreflightError
 
@@ -34,22 +35,18 @@ def refuse(
 
 def _refuse_kind(arch: Architecture, config: Mapping[str, Any]) -> None:
     """Models that are not a stack of ``nn.Linear`` blocks with 16-bit weights."""
+    where = arch.model_type or "model.source"
 
     def refusal(message: str, hint: str) -> PreflightError:
-        return PreflightError(message, where=arch.model_type or "model.source", hint=hint)
+        return PreflightError(message, where=where, hint=hint)
 
     text = text_config(config)
     if config.get("is_encoder_decoder"):
-        raise refusal(
-            "encoder-decoder models cannot be quantized", "give a decoder-only causal language model"
-        )
+        raise encoder_decoder(where)
     quantized = config.get("quantization_config") or text.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "") if isinstance(quantized, Mapping) else ""
-        raise refusal(
-            f"the model is already quantized{f' ({method})' if method else ''}",
-            "give the original 16-bit checkpoint",
-        )
+        raise already_quantized(method, where)
     experts = [name for name in EXPERT_FIELDS if isinstance(text.get(name), int) and text[name] > 1]
     if experts or arch.fused:
         where = arch.fused[0] if arch.fused else f"{arch.block_prefix}.0.mlp.experts"
@@ -64,6 +61,24 @@ def _refuse_kind(arch: Architecture, config: Mapping[str, Any]) -> None:
     names = config.get("architectures") or []
     if names and not any(str(name).endswith(CAUSAL_ENDINGS) for name in names):
         raise refusal(f"{names[0]} is not a causal language model", "give an AutoModelForCausalLM checkpoint")
+
+
+def encoder_decoder(where: str) -> PreflightError:
+    """What is said of a model that is not a single stack of blocks."""
+    return PreflightError(
+        "encoder-decoder models cannot be quantized",
+        where=where,
+        hint="give a decoder-only causal language model",
+    )
+
+
+def already_quantized(method: object, where: str) -> PreflightError:
+    """What is said of a model whose weights are codes already; its configuration names the ``method``."""
+    return PreflightError(
+        f"the model is already quantized{f' ({str(method)[:80]})' if method else ''}",
+        where=where,
+        hint="give the original 16-bit checkpoint",
+    )
 
 
 def _refuse_group_size(arch: Architecture, grid: GridConfig) -> None:
@@ -81,15 +96,24 @@ def _refuse_group_size(arch: Architecture, grid: GridConfig) -> None:
 
 
 def _refuse_packing(arch: Architecture, grid: GridConfig, export_formats: Sequence[str]) -> None:
-    """Codes lie along the input and, in GPTQ files, zero points along the output, in whole 32-bit words."""
+    """What the formats' rows say they cannot hold. Codes lie along the input in whole 32-bit words; in some
+    formats something lies so along the output, too."""
+    wanted = [FORMATS[name] for name in export_formats if name in FORMATS]
+    for row in wanted:
+        if row.lacks(grid.shared):
+            raise PreflightError(
+                f"{row.label} cannot hold {row.lacks(grid.shared)}",
+                where="export.formats",
+                hint=f"choose a grid that it holds, or leave {row.name} out of export.formats",
+            )
+    along_outputs = [row.name for row in wanted if row.words_along_outputs]
 
     def packs(count: int, bits: int) -> bool:
         return count * bits % 32 == 0
 
     def fits(linear: LinearShape, bits: int) -> bool:
-        return packs(linear.in_features, bits) and (not gptq or packs(linear.out_features, bits))
+        return packs(linear.in_features, bits) and (not along_outputs or packs(linear.out_features, bits))
 
-    gptq = any(name.startswith("gptq") for name in export_formats)
     for linear in arch.linears:
         if fits(linear, grid.bits):
             continue
@@ -98,7 +122,9 @@ def _refuse_packing(arch: Architecture, grid: GridConfig, export_formats: Sequen
         fitting = [bits for bits in BITS if all(fits(each, bits) for each in arch.linears)]
         remedy = f"bits that work for every layer: {', '.join(map(str, fitting))}" if fitting else ""
         if side == "output":
-            remedy = "; or ".join(filter(None, (remedy, "leave gptq_v2 out of export.formats")))
+            remedy = "; or ".join(
+                filter(None, (remedy, f"leave {' and '.join(along_outputs)} out of export.formats"))
+            )
         raise PreflightError(
             f"{count} {side} features of {grid.bits} bits do not fill whole 32-bit words",
             where=f"{arch.block_prefix}.0.{linear.name}",

@@ -1,22 +1,13 @@
-"""When checkpoints are taken inside a block and inside E2E-QP, and what happens when the disk is full.
+"""How a checkpoint is committed: at once or by a thread beside other work; and what happens when the disk is
+full.
 
-A training offers its state at every step boundary (:meth:`TrainingCheckpoints.step_boundary`). It is taken
-
-* when so much time has passed since the last checkpoint that a kill would lose more than was promised
-  (``runtime.checkpoint_minutes``), and the last ones were cheap enough (``runtime.checkpoint_share``);
-* when a stop was asked for: then the run ends with nothing lost.
-
-Training waits only while its state is copied into host memory. A thread hashes, writes and publishes it, and
-until that is done the generation before stays in force.
-
-A full disk is no reason to lose a run: the previous checkpoint is whole, the run says what it needs and waits
-until there is room.
+Until a commit is done the generation before stays in force. A full disk is no reason to lose a run: the
+previous checkpoint is whole, the run says what it needs and waits until there is room.
 """
 
 from __future__ import annotations
 
 import errno
-import functools
 import shutil
 import threading
 import time
@@ -24,21 +15,17 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-import torch
 from torch import Tensor
 
 from engine.checkpoints.store import CheckpointStore, Committed
 from engine.config.runtime import RuntimeConfig
 from engine.errors import StopRequested
 from engine.plan.estimate import size_text
-from engine.plan.recovery_model import PART_OF_THE_PROMISE, SNAPSHOT_SHARE
 from engine.reporter import Reporter
 from engine.run import events
-from engine.run.facts import TRAINING
 from engine.system.files import disk_error, existing, full_disk
-from engine.training.stepper import Snapshot
 
 T = TypeVar("T")
 
@@ -84,7 +71,7 @@ class Checkpoints:
         It is done when the context ends, however that ends; only an abort does not wait. A full disk is
         waited for then.
         """
-        writing = _Writing(self, lambda: self._publish(entries), _needed(entries))
+        writing = Writing(self, lambda: self._publish(entries), _needed(entries))
         try:
             yield
         except BaseException as error:
@@ -161,7 +148,7 @@ class Checkpoints:
             time.sleep(WAIT_SECONDS)
 
 
-class _Writing(Generic[T]):
+class Writing(Generic[T]):
     """``work()``, which writes ``needed`` bytes, by a thread."""
 
     def __init__(self, checkpoints: Checkpoints, work: Callable[[], T], needed: int) -> None:
@@ -208,137 +195,12 @@ class _Writing(Generic[T]):
                 raise stop
 
 
-class TrainingCheckpoints:
-    """What one block's training, or the end-to-end training, reports to (:class:`Progress`).
-
-    Use it as a context: on leaving, nothing is being written any more.
-    """
-
-    def __init__(self, checkpoints: Checkpoints, phase: str, block: int | None = None) -> None:
-        self.checkpoints, self.report = checkpoints, checkpoints.report
-        self.store, self.runtime = checkpoints.store, checkpoints.runtime
-        self.phase, self.block = phase, block
-        self._last = time.monotonic()
-        self._writing: _Writing[Committed] | None = None
-        self._waited = 0.0
-        """Seconds that training stood still for it."""
-
-    def __enter__(self) -> TrainingCheckpoints:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            self._finish_writing()
-        elif self._writing is not None:
-            self._writing.leave(error)
-
-    # What a training says
-
-    def due(self) -> bool:
-        return self.report.due()
-
-    def metric(self, **values: Any) -> None:
-        self.report.metric(**values)
-
-    def warning(self, code: str, message: str, hint: str = "") -> None:
-        self.report.warning(code, message, hint)
-
-    def leave_if_asked(self) -> None:
-        self.report.leave_if_asked()
-
-    def expect_silence(self, seconds: float) -> None:
-        self.report.expect_silence(seconds)
-
-    # Checkpoints
-
-    def step_boundary(self, state: Callable[[], Snapshot]) -> None:
-        """A state to continue from: kept when a checkpoint is due; after a stop, kept and left."""
-        stop = self.report.stop_asked()
-        if stop is None:
-            if self._is_due():
-                self._keep(state())
-            return
-        if not stop.abort:
-            self._finish_writing()
-            self._keep(state())
-            self._finish_writing()
-        raise stop
-
-    def _is_due(self) -> bool:
-        if self._writing is not None:
-            if self._writing.running:
-                return False
-            self._finish_writing()
-        runtime = self.runtime
-        promised = PART_OF_THE_PROMISE * 60 * runtime.checkpoint_minutes
-        affordable = self.checkpoints.cost / (SNAPSHOT_SHARE * runtime.checkpoint_share)
-        return runtime.checkpoint_minutes > 0 and time.monotonic() - self._last >= max(promised, affordable)
-
-    def _keep(self, state: Snapshot) -> None:
-        """Copy the state; a thread does the rest."""
-        began = time.monotonic()
-        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors.items()}
-        tensors |= random_state(self.report.device)
-        self._last = time.monotonic()
-        self._waited = self._last - began
-        facts = {"phase": self.phase, "block": self.block, **state.facts}
-        self._writing = _Writing(
-            self.checkpoints, functools.partial(self._publish, tensors, facts, self._waited), _bytes(tensors)
-        )
-
-    def _publish(self, tensors: dict[str, Tensor], facts: dict[str, Any], waited: float) -> Committed:
-        self.store.put(TRAINING, tensors)
-        self.store.remember(TRAINING, facts)
-        committed = self.store.commit()
-        self.checkpoints.say(committed, self.phase, self.block, facts["sampler"]["step"], waited)
-        return committed
-
-    def _finish_writing(self) -> None:
-        """Wait for the thread."""
-        if self._writing is None:
-            return
-        committed = self._writing.result()
-        self._writing = None  # and with it the copy of the state
-        # On a GPU training goes on while the host writes, a CPU does one or the other.
-        on_cpu = self.report.device.type == "cpu"
-        self.checkpoints.cost = self._waited + (committed.seconds if on_cpu else 0.0)
-
-
-def snapshot_of(store: CheckpointStore, phase: str, block: int | None = None) -> Snapshot | None:
-    """Where an earlier attempt's training of this phase and block can be continued; the random numbers go
-    on from there too."""
-    facts = store.fact(TRAINING)
-    if facts is None or (facts["phase"], facts["block"]) != (phase, block):
-        return None
-    return Snapshot(store.get(TRAINING), facts)
-
-
-def forget_snapshot(store: CheckpointStore) -> None:
-    """What was trained to its end needs no state to continue from."""
-    store.drop(TRAINING)
-    store.forget(TRAINING)
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The generators' states, by entry name."""
-    states = {"random.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["random.cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def restore_random_state(tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put the generators where they were."""
-    torch.set_rng_state(tensors["random.cpu"])
-    if device.type == "cuda" and "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random.cuda"], device)
-
-
 def _needed(entries: Mapping[str, Mapping[str, Tensor]]) -> int:
-    return sum(_bytes(tensors) for tensors in entries.values())
+    return sum(bytes_of(tensors) for tensors in entries.values())
 
 
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
+def bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    """Of the elements of ``tensors``."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 

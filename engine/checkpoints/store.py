@@ -7,8 +7,8 @@ generations are kept; an object lives as long as one of them names it.
 
 Whatever is damaged is seen, since a digest covers it, and left out with what depends on it
 (:mod:`engine.run.usable`): the caller is told, and it is trained again. A generation made by another model,
-data set or configuration is refused with the field that differs. What is damaged is written anew when its
-content comes up again.
+data set or configuration is refused with the field that differs (:mod:`engine.checkpoints.identity`). What is
+damaged is written anew when its content comes up again.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from engine.checkpoints.identity import counts_as, differing_field
 from engine.checkpoints.tensorfile import safetensors_chunks
 from engine.errors import DamagedRun, IdentityError
 from engine.run.generations import SCHEMA, Generation, highest, prune, publish
@@ -55,7 +56,8 @@ class Committed:
 class CheckpointStore:
     """Entries (named dictionaries of tensors) and facts (small JSON values) of one run.
 
-    ``identity`` is what the checkpoint depends on, by field (``model``, ``data``, ``block_ap.epochs``, ...).
+    ``identity`` is what the checkpoint depends on, by field (``model``, ``data``, ``block_ap.epochs``, ...);
+    ``defaults`` is what a field counts as that the identity of an older checkpoint lacks.
     """
 
     def __init__(
@@ -63,10 +65,12 @@ class CheckpointStore:
         directory: Path,
         identity: Mapping[str, str],
         *,
+        defaults: Mapping[str, str] | None = None,
         on_damage: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.directory = directory
         self.identity = dict(identity)
+        self.defaults = dict(defaults or {})
         if not os.path.lexists(directory):
             make_folder(directory)
         make_folder(objects_path(directory), root=directory.parent)
@@ -85,11 +89,15 @@ class CheckpointStore:
 
     def _check_identity(self, found: Generation) -> None:
         """Refuse to continue what was made from something else; names the first field that differs."""
-        name = differing_field(found, self.identity)
+        defaults = self.defaults
+        if found.schema < SCHEMA:
+            added = {name: self.identity[name] for name in ADDED_SINCE_SCHEMA_2 if name in self.identity}
+            defaults = added | defaults
+        name = differing_field(found.identity, self.identity, defaults)
         if name is not None:
             raise IdentityError(
-                f"the checkpoint was made with {_shown(found.identity.get(name))}, this run has "
-                f"{_shown(self.identity.get(name))}",
+                f"the checkpoint was made with {_shown(counts_as(found.identity, name, defaults))}, "
+                f"this run has {_shown(counts_as(self.identity, name, defaults))}",
                 where=name,
                 hint="resume with what the run was started with, or start a new run",
             )
@@ -184,19 +192,6 @@ class CheckpointStore:
         )
         self._pending_bytes, self._pending_seconds = 0, 0.0
         return committed
-
-
-def differing_field(found: Generation, now: Mapping[str, str]) -> str | None:
-    """The first field of the identity in which a generation differs from this run; none when it may be
-    continued."""
-
-    def agrees(name: str) -> bool:
-        if found.schema < SCHEMA and name in ADDED_SINCE_SCHEMA_2 and name not in found.identity:
-            return True
-        return found.identity.get(name) == now.get(name)
-
-    names = [*now, *(name for name in found.identity if name not in now)]
-    return next((name for name in names if not agrees(name)), None)
 
 
 def _shown(value: Any) -> str:

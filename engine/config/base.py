@@ -9,7 +9,7 @@ import functools
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -19,6 +19,26 @@ LearningRateScaling = Literal["absolute", "relative"]
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base of every configuration struct: frozen, keyword-only, unknown fields rejected."""
+
+    def check(self, name: str) -> None:
+        """Refuse the first value that cannot work; ``name`` is that of the section, for messages.
+
+        Rules that need the model or the machine (does the group size divide a layer, does it fit in memory)
+        are the plan's; nothing here opens a file.
+
+        Raises:
+            UsageError: names the field.
+        """
+
+    @classmethod
+    def decides(cls, field: str) -> bool:
+        """Whether another value of a field computes something else; false for how a run is carried out."""
+        return True
+
+    @classmethod
+    def as_written_now(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The section's table of a file with what earlier versions spelt otherwise as this one spells it."""
+        return tree
 
 
 @functools.cache
@@ -38,6 +58,8 @@ def describe(kind: Any) -> str:
         return " or ".join(describe(option) for option in typing.get_args(kind))
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is Annotated:  # a name out of a table
+        return "one of " + ", ".join(typing.get_args(kind)[1].names())
     if typing.get_origin(kind) is tuple:
         return "a list, each " + describe(typing.get_args(kind)[0])
     if is_section(kind):

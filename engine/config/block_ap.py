@@ -2,50 +2,85 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from engine.config.base import ComputeDtype, LearningRateScaling, Section
+import msgspec
+
+from engine.config.base import ComputeDtype, LearningRateScaling
+from engine.config.grid import GridConfig
+from engine.config.stage_section import (
+    StageSection,
+    check_learning_rate,
+    check_schedule,
+    check_sequences,
+    check_trained,
+)
+
+Trained = Literal["weights", "scales", "zero_points", "norms"]
 
 
-class BlockAPConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class BlockAPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Block-wise training of all parameters (EfficientQAT, section 3.2)."""
 
     enabled: bool = True
-    """Train block by block; without it the blocks are only rounded."""
-    train: tuple[Literal["weights", "scales", "zero_points", "norms"], ...] = (
-        "weights",
-        "scales",
-        "zero_points",
-        "norms",
-    )
-    """What is trained. A symmetric grid has no zero points to train: they are left out then."""
+    """Block-AP trains block by block; without it the blocks are only rounded."""
+    train: tuple[Trained, ...] = ("weights", "scales", "zero_points", "norms")
+    """Block-AP trains these; a symmetric grid has no zero points to train, so they are left out there."""
     sequences: int = 512
-    """Training sequences."""
+    """A block is trained on this many sequences."""
     val_sequences: int = 16
-    """Validation sequences, from a part of the text that training does not see; 0 turns validation off."""
+    """The validation loss is measured on this many sequences, from a part of the text that training does not
+    see; 0 turns validation off."""
     sequence_length: int = 2048
-    """Tokens per sequence."""
+    """A sequence has this many tokens."""
     batch_size: int = 4
-    """Sequences per optimizer step."""
+    """An optimizer step sees this many sequences."""
     epochs: int = 2
-    """Passes over the training sequences, per block."""
+    """A block is trained for this many passes over the training sequences."""
     loss: Literal["mse", "token_relative_mse"] = "token_relative_mse"
-    """``mse`` over all outputs, or each token's squared error divided by its target's mean square."""
+    """The loss is ``mse`` over all outputs, or each token's squared error divided by its target's mean
+    square."""
     lr_scaling: LearningRateScaling = "relative"
     """``relative`` multiplies a learning rate by each linear's mean initial scale; ``absolute`` does not."""
     lr_weight: float | None = None
-    """Learning rate of weights (when absolute, of norms too); none: 2e-5 (2 bits) or 1e-5 when absolute, 0.02
-    when relative."""
+    """Weights (when absolute, norms too) learn at this rate; none takes 2e-5 (2 bits) or 1e-5 when absolute,
+    0.02 when relative."""
     lr_quant: float | None = None
-    """Learning rate of scales and zero points (when relative, of norms too, times their mean); none: 1e-4
+    """Scales and zero points (when relative, norms too, times their mean) learn at this rate; none takes 1e-4
     when absolute, 0.005 when relative."""
     lr_final_fraction: float = 0.05
     """The cosine schedule ends at this fraction of the initial learning rate."""
     weight_decay: float = 0.0
-    """AdamW's decoupled decay, as a fraction of the learning rate; 0 turns it off."""
+    """AdamW's decoupled decay is this fraction of the learning rate; 0 turns it off."""
     grad_clip: float = 0.0
-    """Largest gradient norm; 0 turns clipping off."""
+    """A gradient's norm is clipped to this; 0 turns clipping off."""
     patience: int = 0
-    """Stop a block after this many epochs without a better validation loss; 0 trains all epochs."""
+    """A block stops after this many epochs without a better validation loss; 0 trains all epochs."""
     compute_dtype: ComputeDtype = "auto"
-    """Arithmetic of the forward pass; auto: bfloat16 on a GPU, float32 on the CPU."""
+    """The forward pass computes in this type; auto takes bfloat16 on a GPU and float32 on the CPU."""
+
+    def check_on(self, grid: GridConfig, name: str) -> None:
+        check_trained(f"{name}.train", self.train, self._trainable(grid), enabled=self.enabled)
+        self.check(name)
+
+    def check(self, name: str) -> None:
+        check_sequences(name, self)
+        check_learning_rate(f"{name}.lr_weight", self.lr_weight)
+        check_learning_rate(f"{name}.lr_quant", self.lr_quant)
+        check_schedule(name, self)
+
+    def resolved(self, grid: GridConfig) -> Self:
+        """Learning rates that were left out follow bits and scaling. A symmetric grid fixes its zero points,
+        so they leave the trained set, of which they are part by default."""
+        absolute = self.lr_scaling == "absolute"
+        lr_weight = (2e-5 if grid.bits == 2 else 1e-5) if absolute else 0.02
+        lr_quant = 1e-4 if absolute else 0.005
+        return msgspec.structs.replace(
+            self,
+            train=self._trainable(grid),
+            lr_weight=lr_weight if self.lr_weight is None else self.lr_weight,
+            lr_quant=lr_quant if self.lr_quant is None else self.lr_quant,
+        )
+
+    def _trainable(self, grid: GridConfig) -> tuple[Trained, ...]:
+        return tuple(what for what in self.train if not (grid.symmetric and what == "zero_points"))

@@ -2,48 +2,104 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
-from engine.config.base import ComputeDtype, LearningRateScaling, Section
+import msgspec
+
+from engine.config import checks
+from engine.config.base import ComputeDtype, LearningRateScaling
+from engine.config.grid import GridConfig
+from engine.config.stage_section import (
+    StageSection,
+    check_learning_rate,
+    check_schedule,
+    check_sequences,
+    check_trained,
+)
+from engine.errors import UsageError
 
 
-class E2EQPConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class E2EQPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """End-to-end training of quantization parameters (EfficientQAT, section 3.3)."""
 
     enabled: bool = True
-    """Train the scales of the whole model after its blocks."""
+    """E2E-QP trains the scales of the whole model after its blocks."""
     train: tuple[Literal["scales", "zero_points"], ...] = ("scales",)
-    """What is trained; the integers are fixed."""
+    """E2E-QP trains these; the integers are fixed."""
     sequences: int = 512
-    """Training sequences."""
+    """The model is trained on this many sequences."""
     val_sequences: int = 16
-    """Validation sequences; 0 turns validation off and keeps the last state."""
+    """The validation loss is measured on this many sequences; 0 turns validation off and keeps the last
+    state."""
     sequence_length: int = 2048
-    """Tokens per sequence."""
+    """A sequence has this many tokens."""
     batch_size: int = 8
-    """Sequences per optimizer step (effective, over all ranks and micro-batches)."""
+    """An optimizer step sees this many sequences, over all ranks and micro-batches."""
     micro_batch_size: int = 1
-    """Sequences per forward and backward pass."""
+    """A forward and backward pass takes this many sequences."""
     epochs: int = 1
-    """Passes over the training sequences."""
+    """The model is trained for this many passes over the training sequences."""
     loss: Literal["cross_entropy", "kl"] = "kl"
-    """Next-token cross-entropy, or KL divergence to the full-precision model's prediction."""
+    """The loss is next-token cross-entropy, or KL divergence to the full-precision model's prediction."""
     lr_scaling: LearningRateScaling = "relative"
-    """As in ``block_ap``."""
+    """``relative`` multiplies a learning rate by each linear's mean initial scale; ``absolute`` does not."""
     lr: float | None = None
-    """Learning rate; none: 2e-5 (2 bits) or 1e-5 when absolute, 0.005 when relative."""
+    """What is trained learns at this rate; none takes 2e-5 (2 bits) or 1e-5 when absolute, 0.005 when
+    relative."""
     lr_final_fraction: float = 0.0
     """The cosine schedule ends at this fraction of the initial learning rate."""
     warmup_fraction: float = 0.03
-    """Part of the steps over which the learning rate rises from 0."""
+    """The learning rate rises from 0 over this fraction of the steps."""
     weight_decay: float = 0.0
-    """AdamW's decoupled decay, as a fraction of the learning rate; 0 turns it off."""
+    """AdamW's decoupled decay is this fraction of the learning rate; 0 turns it off."""
     grad_clip: float = 0.3
-    """Largest gradient norm; 0 turns clipping off."""
+    """A gradient's norm is clipped to this; 0 turns clipping off."""
     patience: int = 0
-    """Stop after this many epochs without a better validation loss; 0 trains all epochs."""
+    """Training stops after this many epochs without a better validation loss; 0 trains all epochs."""
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Recompute each block in the backward pass instead of keeping its activations, which takes a third more
-    time; auto: where memory asks for it."""
+    """Each block is recomputed in the backward pass instead of keeping its activations, which takes a third
+    more time; auto does it where memory asks for it."""
     compute_dtype: ComputeDtype = "auto"
-    """As in ``block_ap``."""
+    """The forward pass computes in this type; auto takes bfloat16 on a GPU and float32 on the CPU."""
+
+    def check_on(self, grid: GridConfig, name: str) -> None:
+        if grid.symmetric and "zero_points" in self.train and self.enabled:
+            raise UsageError(
+                "a symmetric grid has no zero points to train",
+                where=f"{name}.train",
+                hint='["scales"], or grid.symmetric = false',
+            )
+        self.check(name)
+
+    def check(self, name: str) -> None:
+        check_trained(f"{name}.train", self.train, self.train, enabled=self.enabled)
+        check_sequences(name, self)
+        checks.count(f"{name}.micro_batch_size", self.micro_batch_size)
+        if self.batch_size % self.micro_batch_size:
+            divisors = [n for n in range(1, min(self.batch_size, 1024) + 1) if self.batch_size % n == 0]
+            raise UsageError(
+                f"{self.micro_batch_size} does not divide {name}.batch_size = {self.batch_size}",
+                where=f"{name}.micro_batch_size",
+                hint=f"one of {checks.listed(divisors)}",
+            )
+        check_learning_rate(f"{name}.lr", self.lr)
+        checks.between(f"{name}.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
+        check_schedule(name, self)
+
+    def resolved(self, grid: GridConfig) -> Self:
+        """A learning rate that was left out follows bits and scaling."""
+        lr = (2e-5 if grid.bits == 2 else 1e-5) if self.lr_scaling == "absolute" else 0.005
+        return msgspec.structs.replace(self, lr=lr if self.lr is None else self.lr)
+
+    @classmethod
+    def decides(cls, field: str) -> bool:
+        return field not in ("micro_batch_size", "activation_checkpointing")
+
+    @classmethod
+    def as_written_now(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Whether activations are recomputed was true or false before it could be ``auto``."""
+        word = tree.get("activation_checkpointing")
+        if not isinstance(word, bool):
+            return tree
+        return {**tree, "activation_checkpointing": "on" if word else "off"}

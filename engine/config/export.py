@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated
 
+from engine.config import checks
 from engine.config.base import Section
+from engine.config.formats import DEFAULT_FORMAT, FORMATS, refuse_unknown
 
 
 class ExportConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which packed checkpoints are written at the end."""
 
-    formats: tuple[Literal["gptq_v2"], ...] = ("gptq_v2",)
-    """Layouts of the packed checkpoint; none writes nothing."""
+    formats: tuple[Annotated[str, FORMATS], ...] = (DEFAULT_FORMAT,)
+    """The packed checkpoint is written in each of these layouts; none writes nothing."""
     shard_gib: float = 4.0
-    """Largest safetensors file, GiB."""
+    """A safetensors file takes at most this many GiB."""
+
+    def check(self, name: str) -> None:
+        refuse_unknown(f"{name}.formats", self.formats)
+        checks.unique(f"{name}.formats", self.formats)
+        # A file has a header; below a KiB there would be more files than a folder can hold.
+        checks.between(f"{name}.shard_gib", self.shard_gib, 1e-6, 1e6)
+
+    @classmethod
+    def decides(cls, field: str) -> bool:
+        return False  # it writes what was computed

@@ -10,17 +10,21 @@ import ast
 import functools
 import inspect
 import itertools
-import re
+import textwrap
 from collections.abc import Mapping
 
 from engine.config.base import Section, field_types, is_section
-from engine.config.run import RunConfig
+from engine.config.run import RunConfig, run_config
 
 
-@functools.lru_cache(1)
-def field_help() -> dict[str, str]:
+def field_help() -> Mapping[str, str]:
     """The meaning of every field, by its dotted name, each on one line."""
-    return dict(_walk(RunConfig, ""))
+    return _help_of(run_config())
+
+
+@functools.cache
+def _help_of(config: type[RunConfig]) -> Mapping[str, str]:
+    return dict(_walk(config, ""))
 
 
 def _walk(section: type[Section], prefix: str) -> list[tuple[str, str]]:
@@ -29,18 +33,17 @@ def _walk(section: type[Section], prefix: str) -> list[tuple[str, str]]:
         if is_section(kind):
             found += _walk(kind, f"{prefix}{name}.")
             continue
-        text = _texts(section).get(name, "")
-        reference = re.fullmatch(r"As in ``(\w+)``\.", text)
-        if reference:
-            text = _texts(field_types(RunConfig)[reference[1]]).get(name, "")
-        found.append((prefix + name, text.replace("``", "")))
+        found.append((prefix + name, _texts(section).get(name, "").replace("``", "")))
     return found
 
 
 @functools.cache
 def _texts(section: type[Section]) -> Mapping[str, str]:
-    """The string that follows each annotated field of a section."""
-    tree = ast.parse(inspect.getsource(section))
+    """The string that follows each annotated field of a section, of one without a source none."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(section)))
+    except (OSError, TypeError):
+        return {}
     (body,) = (node.body for node in tree.body if isinstance(node, ast.ClassDef))
     texts = {}
     for field, after in itertools.pairwise(body):

@@ -1,11 +1,18 @@
-"""The table of export formats: one row a layout of packed checkpoints."""
+"""The table of export formats: one row a layout of packed checkpoints.
+
+A row says what whoever plans, refuses, lists or loads an export has to know. How tensors are written and read
+back is the layout's that it names (:mod:`engine.export.layout`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
-from engine.config.grid import BITS, GROUP_SIZES
-from engine.config.tables import Table
+from engine.config.grid import BITS, GROUP_SIZES, Grid
+from engine.config.tables import Table, load_named
+from engine.errors import UsageError
 
 
 class Format(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,14 +28,48 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
     """Group sizes that it can hold; -1 is the whole row."""
     symmetric: tuple[bool, ...] = (False, True)
     """Whether it holds asymmetric and symmetric grids."""
-    code: str
-    """``module:attribute`` of the heavy half: the :class:`~engine.export.checkpoint.Layout`."""
-    loading: str
-    """Python lines that load an export whose folder is ``path``."""
-    costs: str = ""
-    """``module:function``: bytes of one linear of so many outputs, inputs, bits and group size."""
     words_along_outputs: bool = False
     """Outputs, too, are packed in whole 32-bit words."""
+    code: str
+    """``module:class`` of the heavy half: its :class:`~engine.export.layout.Layout`."""
+    tensors: tuple[str, ...]
+    """What stands for ``<linear>.weight``, each named ``<linear>.<one of these>``."""
+    costs: str = ""
+    """``module:function``: bytes of these tensors for so many outputs, inputs, bits and group size; empty for
+    integers, zero points and scales without a gap."""
+    loading: str
+    """Python lines that load an export whose folder, a literal, takes the place of ``{path}``."""
+
+    def linear_bytes(self, outputs: int, inputs: int, grid: Grid) -> int:
+        """Bytes of a linear's tensors."""
+        cost = load_named(self.costs) if self.costs else packed_bytes
+        return int(cost(outputs, inputs, grid.bits, grid.group_size))
+
+    def lacks(self, grid: Grid) -> str:
+        """What of a grid it cannot hold, in words; empty where it holds all of it."""
+        if grid.bits not in self.bits:
+            return f"{grid.bits} bits"
+        if grid.group_size not in self.group_sizes:
+            return "one group a row" if grid.group_size == -1 else f"groups of {grid.group_size}"
+        if grid.symmetric not in self.symmetric:
+            return "a symmetric grid" if grid.symmetric else "an asymmetric grid"
+        return ""
+
+
+def packed_bits(outputs: int, inputs: int, bits: int, group_size: int) -> int:
+    """Bits of a linear's integers and zero points, and of its scales at 16, packed without a gap."""
+    groups = Grid(bits, group_size).groups(inputs)
+    return outputs * inputs * bits + outputs * groups * (16 + bits)
+
+
+def packed_bytes(outputs: int, inputs: int, bits: int, group_size: int) -> int:
+    """The same in bytes."""
+    return packed_bits(outputs, inputs, bits, group_size) // 8
+
+
+def gptq_bytes(outputs: int, inputs: int, bits: int, group_size: int) -> int:
+    """The same, and each input's group at 32 bits, which GPTQ files list."""
+    return packed_bytes(outputs, inputs, bits, group_size) + 4 * inputs
 
 
 FORMATS = Table(
@@ -36,12 +77,29 @@ FORMATS = Table(
     Format(
         name="gptq_v2",
         label="GPTQ v2",
-        code="engine.export.gptq_v2:GPTQv2",
-        costs="engine.plan.estimate:gptq_bytes",
         words_along_outputs=True,
+        code="engine.export.gptq_v2:GPTQv2",
+        tensors=("qweight", "qzeros", "scales", "g_idx"),
+        costs="engine.config.formats:gptq_bytes",
         loading=(
-            "from transformers import AutoModelForCausalLM\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            "path = {path}\n"
             'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")  # pip install gptqmodel\n'
+            "tokenizer = AutoTokenizer.from_pretrained(path)"
         ),
     ),
 )
+
+DEFAULT_FORMAT = FORMATS.names()[0]
+"""What is written where nothing else is asked for."""
+
+
+def refuse_unknown(field: str, names: Sequence[str]) -> None:
+    """Raise :class:`UsageError` for the first of ``names``, the values of ``field``, that is no format."""
+    for index, name in enumerate(names):
+        if name not in FORMATS:
+            raise UsageError(
+                f"Invalid enum value '{name}'",
+                where=f"{field}[{index}]",
+                hint=f"a list, each one of {', '.join(FORMATS.names())}",
+            )

@@ -1,8 +1,13 @@
-"""The whole configuration of a run."""
+"""The whole configuration of a run, and how an extension adds a section of its own to it."""
 
 from __future__ import annotations
 
-from engine.config.base import Section
+import functools
+import re
+
+import msgspec
+
+from engine.config.base import Section, field_types
 from engine.config.block_ap import BlockAPConfig
 from engine.config.data import DataConfig
 from engine.config.e2e_qp import E2EQPConfig
@@ -12,13 +17,17 @@ from engine.config.grid import GridConfig
 from engine.config.model import ModelConfig
 from engine.config.runtime import RuntimeConfig
 
+LABELS = ("name", "description")
+"""Fields that say what a run is called, and are no part of what is computed."""
+
 
 class RunConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One run, completely."""
 
     name: str = "custom"
-    """Preset or file the run started from; a label, no part of what is computed."""
+    """The run started from this preset or file; a label, no part of what is computed."""
     description: str = ""
+    """A sentence says what the preset or file is for; a label too."""
     model: ModelConfig = ModelConfig()
     grid: GridConfig = GridConfig()
     data: DataConfig = DataConfig()
@@ -27,3 +36,62 @@ class RunConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+
+
+_registered: dict[str, type[Section]] = {}
+
+
+def register_section(name: str, kind: type[Section]) -> None:
+    """Make ``kind`` the section ``name`` of every configuration that is made from now on.
+
+    A configuration that does not name the section has its default, which must not ask for anything: that an
+    extension is there changes no run, no hash and no file.
+
+    Raises:
+        ValueError: for a name that is taken or is no plain word in lower case, and for a section that is
+            enabled by default.
+    """
+    if not re.fullmatch("[a-z][a-z0-9_]{0,39}", name):
+        raise ValueError(f"{name!r} is no name for a section")
+    if name in field_types(run_config()):
+        raise ValueError(f"there is a section {name!r} already")
+    if getattr(kind(), "enabled", False):
+        raise ValueError(
+            f"the section {name!r} is enabled by default, and an extension's has to be asked for"
+        )
+    _registered[name] = kind
+    run_config.cache_clear()
+
+
+def unregister_section(name: str) -> None:
+    """Take a section out again, which only tests want."""
+    del _registered[name]
+    run_config.cache_clear()
+
+
+@functools.cache
+def run_config() -> type[RunConfig]:
+    """The type of a configuration: :class:`RunConfig`, with the sections of extensions after its own."""
+    if not _registered:
+        return RunConfig
+    sections = [(name, kind, msgspec.field(default_factory=kind)) for name, kind in _registered.items()]
+    made = msgspec.defstruct(
+        "RunConfig",
+        sections,
+        bases=(RunConfig,),
+        frozen=True,
+        kw_only=True,
+        forbid_unknown_fields=True,
+        module=__name__,
+    )
+    assert issubclass(made, RunConfig)
+    return made
+
+
+def silent_sections(config: RunConfig) -> tuple[str, ...]:
+    """Sections of extensions that say nothing but their default.
+
+    They are left out of files, hashes and identities, so that a run is the same with and without an extension
+    that it does not use.
+    """
+    return tuple(name for name, kind in _registered.items() if getattr(config, name, None) == kind())

@@ -2,31 +2,57 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
+from engine.config import checks
 from engine.config.base import Section
+from engine.errors import UsageError
+
+LARGEST_SEED = 2**63 - 1  # what TOML and torch.manual_seed both hold
+
+StoreKind = Literal["device", "host", "disk"]
+"""Where activations can live between two blocks (:mod:`engine.data.activations`)."""
 
 
 class RuntimeConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where and how it runs. Nothing here is part of what is computed, except ``seed``."""
 
     device: str = "auto"
-    """``auto`` (a GPU when there is one), ``cpu``, ``cuda`` or ``cuda:N``."""
+    """The run computes on ``auto`` (a GPU when there is one), ``cpu``, ``cuda`` or ``cuda:N``."""
     seed: int = 0
-    """Decides which text is drawn and in which order it is seen."""
+    """The seed decides which text is drawn and in which order it is seen."""
     threads: int = 0
-    """CPU threads; 0 takes every core this process may use."""
-    activation_store: Literal["auto", "device", "host", "disk"] = "auto"
-    """Where the two activation streams live; auto: the fastest place that has room."""
+    """The CPU computes with this many threads; 0 takes every core this process may use."""
+    activation_store: Literal["auto", StoreKind] = "auto"
+    """The two activation streams live here; auto takes the fastest place that has room."""
     host_memory_gib: float = 0.0
-    """Budget of host memory, GiB; 0: what is free now, less a reserve."""
+    """The run may take this many GiB of host memory; 0 takes what is free now, less a reserve."""
     deterministic: bool = False
-    """Bitwise reproducible kernels on a GPU, slower; the CPU always is."""
+    """A GPU runs bitwise reproducible kernels, which are slower; the CPU always does."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile Block-AP's steps on a GPU (torch.compile); auto: where that saves more than its half minute."""
+    """Block-AP's steps are compiled on a GPU (torch.compile); auto does it where that saves more than its
+    half minute."""
     checkpoint_minutes: float = 5.0
-    """A kill loses at most this much training; 0 checkpoints between blocks only."""
+    """A kill loses at most this many minutes of training; 0 checkpoints between blocks only."""
     checkpoint_share: float = 0.02
-    """Largest part of the time that may go into checkpoints; where the two disagree, this one wins."""
+    """Checkpoints take at most this part of the time, even where ``checkpoint_minutes`` asks for more."""
     streams: Literal["auto", "stored", "recomputed"] = "auto"
-    """How a resumed run gets its activations back; auto: stored where that costs little time and disk."""
+    """A resumed run gets its activations back this way; auto stores them where that costs little time and
+    disk."""
+
+    def check(self, name: str) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device, re.ASCII):
+            raise UsageError(
+                f"cannot be {self.device!r}", where=f"{name}.device", hint="auto, cpu, cuda or cuda:N"
+            )
+        checks.count(f"{name}.seed", self.seed, least=0, most=LARGEST_SEED)
+        checks.count(f"{name}.threads", self.threads, least=0, most=4096)
+        checks.not_negative(f"{name}.host_memory_gib", self.host_memory_gib, hint="0 takes what is free")
+        # At most a year: 0 is how to have none.
+        checks.between(f"{name}.checkpoint_minutes", self.checkpoint_minutes, 0.0, 525_600.0)
+        checks.between(f"{name}.checkpoint_share", self.checkpoint_share, 0.0001, 1.0)
+
+    @classmethod
+    def decides(cls, field: str) -> bool:
+        return field in ("seed", "deterministic")

@@ -43,11 +43,21 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     """``module:function`` that gives one block of it to whoever measures it: called with job and index."""
     costs: str = ""
     """Module of its part of the plan (:mod:`engine.plan.stages`)."""
+    reads_text: bool = False
+    """It learns from calibration text: its section has ``sequences``, ``val_sequences`` and
+    ``sequence_length``."""
+    entries_prefix: str = ""
+    """What ``entries`` is, where that is neither ``block`` nor the name of a stage of the whole network."""
 
     @property
     def phase_label(self) -> str:
         """Its phase in words."""
         return self.doing or self.label
+
+    @property
+    def entries(self) -> str:
+        """Begins the names of what it leaves of each block in a checkpoint."""
+        return self.entries_prefix or ("block" if self.scope == "block" else self.name)
 
     @property
     def card_label(self) -> str:
@@ -89,6 +99,7 @@ STAGES = Table(
         result="after Block-AP",
         run="engine.phases.blocks:train_blocks",
         costs="engine.plan.stages.block_ap",
+        reads_text=True,
         about="Block-AP trains one block at a time with all its parameters.",
         part_of="EfficientQAT",
     ),
@@ -99,6 +110,8 @@ STAGES = Table(
         result="after E2E-QP",
         run="engine.phases.end_to_end:train_end_to_end",
         costs="engine.plan.stages.e2e_qp",
+        reads_text=True,
+        entries_prefix="scales",
         about="E2E-QP then trains the scales of the whole model.",
         part_of="EfficientQAT",
     ),
@@ -144,6 +157,11 @@ def phases_of(config: RunConfig) -> list[str]:
         if stage.scope == "network":
             phases += [stage.name, *([f"{EVALUATE}{stage.name}"] if stage in measured else [])]
     return [*phases, *(["export"] if config.export.formats else [])]
+
+
+def network_stages() -> tuple[Stage, ...]:
+    """The stages that train all blocks together, in order: each goes on from what the one before left."""
+    return tuple(stage for stage in STAGES if stage.scope == "network")
 
 
 def last_stage(config: RunConfig) -> Stage:

@@ -30,16 +30,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from engine.config.runtime import StoreKind
 from engine.errors import EqatError, ExitCode, PreflightError
 from engine.system.files import make_folder
 from engine.system.guarded import opened_folder
 
-StoreKind = Literal["device", "host", "disk"]
 Indices = slice | Sequence[int] | Tensor
 
 _PIECE = 8 << 20

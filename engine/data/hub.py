@@ -1,8 +1,8 @@
 """Text from the Hugging Face hub, streamed: only what is read is downloaded.
 
-Shortcuts name the usual calibration and evaluation corpora with everything needed to read them. A
-stream is shuffled by the seed (its files, then a window of rows), and documents of a data set without a
-validation or test split of its own are assigned to parts by what they say.
+What is known of the usual corpora is in :mod:`engine.config.corpora`. A stream is shuffled by the seed (its
+files, then a window of rows), and documents of a data set without a validation or test split of its own are
+assigned to parts by what they say.
 """
 
 from __future__ import annotations
@@ -13,94 +13,29 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-from engine.config.data import DataConfig
-from engine.data.local import checked_text, missing_column
-from engine.data.text import Part, held_out_bucket
-from engine.errors import DataError
+import msgspec
+
+from engine.config.corpora import CORPORA, HubSource, by_repository
+from engine.config.data import BUILTIN, DataConfig
+from engine.data.columns import checked_text, missing_column
+from engine.data.parts import Part, held_out_bucket
+from engine.errors import DataError, first_line
 
 _SHUFFLE_ROWS = 1000  # rows held while shuffling a stream: documents of 5 KB make 5 MB
 _HELD_OUT = {"validation": range(10), "evaluation": range(10, 20)}
 _ARTICLE = re.compile(r"^ = [^=]")  # WikiText: " = Title = " opens an article, " = = … = = " a section
 
 
-@dataclass(frozen=True)
-class HubSource:
-    """One hub data set, and how its rows become documents."""
-
-    repo: str
-    subset: str | None = None
-    column: str = "text"
-    revision: str | None = None
-    splits: dict[str, str] = field(default_factory=dict)
-    """Part to split, where known; a part without an entry is held out of ``train``."""
-    files: dict[str, float] = field(default_factory=dict)
-    """Read these JSON-lines files of the repository, drawing from them in these proportions."""
-    articles: bool = False
-    """Rows are lines of articles: join them."""
-    split: str | None = None
-    """The user's explicit split, for every part."""
-
-    @property
-    def where(self) -> str:
-        """For messages."""
-        return self.repo + (f" ({self.subset})" if self.subset else "")
-
-
-SHORTCUTS: dict[str, HubSource] = {
-    # The repository still carries a loading script, which `datasets` no longer runs: its files are read
-    # directly. They are sorted by origin, so they are drawn from in proportion to their size (MB).
-    "redpajama": HubSource(
-        repo="togethercomputer/RedPajama-Data-1T-Sample",
-        splits={"train": "train"},
-        files={
-            "arxiv_sample.jsonl": 93,
-            "book_sample.jsonl": 111,
-            "c4_sample.jsonl": 866,
-            "cc_2019-30_sample.jsonl": 689,
-            "cc_2020-05_sample.jsonl": 836,
-            "cc_2021-04_sample.jsonl": 802,
-            "cc_2022-05_sample.jsonl": 737,
-            "cc_2023-06_sample.jsonl": 857,
-            "github_sample.jsonl": 222,
-            "stackexchange_sample.jsonl": 80,
-            "wikipedia_sample.jsonl": 119,
-        },
-    ),
-    "c4": HubSource(
-        repo="allenai/c4",
-        subset="en",
-        splits={"train": "train", "validation": "validation", "evaluation": "validation"},
-    ),
-    "wikitext2": HubSource(
-        repo="Salesforce/wikitext",
-        subset="wikitext-2-raw-v1",
-        splits={"train": "train", "validation": "validation", "evaluation": "test"},
-        articles=True,
-    ),
-    # A random sample of SlimPajama-627B in parquet; the full set is zstd-compressed JSON lines.
-    "slimpajama": HubSource(
-        repo="DKYoon/SlimPajama-6B",
-        splits={"train": "train", "validation": "validation", "evaluation": "test"},
-    ),
-    "fineweb-edu": HubSource(
-        repo="HuggingFaceFW/fineweb-edu", subset="sample-10BT", splits={"train": "train"}
-    ),
-}
-
-
 def hub_source(data: DataConfig) -> HubSource:
     """The data set that a configuration names, with the configuration's own choices on top."""
-    known = SHORTCUTS.get(data.source) or next(
-        (entry for entry in SHORTCUTS.values() if entry.repo.lower() == data.source.lower()), None
-    )
-    source = known or HubSource(repo=data.source)
+    known = CORPORA.get(data.source) or by_repository(data.source)
+    source = known.source if known is not None else HubSource(repo=data.source)
     if data.subset and data.subset != source.subset:
         # another subset of a known repository shares nothing with the known one but the name
         source = HubSource(repo=source.repo, subset=data.subset, articles=data.subset.startswith("wikitext"))
-    return replace(
+    return msgspec.structs.replace(
         source,
         column=data.column or source.column,
         revision=data.revision or source.revision,
@@ -221,7 +156,7 @@ class HubText:
     def _reported(self) -> contextlib.AbstractContextManager[None]:
         return _reported(
             self._where,
-            "check name, subset, split and network; offline, use data.source = 'builtin' or a file",
+            f"check name, subset, split and network; offline, use data.source = {BUILTIN!r} or a file",
         )
 
 
@@ -248,7 +183,7 @@ def _reported(where: str, hint: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        reason = first_line(error)
         raise DataError(f"cannot be read from the hub: {reason}", where=where, hint=hint) from error
 
 

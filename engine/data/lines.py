@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from engine.errors import DataError, EqatError
+from engine.errors import DataError, EqatError, first_line
 from engine.system.guarded import BadFile
 from engine.system.stamps import StampedFile
 
@@ -51,7 +51,7 @@ def readable(path: Path) -> Iterator[None]:
             f"not UTF-8 text ({error.reason})", where=str(path), hint="convert the file to UTF-8"
         ) from error
     except Exception as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        said = first_line(error, 200)
         raise DataError(f"cannot be read: {said}", where=str(path)) from error
 
 
@@ -98,9 +98,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
     except RecursionError:
         raise DataError("not a JSON line that can be read (it is nested too deeply)", where=where) from None
     except Exception as error:  # a number of more digits than Python reads
-        raise DataError(
-            f"not a JSON line that can be read ({str(error).splitlines()[0][:100]})", where=where
-        ) from None
+        raise DataError(f"not a JSON line that can be read ({first_line(error, 100)})", where=where) from None
     if not isinstance(row, dict):
         raise DataError("the line is not a JSON object", where=where)
     return row

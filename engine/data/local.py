@@ -17,17 +17,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from engine.data.lines import is_text, json_rows, open_text, readable, stamped
-from engine.data.text import VALIDATION_FRACTION, Part, held_out_bucket
+from engine.config.corpora import SUFFIXES
+from engine.data.columns import checked_text, missing_column
+from engine.data.lines import json_rows, open_text, readable, stamped
+from engine.data.parts import VALIDATION_FRACTION, Part, held_out_bucket
 from engine.errors import DataError
 from engine.system.stamps import StampedFile
 
 SMALL_CHARS = 64 << 20
 """Up to this much text is held in memory, split by position and identified by content."""
 _PIECE_CHARS = 1 << 20
-_COMPRESSIONS = (".gz", ".zst")
-_FORMATS = (".txt", ".jsonl", ".parquet", ".arrow")
-SUFFIXES = (*_FORMATS, *(kind + packed for kind in (".txt", ".jsonl") for packed in _COMPRESSIONS))
 _SPLIT_NAMES: dict[Part, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -267,26 +266,3 @@ def _record_batches(path: Path, stream: BinaryIO, column: str) -> Iterator[Any]:
     if column not in reader.schema.names:
         raise missing_column(column, reader.schema.names, str(path))
     yield from batches
-
-
-def missing_column(column: str, available: Iterable[str], where: str) -> DataError:
-    """The error for a column that is not there: says which ones are."""
-    # Names come from the file: as many and as long ones as it likes, and not always text.
-    shown = [str(name)[:60].encode(errors="replace").decode() for name in itertools.islice(available, 20)]
-    names = ", ".join(" ".join(name.split()) for name in shown)
-    return DataError(f"no column {column!r}", where=where, hint=f"set data.column to one of: {names}")
-
-
-def checked_text(value: object, column: str, where: str) -> str | None:
-    """A row's text; an empty cell is skipped, anything but a string is an error."""
-    if isinstance(value, str) and not is_text(value):
-        raise DataError(
-            f"column {column!r} holds half a character (a lone surrogate)",
-            where=where,
-            hint="correct or remove this row",
-        )
-    if value is None or isinstance(value, str):
-        return value
-    raise DataError(
-        f"column {column!r} holds {type(value).__name__}, not text", where=where, hint="set data.column"
-    )

@@ -18,16 +18,6 @@ from torch import Tensor
 from engine.errors import IdentityError
 
 
-class World(NamedTuple):
-    """Which of how many processes that train one model together this one is."""
-
-    rank: int = 0
-    size: int = 1
-
-
-ALONE = World()
-
-
 class Batch(NamedTuple):
     """One optimizer step of one rank."""
 

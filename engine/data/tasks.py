@@ -1,7 +1,8 @@
 """Questions of zero-shot tasks: which of a few texts does the model find likeliest?
 
 The five tasks that quantization papers report come from the hub, asked as EleutherAI's lm-eval asks them
-(its version 0.4.2); a ``.jsonl`` file brings a task of its own, one question a line::
+(its version 0.4.2); :mod:`engine.config.tasks` lists them. A ``.jsonl`` file brings a task of its own, one
+question a line::
 
     {"query": "Question: …", "choices": ["…", "…"], "gold": 0}
     {"context_options": ["… so Sarah", "… so Maria"], "continuation": "always …", "gold": 1}
@@ -19,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.data.hub import HubSource, hub_rows
+from engine.config.tables import load_named
+from engine.config.tasks import TASKS
+from engine.data.hub import hub_rows
 from engine.data.lines import is_text, json_rows, stamped
 from engine.errors import DataError
 
@@ -35,29 +38,24 @@ class Question:
     gold: int
 
 
-@dataclass(frozen=True)
-class Task:
-    """Where a task's questions are, and how they are asked."""
-
-    source: HubSource
-    ask: Callable[[Row], Question]
-
-
 def _follow(query: str, choices: list[str], gold: int) -> Question:
     return Question(tuple((query, f" {choice}") for choice in choices), gold)
 
 
-def _piqa(row: Row) -> Question:
+def piqa(row: Row) -> Question:
+    """A row of PIQA."""
     return _follow(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
 
 
-def _arc(row: Row) -> Question:
+def arc(row: Row) -> Question:
+    """A row of ARC."""
     choices = row["choices"]
     gold = list(choices["label"]).index(row["answerKey"])
     return _follow(f"Question: {row['question']}\nAnswer:", list(choices["text"]), gold)
 
 
-def _hellaswag(row: Row) -> Question:
+def hellaswag(row: Row) -> Question:
+    """A row of HellaSwag."""
     context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
     query = _without_brackets(f"{row['activity_label']}: {context}")
     return _follow(query, [_without_brackets(ending) for ending in row["endings"]], int(row["label"]))
@@ -69,20 +67,12 @@ def _without_brackets(text: str) -> str:
     return re.sub("\\[.*?\\]", "", text).replace("  ", " ")
 
 
-def _winogrande(row: Row) -> Question:
+def winogrande(row: Row) -> Question:
+    """A row of WinoGrande."""
     before, _, after = row["sentence"].partition("_")
     continuation = f" {after.strip()}"
     pairs = tuple((before + row[option], continuation) for option in ("option1", "option2"))
     return Question(pairs, int(row["answer"]) - 1)
-
-
-TASKS: dict[str, Task] = {
-    "winogrande": Task(HubSource("allenai/winogrande", "winogrande_xl", split="validation"), _winogrande),
-    "piqa": Task(HubSource("baber/piqa", split="validation"), _piqa),
-    "hellaswag": Task(HubSource("Rowan/hellaswag", split="validation"), _hellaswag),
-    "arc_easy": Task(HubSource("allenai/ai2_arc", "ARC-Easy", split="test"), _arc),
-    "arc_challenge": Task(HubSource("allenai/ai2_arc", "ARC-Challenge", split="test"), _arc),
-}
 
 
 def questions(name: str, limit: int = 0) -> list[Question]:
@@ -91,19 +81,14 @@ def questions(name: str, limit: int = 0) -> list[Question]:
     Raises:
         DataError: when they cannot be read, are none, or have another form.
     """
-    if name in TASKS:
-        task = TASKS[name]
-        found = _take(_asked(hub_rows(task.source), task.ask, name), limit)
+    task = TASKS.get(name)
+    if task is not None:
+        found = _take(_asked(hub_rows(task.source), load_named(task.ask), name), limit)
     else:
         found = _take(_asked(_lines(Path(os.path.expanduser(name))), _own, name), limit)
     if not found:
         raise DataError("there are no questions in it", where=name, hint="check evaluation.tasks")
     return found
-
-
-def task_name(name: str) -> str:
-    """What a task is called in a report."""
-    return name if name in TASKS else Path(name).stem
 
 
 def _take(found: Iterator[Question], limit: int) -> list[Question]:

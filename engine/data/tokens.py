@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from engine.config.data import DataConfig
-from engine.data.text import Part, TextSource, evaluation_text, open_source
+from engine.data.parts import Part, TextSource, evaluation_text
+from engine.data.text import open_source
 from engine.errors import DataError
 
 MAX_PASSES = 4

@@ -19,7 +19,7 @@ import warnings
 from typing import Any
 
 from engine.errors import PreflightError
-from engine.models.foreign import first_line, reserved_bytes
+from engine.models.foreign import memory_headroom, reason
 
 SECONDS = 20.0
 """A template that needs a hundredth of this on the slowest machine is a large one."""
@@ -64,25 +64,28 @@ def _render_and_exit(tokenizer: Any, prompt: str, writing: int, longest: int) ->
         # Signals to the process group are for the parent, whose handlers would write into the run.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, signal.SIG_DFL)
-        most = reserved_bytes() + HEADROOM
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
         # Should the parent be killed, nobody would kill this.
         resource.setrlimit(resource.RLIMIT_CPU, (int(SECONDS) + 1, int(SECONDS) + 1))
-        try:
-            turn = [{"role": "user", "content": prompt}]
-            text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-            said: list[str | None] = [text]
-            if not isinstance(text, str) or len(text) > longest:
-                said = [None, "it writes too much" if isinstance(text, str) else "it writes no text"]
-        except MemoryError:
-            said = [None, "it takes too much memory"]
-        except Exception as error:
-            said = [None, first_line(error)]
+        with memory_headroom(HEADROOM):
+            said = _rendered(tokenizer, prompt, longest)
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(json.dumps(said).encode())
     finally:
         os._exit(0)
+
+
+def _rendered(tokenizer: Any, prompt: str, longest: int) -> list[str | None]:
+    """What the template writes, or nothing and why."""
+    try:
+        turn = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        if not isinstance(text, str) or len(text) > longest:
+            return [None, "it writes too much" if isinstance(text, str) else "it writes no text"]
+        return [text]
+    except MemoryError:
+        return [None, "it takes too much memory"]
+    except Exception as error:
+        return [None, reason(error)]
 
 
 def _received(reading: int, most: int) -> bytes | None:

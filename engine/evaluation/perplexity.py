@@ -28,9 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.data.activations import StoreKind, make_store
+from engine.config.runtime import StoreKind
+from engine.data.activations import make_store
 from engine.data.prefetch import READ_AHEAD, InPlace
-from engine.errors import DataError, StopRequested
+from engine.errors import DataError
 from engine.models.ahead import one_ahead
 from engine.quant.packed import unpacked
 
@@ -64,19 +65,18 @@ def perplexity(
     store_budget_bytes: int | None = None,
     dtype: torch.dtype | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> PerplexityResult:
     """Perplexity of the model whose ``i``-th block is ``block_for(i)``.
 
     ``windows_NT`` holds token ids, one window a row. ``dtype`` is what the hidden states are kept in between
-    blocks; none takes the model's own. ``on_progress(done, blocks)`` is called after each block;
-    ``should_stop()`` is asked before each batch and ends the evaluation with ``StopRequested``.
+    blocks; none takes the model's own. ``on_progress(done, blocks)`` is called after each block,
+    ``on_batch()`` before each batch; what it raises ends the evaluation.
     """
     windows, length = windows_NT.shape
     if windows == 0 or length < 2:
         raise DataError(f"{windows} windows of {length} tokens leave nothing to predict", where="evaluation")
     begin = time.monotonic()
-    stop = should_stop or (lambda: False)
     starts = range(0, windows, batch_size)
     batches = [range(start, min(start + batch_size, windows)) for start in starts]
     shape = (windows, length, lm.hidden_size)
@@ -86,12 +86,12 @@ def perplexity(
     # Not inference_mode: threads write into these tensors.
     with store, closing(blocks), torch.no_grad():
         for batch in batches:
-            check_stop(stop)
+            on_batch()
             store.write(batch.start, lm.embed(windows_NT[batch.start : batch.stop].to(lm.device)))
         for index, block in blocks:
             with unpacked(block, store.dtype), InPlace(store) as carried:
                 for number, batch in enumerate(batches, 1):
-                    check_stop(stop)
+                    on_batch()
                     hidden = carried.read(batch, batches[number : number + READ_AHEAD])
                     often = len(batch) == batch_size
                     carried.write(batch.start, lm.run_block(block, index, hidden, often=often))
@@ -99,7 +99,7 @@ def perplexity(
             if on_progress is not None:
                 on_progress(index + 1, lm.blocks)
         for batch in batches:
-            check_stop(stop)
+            on_batch()
             rows = slice(batch.start, batch.stop)
             often = len(batch) == batch_size
             total += token_nll(lm, store.read(rows), windows_NT[rows], often=often).sum()
@@ -139,12 +139,6 @@ def tail_nll(norm: nn.Module, output: nn.Module, hidden_TH: Tensor, labels_T: Te
 def logits_nll(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     """The same from logits."""
     return functional.cross_entropy(logits_TV.float(), labels_T, reduction="none", ignore_index=NO_LABEL)
-
-
-def check_stop(should_stop: Callable[[], bool]) -> None:
-    """Ends an evaluation that somebody wants to end."""
-    if should_stop():
-        raise StopRequested
 
 
 def _exp(nll: float) -> float:

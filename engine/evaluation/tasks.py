@@ -23,7 +23,6 @@ from torch.nn import functional
 
 from engine.data.activations import ActivationStore, make_store
 from engine.data.tasks import Question
-from engine.evaluation.perplexity import check_stop
 from engine.models.ahead import one_ahead
 from engine.quant.packed import unpacked
 
@@ -101,14 +100,15 @@ def accuracies(
     *,
     folder: Path | None = None,
     on_progress: Callable[[int, int], None] = lambda done, blocks: None,
-    should_stop: Callable[[], bool] = lambda: False,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Accuracy]:
     """Accuracy of the model whose ``i``-th block is ``block_for(i)``, by task.
 
-    Hidden states that memory has no room for lie in files in ``folder``.
+    Hidden states that memory has no room for lie in files in ``folder``. ``on_progress(done, blocks)`` is
+    called after each block, ``on_batch()`` before each batch; what it raises ends the evaluation.
     """
     rows = [row for task in tasks.values() for row in task.rows]
-    scores = _scores(lm, block_for, rows, folder, on_progress, should_stop)
+    scores = _scores(lm, block_for, rows, folder, on_progress, on_batch)
     results, start = {}, 0
     for name, task in tasks.items():
         right = 0
@@ -141,25 +141,25 @@ def _scores(
     rows: Sequence[Row],
     folder: Path | None,
     on_progress: Callable[[int, int], None],
-    should_stop: Callable[[], bool],
+    on_batch: Callable[[], None],
 ) -> list[float]:
     """Sum of the log-probabilities of each row's continuation."""
     scores = [-math.inf] * len(rows)
     with ExitStack() as stack:
         batches = list(_batches(lm, rows, folder, stack))
         for batch in batches:
-            check_stop(should_stop)
+            on_batch()
             batch.store.write(batch.start, lm.embed(batch.ids_BT.to(lm.device)))
         for index, block in stack.enter_context(closing(one_ahead(block_for, lm.blocks, lm.device))):
             with unpacked(block, lm.dtype):
                 for batch in batches:
-                    check_stop(should_stop)
+                    on_batch()
                     hidden = batch.store.read(slice(batch.start, batch.start + len(batch.ids_BT)))
                     batch.store.write(batch.start, lm.run_block(block, index, hidden))
             del block  # before the next one is made
             on_progress(index + 1, lm.blocks)
         for batch in batches:
-            check_stop(should_stop)
+            on_batch()
             hidden = batch.store.read(slice(batch.start, batch.start + len(batch.places)))
             for place, row_TH in zip(batch.places, hidden, strict=True):
                 scores[place] = _log_probability(lm, row_TH, rows[place])

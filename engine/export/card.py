@@ -8,7 +8,8 @@ bytes: no dates, durations or machine names.
 - ``base_model``: hub id or name of the quantized model
 - ``license``: licence identifier of the base model, passed on
 - ``command``: the exact command that made the run
-- ``perplexity``: ``{"fp", "rtn", "block_ap", "e2e_qp"}``, absent or None where not measured
+- ``perplexity``: of each stage by its name, absent or None where not measured
+- ``accuracy``: of each stage by its name, of each task by its name
 - ``evaluation``: one line: corpus, tokens, window length
 - ``method``: list of lines that say what was trained on what
 - ``config``: the run's configuration as TOML text
@@ -17,55 +18,24 @@ bytes: no dates, durations or machine names.
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
-if TYPE_CHECKING:
-    from engine.export.gptq_v2 import ExportResult
-
-_STAGES = (
-    ("fp", "full precision"),
-    ("rtn", "round to nearest"),
-    ("block_ap", "after Block-AP"),
-    ("e2e_qp", "after E2E-QP"),
-)
-
-_LOADING = """## Loading
-
-GPTQ v2 (zero points stored as they are), true {bits}-bit packing. With gptqmodel:
-
-```python
-from gptqmodel import GPTQModel
-
-model = GPTQModel.load("path/to/this/directory")
-```
-
-With transformers and optimum plus gptqmodel installed:
-
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
-```
-
-The same tensors load through auto-round, also on a CPU, when
-`quantization_config` in `config.json` is replaced by
-
-```json
-{auto_round}
-```
-"""
+from engine.config.stages import STAGES
+from engine.export.layout import Linears, group_sizes
+from engine.export.result import ExportResult
 
 
 def model_card(
-    card: dict[str, Any], *, result: ExportResult, quantization: dict[str, Any], auto_round: dict[str, Any]
+    card: dict[str, Any], result: ExportResult, linears: Linears, *, tags: Iterable[str], loading: str
 ) -> str:
-    """README.md of an exported directory; the last two are the forms of its ``quantization_config``."""
-    bits, group_size = quantization["bits"], quantization["group_size"]
+    """README.md of an exported directory; ``tags`` and the section ``loading`` are the format's."""
+    widths = sorted({linear.grid.bits for linear in linears.values()})
+    bits, sizes = _list(widths), group_sizes(linears)
     base = card.get("base_model") or "unnamed model"
-    groups = "one group per row" if group_size == -1 else f"groups of {group_size}"
+    groups = "one group per row" if sizes == (-1,) else f"groups of {_list(sizes)}"
     parts = [
-        _front_matter(card, bits),
+        _front_matter(card, [*tags, *(f"{width}-bit" for width in widths)]),
         f"# {base.rstrip('/').rpartition('/')[2]}, {bits} bits, {groups}\n",
         f"`{base}`, quantized with eqat. The linear layers of the decoder blocks are {bits}-bit integers; "
         "embeddings, head and norms are 16-bit.\n",
@@ -82,11 +52,15 @@ def model_card(
     if card.get("versions"):
         versions = ", ".join(f"{name} {version}" for name, version in sorted(card["versions"].items()))
         parts.append(f"Versions: {versions}.\n")
-    parts.append(_LOADING.format(bits=bits, auto_round=json.dumps(auto_round, indent=2)))
+    parts.append(loading)
     return "\n".join(part for part in parts if part)
 
 
-def _front_matter(card: dict[str, Any], bits: int) -> str:
+def _list(numbers: Iterable[int]) -> str:
+    return " and ".join(map(str, numbers))
+
+
+def _front_matter(card: dict[str, Any], tags: list[str]) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     base = card.get("base_model") or ""
     # The hub links a card to its base model; a local path would be a broken link.
@@ -95,7 +69,7 @@ def _front_matter(card: dict[str, Any], bits: int) -> str:
         lines.append("base_model_relation: quantized")
     if card.get("license"):
         lines.append(f"license: {card['license']}")
-    lines += ["tags:", "- eqat", "- gptq", f"- {bits}-bit", "---\n"]
+    lines += ["tags:", "- eqat", *(f"- {tag}" for tag in tags), "---\n"]
     return "\n".join(lines)
 
 
@@ -111,7 +85,11 @@ def _size_table(result: ExportResult) -> str:
 
 def _perplexity_table(card: dict[str, Any]) -> str:
     measured: dict[str, float | None] = card.get("perplexity") or {}
-    rows = [f"| {label} | {measured[key]:,.3f} |" for key, label in _STAGES if measured.get(key) is not None]
+    rows = [
+        f"| {stage.card_label} | {measured[stage.name]:,.3f} |"
+        for stage in STAGES
+        if measured.get(stage.name) is not None
+    ]
     if not rows:
         return ""
     note = f"Perplexity on {card['evaluation']}.\n" if card.get("evaluation") else ""
@@ -121,7 +99,7 @@ def _perplexity_table(card: dict[str, Any]) -> str:
 def _accuracy_table(card: dict[str, Any]) -> str:
     """Zero-shot tasks: percent of right answers."""
     measured: dict[str, dict[str, float]] = card.get("accuracy") or {}
-    stages = [(key, label) for key, label in _STAGES if measured.get(key)]
+    stages = [(stage.name, stage.card_label) for stage in STAGES if measured.get(stage.name)]
     if not stages:
         return ""
     tasks = list(measured[stages[0][0]])

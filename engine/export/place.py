@@ -1,9 +1,9 @@
 """Where an export is made, and how it gets its name.
 
-    gptq_v2           the export: always a whole one that was verified
-    gptq_v2.partial   what is being written and verified
-    gptq_v2.old       the export before, while the file system cannot exchange two names at once
-    gptq_v2.failed    what was written and is not what was trained
+    <format>           the export: always a whole one that was verified
+    <format>.partial   what is being written and verified
+    <format>.old       the export before, while the file system cannot exchange two names at once
+    <format>.failed    what was written and is not what was trained
 
 The new export takes the name of the old one in a single step of the file system, so that a kill, at
 whatever instant, leaves the one or the other under that name. Where a file system cannot exchange two names,
@@ -20,13 +20,14 @@ import contextlib
 import ctypes
 import errno
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import EqatError, PreflightError
+from engine.run.contents import FAILED, OLD, PARTIAL
+from engine.run.removal import remove_entry
 from engine.system.files import disk_error, make_folder, sync_folder
 from engine.system.guarded import open_inner, opened_folder, require_regular
 
@@ -43,7 +44,7 @@ class ExportPlace:
         self.folder = folder
         self.root = folder.parent if root is None else root
         self.partial, self.old, self.failed = (
-            folder.with_name(f"{folder.name}.{suffix}") for suffix in ("partial", "old", "failed")
+            folder.with_name(folder.name + suffix) for suffix in (PARTIAL, OLD, FAILED)
         )
         self._made: int | None = None
         """A descriptor of the folder that is being made: while it is open no other gets that inode."""
@@ -60,8 +61,8 @@ class ExportPlace:
             if _is_folder(self.old.name, above) and not _exists(self.folder.name, above):
                 os.rename(self.old.name, self.folder.name, src_dir_fd=above, dst_dir_fd=above)
                 sync_folder(above)
-            remove(self.old.name, above)
-            remove(self.partial.name, above)
+            remove_entry(above, self.old.name)
+            remove_entry(above, self.partial.name)
 
     @contextmanager
     def being_made(self) -> Iterator[Path]:
@@ -84,7 +85,7 @@ class ExportPlace:
                 os.close(self._made)
                 self._made = None
             with contextlib.suppress(EqatError), self._opened() as above:
-                remove(self.partial.name, above)
+                remove_entry(above, self.partial.name)
 
     def publish(self) -> None:
         """Give what was made the export's name; an older one is removed after that.
@@ -99,13 +100,13 @@ class ExportPlace:
             sync_folder(above)
             for name in (self.partial.name, self.old.name):
                 with contextlib.suppress(OSError):  # the new export stands; the next one removes the old
-                    remove(name, above)
+                    remove_entry(above, name)
 
     def keep_as_failed(self) -> None:
         """What was made is not what was trained: it is kept to look at, and the older export stays."""
         with self._opened() as above:
             self._require_ours(above)
-            remove(self.failed.name, above)
+            remove_entry(above, self.failed.name)
             os.rename(self.partial.name, self.failed.name, src_dir_fd=above, dst_dir_fd=above)
             sync_folder(above)
 
@@ -153,15 +154,6 @@ def exchange(one: str, other: str, folder: int) -> bool:
     if number in _CANNOT_EXCHANGE:
         return False
     raise OSError(number, os.strerror(number), other)
-
-
-def remove(name: str, folder: int) -> None:
-    """Remove whatever has this name in an opened folder, if anything has: a link and not what it leads to."""
-    if _is_folder(name, folder):
-        shutil.rmtree(name, dir_fd=folder)
-    else:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=folder)
 
 
 def sync_content(name: str, folder: int) -> None:

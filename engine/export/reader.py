@@ -1,20 +1,11 @@
-"""A plain reader of packed GPTQ v2 directories, written from the format's description alone.
+"""A plain reader of packed directories, which shares no packing code with what writes them: an error made
+twice would otherwise pass unseen.
 
-It shares no packing code with the writer: an error made twice would otherwise pass unseen. The format
-(one quantized linear, replacing its ``weight``)::
+Here is what every format has in common: safetensors files, found by their index and read one tensor at a
+time, and the little-endian bit stream that most formats pack integers into. How a quantized linear lies in
+the files is the format's (:meth:`CheckpointReader.linear`).
 
-    qweight  int32 [I*b/32, O]   integers q, a little-endian bit stream down each column (output channel)
-    qzeros   int32 [G, O*b/32]   zero points z, a little-endian bit stream along each row, stored as they are
-    scales   f16   [G, O]
-    g_idx    int32 [I]           the group of each input channel
-    bias     f16   [O]           if the layer has one
-
-    w[o, i] = (q[o, i] - z[g_idx[i], o]) * scales[g_idx[i], o]
-
-In a stream, element ``j`` occupies bits ``[b*j, b*j + b)`` and word ``k`` holds bits ``[32k, 32k + 32)``;
-at 3 bits elements straddle words.
-
-:class:`GPTQv2Reader` serves the same questions as the readers of full-precision checkpoints (``names``,
+:class:`CheckpointReader` serves the same questions as the readers of full-precision checkpoints (``names``,
 ``shape``, ``load``), answering with dequantized float32 weights, so that a packed directory can be opened
 as a model: see :class:`PackedSource`.
 """
@@ -25,10 +16,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import msgspec
 import numpy as np
@@ -62,12 +54,15 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_PACKED_SUFFIXES = (".qweight", ".qzeros", ".scales", ".g_idx")
 _CHUNK_VALUES = 1 << 24  # values unpacked at once; each costs `bits` bytes while its bits are apart
 
 
 def unpack_rows(words_RK: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
-    """Read each row of words as a little-endian stream of ``bits``-wide integers: ``[R, K*32/bits]``."""
+    """Read each row of words as a little-endian stream of ``bits``-wide integers: ``[R, K*32/bits]``.
+
+    Element ``j`` occupies bits ``[bits*j, bits*j + bits)`` and word ``k`` holds bits ``[32k, 32k + 32)``; at
+    3 bits elements straddle words.
+    """
     rows, words = words_RK.shape
     length = words * 32 // bits
     out = np.empty((rows, length), dtype=np.uint8)
@@ -127,27 +122,37 @@ class _Entry:
     dtype: torch.dtype
 
 
-class GPTQv2Reader:
+class CheckpointReader(ABC):
     """The tensors of a packed directory by name, read from the disk one at a time."""
+
+    format: ClassVar[str]
+    """Name of the format."""
+    suffixes: ClassVar[tuple[str, ...]]
+    """What a quantized linear's tensors are called behind its name; each linear has the first of them."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         self.config = read_json(self.directory / "config.json")
         said = self.config.get("quantization_config")
-        quantization = said if isinstance(said, dict) else {}
-        found = quantization.get("checkpoint_format") or quantization.get("quant_method")
-        if found != "gptq_v2":
-            raise PreflightError(
-                f"checkpoint format is {found or 'not stated'}, only gptq_v2 can be read back",
-                where=str(self.directory),
-                hint="open an export/gptq_v2 directory of a run",
-            )
-        self.quantization: dict[str, Any] = quantization
-        bits = quantization.get("bits")
-        if not isinstance(bits, int) or bits not in (2, 3, 4, 8):
-            raise _damaged(self.directory / "config.json", f"{str(bits)[:40]} is no number of bits")
-        self.bits = bits
+        self.quantization: dict[str, Any] = said if isinstance(said, dict) else {}
+        self.understand()
         self._entries = self._list_tensors()
+
+    @abstractmethod
+    def understand(self) -> None:
+        """Take what reading needs from ``quantization``.
+
+        Raises:
+            PreflightError: where it describes something else.
+        """
+
+    @abstractmethod
+    def linear(self, prefix: str) -> PlainLinear:
+        """The integers, zero points and scales of one quantized linear."""
+
+    @abstractmethod
+    def linear_shape(self, prefix: str) -> tuple[int, int]:
+        """Outputs and inputs of one quantized linear."""
 
     def stored_names(self) -> list[str]:
         """Names as they are in the files."""
@@ -155,12 +160,13 @@ class GPTQv2Reader:
 
     def names(self) -> list[str]:
         """Names as a full-precision checkpoint would have them."""
-        plain = [n for n in self._entries if not n.endswith(_PACKED_SUFFIXES)]
-        packed = [n.removesuffix(".qweight") + ".weight" for n in self._entries if n.endswith(".qweight")]
+        every, mark = tuple(f".{suffix}" for suffix in self.suffixes), f".{self.suffixes[0]}"
+        plain = [n for n in self._entries if not n.endswith(every)]
+        packed = [n.removesuffix(mark) + ".weight" for n in self._entries if n.endswith(mark)]
         return sorted(plain + packed)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries or name.removesuffix(".weight") + ".qweight" in self._entries
+        return name in self._entries or self._mark(name) in self._entries
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that :meth:`load` returns."""
@@ -168,7 +174,7 @@ class GPTQv2Reader:
 
     def where(self, name: str) -> str:
         """File that holds the tensor, for messages."""
-        entry = self._entries.get(name) or self._entries.get(name.removesuffix(".weight") + ".qweight")
+        entry = self._entries.get(name) or self._entries.get(self._mark(name))
         return str(entry.path if entry else self.directory)
 
     def files(self) -> list[Path]:
@@ -185,8 +191,11 @@ class GPTQv2Reader:
     def shape(self, name: str) -> tuple[int, ...]:
         if name in self._entries:
             return self._entries[name].shape
-        words, out_features = self._entry(name.removesuffix(".weight") + ".qweight").shape
-        return (out_features, words * 32 // self.bits)
+        return self.linear_shape(name.removesuffix(".weight"))
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor as it is in the file."""
+        return self._entry(name).shape
 
     def load(self, name: str) -> Tensor:
         """One weight: as stored when it is 16-bit, dequantized to float32 when it is packed."""
@@ -205,20 +214,13 @@ class GPTQv2Reader:
         except OSError as error:
             raise bad_file(error, entry.path) from error
         if count != entry.size:
-            raise _damaged(entry.path, f"it ends inside tensor {name}")
+            raise damaged(entry.path, f"it ends inside tensor {name}")
         flat = torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0, dtype=entry.dtype)
         return flat.reshape(entry.shape)
 
-    def linear(self, prefix: str) -> PlainLinear:
-        """The integers, zero points and scales of one quantized linear."""
-        codes = unpack_rows(self.stored(f"{prefix}.qweight").numpy().T, self.bits)
-        zeros = unpack_rows(self.stored(f"{prefix}.qzeros").numpy(), self.bits)
-        return PlainLinear(
-            codes_OI=torch.from_numpy(codes),
-            zero_OG=torch.from_numpy(zeros).t().contiguous(),
-            scale_OG=self.stored(f"{prefix}.scales").t().contiguous(),
-            group_of_I=self.stored(f"{prefix}.g_idx"),
-        )
+    def _mark(self, name: str) -> str:
+        """The tensor that every quantized linear has, of the linear whose weight is called ``name``."""
+        return f"{name.removesuffix('.weight')}.{self.suffixes[0]}"
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
@@ -234,7 +236,7 @@ class GPTQv2Reader:
         found: dict[str, _Entry] = {}
         for file_name in sorted(set(weight_map.values())):
             if Path(file_name).name != file_name:
-                raise _damaged(index, f"{file_name[:80]!r} is no file of this folder")
+                raise damaged(index, f"{file_name[:80]!r} is no file of this folder")
             found.update(_read_header(self.directory / file_name))
         for name in sorted(weight_map.keys() | found.keys()):
             if name not in found or weight_map.get(name) != found[name].path.name:
@@ -245,12 +247,18 @@ class GPTQv2Reader:
 class PackedSource:
     """A packed directory seen as a model source, so that it runs through the same block-by-block code."""
 
-    def __init__(self, directory: Path, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        reader: Callable[[Path], CheckpointReader],
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
         from transformers import AutoConfig
 
         self.directory = Path(directory)
         self.trust_remote_code = trust_remote_code
-        self.weights = GPTQv2Reader(self.directory)
+        self.weights = reader(self.directory)
         self.config: Any = parsed(
             lambda folder: AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code),
             self.directory,
@@ -271,7 +279,7 @@ class PackedSource:
         files = [(path.name, path.stat().st_size) for path in self.weights.files()]
         text = json.dumps([self.weights.config, files, self.weights.inventory()], sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()
-        return {"kind": "gptq_v2", "path": str(self.directory), "sha256": digest}
+        return {"kind": self.weights.format, "path": str(self.directory), "sha256": digest}
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:
@@ -281,7 +289,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if length > min(LARGE, size - 8):
-                raise _damaged(path, f"a header of {length} bytes does not fit into it")
+                raise damaged(path, f"a header of {length} bytes does not fit into it")
             content = file.read(length)
     except OSError as error:
         raise bad_file(error, path) from error
@@ -291,9 +299,9 @@ def _read_header(path: Path) -> dict[str, _Entry]:
         start, end = entry.data_offsets
         dtype = _DTYPES.get(entry.dtype)
         if dtype is None:
-            raise _damaged(path, f"tensor {name} has the unexpected type {entry.dtype}")
+            raise damaged(path, f"tensor {name} has the unexpected type {entry.dtype}")
         if end - start != math.prod(entry.shape) * dtype.itemsize or 8 + length + end > size:
-            raise _damaged(path, f"tensor {name} lies where it cannot lie")
+            raise damaged(path, f"tensor {name} lies where it cannot lie")
         entries[name] = _Entry(path, 8 + length + start, end - start, entry.shape, dtype)
     # Last, when it is known to be a regular file: the library would wait for whatever has the name.
     parsed(_judge, path, path, "safetensors file")
@@ -311,11 +319,17 @@ def _judge(path: Path) -> None:
         pass
 
 
-def packed_model(directory: Path, device: torch.device, dtype: torch.dtype, **options: bool) -> CausalLM:
-    """The model in a packed directory, to be run block by block like any other."""
+def packed_model(
+    directory: Path,
+    reader: Callable[[Path], CheckpointReader],
+    device: torch.device,
+    dtype: torch.dtype,
+    **options: bool,
+) -> CausalLM:
+    """The model in a packed directory that ``reader`` opens, to be run block by block like any other."""
     from engine.models.causal_lm import CausalLM
 
-    return CausalLM(cast("ModelSource", PackedSource(directory, **options)), device, dtype)
+    return CausalLM(cast("ModelSource", PackedSource(directory, reader, **options)), device, dtype)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -323,5 +337,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return read_object(path, SMALL)
 
 
-def _damaged(path: Path, why: object) -> PreflightError:
+def damaged(path: Path, why: object) -> PreflightError:
+    """A file of the export is not what was written."""
     return PreflightError(f"cannot be read: {why}", where=str(path), hint="export the run again")

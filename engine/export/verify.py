@@ -3,8 +3,8 @@
 Two questions, because each finds errors that the other misses:
 
 1. **Bits.** Every integer, zero point, scale, group index, norm, bias and embedding in the files is compared
-   with the trained one, bit for bit. The files are read by ``reader.py``, which shares no code with the
-   writer. A wrong packing, a shard under a wrong name, a flipped bit on the disk end here.
+   with the trained one, bit for bit. The files are read by the format's reader, which shares no code with
+   its writer. A wrong packing, a shard under a wrong name, a flipped bit on the disk end here.
 2. **Logits.** The directory is opened as a model of its own (its own config.json, embeddings and head), run
    beside the trained model over the same tokens, and the logits are compared. A config.json that describes
    another network ends here.
@@ -20,7 +20,7 @@ Both models are streamed block by block, so verifying needs two blocks and the h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,8 +31,9 @@ from torch import Tensor
 
 from engine.errors import EqatError, ExitCode, StopRequested
 from engine.evaluation.perplexity import token_nll
-from engine.export.gptq_v2 import FORMAT, block_buffers, half, outer_names, quantization_config, stored_form
-from engine.export.reader import GPTQv2Reader, PackedSource, packed_model, read_json
+from engine.export.checkpoint import block_buffers, half, outer_names, stored_form
+from engine.export.layout import Layout, Linear
+from engine.export.reader import CheckpointReader, PackedSource, packed_model, read_json
 from engine.quant.packed import PackedBlock, PackedWeight
 from engine.system.files import full_disk
 
@@ -49,6 +50,7 @@ MAX_PROBLEMS = 20
 class VerifyResult:
     """Outcome of a verification; ``problems`` is empty exactly when ``verified``."""
 
+    format: str
     verified: bool
     max_logit_diff: float | None
     """Largest absolute difference between the logits of the trained and the reloaded model."""
@@ -67,7 +69,7 @@ class VerifyResult:
             raise EqatError(
                 f"the export differs from the trained model: {self.problems[0]}{more}",
                 exit_code=ExitCode.BUG,
-                where=f"verify {FORMAT}",
+                where=f"verify {self.format}",
                 hint="export the run again; if it happens again, the disk or this program is at fault",
             )
 
@@ -80,9 +82,15 @@ class _Problems:
         if len(self.found) < MAX_PROBLEMS:
             self.found.append(text)
 
+    def insert(self, place: int, texts: Iterable[str]) -> None:
+        """Problems that are found late and say most."""
+        self.found[place:place] = texts
+        del self.found[MAX_PROBLEMS:]
 
-def verify_gptq_v2(
+
+def verify(
     out_dir: Path,
+    layout: Layout,
     lm: CausalLM,
     block_for: Callable[[int], PackedBlock],
     tokens_NT: Tensor,
@@ -92,7 +100,7 @@ def verify_gptq_v2(
     """Compare the files in ``out_dir`` with the trained blocks, and the logits of both over ``tokens_NT``."""
     problems = _Problems()
     try:
-        return _verify(Path(out_dir), lm, block_for, tokens_NT, problems, on_block)
+        return _verify(Path(out_dir), layout, lm, block_for, tokens_NT, problems, on_block)
     except (torch.OutOfMemoryError, MemoryError, StopRequested):
         raise  # says nothing about the files
     except Exception as error:
@@ -101,11 +109,14 @@ def verify_gptq_v2(
         # Files too damaged to be opened or run: that is an answer, not a failure of the check. What libraries
         # raise on them is of no fixed list of types.
         problems.add(str(error) or type(error).__name__)
-        return VerifyResult(False, None, None, None, None, tokens_NT.numel(), tuple(problems.found))
+        return VerifyResult(
+            layout.format.name, False, None, None, None, None, tokens_NT.numel(), tuple(problems.found)
+        )
 
 
 def _verify(
     out_dir: Path,
+    layout: Layout,
     lm: CausalLM,
     block_for: Callable[[int], PackedBlock],
     tokens_NT: Tensor,
@@ -113,15 +124,20 @@ def _verify(
     on_block: Callable[[int, int], None] | None,
 ) -> VerifyResult:
     tokens_NT = tokens_NT.to(device=lm.device, dtype=torch.long)
-    packed = packed_model(out_dir, lm.device, lm.dtype, trust_remote_code=lm.source.trust_remote_code)
+    packed = packed_model(
+        out_dir, layout.reader, lm.device, lm.dtype, trust_remote_code=lm.source.trust_remote_code
+    )
     reader = cast("PackedSource", packed.source).weights
     expected = set(_check_outer(reader, lm, problems))
+    place, linears = len(problems.found), dict[str, Linear]()
     with torch.inference_mode(), _outer_as_stored(lm):
         trained_hidden, packed_hidden = lm.embed(tokens_NT), packed.embed(tokens_NT)
         for index in range(lm.blocks):
             block = block_for(index)
-            if index == 0:
-                _check_quantization(out_dir, block, problems)
+            prefix = lm.block_prefix(index)
+            linears |= {f"{prefix}.{name}": Linear.of(weight) for name, weight in block.linears.items()}
+            for name in block.linears:
+                expected.update(layout.names(f"{prefix}.{name}"))
             expected.update(_check_block(reader, lm, index, block, problems))
             trained_block = _as_stored(block).install(lm.load_block(index))
             trained_hidden = lm.run_block(trained_block, index, trained_hidden)
@@ -130,6 +146,7 @@ def _verify(
                 on_block(index + 1, lm.blocks)
         for name in sorted(expected ^ set(reader.stored_names())):
             problems.add(f"tensor {name} is {'missing from' if name in expected else 'only in'} the files")
+        problems.insert(place, _misdescribed(out_dir, layout, linears))
         difference, spread = _logit_difference(lm, packed, trained_hidden, packed_hidden)
         trained_nll = token_nll(lm, trained_hidden, tokens_NT).mean().item()
         packed_nll = token_nll(packed, packed_hidden, tokens_NT).mean().item()
@@ -137,6 +154,7 @@ def _verify(
     if not difference <= allowed:  # also when it is NaN
         problems.add(f"logits differ by {difference:.4g}, allowed is {allowed:.4g}")
     return VerifyResult(
+        format=layout.format.name,
         verified=not problems.found,
         max_logit_diff=difference,
         tolerance=allowed,
@@ -166,37 +184,29 @@ def _outer_as_stored(lm: CausalLM) -> Iterator[None]:
             parameters[name].data = original
 
 
-def _check_quantization(out_dir: Path, block: PackedBlock, problems: _Problems) -> None:
-    """Both JSON files must describe the grid the blocks have."""
-    weight = next(iter(block.linears.values()))
+def _misdescribed(out_dir: Path, layout: Layout, linears: Mapping[str, Linear]) -> Iterator[str]:
+    """What the JSON files say of the grids that is not so."""
+    wanted = layout.config(linears)
     in_config = read_json(out_dir / "config.json").get("quantization_config")
-    group_size = in_config.get("group_size") if isinstance(in_config, dict) else None
-    if group_size not in (weight.group_size, -1) or (
-        group_size == -1 and any(w.group_size != w.in_features for w in block.linears.values())
-    ):
-        problems.add(f"config.json says group size {group_size}, the weights have {weight.group_size}")
-    wanted = quantization_config(weight.bits, group_size or 0, weight.symmetric)
-    for name, found in (
-        ("config.json", in_config),
-        ("quantize_config.json", read_json(out_dir / "quantize_config.json")),
-    ):
-        if found != wanted:
-            problems.add(f"{name} does not describe the trained grid")
+    if in_config != wanted:
+        yield "config.json does not describe the trained grid"
+    for name, content in layout.files(wanted).items():
+        if read_json(out_dir / name) != content:
+            yield f"{name} does not describe the trained grid"
 
 
-def _check_outer(reader: GPTQv2Reader, lm: CausalLM, problems: _Problems) -> Iterator[str]:
+def _check_outer(reader: CheckpointReader, lm: CausalLM, problems: _Problems) -> Iterator[str]:
     for name in outer_names(lm):
         _check_same(name, stored_form(name, lm.weights.load(name)), reader, problems)
         yield name
 
 
 def _check_block(
-    reader: GPTQv2Reader, lm: CausalLM, index: int, block: PackedBlock, problems: _Problems
+    reader: CheckpointReader, lm: CausalLM, index: int, block: PackedBlock, problems: _Problems
 ) -> Iterator[str]:
     prefix = lm.block_prefix(index)
     for name, weight in block.linears.items():
         full = f"{prefix}.{name}"
-        yield from (f"{full}.{suffix}" for suffix in ("qweight", "qzeros", "scales", "g_idx"))
         _check_linear(reader, full, weight, problems)
     for name, tensor in block.others.items():
         yield f"{prefix}.{name}"
@@ -206,7 +216,7 @@ def _check_block(
         _check_same(name, stored_form(name, lm.weights.load(name)), reader, problems)
 
 
-def _check_linear(reader: GPTQv2Reader, name: str, weight: PackedWeight, problems: _Problems) -> None:
+def _check_linear(reader: CheckpointReader, name: str, weight: PackedWeight, problems: _Problems) -> None:
     try:
         found = reader.linear(name)
     except EqatError as error:
@@ -225,7 +235,7 @@ def _check_linear(reader: GPTQv2Reader, name: str, weight: PackedWeight, problem
             problems.add(f"{name}: {different} {what} differ")
 
 
-def _check_same(name: str, want: Tensor, reader: GPTQv2Reader, problems: _Problems) -> None:
+def _check_same(name: str, want: Tensor, reader: CheckpointReader, problems: _Problems) -> None:
     try:
         different = _count_different(reader.stored(name), want)
     except EqatError as error:

@@ -11,14 +11,15 @@ from torch import nn
 
 from engine.data.prefetch import READ_AHEAD, InPlace
 from engine.quant.packed import unpacked
-from engine.training.stepper import Progress, autocast
+from engine.training.precision import autocast
+from engine.training.progress import Progress
 
 if TYPE_CHECKING:
     from engine.data.activations import ActivationStore
     from engine.models.causal_lm import CausalLM
 
 
-class Passage:
+class Portions:
     """How many sequences pass through a block at a time, at every point of a stream's way.
 
     When the GPU's memory does not suffice the number is halved from there on. Products of other sizes have
@@ -53,7 +54,7 @@ def advance(
     index: int,
     block: nn.Module,
     stream: ActivationStore,
-    passage: Passage,
+    portions: Portions,
     dtype: torch.dtype,
     progress: Progress,
 ) -> None:
@@ -65,8 +66,8 @@ def advance(
     with _converted(block, dtype), unpacked(block, dtype), InPlace(stream) as carried:
         while start < end:
             progress.leave_if_asked()
-            rows, *following = passage.ranges(index, start, end)
-            batch = passage.at(index, start)
+            rows, *following = portions.ranges(index, start, end)
+            batch = portions.at(index, start)
             try:
                 hidden = carried.read(rows, following)
                 with autocast(lm.device, dtype):
@@ -80,7 +81,7 @@ def advance(
                 continue
             # After the handler: its traceback holds the tensors that have to go.
             torch.cuda.empty_cache()
-            passage.halve(index, start)
+            portions.halve(index, start)
             progress.warning(
                 "micro_batch",
                 f"block {index}: out of memory with {batch} sequences at a time; going on with {batch // 2}",

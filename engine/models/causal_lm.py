@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.architecture.families import GPU_HEAD_VALUES, HEAD_VALUES
 from engine.errors import PreflightError
 from engine.gpu.compiled import Compiled, P, T
 from engine.models.foreign import foreign
@@ -40,10 +41,6 @@ from engine.models.weights import RenamedReader, match_names
 
 KEPT_SHAPES = 4
 """Batch shapes whose block arguments are kept; masks of long sequences are not small."""
-HEAD_VALUES = 1 << 25
-"""Logits computed at once (128 MiB in float32)."""
-GPU_HEAD_VALUES = 1 << 26
-"""On a GPU, whose products of 2000 tokens leave fewer of its processors idle than those of 1000."""
 
 StandIn = Callable[[int, Tensor, dict[str, Any]], Tensor]
 """Called in place of block ``i`` with its hidden states and its other arguments by name."""

@@ -9,14 +9,13 @@ stays what it is, a bug with a traceback.
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import resource
 from collections.abc import Iterator
 
 import torch
 
-from engine.errors import EqatError, PreflightError, StopRequested
+from engine.errors import EqatError, PreflightError, StopRequested, first_line
+from engine.system.files import full_disk
 
 _NOT_THE_MODELS_FAULT = (EqatError, StopRequested, MemoryError, torch.OutOfMemoryError)
 
@@ -36,23 +35,16 @@ def foreign(
     except BaseException as error:
         # A panic of a library written in Rust is no Exception, but is one of its ways to refuse a file.
         panicked = type(error).__name__ == "PanicException"
-        if not (isinstance(error, Exception) or panicked) or _is_disk_full(error):
+        if not (isinstance(error, Exception) or panicked) or full_disk(error) is not None:
             raise
-        raise PreflightError(f"{doing}: {first_line(error)}", where=where, hint=hint) from error
+        raise PreflightError(f"{doing}: {reason(error)}", where=where, hint=hint) from error
 
 
-def _is_disk_full(error: BaseException) -> bool:
-    # As engine.failures: libraries written in Rust have types of their own, with the system's words.
-    return os.strerror(errno.ENOSPC) in str(error)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of its message, or its kind where it has none."""
-    lines = str(error).strip().splitlines() or [""]
-    kind = type(error).__name__
+def reason(error: BaseException) -> str:
+    """The first line of its message, with its kind where that alone would not tell enough."""
     # "'foo'" is all that a KeyError says.
-    said = lines[0][:300]
-    return f"{kind}: {said}" if isinstance(error, KeyError | IndexError | AssertionError) else said or kind
+    kind = f"{type(error).__name__}: " if isinstance(error, KeyError | IndexError | AssertionError) else ""
+    return kind + first_line(error)
 
 
 @contextlib.contextmanager

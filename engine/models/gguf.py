@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from engine.architecture.gguf_header import gguf_header
+from engine.architecture.gguf_header import GGUF_MODEL_TYPES, gguf_header, supported_gguf
 from engine.architecture.limits import LARGEST_SIZE, MOST_BLOCKS, MOST_HEADS, MOST_POSITIONS, WIDEST
 from engine.errors import PreflightError
 from engine.models.foreign import foreign
@@ -45,17 +45,6 @@ BOUNDS = {
 }
 """The largest value of each whole number that is used; the smallest is 1."""
 ROPE_DIVISORS = "rope_freqs.weight"
-
-MODEL_TYPES = {
-    "llama": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma2": "gemma2",
-    "gemma3": "gemma3_text",
-    "phi3": "phi3",
-}
-"""GGUF architectures whose tensors are known to come out as transformers has them, and its names for them.
-Mistral files call themselves llama."""
 
 LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT = 1.0, 4.0, 8192
 """Frequency limits (turns within the original context) and that context, the same in all Llama 3.1 to 3.3."""
@@ -86,13 +75,7 @@ class GGUFReader:
         self.file = file
         self._stamped = StampedFile.of(file)
         header = gguf_header(self._stamped)
-        self.architecture = str(header.metadata.get("general.architecture", "unknown"))[:80]
-        if self.architecture not in MODEL_TYPES:
-            raise PreflightError(
-                f"GGUF architecture {self.architecture!r} is not supported",
-                where=str(file),
-                hint=f"supported are {', '.join(MODEL_TYPES)}; or use the model's safetensors checkpoint",
-            )
+        self.architecture = supported_gguf(header, file)
         self._tensors = {
             name: GGUFTensor(info.start, info.nbytes, _kind(info.dtype, file), info.shape)
             for name, info in header.tensors.items()
@@ -312,7 +295,7 @@ def gguf_config(reader: GGUFReader) -> PreTrainedConfig:
     if GEMMA_27B.get(reader.architecture) == options["num_hidden_layers"]:
         options["query_pre_attn_scalar"] = hidden // heads
     with foreign("transformers does not understand the file's metadata", str(reader.file)):
-        return AutoConfig.for_model(MODEL_TYPES[reader.architecture], **options)
+        return AutoConfig.for_model(GGUF_MODEL_TYPES[reader.architecture], **options)
 
 
 def rope_parameters(reader: GGUFReader, theta: float) -> dict[str, Any]:

@@ -8,7 +8,6 @@ checked by :class:`engine.models.weights.SafetensorsReader`, which knows what th
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -23,7 +22,8 @@ from huggingface_hub.errors import (
 )
 
 from engine.architecture.headers import INDEX_NAME, SINGLE_NAME, read_index
-from engine.errors import EqatError, ExitCode, PreflightError
+from engine.errors import EqatError, ExitCode, PreflightError, first_line
+from engine.system.files import full_disk
 from engine.system.stamps import StampedFile
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -72,7 +72,7 @@ def _fetch(repo: str, action: Callable[[], Result]) -> Result:
     except EqatError:
         raise
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if full_disk(error) is not None:
             raise EqatError(
                 "the disk is full",
                 exit_code=ExitCode.DISK_FULL,
@@ -80,18 +80,13 @@ def _fetch(repo: str, action: Callable[[], Result]) -> Result:
                 hint="free some space, or set HF_HOME to a disk that has it",
             ) from error
         raise PreflightError(
-            f"the download was interrupted: {_first_line(error)}",
+            f"the download was interrupted: {first_line(error)}",
             where=repo,
             hint="run again; finished files are kept and the rest continues",
         ) from error
     except Exception as error:  # the HTTP library's own errors, which differ between hub versions
         raise PreflightError(
-            f"the download failed: {_first_line(error)}",
+            f"the download failed: {first_line(error)}",
             where=repo,
             hint="run again; finished files are kept and the rest continues",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from engine.architecture.refusals import already_quantized, encoder_decoder
 from engine.errors import PreflightError
 from engine.models.foreign import foreign, memory_headroom
 
@@ -125,22 +126,14 @@ def _headroom(config: PreTrainedConfig) -> int:
 
 
 def refuse_config(config: PreTrainedConfig, name: str) -> None:
-    """Refuse what the configuration alone shows to be impossible."""
+    """Refuse what the configuration alone shows to be impossible. The plan has read the same file; a class of
+    transformers may know more than its file says."""
     if getattr(config, "quantization_config", None):
         stored = config.quantization_config
         method = stored.get("quant_method") if isinstance(stored, dict) else None
-        method = method or getattr(stored, "quant_method", "unknown method")
-        raise PreflightError(
-            f"the model is already quantized ({str(method)[:80]})",
-            where=name,
-            hint="start from the original 16-bit model",
-        )
+        raise already_quantized(method or getattr(stored, "quant_method", ""), name)
     if getattr(config, "is_encoder_decoder", False):
-        raise PreflightError(
-            f"{config.model_type!r} is an encoder-decoder; only decoder-only models can be quantized",
-            where=name,
-            hint="choose a causal language model such as Llama, Mistral, Qwen, Gemma, Phi or OLMo",
-        )
+        raise encoder_decoder(name)
 
 
 def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

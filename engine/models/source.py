@@ -21,7 +21,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from engine.architecture.description import TINY_LLAMA, parse_config, resolve_source
-from engine.architecture.links import NO_ASSETS, ModelFolder
+from engine.architecture.links import NO_ASSETS, TOKENIZER_FILES, ModelFolder
 from engine.config.model import ModelConfig
 from engine.errors import PreflightError
 from engine.models.foreign import foreign
@@ -31,8 +31,7 @@ from engine.models.random_weights import RandomReader
 from engine.models.skeleton import refuse_config
 from engine.models.tokenizer import byte_tokenizer
 from engine.models.weights import SafetensorsReader, WeightReader
-from engine.plan.disk_model import TOKENIZER_FILES
-from engine.system.guarded import SMALL, BadFile, parse_object
+from engine.system.guarded import SMALL, BadFile, bad_file, parse_object
 from engine.system.stamps import StampedFile
 
 SourceKind = Literal["directory", "hub", "gguf", "random"]
@@ -286,7 +285,7 @@ def _samples(file: StampedFile) -> Iterator[bytes]:
                 content.seek(start)
                 yield content.read(SAMPLE_BYTES)
     except OSError as error:
-        raise PreflightError(f"cannot be read: {error.strerror}", where=str(file.path)) from error
+        raise bad_file(error, file.path) from error
 
 
 def read_config(folder: ModelFolder, trust_remote_code: bool = False) -> PreTrainedConfig:

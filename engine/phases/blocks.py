@@ -1,11 +1,12 @@
-"""The phase ``block_ap``: all blocks one after the other, with the activation streams that run through them.
+"""The stages that make one block after the other: ``rtn``, and ``block_ap`` with the activation streams that
+run through the blocks.
 
 A stream is a function of the text and of the blocks before it, so it need not be saved to be safe. A resumed
 run brings both streams to the first unfinished block: from the files of the last stored border, where the
 plan has them stored, else from the text; then through the finished blocks, by the code that did it first.
 
-A finished block is committed while the quantized stream passes it. Once that is done nothing of it can be
-lost: a kill in the middle of the passage costs the passage.
+A block that Block-AP has finished is committed while the quantized stream passes it. Once that is done
+nothing of it can be lost: a kill in the middle of the passage costs the passage.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from typing import Any
 
 import torch
 
-from engine.checkpoints.commits import TrainingCheckpoints, forget_snapshot, restore_random_state, snapshot_of
-from engine.data.activations import ActivationStore
+from engine.checkpoints.snapshots import resumable
 from engine.methods.blockwise.block_ap import BlockResult, train_block
 from engine.methods.blockwise.reconstruction import Streams
 from engine.methods.blockwise.rtn import round_to_nearest
@@ -41,15 +41,18 @@ def round_blocks(job: Job) -> None:
         job.report.leave_if_asked()
 
 
-def train_blocks(job: Job) -> ActivationStore | None:
-    """Block-AP over all blocks. Returns the full-precision stream behind the last of them where end-to-end
-    training learns from it; none too when all blocks were finished before."""
+def train_blocks(job: Job) -> None:
+    """Block-AP over all blocks.
+
+    Leaves the full-precision stream behind the last of them in ``job.full`` where end-to-end training learns
+    from it; not when all blocks were finished before.
+    """
     if not job.all_blocks_finished():
-        return _BlockPhase(job).run()
+        _BlockAP(job).run()
+        return
     for index in range(job.blocks):
         job.report.block_started(index, job.blocks)
         _restored(job, index)
-    return None
 
 
 def _restored(job: Job, index: int) -> None:
@@ -57,13 +60,12 @@ def _restored(job: Job, index: int) -> None:
     job.report.block_finished(**(job.store.fact(losses_fact(index)) or {}), restored=True)
 
 
-class _BlockPhase:
+class _BlockAP:
     def __init__(self, job: Job) -> None:
         self.job, self.config = job, job.config.block_ap
         self.dtype = compute_dtype(self.config.compute_dtype, job.device)
-        self.teacher: ActivationStore | None = None
 
-    def run(self) -> ActivationStore | None:
+    def run(self) -> None:
         job = self.job
         with self._streams() as streams:
             border = self._restore(streams)
@@ -76,10 +78,9 @@ class _BlockPhase:
                     self._replay(index, streams)
                 _restored(job, index)
             if keep_as_teacher(job, streams.full):
-                self.teacher = streams.full
+                job.full = streams.full
             else:
                 forget_streams(job)
-        return self.teacher
 
     @contextmanager
     def _streams(self) -> Iterator[Streams]:
@@ -90,7 +91,7 @@ class _BlockPhase:
             yield Streams(full, quantized, job.tokens.block_ap_train)
         finally:
             quantized.close()
-            if full is not self.teacher:
+            if full is not job.full:
                 full.close()
 
     def _restore(self, streams: Streams) -> int:
@@ -114,10 +115,7 @@ class _BlockPhase:
         job = self.job
         block = job.lm.load_block(index, dtype=torch.float32)
         pass_through(job, index, block, "full", streams.full, self.dtype)
-        snapshot = snapshot_of(job.store, "block_ap", index)
-        if snapshot is not None:
-            restore_random_state(snapshot.tensors, job.device)
-        with TrainingCheckpoints(job.checkpoints, "block_ap", index) as progress:
+        with resumable(job.checkpoints, "block_ap", index) as keeper:
             result = train_block(
                 job.lm,
                 index,
@@ -127,14 +125,14 @@ class _BlockPhase:
                 job.config.grid,
                 seed=job.seed(index),
                 dtype=self.dtype,
-                progress=progress,
+                progress=job.report,
                 micro_batch=micro_batch_after(job.store.fact(MICRO_BATCH)),
-                snapshot=snapshot,
+                snapshot=keeper.snapshot,
+                keeper=keeper,
                 world=job.world,
                 fast=job.plan.fast,
                 compiles=job.plan.compiles,
             )
-        del snapshot
         self._commit(index, block, result, streams)
 
     def _commit(self, index: int, block: torch.nn.Module, result: BlockResult, streams: Streams) -> None:
@@ -150,7 +148,6 @@ class _BlockPhase:
             before = store.fact(MICRO_BATCH)
             history = before if isinstance(before, list) else []
             store.remember(MICRO_BATCH, [*history, [index, result.micro_batch]])
-        forget_snapshot(store)
         entries = {block_entry(index): result.packed.tensors()}
         committing = job.checkpoints.committing("block_ap", index, entries)
         if index + 1 == job.blocks:

@@ -13,17 +13,21 @@ from typing import Any
 import msgspec
 import torch
 
-from engine.config.loading import equivalent_command, to_toml
+from engine.config.corpora import corpus_name
+from engine.config.formats import FORMATS
 from engine.config.runtime import RuntimeConfig
-from engine.data.text import corpus_name
-from engine.export.gptq_v2 import FORMAT, ExportResult, export_gptq_v2, room_beside_tensors
+from engine.config.sameness import equivalent_command
+from engine.config.writing import to_toml
+from engine.export.checkpoint import Export, room_beside_tensors
+from engine.export.layout import Layout, layout_of
 from engine.export.place import ExportPlace
-from engine.export.verify import VerifyResult, verify_gptq_v2
+from engine.export.result import ExportResult
+from engine.export.verify import VerifyResult, verify
 from engine.phases.job import Job
 from engine.process import package_versions
 from engine.run import events
 from engine.run.directory import RunDirectory
-from engine.system.publish import check_target, publish
+from engine.system.copying import check_target, copy_whole
 
 # Part of the evaluation text on which exported and trained logits are compared.
 VERIFY_WINDOWS, VERIFY_TOKENS = 2, 512
@@ -33,7 +37,8 @@ COPY_SILENCE = 1800
 
 def recover_exports(run: RunDirectory) -> None:
     """What a kill left of exports is mended before anything else is done with the run."""
-    ExportPlace(run.export_dir / FORMAT, run.path).recover()
+    for row in FORMATS:
+        ExportPlace(run.export_dir / row.name, run.path).recover()
 
 
 def export(job: Job, copy_to: Path | None = None) -> None:
@@ -43,10 +48,9 @@ def export(job: Job, copy_to: Path | None = None) -> None:
     for target in targets.values():
         check_target(target, job.run.path)
     for name in names:
-        assert name == FORMAT, name
-        path = job.run.export_dir / name
+        path, layout = job.run.export_dir / name, layout_of(name)
         written, verified = job.checkpoints.patiently(
-            partial(_write, job, path, _card(job)), _needed(job), "an export", path.parent
+            partial(_write, job, path, layout), _needed(job, layout), "an export", path.parent
         )
         if written.dropped_code and job.source.trust_remote_code:
             job.report.warning(
@@ -57,17 +61,17 @@ def export(job: Job, copy_to: Path | None = None) -> None:
         copied = ""
         try:
             if name in targets:
-                publish(path, targets[name], run=job.run.path, poll=partial(_hear, job))
+                copy_whole(path, targets[name], run=job.run.path, poll=partial(_hear, job))
                 copied = str(targets[name])
         finally:  # the export in the run stands, whatever becomes of its copy
             _tell(job, written, verified, copied)
 
 
-def _needed(job: Job) -> int:
+def _needed(job: Job, layout: Layout) -> int:
     """Bytes of one export."""
     tensors = job.plan.export_bytes // max(1, len(job.config.export.formats))
     shards = 1 + int(tensors / (job.config.export.shard_gib * 2**30))
-    return tensors + room_beside_tensors(job.lm, job.source, shards)
+    return tensors + room_beside_tensors(layout, job.lm, job.source, shards)
 
 
 def _hear(job: Job) -> None:
@@ -76,36 +80,36 @@ def _hear(job: Job) -> None:
     job.report.expect_silence(COPY_SILENCE)
 
 
-def _write(job: Job, path: Path, card: dict[str, Any]) -> tuple[ExportResult, VerifyResult]:
+def _write(job: Job, path: Path, layout: Layout) -> tuple[ExportResult, VerifyResult]:
     """A new export at ``path``, verified; an EqatError, and the old one, when it is not what was trained."""
     verified: list[VerifyResult] = []
 
-    def verify(folder: Path) -> bool:
-        verified.append(_verify(job, folder))
+    def is_trained(folder: Path) -> bool:
+        verified.append(_verify(job, layout, folder))
         return verified[0].verified
 
-    written = export_gptq_v2(
-        path,
-        job.lm,
-        job.source,
-        job.packed,
+    export = Export(
+        layout=layout,
+        lm=job.lm,
+        source=job.source,
+        block_for=job.packed,
         shard_bytes=int(job.config.export.shard_gib * 2**30),
-        card=card,
+        card=_card(job),
         on_block=job.report.step,
-        verify=verify,
-        root=job.run.path,
     )
+    written = export.into(path, verify=is_trained, root=job.run.path)
     verified[0].raise_if_failed()
     return written, verified[0]
 
 
-def _verify(job: Job, folder: Path) -> VerifyResult:
+def _verify(job: Job, layout: Layout, folder: Path) -> VerifyResult:
     """Read the files back and compare bits and logits."""
     tokens = job.tokens.evaluation if len(job.tokens.evaluation) else job.tokens.block_ap
     if not len(tokens):
         tokens = torch.arange(VERIFY_TOKENS).remainder(job.lm.vocab_size).unsqueeze(0)
-    return verify_gptq_v2(
+    return verify(
         folder,
+        layout,
         job.lm,
         job.packed,
         tokens[:VERIFY_WINDOWS, :VERIFY_TOKENS],

@@ -11,20 +11,22 @@ from torch import Tensor, nn
 
 from engine.checkpoints.commits import Checkpoints
 from engine.checkpoints.store import CheckpointStore
+from engine.config.dtypes import resolved_dtype
 from engine.config.run import RunConfig
+from engine.config.stages import Stage, network_stages, stages_of
 from engine.data.activations import ActivationStore, make_store
-from engine.data.sampler import ALONE, World
 from engine.evaluation.tasks import TokenizedTask
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.phases.preparation import Tokens
 from engine.plan.fit import host_budget
 from engine.plan.plan import Plan
-from engine.quant.packed import PackedBlock, PackedWeight
+from engine.quant.packed import PackedBlock, overlaid
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
-from engine.run.facts import E2E_DONE, block_entry, scales_entry
+from engine.run.facts import block_entry, done_fact, stage_entry
 from engine.system.files import make_folder
+from engine.training.world import ALONE, World
 
 
 @dataclass
@@ -46,6 +48,9 @@ class Job:
     """By stage, as far as measured."""
     accuracies: dict[str, dict[str, float]] = field(default_factory=dict)
     """By stage and task, as far as measured."""
+    full: ActivationStore | None = None
+    """The original model's last hidden states, from where they come into being until a training has learnt
+    from them."""
 
     def __post_init__(self) -> None:
         self.checkpoints = Checkpoints(self.store, self.report, self.config.runtime)
@@ -59,9 +64,13 @@ class Job:
         return self.lm.blocks
 
     def seed(self, index: int) -> int:
-        """A seed of its own for each block (the end-to-end training counts as one more), so that a block
-        draws the same whether or not others ran before it."""
+        """A seed of its own for each block, so that a block draws the same whether or not others ran before
+        it."""
         return self.config.runtime.seed * 1_000_003 + index
+
+    def network_seed(self, stage: Stage) -> int:
+        """A seed of its own for a stage that trains all blocks together; behind those of the blocks."""
+        return self.seed(self.blocks + network_stages().index(stage))
 
     # What is trained so far
 
@@ -73,23 +82,22 @@ class Job:
         return all(self.is_finished(index) for index in range(self.blocks))
 
     def packed(self, index: int) -> PackedBlock:
-        """Block ``index`` as quantized so far: after E2E-QP with its trained scales."""
-        grid = self.config.grid
-        packed = PackedBlock.from_tensors(self.store.get(block_entry(index)), grid.bits, grid.symmetric)
-        if not self.store.fact(E2E_DONE):
-            return packed
-        trained = self.store.get(scales_entry(index))
-        linears = {
-            name: PackedWeight(
-                weight.words,
-                trained[f"{name}.scale"],
-                trained[f"{name}.zero_point"],
-                weight.bits,
-                weight.symmetric,
-            )
-            for name, weight in packed.linears.items()
-        }
-        return PackedBlock(linears, packed.others)
+        """Block ``index`` as quantized so far: what made it, overlaid by what stages of the whole network
+        trained of it, tensor by tensor."""
+        tensors = self.store.get(block_entry(index))
+        for stage in network_stages():
+            if self.is_done(stage):
+                tensors = overlaid(tensors, self.store.get(stage_entry(stage, index)))
+        return PackedBlock.from_tensors(tensors, self.config.grid.shared)
+
+    def newest_stage(self) -> Stage:
+        """The quantized version of the model that is the newest so far."""
+        done = [stage for stage in stages_of(self.config) if stage.scope == "block" or self.is_done(stage)]
+        return done[-1]
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether a stage of the whole network is trained."""
+        return bool(self.store.fact(done_fact(stage)))
 
     def packed_block(self, index: int) -> nn.Module:
         """Block ``index`` as quantized so far, on the device."""
@@ -132,9 +140,12 @@ class Job:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype of a configured one; ``auto`` is bfloat16 on a GPU and float32 on the CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = getattr(torch, name)
+    """The torch dtype of a configured one."""
+    dtype = getattr(torch, resolved_dtype(name, cuda=device.type == "cuda"))
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def packed_block(job: Job, index: int) -> nn.Module:
+    """Block ``index`` as quantized so far, for whoever measures it."""
+    return job.packed_block(index)

@@ -17,7 +17,7 @@ from torch import nn
 from engine.checkpoints.streams import StoredStreams, delete_streams, read_streams, write_streams
 from engine.data.activations import ActivationStore
 from engine.errors import EqatError, ExitCode
-from engine.methods.advance import Passage, advance
+from engine.methods.advance import Portions, advance
 from engine.phases.job import Job
 from engine.run.facts import STREAMS
 
@@ -36,11 +36,11 @@ def pass_through(
 ) -> None:
     """The stream called ``name`` through block ``index``, in place; ``beside`` is entered meanwhile."""
     fact = f"halvings-{name}"
-    passage = Passage(job.config.block_ap.batch_size, job.store.fact(fact) or ())
+    portions = Portions(job.config.block_ap.batch_size, job.store.fact(fact) or ())
     with beside or nullcontext():
-        advance(job.lm, index, block, stream, passage, dtype, job.report)
-    if passage.halvings:
-        job.store.remember(fact, [list(halving) for halving in passage.halvings])
+        advance(job.lm, index, block, stream, portions, dtype, job.report)
+    if portions.halvings:
+        job.store.remember(fact, [list(halving) for halving in portions.halvings])
 
 
 def stored_at(job: Job, streams: Mapping[str, ActivationStore]) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from engine.checkpoints.identity import counts_as, differing_field
 from engine.checkpoints.store import CheckpointStore
+from engine.config.corpora import corpus_name
 from engine.config.data import DataConfig
-from engine.config.loading import config_hash, equivalent_command, is_operational, to_dict
 from engine.config.run import RunConfig
-from engine.data.text import Part, corpus_name
+from engine.config.sameness import config_hash, equivalent_command
+from engine.config.writing import to_dict
+from engine.data.parts import Part
 from engine.data.tokens import token_windows, tokenizer_hash
 from engine.errors import IdentityError, PreflightError
 from engine.models.source import ModelSource
@@ -157,26 +160,6 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def deciding_fields(config: RunConfig) -> dict[str, str]:
-    """The settings a checkpoint depends on, by name: all but labels and what is operational."""
-
-    def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-        for name, value in tree.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", json.dumps(value)
-
-    return {
-        name: value
-        for name, value in flat(to_dict(config))
-        if name not in ("name", "description")
-        and not is_operational(name)
-        # Runs from before there were tasks can be resumed.
-        and not (name.startswith("evaluation.task") and value in ("[]", "0"))
-    }
-
-
 def share_origin(run: RunDirectory, store: CheckpointStore, report: Reporter) -> None:
     """A run that redoes another from some block on begins with what that one has before it.
 
@@ -200,11 +183,11 @@ def share_origin(run: RunDirectory, store: CheckpointStore, report: Reporter) ->
         )
     there = found.generation
     if origin.from_block:
-        _must_agree(there.identity, store.identity, ("model", "grid."), origin.id)
+        _must_agree(there.identity, store, ("model", "grid."), origin.id)
     shared = [index for index in blocks_of(there.entries) if index < origin.from_block]
     names = {name(index) for index in shared for name in (block_entry, losses_fact)}
     for stage, fields in (("fp", ("model", "evaluation")), ("rtn", ("model", "evaluation", "grid."))):
-        if _differing(there.identity, store.identity, fields) is None:
+        if differing_field(there.identity, store.identity, store.defaults, beginning=fields) is None:
             names.add(f"eval_{stage}")
     try:
         store.adopt(place, there, names.__contains__)
@@ -222,18 +205,14 @@ def _intact_words(blocks: int) -> str:
 
 
 def _must_agree(
-    there: Mapping[str, str], here: Mapping[str, str], fields: tuple[str, ...], run_id: str
+    there: Mapping[str, str], store: CheckpointStore, fields: tuple[str, ...], run_id: str
 ) -> None:
-    name = _differing(there, here, fields)
+    here = dict(sorted(store.identity.items()))
+    name = differing_field(there, here, store.defaults, beginning=fields)
     if name is not None:
         raise IdentityError(
-            f"the blocks of {run_id} were made with {there.get(name)}, this run has {here.get(name)}",
+            f"the blocks of {run_id} were made with {counts_as(there, name, store.defaults)}, "
+            f"this run has {counts_as(here, name, store.defaults)}",
             where=name,
             hint="blocks can be shared only between runs of one model on one grid; start a new run",
         )
-
-
-def _differing(there: Mapping[str, str], here: Mapping[str, str], fields: tuple[str, ...]) -> str | None:
-    """The first name, among those that begin with one of ``fields``, whose values differ."""
-    names = sorted(name for name in {*there, *here} if name.startswith(fields))
-    return next((name for name in names if there.get(name) != here.get(name)), None)

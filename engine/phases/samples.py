@@ -16,7 +16,6 @@ from engine.phases.job import Job
 from engine.plan.fit import GPU_RESERVE, host_budget
 from engine.plan.machine import host_free
 from engine.run import events
-from engine.run.facts import E2E_DONE
 
 NEW_TOKENS = 64
 FIRST_TOKEN_SILENCE = 600
@@ -38,7 +37,7 @@ def write_samples(
     # Two models one after the other, each with all of its blocks.
     models: list[tuple[str, Callable[[int], nn.Module]]] = [
         ("fp", job.lm.load_block),
-        (_quantized_stage(job), job.dense_block),
+        (job.newest_stage().name, job.dense_block),
     ]
     for position, (stage, block_for) in enumerate(models):
         job.report.step(position * job.blocks, len(models) * job.blocks)
@@ -49,13 +48,6 @@ def write_samples(
             sample = _written(job, sample, load, ids_1T, new_tokens)
         job.report.emit(sample)
         telemetry.release_memory()
-
-
-def _quantized_stage(job: Job) -> str:
-    """The newest quantized version."""
-    if job.store.fact(E2E_DONE):
-        return "e2e_qp"
-    return "block_ap" if job.config.block_ap.enabled else "rtn"
 
 
 def _room_after(job: Job, tokens: int, wanted: int) -> int:

@@ -1,8 +1,9 @@
 """E2E-QP's teacher: the full-precision model's last hidden states on the text that is trained on.
 
 Block-AP's full-precision stream ends as just that where its text contains E2E-QP's and its arithmetic is the
-same. Otherwise, and in a run that was resumed behind Block-AP, the text goes through the original blocks once
-more, unless the plan had it stored.
+same: :mod:`engine.plan.streams` says whether the configuration allows it, then the tokens decide. Otherwise,
+and in a run that was resumed behind Block-AP, the text goes through the original blocks once more, unless the
+plan had it stored.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from engine.data.activations import ActivationStore
-from engine.methods.network.e2e_qp import Teacher, positions
+from engine.methods.network.teacher import Teacher, positions
 from engine.phases.job import Job, compute_dtype
 from engine.phases.passage import pass_through, store_at, stored_at
+from engine.plan.streams import may_share_teacher, taught
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class _Text:
 
 def is_taught(job: Job) -> bool:
     """Whether end-to-end training learns from a teacher."""
-    return job.config.e2e_qp.enabled and job.config.e2e_qp.loss == "kl"
+    return taught(job.config) is not None
 
 
 def _text(job: Job) -> _Text:
@@ -37,11 +39,11 @@ def _text(job: Job) -> _Text:
     A resumed run computes Block-AP's stream anew from the same text in the same batches: in other batches,
     the last bits would be others.
     """
+    alone = _Text("teacher", job.tokens.e2e_qp, None)
+    if not may_share_teacher(job.config, cuda=job.device.type == "cuda"):
+        return alone
     rows = positions(job.tokens.e2e_qp, job.tokens.block_ap)
-    same_arithmetic = compute_dtype(job.config.block_ap.compute_dtype, job.device) == _dtype(job)
-    if rows is None or not same_arithmetic:
-        return _Text("teacher", job.tokens.e2e_qp, None)
-    return _Text("full", job.tokens.block_ap, rows)
+    return alone if rows is None else _Text("full", job.tokens.block_ap, rows)
 
 
 def _dtype(job: Job) -> torch.dtype:
@@ -57,10 +59,11 @@ def keep_as_teacher(job: Job, full: ActivationStore) -> bool:
     return True
 
 
-def teacher(job: Job, full: ActivationStore | None) -> Teacher:
-    """The teacher: ``full``, if that was kept, else from the disk, else computed one block at a time."""
+def teacher(job: Job) -> Teacher:
+    """The teacher: ``job.full``, if that was kept, else from the disk, else computed one block at a time."""
     text = _text(job)
-    if full is not None:
+    if job.full is not None:
+        full, job.full = job.full, None
         return Teacher(full, text.rows)
     stream = job.activations("teacher", text.tokens, _dtype(job))
     if stored_at(job, {"teacher": stream}) is None:

@@ -1,9 +1,10 @@
 """The disk model: what a run directory holds at the peak of each phase, files and nameless ones alike.
 
-It follows the engine phase by phase.
+What a stage keeps while it is made is said in its file (:mod:`engine.plan.stages`).
 
-    checkpoints   every finished block once; E2E-QP's scales beside them; generation files. A training's
-                  snapshots: the two newest generations have one each while a third is being written
+    checkpoints   every finished block once; what trainings of the whole network add beside them; generation
+                  files. A training's snapshots: the two newest generations have one each while a third is
+                  being written
     cache         stored streams: a new pair is written before the old one goes, the last pair lies beside the
                   teacher's stream; the activation store, where it is on the disk
     export        tensors, their header, tokenizer and model card
@@ -15,29 +16,21 @@ A stop takes a snapshot wherever it comes, also where none would be due.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from engine.architecture.description import ModelDescription, resolve_source
 from engine.architecture.families import Architecture
-from engine.plan.checkpoint_sizes import block_bytes, generation_bytes, norms, scales_bytes, snapshot_bytes
-from engine.plan.estimate import CONSTANTS, GIB, Constants, Store, Workload, sizes
+from engine.architecture.links import TOKENIZER_FILES
+from engine.config.stages import STAGES, last_stage, measured_stage
+from engine.plan.costs import costs_of
+from engine.plan.estimate import CONSTANTS, GIB, Store, Workload
+from engine.plan.export_sizes import format_bytes
 from engine.plan.memory_model import phase_memory
-from engine.plan.recovery_model import Recovery, stored_pairs, teacher_file
+from engine.plan.object_sizes import generation_bytes, norms
+from engine.plan.recovery_model import Recovery
+from engine.plan.streams import shares_teacher, teacher_bytes
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""What an export copies from the model's folder."""
 BYTE_TOKENIZER = 13 << 10
 """The tokenizer of a random model."""
 HEADER_ENTRY = 100
@@ -54,7 +47,6 @@ def disk_peaks(
     assets: int,
     *,
     stopped: bool,
-    constants: Constants = CONSTANTS,
 ) -> dict[str, int]:
     """Bytes at the peak of each phase, ``stopped`` at its worst moment or run through.
 
@@ -63,57 +55,39 @@ def disk_peaks(
     least = 1 if stopped else 0
     snapshots = {phase: max(least, min(3, number)) for phase, number in recovery.snapshots.items()}
     peaks: dict[str, int] = {}
-    log = float(constants.events_per_block * work.arch.blocks)
-    for phase in work.phases():
-        log += constants.events_rate * seconds[phase] if phase != "prepare" else 0.0
-        files = constants.run_files + int(log) + 3 * generation_bytes(work.arch, constants)
+    log = float(CONSTANTS.events_per_block * work.arch.blocks)
+    for phase, kept in _kept(work, recovery.streams_every, snapshots, assets).items():
+        log += CONSTANTS.events_rate * seconds[phase] if phase != "prepare" else 0.0
+        files = CONSTANTS.run_files + int(log) + 3 * generation_bytes(work.arch)
         nameless = phase_memory(work, phase).stored if store == "disk" else 0
-        peaks[phase] = files + nameless + _kept(work, phase, recovery.streams_every, snapshots, assets)
+        peaks[phase] = files + nameless + kept
     return peaks
 
 
-def _kept(work: Workload, phase: str, every: int, snapshots: Mapping[str, int], assets: int) -> int:
-    """Checkpoints, streams stored at every ``every``-th border, and the export."""
-    arch, config = work.arch, work.config
-    blocks = arch.blocks * block_bytes(arch, config.grid)
-    scales = arch.blocks * scales_bytes(arch, config.grid) if config.e2e_qp.enabled else 0
-    teacher = teacher_file(work) if every else 0
-    if phase == "rtn":
-        return blocks
-    if phase == "block_ap":
-        return max(_block_ap(work, every, snapshots[phase]))
-    if phase in ("evaluate_rtn", "evaluate_block_ap"):
-        return blocks + (teacher if work.shares_teacher else 0)
-    if phase == "e2e_qp":
-        return blocks + teacher + max(snapshots[phase] * snapshot_bytes(work, phase), scales)
-    if phase == "evaluate_e2e_qp":
-        return blocks + scales
-    if phase == "export":
-        return blocks + scales + _last_snapshot(work, snapshots) + export_bytes(work) + assets
-    return 0
-
-
-def _block_ap(work: Workload, every: int, snapshots: int) -> Iterator[int]:
-    """Its peak is one of these moments."""
-    arch, one = work.arch, block_bytes(work.arch, work.config.grid)
-    pairs, pair = stored_pairs(work, every), 2 * work.stream_bytes()
-    snapshot = snapshot_bytes(work, "block_ap")
-    held = min(1, pairs) * pair
-    # The last block is trained, and committed: then the older generation still has its last snapshot.
-    yield (arch.blocks - 1) * one + held + snapshots * snapshot
-    yield arch.blocks * one + held + min(2, snapshots) * snapshot
-    if pairs:  # the streams are stored for the last time
-        yield pairs * every * one + min(2, pairs) * pair + min(1, snapshots) * snapshot
-    if every and work.shares_teacher:
-        yield arch.blocks * one + held + teacher_file(work) + min(1, snapshots) * snapshot
+def _kept(work: Workload, every: int, snapshots: Mapping[str, int], assets: int) -> dict[str, int]:
+    """By phase: checkpoints, streams stored at every ``every``-th border, and the export."""
+    finished = 0
+    kept: dict[str, int] = {}
+    for phase in work.phases():
+        kept[phase] = finished
+        measured = measured_stage(phase)
+        if phase in STAGES:
+            costs = costs_of(STAGES[phase])
+            kept[phase] += costs.kept(work, every, snapshots.get(phase, 0))
+            finished += costs.result_bytes(work)
+        elif measured and STAGES[measured].scope == "block" and every and shares_teacher(work):
+            kept[phase] += teacher_bytes(work)
+        elif phase == "export":
+            kept[phase] += _last_snapshot(work, snapshots) + export_bytes(work) + assets
+    return kept
 
 
 def _last_snapshot(work: Workload, snapshots: Mapping[str, int]) -> int:
     """The older of two generations still has the last training's snapshot, unless an evaluation was committed
     since."""
-    last = "e2e_qp" if work.config.e2e_qp.enabled else "block_ap"
-    left = snapshots.get(last, 0) and not work.config.evaluation.enabled
-    return snapshot_bytes(work, last) if left else 0
+    last = last_stage(work.config)
+    left = snapshots.get(last.name, 0) and not work.config.evaluation.enabled
+    return costs_of(last).snapshot_bytes(work) if left else 0
 
 
 # --------------------------------------------------------------------------------------------- export
@@ -121,9 +95,13 @@ def _last_snapshot(work: Workload, snapshots: Mapping[str, int]) -> int:
 
 def export_bytes(work: Workload) -> int:
     """The tensors of every format and the headers of their files."""
-    size = sizes(work.arch, work.config.grid).export
-    shards = 1 + int(size / (work.config.export.shard_gib * GIB))
-    return len(work.config.export.formats) * (size + shards * header_room(work.arch))
+    config = work.config
+    total = 0
+    for name in config.export.formats:
+        size = format_bytes(work.arch, config.grid, name)
+        shards = 1 + int(size / (config.export.shard_gib * GIB))
+        total += size + shards * header_room(work.arch)
+    return total
 
 
 def header_room(arch: Architecture) -> int:
@@ -138,7 +116,7 @@ def header_room(arch: Architecture) -> int:
     return 8 + 64 + sum(len(json.dumps(name)) + HEADER_ENTRY for name in names)
 
 
-def assets_bytes(model: ModelDescription, constants: Constants = CONSTANTS) -> int:
+def assets_bytes(model: ModelDescription) -> int:
     """What an export has besides its tensors: model card, configuration, tokenizer."""
     path = resolve_source(model.source)
     if model.kind == "random":
@@ -147,5 +125,5 @@ def assets_bytes(model: ModelDescription, constants: Constants = CONSTANTS) -> i
         files = [path / name for name in TOKENIZER_FILES]
         tokenizer = sum(file.stat().st_size for file in files if file.is_file())
     else:
-        tokenizer = constants.tokenizer_entry * model.architecture.vocab
-    return constants.export_texts + tokenizer
+        tokenizer = CONSTANTS.tokenizer_entry * model.architecture.vocab
+    return CONSTANTS.export_texts + tokenizer

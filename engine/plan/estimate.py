@@ -1,23 +1,22 @@
-"""What estimates are made of: measured constants, a configuration applied to a model, sizes on disk.
+"""What estimates are made of: measured constants, and a configuration applied to a model.
 
-``memory_model.py``, ``disk_model.py`` and ``time_model.py`` count bytes and operations; everything that is
-not such a count is in :data:`CONSTANTS` and :data:`GPU_RATES`, each entry with what it stands for and where
-its value comes from. To calibrate, change a number here and nothing else.
+The stages (:mod:`engine.plan.stages`) and the phases beside them (``phases.py``) count bytes and operations;
+everything that is not such a count is in :data:`CONSTANTS` and :data:`GPU_RATES`, each entry with what it
+stands for and where its value comes from. To calibrate, change a number here and nothing else.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
-from engine.architecture.families import Architecture
-from engine.config.grid import GridConfig
+from engine.architecture.families import GPU_HEAD_VALUES, HEAD_VALUES, Architecture
+from engine.config.dtypes import DTYPE_BYTES, resolved_dtype
 from engine.config.run import RunConfig
+from engine.config.runtime import StoreKind
 from engine.config.stages import phases_of
 
 MIB, GIB = 1 << 20, 1 << 30
-Store = Literal["device", "host", "disk"]
+Store = StoreKind
 """Where activation streams live."""
 
 
@@ -66,9 +65,9 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     """float32 hidden states that a block's loss keeps or makes: difference, square, gradient."""
     unpack_bytes: int = 16
     """Bytes a weight of the largest linear takes while it is unpacked (int32, uint8 and float steps)."""
-    head_values: int = 1 << 25
+    head_values: int = HEAD_VALUES
     """Most logits that are computed together."""
-    gpu_head_values: int = 1 << 26
+    gpu_head_values: int = GPU_HEAD_VALUES
     """The same on a GPU."""
     logits_cross_entropy: int = 4
     """Chunk-sized tensors at the peak of a cross-entropy step: logits, log-softmax, two gradients."""
@@ -195,50 +194,19 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     cuda: bool
     windows: int
     """Evaluation windows."""
-    compiles_e2e: bool = False
-    """E2E-QP's blocks are compiled, and keep less for their backward pass."""
+    compiled: frozenset[str] = frozenset()
+    """Stages whose training is compiled, and keeps less for its backward pass."""
     short_of_memory: bool = True
-    """Where that is left to the plan, E2E-QP recomputes activations."""
-
-    @property
-    def recomputes(self) -> bool:
-        """Whether E2E-QP recomputes each block's activations instead of keeping them."""
-        wanted = self.config.e2e_qp.activation_checkpointing
-        return self.short_of_memory if wanted == "auto" else wanted == "on"
+    """Where that is left to the plan, a training of the whole network recomputes activations."""
 
     def bytes_of(self, dtype: str) -> int:
         """Bytes of a number in a configured compute dtype."""
-        if dtype == "auto":
-            return 2 if self.cuda else 4
-        return 4 if dtype == "float32" else 2
+        return DTYPE_BYTES[resolved_dtype(dtype, cuda=self.cuda)]
 
     @property
     def model_bytes(self) -> int:
         """Bytes of a number outside the training of blocks."""
         return self.bytes_of("auto")
-
-    @property
-    def shares_teacher(self) -> bool:
-        """Block-AP's full-precision stream ends as E2E-QP's teacher when both train on the same sequences."""
-        a, b = self.config.block_ap, self.config.e2e_qp
-        shapes = [(s.sequences, s.val_sequences, s.sequence_length) for s in (a, b)]
-        return a.enabled and b.enabled and b.loss == "kl" and shapes[0] == shapes[1]
-
-    def stream_bytes(self) -> int:
-        """One of Block-AP's two activation streams."""
-        section = self.config.block_ap
-        if not section.enabled:
-            return 0
-        numbers = (section.sequences + section.val_sequences) * section.sequence_length * self.arch.hidden
-        return numbers * self.bytes_of(section.compute_dtype)
-
-    def teacher_bytes(self) -> int:
-        """The teacher's last hidden states."""
-        section = self.config.e2e_qp
-        if not section.enabled or section.loss != "kl":
-            return 0
-        numbers = (section.sequences + section.val_sequences) * section.sequence_length * self.arch.hidden
-        return numbers * self.bytes_of(section.compute_dtype)
 
     def evaluation_bytes(self) -> int:
         """Hidden states of all evaluation windows."""
@@ -248,25 +216,3 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     def phases(self) -> list[str]:
         """Names of the phases, in order."""
         return phases_of(self.config)
-
-
-class Sizes(msgspec.Struct, frozen=True):
-    """Bytes of the tensors."""
-
-    export: int
-    fp: int
-    bits_per_weight: float
-
-
-def sizes(arch: Architecture, grid: GridConfig) -> Sizes:
-    """Export (GPTQ v2), the 16-bit model, and bits per quantized weight.
-
-    A group of g weights of b bits costs g*b bits of codes, b of zero point and 16 of scale; everything
-    that is not the weight of a linear stays at 16 bits. GPTQ files also list each input's group (int32).
-    """
-    groups, weights = arch.groups_per_block(grid.group_size), arch.linear_params_per_block
-    packed_bits = weights * grid.bits + groups * (grid.bits + 16)
-    others = arch.bias_params_per_block + arch.norm_params_per_block
-    group_index = 4 * sum(linear.in_features for linear in arch.linears)
-    export = arch.blocks * (packed_bits // 8 + 2 * others + group_index) + 2 * arch.rest_params
-    return Sizes(export=export, fp=2 * arch.params, bits_per_weight=packed_bits / weights)

@@ -6,19 +6,22 @@ with other settings can be judged like the one that was asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 
-from engine.config.loading import is_operational
+from engine.config.fields import is_operational
 from engine.config.run import RunConfig
+from engine.config.stages import STAGES, stages_of
+from engine.plan.costs import Ladder, Pain, StageCosts, Training, costs_of, down_to_one, halves, made_costs
 from engine.plan.disk_model import disk_peaks
 from engine.plan.estimate import CONSTANTS, GIB, Store, Workload, size_text
 from engine.plan.machine import Machine
 from engine.plan.memory_model import host_memory, phase_memory
+from engine.plan.rates import Speed
 from engine.plan.recovery_model import Recovery, recovery
-from engine.plan.time_model import Pace, Speed, pace, phase_seconds
+from engine.plan.time_model import phase_seconds
 
 GPU_RESERVE = 0.10
 """Part of the free GPU memory that the choice of the activation store leaves alone."""
@@ -47,8 +50,10 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     assets_bytes: int
     """Of what an export has besides its tensors."""
 
-    def pace(self, work: Workload) -> Pace:
-        return pace(work, self.rates, self.stored_bytes)
+    def trainings(self, work: Workload) -> list[Training]:
+        """What checkpoints have to keep up with."""
+        found = (costs.training(work, self.rates, self.stored_bytes) for costs in made_costs(work.config))
+        return [training for training in found if training is not None]
 
     def seconds(self, work: Workload) -> dict[str, float]:
         """Duration of each phase."""
@@ -60,7 +65,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
         def fits(found: Recovery) -> bool:
             return self.disk_needed(work, store, found) <= self.machine.disk_free
 
-        return recovery(work, self.pace(work), self.seconds(work), fits)
+        return recovery(work, self.trainings(work), self.seconds(work), fits)
 
     def disk_peaks(self, work: Workload, store: Store, found: Recovery) -> dict[str, int]:
         """What the run directory grows to in each phase of a run that nobody stops."""
@@ -90,20 +95,32 @@ def choose_store(work: Workload, machine: Machine) -> tuple[Store, str]:
 
 
 def settle_recomputation(work: Workload, machine: Machine) -> Workload:
-    """E2E-QP keeps its activations where there is room for all of them beside the rest.
+    """A training of the whole network keeps its activations where there is room for all of them beside the
+    rest.
 
     That is a third less work, but not worth moving the activation streams to a slower place.
     """
-    if work.config.e2e_qp.activation_checkpointing != "auto" or not work.config.e2e_qp.enabled:
+    undecided = [costs for costs in made_costs(work.config) if costs.recomputation(work.config) == "auto"]
+    if not undecided:
         return work
     store, _ = choose_store(work, machine)
     keeps = msgspec.structs.replace(work, short_of_memory=False)
-    memory = phase_memory(keeps, "e2e_qp")
-    if work.cuda:
-        room = memory.gpu(store) <= (machine.gpu_free - CONSTANTS.cuda_context) * (1 - GPU_RESERVE)
-    else:
-        room = host_memory(keeps, memory, store) <= host_budget(work.config, machine)
-    return keeps if room else work
+
+    def has_room(costs: StageCosts) -> bool:
+        memory = phase_memory(keeps, costs.stage.name)
+        if work.cuda:
+            return memory.gpu(store) <= (machine.gpu_free - CONSTANTS.cuda_context) * (1 - GPU_RESERVE)
+        return host_memory(keeps, memory, store) <= host_budget(work.config, machine)
+
+    return keeps if all(map(has_room, undecided)) else work
+
+
+def recomputes(work: Workload) -> bool:
+    """Whether a training of the whole network recomputes activations; where there is none, whether the first
+    that there could be would."""
+    made = [stage for stage in stages_of(work.config) if stage.scope == "network"]
+    asked = made or [stage for stage in STAGES if stage.scope == "network"][:1]
+    return any(costs_of(stage).recomputes(work) for stage in asked)
 
 
 def fits_device(work: Workload, gpu_free: int) -> bool:
@@ -204,9 +221,9 @@ def gpu_remedy(work: Workload, place: Place) -> str:
     What may be changed in a run that is resumed comes first. The rest takes a new one.
     """
     config = work.config
-    for section, field in (("evaluation", "batch_size"), ("e2e_qp", "micro_batch_size")):
-        config = _change(config, section, field, 1)
-    config = _change(config, "block_ap", "batch_size", 1)
+    for ladder in _ladders(config):
+        if ladder.is_batch:
+            config = _change(config, ladder.section, ladder.field, 1)
     work = msgspec.structs.replace(work, config=config)
     limits = msgspec.structs.replace(_limits(work, place.machine), gpu=place.machine.gpu_free)
     store, _ = choose_store(work, _as_it_began(place.machine))
@@ -245,14 +262,16 @@ def _changes(work: Workload, store: Store) -> Iterator[tuple[str, Workload, Stor
 
 def _smaller(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     """Configurations that need less: each change alone first, then all of them adding up."""
-    for section, field, values in _ladders(config):
-        for value in values:
-            yield f"{section}.{field} = {str(value).lower()}", _change(config, section, field, value)
+    ladders = _ladders(config)
+    for ladder in ladders:
+        for value in ladder.values:
+            changed = _change(config, ladder.section, ladder.field, value)
+            yield f"{ladder.section}.{ladder.field} = {str(value).lower()}", changed
     said: dict[str, str] = {}
-    for section, field, values in _ladders(config):
-        for value in values:
-            config = _change(config, section, field, value)
-            said[f"{section}.{field}"] = str(value).lower()
+    for ladder in ladders:
+        for value in ladder.values:
+            config = _change(config, ladder.section, ladder.field, value)
+            said[f"{ladder.section}.{ladder.field}"] = str(value).lower()
             yield ", ".join(f"{name} = {value}" for name, value in said.items()), config
 
 
@@ -261,27 +280,16 @@ def _change(config: RunConfig, section: str, field: str, value: Any) -> RunConfi
     return msgspec.structs.replace(config, **{section: part})
 
 
-def _ladders(config: RunConfig) -> list[tuple[str, str, list[Any]]]:
-    """Settings that can be lowered and the values to try, the least painful first."""
+def _ladders(config: RunConfig) -> Sequence[Ladder]:
+    """Settings that can be lowered and the values to try, the least painful first; of those that hurt alike,
+    the evaluation's before the stages'."""
+    ladders = list(_smaller_evaluation(config)) if config.evaluation.enabled else []
+    for costs in made_costs(config):
+        ladders += costs.smaller(config)
+    return sorted(ladders, key=lambda ladder: ladder.pain)
 
-    def halves(value: int, lowest: int) -> list[Any]:
-        values = []
-        while value > lowest:
-            value //= 2
-            values.append(value)
-        return values
 
-    block_ap, e2e_qp, evaluation = config.block_ap, config.e2e_qp, config.evaluation
-    recompute = ["on"] if e2e_qp.activation_checkpointing == "off" else []
-    ladders: list[tuple[str, str, list[Any]]] = [
-        ("evaluation", "batch_size", [1] if evaluation.batch_size > 1 else []),
-        ("e2e_qp", "micro_batch_size", [1] if e2e_qp.micro_batch_size > 1 else []),
-        ("e2e_qp", "activation_checkpointing", recompute),
-        ("block_ap", "batch_size", halves(block_ap.batch_size, 1)),
-        ("block_ap", "sequences", halves(block_ap.sequences, 128)),
-        ("e2e_qp", "sequences", halves(e2e_qp.sequences, 128)),
-        ("block_ap", "sequence_length", halves(block_ap.sequence_length, 256)),
-        ("e2e_qp", "sequence_length", halves(e2e_qp.sequence_length, 256)),
-        ("evaluation", "sequence_length", halves(evaluation.sequence_length, 256)),
-    ]
-    return [ladder for ladder in ladders if getattr(config, ladder[0]).enabled]
+def _smaller_evaluation(config: RunConfig) -> Iterator[Ladder]:
+    section, name = config.evaluation, "evaluation"
+    yield Ladder(Pain.SLOWER, name, "batch_size", down_to_one(section.batch_size), is_batch=True)
+    yield Ladder(Pain.OTHER_MEASURE, name, "sequence_length", halves(section.sequence_length, 256))

@@ -12,7 +12,6 @@ of them into the error a run ends with.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,24 +21,30 @@ import msgspec
 from engine.architecture.description import ModelDescription, describe
 from engine.architecture.families import Architecture
 from engine.architecture.refusals import refuse
-from engine.config.data import DataConfig
+from engine.config.corpora import evaluation_characters, is_path, local_path, origin
 from engine.config.run import RunConfig
+from engine.config.stages import Scope
 from engine.errors import DataError, EqatError, PreflightError
+from engine.plan.costs import Steps, Text, made_costs
 from engine.plan.disk_model import assets_bytes
-from engine.plan.estimate import Store, Workload, sizes
+from engine.plan.estimate import Store, Workload
+from engine.plan.export_sizes import sizes
 from engine.plan.fit import (
     Place,
     Problem,
     choose_store,
     gpu_remedy,
     problems,
+    recomputes,
     settle_recomputation,
 )
 from engine.plan.machine import Machine, detect
 from engine.plan.memory_model import host_memory, phase_memory
-from engine.plan.published import Published, published
+from engine.plan.paper import Published, published
+from engine.plan.passages import compiles_passages
+from engine.plan.rates import Speed, speed
 from engine.plan.recovery_model import Recovery, broken_promise
-from engine.plan.time_model import Speed, compiles, compiles_e2e, compiles_passages, fast, speed
+from engine.plan.streams import stream_bytes
 
 
 class PhasePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,9 +109,6 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return result
 
 
-TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".arrow", ".gz", ".zst")
-
-
 def make_plan(
     config: RunConfig,
     *,
@@ -133,11 +135,8 @@ def make_plan(
     store, reason = choose_store(work, machine)
     recovery = place.recovery(work, store)
     phases = tuple(_phases(work, store, place, recovery))
-    warnings = [
-        *_warnings(work, model, unknown_text),
-        broken_promise(work, place.pace(work), place.seconds(work), recovery),
-    ]
-    size = sizes(work.arch, config.grid)
+    promise = broken_promise(work, place.trainings(work), place.seconds(work), recovery)
+    size = sizes(work.arch, config.grid, config.export.formats)
     return Plan(
         model=config.model.source,
         model_type=work.arch.model_type,
@@ -149,35 +148,47 @@ def make_plan(
         peak_gpu_bytes=max(phase.peak_gpu_bytes or 0 for phase in phases) if work.cuda else None,
         peak_host_bytes=max(phase.peak_host_bytes for phase in phases),
         disk_bytes=place.disk_needed(work, store, recovery),
-        export_bytes=size.export * len(config.export.formats) or size.export,
+        export_bytes=size.export,
         fp_bytes=size.fp,
         bits_per_weight=size.bits_per_weight,
         activation_store=store,
         activation_store_reason=reason,
-        stream_bytes=work.stream_bytes(),
+        stream_bytes=stream_bytes(work),
         recovery=recovery,
         evaluation_windows=work.windows,
         seconds=sum(phase.seconds for phase in phases),
         time_basis=f"estimate: operations and memory traffic counted, at {place.rates.basis}",
-        fast=fast(work),
-        compiles=compiles(work, place.rates),
-        compiles_e2e=work.compiles_e2e,
+        fast=_trains(work, "block", place.rates).recorded,
+        compiles=_trains(work, "block", place.rates).compiled,
+        compiles_e2e=_trains(work, "network", place.rates).compiled,
         compiles_passages=compiles_passages(work, place.rates),
-        recomputes=work.recomputes,
+        recomputes=recomputes(work),
         published=published(config.model.source, work.arch, config.grid),
-        warnings=tuple(filter(None, warnings)),
+        warnings=tuple(filter(None, [*_warnings(work, model, unknown_text), promise])),
         problems=tuple(problems(work, store, place)),
         machine=machine,
     )
 
 
+def _trains(work: Workload, scope: Scope, rates: Speed) -> Steps:
+    """How a block, or the whole network, is trained."""
+    of_scope = [costs for costs in made_costs(work.config) if costs.stage.scope == scope]
+    steps = [costs.steps(work, rates) for costs in of_scope]
+    return Steps(any(one.recorded for one in steps), any(one.compiled for one in steps))
+
+
+def _texts(config: RunConfig) -> list[Text]:
+    """The calibration texts of the stages."""
+    return [text for text in (costs.text(config) for costs in made_costs(config)) if text is not None]
+
+
 def _check_local_text(config: RunConfig) -> None:
     """A mistyped path should not cost a run; what is in the files is for the engine to judge."""
-    used = [("data.source", config.data, config.block_ap.enabled or config.e2e_qp.enabled)]
+    used = [("data.source", config.data, bool(_texts(config)))]
     used.append(("evaluation.data.source", config.evaluation.data, config.evaluation.enabled))
     for name, data, wanted in used:
-        path = Path(os.path.expanduser(data.source))
-        if not wanted or not (data.source.startswith(("/", ".", "~")) or path.suffix in TEXT_SUFFIXES):
+        path = local_path(data.source)
+        if not wanted or not is_path(data.source):
             continue
         if not os.path.exists(path):
             raise DataError("no such file or folder", where=data.source, hint=f"check {name}")
@@ -214,8 +225,9 @@ def _workload(
     cuda = device.startswith("cuda") or (device == "auto" and machine.gpu_name is not None)
     windows, unknown_text = evaluation_windows(config, model.architecture)
     work = Workload(arch=model.architecture, config=config, cuda=cuda, windows=windows)
-    compiled = compiles_e2e(work, _rates(work, machine))
-    return msgspec.structs.replace(work, compiles_e2e=compiled), unknown_text
+    rates = _rates(work, machine)
+    compiled = {costs.stage.name for costs in made_costs(config) if costs.steps(work, rates).compiled}
+    return msgspec.structs.replace(work, compiled=frozenset(compiled)), unknown_text
 
 
 def _rates(work: Workload, machine: Machine) -> Speed:
@@ -256,10 +268,10 @@ def _phases(work: Workload, store: Store, place: Place, recovery: Recovery) -> I
 
 def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> Iterator[str]:
     config, arch = work.config, work.arch
-    trained = config.block_ap.enabled or config.e2e_qp.enabled
-    if trained and config.evaluation.enabled and corpus(config.data) == corpus(config.evaluation.data):
+    texts = _texts(config)
+    if texts and config.evaluation.enabled and origin(config.data) == origin(config.evaluation.data):
         yield (
-            f"calibration and evaluation both use {corpus(config.data)}: the result will look better than "
+            f"calibration and evaluation both use {origin(config.data)}: the result will look better than "
             "on other text; evaluate on another corpus to compare models"
         )
     if model.kind == "gguf" and model.stored_bytes and model.stored_bytes < 1.5 * arch.params:
@@ -270,11 +282,13 @@ def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> It
         yield f"sizes of model type {arch.model_type!r} are estimated as if it were a Llama"
     if model.kind == "config":
         yield "no weight files were found beside config.json: planned from config.json alone"
-    for name in ("block_ap", "e2e_qp", "evaluation"):
-        section = getattr(config, name)
-        if section.enabled and 0 < arch.max_positions < section.sequence_length:
+    lengths = [(text.section, text.sequence_length) for text in texts]
+    if config.evaluation.enabled:
+        lengths.append(("evaluation", config.evaluation.sequence_length))
+    for name, length in lengths:
+        if 0 < arch.max_positions < length:
             yield (
-                f"{name}.sequence_length {section.sequence_length} is longer than the "
+                f"{name}.sequence_length {length} is longer than the "
                 f"{arch.max_positions} positions the model was made for"
             )
     if unknown_text:
@@ -284,38 +298,8 @@ def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> It
         )
 
 
-CORPUS_NAMES = {
-    "salesforce/wikitext": "wikitext2",
-    "wikitext": "wikitext2",
-    "allenai/c4": "c4",
-    "togethercomputer/redpajama-data-1t-sample": "redpajama",
-    "dkyoon/slimpajama-6b": "slimpajama",
-    "cerebras/slimpajama-627b": "slimpajama",
-    "huggingfacefw/fineweb-edu": "fineweb-edu",
-}
-LOCAL_CORPORA = {r"wiki(text)?[-_. ]?2|wiki\.(train|valid|validation|test)\b": "wikitext2"}
-"""Local copies recognised by their usual file names."""
-
-
-def corpus(data: DataConfig) -> str:
-    """The corpus behind a data configuration, whichever way it is reached."""
-    source = data.source
-    if source.lower() in CORPUS_NAMES:
-        return CORPUS_NAMES[source.lower()]
-    path = Path(os.path.expanduser(source))
-    if not os.path.exists(path):
-        return source
-    path = Path(os.path.realpath(path))
-    for pattern, name in LOCAL_CORPORA.items():
-        if any(re.search(pattern, part.lower()) for part in (path.name, path.parent.name)):
-            return name
-    return str(path)
-
-
 # --------------------------------------------------------------------------------------------- windows
 
-CORPUS_CHARACTERS = {"wikitext2": 1_290_000, "builtin": 70_000}
-"""Length of the evaluation text: WikiText-2's test split; the built-in corpus' evaluation part."""
 UNKNOWN_CHARACTERS = 2_000_000
 
 
@@ -324,9 +308,8 @@ def evaluation_windows(config: RunConfig, arch: Architecture) -> tuple[int, bool
     section = config.evaluation
     if not section.enabled:
         return 0, False
-    name = corpus(section.data)
-    path = Path(os.path.expanduser(section.data.source))
-    characters = CORPUS_CHARACTERS.get(name)
+    path = local_path(section.data.source)
+    characters = evaluation_characters(section.data)
     if characters is None and os.path.isfile(path):
         characters = path.stat().st_size
     known = characters is not None

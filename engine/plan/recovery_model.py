@@ -15,15 +15,17 @@ them in five seconds they are not), so they are the plan's, stated before the ru
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import msgspec
 
 from engine.config.runtime import RuntimeConfig
-from engine.plan.checkpoint_sizes import block_bytes, scales_bytes, snapshot_bytes
-from engine.plan.estimate import CONSTANTS, Constants, Workload, size_text, time_text
-from engine.plan.time_model import Pace
+from engine.config.stages import measured_stage
+from engine.plan.costs import Training, made_costs
+from engine.plan.estimate import CONSTANTS, Workload, size_text, time_text
+from engine.plan.object_sizes import block_bytes
+from engine.plan.streams import stored_bytes, stored_pairs, stream_bytes, streamed, teacher_bytes
 
 PART_OF_THE_PROMISE = 0.8
 """Snapshots are taken after this part of ``checkpoint_minutes``: one counts only when it is written."""
@@ -62,48 +64,34 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
     """From ``eqat resume`` until training goes on where it was, at worst."""
 
 
-class _Training(NamedTuple):
-    """A block's training, or the end-to-end one."""
-
-    phase: str
-    times: int
-    """How often in a run."""
-    whole: float
-    """Seconds from one commit to the next."""
-    border: float
-    """Of these, the ones outside of the training itself."""
-    step: float
-    bytes: int
-    """Of a snapshot."""
-
-
 def recovery(
     work: Workload,
-    pace: Pace,
+    trainings: Sequence[Training],
     seconds: Mapping[str, float],
     fits: Callable[[Recovery], bool],
-    constants: Constants = CONSTANTS,
 ) -> Recovery:
     """The checkpoints of a run whose phases take ``seconds``; ``fits`` says whether the disk has the room."""
-    model = _Model(work, pace, seconds, constants)
-    wanted, runtime = work.config.runtime.streams, work.config.runtime
-    if wanted == "recomputed" or (wanted == "auto" and not work.config.block_ap.enabled):
+    model = _Model(work, trainings, seconds)
+    wanted, runtime, streams = work.config.runtime.streams, work.config.runtime, model.on_streams
+    if wanted == "recomputed" or (wanted == "auto" and streams is None):
         set_so = "set by runtime.streams" if wanted == "recomputed" else "no block is trained"
         return model.recovery("recomputed", 0, set_so)
     blocks = work.arch.blocks
-    every = model.smallest_interval() if work.config.block_ap.enabled else blocks
-    if wanted == "stored":
+    every = model.smallest_interval(streams) if streams else blocks
+    if streams is None or wanted == "stored":
         return model.recovery("stored", min(every, blocks), "set by runtime.streams")
-    stored = model.recovery("stored", every, model.why_stored(every))
+    stored = model.recovery("stored", every, model.why_stored(every, streams))
     if every >= blocks / 2 or stored.share > runtime.checkpoint_share:
-        return model.recovery("recomputed", 0, model.why_recomputed())
+        return model.recovery("recomputed", 0, model.why_recomputed(streams))
     if not fits(stored):
         why = f"not enough disk for {size_text(stored.streams_bytes)} of streams"
         return model.recovery("recomputed", 0, why)
     return stored
 
 
-def broken_promise(work: Workload, pace: Pace, seconds: Mapping[str, float], found: Recovery) -> str:
+def broken_promise(
+    work: Workload, trainings: Sequence[Training], seconds: Mapping[str, float], found: Recovery
+) -> str:
     """A warning where a kill can lose more than ``checkpoint_minutes``, with a setting that can be kept."""
     runtime = work.config.runtime
     promised = 60 * runtime.checkpoint_minutes
@@ -117,9 +105,9 @@ def broken_promise(work: Workload, pace: Pace, seconds: Mapping[str, float], fou
     def lost(**changes: float) -> float:
         changed = msgspec.structs.replace(runtime, **changes)
         config = msgspec.structs.replace(work.config, runtime=changed)
-        return _Model(msgspec.structs.replace(work, config=config), pace, seconds).lost()
+        return _Model(msgspec.structs.replace(work, config=config), trainings, seconds).lost()
 
-    model = _Model(work, pace, seconds)
+    model = _Model(work, trainings, seconds)
     cost = max(map(model.snapshot_cost, model.trainings), default=0.0)
     share = math.ceil(1000 * cost / (SNAPSHOT_SHARE * PART_OF_THE_PROMISE * promised)) / 1000
     if runtime.checkpoint_share < share <= 1 and lost(checkpoint_share=share) <= promised:
@@ -138,34 +126,24 @@ def broken_promise(work: Workload, pace: Pace, seconds: Mapping[str, float], fou
     )
 
 
-def _trainings(work: Workload, pace: Pace) -> Iterator[_Training]:
-    config = work.config
-    if config.block_ap.enabled:
-        bytes_ = snapshot_bytes(work, "block_ap")
-        border = min(pace.passage, pace.block)
-        yield _Training("block_ap", work.arch.blocks, pace.block, border, pace.block_step, bytes_)
-    if config.e2e_qp.enabled:
-        yield _Training("e2e_qp", 1, pace.e2e, 0.0, pace.e2e_step, snapshot_bytes(work, "e2e_qp"))
-
-
 class _Model:
     """The arithmetic, for one workload on one machine."""
 
-    def __init__(
-        self, work: Workload, pace: Pace, seconds: Mapping[str, float], constants: Constants = CONSTANTS
-    ) -> None:
-        self.work, self.pace, self.seconds, self.constants = work, pace, seconds, constants
+    def __init__(self, work: Workload, trainings: Sequence[Training], seconds: Mapping[str, float]) -> None:
+        self.work, self.trainings, self.seconds = work, trainings, seconds
         self.runtime: RuntimeConfig = work.config.runtime
-        self.trainings = list(_trainings(work, pace))
+        of_blocks = made_costs(work.config)[0].stage.name if streamed(work.config) else ""
+        self.on_streams = next((training for training in trainings if training.phase == of_blocks), None)
+        """The training of blocks, where streams pass through them."""
 
     # One write
 
     def copying(self, size: int) -> float:
-        rate = self.constants.copy_rate_cuda if self.work.cuda else self.constants.copy_rate_cpu
+        rate = CONSTANTS.copy_rate_cuda if self.work.cuda else CONSTANTS.copy_rate_cpu
         return size / rate
 
     def writing(self, size: int, files: int = FILES_OF_A_COMMIT) -> float:
-        return size / self.constants.write_rate + files * self.constants.sync
+        return size / CONSTANTS.write_rate + files * CONSTANTS.sync
 
     def in_front(self, size: int, files: int = FILES_OF_A_COMMIT) -> float:
         """Training waits for all of it."""
@@ -173,19 +151,19 @@ class _Model:
 
     # Snapshots
 
-    def snapshot_cost(self, training: _Training) -> float:
+    def snapshot_cost(self, training: Training) -> float:
         """Seconds that training loses: a CPU does one or the other, beside a GPU the host writes for free."""
         if not self.work.cuda:
             return self.in_front(training.bytes)
         return self.copying(training.bytes)
 
-    def interval(self, training: _Training) -> float:
+    def interval(self, training: Training) -> float:
         """As often as promised, if that is affordable, and if the one before is written by then."""
         promised = PART_OF_THE_PROMISE * 60 * self.runtime.checkpoint_minutes
         affordable = self.snapshot_cost(training) / (SNAPSHOT_SHARE * self.runtime.checkpoint_share)
         return max(promised, affordable, self.writing(training.bytes)) if promised else 0.0
 
-    def number(self, training: _Training) -> int:
+    def number(self, training: Training) -> int:
         """Snapshots that come due."""
         interval = self.interval(training)
         return int((training.whole - training.border) / interval) if interval else 0
@@ -193,7 +171,12 @@ class _Model:
     def lost(self) -> float:
         """By a kill at the worst moment: a snapshot is due, the step before it is a long one, and it is not
         quite written. What a block's borders take comes on top; no snapshot can be taken there."""
-        lost = [self.seconds.get("rtn", 0.0) / self.work.arch.blocks]  # a block, from load to commit
+        lost = [0.0]
+        trained = {training.phase for training in self.trainings}
+        for stage in (costs.stage for costs in made_costs(self.work.config)):
+            if stage.name not in trained:  # what is committed together: a block, from load to commit, or all
+                together = self.work.arch.blocks if stage.scope == "block" else 1
+                lost.append(self.seconds.get(stage.name, 0.0) / together)
         for training in self.trainings:
             late = training.border + training.step + self.in_front(training.bytes)
             interval = self.interval(training)
@@ -204,27 +187,27 @@ class _Model:
 
     def pair_seconds(self) -> float:
         """Storing both streams once, and publishing that."""
-        return self.in_front(2 * self.work.stream_bytes(), 4)
+        return self.in_front(2 * stream_bytes(self.work), 4)
 
-    def smallest_interval(self) -> int:
+    def smallest_interval(self, streams: Training) -> int:
         """Blocks after which storing both streams has become affordable."""
-        budget = (1 - SNAPSHOT_SHARE) * self.runtime.checkpoint_share * self.pace.block
+        budget = (1 - SNAPSHOT_SHARE) * self.runtime.checkpoint_share * streams.whole
         return max(1, math.ceil(self.pair_seconds() / budget))
 
-    def why_stored(self, every: int) -> str:
+    def why_stored(self, every: int, streams: Training) -> str:
         blocks = "a block" if every == 1 else f"{every} blocks"
-        spent = time_text(every * self.pace.block)
+        spent = time_text(every * streams.whole)
         return f"storing takes {time_text(self.pair_seconds())}, {blocks} {spent}"
 
-    def why_recomputed(self) -> str:
-        again, storing = time_text(self.pace.passage), time_text(self.pair_seconds())
+    def why_recomputed(self, streams: Training) -> str:
+        again, storing = time_text(streams.passage), time_text(self.pair_seconds())
         return f"{again} a block at a restart, storing takes {storing}"
 
     # All of it
 
     def recovery(self, streams: Literal["stored", "recomputed"], every: int, reason: str) -> Recovery:
         largest = max((training.bytes for training in self.trainings), default=0)
-        again = [s for name, s in self.seconds.items() if name.startswith("evaluate") or name == "export"]
+        again = [s for name, s in self.seconds.items() if measured_stage(name) or name == "export"]
         return Recovery(
             interval_seconds=max(map(self.interval, self.trainings), default=0.0),
             snapshots={training.phase: self.number(training) for training in self.trainings},
@@ -243,50 +226,32 @@ class _Model:
 
     def share(self, every: int) -> float:
         """Of the run's time, into commits, snapshots and streams."""
-        work = self.work
-        arch, grid = work.arch, work.config.grid
-        spent = arch.blocks * self.in_front(block_bytes(arch, grid))
-        if work.config.e2e_qp.enabled:
-            spent += self.in_front(arch.blocks * scales_bytes(arch, grid), arch.blocks + 2)
+        work, blocks = self.work, self.work.arch.blocks
+        spent = 0.0
+        for costs in made_costs(work.config):
+            size = costs.result_bytes(work)
+            if costs.stage.scope == "block":  # each by itself
+                spent += blocks * self.in_front(size // blocks)
+            else:
+                spent += self.in_front(size, blocks + 2)
         spent += sum(t.times * self.number(t) * self.snapshot_cost(t) for t in self.trainings)
         spent += stored_pairs(work, every) * self.pair_seconds()
-        if every and work.teacher_bytes():
-            spent += self.in_front(teacher_file(work))
+        if every and teacher_bytes(work):
+            spent += self.in_front(teacher_bytes(work))
         return spent / (spent + sum(self.seconds.values()))
 
     def restart(self, every: int) -> float:
         """Importing, tokenizing and checking every object; then what only memory held."""
-        work, pace, rate = self.work, self.pace, self.constants.verify_rate
-        arch = work.arch
+        work, blocks, rate = self.work, self.work.arch.blocks, CONSTANTS.verify_rate
         largest = max((training.bytes for training in self.trainings), default=0)
-        checked = arch.blocks * block_bytes(arch, work.config.grid) + 2 * largest
+        checked = blocks * block_bytes(work.arch, work.config.grid) + 2 * largest
         again = [0.0]
-        if work.config.block_ap.enabled:
-            read = 2 * work.stream_bytes() if stored_pairs(work, every) else 0
-            passed = min(every or arch.blocks, arch.blocks - 1) + 1
-            again.append(read / rate + passed * pace.passage)
-        if work.config.e2e_qp.enabled:
-            again.append(pace.load + (teacher_file(work) / rate if every else pace.teacher))
-        return self.constants.prepare + checked / rate + max(again)
-
-
-def stored_pairs(work: Workload, every: int) -> int:
-    """How often both streams are stored; behind the last block nobody needs them."""
-    return (work.arch.blocks - 1) // every if every and work.config.block_ap.enabled else 0
-
-
-def teacher_file(work: Workload) -> int:
-    """Bytes of the teacher's hidden states, where they are stored."""
-    if not work.teacher_bytes():
-        return 0
-    return work.stream_bytes() if work.shares_teacher else work.teacher_bytes()
-
-
-def stored_bytes(work: Workload, every: int) -> int:
-    """Most that stored streams take on the disk; 0 when ``every`` is."""
-    if not every:
-        return 0
-    pair = 2 * work.stream_bytes()
-    held = min(2, stored_pairs(work, every)) * pair
-    beside = pair if stored_pairs(work, every) and work.shares_teacher else 0
-    return max(held, beside + teacher_file(work))
+        for training in self.trainings:
+            if training is self.on_streams:
+                read = 2 * stream_bytes(work) if stored_pairs(work, every) else 0
+                passed = min(every or blocks, blocks - 1) + 1
+                again.append(read / rate + passed * training.passage)
+            else:
+                taught = teacher_bytes(work) / rate if every else training.teacher
+                again.append(training.load + (taught if training.teacher else 0.0))
+        return CONSTANTS.prepare + checked / rate + max(again)

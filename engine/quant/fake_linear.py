@@ -8,13 +8,17 @@ brings the gradient back and quantizes anew (:mod:`engine.quant.quant_step`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.config.grid import GridConfig
+from engine.config.grid import Grid
 from engine.quant.grid import RELATIVE_SCALE_FLOOR, fake_quantize, initial_range, quantize
-from engine.quant.packed import PackedBlock, PackedWeight, replace_submodule, stored_scale
+from engine.quant.packed import PackedBlock, PackedWeight, stored_scale
+from engine.quant.slots import slots
 
 TRAINED = ("weight", "scale", "zero_point", "quantized")
 """A linear's parameters that its packed weight stands for."""
@@ -28,19 +32,20 @@ class FakeQuantLinear(nn.Module):
 
     scale_floor: Tensor
 
-    def __init__(self, linear: nn.Linear, grid: GridConfig) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        grid: Grid,
+        *,
+        method: Literal["minmax", "search"] = "search",
+        norm: float = 2.5,
+    ) -> None:
+        """``method`` and ``norm`` are those of :func:`~engine.quant.grid.initial_range`."""
         super().__init__()
         self.grid = grid
         self.weight = nn.Parameter(linear.weight.detach().float(), requires_grad=False)
         self.bias = linear.bias
-        scale, zero_point = initial_range(
-            self.weight.data,
-            grid.bits,
-            grid.group_size,
-            symmetric=grid.symmetric,
-            method=grid.range,
-            norm=grid.search_norm,
-        )
+        scale, zero_point = initial_range(self.weight.data, grid, method=method, norm=norm)
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.zero_point = nn.Parameter(zero_point, requires_grad=False)
         self.register_buffer("scale_floor", scale * RELATIVE_SCALE_FLOOR)
@@ -67,7 +72,7 @@ class FakeQuantLinear(nn.Module):
     def project(self) -> None:
         """Bring scale and zero point back into their domain after an optimizer step."""
         self.scale.copy_(torch.maximum(self.scale, self.scale_floor))
-        self.zero_point.clamp_(0, 2**self.grid.bits - 1)
+        self.zero_point.clamp_(0, self.grid.top)
 
     @torch.no_grad()
     def freeze(self) -> PackedWeight:
@@ -79,17 +84,25 @@ class FakeQuantLinear(nn.Module):
         scale = stored_scale(self.scale).float()
         zero = self.zero_point.round()
         codes = quantize(self.weight, scale, zero, self.grid.bits)
-        return PackedWeight.from_codes(codes, scale, zero, self.grid.bits, self.grid.symmetric)
+        return PackedWeight.from_codes(codes, scale, zero, self.grid)
 
 
-def wrap_linears(block: nn.Module, names: tuple[str, ...], grid: GridConfig) -> dict[str, FakeQuantLinear]:
-    """Replace the named linears of a block by fake-quantized ones; returns them by name."""
+def wrap_linears(
+    block: nn.Module,
+    grids: Mapping[str, Grid],
+    *,
+    method: Literal["minmax", "search"] = "search",
+    norm: float = 2.5,
+) -> dict[str, FakeQuantLinear]:
+    """Replace the named linears of a block by fake-quantized ones, each on its grid; returns them by name.
+
+    ``method`` and ``norm`` are those of :func:`~engine.quant.grid.initial_range`.
+    """
     wrapped: dict[str, FakeQuantLinear] = {}
-    for name in names:
-        linear = block.get_submodule(name)
-        assert isinstance(linear, nn.Linear), name
-        wrapped[name] = FakeQuantLinear(linear, grid)
-        replace_submodule(block, name, wrapped[name])
+    for slot in slots(block, grids):
+        linear = FakeQuantLinear(slot.linear(), grids[slot.name], method=method, norm=norm)
+        wrapped[slot.name] = linear
+        slot.set(linear)
     return wrapped
 
 

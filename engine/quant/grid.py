@@ -23,24 +23,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from engine.config.grid import Grid
+
 # A scale never falls below this fraction of its group's initial one. An absolute floor (1e-4 is common) is
 # larger than the right scale of small weights and would freeze them.
 RELATIVE_SCALE_FLOOR = 1e-2
 # Groups whose weights are all zero still need a scale that fp16 can hold.
 SMALLEST_SCALE = 2.0**-20
-
-
-def group_count(in_features: int, group_size: int) -> int:
-    """Groups in a row; ``group_size`` -1 is the whole row.
-
-    Raises:
-        ValueError: if ``group_size`` does not divide ``in_features``.
-    """
-    if group_size == -1:
-        return 1
-    if in_features % group_size:
-        raise ValueError(f"group size {group_size} does not divide {in_features} input features")
-    return in_features // group_size
 
 
 def _grouped(weight_OI: Tensor, groups: int) -> Tensor:
@@ -114,10 +103,8 @@ def fake_quantize(weight_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, bi
 
 def initial_range(
     weight_OI: Tensor,
-    bits: int,
-    group_size: int,
+    grid: Grid,
     *,
-    symmetric: bool = False,
     method: Literal["minmax", "search"] = "minmax",
     norm: float = 2.5,
 ) -> tuple[Tensor, Tensor]:
@@ -127,18 +114,17 @@ def initial_range(
     that span step by step and keeps the one with the least sum of ``|W - W^|^norm``; at 2 bits one outlier
     otherwise stretches the grid until most weights round to the same integer.
     """
-    groups = group_count(weight_OI.shape[1], group_size)
-    weight_OGg = _grouped(weight_OI.float(), groups)
+    weight_OGg = _grouped(weight_OI.float(), grid.groups(weight_OI.shape[1]))
     low = weight_OGg.amin(-1).clamp_(max=0)
     high = weight_OGg.amax(-1).clamp_(min=0)
     if method == "minmax":
-        return _range_to_grid(low, high, bits, symmetric)
+        return _range_to_grid(low, high, grid)
 
     best_error = torch.full_like(low, torch.inf)
-    best_scale, best_zero = _range_to_grid(low, high, bits, symmetric)
-    for low_part, high_part in _shrink_steps(bits, symmetric):
-        scale, zero = _range_to_grid(low * low_part, high * high_part, bits, symmetric)
-        q = (weight_OGg / scale.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(0, 2**bits - 1)
+    best_scale, best_zero = _range_to_grid(low, high, grid)
+    for low_part, high_part in _shrink_steps(grid):
+        scale, zero = _range_to_grid(low * low_part, high * high_part, grid)
+        q = (weight_OGg / scale.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(0, grid.top)
         error = _power(
             q.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).sub_(weight_OGg).abs_(), norm
         ).sum(-1)
@@ -161,24 +147,23 @@ def _power(error: Tensor, norm: float) -> Tensor:
     return error.square_() if norm == 2 else error.pow_(norm)
 
 
-def _shrink_steps(bits: int, symmetric: bool) -> list[tuple[float, float]]:
+def _shrink_steps(grid: Grid) -> list[tuple[float, float]]:
     """Fractions of the span to try, the whole span first."""
-    lowest = 0.3 if bits <= 3 else 0.6
+    lowest = 0.3 if grid.bits <= 3 else 0.6
     steps = [1 - (1 - lowest) * i / 14 for i in range(15)]
-    if bits > 2 or symmetric:
+    if grid.bits > 2 or grid.symmetric:
         return [(part, part) for part in steps]
     # Four levels are so few that the two ends deserve separate fractions.
     coarse = steps[::2]
     return [(low, high) for low in coarse for high in coarse]
 
 
-def _range_to_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    top = 2**bits - 1
-    if symmetric:
-        middle = 2 ** (bits - 1)
+def _range_to_grid(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    if grid.symmetric:
+        middle = grid.middle
         # The grid reaches from -middle to middle - 1 steps: the positive side has one step less.
         scale = torch.maximum(-low / middle, high / (middle - 1)).clamp_(min=SMALLEST_SCALE)
         return scale, torch.full_like(scale, float(middle))
-    scale = ((high - low) / top).clamp_(min=SMALLEST_SCALE)
-    zero = torch.round(-low / scale).clamp_(0, top)
+    scale = ((high - low) / grid.top).clamp_(min=SMALLEST_SCALE)
+    zero = torch.round(-low / scale).clamp_(0, grid.top)
     return scale, zero

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engine.config.grid import Grid
 from engine.quant.grid import dequantize
 from engine.quant.packing import bitpack, bitunpack
+from engine.quant.slots import slots
 
 SMALLEST_STORED_SCALE, LARGEST_STORED_SCALE = 2.0**-24, 65504.0
 
@@ -40,22 +42,29 @@ class PackedWeight:
     words: Tensor
     scale: Tensor
     zero_point: Tensor
-    bits: int
-    symmetric: bool = False
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        groups = self.grid.groups(self.in_features)
+        if self.scale.shape[1] != groups:
+            raise ValueError(f"{self.scale.shape[1]} scales a row, where {self.grid} has {groups}")
 
     @classmethod
     def from_codes(
-        cls, codes_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, bits: int, symmetric: bool = False
+        cls, codes_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, grid: Grid
     ) -> PackedWeight:
         """Pack integers; the scale is rounded to float16 here, once, so that what is evaluated is what is
         saved."""
         return cls(
-            words=bitpack(codes_OI, bits, dim=1),
+            words=bitpack(codes_OI, grid.bits, dim=1),
             scale=stored_scale(scale_OG),
-            zero_point=zero_point_OG.round().clamp(0, 2**bits - 1).to(torch.uint8),
-            bits=bits,
-            symmetric=symmetric,
+            zero_point=zero_point_OG.round().clamp(0, grid.top).to(torch.uint8),
+            grid=grid,
         )
+
+    @property
+    def bits(self) -> int:
+        return self.grid.bits
 
     @property
     def out_features(self) -> int:
@@ -67,6 +76,7 @@ class PackedWeight:
 
     @property
     def group_size(self) -> int:
+        """Weights of a group, where the grid may say that it is the whole row."""
         return self.in_features // self.scale.shape[1]
 
     @property
@@ -186,8 +196,9 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.bits = weight.bits
-        self.symmetric = weight.symmetric
+        self.grid = weight.grid
+        self.bits = weight.grid.bits
+        self.symmetric = weight.grid.symmetric
         self.in_features = weight.in_features
         self.out_features = weight.out_features
         self.register_buffer("words", weight.words)
@@ -226,10 +237,8 @@ class PackedLinear(nn.Module):
 
     def packed(self) -> PackedWeight:
         """The weight as it would be saved now (scale rounded to float16, zero point to its integer)."""
-        zero = self.zero_point.detach().float().round().clamp(0, 2**self.bits - 1).to(torch.uint8)
-        return PackedWeight(
-            self.words, self.scale.detach().to(torch.float16), zero, self.bits, self.symmetric
-        )
+        zero = self.zero_point.detach().float().round().clamp(0, self.grid.top).to(torch.uint8)
+        return PackedWeight(self.words, self.scale.detach().to(torch.float16), zero, self.grid)
 
 
 @contextmanager
@@ -269,18 +278,20 @@ class PackedBlock:
             flat[f"linear.{name}.words"] = weight.words
             flat[f"linear.{name}.scale"] = weight.scale
             flat[f"linear.{name}.zero_point"] = weight.zero_point
+            flat[f"linear.{name}.grid"] = _grid_tensor(weight.grid)
         return {key: tensor.detach().cpu().contiguous() for key, tensor in flat.items()}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], bits: int, symmetric: bool) -> PackedBlock:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], unsaid: Grid) -> PackedBlock:
+        """The block of a flat dictionary; ``unsaid`` is the grid of linears that come without one, as earlier
+        versions stored them."""
         names = [k.removeprefix("linear.").removesuffix(".words") for k in tensors if k.endswith(".words")]
         linears = {
             name: PackedWeight(
                 tensors[f"linear.{name}.words"],
                 tensors[f"linear.{name}.scale"],
                 tensors[f"linear.{name}.zero_point"],
-                bits,
-                symmetric,
+                _stored_grid(tensors.get(f"linear.{name}.grid"), unsaid),
             )
             for name in sorted(names)
         }
@@ -290,22 +301,20 @@ class PackedBlock:
     def install(self, block: nn.Module) -> nn.Module:
         """Replace the block's linears by packed ones and load its other parameters; returns the block."""
         device = self._install_others(block)
-        for name, weight in self.linears.items():
-            bias = self.others.get(f"{name}.bias")
-            old = block.get_submodule(name)
+        for slot in slots(block, self.linears):
+            weight, bias = self.linears[slot.name], self.others.get(f"{slot.name}.bias")
             if bias is not None:
-                bias = bias.to(device=device, dtype=old.weight.dtype)  # type: ignore[arg-type]
-            replace_submodule(block, name, PackedLinear(weight.to(device), bias))
+                bias = bias.to(device=device, dtype=slot.get().weight.dtype)  # type: ignore[arg-type]
+            slot.set(PackedLinear(weight.to(device), bias))
         return block
 
     def install_dense(self, block: nn.Module) -> nn.Module:
         """Give the block's linears dequantized weights, and load its other parameters; returns the block."""
         device = self._install_others(block)
-        for name, weight in self.linears.items():
-            linear = block.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            linear.weight.data = weight.to(device).dequantize(linear.weight.dtype)
-            bias = self.others.get(f"{name}.bias")
+        for slot in slots(block, self.linears):
+            linear = slot.linear()
+            linear.weight.data = self.linears[slot.name].to(device).dequantize(linear.weight.dtype)
+            bias = self.others.get(f"{slot.name}.bias")
             if bias is not None:
                 linear.bias.data = bias.to(device=device, dtype=linear.weight.dtype)
         return block
@@ -320,7 +329,27 @@ class PackedBlock:
         return device
 
 
-def replace_submodule(module: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` where ``module``'s dotted ``name`` is."""
-    parent, _, child = name.rpartition(".")
-    setattr(module.get_submodule(parent) if parent else module, child, new)
+def overlaid(block: Mapping[str, Tensor], later: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A block's flat dictionary with the tensors that a later stage made in the place of its own.
+
+    ``later`` may call those of a linear by its name alone: ``mlp.up_proj.scale``.
+
+    Raises:
+        ValueError: for a tensor that the block does not have.
+    """
+    renewed = {f"linear.{name}" if f"linear.{name}" in block else name: later[name] for name in later}
+    unknown = sorted(renewed.keys() - block.keys())
+    if unknown:
+        raise ValueError(f"the block has no {unknown[0]}")
+    return {**block, **renewed}
+
+
+def _grid_tensor(grid: Grid) -> Tensor:
+    return torch.tensor([grid.bits, grid.group_size, int(grid.symmetric)], dtype=torch.int32)
+
+
+def _stored_grid(stored: Tensor | None, unsaid: Grid) -> Grid:
+    if stored is None:
+        return unsaid
+    bits, group_size, symmetric = stored.tolist()
+    return Grid(bits, group_size, bool(symmetric))

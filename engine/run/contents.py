@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from engine.config.formats import FORMATS
 from engine.system.temporary import temporary_of
 
 CONFIG = "config.toml"
@@ -16,9 +17,8 @@ FILES = (CONFIG, "run.json", "origin.json", "lock", "status.json", "launch.json"
 """Files at the top of a run. Only the configuration is there from the beginning."""
 FOLDERS = ("control", "logs", "checkpoints", "cache", "eval", "export")
 """Folders at the top of a run, all made with it. The end of a run removes ``cache``."""
-FORMATS = ("gptq_v2",)
-"""Folders in ``export/`` that are exports."""
-LEFTOVERS = (".partial", ".failed", ".old")
+PARTIAL, FAILED, OLD = ".partial", ".failed", ".old"
+LEFTOVERS = (PARTIAL, FAILED, OLD)
 """What an export that was cut off, failed its verification or was replaced is called besides its format."""
 
 REMOVED = ".removed-"
@@ -28,13 +28,20 @@ _REMOVED = re.compile(re.escape(REMOVED) + r".+-[0-9a-f]{8}", re.DOTALL)
 # The engine's activations: where they live while it computes, and as they are stored for a resumption.
 _ACTIVATIONS = re.compile(r"(?:full|quantized|teacher|evaluation|tasks-[0-9]{1,9})\.bin")
 _STREAM = re.compile(r"streams-[0-9]{3,9}-(?:full|quantized|teacher)\.raw")
-_REQUEST = re.compile(r"[0-9]{20}-[0-9a-f]{8}\.json")
-_ANSWERED = re.compile(r"[0-9]{20}-[0-9a-f]{8}\.done")
-_LOG = re.compile(r"attempt-[0-9]{3,9}\.log")
+REQUEST = re.compile(r"([0-9]{20}-[0-9a-f]{8})\.(?:json|done)")
+"""A request to an engine, open or answered; its id."""
+LOG = re.compile(r"attempt-([0-9]{3,9})\.log")
+"""The output of an attempt; its number."""
+DIGEST = re.compile(r"[0-9a-f]{64}")
+"""SHA-256 of what it is the name of."""
+GENERATION = re.compile(rf"generation-([0-9]{{6,9}})(?:-({DIGEST.pattern}))?\.json")
+"""A generation of checkpoints; its number and, since schema 3, its digest."""
+SPARE = re.compile(rf"spare-([0-9]{{6,9}})-({DIGEST.pattern})\.json")
+"""The copy of one."""
+OBJECT = re.compile(rf"({DIGEST.pattern})\.safetensors")
+"""Tensors of a checkpoint; their digest."""
 # A folder that had a checkpoint file's name and was set aside (engine.run.objects).
 _ASIDE = re.compile(r"(.+)\.aside-[0-9a-f]{8}", re.DOTALL)
-_GENERATION = re.compile(r"(?:generation|spare)-[0-9]{6,9}(?:-[0-9a-f]{64})?\.json")
-_OBJECT = re.compile(r"[0-9a-f]{64}\.safetensors")
 # Tokenized text, and such a file that is being written.
 _TEXT = re.compile(r"[0-9a-f]{40}\.safetensors")
 _UNFINISHED_TEXT = re.compile(r"\.[0-9a-f]{12}-[a-z0-9_]{8}")
@@ -68,18 +75,28 @@ def is_cached(name: str) -> bool:
 
 def is_unfinished_request(name: str) -> bool:
     """A request in ``control/`` that was being written."""
-    return _REQUEST.fullmatch(temporary_of(name)) is not None
+    return temporary_of(name).endswith(".json") and _is_request(temporary_of(name))
 
 
 def is_unfinished_checkpoint(name: str) -> bool:
     """A file of ``checkpoints/`` that was being written."""
     of = temporary_of(name)
-    return of == "CURRENT" or _GENERATION.fullmatch(of) is not None
+    return of == "CURRENT" or is_generation(of)
 
 
 def is_unfinished_object(name: str) -> bool:
     """An object of ``checkpoints/objects/`` that was being written."""
-    return _OBJECT.fullmatch(temporary_of(name)) is not None
+    return is_object(temporary_of(name))
+
+
+def is_generation(name: str) -> bool:
+    """A generation of checkpoints, or the copy of one."""
+    return (GENERATION.fullmatch(name) or SPARE.fullmatch(name)) is not None
+
+
+def is_object(name: str) -> bool:
+    """Tensors of a checkpoint."""
+    return OBJECT.fullmatch(name) is not None
 
 
 def is_cached_text(name: str) -> bool:
@@ -95,24 +112,24 @@ def belongs_in(folder: str, name: str) -> bool:
     return _BELONGS[folder](name)
 
 
-def _is_in_control(name: str) -> bool:
-    return any(kind.fullmatch(temporary_of(name) or name) for kind in (_REQUEST, _ANSWERED))
+def _is_request(name: str) -> bool:
+    return REQUEST.fullmatch(name) is not None
 
 
 def _is_in_checkpoints(name: str) -> bool:
     name = temporary_of(name) or name
-    return name in ("CURRENT", "objects") or _GENERATION.fullmatch(name) is not None
+    return name in ("CURRENT", "objects") or is_generation(name)
 
 
 def _is_in_export(name: str) -> bool:
-    return any(name == made + ending for made in FORMATS for ending in ("", *LEFTOVERS))
+    return any(name == made + ending for made in FORMATS.names() for ending in ("", *LEFTOVERS))
 
 
 _BELONGS: dict[str, Callable[[str], bool]] = {
-    "control": _is_in_control,
-    "logs": lambda name: _LOG.fullmatch(name) is not None,
+    "control": lambda name: _is_request(temporary_of(name) or name),
+    "logs": lambda name: LOG.fullmatch(name) is not None,
     "checkpoints": _is_in_checkpoints,
-    "checkpoints/objects": lambda name: _OBJECT.fullmatch(temporary_of(name) or name) is not None,
+    "checkpoints/objects": lambda name: is_object(temporary_of(name) or name),
     "eval": lambda name: False,
     "export": _is_in_export,
 }

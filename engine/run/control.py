@@ -8,7 +8,6 @@ keeping the last checkpoint. SIGTERM and SIGINT mean the same as ``stop``.
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import signal
 import time
@@ -17,14 +16,13 @@ from typing import Literal, get_args
 import msgspec
 
 from engine.errors import EqatError, ExitCode, UsageError
+from engine.run import contents
 from engine.run.directory import FOLDER_MODE, RunDirectory
 from engine.run.lock import holder, opened_by
 from engine.system.files import atomic_write_json, disk_error, make_folder
 from engine.system.guarded import BadFile, opened_folder, read_struct
 
 Action = Literal["stop", "abort"]
-
-_NAME = re.compile(r"[0-9]{20}-[0-9a-f]{8}")
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,25 +72,25 @@ def pending(run: RunDirectory) -> list[Request]:
     """Requests that nobody has acknowledged, oldest first. Cheap: the training loop asks at every step."""
     try:
         with opened_folder(run.control_dir, run.path) as folder:
-            ids = sorted(name.removesuffix(".json") for name in os.listdir(folder) if name.endswith(".json"))
+            names = sorted(name for name in os.listdir(folder) if name.endswith(".json"))
     except OSError:
         return []
     requests = []
-    for name in filter(_NAME.fullmatch, ids):
+    for name in filter(contents.REQUEST.fullmatch, names):
         try:
-            found = read_struct(run.control_dir / f"{name}.json", Request, root=run.path)
+            found = read_struct(run.control_dir / name, Request, root=run.path)
         except BadFile:
             continue  # acknowledged meanwhile, or not written by us
-        if found.id == name:
+        if f"{found.id}.json" == name:
             requests.append(found)
     return requests
 
 
 def acknowledge(run: RunDirectory, request_id: str) -> None:
     """Take a request off the list; its file stays, as ``ID.done``. Twice is as good as once."""
-    if not _NAME.fullmatch(request_id):
-        raise UsageError(f"{request_id!r} is not the id of a request", where="control")
     asked = f"{request_id}.json"
+    if not contents.REQUEST.fullmatch(asked):
+        raise UsageError(f"{request_id!r} is not the id of a request", where="control")
     try:
         with opened_folder(run.control_dir, run.path) as folder:
             os.replace(asked, f"{request_id}.done", src_dir_fd=folder, dst_dir_fd=folder)

@@ -81,10 +81,10 @@ def _finite(event: _E) -> _E:
         value = getattr(event, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             changes[field.name] = 0.0 if field.type is float else None
-        elif field.name == "lr" and isinstance(value, dict):
-            kept = {name: rate for name, rate in value.items() if math.isfinite(rate)}
+        elif field.type == dict[str, float]:
+            kept = {name: number for name, number in value.items() if math.isfinite(number)}
             if len(kept) < len(value):
-                changes["lr"] = kept
+                changes[field.name] = kept
     if not changes:
         return event
     if isinstance(event, Metric):

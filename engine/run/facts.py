@@ -11,11 +11,14 @@ so a wrong one costs only itself; a wrong one of the others makes its generation
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from typing import Annotated, Any, Literal
 
 import msgspec
+
+from engine.config.stages import PACKED, STAGES, Stage, network_stages
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Few = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
@@ -23,16 +26,17 @@ Block = Annotated[int, msgspec.Meta(ge=0, le=9999)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
-NAME = "[a-z][a-z0-9_]{0,39}"
-"""Of a stage; one that another version made may lie here."""
 TRAINING = "training"
 """The state of a training that was interrupted: the fact, and the entry with its tensors."""
 STREAMS = "streams"
 """Which activation streams lie in the cache."""
 MICRO_BATCH = "block_ap_micro_batch"
 """From which block on memory sufficed for how many sequences at a time, if that is less than a batch."""
-E2E_DONE = "e2e_qp_done"
-"""That the scales are trained."""
+
+
+def done_fact(stage: Stage) -> str:
+    """Name of the fact that a stage of the whole network is trained."""
+    return f"{stage.name}_done"
 
 
 def block_entry(index: int) -> str:
@@ -40,9 +44,14 @@ def block_entry(index: int) -> str:
     return f"block-{index:03d}"
 
 
-def scales_entry(index: int) -> str:
-    """Name of a block's end-to-end trained scales."""
-    return f"scales-{index:03d}"
+def stage_entry(stage: Stage, index: int) -> str:
+    """Name of what a stage left of a block: of all blocks together, the tensors that it trained."""
+    return f"{stage.entries}-{index:03d}"
+
+
+def eval_fact(stage: str) -> str:
+    """Name of what was measured of one version of the model."""
+    return f"eval_{stage}"
 
 
 def losses_fact(index: int) -> str:
@@ -93,9 +102,9 @@ class Training(
     frozen=True,
     rename={"steps": "step.steps", "scaler": "step.scaler", "val_loss": "best.val_loss"},
 ):
-    """``training``: the values of a :class:`engine.training.stepper.Snapshot`."""
+    """``training``: the values of a :class:`engine.training.snapshot.Snapshot`."""
 
-    phase: Literal["block_ap", "e2e_qp"]
+    phase: Annotated[str, msgspec.Meta(max_length=80)]
     block: Block | None
     started: bool
     epochs_done: Few
@@ -111,7 +120,8 @@ class Training(
     val_loss: float | None
 
     def __post_init__(self) -> None:
-        if (self.phase == "block_ap") != (self.block is not None):
+        stage = STAGES.get(self.phase)
+        if stage is None or stage.scope != ("network" if self.block is None else "block"):
             raise ValueError("the phase and the block do not fit")
 
 
@@ -132,41 +142,56 @@ MicroBatches = list[tuple[Block, Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]]
 """Block behind whose training it was noted, and the sequences at a time. Earlier versions kept only the last
 number."""
 
-_KINDS: tuple[tuple[str, Any, bool], ...] = (
-    (r"losses-[0-9]{3,4}", Losses, False),
-    (rf"eval_{NAME}", Evaluated, False),
-    (STREAMS, Streams, False),
-    (TRAINING, Training, True),
-    (r"halvings-(full|quantized|teacher)", Halvings, True),
-    (MICRO_BATCH, MicroBatches | Annotated[int, msgspec.Meta(ge=1, le=1 << 31)], True),
-    (E2E_DONE, Literal[True], True),
-)
-"""Pattern of the name, type, whether the result depends on it."""
+
+def _kind_of(name: str) -> tuple[Any, bool] | None:
+    """Type of the fact called ``name``, and whether the result depends on it; none for no such fact."""
+    for pattern, kind, essential in _kinds(STAGES.names()):
+        if pattern.fullmatch(name):
+            return kind, essential
+    return None
+
+
+@functools.cache
+def _kinds(stages: tuple[str, ...]) -> tuple[tuple[re.Pattern[str], Any, bool], ...]:
+    """Pattern of the name, type, whether the result depends on it; of so many stages."""
+    networks = "|".join(stage.name for stage in network_stages())
+    kinds: tuple[tuple[str, Any, bool], ...] = (
+        (r"losses-[0-9]{3,4}", Losses, False),
+        (rf"eval_({'|'.join((*stages, PACKED))})", Evaluated, False),
+        (STREAMS, Streams, False),
+        (TRAINING, Training, True),
+        (r"halvings-(full|quantized|teacher)", Halvings, True),
+        (MICRO_BATCH, MicroBatches | Annotated[int, msgspec.Meta(ge=1, le=1 << 31)], True),
+        (rf"({networks})_done", Literal[True], True),
+    )
+    return tuple((re.compile(pattern), kind, essential) for pattern, kind, essential in kinds)
 
 
 def problem_of(name: str, value: object) -> str:
     """What is wrong with a value for being the fact called ``name``; empty where nothing is, and for a name
     that is not known here."""
-    for pattern, kind, _ in _KINDS:
-        if re.fullmatch(pattern, name):
-            if kind == Literal[True]:  # msgspec knows no literal truth
-                return "" if value is True else "is not true"
-            try:
-                msgspec.convert(value, kind)
-            except (msgspec.ValidationError, OverflowError) as error:
-                return str(error)
-            return ""
+    found = _kind_of(name)
+    if found is None:
+        return ""
+    kind = found[0]
+    if kind == Literal[True]:  # msgspec knows no literal truth
+        return "" if value is True else "is not true"
+    try:
+        msgspec.convert(value, kind)
+    except (msgspec.ValidationError, OverflowError) as error:
+        return str(error)
     return ""
 
 
 def is_known(name: str) -> bool:
     """Whether a fact of this name exists."""
-    return any(re.fullmatch(pattern, name) for pattern, _, _ in _KINDS)
+    return _kind_of(name) is not None
 
 
 def decides(name: str) -> bool:
     """Whether the result of a run depends on the fact, so that it cannot be left out alone."""
-    return any(essential and re.fullmatch(pattern, name) for pattern, _, essential in _KINDS)
+    found = _kind_of(name)
+    return found is not None and found[1]
 
 
 def micro_batch_after(value: Any) -> int | None:

@@ -19,11 +19,10 @@ says which schema its content has to have, so no flip turns one into the other.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
 import re
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -31,9 +30,10 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 
 from engine.errors import EqatError, PreflightError
+from engine.run import contents
 from engine.run import facts as known_facts
-from engine.run.contents import is_unfinished_checkpoint, is_unfinished_object
-from engine.run.objects import DIGEST, DamagedCheckpoint, names_in, object_path, objects_path, write_over
+from engine.run.objects import DamagedCheckpoint, checkpoint_files, object_path, objects_path, write_over
+from engine.run.removal import remove_file
 from engine.system.guarded import BadFile, NoFile, opened_folder, parsed, read_bytes
 
 SCHEMA = 3
@@ -41,8 +41,6 @@ GENERATIONS_KEPT = 2
 LIMIT = 64 << 20
 """Bytes of a generation file: a thousand times what that of a model of 200 blocks has."""
 
-_NAME = re.compile(r"generation-([0-9]{6,9})(?:-([0-9a-f]{64}))?\.json")
-_SPARE = re.compile(r"spare-([0-9]{6,9})-([0-9a-f]{64})\.json")
 _POINTER = re.compile(rb"([1-9][0-9]{0,8})(?: ([0-9a-f]{64}))?\n")
 _ENTRY = re.compile(r"(block|scales)-[0-9]{3,4}|training")
 
@@ -132,8 +130,8 @@ def candidates(directory: Path) -> list[Ref]:
     Raises:
         PreflightError: where the folder is a link or cannot be looked into.
     """
-    names = names_in(directory, directory.parent)
-    matches = (_NAME.fullmatch(name) or _SPARE.fullmatch(name) for name in names)
+    names = checkpoint_files(directory, directory.parent)
+    matches = (contents.GENERATION.fullmatch(name) or contents.SPARE.fullmatch(name) for name in names)
     return sorted({Ref(int(match[1]), match[2] or "") for match in matches if match}, reverse=True)
 
 
@@ -239,7 +237,7 @@ def _check_facts(found: Generation, dropped: list[str]) -> None:
 
 
 def _check_unverified(found: Generation) -> None:
-    """Without a digest, names that do not exist and parts that do not fit are all that shows damage."""
+    """Of schema 2: without a digest, only names that do not exist and parts that do not fit show damage."""
     strange = [name for name in found.entries if not _ENTRY.fullmatch(name)]
     strange += [name for name in found.facts if not known_facts.is_known(name)]
     blocks, scales = (
@@ -251,7 +249,7 @@ def _check_unverified(found: Generation) -> None:
         raise DamagedCheckpoint(f"generation {found.number} holds {strange[0]!r}, which does not exist")
     if (training is None) == (known_facts.TRAINING in found.entries):
         raise DamagedCheckpoint(f"generation {found.number} has half the state of a training")
-    if scales != (blocks if known_facts.E2E_DONE in found.facts else set()):
+    if scales != (blocks if "e2e_qp_done" in found.facts else set()):
         raise DamagedCheckpoint(f"generation {found.number} has scales of other blocks than it holds")
     if blocks != {f"{index:03d}" for index in range(len(blocks))}:
         raise DamagedCheckpoint(f"generation {found.number} lacks a block before one that it holds")
@@ -289,25 +287,20 @@ def prune(directory: Path, *, keep: int = GENERATIONS_KEPT, dry_run: bool = Fals
     """
     root = directory.parent
     try:
-        lying, objects = names_in(directory, root), names_in(objects_path(directory), root)
+        lying, objects = checkpoint_files(directory, root), checkpoint_files(objects_path(directory), root)
     except PreflightError:
         return 0  # nothing of ours makes links; what lies there may be somebody's model
-    garbage = [name for name in lying if is_unfinished_checkpoint(name)]
-    rubbish = [name for name in objects if is_unfinished_object(name)]
+    garbage = [name for name in lying if contents.is_unfinished_checkpoint(name)]
+    rubbish = [name for name in objects if contents.is_unfinished_object(name)]
     kept = _kept(directory, keep)
     if kept is not None:
         named = {digest for generation in kept.values() for digest in generation.entries.values()}
         names = {ref.name for ref in kept}
         if len(kept) == 1:
             names |= _with_spare(directory, next(iter(kept)), dry_run)
-        garbage += [name for name in lying if _is_generation(name) and name not in names]
-        rubbish += [
-            name
-            for name in objects
-            if name.endswith(".safetensors")
-            and DIGEST.fullmatch(stem := name.removesuffix(".safetensors"))
-            and stem not in named
-        ]
+        garbage += [name for name in lying if contents.is_generation(name) and name not in names]
+        matches = map(contents.OBJECT.fullmatch, objects)
+        rubbish += [match[0] for match in matches if match and match[1] not in named]
     freed = _remove(directory, root, garbage, dry_run)
     return freed + _remove(objects_path(directory), root, rubbish, dry_run)
 
@@ -356,23 +349,13 @@ def _holds(path: Path, content: bytes) -> bool:
         return False
 
 
-def _is_generation(name: str) -> bool:
-    return bool(_NAME.fullmatch(name) or _SPARE.fullmatch(name))
-
-
 def _remove(folder: Path, root: Path, names: list[str], dry_run: bool) -> int:
-    """Bytes that come free; an object that another run shares frees none."""
+    """Bytes that come free. What cannot be removed is in nobody's way."""
     if not names:
         return 0
     freed = 0
-    with opened_folder(folder, root) as fd:
+    with opened_folder(folder, root) as opened:
         for name in names:
-            try:
-                status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                if not dry_run:
-                    os.unlink(name, dir_fd=fd)
-            except OSError:
-                continue
-            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
-                freed += status.st_size
+            with contextlib.suppress(OSError):
+                freed += remove_file(opened, name, dry_run=dry_run)
     return freed

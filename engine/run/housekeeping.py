@@ -16,15 +16,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.config.formats import FORMATS
 from engine.errors import PreflightError
 from engine.run import contents, generations
-from engine.run.directory import RunDirectory, starting
+from engine.run.directory import RunDirectory
+from engine.run.liveness import starting
 from engine.run.lock import RunLock, holder
 from engine.run.proof import Identity, prove_made_here, prove_removed, prove_run
-from engine.run.removal import not_deleted, remove_entry, remove_proven, rename_proven
+from engine.run.removal import not_deleted, remove_entry, remove_file, remove_proven, rename_proven
 from engine.run.state import BULK, load_state
 from engine.run.usable import current_is_intact
-from engine.system.guarded import opened_folder
+from engine.system.guarded import names_in, opened_folder
+from engine.system.temporary import temporary_of
 
 LONGEST_NAME = 255
 """Bytes that a file system allows a name."""
@@ -135,9 +138,20 @@ def clean_run(run: RunDirectory, *, dry_run: bool = False) -> int:
     return freed
 
 
+def clean_temporaries(run: RunDirectory) -> None:
+    """Remove half-written files that a killed engine left; only for whoever holds the lock.
+
+    Of those alone that no other process writes: a request or a launch may be written at this moment.
+    """
+    with contextlib.suppress(OSError), opened_folder(run.path) as folder:  # they are in nobody's way
+        for name in os.listdir(folder):
+            if temporary_of(name) in ("status.json", "run.json"):
+                remove_file(folder, name)
+
+
 def foreign_in_cache(run: RunDirectory) -> list[str]:
     """Names in ``cache/`` that the engine does not make, and that therefore nobody removes."""
-    return _names(run, "cache", lambda name: not contents.is_cached(name), anything=True)
+    return _names(run, "cache", lambda name: not contents.is_cached(name), lambda entry: True)
 
 
 def remove_cache(run: RunDirectory) -> None:
@@ -163,39 +177,35 @@ def _garbage(run: RunDirectory) -> Iterator[tuple[Path, list[str]]]:
         run.export_dir,
         [
             made + ending
-            for made in contents.FORMATS
+            for made in FORMATS.names()
             for ending in contents.LEFTOVERS
             # An export that was replaced; where its successor is missing, it is the only one there is.
-            if made + ending in there and (ending != ".old" or made in there)
+            if made + ending in there and (ending != contents.OLD or made in there)
         ],
     )
 
 
 def exports(run: RunDirectory) -> list[str]:
     """Folders in ``export/``, whole or not."""
-    return _names(run, "export", lambda name: True, kind=stat.S_ISDIR)
+    return _names(run, "export", lambda name: True, lambda entry: entry.is_dir(follow_symlinks=False))
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    return entry.is_file(follow_symlinks=False)
 
 
 def _names(
     run: RunDirectory,
     folder: str,
     wanted: Callable[[str], bool],
-    *,
-    kind: Callable[[int], bool] = stat.S_ISREG,
-    anything: bool = False,
+    kind: Callable[[os.DirEntry[str]], bool] = _is_file,
 ) -> list[str]:
-    """What lies directly in a folder of the run, sorted: only what is of the ``kind``, unless ``anything``.
+    """What lies directly in a folder of the run, sorted: only what is of the ``kind``.
 
     Nothing where the folder, or one above it, is a link that leads elsewhere.
     """
     try:
-        with opened_folder(run.path / folder, run.path) as opened:
-            return sorted(
-                name
-                for name in os.listdir(opened)
-                if wanted(name)
-                and (anything or kind(os.stat(name, dir_fd=opened, follow_symlinks=False).st_mode))
-            )
+        return names_in(run.path / folder, run.path, lambda entry: wanted(entry.name) and kind(entry))
     except OSError:
         return []
 
@@ -242,12 +252,7 @@ def clean_tokens(cache: Path, *, dry_run: bool = False) -> int:
     try:
         freed = 0
         for name in sorted(filter(contents.is_cached_text, os.listdir(folder))):
-            with contextlib.suppress(FileNotFoundError):
-                status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-                if stat.S_ISREG(status.st_mode):
-                    if not dry_run:
-                        os.unlink(name, dir_fd=folder)
-                    freed += status.st_size if status.st_nlink == 1 else 0
+            freed += remove_file(folder, name, dry_run=dry_run)
         return freed
     except OSError as error:
         raise not_deleted(error, cache) from error

@@ -16,11 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.errors import EqatError, PreflightError
+from engine.run import contents
 from engine.run.control import discard_pending
-from engine.run.directory import FOLDER_MODE, Launched, RunDirectory, last_events, read_launched, starting
+from engine.run.directory import FOLDER_MODE, RunDirectory
+from engine.run.liveness import last_events, starting
 from engine.run.lock import holder
+from engine.run.status import Launched, read_launched
 from engine.system.files import atomic_write_json, disk_error, make_folder
-from engine.system.guarded import open_regular, opened_folder, require_regular
+from engine.system.guarded import names_in, open_regular, require_regular
 
 ATTEMPT_VARIABLE = "EQAT_ATTEMPT"
 """Tells the engine which attempt, and so which log, it is."""
@@ -117,9 +120,9 @@ def exit_code(pid: int) -> int | None:
 
 def next_attempt(run: RunDirectory) -> int:
     """One more than any attempt that left a log or an event."""
-    logged = [int(match[1]) for match in map(_LOG.fullmatch, _names(run)) if match]
+    logged = [int(match[1]) for match in map(contents.LOG.fullmatch, _logs(run)) if match]
     written = [event.attempt for event in last_events(run) if event.attempt < MOST_ATTEMPTS]
-    return max([0, *logged, *written]) + 1
+    return max([0, *(number for number in logged if number < MOST_ATTEMPTS), *written]) + 1
 
 
 def this_attempt(run: RunDirectory) -> int:
@@ -137,9 +140,6 @@ def this_attempt(run: RunDirectory) -> int:
 def log_path(run: RunDirectory, attempt: int) -> Path:
     """Where the engine's output of ``attempt`` goes."""
     return run.logs_dir / f"attempt-{attempt:03d}.log"
-
-
-_LOG = re.compile(r"attempt-([0-9]{1,6})\.log")
 
 
 def _new_log(run: RunDirectory) -> tuple[int, int]:
@@ -176,10 +176,9 @@ def _created(pid: int, begun: float) -> float:
         return begun
 
 
-def _names(run: RunDirectory) -> list[str]:
-    """What lies in the folder of logs."""
+def _logs(run: RunDirectory) -> list[str]:
+    """What lies in the folder of logs, links included: their names are taken, too."""
     try:
-        with opened_folder(run.logs_dir, run.path) as folder:
-            return os.listdir(folder)
+        return names_in(run.logs_dir, run.path, lambda entry: True)
     except OSError:
         return []

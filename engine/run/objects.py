@@ -11,7 +11,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import re
 import secrets
 import stat
 from collections.abc import Iterable, Iterator
@@ -20,11 +19,11 @@ from io import BufferedReader
 from pathlib import Path
 
 from engine.errors import PreflightError
+from engine.run import contents
 from engine.system.files import atomic_write
-from engine.system.guarded import BadFile, bad_file, open_regular, opened_folder
+from engine.system.guarded import BadFile, bad_file, names_in, open_regular, opened_folder
 from engine.system.temporary import temporary_name
 
-DIGEST = re.compile(r"[0-9a-f]{64}")
 _NOT_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """What keeps a whole file from being read now; taking it for damage would train its blocks again."""
 
@@ -40,7 +39,7 @@ def objects_path(directory: Path) -> Path:
 
 def object_path(directory: Path, digest: str) -> Path:
     """Where an object lies. A name that is no digest, from a file that was tampered with, is refused."""
-    if not DIGEST.fullmatch(digest):
+    if not contents.DIGEST.fullmatch(digest):
         raise DamagedCheckpoint(f"{digest[:80]!r} is not the name of an object")
     return objects_path(directory) / f"{digest}.safetensors"
 
@@ -53,7 +52,7 @@ def object_damage(directory: Path, digest: str) -> str:
     """
     try:
         with _opened(directory, digest) as file:
-            _require(hashlib.file_digest(file, "sha256").hexdigest(), digest)
+            _require_content(file, digest)
     except DamagedCheckpoint as damage:
         return str(damage)
     return ""
@@ -85,6 +84,10 @@ def _opened(directory: Path, digest: str) -> Iterator[BufferedReader]:
         if error.errno in _NOT_DAMAGE:
             raise bad_file(error, path) from error
         raise DamagedCheckpoint(f"{path.name}: {bad_file(error, path).message}") from error
+
+
+def _require_content(file: BufferedReader, digest: str) -> None:
+    _require(hashlib.file_digest(file, "sha256").hexdigest(), digest)
 
 
 def _require(found: str, digest: str) -> None:
@@ -131,7 +134,7 @@ def share_object(source: Path, target: Path, digest: str) -> bool:
 def _check_link(path: Path, root: Path, digest: str) -> None:
     try:
         with os.fdopen(open_regular(path, root=root), "rb") as file:
-            _require(hashlib.file_digest(file, "sha256").hexdigest(), digest)
+            _require_content(file, digest)
     except BadFile as error:
         raise DamagedCheckpoint(f"{digest}.safetensors {error.message}") from error
 
@@ -146,15 +149,14 @@ def write_over(path: Path, data: bytes | Iterable[bytes | memoryview], root: Pat
     atomic_write(path, data, root=root)
 
 
-def names_in(folder: Path, root: Path) -> list[str]:
-    """What lies in a folder of a run, but for links, which are not ours; nothing where there is none.
+def checkpoint_files(folder: Path, root: Path) -> list[str]:
+    """What lies in a folder of checkpoints, but for links, which are not ours; nothing where there is none.
 
     Raises:
         PreflightError: for a link, and where it cannot be looked into.
     """
     try:
-        with opened_folder(folder, root) as fd, os.scandir(fd) as found:
-            return [entry.name for entry in found if not entry.is_symlink()]
+        return names_in(folder, root)
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 
 from engine.config.base import Section, field_types, is_section
 from engine.config.loading import from_toml
-from engine.config.run import RunConfig
+from engine.config.run import RunConfig, run_config
 from engine.errors import EqatError, PreflightError
 from engine.run import contents
-from engine.system.guarded import bad_file, kind_of, open_inner, opened_folder, parsed, read_text
+from engine.system.guarded import bad_file, kind_of, names_in, open_inner, opened_folder, parsed, read_text
 from engine.system.ownership import is_ours, user_name
+from engine.system.printable import printable
 
 MADE_WITH_A_RUN = tuple(name for name in contents.FOLDERS if name != "cache")
 """Folders that every version made with a run, and that nothing removes from it."""
@@ -116,7 +117,7 @@ def prove_removed(path: Path) -> Identity:
 
 def shown(names: Sequence[str]) -> str:
     """Some names in a sentence, without what a terminal would obey."""
-    words = [name if name.isprintable() else ascii(name) for name in sorted(names)]
+    words = [printable(name) for name in sorted(names)]
     more = f" and {len(words) - 3} more" if len(words) > 3 else ""
     return ", ".join(words[:3]) + more
 
@@ -165,7 +166,7 @@ def _prove_config(run: Path) -> None:
     if missing or "extends" in tree:
         why = f"it has no section {missing[0]}" if missing else "it extends another file"
         raise NotProven(f"is not the configuration of a run: {why}", where=str(path), hint=_BY_HAND)
-    unknown = next(_unknown_fields(tree, RunConfig), "")
+    unknown = next(_unknown_fields(tree, run_config()), "")
     if unknown:
         raise NotProven(
             f"has a field that this version does not know, {shown([unknown])}",
@@ -209,8 +210,7 @@ def _prove_folders(run: Path) -> None:
     """
     for name in (*MADE_WITH_A_RUN, "checkpoints/objects"):
         try:
-            with opened_folder(run / name, run) as folder, os.scandir(folder) as entries:
-                inside = [entry.name for entry in entries if not entry.is_symlink()]
+            inside = names_in(run / name, run)
         except (FileNotFoundError, NotADirectoryError):
             continue
         _refuse_foreign([one for one in inside if not contents.belongs_in(name, one)], run / name)

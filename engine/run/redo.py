@@ -12,17 +12,17 @@ from typing import Annotated
 
 import msgspec
 
-from engine.config import loading as configs
+from engine.config.derived import resolve
+from engine.config.fields import field_names, value_of
+from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
+from engine.config.sameness import equivalent_command
+from engine.config.stages import STAGES
 from engine.config.validation import validate
 from engine.errors import PreflightError, UsageError
 from engine.run.directory import RunDirectory
 from engine.run.state import BULK, load_state
 from engine.system.guarded import BadFile, NoFile, read_struct
-
-SHARED_FIELDS = ("model.", "grid.", "block_ap.enabled")
-"""What the shared blocks depend on, and every later one must agree with."""
-
 
 MOST_BLOCKS = 10**5
 """More than any model has: a number above is none that this program wrote."""
@@ -69,10 +69,10 @@ def redo_config(run: RunDirectory, from_block: int, overrides: Mapping[str, obje
     """
     _check_blocks(run, from_block)
     before = run.config()
-    config = configs.resolve(configs.apply_overrides(before, overrides))
+    config = resolve(apply_overrides(before, overrides))
     validate(config)
     if from_block:  # else no block is shared, and nothing has to agree
-        _check_settings(configs.resolve(before), config)
+        _check_settings(resolve(before), config)
     return config
 
 
@@ -97,16 +97,23 @@ def _finished_words(finished: int) -> str:
     return f"blocks 0 to {finished - 1} are finished"
 
 
+def is_shared(name: str) -> bool:
+    """Whether the shared blocks depend on a field, so that every later one must agree with it: those of model
+    and grid, and which method makes the blocks."""
+    methods = (f"{stage.name}.enabled" for stage in STAGES if stage.scope == "block")
+    return name.startswith(("model.", "grid.")) or name in methods
+
+
 def _check_settings(before: RunConfig, now: RunConfig) -> None:
-    for name in configs.field_names():
-        if not name.startswith(SHARED_FIELDS) or name == "model.trust_remote_code":
+    for name in field_names():
+        if not is_shared(name) or name == "model.trust_remote_code":
             continue
-        old, new = configs.value_of(before, name), configs.value_of(now, name)
+        old, new = value_of(before, name), value_of(now, name)
         if old != new:
             raise UsageError(
                 f"is {_words(old)} in the blocks that would be shared and cannot become {_words(new)}",
                 where=name,
-                hint=f"start a new run instead: {configs.equivalent_command(now)}",
+                hint=f"start a new run instead: {equivalent_command(now)}",
             )
 
 

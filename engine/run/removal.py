@@ -85,13 +85,20 @@ def remove_entry(folder: int, name: str) -> None:
         return
 
 
-def remove_file(folder: int, name: str) -> None:
-    """Delete a regular file, if this is one, from the folder with this descriptor."""
+def remove_file(folder: int, name: str, *, dry_run: bool = False) -> int:
+    """Delete a regular file, if this is one, from the folder with this descriptor; the bytes that come free.
+
+    A file that has another name, such as an object that another run shares, frees none.
+    """
     try:
-        if stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if not stat.S_ISREG(status.st_mode):
+            return 0
+        if not dry_run:
             os.unlink(name, dir_fd=folder)
     except FileNotFoundError:
-        pass
+        return 0
+    return status.st_size if status.st_nlink == 1 else 0
 
 
 def not_deleted(error: Exception, path: Path) -> PreflightError:

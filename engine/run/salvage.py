@@ -1,12 +1,13 @@
 """What is left of a generation when some of its objects are damaged: it without them, and without whatever
 was made from them.
 
-    Block-AP's block K   from all blocks before it, whose outputs it was trained on
+    a trained block K    from all blocks before it, whose outputs it was trained on
     a rounded block      from the model alone
     the state of a training   from the blocks before it; of the end-to-end training from all of them
-    scales, e2e_qp_done  from all blocks, and from each other
+    what a stage of the whole network trained, that it is done   from all blocks, from each other, and from
+                         what the stages before it trained
     stored streams       from the blocks they have passed
-    eval_block_ap, eval_e2e_qp   from what they measured; eval_fp and eval_rtn from the model alone
+    an evaluation        from what it measured; of full precision and of plain rounding from the model alone
     halvings             from nothing: each says where it begins, so those of later blocks change nothing
                          before, and with them the streams pass the later blocks as they did
 
@@ -20,8 +21,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from engine.config.run import run_config
+from engine.config.stages import STAGES, network_stages
 from engine.run import facts as known
-from engine.run.facts import block_entry, losses_fact, scales_entry
+from engine.run.facts import block_entry, eval_fact, losses_fact
 from engine.run.generations import Generation
 
 
@@ -47,8 +50,21 @@ def leading_blocks(entries: Collection[str]) -> int:
 
 
 def is_chained(identity: Mapping[str, str]) -> bool:
-    """Whether each block was trained behind the quantized blocks before it (Block-AP), not only rounded."""
-    return identity.get("block_ap.enabled") != "false"
+    """Whether each block was trained behind the quantized blocks before it (Block-AP), not only rounded.
+
+    What a method does that is not known here nobody can say: then blocks are taken for chained.
+    """
+    methods = {stage.name for stage in STAGES if stage.scope == "block" and not stage.baseline}
+    switches = {name.removesuffix(".enabled") for name in identity if name.endswith(".enabled")}
+    strange = switches - {*STAGES.names(), "evaluation"}
+    return any(_is_on(identity, name) for name in methods | strange)
+
+
+def _is_on(identity: Mapping[str, str], name: str) -> bool:
+    """Whether the section called ``name`` was enabled; where nothing is written of it, its default counts."""
+    section = getattr(run_config()(), name, None)
+    default = "true" if section is not None and section.enabled else "false"
+    return identity.get(f"{name}.enabled", default) != "false"
 
 
 def salvage(found: Generation, damaged: Collection[str], chained: bool) -> Salvaged:
@@ -68,19 +84,52 @@ def salvage(found: Generation, damaged: Collection[str], chained: bool) -> Salva
         entries.pop(block_entry(index), None)
         facts.pop(losses_fact(index), None)
     if gone:
-        facts.pop("eval_block_ap", None)
+        for stage in STAGES:
+            if stage.scope == "block" and not stage.baseline:
+                facts.pop(eval_fact(stage.name), None)
         _cut_streams(facts, gone[0])
         _cut_micro_batches(facts, gone[0])
-    if gone or any(name.startswith("scales-") for name in damaged):
-        for index in blocks_of(found.entries, "scales"):
-            entries.pop(scales_entry(index), None)
-        facts.pop(known.E2E_DONE, None)
-        facts.pop("eval_e2e_qp", None)
-    if known.TRAINING not in entries or _is_behind(facts, gone):
+    cut = _cut_networks(entries, facts, damaged, all_of_them=bool(gone))
+    if known.TRAINING not in entries or _is_behind(facts, gone, cut):
         entries.pop(known.TRAINING, None)
         facts.pop(known.TRAINING, None)
     kept = replace(found, entries=entries, facts=facts)
     return Salvaged(kept, _words(found, kept, gone))
+
+
+def _cut_networks(
+    entries: dict[str, Any], facts: dict[str, Any], damaged: Collection[str], *, all_of_them: bool
+) -> bool:
+    """What stages of the whole network trained goes, from the first on of which something is damaged; whether
+    anything of them went."""
+    stages = network_stages()
+    prefixes = [stage.entries for stage in stages]
+    prefixes += sorted(_prefixes(entries) - {*prefixes, "block"})  # of a stage that is not known here
+    of_damaged = _prefixes(damaged)
+    first = next((at for at, prefix in enumerate(prefixes) if all_of_them or prefix in of_damaged), None)
+    if first is None:
+        return False
+    for name in [name for name in entries if _prefix(name) in prefixes[first:]]:
+        del entries[name]
+    for name in [stage.name for stage in stages[first:]] + prefixes[max(first, len(stages)) :]:
+        facts.pop(f"{name}_done", None)
+        facts.pop(eval_fact(name), None)
+    return True
+
+
+def _prefix(entry: str) -> str:
+    """What stands before the number of a block in the name of an entry; empty for one without."""
+    match = re.fullmatch(r"(.+)-[0-9]{3,4}", entry)
+    return match[1] if match else ""
+
+
+def _prefixes(entries: Collection[str]) -> set[str]:
+    return {_prefix(name) for name in entries} - {""}
+
+
+def _trained_networks(facts: Mapping[str, Any]) -> int:
+    """How many stages of the whole network are trained."""
+    return sum(bool(facts.get(name)) for name in facts if name.endswith("_done"))
 
 
 def _cut_streams(facts: dict[str, Any], block: int) -> None:
@@ -98,12 +147,13 @@ def _cut_micro_batches(facts: dict[str, Any], block: int) -> None:
             del facts[known.MICRO_BATCH]
 
 
-def _is_behind(facts: Mapping[str, Any], gone: list[int]) -> bool:
-    """Whether the training that was interrupted came after a block that is gone."""
+def _is_behind(facts: Mapping[str, Any], gone: list[int], cut: bool) -> bool:
+    """Whether the training that was interrupted came after a block that is gone, or after a training of the
+    whole network that was ``cut``."""
     training = facts.get(known.TRAINING)
-    if training is None or not gone:
+    if training is None or not (gone or cut):
         return False
-    return training["block"] is None or training["block"] > gone[0]
+    return training["block"] is None or (bool(gone) and training["block"] > gone[0])
 
 
 def _words(found: Generation, kept: Generation, gone: list[int]) -> str:
@@ -111,7 +161,7 @@ def _words(found: Generation, kept: Generation, gone: list[int]) -> str:
     parts = []
     if gone:
         parts.append(_blocks_words(gone))
-    if known.E2E_DONE in found.facts and known.E2E_DONE not in kept.facts:
+    if _trained_networks(kept.facts) < _trained_networks(found.facts):
         parts.append("the end-to-end training")
     training = found.facts.get(known.TRAINING)
     if training is not None and known.TRAINING not in kept.facts:
@@ -141,7 +191,7 @@ def _finished(kept: Generation) -> int:
 
 def held(kept: Generation) -> str:
     """What a run that goes on from ``kept`` has, in words."""
-    if kept.facts.get(known.E2E_DONE):
+    if _trained_networks(kept.facts):
         return "all that was trained"
     blocks = _finished(kept)
     parts = [f"{blocks} finished block{'s' * (blocks != 1)}" if blocks else "no finished block"]
@@ -159,7 +209,7 @@ def progress(kept: Generation) -> tuple[int, ...]:
     evaluated = sum(name.startswith("eval_") for name in kept.facts)
     streams = kept.facts.get(known.STREAMS) or {"border": 0}
     return (
-        known.E2E_DONE in kept.facts,
+        _trained_networks(kept.facts),
         blocks,
         end_to_end,
         training.get("steps_done", -1),

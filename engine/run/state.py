@@ -8,23 +8,22 @@ thinned, and of warnings the first and the last are kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 
 from engine.config.stages import STAGES, versions
 from engine.run import events
-from engine.run import rendering as report
-from engine.run.directory import RunDirectory, Status, read_status
+from engine.run.directory import RunDirectory
 from engine.run.event_log import read_events
 from engine.run.events import Event
+from engine.run.status import Status, read_status
+from engine.run.thinning import MAX_METRICS, MAX_READINGS, Bulk, appended, before
 from engine.system.guarded import bad_file
 
 BULK = frozenset({"metric", "memory"})
 """Nineteen events in twenty: who wants to know only what was achieved may skip them."""
-MAX_METRICS = 2000
-MAX_READINGS = 600
 MAX_WARNINGS = 200
 MAX_BLOCKS = 1024
 """No model has as many: a block with a larger number comes from a damaged log, and a table as long would
@@ -138,14 +137,15 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
         Nineteen events in twenty are metrics and readings of the machine. Between two of another kind they
         are collected in lists, which a state that never changes cannot do.
         """
-        state, bulk = self, _Bulk()
+        state, bulk = self, Bulk()
         for event in new:
             if isinstance(event, events.Metric | events.Memory) and event.attempt == state.attempt:
                 bulk.take(state, event)
             else:
-                state = bulk.into(state).apply(event)
-                bulk = _Bulk()
-        return bulk.into(state)
+                state = _change(state, **bulk.changes(state)).apply(event)
+                bulk = Bulk()
+        after: RunState = _change(state, **bulk.changes(state))
+        return after
 
     @property
     def eta_s(self) -> float | None:
@@ -178,10 +178,6 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
             for stage in versions(self.evaluations)
             if (found := self.evaluations.get(stage)) is not None and found.accuracy
         }
-
-    def to_json(self, *, state: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What ``eqat show --json`` prints; ``state`` comes from the run's lock and heartbeat."""
-        return report.render(self.accounted(), state=state, config=config)
 
 
 # -- one handler per kind of event ---------------------------------------------------------------------
@@ -288,7 +284,7 @@ def _with_block(
 def _metric(state: RunState, event: events.Metric) -> RunState:
     return _change(
         state,
-        metrics=tuple(_appended(_before(list(state.metrics), event), event, MAX_METRICS)),
+        metrics=tuple(appended(before(list(state.metrics), event), event, MAX_METRICS)),
         block=event.block,
         step=event.step,
         steps=event.steps,
@@ -296,77 +292,8 @@ def _metric(state: RunState, event: events.Metric) -> RunState:
     )
 
 
-def _appended(kept: list[Any], new: Any, most: int) -> list[Any]:
-    """``kept`` with ``new``, at most ``most``: when there are more, every second of the older half goes.
-
-    With each round the past gets coarser; the present stays.
-    """
-    kept.append(new)
-    if len(kept) > most:
-        half = len(kept) // 2
-        kept = kept[:half:2] + kept[half:]
-    return kept
-
-
-def _before(metrics: list[events.Metric], event: events.Metric) -> list[events.Metric]:
-    """``metrics`` without those that a resumed attempt, going on from an earlier step, does again.
-
-    It may go back by more than a block (to the generation before a damaged one), so this is looked for at
-    the first metric of every block, and only there.
-    """
-
-    last = metrics[-1] if metrics else event
-    if (last.attempt, last.phase, last.block) == (event.attempt, event.phase, event.block):
-        return metrics
-    # A damaged log may change the block at every metric, so this has to be quick.
-    phase, block, step = event.phase, event.block, event.step
-    return [old for old in metrics if old.block != block or old.phase != phase or old.step < step]
-
-
 def _memory(state: RunState, event: events.Memory) -> RunState:
-    return _change(state, memory=event, readings=tuple(_appended(list(state.readings), event, MAX_READINGS)))
-
-
-class _Bulk:
-    """Metrics and readings of one attempt, in lists of their own, on their way into a state."""
-
-    def __init__(self) -> None:
-        self._metrics: list[events.Metric] = []
-        self._readings: list[events.Memory] = []
-        self._seen: list[Event] = []
-        self._latest: dict[type[Event], Any] = {}
-        self._count = 0
-
-    def take(self, state: RunState, event: events.Metric | events.Memory) -> None:
-        """Add ``event`` to what came since ``state``."""
-        if not self._seen:
-            self._seen = [event]
-            self._metrics, self._readings = list(state.metrics), list(state.readings)
-        if isinstance(event, events.Metric):
-            self._metrics = _appended(_before(self._metrics, event), event, MAX_METRICS)
-        else:
-            self._readings = _appended(self._readings, event, MAX_READINGS)
-        self._latest[type(event)] = event
-        self._seen[1:] = [event]
-        self._count += 1
-
-    def into(self, state: RunState) -> RunState:
-        """``state`` after all of them."""
-        if not self._seen:
-            return state
-        metric, memory = self._latest.get(events.Metric), self._latest.get(events.Memory)
-        changes: dict[str, Any] = {
-            "event_count": state.event_count + self._count,
-            "first_t": self._seen[0].t if state.first_t is None else state.first_t,
-            "last_t": self._seen[-1].t,
-            "last_mono": self._seen[-1].mono,
-        }
-        if metric is not None:
-            changes["metrics"] = tuple(self._metrics)
-            changes |= {name: getattr(metric, name) for name in ("block", "step", "steps", "epoch")}
-        if memory is not None:
-            changes |= {"memory": memory, "readings": tuple(self._readings)}
-        return _change(state, **changes)
+    return _change(state, memory=event, readings=tuple(appended(list(state.readings), event, MAX_READINGS)))
 
 
 def _eval(state: RunState, event: events.Eval) -> RunState:

@@ -15,7 +15,7 @@ from pathlib import Path
 from engine.errors import EqatError, ExitCode, IdentityError, PreflightError
 from engine.run.facts import block_entry
 from engine.run.generations import Generation, OtherSchema, Ref, candidates, current, read
-from engine.run.objects import DamagedCheckpoint, names_in, object_damage, objects_path
+from engine.run.objects import DamagedCheckpoint, checkpoint_files, object_damage, objects_path
 from engine.run.salvage import Salvaged, blocks_of, held, is_chained, leading_blocks, progress, salvage
 
 NEW_RUN = "start a new run; nothing here can be continued"
@@ -108,7 +108,7 @@ def newest_usable(directory: Path, check: Callable[[Generation], None] = lambda 
     """
     lying = candidates(directory)
     order, pointer = _in_order(directory, lying)
-    if not lying and (pointer == MISSING or not names_in(objects_path(directory), directory.parent)):
+    if not lying and (pointer == MISSING or not checkpoint_files(objects_path(directory), directory.parent)):
         return None  # a kill may have come before the first generation
     search = _Search(directory, check)
     found: list[_Candidate] = []

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from engine.errors import PreflightError
+from engine.errors import PreflightError, first_line
 
 T = TypeVar("T")
 
@@ -73,6 +73,20 @@ def opened_folder(folder: Path, root: Path | None = None) -> Iterator[int]:
 def open_inner(name: str, folder: int) -> int:
     """A descriptor of a folder in an opened folder; raises as :func:`opened_folder` for a link."""
     return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+
+
+def names_in(
+    folder: Path,
+    root: Path,
+    wanted: Callable[[os.DirEntry[str]], bool] = lambda entry: not entry.is_symlink(),
+) -> list[str]:
+    """What lies directly in ``folder``, sorted: by default all but links, which are not ours.
+
+    Raises:
+        OSError: as :func:`opened_folder`, and where it cannot be looked into.
+    """
+    with opened_folder(folder, root) as opened, os.scandir(opened) as entries:
+        return sorted(entry.name for entry in entries if wanted(entry))
 
 
 def open_regular(
@@ -214,8 +228,8 @@ def parsed(parse: Callable[[C], T], content: C, path: Path, language: str = "JSO
     except UnicodeDecodeError as error:
         raise BadFile(f"is not UTF-8 text ({error.reason})", where=str(path)) from error
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise BadFile(f"is not valid {language}: {lines[0][:200]}", where=str(path)) from error
+        said = first_line(error, 200)
+        raise BadFile(f"is not valid {language}: {said}", where=str(path)) from error
 
 
 def bad_file(error: OSError, path: Path) -> BadFile:

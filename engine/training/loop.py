@@ -1,10 +1,11 @@
-"""The loop that both training phases share: epochs, validation, the best state, rollbacks; and all of it as a
+"""The loop that every training shares: epochs, validation, the best state, rollbacks; and all of it as a
 snapshot from which it continues exactly.
 
 A method brings what it minimises (:class:`Method`); everything that a step depends on is here:
 
-* the parameters and AdamW's moments (:class:`Stepper`), and where they validated best (:class:`BestState`);
-* the position in the data, from which order and learning rate follow (:class:`BatchSampler`);
+* the parameters and AdamW's moments (:mod:`engine.training.stepper`), and where they validated best
+  (:mod:`engine.training.best_state`);
+* the position in the data (:mod:`engine.data.sampler`), from which order and learning rate follow;
 * how many sequences pass at a time, how often the training was restarted, how long it has not improved.
 
 So a snapshot after step *n* followed by the rest gives the same bits as never having stopped. Snapshots are
@@ -22,20 +23,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from engine.data.sampler import ALONE, BatchSampler, World
+from engine.data.sampler import BatchSampler
 from engine.errors import NonFiniteError
-from engine.training.stepper import (
-    MAX_ROLLBACKS,
-    NON_FINITE_HINT,
-    BestState,
-    Diverged,
-    ParameterGroup,
-    Snapshot,
-    Stepper,
-    TrainingProgress,
-    cosine_factor,
-)
+from engine.training.best_state import BestState
+from engine.training.progress import Keeper, Progress
+from engine.training.schedule import cosine_factor
+from engine.training.snapshot import Snapshot
+from engine.training.stepper import Diverged, ParameterGroup, Stepper
+from engine.training.world import ALONE, World
 
+MAX_ROLLBACKS = 2
+NON_FINITE_HINT = (
+    'check the model\'s weights, lower the learning rates, or use compute_dtype = "bfloat16" or "float32"'
+)
 T = TypeVar("T")
 
 
@@ -130,11 +130,13 @@ class Training:
         method: Method,
         train: int,
         settings: Settings,
-        progress: TrainingProgress,
+        progress: Progress,
         snapshot: Snapshot | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
-        """``train`` sequences are trained on; ``snapshot`` is where to continue, and is used up."""
-        self.method, self.settings, self.progress = method, settings, progress
+        """``train`` sequences are trained on; ``snapshot`` is where to continue, and is used up. Without a
+        ``keeper`` a stop loses what was trained."""
+        self.method, self.settings, self.progress, self.keeper = method, settings, progress, keeper
         self.best = BestState([p for group in method.groups for p in group.parameters])
         self.sampler = BatchSampler(
             train, settings.batch_size, settings.epochs, settings.seed, *settings.world
@@ -235,7 +237,10 @@ class Training:
 
     def boundary(self) -> None:
         """The state is one to continue from; raises StopRequested once a stop was asked for."""
-        self.progress.step_boundary(self.state_dict)
+        if self.keeper is None:
+            self.progress.leave_if_asked()
+        else:
+            self.keeper.step_boundary(self.state_dict)
 
     # Starting over
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from engine.config.formats import DEFAULT_FORMAT, FORMATS
 from engine.errors import UsageError
 from eqat_tui.commands.options import Detach, Json, Run, RunsDir
 
@@ -27,7 +28,7 @@ def evaluate(
 
 def export(
     run: Run,
-    format: Annotated[str, typer.Option("--format", help="gptq_v2.")] = "gptq_v2",
+    format: Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS.names())}.")] = DEFAULT_FORMAT,
     to: Annotated[
         Path | None, typer.Option("--to", metavar="FOLDER", help="Copy the verified checkpoint here as well.")
     ] = None,
@@ -36,11 +37,11 @@ def export(
     as_json: Json = False,
 ) -> int:
     """Write a run's packed checkpoint again, and verify it."""
-    from engine.system.publish import check_target
+    from engine.system.copying import check_target
     from eqat_tui import actions
 
-    if format != "gptq_v2":
-        raise UsageError(f"there is no format {format!r}", where="--format", hint="gptq_v2")
+    if format not in FORMATS:
+        raise UsageError(f"there is no format {format!r}", where="--format", hint=", ".join(FORMATS.names()))
     args = ["--task", "export", "--format", format]
     found = actions.find(run, runs_dir)
     if to is not None:

@@ -141,7 +141,8 @@ def attach(
 
     In a pipe, with --plain or --json it follows the run in lines until its end and exits as the run does.
     """
-    from engine.run.directory import read_launched, run_state
+    from engine.run.liveness import run_state
+    from engine.run.status import read_launched
     from eqat_tui import actions
     from eqat_tui.terminal import Look, can_open_app, open_app
 

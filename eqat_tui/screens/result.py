@@ -14,15 +14,14 @@ from textual.screen import ModalScreen
 from textual.widget import Widget
 from textual.widgets import Input
 
-from engine.config.base import field_types
-from engine.config.export import ExportConfig
+from engine.config.formats import FORMATS
 from engine.config.stages import STAGES
 from engine.errors import EqatError
 from engine.run import control
 from engine.run.launch import launch
-from engine.run.summary import origin
+from engine.run.shown import origin, render
+from engine.system.copying import check_target
 from engine.system.guarded import read_bytes
-from engine.system.publish import check_target
 from eqat_tui.feed import RunView
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import Line, line, wrap
@@ -43,10 +42,7 @@ LARGEST_CARD = 1 << 20
 
 def export_formats() -> tuple[str, ...]:
     """The formats that the configuration knows."""
-    import typing
-
-    kind = typing.get_args(field_types(ExportConfig)["formats"])[0]
-    return tuple(typing.get_args(kind))
+    return FORMATS.names()
 
 
 class ResultScreen(WorkScreen):
@@ -137,7 +133,7 @@ class ResultScreen(WorkScreen):
         self.query_one("#samples", Panel).show(views.samples(view.state, half))
         self.query_one("#exports", Panel).show(views.exports(view, half))
         path = self._export_path(view)
-        snippet = views.loading_snippet(path).splitlines() if path else ["packed checkpoints come first"]
+        snippet = self._snippet(view).splitlines() if path else ["packed checkpoints come first"]
         self.query_one("#loading", Panel).show(
             [line((text, "muted" if path is None else "")) for text in snippet]
         )
@@ -154,12 +150,17 @@ class ResultScreen(WorkScreen):
         run = self.eqat.current()
         if self._origin is None or self._origin[0] != run.id:
             self._origin = run.id, origin(run)
-        shown = view.state.to_json(state=view.liveness, config=view.config)
+        shown = render(view.state, state=view.liveness, config=view.config)
         return views.figures({**shown, "path": str(run.path), "origin": self._origin[1]}, width)
 
     def _export_path(self, view: RunView) -> Path | None:
         done = [export for export in view.state.exports.values() if export.verified]
         return views.export_path(view.path, done[-1].path) if done else None
+
+    def _snippet(self, view: RunView) -> str:
+        """How the export at :meth:`_export_path` is loaded."""
+        done = [export for export in view.state.exports.values() if export.verified][-1]
+        return views.loading_snippet(views.export_path(view.path, done.path), done.format)
 
     # -- keys --------------------------------------------------------------------------------------
 
@@ -249,9 +250,7 @@ class ResultScreen(WorkScreen):
 
     def do_copy(self) -> None:
         assert self._view is not None
-        path = self._export_path(self._view)
-        assert path is not None
-        self.eqat.copy(views.loading_snippet(path), "the lines that load it")
+        self.eqat.copy(self._snippet(self._view), "the lines that load it")
 
     def do_replay(self) -> None:
         self.eqat.replay(self.eqat.current())

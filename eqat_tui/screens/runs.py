@@ -16,7 +16,7 @@ from engine.run.directory import RunDirectory
 from engine.run.finding import list_runs
 from engine.run.launch import launch
 from engine.run.lock import is_held
-from engine.run.summary import summarize
+from engine.run.shown import summarize
 from eqat_tui.charts import chart, legend
 from eqat_tui.housekeeping import what_is_in
 from eqat_tui.keys import Key, bindings

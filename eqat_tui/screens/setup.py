@@ -12,9 +12,10 @@ from textual.timer import Timer
 from textual.widget import Widget
 from textual.widgets import Input
 
-from engine.config import loading as configs
-from engine.config.loading import to_toml
+from engine.config.fields import value_of
+from engine.config.loading import preset_names
 from engine.config.run import RunConfig
+from engine.config.writing import to_toml
 from engine.errors import EqatError
 from engine.run.directory import RunDirectory
 from engine.run.launch import launch
@@ -285,7 +286,7 @@ class SetupScreen(WorkScreen):
         elif views.choices(row.name) and row.name not in views.OPEN:
             values = list(views.choices(row.name))
             words = ["channel (whole rows)" if value == -1 else views.value_words(value) for value in values]
-            now = words[values.index(configs.value_of(self._config, row.name))]
+            now = words[values.index(value_of(self._config, row.name))]
             self._choose(row.name, words, now, lambda word: self._set(row.name, values[words.index(word)]))
         else:
             self._ask(row)
@@ -298,7 +299,7 @@ class SetupScreen(WorkScreen):
         self._change(self.draft.with_method(name))
 
     def _ask(self, row: Row) -> None:
-        value = views.value_words(configs.value_of(self._config, row.name))
+        value = views.value_words(value_of(self._config, row.name))
 
         def answered(text: str | None) -> None:
             if text is not None:
@@ -376,12 +377,12 @@ class SetupScreen(WorkScreen):
         if row.kind == "method":
             self._set_method(_beside(list(methods.methods()), methods.method_of(self._config), by))
         elif row.kind == "base":
-            names = configs.preset_names()
+            names = preset_names()
             self._start_on(_beside(names, self.draft.base, by))
         elif row.kind == "model":
             self._choose_model()
         elif choices := views.choices(row.name, self._devices_for(row)):
-            self._set(row.name, _beside(list(choices), configs.value_of(self._config, row.name), by))
+            self._set(row.name, _beside(list(choices), value_of(self._config, row.name), by))
         else:
             self._ask(row)
 

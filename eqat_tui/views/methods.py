@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from engine.config import loading as configs
+from engine.config.fields import field_names
 from engine.config.run import RunConfig
 from engine.config.stages import STAGES, Scope, Stage
 
@@ -22,7 +22,7 @@ TITLES = {
 
 def choosable(*scopes: Scope) -> list[Stage]:
     """The stages of such a scope that a configuration can switch on and off."""
-    names = configs.field_names()
+    names = field_names()
     return [stage for scope in scopes for stage in STAGES if stage.scope == scope and switch(stage) in names]
 
 
@@ -68,7 +68,7 @@ def about() -> str:
 
 def sections() -> dict[str, str]:
     """The sections of the form and their titles; those of the stages stand together, called as they are."""
-    names = list(dict.fromkeys(name.partition(".")[0] for name in configs.field_names() if "." in name))
+    names = list(dict.fromkeys(name.partition(".")[0] for name in field_names() if "." in name))
     of_stages = {stage.name: stage.label for stage in STAGES if stage.name in names}
     others = [name for name in names if name not in of_stages]
     first = next((place for place, name in enumerate(names) if name in of_stages), len(others))

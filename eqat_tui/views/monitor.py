@@ -25,7 +25,6 @@ from eqat_tui.output import (
     share,
 )
 from eqat_tui.planned import branch, known
-from eqat_tui.run_text import group_words
 from eqat_tui.words import hint_for_app, model_name
 
 MOST_LINES = 4
@@ -484,8 +483,3 @@ def _speed_line(view: RunView, reading: events.Memory | None) -> Line:
 def journal(entries: Sequence[Entry], width: int) -> list[Line]:
     """What happened, oldest first, each on one line."""
     return [cut([(f"{format_time(one.t)} ", "muted"), (one.text, one.role)], width) for one in entries]
-
-
-def describe_grid(config: Mapping[str, Any]) -> str:
-    """``3 bits, groups of 64``."""
-    return f"{branch(config, 'grid', 'bits')} bits, {group_words(branch(config, 'grid', 'group_size'))}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.config.formats import DEFAULT_FORMAT, FORMATS
 from engine.config.stages import stage_label, versions
 from engine.run.state import RunState
 from eqat_tui.feed import RunView
@@ -156,14 +157,11 @@ def exports(view: RunView, width: int) -> list[Line]:
     return lines or [line(("no packed checkpoint yet: e writes one", "muted"))]
 
 
-def loading_snippet(path: str | Path) -> str:
-    """How another program loads the packed checkpoint."""
+def loading_snippet(path: str | Path, name: str = DEFAULT_FORMAT) -> str:
+    """How another program loads the packed checkpoint of this format."""
     text = str(path)
     # A path comes from a log; what it is called must not end the string and go on as a program.
     quoted = f'"{text}"' if text.isprintable() and not set(text) & set('"\\\\') else repr(text)
-    return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"path = {quoted}\n"
-        'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")  # pip install gptqmodel\n'
-        "tokenizer = AutoTokenizer.from_pretrained(path)"
-    )
+    row = FORMATS.get(name)
+    lines = row.loading if row is not None else "# how this is loaded is not known here\npath = {path}"
+    return lines.replace("{path}", quoted)

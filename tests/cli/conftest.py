@@ -14,7 +14,8 @@ import pytest
 from cli_tools import Eqat, environment, story
 from waiting import PATIENCE
 
-from engine.config.loading import load, resolve
+from engine.config.derived import resolve
+from engine.config.loading import load
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter
 from engine.run.finding import list_runs

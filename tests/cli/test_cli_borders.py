@@ -12,9 +12,10 @@ import pytest
 from cli_tools import EQAT_WITH_SCRIPTED_ENGINE, SCRIPTED_ENGINE, Eqat, environment, story, wait_until
 
 from engine.run import events
-from engine.run.directory import RunDirectory, run_state
+from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter
 from engine.run.finding import list_runs
+from engine.run.liveness import run_state
 from engine.system.printable import hides
 from eqat_tui import actions
 

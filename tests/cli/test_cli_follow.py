@@ -33,8 +33,9 @@ from cli_tools import (
 from waiting import PATIENCE, wait_until, waits
 
 from engine.errors import PreflightError
-from engine.run.directory import RunDirectory, run_state
+from engine.run.directory import RunDirectory
 from engine.run.finding import list_runs
+from engine.run.liveness import run_state
 from engine.run.lock import holder
 from engine.run.state import load_state
 from eqat_tui import actions

@@ -13,8 +13,9 @@ import pytest
 from cli_tools import Eqat, ended, start_eqat
 from waiting import stands_still, wait_until
 
-from engine.run.directory import RunDirectory, run_state
+from engine.run.directory import RunDirectory
 from engine.run.finding import list_runs
+from engine.run.liveness import run_state
 from engine.run.lock import holder
 from engine.run.state import load_state
 

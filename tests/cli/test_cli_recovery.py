@@ -19,8 +19,9 @@ from waiting import PATIENCE
 from engine.config.loading import load
 from engine.data.tokens import default_cache_dir
 from engine.run import generations
-from engine.run.directory import RunDirectory, run_state
+from engine.run.directory import RunDirectory
 from engine.run.finding import list_runs
+from engine.run.liveness import run_state
 from engine.run.lock import RunLock
 from eqat_tui.housekeeping import token_cache
 

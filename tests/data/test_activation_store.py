@@ -19,8 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from engine.config.runtime import StoreKind
 from engine.data import activations
-from engine.data.activations import ActivationStore, StoreKind, make_store
+from engine.data.activations import ActivationStore, make_store
 from engine.errors import EqatError, ExitCode, PreflightError
 
 KINDS: tuple[StoreKind, ...] = ("device", "host", "disk")

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.data.activations import ActivationStore, StoreKind, make_store
+from engine.config.runtime import StoreKind
+from engine.data.activations import ActivationStore, make_store
 from engine.data.prefetch import InPlace, Prefetcher, WriteBehind, to_device
 from engine.errors import EqatError, ExitCode
 

@@ -16,9 +16,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine.config.corpora import HubSource
 from engine.config.data import DataConfig
 from engine.data import tokens as tokens_module
-from engine.data.hub import HubSource, HubText
+from engine.data.hub import HubText
 from engine.data.text import documents
 from engine.data.tokens import _load, _store, default_cache_dir, token_windows, tokenizer_hash
 from engine.errors import DataError, ExitCode

@@ -21,7 +21,9 @@ from typing import Any, TypeVar
 
 from waiting import NOBODY_ASKS, PATIENCE, hears, stands_still, wait_until
 
-from engine.config import loading as configs
+from engine.config.loading import load
+from engine.config.overrides import apply_overrides
+from engine.config.writing import to_toml
 from engine.run import event_log, events, launch
 from engine.run.directory import RunDirectory
 
@@ -50,7 +52,7 @@ SMALL: dict[str, object] = {
 
 
 def make_run(runs_dir: Path, overrides: Mapping[str, object] | None = None) -> RunDirectory:
-    config = configs.load("smoke", overrides={**SMALL, **(overrides or {})})
+    config = load("smoke", overrides={**SMALL, **(overrides or {})})
     return RunDirectory.create(runs_dir, config)
 
 
@@ -63,7 +65,7 @@ def run_here(run: RunDirectory, *arguments: str) -> int:
 
 def change(run: RunDirectory, **overrides: object) -> None:
     """Edit the run's config.toml as a user would."""
-    run.config_toml.write_text(configs.to_toml(configs.apply_overrides(run.config(), overrides)))
+    run.config_toml.write_text(to_toml(apply_overrides(run.config(), overrides)))
 
 
 def local_model(folder: Path) -> Path:
@@ -72,7 +74,7 @@ def local_model(folder: Path) -> Path:
 
     from engine.models.source import ModelSource
 
-    source = ModelSource.open(configs.load("smoke").model)
+    source = ModelSource.open(load("smoke").model)
     source.save_assets(folder)
     save_file({name: source.weights.load(name) for name in source.weights.names()}, folder / WEIGHTS)
     return folder

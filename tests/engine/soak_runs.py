@@ -14,7 +14,8 @@ from engine_runs import exported, log, make_run, of, output, start, wait_until
 from soak_tools import Row, contents
 
 from engine.run import events
-from engine.run.directory import RunDirectory, run_state
+from engine.run.directory import RunDirectory
+from engine.run.liveness import run_state
 from engine.run.redo import make_redo
 
 SETTINGS: dict[str, object] = {

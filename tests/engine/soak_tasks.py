@@ -13,7 +13,8 @@ from engine_runs import Child, exported, output, start, wait_until
 from soak_runs import Whole
 from soak_tools import Row, die_before_change
 
-from engine.run.directory import RunDirectory, run_state
+from engine.run.directory import RunDirectory
+from engine.run.liveness import run_state
 
 MOST_CHANGES = 24
 """Of folders, that an export makes at most."""

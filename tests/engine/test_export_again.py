@@ -28,7 +28,9 @@ from engine_runs import (
 
 from engine.export import place
 from engine.run import control, events
-from engine.run.directory import RunDirectory, read_status, run_state
+from engine.run.directory import RunDirectory
+from engine.run.liveness import run_state
+from engine.run.status import read_status
 
 Engine = Callable[..., Child]
 EXPORT = ("--task", "export")

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from engine.errors import EqatError, ExitCode
 from engine.failures import as_eqat_error
 from engine.run import events
-from engine.run.directory import RunDirectory, run_state
+from engine.run.directory import RunDirectory
+from engine.run.liveness import run_state
 
 Make = Callable[..., RunDirectory]
 Engine = Callable[..., Child]

@@ -12,16 +12,20 @@ import torch
 from engine_runs import of, run_here
 from torch import Tensor
 
-from engine.config import loading as configs
-from engine.config.grid import GridConfig
+from engine.config.derived import resolve
+from engine.config.grid import Grid, GridConfig
+from engine.config.loading import load
 from engine.config.model import ModelConfig
-from engine.data.activations import StoreKind, make_store
+from engine.config.runtime import StoreKind
+from engine.data.activations import make_store
 from engine.data.sampler import BatchSampler
-from engine.methods.advance import Passage, advance
+from engine.methods.advance import Portions, advance
 from engine.methods.blockwise.block_ap import BlockResult, train_block
 from engine.methods.blockwise.reconstruction import Streams
 from engine.methods.blockwise.rtn import round_to_nearest
-from engine.methods.network.e2e_qp import E2EData, Teacher, train_scales
+from engine.methods.network.e2e_qp import train_scales
+from engine.methods.network.network import NetworkData
+from engine.methods.network.teacher import Teacher
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.quant.grid import fake_quantize, initial_range, quantize
@@ -29,7 +33,7 @@ from engine.quant.packed import Kernels, PackedLinear, PackedWeight
 from engine.quant.packing import bitpack, bitunpack
 from engine.run import events
 from engine.run.directory import RunDirectory
-from engine.training.stepper import Diverged, Snapshot
+from engine.training.stepper import Diverged
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -75,7 +79,7 @@ def test_the_initial_grid_and_its_integers_agree(bits: int, symmetric: bool, met
     for outputs, inputs, group in SHAPES:
         weight = weights(outputs, inputs)
         here, there = (
-            initial_range(weight.to(d), bits, group, symmetric=symmetric, method=method, norm=2.5)
+            initial_range(weight.to(d), Grid(bits, group, symmetric), method=method, norm=2.5)
             for d in (CPU, GPU)
         )
         # The search compares sums; where two candidates are as good as equal, either may win.
@@ -96,9 +100,7 @@ def test_fake_quantization_and_its_gradients_agree(bits: int, outputs: int, inpu
     results = []
     for device in (CPU, GPU):
         weight = weights(outputs, inputs).to(device).requires_grad_(True)
-        scale, zero = initial_range(
-            weights(outputs, inputs), bits, group, symmetric=False, method="minmax", norm=2.5
-        )
+        scale, zero = initial_range(weights(outputs, inputs), Grid(bits, group), method="minmax", norm=2.5)
         scale = (scale * 0.8).to(device).requires_grad_(True)  # some weights are clipped
         zero = zero.to(device).requires_grad_(True)
         out = fake_quantize(weight, scale, zero, bits)
@@ -115,8 +117,8 @@ def test_packed_linears_compute_and_differentiate_alike(
     bits: int, outputs: int, inputs: int, group: int
 ) -> None:
     weight = weights(outputs, inputs)
-    scale, zero = initial_range(weight, bits, group, symmetric=False, method="minmax", norm=2.5)
-    packed = PackedWeight.from_codes(quantize(weight, scale, zero, bits), scale, zero, bits, False)
+    scale, zero = initial_range(weight, Grid(bits, group), method="minmax", norm=2.5)
+    packed = PackedWeight.from_codes(quantize(weight, scale, zero, bits), scale, zero, Grid(bits, group))
     assert torch.equal(packed.to(GPU).codes().cpu(), packed.codes())
     assert torch.equal(packed.to(GPU).dequantize().cpu(), packed.dequantize())
     x, direction = weights(3, inputs, seed=2), weights(3, outputs, seed=3)
@@ -180,15 +182,12 @@ class Listening:
     def leave_if_asked(self) -> None:
         pass
 
-    def step_boundary(self, state: Callable[[], Snapshot]) -> None:
-        pass
-
     def expect_silence(self, seconds: float) -> None:
         pass
 
 
 def trained_block(device: torch.device, dtype: torch.dtype, bits: int = 3) -> tuple[BlockResult, Listening]:
-    config = configs.resolve(configs.load("smoke"))
+    config = resolve(load("smoke"))
     lm = CausalLM(ModelSource.open(config.model), device, torch.float32)
     ids = torch.randint(0, lm.vocab_size, (20, 32), generator=torch.Generator().manual_seed(0))
     stores = [make_store("device", (20, 32, lm.hidden_size), dtype, device) for _ in range(2)]
@@ -196,7 +195,7 @@ def trained_block(device: torch.device, dtype: torch.dtype, bits: int = 3) -> tu
         store.write(0, lm.embed(ids.to(device)))
     heard = Listening()
     block = lm.load_block(0, dtype=torch.float32)
-    advance(lm, 0, block, stores[0], Passage(config.block_ap.batch_size), dtype, heard)
+    advance(lm, 0, block, stores[0], Portions(config.block_ap.batch_size), dtype, heard)
     result = train_block(
         lm,
         0,
@@ -258,7 +257,7 @@ def trained_scales(
     kernels: bool, compiles: bool, recompute: bool, kind: StoreKind, folder: Path, dtype: torch.dtype
 ) -> tuple[Tensor, list[float]]:
     """End-to-end training of the smallest model; all scales in a row, and the losses."""
-    config = msgspec.structs.replace(configs.resolve(configs.load("smoke")).e2e_qp, epochs=3)
+    config = msgspec.structs.replace(resolve(load("smoke")).e2e_qp, epochs=3)
     lm = CausalLM(ModelSource.open(ModelConfig(source="random://tiny-llama")), GPU, torch.float32)
     grid = GridConfig(bits=3, group_size=32)
     packed = [round_to_nearest(lm.load_block(i), lm.linear_names(i), grid) for i in range(lm.blocks)]
@@ -272,7 +271,7 @@ def trained_scales(
         if kernels:
             Kernels.switch_on(GPU)
         train_scales(
-            *(lm, blocks, E2EData(ids, 16, Teacher(store)), config),
+            *(lm, blocks, NetworkData(ids, 16, Teacher(store)), config),
             seed=0,
             dtype=dtype,
             progress=heard,

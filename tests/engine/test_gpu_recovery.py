@@ -12,7 +12,8 @@ import torch
 from engine_runs import Child, exported, failure, make_run, of, output, start
 
 from engine.run import events
-from engine.run.directory import RunDirectory, run_state
+from engine.run.directory import RunDirectory
+from engine.run.liveness import run_state
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 

@@ -16,8 +16,10 @@ import pytest
 from engine_runs import Child, exported, make_run, of, output, run_here, start
 from waiting import PATIENCE, wait_until
 
-from engine.run import control, events, generations
-from engine.run.directory import RunDirectory, read_status, run_state
+from engine.run import control, event_log, events, generations
+from engine.run.directory import RunDirectory
+from engine.run.liveness import run_state
+from engine.run.status import read_status
 
 Make = Callable[..., RunDirectory]
 Engine = Callable[..., Child]
@@ -413,7 +415,7 @@ def test_a_run_that_waits_for_room_says_so_and_can_be_stopped(make: Make, engine
 
 def full_event_log() -> None:
     """In this process every log of events lies on a disk without room."""
-    events.open_regular = lambda *where, **how: os.open("/dev/full", os.O_WRONLY)
+    event_log.open_regular = lambda *where, **how: os.open("/dev/full", os.O_WRONLY)
 
 
 def test_an_event_log_that_cannot_be_written_does_not_end_the_training(

@@ -11,10 +11,11 @@ import pytest
 from engine_runs import Child, exported, failure, log, of, run_here
 from safetensors import safe_open
 
-from engine.config import loading as configs
+from engine.config.overrides import apply_overrides
 from engine.plan.plan import make_plan
 from engine.run import events
-from engine.run.directory import RunDirectory, run_state
+from engine.run.directory import RunDirectory
+from engine.run.liveness import run_state
 from engine.run.state import load_state
 
 Make = Callable[..., RunDirectory]
@@ -286,9 +287,7 @@ def test_a_small_budget_is_kept_by_putting_activations_on_disk_and_gives_the_sam
     roomy = make(**sizes)
     assert make_plan(roomy.config()).activation_store == "host"
     needed = {
-        store: make_plan(
-            configs.apply_overrides(roomy.config(), {"runtime.activation_store": store})
-        ).peak_host_bytes
+        store: make_plan(apply_overrides(roomy.config(), {"runtime.activation_store": store})).peak_host_bytes
         for store in ("host", "disk")
     }
     assert needed["host"] - needed["disk"] > 0.8 * streams

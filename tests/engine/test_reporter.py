@@ -20,7 +20,9 @@ from engine.config.run import RunConfig
 from engine.config.stages import phases_of
 from engine.reporter import Reporter
 from engine.run import events
-from engine.run.directory import RunDirectory, Status, classify, read_status, run_state
+from engine.run.directory import RunDirectory
+from engine.run.liveness import classify, run_state
+from engine.run.status import Status, read_status
 from engine.telemetry import Telemetry, peak_host_bytes, reset_peaks
 
 Make = Callable[..., RunDirectory]

@@ -14,7 +14,8 @@ from engine_runs import Child, change, exported, failure, of, output, run_here
 from waiting import holds_back, waits
 
 from engine.run import control, events
-from engine.run.directory import RunDirectory, run_state
+from engine.run.directory import RunDirectory
+from engine.run.liveness import run_state
 from engine.run.state import load_state
 
 Make = Callable[..., RunDirectory]

@@ -25,7 +25,8 @@ from engine.checkpoints.streams import StoredStreams
 from engine.errors import EqatError
 from engine.models.weights import read_header
 from engine.run import control, events
-from engine.run.directory import RunDirectory, run_state
+from engine.run.directory import RunDirectory
+from engine.run.liveness import run_state
 from engine.run.redo import make_redo
 
 Make = Callable[..., RunDirectory]

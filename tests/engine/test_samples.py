@@ -16,7 +16,7 @@ import torch
 from engine_runs import exported, failure, of, output, run_here, wait_until
 from torch import nn
 
-from engine.config.loading import resolve
+from engine.config.derived import resolve
 from engine.evaluation.generation import end_tokens, prompt_ids
 from engine.models.causal_lm import CausalLM
 from engine.phases.samples import write_samples
@@ -24,7 +24,8 @@ from engine.pipeline import Pipeline
 from engine.plan.plan import make_plan
 from engine.reporter import Reporter
 from engine.run import control, events
-from engine.run.directory import RunDirectory, run_state
+from engine.run.directory import RunDirectory
+from engine.run.liveness import run_state
 from engine.run.state import load_state
 
 Make = Callable[..., RunDirectory]

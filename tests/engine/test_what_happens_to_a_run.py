@@ -15,7 +15,8 @@ import torch
 from engine_runs import Child, exported, make_run, of, output, run_here, start, wait_until
 
 from engine.run import events
-from engine.run.directory import RunDirectory, run_state
+from engine.run.directory import RunDirectory
+from engine.run.liveness import run_state
 from engine.run.state import load_state
 from engine.telemetry import Telemetry
 

@@ -109,8 +109,12 @@ def test_each_block_is_loaded_once_and_progress_is_told(tmp_path: Path) -> None:
 
 def test_a_stop_request_ends_the_evaluation(tmp_path: Path) -> None:
     _, lm = saved(tmp_path, "llama")
+
+    def stop() -> None:
+        raise StopRequested
+
     with pytest.raises(StopRequested):
-        perplexity(lm, lm.load_block, windows(), should_stop=lambda: True)
+        perplexity(lm, lm.load_block, windows(), on_batch=stop)
 
 
 def test_no_windows_is_an_error_not_a_division_by_zero(tmp_path: Path) -> None:

@@ -11,9 +11,12 @@ import tiny
 import torch
 from torch.nn import functional
 
-from engine.config.evaluation import TASKS
-from engine.config.loading import apply_overrides, load, resolve
+from engine.config.corpora import HubSource
+from engine.config.derived import resolve
+from engine.config.loading import load
 from engine.config.model import ModelConfig
+from engine.config.overrides import apply_overrides
+from engine.config.tasks import TASKS, Task
 from engine.config.validation import validate
 from engine.data import tasks as asking
 from engine.data.tasks import Question, questions
@@ -68,7 +71,7 @@ def test_scores_are_those_of_each_row_alone(lm: CausalLM, stored: bool, tmp_path
         patch.setattr(module, "TOKENS_AT_A_TIME", 100)  # several batches, one of them not full
         if stored:
             patch.setattr(module, "CPU_MEMORY", 0)
-        scores = _scores(lm, lm.load_block, rows, tmp_path, lambda done, blocks: None, lambda: False)
+        scores = _scores(lm, lm.load_block, rows, tmp_path, lambda done, blocks: None, lambda: None)
     assert scores == pytest.approx([by_hand(lm, row) for row in rows], rel=1e-4)
     assert list(tmp_path.iterdir()) == []
 
@@ -93,14 +96,18 @@ def test_a_model_of_undefined_numbers_is_not_right_by_chance(lm: CausalLM) -> No
                 parameter.fill_(float("nan"))
         return block
 
-    scores = _scores(lm, broken, random_rows(lm, 3), None, lambda done, blocks: None, lambda: False)
+    scores = _scores(lm, broken, random_rows(lm, 3), None, lambda done, blocks: None, lambda: None)
     assert scores == [-math.inf] * 3
 
 
 def test_a_stop_ends_the_questions(lm: CausalLM) -> None:
     task = TokenizedTask(tuple(random_rows(lm, 4)), ((0, 2), (2, 4)), (0, 0))
+
+    def stop() -> None:
+        raise StopRequested
+
     with pytest.raises(StopRequested):
-        accuracies(lm, lm.load_block, {"mine": task}, should_stop=lambda: True)
+        accuracies(lm, lm.load_block, {"mine": task}, on_batch=stop)
 
 
 def test_a_continuation_begins_where_its_context_ends() -> None:
@@ -156,6 +163,7 @@ HUB_ROWS = {
         ),
     ),
 }
+HUB_ROWS["arc_challenge"] = HUB_ROWS["arc_easy"]
 
 
 @pytest.mark.parametrize("name", HUB_ROWS)
@@ -166,7 +174,23 @@ def test_tasks_of_the_hub_are_asked_as_published(name: str, monkeypatch: pytest.
 
 
 def test_every_task_that_a_configuration_may_name_can_be_asked() -> None:
-    assert set(TASKS) == set(asking.TASKS)
+    assert set(TASKS.names()) == set(HUB_ROWS)
+
+
+def asked_backwards(row: asking.Row) -> Question:
+    return Question(((row["text"], row["text"][::-1]),), 0)
+
+
+def test_a_task_that_another_package_registers_is_validated_and_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    TASKS.register(Task(name="mirror", source=HubSource("a/b"), ask=f"{__name__}:asked_backwards"))
+    try:
+        monkeypatch.setattr(asking, "hub_rows", lambda source: iter([{"text": source.repo}]))
+        validate(resolve(apply_overrides(load("smoke"), {"evaluation.tasks": "mirror"})))
+        assert questions("mirror") == [Question((("a/b", "b/a"),), 0)]
+    finally:
+        TASKS.unregister("mirror")
 
 
 def test_a_file_brings_its_own_questions(tmp_path: Path) -> None:

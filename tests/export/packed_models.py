@@ -13,8 +13,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from engine.config.grid import Grid
 from engine.config.model import ModelConfig
-from engine.export.gptq_v2 import ExportResult, export_gptq_v2
+from engine.export.checkpoint import Export
+from engine.export.layout import Layout, layout_of
+from engine.export.reader import CheckpointReader, packed_model
+from engine.export.result import ExportResult
+from engine.export.verify import VerifyResult, verify
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.models.tokenizer import byte_tokenizer
@@ -66,7 +71,7 @@ def random_weight(out: int, inp: int, bits: int, group: int, symmetric: bool, se
         zero[0, 0], zero[1, 0] = 0, top
         zero[2, -1], zero[3, -1] = top, 0
     scale = (0.5 + torch.rand(out, groups, generator=draw)) * (1.2 / (top * inp**0.5))
-    return PackedWeight.from_codes(codes, scale, zero, bits, symmetric)
+    return PackedWeight.from_codes(codes, scale, zero, Grid(bits, group, symmetric))
 
 
 def packed_blocks(lm: CausalLM, bits: int, group: int, symmetric: bool = False) -> list[PackedBlock]:
@@ -88,6 +93,53 @@ def packed_blocks(lm: CausalLM, bits: int, group: int, symmetric: bool = False) 
     return blocks
 
 
+GPTQ_V2 = layout_of("gptq_v2")
+
+
+def write(
+    out: Path,
+    lm: CausalLM,
+    source: ModelSource,
+    block_for: Callable[[int], PackedBlock],
+    *,
+    layout: Layout = GPTQ_V2,
+    shard_bytes: int = 1 << 30,
+    card: dict[str, Any] | None = None,
+    on_block: Callable[[int, int], None] | None = None,
+) -> ExportResult:
+    """Export blocks of a model in one layout."""
+    made = Export(
+        layout=layout,
+        lm=lm,
+        source=source,
+        block_for=block_for,
+        shard_bytes=shard_bytes,
+        card=card or {},
+        on_block=on_block,
+    )
+    return made.into(out)
+
+
+def compare(
+    directory: Path,
+    lm: CausalLM,
+    block_for: Callable[[int], PackedBlock],
+    ids: torch.Tensor,
+    layout: Layout = GPTQ_V2,
+) -> VerifyResult:
+    """Verify an export."""
+    return verify(directory, layout, lm, block_for, ids)
+
+
+def reader_of(directory: Path) -> CheckpointReader:
+    return GPTQ_V2.reader(directory)
+
+
+def reload(directory: Path, layout: Layout = GPTQ_V2) -> CausalLM:
+    """The model in an export."""
+    return packed_model(directory, layout.reader, torch.device("cpu"), torch.float32)
+
+
 def export(
     directory: Path,
     out: Path,
@@ -101,7 +153,7 @@ def export(
     """Quantize a saved model with random integers and export it."""
     source, lm = open_model(directory)
     blocks = packed_blocks(lm, bits, group, symmetric)
-    result = export_gptq_v2(
+    result = write(
         out, lm, source, blocks.__getitem__, shard_bytes=shard_bytes, card=card or {"command": "eqat run x"}
     )
     return lm, blocks, result

@@ -9,22 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 from packed_models import (
+    GPTQ_V2,
+    compare,
     export,
     logits,
     open_model,
     packed_blocks,
+    reader_of,
+    reload,
     save_model,
     some_ids,
     trained_logits,
+    write,
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from engine.config.grid import Grid
 from engine.errors import PreflightError
-from engine.export.gptq_v2 import export_gptq_v2, packed_tensors
-from engine.export.reader import GPTQv2Reader, packed_model, unpack_rows
-from engine.export.verify import verify_gptq_v2
+from engine.export.reader import unpack_rows
 from engine.quant.grid import initial_range, quantize
 from engine.quant.packed import PackedBlock, PackedWeight
 
@@ -49,14 +53,14 @@ def test_files_hold_the_trained_integers_bit_for_bit(
     llama: Path, tmp_path: Path, bits: int, group: int, symmetric: bool
 ) -> None:
     lm, blocks, result = export(llama, tmp_path / "out", bits, group, symmetric)
-    check = verify_gptq_v2(result.path, lm, blocks.__getitem__, some_ids(1, 16))
+    check = compare(result.path, lm, blocks.__getitem__, some_ids(1, 16))
     assert check.problems == ()
     assert check.verified
     assert check.max_logit_diff is not None
     assert check.tolerance is not None
     assert check.max_logit_diff <= check.tolerance
     assert check.perplexity_packed == pytest.approx(check.perplexity_trained, rel=1e-2)
-    zeros = GPTQv2Reader(result.path).linear("model.layers.0.self_attn.q_proj").zero_OG
+    zeros = reader_of(result.path).linear("model.layers.0.self_attn.q_proj").zero_OG
     expected = {2 ** (bits - 1)} if symmetric else {0, 2**bits - 1}
     assert expected <= set(zeros.unique().tolist())
 
@@ -69,7 +73,7 @@ def test_layout_is_the_one_the_format_describes(bits: int) -> None:
     zero = torch.randint(0, 2**bits, (out, 2), generator=draw, dtype=torch.uint8)
     zero[0], zero[1] = 0, 2**bits - 1
     scale = torch.rand(out, 2, generator=draw)
-    tensors = dict(packed_tensors("l", PackedWeight.from_codes(codes, scale, zero, bits)))
+    tensors = dict(GPTQ_V2.tensors("l", PackedWeight.from_codes(codes, scale, zero, Grid(bits, group))))
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == {
         "l.qweight": ((inp * bits // 32, out), torch.int32),
         "l.qzeros": ((2, out * bits // 32), torch.int32),
@@ -109,12 +113,12 @@ def test_biases_norms_and_embeddings_survive(
     directory = save_model(tmp_path / "fp", model_type, **changes)
     lm, blocks, result = export(directory, tmp_path / "out", 3, 32)
     ids = some_ids()
-    assert verify_gptq_v2(result.path, lm, blocks.__getitem__, ids).problems == ()
-    reader = GPTQv2Reader(result.path)
+    assert compare(result.path, lm, blocks.__getitem__, ids).problems == ()
+    reader = reader_of(result.path)
     assert ("lm_head.weight" in reader) == (not lm.tied)
     for name, tensor in blocks[1].others.items():
         assert torch.equal(reader.stored(f"model.layers.1.{name}"), tensor.half())
-    reloaded = packed_model(result.path, torch.device("cpu"), torch.float32)
+    reloaded = reload(result.path)
     difference = logits(reloaded, reloaded.load_block, ids) - trained_logits(lm, blocks, ids)
     assert difference.abs().max() < 0.02
 
@@ -179,7 +183,7 @@ def test_shards_hold_the_same_model(llama: Path, tmp_path: Path) -> None:
         parts.update(load_file(many.path / name))
     assert whole.keys() == parts.keys() == index["weight_map"].keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert verify_gptq_v2(many.path, lm, blocks.__getitem__, some_ids()).verified
+    assert compare(many.path, lm, blocks.__getitem__, some_ids()).verified
 
 
 def test_exporting_twice_gives_the_same_bytes_in_every_file(llama: Path, tmp_path: Path) -> None:
@@ -203,9 +207,7 @@ def test_an_interrupted_export_leaves_the_previous_one_untouched(llama: Path, tm
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export_gptq_v2(
-            result.path, lm, source, blocks.__getitem__, shard_bytes=1 << 30, card={}, on_block=stop
-        )
+        write(result.path, lm, source, blocks.__getitem__, on_block=stop)
     assert (result.path / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -218,7 +220,7 @@ def test_blocks_are_asked_for_once_each_in_order(llama: Path, tmp_path: Path) ->
         asked.append(index)
         return blocks[index]
 
-    export_gptq_v2(tmp_path / "out", lm, source, block_for, shard_bytes=1 << 30, card={})
+    write(tmp_path / "out", lm, source, block_for)
     assert asked == list(range(lm.blocks))
 
 
@@ -240,10 +242,13 @@ def test_model_card_has_the_numbers_and_the_command(llama: Path, tmp_path: Path)
 
 def test_zero_points_that_do_not_fill_words_are_refused_by_name() -> None:
     weight = PackedWeight.from_codes(
-        torch.zeros(8, 64, dtype=torch.uint8), torch.ones(8, 1), torch.zeros(8, 1, dtype=torch.uint8), 2
+        torch.zeros(8, 64, dtype=torch.uint8),
+        torch.ones(8, 1),
+        torch.zeros(8, 1, dtype=torch.uint8),
+        Grid(2, 64),
     )
     with pytest.raises(PreflightError, match=r"layers\.0\.k_proj: 8 output channels of 2 bits"):
-        list(packed_tensors("layers.0.k_proj", weight))
+        list(GPTQ_V2.tensors("layers.0.k_proj", weight))
 
 
 def test_values_beyond_float16_are_refused_by_name(llama: Path, tmp_path: Path) -> None:
@@ -251,7 +256,7 @@ def test_values_beyond_float16_are_refused_by_name(llama: Path, tmp_path: Path) 
     blocks = packed_blocks(lm, 4, 64)
     blocks[1].others["input_layernorm.weight"][3] = 1e6
     with pytest.raises(PreflightError, match=r"model\.layers\.1\.input_layernorm\.weight: holds 1e\+06"):
-        export_gptq_v2(tmp_path / "out", lm, source, blocks.__getitem__, shard_bytes=1 << 30, card={})
+        write(tmp_path / "out", lm, source, blocks.__getitem__)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -259,13 +264,27 @@ def test_mixed_grids_are_refused(llama: Path, tmp_path: Path) -> None:
     source, lm = open_model(llama)
     blocks = [packed_blocks(lm, 4, 64)[0], packed_blocks(lm, 2, 64)[1]]
     with pytest.raises(PreflightError, match="one grid for the whole model"):
-        export_gptq_v2(tmp_path / "out", lm, source, blocks.__getitem__, shard_bytes=1 << 30, card={})
+        write(tmp_path / "out", lm, source, blocks.__getitem__)
+
+
+@pytest.mark.parametrize("grid", [(2, 64, False), (4, 32, False), (4, -1, False), (4, 64, True)])
+def test_a_linear_with_a_grid_of_its_own_is_refused_by_name(
+    llama: Path, tmp_path: Path, grid: tuple[int, int, bool]
+) -> None:
+    source, lm = open_model(llama)
+    blocks = packed_blocks(lm, 4, 64)
+    blocks[1].linears["mlp.up_proj"] = packed_blocks(lm, *grid)[1].linears["mlp.up_proj"]
+    with pytest.raises(PreflightError, match="gptq_v2 holds one") as caught:
+        write(tmp_path / "out", lm, source, blocks.__getitem__)
+    assert caught.value.where == "model.layers.1.mlp.up_proj"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not STORIES.exists(), reason="the shared model stories260K is not here")
 def test_a_real_model_keeps_its_predictions_at_8_bits(tmp_path: Path) -> None:
     """Its down_proj has 172 inputs, which no group size divides; whole rows at 8 bits fit."""
     source, lm = open_model(STORIES)
+    grid = Grid(8, -1)
 
     def block_for(index: int) -> PackedBlock:
         module = lm.load_block(index)
@@ -273,16 +292,18 @@ def test_a_real_model_keeps_its_predictions_at_8_bits(tmp_path: Path) -> None:
         for name in lm.linear_names(index):
             linear = module.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            scale, zero = initial_range(linear.weight, 8, -1, symmetric=False, method="minmax")
-            linears[name] = PackedWeight.from_codes(quantize(linear.weight, scale, zero, 8), scale, zero, 8)
+            scale, zero = initial_range(linear.weight, grid, method="minmax")
+            linears[name] = PackedWeight.from_codes(
+                quantize(linear.weight, scale, zero, 8), scale, zero, grid
+            )
         own = {f"{name}.weight" for name in linears}
         return PackedBlock(linears, {n: p for n, p in module.named_parameters() if n not in own})
 
-    result = export_gptq_v2(tmp_path / "out", lm, source, block_for, shard_bytes=1 << 30, card={})
+    result = write(tmp_path / "out", lm, source, block_for)
     ids = source.tokenizer()("Once upon a time, there was a little girl", return_tensors="pt").input_ids
-    check = verify_gptq_v2(result.path, lm, block_for, ids)
+    check = compare(result.path, lm, block_for, ids)
     assert check.problems == ()
-    reloaded = packed_model(result.path, torch.device("cpu"), torch.float32)
+    reloaded = reload(result.path)
     full, packed = logits(lm, lm.load_block, ids), logits(reloaded, reloaded.load_block, ids)
     assert (full.argmax(-1) == packed.argmax(-1)).float().mean() > 0.8
     assert result.bytes < 0.7 * result.fp_bytes

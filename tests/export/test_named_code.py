@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from packed_models import open_model, packed_blocks, save_model
+from packed_models import open_model, packed_blocks, save_model, write
 
-from engine.export.gptq_v2 import ExportResult, export_gptq_v2
 from engine.export.named_code import drop_missing_code, without_missing
+from engine.export.result import ExportResult
 
 AUTO_MAP = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "other/repo--theirs.Model"}
 TOKENIZER_MAP = {"AutoTokenizer": ["mine.Slow", None], "AutoProcessor": ["absent.A", "other/repo--b.B"]}
@@ -77,7 +77,7 @@ def exported(folder: Path, out: Path, trusted: bool) -> ExportResult:
     """An export of the model in ``folder``, whose own code is copied with it where it is trusted."""
     source, lm = open_model(folder)
     source.trust_remote_code = trusted
-    return export_gptq_v2(out, lm, source, packed_blocks(lm, 4, 64).__getitem__, shard_bytes=1 << 30, card={})
+    return write(out, lm, source, packed_blocks(lm, 4, 64).__getitem__)
 
 
 @pytest.mark.parametrize("trusted", [False, True])

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed_models import export, open_model, save_model, some_ids
+from packed_models import compare, export, open_model, save_model, some_ids
 from safetensors import safe_open
 
 from engine.errors import EqatError
-from engine.export.gptq_v2 import ExportResult
-from engine.export.verify import VerifyResult, verify_gptq_v2
+from engine.export.result import ExportResult
+from engine.export.verify import VerifyResult
 from engine.models.causal_lm import CausalLM
 from engine.quant.packed import PackedBlock
 
@@ -30,7 +30,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 def check(exported: Exported, directory: Path) -> VerifyResult:
     lm, blocks, _ = exported
-    return verify_gptq_v2(directory, lm, blocks.__getitem__, some_ids(1, 8))
+    return compare(directory, lm, blocks.__getitem__, some_ids(1, 8))
 
 
 def position_of(directory: Path, name: str) -> tuple[Path, int]:
@@ -125,14 +125,14 @@ def test_a_configuration_of_another_network_is_caught_by_the_logits(
 def test_other_blocks_than_the_trained_ones_are_caught(exported: Exported) -> None:
     lm, blocks, result = exported
     swapped = list(reversed(blocks))
-    assert not verify_gptq_v2(result.path, lm, swapped.__getitem__, some_ids(1, 8)).verified
+    assert not compare(result.path, lm, swapped.__getitem__, some_ids(1, 8)).verified
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_verification_holds_in_the_arithmetic_of_a_gpu_run(exported: Exported, dtype: torch.dtype) -> None:
     _, blocks, result = exported
     _, lm = open_model(result.path.parent / "fp", dtype)
-    assert verify_gptq_v2(result.path, lm, blocks.__getitem__, some_ids(1, 8)).problems == ()
+    assert compare(result.path, lm, blocks.__getitem__, some_ids(1, 8)).problems == ()
 
 
 def test_verification_leaves_the_trained_model_as_it_was(exported: Exported) -> None:

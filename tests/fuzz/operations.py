@@ -147,11 +147,13 @@ def programs(world: World, chance: Random) -> list[Operation]:
 def look_at_run(path: Path) -> None:
     """Everything that the app reads of a run, and its views at two sizes."""
     from engine.run import control, event_log, launch
-    from engine.run.directory import RunDirectory, read_status, run_state
+    from engine.run.directory import RunDirectory
+    from engine.run.liveness import run_state
     from engine.run.lock import holder
     from engine.run.redo import read_origin
+    from engine.run.shown import show, summarize
     from engine.run.state import load_state
-    from engine.run.summary import show, summarize
+    from engine.run.status import read_status
     from eqat_tui import feed
     from eqat_tui.views import monitor, result
     from eqat_tui.views.runs import Compared, details, differences
@@ -229,7 +231,8 @@ def open_model(source: Path) -> None:
 def read_texts(source: Path) -> None:
     """All documents of every part, and what the text is identified by."""
     from engine.config.data import DataConfig
-    from engine.data.text import PARTS, open_source
+    from engine.data.parts import PARTS
+    from engine.data.text import open_source
 
     found = open_source(DataConfig(source=str(source)))
     for part in PARTS:
@@ -240,9 +243,12 @@ def read_texts(source: Path) -> None:
 
 def load_config(path: Path) -> None:
     """Load, complete, check and write a configuration."""
-    from engine.config import loading as configs
+    from engine.config.derived import resolve
+    from engine.config.loading import load
+    from engine.config.sameness import config_hash, equivalent_command
     from engine.config.validation import validate
+    from engine.config.writing import to_toml
 
-    config = configs.resolve(configs.load(str(path)))
+    config = resolve(load(str(path)))
     validate(config)
-    configs.to_toml(config), configs.config_hash(config), configs.equivalent_command(config)
+    to_toml(config), config_hash(config), equivalent_command(config)

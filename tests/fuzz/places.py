@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 from pathlib import Path
 from random import Random
 
 import hostile
 from hostile import short
+from odd_files import make_socket
 from world import World, remove
 
 FOR_FILES = (
@@ -67,22 +67,12 @@ def put(kind: str, path: Path, world: World, chance: Random) -> str:
     elif kind == "a FIFO":
         os.mkfifo(path)
     elif kind == "a socket":
-        _socket(path)
+        make_socket(path)
     elif kind == "a folder":
         path.mkdir()
     elif kind == "a file":
         path.write_bytes(b"{}")
     return f"{path.relative_to(world.root)} is {kind}"
-
-
-def _socket(path: Path) -> None:
-    """Binding takes at most 108 bytes of name; a folder's descriptor is a short one."""
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(f"/proc/self/fd/{folder}/{path.name}")
-    finally:
-        os.close(folder)
 
 
 def exchange(first: Path, second: Path, world: World) -> str:

@@ -14,7 +14,7 @@ from hostile import value as hostile_value
 from mutate import mutate_file
 from world import World
 
-from engine.config import loading as configs
+from engine.config.loading import load
 from engine.run.directory import RunDirectory
 
 CODE = """import os
@@ -96,7 +96,7 @@ def _with_code(world: World, chance: Random) -> str:
 
 def trained(world: World, settings: dict[str, object]) -> operations.Operation:
     """A new run from its beginning to its end."""
-    run = RunDirectory.create(world.work, configs.load("smoke", overrides={**SMALL, **settings}))
+    run = RunDirectory.create(world.work, load("smoke", overrides={**SMALL, **settings}))
     return operations.engine(world, run=run.path)
 
 

@@ -19,7 +19,8 @@ import binaries
 from engine_runs import SMALL, exported, local_model
 from world import NEIGHBOUR, VICTIM, World, furnish
 
-from engine.config import loading as configs
+from engine.config.loading import load
+from engine.config.writing import to_toml
 from engine.run import control, event_log, events, housekeeping
 from engine.run.directory import RunDirectory
 
@@ -65,7 +66,7 @@ def in_a_child(action: Any) -> int:
 
 
 def _new_run(world: World, name: str) -> RunDirectory:
-    run = RunDirectory.create(world.runs, configs.load("smoke", overrides=SMALL))
+    run = RunDirectory.create(world.runs, load("smoke", overrides=SMALL))
     return RunDirectory(run.path.rename(world.runs / name))
 
 
@@ -153,8 +154,8 @@ def _texts(world: World) -> None:
 
 def _configs(world: World) -> None:
     """A configuration that says everything, one that extends another, and one that is short."""
-    config = configs.load("smoke", overrides=SMALL)
-    (world.configs / "whole.toml").write_text(configs.to_toml(config))
+    config = load("smoke", overrides=SMALL)
+    (world.configs / "whole.toml").write_text(to_toml(config))
     (world.configs / "base.toml").write_text('extends = "smoke"\n[grid]\nbits = 3\n')
     (world.configs / "child.toml").write_text('extends = "base.toml"\n[block_ap]\nepochs = 1\n')
     text = (

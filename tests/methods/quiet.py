@@ -1,4 +1,5 @@
-"""A progress that listens: what a method reported, and switches to make it due or stop."""
+"""A progress that listens: what a method reported, and switches to make it due or stop; as a keeper it keeps
+nothing."""
 
 from __future__ import annotations
 
@@ -10,11 +11,11 @@ import torch
 from engine.config.block_ap import BlockAPConfig
 from engine.config.grid import GridConfig
 from engine.errors import StopRequested
-from engine.methods.advance import Passage, advance
+from engine.methods.advance import Portions, advance
 from engine.methods.blockwise.block_ap import BlockResult, train_block
 from engine.methods.blockwise.reconstruction import Streams
 from engine.models.causal_lm import CausalLM
-from engine.training.stepper import Snapshot
+from engine.training.snapshot import Snapshot
 
 
 class Heard:
@@ -57,8 +58,8 @@ def one_block(
 ) -> BlockResult:
     """Train a block and bring both streams past it, as a run does."""
     block = lm.load_block(index, dtype=torch.float32)
-    passage = Passage(config.batch_size)
-    advance(lm, index, block, streams.full, passage, options["dtype"], progress)
+    portions = Portions(config.batch_size)
+    advance(lm, index, block, streams.full, portions, options["dtype"], progress)
     result = train_block(lm, index, block, streams, config, grid, progress=progress, **options)
-    advance(lm, index, block, streams.quantized, passage, options["dtype"], progress)
+    advance(lm, index, block, streams.quantized, portions, options["dtype"], progress)
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from engine.training.stepper import BestState
+from engine.training.best_state import BestState
 
 
 def parameters() -> list[nn.Parameter]:

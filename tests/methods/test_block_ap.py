@@ -23,8 +23,10 @@ from engine.methods.blockwise.rtn import round_to_nearest
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.quant.grid import initial_range
-from engine.quant.packed import PackedBlock, replace_submodule
-from engine.training.stepper import Diverged, ParameterGroup, Stepper, cosine_factor
+from engine.quant.packed import PackedBlock
+from engine.quant.slots import slots
+from engine.training.schedule import cosine_factor
+from engine.training.stepper import Diverged, ParameterGroup, Stepper
 
 CPU = torch.device("cpu")
 TRAIN, VAL, LENGTH = 6, 2, 16
@@ -84,7 +86,7 @@ class HandLinear(nn.Module):
         super().__init__()
         self.top, self.group = 2**grid.bits - 1, grid.group_size
         self.weight = nn.Parameter(linear.weight.detach().clone())
-        scale, zero = initial_range(self.weight.data, grid.bits, grid.group_size, method=grid.range)
+        scale, zero = initial_range(self.weight.data, grid.shared, method=grid.range)
         self.scale, self.zero = nn.Parameter(scale), nn.Parameter(zero)
         self.floor = scale * 1e-2
 
@@ -106,9 +108,9 @@ def block_ap_by_hand(lm: CausalLM, config: BlockAPConfig, grid: GridConfig) -> l
         block = lm.load_block(index)
         target = lm.run_block(block, index, full)
         linears = {}
-        for name in lm.linear_names(index):
-            linears[name] = HandLinear(block.get_submodule(name), grid)
-            replace_submodule(block, name, linears[name])
+        for slot in slots(block, lm.linear_names(index)):
+            linears[slot.name] = HandLinear(slot.linear(), grid)
+            slot.set(linears[slot.name])
         norms = [p.requires_grad_(True) for n, p in block.named_parameters() if "norm" in n]
         weights = [x.weight for x in linears.values()] + norms
         others = [p for x in linears.values() for p in (x.scale, x.zero)]

@@ -15,7 +15,7 @@ from engine.config.grid import GridConfig
 from engine.config.model import ModelConfig
 from engine.data.activations import make_store
 from engine.evaluation.perplexity import perplexity
-from engine.methods.advance import Passage, advance
+from engine.methods.advance import Portions, advance
 from engine.methods.blockwise.rtn import round_to_nearest
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
@@ -84,7 +84,7 @@ def test_a_stream_passes_to_the_same_place(lm: CausalLM, packed: bool) -> None:
             if packed:
                 names = lm.linear_names(index)
                 round_to_nearest(block, names, GridConfig(bits=4, group_size=32)).install(block)
-            advance(lm, index, block, store, Passage(2), lm.dtype, Heard())
+            advance(lm, index, block, store, Portions(2), lm.dtype, Heard())
         return store.read(slice(0, len(ids))).float()
 
     plain = passed()

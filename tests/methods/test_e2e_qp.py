@@ -20,11 +20,14 @@ from engine.data.activations import make_store
 from engine.data.sampler import BatchSampler
 from engine.errors import NonFiniteError
 from engine.methods.blockwise.rtn import round_to_nearest
-from engine.methods.network.e2e_qp import E2EData, Teacher, train_scales
+from engine.methods.network.e2e_qp import train_scales
+from engine.methods.network.network import NetworkData
+from engine.methods.network.teacher import Teacher
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
-from engine.quant.packed import PackedBlock, PackedLinear, PackedWeight, replace_submodule
-from engine.training.stepper import cosine_factor
+from engine.quant.packed import PackedBlock, PackedLinear, PackedWeight
+from engine.quant.slots import slot
+from engine.training.schedule import cosine_factor
 
 CPU = torch.device("cpu")
 TRAIN, VAL, LENGTH = 8, 2, 16
@@ -72,13 +75,13 @@ def teacher_hidden(lm: CausalLM, ids: Tensor) -> Tensor:
     return hidden
 
 
-def data(lm: CausalLM, config: E2EQPConfig) -> E2EData:
+def data(lm: CausalLM, config: E2EQPConfig) -> NetworkData:
     ids = tiny.tokens(TRAIN + config.val_sequences, LENGTH, seed=3)
     if config.loss == "cross_entropy":
-        return E2EData(ids, TRAIN, None)
+        return NetworkData(ids, TRAIN, None)
     store = make_store("device", (*ids.shape, lm.hidden_size), torch.float32, CPU)
     store.write(0, teacher_hidden(lm, ids))
-    return E2EData(ids, TRAIN, Teacher(store))
+    return NetworkData(ids, TRAIN, Teacher(store))
 
 
 def train(
@@ -130,7 +133,7 @@ def test_a_two_block_model_trained_by_a_hand_written_loop_gives_the_same_scales(
     for index, block in enumerate(rounded(lm)):
         for name, weight in block.linears.items():
             by_hand[f"{index}.{name}"] = linear = HandLinear(weight)
-            replace_submodule(model, f"model.layers.{index}.{name}", linear)
+            slot(model, f"model.layers.{index}.{name}").set(linear)
     scales = [linear.scale for linear in by_hand.values()]
     optimizer = torch.optim.AdamW(scales, weight_decay=0, fused=False)
     sampler = BatchSampler(TRAIN, 4, 3, seed=5)

@@ -17,8 +17,8 @@ pytest.importorskip("triton")
 from engine.config.block_ap import BlockAPConfig
 from engine.config.grid import GridConfig
 from engine.config.model import ModelConfig
-from engine.data.activations import StoreKind, make_store
-from engine.data.sampler import World
+from engine.config.runtime import StoreKind
+from engine.data.activations import make_store
 from engine.errors import NonFiniteError, StopRequested
 from engine.methods.blockwise import block_ap
 from engine.methods.blockwise.block_ap import BlockResult, train_block
@@ -27,7 +27,8 @@ from engine.methods.blockwise.reconstruction import Reconstruction, Streams
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.quant import quant_step
-from engine.training.stepper import Snapshot
+from engine.training.snapshot import Snapshot
+from engine.training.world import World
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TRAIN, VAL, LENGTH = 5, 2, 16
@@ -118,6 +119,7 @@ def train(lm: CausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trai
             dtype=dtype,
             progress=watch,
             snapshot=snapshot,
+            keeper=watch,
             micro_batch=micro_batch,
             fast=fast,
         )
@@ -313,6 +315,7 @@ def test_a_share_of_several_ranks_is_a_usual_batch(lm: CausalLM, tmp_path: Path)
         seed=0,
         dtype=torch.float32,
         progress=watch,
+        keeper=watch,
         fast=True,
         world=World(0, 2),
     )

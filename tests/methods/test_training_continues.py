@@ -19,14 +19,15 @@ from engine.config.grid import GridConfig
 from engine.config.model import ModelConfig
 from engine.data.activations import make_store
 from engine.errors import StopRequested
-from engine.methods.advance import Passage, advance
+from engine.methods.advance import Portions, advance
 from engine.methods.blockwise.block_ap import train_block
 from engine.methods.blockwise.reconstruction import Streams
 from engine.methods.blockwise.rtn import round_to_nearest
-from engine.methods.network.e2e_qp import E2EData, train_scales
+from engine.methods.network.e2e_qp import train_scales
+from engine.methods.network.network import NetworkData
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
-from engine.training.stepper import Snapshot
+from engine.training.snapshot import Snapshot
 
 CPU = torch.device("cpu")
 TRAIN, VAL, LENGTH = 7, 2, 16
@@ -84,7 +85,7 @@ def block_ap(lm: CausalLM, snapshot: Snapshot | None, progress: Heard, **changes
     for store in stores:
         store.write(0, lm.embed(ids))
     block = lm.load_block(0, dtype=torch.float32)
-    advance(lm, 0, block, stores[0], Passage(2), torch.float32, Heard())
+    advance(lm, 0, block, stores[0], Portions(2), torch.float32, Heard())
     result = train_block(
         lm,
         0,
@@ -94,8 +95,9 @@ def block_ap(lm: CausalLM, snapshot: Snapshot | None, progress: Heard, **changes
         GRID,
         seed=1,
         dtype=torch.float16 if changes.get("compute_dtype") == "float16" else torch.float32,
-        progress=progress,  # type: ignore[arg-type]
+        progress=progress,
         snapshot=snapshot,
+        keeper=progress,
     )
     losses = torch.tensor([result.initial_loss, result.final_loss, result.val_loss or 0.0])
     return {**result.packed.tensors(), "losses": losses}
@@ -111,7 +113,7 @@ def e2e_qp(
         round_to_nearest(lm.load_block(i), lm.linear_names(i), GRID).install(lm.load_block(i))
         for i in range(lm.blocks)
     ]
-    data = E2EData(tiny.tokens(TRAIN + VAL, LENGTH, seed=3), TRAIN, None)
+    data = NetworkData(tiny.tokens(TRAIN + VAL, LENGTH, seed=3), TRAIN, None)
     result = train_scales(
         lm,
         blocks,
@@ -120,7 +122,8 @@ def e2e_qp(
         seed=5,
         dtype=torch.float32,
         progress=progress,
-        snapshot=snapshot,  # type: ignore[arg-type]
+        snapshot=snapshot,
+        keeper=progress,
         recompute=recompute,
     )
     trained = {f"{i}.{n}": p for i, b in enumerate(blocks) for n, p in b.named_parameters()}
@@ -314,21 +317,21 @@ def test_a_stream_computed_again_passes_in_the_same_portions(
         sizes.append(len(hidden))
         return output
 
-    def passed(passage: Passage) -> Tensor:
+    def passed(portions: Portions) -> Tensor:
         store = make_store("device", (*ids.shape, lm.hidden_size), torch.float32, CPU)
         store.write(0, lm.embed(ids))
         block = lm.load_block(0, dtype=torch.float32)
-        advance(lm, 0, block, store, passage, torch.float32, Heard())
+        advance(lm, 0, block, store, portions, torch.float32, Heard())
         return store.read(slice(0, 9))
 
     monkeypatch.setattr(lm, "run_block", recorded)
-    passage = Passage(4)
-    first = passed(passage)
+    portions = Portions(4)
+    first = passed(portions)
     assert sizes == [4, 1, 1, 1, 1, 1]
     sizes.clear()
     small.room = 100
     monkeypatch.setattr(
         lm, "run_block", lambda *a, **often: (sizes.append(len(a[2])), CausalLM.run_block(lm, *a, **often))[1]
     )
-    assert torch.equal(passed(Passage(4, json.loads(json.dumps(passage.halvings)))), first)
+    assert torch.equal(passed(Portions(4, json.loads(json.dumps(portions.halvings)))), first)
     assert sizes == [4, 1, 1, 1, 1, 1]

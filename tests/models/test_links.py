@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from odd_files import make_socket
 
 from engine.architecture.description import describe, resolve_source
 from engine.architecture.links import ASSETS, ModelFolder
@@ -70,16 +70,6 @@ def by_way_of_the_folder(path: Path) -> None:
     path.symlink_to("step.json")
 
 
-def a_socket(path: Path) -> None:
-    # Binding takes at most 108 bytes of name; a folder's descriptor is a short one.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        with socket.socket(socket.AF_UNIX) as one:
-            one.bind(f"/proc/self/fd/{folder}/{path.name}")
-    finally:
-        os.close(folder)
-
-
 def a_loop(path: Path) -> None:
     path.symlink_to(path.name)
 
@@ -100,7 +90,7 @@ ODD: dict[str, Callable[[Path], object]] = {
     "device": lambda path: path.symlink_to("/dev/zero"),
     "memory": lambda path: path.symlink_to("/proc/self/mem"),
     "fifo": os.mkfifo,
-    "socket": a_socket,
+    "socket": make_socket,
     "nothing": lambda path: path.symlink_to("absent"),
     "loop": a_loop,
     "folder": lambda path: path.symlink_to(path.parent),

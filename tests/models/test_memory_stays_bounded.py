@@ -25,7 +25,7 @@ import json, sys, threading
 import torch
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
-from engine.config.loading import ModelConfig
+from engine.config.model import ModelConfig
 
 def resident():
     with open("/proc/self/status") as status:

@@ -14,7 +14,8 @@ import pytest
 import tiny
 from engine_runs import make_run, run_here
 
-from engine.config.loading import apply_overrides, load
+from engine.config.loading import load
+from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
 from engine.offline import everything_is_local, offline
 

@@ -254,7 +254,7 @@ def test_samples_of_a_large_file_are_spread_from_its_first_to_its_last_byte(tmp_
 ASK_FOR_TOKENIZER = """
 import sys
 from engine.models.source import ModelSource
-from engine.config.loading import ModelConfig
+from engine.config.model import ModelConfig
 from engine.errors import EqatError
 try:
     ModelSource.open(ModelConfig(source=sys.argv[1], trust_remote_code=sys.argv[2] == "True")).tokenizer()
@@ -322,7 +322,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OPEN_FROM_HUB = """
 import sys
 from engine.models.source import SAMPLE_BYTES, SAMPLES, ModelSource, _samples
-from engine.config.loading import ModelConfig
+from engine.config.model import ModelConfig
 from engine.errors import EqatError
 for name in sys.argv[1:]:
     try:

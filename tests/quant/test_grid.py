@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.quant.grid import dequantize, fake_quantize, group_count, initial_range, quantize
+from engine.config.grid import Grid
+from engine.quant.grid import dequantize, fake_quantize, initial_range, quantize
 
 BITS = [2, 3, 4, 8]
 GROUPS = [32, 64, 128, 256, -1]
@@ -19,7 +20,7 @@ def random_case(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights with some clamped on both sides, and zero points at both ends of their range."""
     gen = torch.Generator().manual_seed(seed)
-    groups = group_count(inputs, group)
+    groups = Grid(bits, group).groups(inputs)
     weight = torch.randn(out, inputs, generator=gen, dtype=torch.float64)
     scale = (torch.rand(out, groups, generator=gen, dtype=torch.float64) + 0.2) * 3 / 2**bits
     zero = torch.randint(0, 2**bits, (out, groups), generator=gen).double()
@@ -147,7 +148,7 @@ def test_zero_point_out_of_range_is_clamped_and_gets_no_gradient() -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_minmax_range_covers_the_group_and_holds_zero(bits: int) -> None:
     weight = torch.randn(7, 128, generator=torch.Generator().manual_seed(bits)) + 0.4
-    scale, zero = initial_range(weight, bits, 32)
+    scale, zero = initial_range(weight, Grid(bits, 32))
     assert torch.equal(zero, zero.round())
     assert zero.min() >= 0
     assert zero.max() <= 2**bits - 1
@@ -164,7 +165,7 @@ def test_searched_range_is_never_worse_than_minmax_in_its_own_norm(bits: int, sy
     weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(7)) ** 3
     errors = {}
     for method in ("minmax", "search"):
-        scale, zero = initial_range(weight, bits, 64, symmetric=symmetric, method=method, norm=2.5)
+        scale, zero = initial_range(weight, Grid(bits, 64, symmetric), method=method, norm=2.5)
         difference = (fake_quantize(weight, scale, zero, bits) - weight).abs() ** 2.5
         errors[method] = difference.reshape(16, 4, 64).sum(-1)
     assert (errors["search"] <= errors["minmax"] * 1.0001).all()
@@ -174,17 +175,17 @@ def test_searched_range_is_never_worse_than_minmax_in_its_own_norm(bits: int, sy
 @pytest.mark.parametrize("bits", BITS)
 def test_symmetric_grid_has_its_zero_point_in_the_middle(bits: int) -> None:
     weight = torch.randn(4, 64)
-    _, zero = initial_range(weight, bits, 32, symmetric=True, method="search")
+    _, zero = initial_range(weight, Grid(bits, 32, symmetric=True), method="search")
     assert zero.unique().tolist() == [2 ** (bits - 1)]
 
 
 def test_all_zero_and_tiny_weights_stay_finite_and_keep_their_precision() -> None:
     zeros = torch.zeros(2, 64)
-    scale, zero = initial_range(zeros, 2, 32)
+    scale, zero = initial_range(zeros, Grid(2, 32))
     assert torch.isfinite(scale).all()
     assert torch.equal(fake_quantize(zeros, scale, zero, 2), zeros)
     tiny = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)) * 1e-4
-    scale, zero = initial_range(tiny, 8, 32)
+    scale, zero = initial_range(tiny, Grid(8, 32))
     # An absolute floor of 1e-4 on the scale would round all of these to zero.
     assert ((fake_quantize(tiny, scale, zero, 8) - tiny).abs() <= scale.repeat_interleave(32, 1)).all()
     assert scale.max() < 1e-5
@@ -192,4 +193,4 @@ def test_all_zero_and_tiny_weights_stay_finite_and_keep_their_precision() -> Non
 
 def test_a_group_size_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="64 does not divide 172"):
-        group_count(172, 64)
+        Grid(4, 64).groups(172)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from engine.config.grid import Grid
 from engine.quant import packed_kernels
 from engine.quant.grid import dequantize
 from engine.quant.packed import Kernels, PackedLinear, PackedWeight, _group_sums, _PackedMatmul
@@ -31,7 +32,7 @@ def random_weight(shape: tuple[int, int, int], bits: int) -> PackedWeight:
     codes = torch.randint(0, 2**bits, (out, inputs), generator=generator)
     zero = torch.randint(0, 2**bits, (out, inputs // group), generator=generator).float()
     scale = torch.rand(zero.shape, generator=generator) * 0.1 + 0.01
-    return PackedWeight.from_codes(codes.to(torch.uint8), scale, zero, bits).to(DEVICE)
+    return PackedWeight.from_codes(codes.to(torch.uint8), scale, zero, Grid(bits, group)).to(DEVICE)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

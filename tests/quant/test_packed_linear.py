@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from engine.config.grid import GridConfig
+from engine.config.grid import Grid, GridConfig
 from engine.quant.fake_linear import FakeQuantLinear, freeze_block, wrap_linears
 from engine.quant.grid import dequantize
-from engine.quant.packed import PackedBlock, PackedLinear, PackedWeight, unpacked
+from engine.quant.packed import PackedBlock, PackedLinear, PackedWeight, overlaid, unpacked
 
 
 def random_packed(bits: int, groups: int, out: int = 32, inputs: int = 96, seed: int = 0) -> PackedWeight:
@@ -19,7 +21,7 @@ def random_packed(bits: int, groups: int, out: int = 32, inputs: int = 96, seed:
     zero = torch.randint(0, 2**bits, (out, groups), generator=gen).float()
     zero.view(-1)[0], zero.view(-1)[1] = 0, 2**bits - 1
     scale = torch.rand(out, groups, generator=gen) * 0.1 + 0.01
-    return PackedWeight.from_codes(codes, scale, zero, bits)
+    return PackedWeight.from_codes(codes, scale, zero, Grid(bits, inputs // groups))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -68,10 +70,92 @@ def test_packed_blocks_survive_a_round_trip_bit_for_bit(bits: int) -> None:
         {"a.proj": random_packed(bits, 3), "b": random_packed(bits, 1, seed=1)},
         {"norm.weight": torch.randn(7).half(), "a.proj.bias": torch.randn(32).half()},
     )
-    again = PackedBlock.from_tensors(block.tensors(), bits, False)
+    again = PackedBlock.from_tensors(block.tensors(), Grid(bits, 32))
     assert again.tensors().keys() == block.tensors().keys()
     for name, tensor in block.tensors().items():
         assert torch.equal(again.tensors()[name], tensor), name
+
+
+MIXED = {"first": Grid(3, 32), "second": Grid(8, -1, symmetric=True)}
+
+
+def mixed_block() -> tuple[TwoLinears, PackedBlock]:
+    """A block whose linears have different grids, trained and frozen."""
+    torch.manual_seed(1)
+    block = TwoLinears().requires_grad_(False)
+    return block, freeze_block(block, wrap_linears(block, MIXED))
+
+
+def test_linears_of_a_block_keep_grids_of_their_own() -> None:
+    _, packed = mixed_block()
+    again = PackedBlock.from_tensors(packed.tensors(), Grid(2, 64))
+    assert {name: weight.grid for name, weight in again.linears.items()} == MIXED
+    assert [again.linears[name].group_size for name in MIXED] == [32, 96]
+    assert again.linears["second"].zero_point.unique().tolist() == [128]
+    for name, tensor in packed.tensors().items():
+        assert torch.equal(again.tensors()[name], tensor), name
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_block_of_mixed_grids_computes_with_each_of_them(dense: bool) -> None:
+    trained, packed = mixed_block()
+    x = torch.randn(3, 64)
+    fresh = TwoLinears().requires_grad_(False)
+    again = PackedBlock.from_tensors(packed.tensors(), Grid(2, 64))
+    computed = (again.install_dense(fresh) if dense else again.install(fresh))(x)
+    for name, weight in packed.linears.items():
+        plain = (weight.codes().float().reshape(weight.out_features, -1, weight.group_size)) - (
+            weight.zero_point.float().unsqueeze(-1)
+        )
+        linear = nn.Linear(weight.in_features, weight.out_features, bias=name == "first")
+        linear.weight.data = (plain * weight.scale.float().unsqueeze(-1)).reshape(linear.weight.shape)
+        if name == "first":
+            linear.bias.data = packed.others["first.bias"].float()
+        setattr(trained, name, linear)
+    trained.norm.weight.data = packed.others["norm.weight"].float()
+    torch.testing.assert_close(computed, trained(x), rtol=1e-5, atol=1e-5)
+    if not dense:
+        assert {name: fresh.get_submodule(name).packed().grid for name in MIXED} == MIXED
+
+
+def test_an_entry_of_an_earlier_version_has_the_grid_of_the_configuration() -> None:
+    block = PackedBlock({"a.proj": random_packed(3, 3)}, {"norm.weight": torch.randn(7).half()})
+    earlier = {name: tensor for name, tensor in block.tensors().items() if not name.endswith(".grid")}
+    assert sorted(earlier) == [
+        "linear.a.proj.scale",
+        "linear.a.proj.words",
+        "linear.a.proj.zero_point",
+        "other.norm.weight",
+    ]
+    again = PackedBlock.from_tensors(earlier, GridConfig(bits=3, group_size=32).shared)
+    assert again.linears["a.proj"].grid == Grid(3, 32, symmetric=False)
+    assert again.tensors().keys() == block.tensors().keys()
+    for name, tensor in block.tensors().items():
+        assert torch.equal(again.tensors()[name], tensor), name
+
+
+def test_a_grid_that_the_scales_do_not_have_is_refused() -> None:
+    weight = random_packed(3, 3)
+    with pytest.raises(ValueError, match="3 scales a row"):
+        replace(weight, grid=Grid(3, 96))
+
+
+@pytest.mark.parametrize("prefix", ["", "linear."])
+def test_what_a_later_stage_made_lies_over_the_block(prefix: str) -> None:
+    block = PackedBlock({"a": random_packed(3, 3), "b": random_packed(3, 1)}, {"norm.weight": torch.ones(7)})
+    later = {
+        f"{prefix}a.scale": torch.full((32, 3), 0.5).half(),
+        f"{prefix}a.zero_point": torch.full((32, 3), 2, dtype=torch.uint8),
+        "other.norm.weight": torch.zeros(7),
+    }
+    both = PackedBlock.from_tensors(overlaid(block.tensors(), later), Grid(3, 32))
+    assert both.linears["a"].scale.unique().tolist() == [0.5]
+    assert both.linears["a"].zero_point.unique().tolist() == [2]
+    assert torch.equal(both.linears["a"].words, block.linears["a"].words)
+    assert torch.equal(both.linears["b"].scale, block.linears["b"].scale)
+    assert both.others["norm.weight"].tolist() == [0.0] * 7
+    with pytest.raises(ValueError, match=r"the block has no c\.scale"):
+        overlaid(block.tensors(), {"c.scale": torch.ones(1)})
 
 
 class TwoLinears(nn.Module):
@@ -90,8 +174,8 @@ class TwoLinears(nn.Module):
 def test_a_frozen_block_computes_what_the_trained_one_did(bits: int, symmetric: bool) -> None:
     torch.manual_seed(bits)
     block = TwoLinears().requires_grad_(False)
-    grid = GridConfig(bits=bits, group_size=32, symmetric=symmetric)
-    linears = wrap_linears(block, ("first", "second"), grid)
+    grid = Grid(bits, 32, symmetric)
+    linears = wrap_linears(block, {"first": grid, "second": grid})
     with torch.no_grad():
         for linear in linears.values():
             # Exactly representable scales, as after rounding them to float16.
@@ -112,7 +196,7 @@ def test_a_frozen_block_computes_what_the_trained_one_did(bits: int, symmetric: 
 
 def test_freezing_chooses_integers_for_the_float16_scale_that_is_saved() -> None:
     linear = nn.Linear(64, 8, bias=False)
-    fake = FakeQuantLinear(linear, GridConfig(bits=8, group_size=64))
+    fake = FakeQuantLinear(linear, Grid(8, 64))
     with torch.no_grad():
         fake.scale.mul_(1.0003)
     packed = fake.freeze()
@@ -123,7 +207,7 @@ def test_freezing_chooses_integers_for_the_float16_scale_that_is_saved() -> None
 
 
 def test_projection_keeps_scales_positive_and_zero_points_in_range() -> None:
-    fake = FakeQuantLinear(nn.Linear(64, 8, bias=False), GridConfig(bits=2, group_size=32))
+    fake = FakeQuantLinear(nn.Linear(64, 8, bias=False), Grid(2, 32))
     floor = fake.scale_floor.clone()
     with torch.no_grad():
         fake.scale.fill_(-1.0)

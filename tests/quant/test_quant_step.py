@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
+from engine.config.grid import Grid
 from engine.quant.grid import fake_quantize, initial_range
 from engine.quant.quant_step import CONTROLS, SKIP, Moments, QuantStep
 
@@ -37,7 +38,7 @@ class Both:
         self.generator = torch.Generator().manual_seed(seed)
         self.bits, self.trains, self.shape = bits, trains, shape
         weight = self.normal()
-        scale, zero = initial_range(weight, bits, group_size, symmetric=symmetric)
+        scale, zero = initial_range(weight, Grid(bits, group_size, symmetric))
         if not symmetric:  # trained ones are no whole numbers, and some lie at the ends
             zero = (zero + 0.3 * torch.randn(zero.shape, generator=self.generator).to(DEVICE)).clamp_(
                 0, 2**bits - 1

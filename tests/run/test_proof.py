@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import typing
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config import loading as configs
-from engine.config.export import ExportConfig
+from engine.config.derived import resolve
+from engine.config.loading import load
+from engine.config.writing import to_toml
 from engine.errors import EqatError, PreflightError
 from engine.run import contents, control, housekeeping, removal
 from engine.run.directory import RunDirectory
@@ -23,17 +23,7 @@ from engine.run.proof import Identity, prove_removed, prove_run
 from engine.run.redo import Origin
 from engine.system import files
 
-CONFIG = configs.resolve(configs.load("smoke"))
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    return tmp_path / "runs"
-
-
-@pytest.fixture
-def run(runs: Path) -> RunDirectory:
-    return RunDirectory.create(runs, CONFIG)
+CONFIG = resolve(load("smoke"))
 
 
 def snapshot(folder: Path) -> dict[str, object]:
@@ -395,7 +385,7 @@ def test_of_any_tree_only_proven_runs_are_deleted_and_the_rest_keeps_every_byte(
     folder = place / "run" if name == "link" else runs / name
     for inner in contents.FOLDERS:
         (folder / inner).mkdir(parents=True)
-    (folder / "config.toml").write_text(configs.to_toml(CONFIG) if whole else "[project]\n")
+    (folder / "config.toml").write_text(to_toml(CONFIG) if whole else "[project]\n")
     for entry, change in changes:
         put(folder / entry, change, elsewhere)
     if name == "link":
@@ -468,4 +458,3 @@ def test_names_are_those_that_are_written(run: RunDirectory, monkeypatch: pytest
     assert contents.belongs_at_top(status)
     assert contents.is_unfinished_request(request)
     assert {path.name for path in run.path.iterdir() if path.is_dir()} == set(contents.FOLDERS)
-    assert (typing.get_type_hints(ExportConfig)["formats"].__args__[0].__args__) == contents.FORMATS

@@ -16,15 +16,19 @@ from plan_tools import H200, LLAMA_2, SHAPES
 
 from engine.architecture.description import TINY_LLAMA, describe
 from engine.architecture.families import architecture
+from engine.config.derived import resolve
 from engine.config.grid import GridConfig
-from engine.config.loading import apply_overrides, load, resolve
+from engine.config.loading import load
+from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
-from engine.plan import checkpoint_sizes, disk_model, recovery_model
-from engine.plan.checkpoint_sizes import block_bytes, scales_bytes, snapshot_bytes
+from engine.config.stages import STAGES
+from engine.plan import object_sizes
+from engine.plan.costs import costs_of
 from engine.plan.disk_model import assets_bytes, header_room
 from engine.plan.estimate import CONSTANTS, GIB, MIB, Workload
 from engine.plan.fit import choose_store
 from engine.plan.machine import Machine, detect
+from engine.plan.object_sizes import block_bytes, scales_bytes
 from engine.plan.plan import Plan, make_plan, out_of_memory_remedy
 from eqat_tui.plan_text import plan_text
 
@@ -56,6 +60,10 @@ def planned(models: Path) -> Callable[..., Plan]:
 
 def workload(config: RunConfig, *, cuda: bool = False) -> Workload:
     return Workload(arch=architecture(TINY_LLAMA), config=config, cuda=cuda, windows=16)
+
+
+def snapshot_bytes(work: Workload, stage: str) -> int:
+    return costs_of(STAGES[stage]).snapshot_bytes(work)
 
 
 # ------------------------------------------------------------------------------- sizes are those of files
@@ -110,14 +118,16 @@ def snapshot_of_block_ap(config: RunConfig, progress: Any) -> None:
         store.write(0, torch.randn(shape))
     block = lm.load_block(0, dtype=torch.float32)
     streams = Streams(*stores, section.sequences)
-    train_block(lm, 0, block, streams, section, config.grid, seed=0, dtype=torch.float32, progress=progress)
+    listening: Any = {"progress": progress, "keeper": progress}
+    train_block(lm, 0, block, streams, section, config.grid, seed=0, dtype=torch.float32, **listening)
 
 
 def snapshot_of_e2e_qp(config: RunConfig, progress: Any) -> None:
     import torch
 
     from engine.methods.blockwise.rtn import round_to_nearest
-    from engine.methods.network.e2e_qp import E2EData, train_scales
+    from engine.methods.network.e2e_qp import train_scales
+    from engine.methods.network.network import NetworkData
 
     lm, section = tiny(), config.e2e_qp
     blocks = [
@@ -125,9 +135,10 @@ def snapshot_of_e2e_qp(config: RunConfig, progress: Any) -> None:
         for i in range(lm.blocks)
     ]
     shape = (section.sequences + section.val_sequences, section.sequence_length)
-    data = E2EData(torch.randint(0, lm.vocab_size, shape), section.sequences, None)
+    data = NetworkData(torch.randint(0, lm.vocab_size, shape), section.sequences, None)
     section = msgspec.structs.replace(section, loss="cross_entropy")
-    train_scales(lm, blocks, data, section, seed=0, dtype=torch.float32, progress=progress)
+    listening: Any = {"progress": progress, "keeper": progress}
+    train_scales(lm, blocks, data, section, seed=0, dtype=torch.float32, **listening)
 
 
 @pytest.mark.parametrize("changes", [{}, {"val_sequences": "0"}, {"train": "scales,zero_points"}], ids=str)
@@ -136,8 +147,8 @@ def test_a_snapshot_takes_what_was_planned(phase: str, changes: dict[str, str]) 
     """Parameters, two moments and the best state: 16 bytes for each trained parameter, 12 without
     validation."""
     tiny()
-    from engine.checkpoints.commits import random_state
-    from engine.training.stepper import Snapshot
+    from engine.checkpoints.snapshots import random_state
+    from engine.training.snapshot import Snapshot
 
     config = resolve(apply_overrides(SMOKE, {f"{phase}.{name}": value for name, value in changes.items()}))
     states: list[Any] = []
@@ -166,12 +177,12 @@ def test_a_snapshot_takes_what_was_planned(phase: str, changes: dict[str, str]) 
 
 def test_an_export_has_the_header_and_the_files_that_were_planned(tmp_path: Path) -> None:
     lm = tiny()
-    from engine.export import gptq_v2, shards
-    from engine.plan.disk_model import TOKENIZER_FILES
+    from engine.export import shards
+    from engine.export.checkpoint import tensor_names
+    from engine.export.layout import layout_of
 
-    reserved = 8 + shards.header_room(gptq_v2._all_names(lm))
+    reserved = 8 + shards.header_room(tensor_names(layout_of("gptq_v2"), lm))
     assert header_room(architecture(TINY_LLAMA)) == pytest.approx(reserved, abs=shards.ALIGNMENT)
-    assert disk_model.TOKENIZER_FILES == TOKENIZER_FILES
     lm.source.save_assets(tmp_path)
     written = sum(file.stat().st_size for file in tmp_path.iterdir())
     card = 4 << 10
@@ -180,11 +191,7 @@ def test_an_export_has_the_header_and_the_files_that_were_planned(tmp_path: Path
 
 def test_constants_that_describe_the_engines_checkpoints_are_the_engines() -> None:
     torch = pytest.importorskip("torch")
-    from engine.checkpoints import commits as checkpointer
-
-    assert torch.get_rng_state().numel() == checkpoint_sizes.CPU_GENERATOR
-    assert checkpointer.SNAPSHOT_SHARE == recovery_model.SNAPSHOT_SHARE
-    assert checkpointer.PART_OF_THE_PROMISE == recovery_model.PART_OF_THE_PROMISE
+    assert torch.get_rng_state().numel() == object_sizes.CPU_GENERATOR
 
 
 # ----------------------------------------------------------------------------------------------- the table

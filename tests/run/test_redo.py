@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import loading as configs
+from engine.config.derived import resolve
+from engine.config.fields import field_names, value_of
+from engine.config.loading import load
+from engine.config.overrides import apply_overrides
 from engine.errors import PreflightError, UsageError
 from engine.run import directory, events, redo
 from engine.run.directory import RunDirectory
@@ -14,7 +17,7 @@ from engine.run.event_log import EventWriter
 from engine.run.finding import list_runs
 from engine.run.redo import Origin, make_redo, read_origin
 
-CONFIG = configs.resolve(configs.load("smoke"))
+CONFIG = resolve(load("smoke"))
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def test_the_new_run_lies_beside_the_old_one_with_its_settings_and_its_origin(ru
     made = make_redo(run, 2, {"block_ap.epochs": "7", "e2e_qp.enabled": "false"})
     assert made.path.parent == run.path.parent
     expected = {"block_ap.epochs": 7, "e2e_qp.enabled": False}
-    assert made.config() == configs.apply_overrides(CONFIG, expected)
+    assert made.config() == apply_overrides(CONFIG, expected)
     assert read_origin(made) == Origin(path=str(run.path), id=run.id, from_block=2)
     assert read_origin(run) is None
     made.origin_path.write_text("{")
@@ -85,12 +88,12 @@ def test_what_the_shared_blocks_depend_on_stays_unless_none_is_shared(
     assert refusal.value.where == name
     assert "eqat run smoke" in refusal.value.hint
     assert len(list_runs(run.path.parent)) == 1
-    assert configs.value_of(redo.redo_config(run, 0, {name: value}), name) != configs.value_of(CONFIG, name)
+    assert value_of(redo.redo_config(run, 0, {name: value}), name) != value_of(CONFIG, name)
 
 
 def test_the_refused_fields_are_exactly_those_of_model_and_grid_and_the_method(run: RunDirectory) -> None:
-    refused = {name for name in configs.field_names() if name.startswith(redo.SHARED_FIELDS)}
-    expected = {name for name in configs.field_names() if name.startswith(("model.", "grid."))}
+    refused = {name for name in field_names() if redo.is_shared(name)}
+    expected = {name for name in field_names() if name.startswith(("model.", "grid."))}
     assert refused == expected | {"block_ap.enabled"}
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_strategies import structs
 
-from engine.config import loading as configs
 from engine.config.data import DataConfig
+from engine.config.derived import absolute_paths, resolve
+from engine.config.field_docs import field_help
+from engine.config.fields import field_names
+from engine.config.loading import from_toml, load, preset_names
+from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
+from engine.config.sameness import config_hash
 from engine.config.validation import validate
+from engine.config.writing import to_toml
 from engine.errors import ExitCode, UsageError
 
-SMOKE = configs.load("smoke")
+SMOKE = load("smoke")
 
 
 def get(config: RunConfig, name: str) -> Any:
@@ -41,13 +48,13 @@ def as_typed(value: Any) -> str:
 @settings(max_examples=60, deadline=None)
 @given(structs(RunConfig))
 def test_every_config_survives_toml(config: RunConfig) -> None:
-    assert configs.from_toml(configs.to_toml(config)) == config
+    assert from_toml(to_toml(config)) == config
 
 
 @settings(max_examples=60, deadline=None)
 @given(structs(RunConfig))
 def test_every_config_can_be_typed_as_overrides(config: RunConfig) -> None:
-    typed = {name: as_typed(get(config, name)) for name in configs.field_names()}
+    typed = {name: as_typed(get(config, name)) for name in field_names()}
     # A text that reads "none", or nothing, means "left out" where a field may be.
     words = ("none", "null", "")
     expected = {
@@ -56,7 +63,7 @@ def test_every_config_can_be_typed_as_overrides(config: RunConfig) -> None:
         else get(config, name)
         for name, text in typed.items()
     }
-    result = configs.apply_overrides(SMOKE, typed)
+    result = apply_overrides(SMOKE, typed)
     assert {name: get(result, name) for name in typed} == expected
 
 
@@ -64,16 +71,16 @@ def _optional(name: str) -> bool:
     return name.rsplit(".", 1)[-1] in ("revision", "subset", "split", "column")
 
 
-@pytest.mark.parametrize("name", configs.preset_names())
+@pytest.mark.parametrize("name", preset_names())
 def test_preset_is_valid_and_round_trips(name: str) -> None:
-    config = configs.resolve(configs.load(name))
+    config = resolve(load(name))
     assert config.name == name
     assert config.description
     if not config.model.source:  # a recipe, waiting for its model
-        config = configs.apply_overrides(config, {"model.source": "org/model"})
+        config = apply_overrides(config, {"model.source": "org/model"})
     validate(config)
-    assert configs.from_toml(configs.to_toml(config)) == config
-    assert configs.config_hash(configs.from_toml(configs.to_toml(config))) == configs.config_hash(config)
+    assert from_toml(to_toml(config)) == config
+    assert config_hash(from_toml(to_toml(config))) == config_hash(config)
 
 
 def test_presets_are_the_promised_ones() -> None:
@@ -82,15 +89,15 @@ def test_presets_are_the_promised_ones() -> None:
         for model in ("llama-2-7b", "llama-2-13b", "llama-2-70b", "llama-3-8b")
         for grid in ("w2g64", "w2g128", "w3g128", "w4g128")
     ]
-    assert set(configs.preset_names()) >= {"paper", "smoke", "demo", "demo-w2", *llamas}
+    assert set(preset_names()) >= {"paper", "smoke", "demo", "demo-w2", *llamas}
     for name in llamas:
-        grid = configs.load(name).grid
+        grid = load(name).grid
         assert name.endswith(f"-w{grid.bits}g{grid.group_size}")
 
 
 @pytest.mark.parametrize(("bits", "weight", "e2e"), [(2, 2e-5, 2e-5), (3, 1e-5, 1e-5), (4, 1e-5, 1e-5)])
 def test_paper_preset_is_the_published_recipe(bits: int, weight: float, e2e: float) -> None:
-    paper = configs.resolve(configs.load("paper", overrides={"grid.bits": bits}))
+    paper = resolve(load("paper", overrides={"grid.bits": bits}))
     ap, qp = paper.block_ap, paper.e2e_qp
     assert (ap.sequences, ap.val_sequences, ap.sequence_length, ap.batch_size, ap.epochs) == (
         4096,
@@ -107,13 +114,21 @@ def test_paper_preset_is_the_published_recipe(bits: int, weight: float, e2e: flo
     assert (paper.grid.range, paper.data.source) == ("minmax", "redpajama")
 
 
+def test_the_text_of_every_field_is_a_sentence_that_needs_no_other() -> None:
+    leaning = r"(?i)\b(as in|as above|same as|likewise)\b"
+    for name, text in field_help().items():
+        assert re.fullmatch(r'[A-Z"a-z].* .*[^.]\.', text), (name, text)
+        assert not re.search(leaning, text), (name, text)
+        assert len(text) <= 160, (name, len(text))
+
+
 # -- layers --------------------------------------------------------------------------------------------
 
 
 def test_file_extends_a_preset_and_keeps_its_own_name(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('extends = "demo"\n[grid]\nbits = 4\n')
-    config, demo = configs.load(str(file)), configs.load("demo")
+    config, demo = load(str(file)), load("demo")
     assert (config.name, config.description, config.grid.bits) == ("mine", "", 4)
     assert config.grid.group_size == demo.grid.group_size
     assert (config.block_ap, config.model) == (demo.block_ap, demo.model)
@@ -122,28 +137,28 @@ def test_file_extends_a_preset_and_keeps_its_own_name(tmp_path: Path) -> None:
 def test_file_extends_a_file_beside_it_but_not_itself(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text("[grid]\nbits = 8\n")
     (tmp_path / "top.toml").write_text('extends = "base.toml"\n[grid]\ngroup_size = 32\n')
-    grid = configs.load(str(tmp_path / "top.toml")).grid
+    grid = load(str(tmp_path / "top.toml")).grid
     assert (grid.bits, grid.group_size) == (8, 32)
     (tmp_path / "base.toml").write_text('extends = "top.toml"\n')
     with pytest.raises(UsageError, match="extends itself"):
-        configs.load(str(tmp_path / "top.toml"))
+        load(str(tmp_path / "top.toml"))
 
 
 def test_another_source_drops_what_belonged_to_the_old_one() -> None:
-    base = configs.apply_overrides(
+    base = apply_overrides(
         RunConfig(), {"model.source": "a/b", "model.revision": "x", "model.trust_remote_code": "true"}
     )
     assert base.model.trust_remote_code
-    other = configs.apply_overrides(base, {"model.source": "c/d", "evaluation.data.source": "c4"})
+    other = apply_overrides(base, {"model.source": "c/d", "evaluation.data.source": "c4"})
     assert (other.model.revision, other.model.trust_remote_code) == (None, False)
     assert other.evaluation.data == DataConfig(source="c4")
-    kept = configs.apply_overrides(other, {"evaluation.data.source": "x/y", "evaluation.data.split": "dev"})
+    kept = apply_overrides(other, {"evaluation.data.source": "x/y", "evaluation.data.split": "dev"})
     assert kept.evaluation.data == DataConfig(source="x/y", split="dev")
 
 
 def test_run_directory_loads_as_its_config(tmp_path: Path) -> None:
-    (tmp_path / "config.toml").write_text(configs.to_toml(SMOKE))
-    assert configs.load(str(tmp_path)) == SMOKE
+    (tmp_path / "config.toml").write_text(to_toml(SMOKE))
+    assert load(str(tmp_path)) == SMOKE
 
 
 @pytest.mark.parametrize(
@@ -162,19 +177,19 @@ def test_wrong_file_is_one_usage_line(tmp_path: Path, text: str, said: str) -> N
     file = tmp_path / "wrong.toml"
     file.write_text(text)
     with pytest.raises(UsageError, match=said) as caught:
-        configs.load(str(file))
+        load(str(file))
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == ExitCode.USAGE
 
 
 def test_file_that_is_missing_or_no_text_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
-        configs.load(str(tmp_path / "none.toml"))
+        load(str(tmp_path / "none.toml"))
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="not UTF-8"):
-        configs.load(str(tmp_path / "binary.toml"))
+        load(str(tmp_path / "binary.toml"))
     with pytest.raises(UsageError, match="did you mean demo"):
-        configs.load("demoo")
+        load("demoo")
 
 
 # -- overrides -----------------------------------------------------------------------------------------
@@ -194,7 +209,7 @@ def test_file_that_is_missing_or_no_text_is_a_usage_error(tmp_path: Path) -> Non
 )
 def test_wrong_key_suggests_the_right_one(name: str, hint: str) -> None:
     with pytest.raises(UsageError) as caught:
-        configs.apply_overrides(SMOKE, {name: "3"})
+        apply_overrides(SMOKE, {name: "3"})
     assert caught.value.where == name
     assert hint in caught.value.hint
 
@@ -202,7 +217,7 @@ def test_wrong_key_suggests_the_right_one(name: str, hint: str) -> None:
 @pytest.mark.parametrize("text", ["", ".", "..", "a.", ".a", "model.", "model..source", " "])
 def test_malformed_key_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError):
-        configs.apply_overrides(SMOKE, {text: "3"})
+        apply_overrides(SMOKE, {text: "3"})
 
 
 @pytest.mark.parametrize(
@@ -221,7 +236,7 @@ def test_malformed_key_is_a_usage_error(text: str) -> None:
     ],
 )
 def test_override_is_read_as_the_field_wants(name: str, typed: object, value: object) -> None:
-    assert get(configs.apply_overrides(SMOKE, {name: typed}), name) == value
+    assert get(apply_overrides(SMOKE, {name: typed}), name) == value
 
 
 # -- hash and derived values ---------------------------------------------------------------------------
@@ -229,26 +244,26 @@ def test_override_is_read_as_the_field_wants(name: str, typed: object, value: ob
 
 def test_hash_is_of_what_decides_the_result() -> None:
     same = {"name": "x", "description": "y", "runtime.device": "cpu", "runtime.threads": "3"}
-    assert configs.config_hash(configs.apply_overrides(SMOKE, same)) == configs.config_hash(SMOKE)
-    assert configs.config_hash(configs.resolve(SMOKE)) == configs.config_hash(SMOKE)
+    assert config_hash(apply_overrides(SMOKE, same)) == config_hash(SMOKE)
+    assert config_hash(resolve(SMOKE)) == config_hash(SMOKE)
     for name, value in {"runtime.seed": "1", "grid.bits": "3", "e2e_qp.epochs": "2"}.items():
-        changed = configs.apply_overrides(SMOKE, {name: value})
-        assert configs.config_hash(changed) != configs.config_hash(SMOKE), name
+        changed = apply_overrides(SMOKE, {name: value})
+        assert config_hash(changed) != config_hash(SMOKE), name
 
 
 def test_resolve_fills_what_was_left_out_and_nothing_else() -> None:
-    given = configs.apply_overrides(SMOKE, {"block_ap.lr_weight": "0.5"})
-    resolved = configs.resolve(given)
+    given = apply_overrides(SMOKE, {"block_ap.lr_weight": "0.5"})
+    resolved = resolve(given)
     assert (resolved.block_ap.lr_weight, resolved.block_ap.lr_quant, resolved.e2e_qp.lr) == (
         0.5,
         0.005,
         0.005,
     )
-    assert configs.resolve(resolved) == resolved
+    assert resolve(resolved) == resolved
 
 
 def test_symmetric_grid_trains_no_zero_points() -> None:
-    config = configs.resolve(configs.apply_overrides(SMOKE, {"grid.symmetric": "true"}))
+    config = resolve(apply_overrides(SMOKE, {"grid.symmetric": "true"}))
     assert config.block_ap.train == ("weights", "scales", "norms")
     validate(config)
 
@@ -256,8 +271,8 @@ def test_symmetric_grid_trains_no_zero_points() -> None:
 def test_local_sources_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text.txt").write_text("x")
     monkeypatch.chdir(tmp_path)
-    config = configs.apply_overrides(SMOKE, {"data.source": "text.txt", "evaluation.data.source": "c4"})
-    made = configs.absolute_paths(config)
+    config = apply_overrides(SMOKE, {"data.source": "text.txt", "evaluation.data.source": "c4"})
+    made = absolute_paths(config)
     assert made.data.source == str(tmp_path.resolve() / "text.txt")
     assert (made.evaluation.data.source, made.model.source) == ("c4", "random://tiny-llama")
 
@@ -337,10 +352,10 @@ def test_wrong_value_is_refused_by_its_field_name(name: str, value: Any) -> None
     assert "\n" not in str(caught.value)
 
 
-FLOATS = [name for name in configs.field_names() if isinstance(get(configs.resolve(SMOKE), name), float)]
+FLOATS = [name for name in field_names() if isinstance(get(resolve(SMOKE), name), float)]
 INTEGERS = [
     name
-    for name in configs.field_names()
+    for name in field_names()
     if isinstance(get(SMOKE, name), int) and not isinstance(get(SMOKE, name), bool)
 ]
 
@@ -372,7 +387,7 @@ def test_no_count_may_be_negative_enormous_or_no_number(name: str, value: Any) -
 )
 def test_fields_that_contradict_each_other_are_refused(overrides: dict[str, str], where: str) -> None:
     with pytest.raises(UsageError) as caught:
-        validate(configs.apply_overrides(SMOKE, overrides))
+        validate(apply_overrides(SMOKE, overrides))
     assert caught.value.where == where
     assert caught.value.hint
 
@@ -391,7 +406,7 @@ def test_fields_that_contradict_each_other_are_refused(overrides: dict[str, str]
     ],
 )
 def test_unusual_but_meaningful_configs_pass(overrides: dict[str, str]) -> None:
-    validate(configs.apply_overrides(SMOKE, overrides))
+    validate(apply_overrides(SMOKE, overrides))
 
 
 def refusal(check: Callable[[], object]) -> str:
@@ -406,11 +421,11 @@ def refusal(check: Callable[[], object]) -> str:
 @settings(max_examples=150, deadline=None)
 @given(structs(RunConfig, any_float=True))
 def test_validation_says_yes_or_names_a_field(config: RunConfig) -> None:
-    assert refusal(lambda: validate(config)) in ["", *configs.field_names()]
+    assert refusal(lambda: validate(config)) in ["", *field_names()]
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from(configs.field_names()), st.text(max_size=10))
+@given(st.sampled_from(field_names()), st.text(max_size=10))
 def test_any_text_typed_for_any_field_is_taken_or_refused(name: str, text: str) -> None:
-    refused = refusal(lambda: validate(configs.apply_overrides(SMOKE, {name: text})))
-    assert refused in ["", *configs.field_names()]
+    refused = refusal(lambda: validate(apply_overrides(SMOKE, {name: text})))
+    assert refused in ["", *field_names()]

@@ -10,28 +10,22 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from engine.config import loading as configs
+from engine.config.derived import resolve
+from engine.config.loading import load
+from engine.config.overrides import apply_overrides
 from engine.errors import EqatError, ExitCode, PreflightError, UsageError
-from engine.run import directory, events
-from engine.run.directory import Launched, RunDirectory, Status, classify, run_state, write_status
+from engine.run import events
+from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter
 from engine.run.events import Outcome, RunFinished, RunStarted
 from engine.run.finding import check_runs_dir, default_runs_dir, find_run, list_runs
+from engine.run.liveness import classify, run_state
 from engine.run.lock import RunLock
-from engine.run.summary import summarize
+from engine.run.shown import summarize
+from engine.run.status import Launched, Status, read_status, write_status
 from engine.system.files import atomic_write, atomic_write_json, disk_error
 
-CONFIG = configs.resolve(configs.load("smoke"))
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    return tmp_path / "runs"
-
-
-@pytest.fixture
-def run(runs: Path) -> RunDirectory:
-    return RunDirectory.create(runs, CONFIG)
+CONFIG = resolve(load("smoke"))
 
 
 # -- making and finding --------------------------------------------------------------------------------
@@ -59,7 +53,7 @@ def test_created_run_holds_its_config_and_its_folders(run: RunDirectory) -> None
 def test_id_is_a_plain_directory_name_whatever_the_model_is_called(
     runs: Path, source: str, slug: str
 ) -> None:
-    run = RunDirectory.create(runs, configs.apply_overrides(CONFIG, {"model.source": source}))
+    run = RunDirectory.create(runs, apply_overrides(CONFIG, {"model.source": source}))
     assert run.path.parent == runs.resolve()
     assert run.id[14:].startswith(f"{slug}-w4g32-")
 
@@ -69,7 +63,7 @@ def test_local_paths_in_a_run_do_not_depend_on_the_working_directory(
 ) -> None:
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
-    run = RunDirectory.create(runs, configs.apply_overrides(CONFIG, {"model.source": "model"}))
+    run = RunDirectory.create(runs, apply_overrides(CONFIG, {"model.source": "model"}))
     assert run.config().model.source == str(tmp_path.resolve() / "model")
 
 
@@ -246,15 +240,15 @@ def test_disk_failures_have_their_exit_codes(number: int, code: ExitCode) -> Non
 
 
 def test_status_survives_its_round_trip_and_never_raises(run: RunDirectory) -> None:
-    assert directory.read_status(run) is None
-    assert directory.write_status(run, Status(phase="block_ap", block=1, heartbeat=5.0, attempt=2))
-    status = directory.read_status(run)
+    assert read_status(run) is None
+    assert write_status(run, Status(phase="block_ap", block=1, heartbeat=5.0, attempt=2))
+    status = read_status(run)
     assert status is not None
     assert (status.phase, status.block, status.heartbeat, status.pid) == ("block_ap", 1, 5.0, os.getpid())
     run.status_path.unlink()
     run.status_path.mkdir()
-    assert not directory.write_status(run, Status())
-    assert directory.read_status(run) is None
+    assert not write_status(run, Status())
+    assert read_status(run) is None
 
 
 # -- the state rule ------------------------------------------------------------------------------------
@@ -299,14 +293,14 @@ def test_state_of_a_run_through_its_life(run: RunDirectory) -> None:
     assert run_state(run) == "running"
     writer = EventWriter(run.events_path, 1)
     writer.emit(started(1))
-    directory.write_status(run, Status(heartbeat=time.time(), grace_s=60.0))
+    write_status(run, Status(heartbeat=time.time(), grace_s=60.0))
     assert run_state(run) == "running"
     assert run_state(run, now=time.time() + 61) == "hung"
     lock.release()
     assert run_state(run) == "crashed"
     lock.acquire()
     # The old heartbeat is the former attempt's; taking the lock is a sign of life.
-    directory.write_status(run, Status(heartbeat=time.time() - 1000, grace_s=60.0))
+    write_status(run, Status(heartbeat=time.time() - 1000, grace_s=60.0))
     assert run_state(run) == "running"
     writer.emit(events.RunFinished(outcome="stopped", exit_code=75, seconds=1.0))
     lock.release()

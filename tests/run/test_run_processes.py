@@ -15,20 +15,18 @@ from pathlib import Path
 import pytest
 from waiting import wait_until
 
-from engine.config import loading as configs
+from engine.config.derived import resolve
+from engine.config.loading import load
 from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run import control, launch
-from engine.run.directory import RunDirectory, Status, read_status, run_state, write_status
+from engine.run.directory import RunDirectory
+from engine.run.liveness import run_state
 from engine.run.lock import RunLock, holder, is_held, opened_by
 from engine.run.state import load_state
+from engine.run.status import Status, read_status, write_status
 
 REPOSITORY = Path(__file__).parents[2]
-CONFIG = configs.resolve(configs.load("smoke"))
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
-    return RunDirectory.create(tmp_path / "runs", CONFIG)
+CONFIG = resolve(load("smoke"))
 
 
 @pytest.fixture
@@ -206,7 +204,8 @@ def test_request_outside_the_run_or_unknown_is_refused(run: RunDirectory) -> Non
 ENGINE = """
 import os, sys, time
 from engine.run import event_log, control, events
-from engine.run.directory import RunDirectory, Status, write_status
+from engine.run.directory import RunDirectory
+from engine.run.status import Status, write_status
 from engine.run.launch import this_attempt
 from engine.run.lock import RunLock
 

@@ -11,14 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_strategies import log_of, some_event
 
-from engine.config import loading as configs
+from engine.config.derived import resolve
+from engine.config.loading import load
+from engine.config.writing import to_dict
 from engine.run import events, state
-from engine.run.directory import RunDirectory, Status, run_state, write_status
+from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter
-from engine.run.state import MAX_METRICS, MAX_READINGS, RunState, load_state
-from engine.run.summary import show, summarize
+from engine.run.liveness import run_state
+from engine.run.shown import render, show, summarize
+from engine.run.state import RunState, load_state
+from engine.run.status import Status, write_status
+from engine.run.thinning import MAX_METRICS, MAX_READINGS
 
-CONFIG = configs.resolve(configs.load("smoke"))
+CONFIG = resolve(load("smoke"))
 
 
 def reduce(some: list[events.Event], start: RunState | None = None) -> RunState:
@@ -46,7 +51,7 @@ def metric(step: int) -> events.Metric:
 def test_reducer_is_total_over_any_sequence_of_events(some: list[events.Event]) -> None:
     result = reduce(some)
     assert result.event_count == len(some)
-    printed = json.dumps(result.to_json(state="crashed", config=configs.to_dict(CONFIG)), allow_nan=False)
+    printed = json.dumps(render(result, state="crashed", config=to_dict(CONFIG)), allow_nan=False)
     assert set(json.loads(printed)) >= PROMISED
 
 
@@ -119,7 +124,7 @@ def test_what_is_shown_counts_the_open_phase() -> None:
             events.Memory(gpu_peak=7, host_peak=6, mono=8.0),
         ]
     )
-    (row,) = result.to_json(state="crashed")["phases"]
+    (row,) = render(result, state="crashed")["phases"]
     assert (row["seconds"], row["peak_gpu_bytes"], row["peak_host_bytes"]) == (7.0, 7, 6)
     assert result.phases[0].seconds == 0.0, "and not twice when the phase is closed"
 
@@ -295,7 +300,7 @@ def test_show_knows_the_step_without_reading_every_metric(tmp_path: Path) -> Non
 
 def test_time_left_comes_from_the_status(finished: RunDirectory) -> None:
     assert write_status(finished, Status(phase="block_ap", eta_s=12.5, heartbeat=1.0))
-    assert state.load_state(finished).eta_s == 12.5
+    assert load_state(finished).eta_s == 12.5
 
 
 def test_a_resumed_training_that_goes_back_some_steps_leaves_no_zigzag() -> None:

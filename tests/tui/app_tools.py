@@ -15,7 +15,8 @@ from textual.screen import Screen
 from textual.widgets import Input
 from waiting import PATIENCE
 
-from engine.run.directory import RunDirectory, Status
+from engine.run.directory import RunDirectory
+from engine.run.status import Status
 from eqat_tui.app import EqatApp
 from eqat_tui.feed import LiveFeed, Liveness, RunView
 from eqat_tui.palette import ANSI_DARK, DARK, Terminal

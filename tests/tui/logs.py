@@ -10,14 +10,16 @@ from pathlib import Path
 
 import msgspec
 
-from engine.config.loading import load, resolve
+from engine.config.derived import resolve
+from engine.config.loading import load
 from engine.config.run import RunConfig
 from engine.config.stages import phases_of
 from engine.run import events
-from engine.run.directory import RunDirectory, Status, write_status
+from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter, encode
 from engine.run.events import Event
 from engine.run.lock import RunLock
+from engine.run.status import Status, write_status
 
 START = 1_764_000_000.0
 """2025-11-24 16:00 UTC."""

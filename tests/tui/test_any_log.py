@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from logs import make_run
 
 from engine.run import events
-from engine.run.directory import Status
 from engine.run.events import Event
+from engine.run.shown import render, show, summarize
 from engine.run.state import RunState
-from engine.run.summary import show, summarize
+from engine.run.status import Status
 from engine.system.printable import hides
 from eqat_tui import display, run_text
 from eqat_tui.charts import chart
@@ -84,14 +84,14 @@ def lines_of(view: RunView, width: int) -> Iterator[Line]:
     yield result.headline(view, width)
     yield from result.samples(state, width)
     yield from result.exports(view, width)
-    shown = {**state.to_json(state=view.liveness, config=view.config), "path": view.path, "origin": None}
+    shown = {**render(state, state=view.liveness, config=view.config), "path": view.path, "origin": None}
     yield from result.figures(shown, width)
 
 
 def texts_of(view: RunView) -> Iterator[str]:
     """All that the command line says of a run."""
     state = view.state
-    shown = {**state.to_json(state=view.liveness, config=view.config), "path": view.path, "origin": None}
+    shown = {**render(state, state=view.liveness, config=view.config), "path": view.path, "origin": None}
     yield run_text.report(shown)
     yield run_text.samples(shown)
     yield display.lasting(display.position(state))

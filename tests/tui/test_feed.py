@@ -12,10 +12,11 @@ import pytest
 from logs import LiveEngine, make_run, running, write_log
 
 from engine.run import control, events
-from engine.run.directory import RunDirectory, Status, write_status
+from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter
 from engine.run.lock import RunLock
 from engine.run.state import load_state
+from engine.run.status import Status, write_status
 from eqat_tui import feed as feeds
 from eqat_tui.feed import LiveFeed, ReplayFeed
 

@@ -15,8 +15,8 @@ from textual.pilot import Pilot
 from engine.config.stages import STAGES, Stage
 from engine.run import events
 from engine.run.directory import RunDirectory
+from engine.run.shown import show, summarize
 from engine.run.state import load_state
-from engine.run.summary import show, summarize
 from eqat_tui import display, run_text
 from eqat_tui.app import EqatApp
 from eqat_tui.feed import RunView

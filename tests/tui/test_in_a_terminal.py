@@ -19,10 +19,13 @@ import pytest
 from pty_app import NOT_OURS, REPOSITORY
 from waiting import PATIENCE, wait_until
 
-from engine.config.loading import apply_overrides, load, resolve
-from engine.run.directory import RunDirectory, run_state
+from engine.config.derived import resolve
+from engine.config.loading import load
+from engine.config.overrides import apply_overrides
+from engine.run.directory import RunDirectory
 from engine.run.finding import list_runs
 from engine.run.launch import launch
+from engine.run.liveness import run_state
 from engine.run.state import load_state
 
 pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")

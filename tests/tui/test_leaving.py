@@ -9,7 +9,7 @@ import pytest
 from logs import LiveEngine, make_run
 from pty_app import PtyApp
 
-from engine.run.directory import run_state
+from engine.run.liveness import run_state
 
 LEAVES_ALTERNATE_SCREEN = b"\x1b[?1049l"
 SHOWS_CURSOR = b"\x1b[?25h"

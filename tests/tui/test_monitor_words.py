@@ -9,9 +9,10 @@ import pytest
 from logs import RECORDED, Log
 
 from engine.run import events
-from engine.run.directory import Launched, RunDirectory, Status
+from engine.run.directory import RunDirectory
 from engine.run.lock import RunLock
 from engine.run.state import RunState
+from engine.run.status import Launched, Status
 from engine.system.files import atomic_write_json
 from eqat_tui.feed import LiveFeed, RunView
 from eqat_tui.lines import plain

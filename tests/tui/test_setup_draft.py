@@ -10,9 +10,9 @@ import typer.main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import loading as configs
 from engine.config.field_docs import field_help
-from engine.config.loading import to_dict
+from engine.config.fields import field_names
+from engine.config.writing import to_dict
 from engine.errors import UsageError
 from eqat_tui.cli import app
 from eqat_tui.configure import build_config
@@ -21,7 +21,7 @@ from eqat_tui.views import methods
 from eqat_tui.views import setup as views
 from eqat_tui.views.setup import Draft
 
-FIELDS = [name for name in configs.field_names() if name not in ("name", "description")]
+FIELDS = [name for name in field_names() if name not in ("name", "description")]
 SOME = {
     "grid.bits": (2, 3, 4, 8),
     "grid.group_size": (32, 64, -1),
@@ -80,7 +80,7 @@ def test_every_setting_says_what_it_means() -> None:
     texts = field_help()
     assert set(FIELDS) <= set(texts)
     assert [name for name in FIELDS if not texts[name]] == []
-    assert texts["block_ap.epochs"] == "Passes over the training sequences, per block."
+    assert texts["block_ap.epochs"] == "A block is trained for this many passes over the training sequences."
     assert texts["e2e_qp.lr_scaling"] == texts["block_ap.lr_scaling"]
     assert "``" not in "".join(texts.values())
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,14 +30,15 @@ from torch import nn
 
 from engine.config.block_ap import BlockAPConfig
 from engine.config.grid import GridConfig
-from engine.data.sampler import ALONE, World
 from engine.errors import NonFiniteError
 from engine.gpu.compiled import SWITCH_HINT, Compiled
 from engine.methods.blockwise.reconstruction import Reconstruction, Streams, reconstruction_loss
 from engine.quant.fake_linear import freeze_block
 from engine.quant.packed import PackedBlock
-from engine.training.loop import Settings, Training
-from engine.training.stepper import NON_FINITE_HINT, Snapshot, TrainingProgress
+from engine.training.loop import NON_FINITE_HINT, Settings, Training
+from engine.training.progress import Keeper, Progress
+from engine.training.snapshot import Snapshot
+from engine.training.world import ALONE, World
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
@@ -71,9 +71,10 @@ def train_block(
     *,
     seed: int,
     dtype: torch.dtype,
-    progress: TrainingProgress,
+    progress: Progress,
     micro_batch: int | None = None,
     snapshot: Snapshot | None = None,
+    keeper: Keeper | None = None,
     world: World = ALONE,
     fast: bool = False,
     compiles: bool = False,
@@ -82,26 +83,17 @@ def train_block(
 
     ``streams.full`` has passed the block already, ``streams.quantized`` has not. ``dtype`` is the arithmetic
     of the forward pass; parameters are float32 throughout. ``micro_batch`` sequences pass at a time (all of a
-    batch, when not given); ``snapshot`` is the state to continue from. ``fast`` takes the steps by
-    :mod:`engine.methods.blockwise.fast_reconstruction` where that is possible, ``compiles`` compiles them.
+    batch, when not given); ``snapshot`` is the state to continue from, ``keeper`` keeps such states. ``fast``
+    takes the steps by :mod:`engine.methods.blockwise.fast_reconstruction` where that is possible,
+    ``compiles`` compiles them.
 
     Raises:
         NonFiniteError: if training diverges and two restarts at lower learning rates do not help.
         StopRequested: at a step boundary, after a stop was asked for.
     """
-
-    def slower(why: str) -> None:
-        progress.warning("compile", f"block {index}: steps are slower, {why}", hint=SWITCH_HINT)
-
     reconstruction = _reconstruction(
-        lm, index, block, streams, config, grid, dtype, fast=fast, on_failure=slower
+        lm, index, block, streams, config, grid, dtype, progress, fast=fast, compiles=compiles
     )
-    if compiles:
-        reconstruction.train_loss = Compiled(
-            reconstruction_loss,
-            expect_silence=progress.expect_silence,
-            on_failure=lambda why: slower(f"they cannot be compiled: {why}"),
-        )
     settings = Settings(
         epochs=config.epochs,
         batch_size=config.batch_size,
@@ -117,12 +109,19 @@ def train_block(
         tokens_per_sequence=streams.full.shape[1],
         world=world,
     )
-    training = Training(reconstruction, streams.train, settings, progress, snapshot)
+    training = Training(reconstruction, streams.train, settings, progress, snapshot, keeper)
+    result = _trained(reconstruction, training, trains=bool(config.train))
+    result.packed.install(block)
+    return result
+
+
+def _trained(reconstruction: Reconstruction, training: Training, *, trains: bool) -> BlockResult:
+    """Train, between two measurements of the loss, and round to the grid."""
     reconstruction.poll = training.boundary
     noted = training.position.noted
     if "initial_loss" not in noted:
         noted["initial_loss"] = training.with_memory(reconstruction.report_loss)
-    if config.train:
+    if trains:
         training.run()
     final = training.with_memory(reconstruction.report_loss)
     position = training.position
@@ -130,14 +129,12 @@ def train_block(
         # Every later block would be trained on what this one puts out.
         raise NonFiniteError(
             f"the block's output is not finite after {position.steps_done} steps",
-            where=f"block {index}",
+            where=training.settings.where,
             hint=NON_FINITE_HINT,
         )
-    reconstruction.close()
-    packed = freeze_block(block, reconstruction.linears)
-    packed.install(block)
+    reconstruction.close()  # rounding wants the memory
     return BlockResult(
-        packed,
+        freeze_block(reconstruction.block, reconstruction.linears),
         position.noted["initial_loss"],
         final,
         training.best.val_loss,
@@ -154,28 +151,35 @@ def _reconstruction(
     config: BlockAPConfig,
     grid: GridConfig,
     dtype: torch.dtype,
+    progress: Progress,
     *,
     fast: bool,
-    on_failure: Callable[[str], None],
+    compiles: bool,
 ) -> Reconstruction:
-    """The fast form if it is wanted and possible here."""
-    if not fast or not config.train:
-        return Reconstruction(lm, index, block, streams, config, grid, dtype)
-    if why := _obstacle(lm.device):
-        on_failure(f"Triton does not work here: {why}")
-        return Reconstruction(lm, index, block, streams, config, grid, dtype)
-    from engine.methods.blockwise.fast_reconstruction import FastReconstruction
+    """In the fast form, and compiled, if that is wanted and possible here; what is not possible is said."""
 
-    return FastReconstruction(
-        lm,
-        index,
-        block,
-        streams,
-        config,
-        grid,
-        dtype,
-        on_failure=lambda why: on_failure(f"they cannot be recorded: {why}"),
-    )
+    def slower(why: str) -> None:
+        progress.warning("compile", f"block {index}: steps are slower, {why}", hint=SWITCH_HINT)
+
+    arguments = (lm, index, block, streams, config, grid, dtype)
+    obstacle = _obstacle(lm.device) if fast and config.train else ""
+    if obstacle:
+        slower(f"Triton does not work here: {obstacle}")
+    if fast and config.train and not obstacle:
+        from engine.methods.blockwise.fast_reconstruction import FastReconstruction
+
+        reconstruction: Reconstruction = FastReconstruction(
+            *arguments, on_failure=lambda why: slower(f"they cannot be recorded: {why}")
+        )
+    else:
+        reconstruction = Reconstruction(*arguments)
+    if compiles:
+        reconstruction.train_loss = Compiled(
+            reconstruction_loss,
+            expect_silence=progress.expect_silence,
+            on_failure=lambda why: slower(f"they cannot be compiled: {why}"),
+        )
+    return reconstruction
 
 
 @functools.cache

@@ -34,8 +34,8 @@ Result = tuple[Tensor, tuple[Tensor, ...]]
 
 
 class FastReconstruction(Reconstruction):
-    """Needs a GPU for which :func:`obstacle` says nothing. ``on_failure`` is told why steps cannot be
-    recorded, if that is so."""
+    """Needs a device on which Triton works. ``on_failure`` is told why steps cannot be recorded, if that is
+    so."""
 
     def __init__(
         self,

@@ -29,7 +29,8 @@ from engine.quant.quant_step import (
     Moments,
     QuantStep,
 )
-from engine.training.stepper import ParameterGroup, Snapshot, Stepper
+from engine.training.snapshot import Snapshot
+from engine.training.stepper import ParameterGroup, Stepper
 
 
 class FusedStepper(Stepper):

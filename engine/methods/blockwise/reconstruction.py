@@ -21,7 +21,8 @@ from engine.config.grid import GridConfig
 from engine.data.prefetch import Prefetcher, Rows
 from engine.quant.fake_linear import FakeQuantLinear, wrap_linears
 from engine.training.loop import Method
-from engine.training.stepper import ParameterGroup, autocast
+from engine.training.precision import autocast
+from engine.training.stepper import ParameterGroup
 
 if TYPE_CHECKING:
     from engine.data.activations import ActivationStore
@@ -85,7 +86,8 @@ class Reconstruction(Method):
     ) -> None:
         self.lm, self.index, self.block, self.streams = lm, index, block, streams
         self.config, self.dtype = config, dtype
-        self.linears = wrap_linears(block, lm.linear_names(index), grid)
+        grids = grid.of_each(lm.linear_names(index))
+        self.linears = wrap_linears(block, grids, method=grid.range, norm=grid.search_norm)
         self.groups = _parameter_groups(block, self.linears, config)
         self.poll: Callable[[], None] = lambda: None
         self.train_loss: Callable[..., Tensor] = reconstruction_loss

@@ -16,4 +16,5 @@ from engine.quant.packed import PackedBlock
 @torch.no_grad()
 def round_to_nearest(block: nn.Module, names: tuple[str, ...], grid: GridConfig) -> PackedBlock:
     """Quantize the named linears of ``block`` (in place) and return the packed block."""
-    return freeze_block(block, wrap_linears(block, names, grid))
+    linears = wrap_linears(block, grid.of_each(names), method=grid.range, norm=grid.search_norm)
+    return freeze_block(block, linears)

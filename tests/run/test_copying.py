@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import EqatError, UsageError
-from engine.system.publish import check_target, publish
+from engine.system.copying import check_target, copy_whole
 
 FILES = {"README.md": b"card", "model.safetensors": bytes(range(256)) * 1000}
 
@@ -32,7 +32,7 @@ def test_the_copy_is_the_export(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     long_name = "n" * 255
     for target in (tmp_path / "new", tmp_path / "empty", tmp_path / long_name):
-        publish(export_of(run), target, run=run)
+        copy_whole(export_of(run), target, run=run)
         assert {name: (target / name).read_bytes() for name in FILES} == FILES
         assert (target / "templates" / "a.jinja").read_text() == "{}"
     assert sorted(os.listdir(tmp_path)) == sorted(["empty", "new", "runs", long_name])
@@ -43,7 +43,7 @@ def test_what_ends_the_copying_leaves_nothing_behind(run: Path, tmp_path: Path) 
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        publish(export_of(run), tmp_path / "new", run=run, poll=stop)
+        copy_whole(export_of(run), tmp_path / "new", run=run, poll=stop)
     assert os.listdir(tmp_path) == ["runs"]
 
 
@@ -55,7 +55,7 @@ def test_only_files_are_copied(run: Path, tmp_path: Path, odd: str) -> None:
     else:
         (export_of(run) / "odd").symlink_to(tmp_path / ("secret" if odd == "link" else ""))
     with pytest.raises(EqatError):
-        publish(export_of(run), tmp_path / "new", run=run)
+        copy_whole(export_of(run), tmp_path / "new", run=run)
     assert sorted(os.listdir(tmp_path)) == ["runs", "secret"]
 
 
@@ -64,7 +64,7 @@ def test_an_export_that_is_a_link_is_not_copied(run: Path, tmp_path: Path) -> No
     export_of(run).rename(tmp_path / "real")
     export_of(run).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(EqatError):
-        publish(export_of(run), tmp_path / "new", run=run)
+        copy_whole(export_of(run), tmp_path / "new", run=run)
     assert not (tmp_path / "new").exists()
 
 
@@ -104,7 +104,7 @@ def targets(run: Path, place: Path) -> dict[str, Path]:
 def test_folders_above_the_copy_are_made(run: Path, tmp_path: Path) -> None:
     target = tmp_path / "new" / "deep" / "copy"
     check_target(target, run)
-    publish(export_of(run), target, run=run)
+    copy_whole(export_of(run), target, run=run)
     assert sorted(path.name for path in target.iterdir()) == sorted(
         path.name for path in export_of(run).iterdir()
     )
@@ -115,7 +115,7 @@ def test_a_place_that_cannot_take_it_is_refused_in_one_line_and_stays_as_it_was(
 ) -> None:
     for name, target in targets(run, tmp_path).items():
         before = sorted(str(path) for path in tmp_path.rglob("*"))
-        for attempt in (check_target, lambda target, run: publish(export_of(run), target, run=run)):
+        for attempt in (check_target, lambda target, run: copy_whole(export_of(run), target, run=run)):
             with pytest.raises(UsageError) as caught:
                 attempt(target, run)
             assert "\n" not in str(caught.value), name

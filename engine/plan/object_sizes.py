@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from engine.architecture.families import FAMILIES, LLAMA, Architecture, LinearShape
 from engine.config.grid import GridConfig
-from engine.plan.estimate import CONSTANTS, Constants, Workload
+from engine.plan.estimate import CONSTANTS, Workload
 
 ITEM_BYTES = {"F32": 4, "I32": 4, "F16": 2, "U8": 1}
 ALIGNMENT = 8
@@ -90,6 +90,7 @@ def _packed(arch: Architecture, grid: GridConfig) -> Iterator[Tensor]:
         yield Tensor(f"linear.{linear.name}.words", "I32", words)
         yield Tensor(f"linear.{linear.name}.scale", "F16", grid_shape)
         yield Tensor(f"linear.{linear.name}.zero_point", "U8", grid_shape)
+        yield Tensor(f"linear.{linear.name}.grid", "I32", (3,))
 
 
 def _others(arch: Architecture) -> Iterator[Tensor]:
@@ -102,7 +103,7 @@ def _others(arch: Architecture) -> Iterator[Tensor]:
 
 @lru_cache
 def scales_bytes(arch: Architecture, grid: GridConfig) -> int:
-    """The object that E2E-QP adds for each block: its scales and zero points."""
+    """The object that a training of the whole network adds for each block: its scales and zero points."""
     tensors = []
     for linear in arch.linears:
         shape = (linear.out_features, _groups(linear, grid.group_size))
@@ -113,24 +114,19 @@ def scales_bytes(arch: Architecture, grid: GridConfig) -> int:
     return file_bytes(tensors)
 
 
-def generation_bytes(arch: Architecture, constants: Constants = CONSTANTS) -> int:
+def generation_bytes(arch: Architecture) -> int:
     """A generation file."""
-    return constants.generation_base + arch.blocks * constants.generation_per_block
+    return CONSTANTS.generation_base + arch.blocks * CONSTANTS.generation_per_block
 
 
 # ------------------------------------------------------------------------------------------ snapshots
 
 
-def snapshot_bytes(work: Workload, phase: str) -> int:
-    """The state of a training in the middle (``Training.state_dict``): for every trained parameter its value,
-    AdamW's two moments and, with validation, its best value, all float32. 0 for a phase that trains
-    nothing."""
-    blocks = {"block_ap": 1, "e2e_qp": work.arch.blocks}
-    if phase not in blocks:
-        return 0
-    section = getattr(work.config, phase)
-    best = section.val_sequences > 0
-    return _snapshot_bytes(work.arch, work.config.grid, section.train, blocks[phase], best, work.cuda)
+def snapshot_bytes(work: Workload, train: tuple[str, ...], *, blocks: int, best: bool) -> int:
+    """The state of a training in the middle (``Training.state_dict``): for every parameter of ``blocks``
+    blocks that is trained its value, AdamW's two moments and, with a ``best`` state, its best value, all
+    float32."""
+    return _snapshot_bytes(work.arch, work.config.grid, train, blocks, best, work.cuda)
 
 
 @lru_cache
@@ -162,3 +158,9 @@ def _trained(arch: Architecture, grid: GridConfig, train: tuple[str, ...]) -> It
     if "norms" in train:
         for _, width in norms(arch):
             yield (width,)
+
+
+@lru_cache
+def trained_parameters(arch: Architecture, grid: GridConfig, train: tuple[str, ...]) -> int:
+    """Parameters of a block that are trained."""
+    return sum(math.prod(shape) for shape in _trained(arch, grid, train))

@@ -1,4 +1,4 @@
-"""Copying a verified checkpoint to a folder of the user's, whole or not at all."""
+"""Copying an export to a folder of the user's, whole or not at all."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _is_virtual(folder: Path) -> bool:
         return True
 
 
-def publish(checkpoint: Path, folder: Path, *, run: Path, poll: Callable[[], None] = lambda: None) -> None:
+def copy_whole(checkpoint: Path, folder: Path, *, run: Path, poll: Callable[[], None] = lambda: None) -> None:
     """Copy ``checkpoint``, a folder inside ``run``, to ``folder``, which appears only when it is complete.
 
     ``poll`` is called between two pieces and may raise. Whatever is raised, nothing is left behind.

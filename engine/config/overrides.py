@@ -1,0 +1,69 @@
+"""Settings on top of a configuration: ``--set section.field=value``, and one layer of values on another."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from engine.config.base import describe
+from engine.config.fields import field_type
+from engine.config.run import RunConfig
+from engine.config.validation import convert
+from engine.config.writing import to_dict
+from engine.errors import UsageError
+
+# A revision, split or column, and above all the trust in its code, belongs to the source it was written
+# for. Where a layer (a file that extends another, a flag) names another source, these go back to their
+# defaults unless the layer gives them too.
+_BELONGS_TO_SOURCE = ("revision", "trust_remote_code", "subset", "split", "column")
+
+
+def apply_overrides(config: RunConfig, overrides: Mapping[str, object]) -> RunConfig:
+    """``config`` with ``{"block_ap.epochs": "3", ...}`` set.
+
+    Strings are read as the field's type wants them (``none`` for a field that may be left out, commas
+    between the members of a list); other values are taken as they are. Giving ``data.source`` another
+    value drops the split, column and revision that belonged to the old one, unless given as well.
+    """
+    layer: dict[str, Any] = {}
+    for name, value in overrides.items():
+        *sections, field = name.strip().split(".")
+        kind = field_type(name.strip())
+        node = layer
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[field] = _read_value(name.strip(), kind, value) if isinstance(value, str) else value
+    return convert(merge(to_dict(config), layer))
+
+
+def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``layer`` on top, table by table."""
+    merged = dict(base)
+    if "source" in layer and layer["source"] != base.get("source"):
+        for key in _BELONGS_TO_SOURCE:
+            merged.pop(key, None)
+    for key, value in layer.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _read_value(name: str, kind: Any, text: str) -> Any:
+    """``text`` as typed after ``--set name=``, as a value for a field of type ``kind``."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if type(None) in options and text.strip().lower() in ("none", "null", ""):
+        return None
+    if str in options:
+        return text
+    if typing.get_origin(kind) is tuple:
+        members = text.strip().removeprefix("[").removesuffix("]").split(",")
+        return [member.strip().strip("\"'") for member in members if member.strip()]
+    try:
+        # strict=False is msgspec's reading of text: "3" is an integer, "1e-4" a float, "true" a bool.
+        return msgspec.convert(text.strip(), kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"cannot be {text!r}", where=name, hint=describe(kind)) from error

@@ -1,0 +1,52 @@
+"""When two configurations are the same run: the hash of what decides the result, and the command that makes a
+configuration again."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+
+import msgspec
+
+from engine.config.derived import resolve
+from engine.config.loading import load, preset_names
+from engine.config.run import LABELS, RunConfig
+from engine.config.writing import essential, flat, to_dict
+
+
+def config_hash(config: RunConfig) -> str:
+    """SHA-256 of everything that decides the result, learning rates resolved.
+
+    Left out: the labels, and ``runtime`` except its seed, since where a run computes is not what it
+    computes. Two configurations with the same hash may continue each other's checkpoints.
+    """
+    tree = essential(resolve(config))
+    for label in LABELS:
+        del tree[label]
+    tree["runtime"] = {"seed": config.runtime.seed}
+    return hashlib.sha256(msgspec.json.encode(tree, order="deterministic")).hexdigest()
+
+
+def equivalent_command(config: RunConfig) -> str:
+    """The ``eqat run`` command that makes this configuration again, on any machine.
+
+    Only what differs from the preset is named. Where the run computes (device, threads, memory) is left out,
+    and a configuration without a preset is named as the file that every run directory and model card holds.
+    """
+    if config.name not in preset_names():
+        return "eqat run config.toml"
+    base = flat(to_dict(resolve(load(config.name))))
+    changes = [
+        f"--set {key}={_flag_value(value)}"
+        for key, value in flat(to_dict(resolve(config))).items()
+        if base.get(key) != value
+        and key not in LABELS
+        and (not key.startswith("runtime.") or key == "runtime.seed")
+    ]
+    return shlex.join(shlex.split(" ".join(["eqat run", config.name, *changes])))
+
+
+def _flag_value(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return shlex.quote(",".join(map(str, value)))
+    return shlex.quote(str(value).lower() if isinstance(value, bool) else str(value))

@@ -1,0 +1,101 @@
+"""What the sections of stages have in common: whether the stage is made, on the grid it is given, and for one
+that trains, how much it sees and how its learning rate runs.
+
+A stage's section is called like the stage (:mod:`engine.config.stages`).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, Self
+
+from engine.config import checks
+from engine.config.base import Section
+from engine.config.grid import GridConfig
+from engine.errors import UsageError
+
+
+class StageSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A section whose stage is made on the grid of the run. A field ``enabled`` says whether it is made."""
+
+    def check_on(self, grid: GridConfig, name: str) -> None:
+        """Like :meth:`check`, with what the grid forbids."""
+        self.check(name)
+
+    def resolved(self, grid: GridConfig) -> Self:
+        """The section with every value that was left out derived from the grid and from its other values."""
+        return self
+
+
+class Training(Protocol):
+    """The fields of a stage that trains on sequences."""
+
+    @property
+    def enabled(self) -> bool: ...
+    @property
+    def sequences(self) -> int: ...
+    @property
+    def val_sequences(self) -> int: ...
+    @property
+    def sequence_length(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def lr_final_fraction(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def grad_clip(self) -> float: ...
+    @property
+    def patience(self) -> int: ...
+
+
+def check_sequences(name: str, training: Training) -> None:
+    """How much text is seen, and in which portions."""
+    checks.count(f"{name}.sequences", training.sequences)
+    checks.count(f"{name}.val_sequences", training.val_sequences, least=0)
+    # The last token of a sequence has no next one: with fewer than two there is nothing to predict.
+    checks.count(f"{name}.sequence_length", training.sequence_length, least=2)
+    checks.count(f"{name}.batch_size", training.batch_size)
+    checks.count(f"{name}.epochs", training.epochs)
+    if training.enabled and training.batch_size > training.sequences:
+        raise UsageError(
+            f"{training.batch_size} is more than {name}.sequences = {training.sequences}",
+            where=f"{name}.batch_size",
+            hint=f"at most {training.sequences}",
+        )
+
+
+def check_schedule(name: str, training: Training) -> None:
+    """How the learning rate falls, what holds a step back, and what ends the training early."""
+    checks.between(f"{name}.lr_final_fraction", training.lr_final_fraction, 0.0, 1.0)
+    checks.between(f"{name}.weight_decay", training.weight_decay, 0.0, 1.0)
+    checks.not_negative(f"{name}.grad_clip", training.grad_clip, hint="0 turns clipping off")
+    checks.count(f"{name}.patience", training.patience, least=0)
+    if training.enabled and training.patience and not training.val_sequences:
+        raise UsageError(
+            f"early stopping needs a validation loss, and {name}.val_sequences is 0",
+            where=f"{name}.patience",
+            hint=f"{name}.patience = 0, or {name}.val_sequences = 16",
+        )
+
+
+def check_learning_rate(name: str, value: float | None) -> None:
+    """None, which is derived, or above 0."""
+    if value is None:
+        return
+    checks.finite(name, value)
+    if value <= 0:
+        raise UsageError(
+            f"cannot be {value:g}", where=name, hint="above 0; what is not to move is left out of `train`"
+        )
+
+
+def check_trained(name: str, given: tuple[str, ...], effective: tuple[str, ...], *, enabled: bool) -> None:
+    """What the field ``name`` says to train: each once, and something of it must be on the grid."""
+    checks.unique(name, given)
+    if enabled and not effective:
+        stage = name.split(".", 1)[0]
+        reason = "a symmetric grid has no zero points to train" if given else "trains nothing"
+        raise UsageError(reason, where=name, hint=f"name what to train, or {stage}.enabled = false")

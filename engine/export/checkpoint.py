@@ -1,0 +1,256 @@
+"""A packed checkpoint in Hugging Face's form, whatever keeps the quantized linears in it.
+
+Every quantized linear becomes tensors of the format's own (:mod:`engine.export.layout`); everything else
+stays a 16-bit tensor under its own name. The integers come from training and are written as they are: nothing
+is dequantized and rounded again.
+
+Blocks are asked for one at a time and their tensors appended to the open shard, so an export holds one block.
+The directory is built and verified under another name and takes its own when that is done (``place.py``).
+
+Left out: quantized heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from engine.architecture.links import TOKENIZER_FILES
+from engine.errors import PreflightError
+from engine.export.card import model_card
+from engine.export.layout import Layout, Linear
+from engine.export.named_code import drop_missing_code, modules_in, without_missing
+from engine.export.place import ExportPlace
+from engine.export.reader import read_json
+from engine.export.result import ExportResult
+from engine.export.shards import ShardWriter, header_room, write_durably, write_json
+from engine.quant.packed import PackedBlock, PackedWeight
+from engine.system.guarded import opened_folder
+
+if TYPE_CHECKING:
+    from engine.models.causal_lm import CausalLM
+    from engine.models.source import ModelSource
+
+SMALL_FILES = 64 << 10
+"""Bytes that model card, configuration and the tokenizer of a random model take at most."""
+
+
+class _Written:
+    """The quantized linears that were written so far."""
+
+    def __init__(self) -> None:
+        self.linears: dict[str, Linear] = {}
+        self._packed_bits = 0
+
+    def add(self, name: str, weight: PackedWeight) -> None:
+        self.linears[name] = Linear.of(weight)
+        self._packed_bits += weight.words.numel() * 32 + weight.scale.numel() * (16 + weight.bits)
+
+    @property
+    def bits_per_weight(self) -> float:
+        weights = sum(linear.out_features * linear.in_features for linear in self.linears.values())
+        return self._packed_bits / max(1, weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """A trained model that is to be written in one layout."""
+
+    layout: Layout
+    lm: CausalLM
+    source: ModelSource
+    block_for: Callable[[int], PackedBlock]
+    """Asked once for each block, in order."""
+    shard_bytes: int
+    card: dict[str, Any]
+    """Described in ``card.py``."""
+    on_block: Callable[[int, int], None] | None = None
+    """Hears of blocks that are done and of all there are; may raise to stop."""
+
+    def into(
+        self,
+        out_dir: Path,
+        *,
+        verify: Callable[[Path], bool] = lambda written: True,
+        root: Path | None = None,
+    ) -> ExportResult:
+        """Write the checkpoint into ``out_dir``; one that is there stays until the new one is verified.
+
+        ``verify(folder)`` judges what was written, before it has its name: what it refuses lies in
+        ``<out_dir>.failed`` afterwards, and ``out_dir`` is as before. ``root`` is the run, inside which no
+        link is followed and no folder above ``out_dir.parent`` is made.
+
+        Raises:
+            EqatError: above all when the disk is full; nothing is left behind then.
+        """
+        out_dir = Path(out_dir)
+        place = ExportPlace(out_dir, root)
+        with place.being_made() as partial:
+            result = self._write(partial)
+            if verify(partial):
+                place.publish()
+            else:
+                place.keep_as_failed()
+        return replace(result, path=out_dir)
+
+    def _write(self, directory: Path) -> ExportResult:
+        """Every file of the export, into the empty ``directory``."""
+        room = header_room(tensor_names(self.layout, self.lm))
+        writer = ShardWriter(directory, shard_bytes=self.shard_bytes, header_bytes=room)
+        try:
+            written = self._write_tensors(writer)
+            files = writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
+        quantization = self.layout.config(written.linears)
+        dropped = _write_assets(directory, self.lm, self.source, quantization)
+        for name, content in self.layout.files(quantization).items():
+            write_json(directory / name, content)
+        result = ExportResult(
+            path=directory,
+            format=self.layout.format.name,
+            bytes=sum(path.stat().st_size for path in files),
+            fp_bytes=self.lm.fp_bytes(),
+            bits_per_weight=written.bits_per_weight,
+            files=tuple(path.name for path in files),
+            blocks_name=_blocks_name(self.lm),
+            dropped_code=dropped,
+        )
+        loading = self.layout.loading(quantization, result.blocks_name)
+        _write_card(
+            directory,
+            model_card(self.card, result, written.linears, tags=self.layout.tags, loading=loading),
+        )
+        return result
+
+    def _write_tensors(self, writer: ShardWriter) -> _Written:
+        lm, written = self.lm, _Written()
+        for name in outer_names(lm):
+            writer.add(name, stored_form(name, lm.weights.load(name)))
+        for index in range(lm.blocks):
+            block, prefix = self.block_for(index), lm.block_prefix(index)
+            missing = set(lm.linear_names(index)) ^ set(block.linears)
+            if missing:
+                raise PreflightError("linears are not all quantized", where=f"{prefix}.{sorted(missing)[0]}")
+            for name, weight in block.linears.items():
+                written.add(f"{prefix}.{name}", weight)
+            self.layout.config(written.linears)  # what does not fit is refused before it is written
+            for name, weight in block.linears.items():
+                for key, tensor in self.layout.tensors(f"{prefix}.{name}", weight):
+                    writer.add(key, tensor)
+            for name, tensor in block.others.items():
+                writer.add(f"{prefix}.{name}", half(f"{prefix}.{name}", tensor))
+            for name in block_buffers(lm, index):
+                writer.add(name, stored_form(name, lm.weights.load(name)))
+            if self.on_block is not None:
+                self.on_block(index + 1, lm.blocks)
+        return written
+
+
+def tensor_names(layout: Layout, lm: CausalLM) -> Iterator[str]:
+    """Every tensor name that may be written, for the room the header needs; a few too many do no harm."""
+    yield from lm.model.state_dict()
+    for index in range(lm.blocks):
+        for name in lm.linear_names(index):
+            yield from layout.names(f"{lm.block_prefix(index)}.{name}")
+            yield f"{lm.block_prefix(index)}.{name}.bias"
+
+
+def room_beside_tensors(layout: Layout, lm: CausalLM, source: ModelSource, shards: int) -> int:
+    """Bytes of an export besides its tensors: headers of so many files, the tokenizer, the small files."""
+    tokenizer = 0
+    if source.directory is not None:
+        for name in TOKENIZER_FILES:
+            with suppress(OSError):
+                tokenizer += (source.directory / name).stat().st_size
+    return shards * header_room(tensor_names(layout, lm)) + tokenizer + SMALL_FILES
+
+
+def half(name: str, tensor: Tensor) -> Tensor:
+    """float16, or an error where the value would become infinite."""
+    value = tensor.detach().to(torch.float16)
+    if not torch.isfinite(value).all():
+        largest = tensor.detach().float().abs().max().item()
+        raise PreflightError(f"holds {largest:.4g}, which float16 cannot", where=name)
+    return value
+
+
+def stored_form(name: str, tensor: Tensor) -> Tensor:
+    """How a tensor that is not quantized is stored: numbers as float16, counters and masks as they are."""
+    return half(name, tensor) if tensor.is_floating_point() else tensor.detach()
+
+
+def outer_names(lm: CausalLM) -> list[str]:
+    """Tensors outside the blocks (embedding, final norm, head) in sorted order; a tied head is left out."""
+    inside = _blocks_name(lm) + "."
+    return sorted({*lm.outer_state(), *(n for n in _stored_buffers(lm) if not n.startswith(inside))})
+
+
+def block_buffers(lm: CausalLM, index: int) -> list[str]:
+    """Full names of what a checkpoint stores of a block besides its parameters; nearly always nothing."""
+    return [name for name in _stored_buffers(lm) if name.startswith(lm.block_prefix(index) + ".")]
+
+
+def _write_assets(
+    directory: Path, lm: CausalLM, source: ModelSource, quantization: dict[str, Any]
+) -> tuple[str, ...]:
+    """Configuration and tokenizer; returns the names of code that were left out of them."""
+    # What writes the assets makes missing folders: a run that was deleted meanwhile must not come back so.
+    with opened_folder(directory):
+        source.save_assets(directory)
+    modules = modules_in(directory) if source.trust_remote_code else set()
+    dropped = drop_missing_code(directory, modules)
+    config = without_missing(_original_config(directory, source), modules, dropped)
+    config.setdefault("architectures", [type(lm.model).__name__])
+    # transformers 5 reads `dtype`; older readers and several engines read `torch_dtype`.
+    config["dtype"] = config["torch_dtype"] = "float16"
+    # A checkpoint that holds two different matrices is not tied, whatever its configuration said.
+    config["tie_word_embeddings"] = lm.tied
+    _name_rope_as_before(config)
+    write_json(directory / "config.json", {**config, "quantization_config": quantization})
+    return tuple(sorted(set(dropped)))
+
+
+def _original_config(directory: Path, source: ModelSource) -> dict[str, Any]:
+    """config.json as its authors wrote it; what transformers would write again lacks every default."""
+    rewritten = read_json(directory / "config.json")
+    original = source.stored_config()
+    if original is None:
+        return rewritten
+    # Of a multimodal model only the language model is quantized, and only its part is written.
+    return original if original.get("model_type") == rewritten.get("model_type") else rewritten
+
+
+def _name_rope_as_before(config: dict[str, Any]) -> None:
+    """Repeat transformers 5's ``rope_parameters`` under the names that version 4 and other engines read.
+
+    Without them those fall back to a base of 10000, and the model talks nonsense without an error.
+    """
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+            config.setdefault("rope_scaling", scaling)
+
+
+def _write_card(directory: Path, text: str) -> None:
+    temporary = directory / "README.md.writing"
+    write_durably(temporary, text.encode())
+    temporary.replace(directory / "README.md")
+
+
+def _blocks_name(lm: CausalLM) -> str:
+    return lm.block_prefix(0).rpartition(".")[0]
+
+
+def _stored_buffers(lm: CausalLM) -> list[str]:
+    parameters = {name for name, _ in lm.model.named_parameters(remove_duplicate=False)}
+    return [name for name in lm.model.state_dict() if name not in parameters and name in lm.weights]

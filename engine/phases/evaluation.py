@@ -1,0 +1,136 @@
+"""The phases ``evaluate_<stage>``: perplexity and zero-shot tasks of one version of the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import msgspec
+import torch
+from torch import nn
+
+from engine import telemetry
+from engine.config.corpora import corpus_name
+from engine.config.stages import Stage
+from engine.config.tables import load_named
+from engine.evaluation.perplexity import PerplexityResult, perplexity
+from engine.evaluation.tasks import Accuracy, accuracies, hidden_bytes
+from engine.methods.blockwise.rtn import round_to_nearest
+from engine.phases.job import Job
+from engine.plan.fit import host_budget
+from engine.run import events
+from engine.run.facts import eval_fact
+
+ACTIVATIONS = "the file of an evaluation's activations"
+"""What a full disk has no room for while a model is evaluated."""
+BlockFor = Callable[[int], nn.Module]
+
+
+def evaluate(job: Job, stage: Stage, *, again: bool = False) -> None:
+    """Measure one version of the model, unless an earlier attempt did; ``again`` measures it in any case."""
+    name = eval_fact(stage.name)
+    known = job.store.fact(name)
+    if known is None or again:
+        block_for: BlockFor = partial(load_named(stage.block), job)
+        result = _measure(job, block_for)
+        known = {
+            "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
+            "tokens": result.tokens,
+            "seconds": result.seconds,
+            **_ask(job, block_for),
+        }
+        job.store.remember(name, known)
+        job.checkpoints.commit(job.report.phase_name)
+    recall(job, stage.name)
+    job.report.emit(
+        events.Eval(
+            stage=stage.name,
+            sequence_length=job.config.evaluation.sequence_length,
+            corpus=corpus_name(job.config.evaluation.data),
+            **known,
+        )
+    )
+
+
+def recall(job: Job, stage: str) -> None:
+    """What the checkpoint knows of one version of the model, for the card of an export."""
+    known = job.store.fact(eval_fact(stage))
+    if known and known["perplexity"] is not None:
+        job.perplexities[stage] = known["perplexity"]
+    if known and known.get("accuracy"):
+        job.accuracies[stage] = known["accuracy"]
+
+
+# -- the versions of the model -------------------------------------------------------------------------
+
+
+def full_block(job: Job, index: int) -> nn.Module:
+    """Block ``index`` as it came."""
+    return job.lm.load_block(index)
+
+
+def rounded_block(job: Job, index: int) -> nn.Module:
+    """Plain round-to-nearest between minimum and maximum: the baseline every method is compared with."""
+    block = job.lm.load_block(index)
+    plain = msgspec.structs.replace(job.config.grid, range="minmax")
+    return round_to_nearest(block, job.lm.linear_names(index), plain).install(block)
+
+
+# -- measuring -----------------------------------------------------------------------------------------
+
+
+def _measure(job: Job, block_for: BlockFor) -> PerplexityResult:
+    """Half as many windows at a time, from the beginning, as long as memory does not suffice."""
+    batch = job.config.evaluation.batch_size
+    needed = job.tokens.evaluation.numel() * job.lm.hidden_size * job.lm.dtype.itemsize
+    while True:
+        try:
+            return job.checkpoints.patiently(
+                partial(_perplexity, job, block_for, batch), needed, ACTIVATIONS, job.run.cache_dir
+            )
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        batch //= 2
+        telemetry.release_memory()
+        job.report.warning("micro_batch", f"out of memory; evaluating again with {batch} windows at a time")
+
+
+def _perplexity(job: Job, block_for: BlockFor, batch_size: int) -> PerplexityResult:
+    return perplexity(
+        job.lm,
+        block_for,
+        job.tokens.evaluation,
+        batch_size=batch_size,
+        store_kind=job.plan.activation_store,
+        store_path=job.run.cache_dir / "evaluation.bin",
+        store_budget_bytes=host_budget(job.config, job.plan.machine) // 2,
+        on_progress=job.report.step,
+        on_batch=job.report.leave_if_asked,
+    )
+
+
+def _ask(job: Job, block_for: BlockFor) -> dict[str, dict[str, float]]:
+    """Zero-shot tasks, where there are any."""
+    if not job.tasks:
+        return {}
+    needed = hidden_bytes(job.lm, job.tasks)
+    found = job.checkpoints.patiently(
+        partial(_accuracies, job, block_for), needed, ACTIVATIONS, job.run.cache_dir
+    )
+    return {
+        "accuracy": {name: result.accuracy for name, result in found.items()},
+        "questions": {name: result.questions for name, result in found.items()},
+    }
+
+
+def _accuracies(job: Job, block_for: BlockFor) -> dict[str, Accuracy]:
+    return accuracies(
+        job.lm,
+        block_for,
+        job.tasks,
+        folder=job.run.cache_dir,
+        on_progress=job.report.step,
+        on_batch=job.report.leave_if_asked,
+    )

@@ -1,0 +1,140 @@
+"""The phase ``prepare``: open the model (no block is loaded yet), tokenize the text, open the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from engine.checkpoints.identity import deciding_fields, default_fields
+from engine.checkpoints.store import CheckpointStore
+from engine.config.run import RunConfig
+from engine.config.stages import measured_stage, network_stages, phases_of, stages_of, versions
+from engine.config.tasks import task_name
+from engine.data.tasks import questions
+from engine.errors import DamagedRun, UsageError
+from engine.evaluation.tasks import TokenizedTask, tokenize
+from engine.gpu.compiled import SWITCH_HINT
+from engine.models.causal_lm import CausalLM
+from engine.models.source import ModelSource
+from engine.phases.evaluation import recall
+from engine.phases.job import Job, compute_dtype
+from engine.phases.preparation import (
+    PREPARE_SILENCE,
+    digest,
+    draw_tokens,
+    share_origin,
+    warn_of_changes,
+    write_manifest,
+)
+from engine.plan.plan import Plan
+from engine.quant.packed import Kernels
+from engine.reporter import Reporter
+from engine.run.directory import RunDirectory
+from engine.run.facts import done_fact, eval_fact
+from engine.training.world import ALONE, World
+
+Task = Literal["run", "eval", "export", "generate"]
+"""What an attempt does: the run itself, or something with a finished one."""
+
+
+def prepare(
+    run: RunDirectory,
+    config: RunConfig,
+    plan: Plan,
+    report: Reporter,
+    device: torch.device,
+    task: Task,
+    world: World = ALONE,
+) -> Job:
+    """Everything that the phases work with.
+
+    Raises:
+        EqatError: for a model, a text or a checkpoint that cannot be used.
+        UsageError: when ``task`` needs a run that has finished training, and this one has not.
+    """
+    report.expect_silence(PREPARE_SILENCE)
+    _switch_on_kernels(config, device, report)
+    source = ModelSource.open(config.model)
+    lm = CausalLM(source, device, compute_dtype("auto", device))
+    if task == "run" and plan.compiles_passages:
+        lm.compile(expect_silence=report.expect_silence, on_failure=lambda why: _slower(report, why))
+    tokens = draw_tokens(config, source.tokenizer(), report)
+    identity = {name: value for name, value in source.identity().items() if name not in ("path", "name")}
+    made_from = {"model": digest(identity), "tokenizer": source.assets_identity(), **tokens.digests()}
+    report.expect_silence(PREPARE_SILENCE)
+    store = CheckpointStore(
+        run.checkpoints_dir,
+        {**deciding_fields(config), **made_from},
+        defaults=default_fields(config),
+        on_damage=lambda message: report.warning("checkpoint", message),
+    )
+    share_origin(run, store, report)
+    warn_of_changes(run, device, report)
+    write_manifest(run, config, source, device, made_from)
+    job = Job(run, config, plan, report, source, lm, tokens, store, world)
+    if config.evaluation.enabled and task in ("run", "eval"):
+        job.tasks = _questions(job)
+    if task != "run":
+        _require_finished(job, task)
+    for stage in versions():
+        recall(job, stage)
+    return job
+
+
+def _switch_on_kernels(config: RunConfig, device: torch.device, report: Reporter) -> None:
+    """Packed weights are unpacked by one kernel where Triton works, else by torch's operations."""
+    if device.type != "cuda" or config.runtime.compile == "off":
+        return
+    try:
+        Kernels.switch_on(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of Triton, its compiler, the host's compiler, the driver
+        report.warning(
+            "compile",
+            f"packed weights are slower, Triton does not work here: {str(error).strip()[:200]}",
+            hint=SWITCH_HINT,
+        )
+
+
+def _slower(report: Reporter, why: str) -> None:
+    report.warning(
+        "compile",
+        f"evaluation and streams are slower, blocks cannot be compiled: {why}",
+        hint=SWITCH_HINT,
+    )
+
+
+def _questions(job: Job) -> Mapping[str, TokenizedTask]:
+    """Early, so that a task that cannot be read does not wait for the first evaluation to say so."""
+    found = {}
+    for name in job.config.evaluation.tasks:
+        job.report.leave_if_asked()
+        job.report.expect_silence(PREPARE_SILENCE)
+        asked = questions(name, job.config.evaluation.task_limit)
+        found[task_name(name)] = tokenize(asked, job.source.tokenizer())
+    return found
+
+
+def _require_finished(job: Job, task: Task) -> None:
+    """`eval`, `export` and `generate` work on what a run has trained; there must be all of it."""
+    store, run = job.store, job.run
+    networks = [stage for stage in stages_of(job.config) if stage in network_stages()]
+    trained = job.all_blocks_finished() and all(store.fact(done_fact(stage)) for stage in networks)
+    if trained and not (task == "export" and _lost_figures(job)):
+        return
+    if store.damage:
+        raise DamagedRun(
+            f"its checkpoint is damaged ({store.damage}), and this trains nothing",
+            where=run.id,
+            hint=f"eqat resume {run.id} trains what is damaged again",
+        )
+    raise UsageError("the run has not finished training", where=run.id, hint=f"eqat resume {run.id}")
+
+
+def _lost_figures(job: Job) -> bool:
+    """Whether damage took a perplexity that an export's card tells: without it the export would differ."""
+    measured = filter(None, map(measured_stage, phases_of(job.config)))
+    return bool(job.store.damage) and any(job.store.fact(eval_fact(stage)) is None for stage in measured)

@@ -1,0 +1,96 @@
+"""What it costs to train one block after the other on two activation streams, whatever the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from engine.config.run import RunConfig
+from engine.plan.costs import Ladder, Pain, Training, halves
+from engine.plan.estimate import CONSTANTS, Workload
+from engine.plan.memory_terms import Memory, training_memory
+from engine.plan.object_sizes import block_bytes
+from engine.plan.passages import compiling_form, passing
+from engine.plan.rates import Speed, load_seconds, search_seconds, unpacking
+from engine.plan.streams import shares_teacher, stored_pairs, stream_bytes, teacher_bytes
+from engine.plan.training_costs import TrainingCosts
+
+
+class BlockTraining(TrainingCosts):
+    """Of a stage that trains block by block. Its own are the memory and the seconds of a step."""
+
+    def block_memory(self, work: Workload) -> dict[str, int]:
+        """What training a block takes on the device, by what takes it."""
+        raise NotImplementedError
+
+    def step_seconds(self, work: Workload, rates: Speed) -> float:
+        """Of one optimizer step."""
+        raise NotImplementedError
+
+    def memory(self, work: Workload) -> Memory:
+        streams, copies = 2 * stream_bytes(work), self.copies_bytes(work)
+        return training_memory(work, self.block_memory(work), streams, self.snapshot_bytes(work), copies)
+
+    # Time
+
+    def seconds(self, work: Workload, rates: Speed, stored_bytes: int) -> float:
+        compiling = 2 * compiling_form(work, rates)
+        compiling += CONSTANTS.gpu_compile if self.steps(work, rates).compiled else 0.0
+        each = self.block_seconds(work, rates)
+        return load_seconds(work.arch, stored_bytes) + compiling + work.arch.blocks * each
+
+    def block_seconds(self, work: Workload, rates: Speed) -> float:
+        """One block: its steps, a forward pass for validation, 2 to advance streams."""
+        section = self.section(work.config)
+        length, batch = section.sequence_length, section.batch_size
+        steps = section.epochs * math.ceil(section.sequences / batch)
+        passes = (section.epochs + 1) * section.val_sequences
+        passes += 2 * (section.sequences + section.val_sequences)
+        one = self.step_seconds(work, rates)
+        return steps * one + passing(work, rates, passes, length, batch) + search_seconds(work, rates)
+
+    def passage_seconds(self, work: Workload, rates: Speed) -> float:
+        """Both streams through a finished block: one through its float weights, one through packed ones."""
+        section = self.section(work.config)
+        sequences = section.sequences + section.val_sequences
+        one = passing(work, rates, sequences, section.sequence_length, section.batch_size)
+        return 2 * one + unpacking(work, rates)
+
+    # Checkpoints
+
+    def training(self, work: Workload, rates: Speed, stored_bytes: int) -> Training:
+        blocks = work.arch.blocks
+        reading = load_seconds(work.arch, stored_bytes) / blocks
+        return Training(
+            phase=self.stage.name,
+            times=blocks,
+            whole=reading + self.block_seconds(work, rates),
+            passage=reading + self.passage_seconds(work, rates),
+            step=self.step_seconds(work, rates),
+            bytes=self.snapshot_bytes(work),
+        )
+
+    def kept(self, work: Workload, streams_every: int, snapshots: int) -> int:
+        return max(self._moments(work, streams_every, snapshots))
+
+    def _moments(self, work: Workload, every: int, snapshots: int) -> Iterator[int]:
+        """The peak is one of these."""
+        arch, one = work.arch, block_bytes(work.arch, work.config.grid)
+        pairs, pair = stored_pairs(work, every), 2 * stream_bytes(work)
+        snapshot = self.snapshot_bytes(work)
+        held = min(1, pairs) * pair
+        # The last block is trained, and committed: then the older generation still has its last snapshot.
+        yield (arch.blocks - 1) * one + held + snapshots * snapshot
+        yield arch.blocks * one + held + min(2, snapshots) * snapshot
+        if pairs:  # the streams are stored for the last time
+            yield pairs * every * one + min(2, pairs) * pair + min(1, snapshots) * snapshot
+        if every and shares_teacher(work):
+            yield arch.blocks * one + held + teacher_bytes(work) + min(1, snapshots) * snapshot
+
+    # What does not fit
+
+    def smaller(self, config: RunConfig) -> Iterator[Ladder]:
+        section, name = self.section(config), self.section_name
+        yield Ladder(Pain.OTHER_STEPS, name, "batch_size", halves(section.batch_size, 1), is_batch=True)
+        yield Ladder(Pain.LESS_TEXT, name, "sequences", halves(section.sequences, 128))
+        yield Ladder(Pain.SHORTER_TEXT, name, "sequence_length", halves(section.sequence_length, 256))

@@ -1,0 +1,45 @@
+"""What the weights weigh: an export in each format, the 16-bit model, bits a quantized weight.
+
+A group of g weights of b bits costs g*b bits of codes, b of zero point and 16 of scale; everything that is
+not the weight of a linear stays at 16 bits. What else a format writes for a linear, its row of the table
+says (``Format.costs``).
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine.architecture.families import Architecture
+from engine.config.formats import FORMATS, packed_bits
+from engine.config.grid import GridConfig
+
+
+def format_bytes(arch: Architecture, grid: GridConfig, name: str) -> int:
+    """The tensors of an export in the format called ``name``."""
+    linears = sum(
+        FORMATS[name].linear_bytes(linear.out_features, linear.in_features, grid.shared)
+        for linear in arch.linears
+    )
+    others = 2 * (arch.bias_params_per_block + arch.norm_params_per_block)
+    return arch.blocks * (linears + others) + 2 * arch.rest_params
+
+
+class Sizes(msgspec.Struct, frozen=True):
+    """Bytes of the tensors."""
+
+    export: int
+    fp: int
+    bits_per_weight: float
+
+
+def sizes(arch: Architecture, grid: GridConfig, formats: tuple[str, ...] = ()) -> Sizes:
+    """The exports in ``formats`` (in the first of all, where none is asked for) and the 16-bit model."""
+    packed_bits = sum(
+        packed_bits(linear.out_features, linear.in_features, grid.bits, grid.group_size)
+        for linear in arch.linears
+    )
+    return Sizes(
+        export=sum(format_bytes(arch, grid, name) for name in formats or FORMATS.names()[:1]),
+        fp=2 * arch.params,
+        bits_per_weight=packed_bits / arch.linear_params_per_block,
+    )

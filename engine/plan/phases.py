@@ -1,0 +1,99 @@
+"""Costs of the phases that belong to no stage's making: preparation, evaluations, the export.
+
+evaluate_*   one block in compute dtype, on a GPU a second one on its way; hidden states of all windows,
+             logits of a chunk
+export       one block packed and written; then it is read back and compared
+"""
+
+from __future__ import annotations
+
+from engine.config.stages import STAGES, Stage, measured_stage
+from engine.plan.costs import costs_of
+from engine.plan.estimate import CONSTANTS, Workload
+from engine.plan.memory_terms import Memory, largest_linear, largest_tensor, logits
+from engine.plan.passages import compiling_form, passing
+from engine.plan.rates import Speed, load_seconds, unpacking
+from engine.plan.streams import shares_teacher, teacher_bytes
+
+# ------------------------------------------------------------------------------------------- preparation
+
+
+def prepare_memory(work: Workload) -> Memory:
+    """Outer tensors are read and checked; a GPU is not where that happens."""
+    loading = int(largest_tensor(work.arch) * 4 * (CONSTANTS.load_factor - 1))
+    return Memory({} if work.cuda else {"loading": loading})
+
+
+# -------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluation_memory(work: Workload, stage: Stage) -> Memory:
+    """Measuring ``stage``. A teacher that the training of blocks left is held meanwhile."""
+    kept = stage.scope == "block" and shares_teacher(work)
+    parts, making = _passing_memory(work), costs_of(stage).while_measured(work)
+    if making and work.cuda:  # the next block is made while this one is passed
+        parts = parts | {"the next block": sum(making.values())}
+    elif making:
+        parts = max(parts, making, key=lambda moment: sum(moment.values()))
+    return Memory(parts, work.evaluation_bytes() + (teacher_bytes(work) if kept else 0))
+
+
+def _passing_memory(work: Workload) -> dict[str, int]:
+    section, arch = work.config.evaluation, work.arch
+    compute = work.model_bytes
+    tokens = section.batch_size * section.sequence_length
+    passing = compute * tokens * (3 * arch.intermediate + 6 * arch.hidden)
+    if arch.eager_attention:
+        passing += section.batch_size * arch.heads * section.sequence_length**2 * (2 * compute + 4)
+    # Packed, and unpacked while it is passed; on a GPU the next one is read meanwhile.
+    block = compute * arch.params_per_block + arch.linear_params_per_block * work.config.grid.bits // 8
+    return {
+        "one block": block,
+        **({"the next block": compute * arch.params_per_block} if work.cuda else {}),
+        "activations or logits": max(
+            passing + largest_linear(arch) * CONSTANTS.unpack_bytes,
+            logits(work, tokens) * (4 * CONSTANTS.logits_evaluation + (compute if compute < 4 else 0)),
+        ),
+    }
+
+
+def evaluation_seconds(work: Workload, stage: Stage, rates: Speed, stored_bytes: int) -> float:
+    """All windows through all blocks of ``stage``, and through the head."""
+    arch, section = work.arch, work.config.evaluation
+    load, length = load_seconds(arch, stored_bytes), section.sequence_length
+    head = work.windows * length * 2 * arch.vocab * arch.hidden / rates.flops
+    passed = arch.blocks * passing(work, rates, work.windows, length, section.batch_size)
+    # A GPU computes while the next block is read.
+    seconds = head + (max(load, passed) + load / arch.blocks if work.cuda else load + passed)
+    form = compiling_form(work, rates)
+    if stage.scope == "nothing":
+        return seconds + 2 * form
+    return seconds + arch.blocks * unpacking(work, rates) + (form if _is_first_packed(work, stage) else 0.0)
+
+
+def _is_first_packed(work: Workload, stage: Stage) -> bool:
+    """Whether blocks with packed linears pass for the first time, and are compiled for that."""
+    measured = (STAGES.get(measured_stage(phase)) for phase in work.phases())
+    return stage == next((one for one in measured if one is not None and one.scope != "nothing"), None)
+
+
+# ------------------------------------------------------------------------------------------------ export
+
+
+def export_memory(work: Workload) -> Memory:
+    """Writing streams tensor by tensor; reading back compares logits on a few hundred tokens."""
+    arch = work.arch
+    return Memory(
+        {
+            "one block": 2 * work.model_bytes * arch.params_per_block,
+            "reloaded embeddings and head": work.model_bytes * arch.rest_params,
+            "packing": largest_linear(arch) * CONSTANTS.unpack_bytes,
+            "logits": 2 * 512 * arch.vocab * 4 * 2,
+            "one tensor at 16 bits": 2 * largest_tensor(arch),
+        }
+    )
+
+
+def export_seconds(work: Workload, rates: Speed, stored_bytes: int) -> float:
+    """Reading everything, and three passes over its packed weights."""
+    return load_seconds(work.arch, stored_bytes) + 3 * work.arch.blocks * unpacking(work, rates)

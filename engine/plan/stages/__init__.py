@@ -1,0 +1,1 @@
+"""What each stage costs: one file a stage, named by its row of the table (``Stage.costs``)."""

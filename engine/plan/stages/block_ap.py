@@ -1,0 +1,78 @@
+"""Block-AP: of one block, all weights and the grid they are rounded to.
+
+memory    float32 weights, AdamW moments, on the CPU the copies of the start and of the best state (a GPU
+          keeps them on the host); plus the larger of (activations of a batch + fake-quantized weights) at
+          the top of the backward pass and (float32 gradients) at its bottom; beside it two streams of
+          sequences x length x hidden
+a step    3 forward passes of its batch, and fake quantization and AdamW of every weight
+disk      every finished block once, snapshots, stored streams
+"""
+
+from __future__ import annotations
+
+import math
+
+from engine.plan.block_training import BlockTraining
+from engine.plan.costs import Steps
+from engine.plan.estimate import CONSTANTS, Workload
+from engine.plan.memory_terms import activation_bytes, largest_linear
+from engine.plan.rates import COMPILING_PAYS, Speed, forward_flops
+
+
+class BlockAPCosts(BlockTraining):
+    """Of ``block_ap``."""
+
+    def block_memory(self, work: Workload) -> dict[str, int]:
+        section, arch = self.section(work.config), work.arch
+        compute = work.bytes_of(section.compute_dtype)
+        batch, length = section.batch_size, section.sequence_length
+        tokens = batch * length
+        trained = self.trained_parameters(work)
+        top_of_backward = (
+            activation_bytes(work, batch, length, compute, "master")
+            + compute * tokens * (3 * arch.hidden + 3 * arch.intermediate)  # batch, target, output; gradients
+            + 4 * tokens * arch.hidden * CONSTANTS.loss_tensors
+            + compute * arch.linear_params_per_block
+        )
+        weights = arch.params_per_block + 3 * arch.groups_per_block(work.config.grid.group_size)
+        return {
+            "weights of a block": 4 * weights,
+            "optimizer": 8 * trained,
+            "activations and gradients": max(top_of_backward, 4 * trained),
+            "fake quantization": 4 * largest_linear(arch) * CONSTANTS.fake_quant_tensors,
+        }
+
+    def steps(self, work: Workload, rates: Speed) -> Steps:
+        return Steps(recorded=self._recorded(work), compiled=self._compiled(work, rates))
+
+    def _recorded(self, work: Workload) -> bool:
+        """On every GPU, where it can: clipping needs the gradients' norm before the step."""
+        allowed = self.may_compile(work) and work.config.runtime.compile != "off"
+        return allowed and not self.section(work.config).grad_clip
+
+    def _compiled(self, work: Workload, rates: Speed) -> bool:
+        """On a GPU, where all steps together take long enough."""
+        if not self.may_compile(work):
+            return False
+        if work.config.runtime.compile != "auto":
+            return work.config.runtime.compile == "on"
+        section = self.section(work.config)
+        steps = section.epochs * math.ceil(section.sequences / section.batch_size) * work.arch.blocks
+        saved = self._step(work, rates, compiled=False) - self._step(work, rates, compiled=True)
+        return steps * saved >= COMPILING_PAYS
+
+    def step_seconds(self, work: Workload, rates: Speed) -> float:
+        return self._step(work, rates, compiled=self._compiled(work, rates))
+
+    def _step(self, work: Workload, rates: Speed, *, compiled: bool) -> float:
+        section, arch = self.section(work.config), work.arch
+        tokens = section.batch_size * section.sequence_length
+        compute = 3 * tokens * forward_flops(arch, section.sequence_length) / rates.flops
+        recorded = self._recorded(work)
+        if not compiled and not recorded:
+            return compute + arch.linear_params_per_block * rates.plain.per_weight + rates.plain.launch
+        cost = (rates.fast if compiled else rates.recorded) if recorded else rates.compiled
+        return max(compute + arch.linear_params_per_block * cost.per_weight, cost.launch)
+
+
+COSTS = BlockAPCosts

@@ -1,0 +1,118 @@
+"""E2E-QP: the scales of all blocks, on packed integers that stay as they are.
+
+memory    packed integers of all blocks; scales with gradient, moments and copies; the input of every block
+          (or all activations), one block's activations, logits of a chunk of tokens; beside it the
+          teacher's last hidden states
+time      3 forward passes a token (4 with recomputation), the head forward and backward; the teacher's
+          blocks, unless Block-AP's full-precision stream ended as just that
+disk      scales and zero points of every block, snapshots, the teacher where streams are stored
+"""
+
+from __future__ import annotations
+
+import math
+
+from engine.config.run import RunConfig
+from engine.plan.costs import Steps, Text
+from engine.plan.estimate import CONSTANTS, Workload
+from engine.plan.memory_terms import Form, activation_bytes, largest_linear, logits
+from engine.plan.network_training import NetworkTraining
+from engine.plan.rates import COMPILING_PAYS, Speed, forward_flops, unpacking
+
+
+class E2EQPCosts(NetworkTraining):
+    """Of ``e2e_qp``."""
+
+    def teacher_text(self, config: RunConfig) -> Text | None:
+        return self.text(config) if self.section(config).loss == "kl" else None
+
+    def teacher_batch(self, config: RunConfig) -> int:
+        """As Block-AP's streams pass: in other batches, the last bits would be others."""
+        return config.block_ap.batch_size
+
+    # Memory
+
+    def network_memory(self, work: Workload) -> dict[str, int]:
+        arch, grid = work.arch, work.config.grid
+        scales = arch.blocks * arch.groups_per_block(grid.group_size)
+        return {
+            "packed blocks": arch.blocks * (arch.linear_params_per_block * grid.bits // 8)
+            + scales
+            + arch.blocks * (arch.norm_params_per_block + arch.bias_params_per_block) * work.model_bytes,
+            "scales and optimizer": 4 * scales + (4 + 8) * self.trained_parameters(work),
+            "activations": self._activations(work),
+            **self._head_and_backward(work),
+        }
+
+    def _block(self, work: Workload) -> int:
+        """What one block keeps for its backward pass."""
+        section = self.section(work.config)
+        form: Form = "compiled" if self.stage.name in work.compiled else "plain"
+        compute = work.bytes_of(section.compute_dtype)
+        return activation_bytes(work, section.micro_batch_size, section.sequence_length, compute, form)
+
+    def _activations(self, work: Workload) -> int:
+        section, arch = self.section(work.config), work.arch
+        compute = work.bytes_of(section.compute_dtype)
+        tokens = section.micro_batch_size * section.sequence_length
+        inputs = arch.blocks * tokens * arch.hidden * compute
+        kept = inputs if self.recomputes(work) else arch.blocks * self._block(work)
+        # A batch of the teacher's hidden states, and the next one on its way.
+        teacher = 2 * tokens * arch.hidden * compute if section.loss == "kl" and work.cuda else 0
+        return kept + 3 * tokens * arch.hidden * compute + teacher
+
+    def _head_and_backward(self, work: Workload) -> dict[str, int]:
+        """The head's and the blocks' backward passes take turns: a GPU's allocator reuses the memory, the
+        CPU's heap keeps what blocks used while the logits, too large for it, are mapped beside it."""
+        section, arch = self.section(work.config), work.arch
+        compute = work.bytes_of(section.compute_dtype)
+        tokens = section.micro_batch_size * section.sequence_length
+        tensors = CONSTANTS.logits_kl if section.loss == "kl" else CONSTANTS.logits_cross_entropy
+        head = logits(work, tokens) * (4 * tensors + (compute if compute < 4 else 0))
+        # On a GPU, what is kept of a block is there once; the CPU's heap keeps the room beside it.
+        again = self._block(work) if self.recomputes(work) or not work.cuda else 0
+        backward = again + compute * tokens * 3 * arch.intermediate
+        backward += largest_linear(arch) * CONSTANTS.unpack_bytes
+        if work.cuda:
+            return {"logits or one block's backward": max(head, backward)}
+        widest = 4 * tokens * arch.intermediate
+        holes = 0
+        if self.recomputes(work) and widest < CONSTANTS.mmap_threshold:
+            per_block = widest + 2 * 4 * tokens * arch.hidden
+            holes = int(CONSTANTS.checkpoint_holes * arch.blocks * per_block)
+        return {"logits": head, "one block's backward": backward, "holes in the heap": holes}
+
+    # Time
+
+    def steps(self, work: Workload, rates: Speed) -> Steps:
+        """Compiled where that pays, judged by the matrix products: what compiling saves is a part of them."""
+        if not self.may_compile(work):
+            return Steps()
+        if work.config.runtime.compile != "auto":
+            return Steps(compiled=work.config.runtime.compile == "on")
+        section = self.section(work.config)
+        tokens = section.epochs * section.sequences * section.sequence_length
+        products = 3 * tokens * work.arch.blocks * forward_flops(work.arch, section.sequence_length)
+        return Steps(compiled=products / rates.flops >= COMPILING_PAYS)
+
+    def training_seconds(self, work: Workload, rates: Speed) -> float:
+        section, arch = self.section(work.config), work.arch
+        length = section.sequence_length
+        training = section.epochs * section.sequences
+        validation = (section.epochs + 1) * section.val_sequences
+        factor = 4 if self.recomputes(work) else 3
+        forward = arch.blocks * forward_flops(arch, length)
+        head = 2 * arch.vocab * arch.hidden
+        teacher = head if section.loss == "kl" else 0
+        flops = training * length * (factor * forward + 2 * head + teacher)
+        flops += validation * length * (forward + head + teacher)
+        micro_steps = math.ceil(training / section.micro_batch_size)
+        cost = rates.compiled_passage if self.steps(work, rates).compiled else rates.passage
+        # A backward pass moves one and a half times what a forward pass does.
+        traffic = (factor - 0.5) * training * length * arch.blocks * arch.hidden * cost.per_number
+        unpacked = micro_steps * arch.blocks * factor * unpacking(work, rates)
+        launches = micro_steps * arch.blocks * cost.launch * factor
+        return max(flops / rates.flops + traffic + unpacked, launches)
+
+
+COSTS = E2EQPCosts

@@ -1,0 +1,73 @@
+"""Activation streams: those that blocks are trained on, and the one that ends as a teacher.
+
+The stage that trains blocks sends the text through the original blocks and through the quantized ones. The
+full-precision stream, behind the last block, is what a stage behind it may learn from: the last hidden states
+of the full-precision model on that text.
+"""
+
+from __future__ import annotations
+
+from engine.config.dtypes import resolved_dtype
+from engine.config.run import RunConfig
+from engine.plan.costs import Text, made_costs
+from engine.plan.estimate import Workload
+
+
+def streamed(config: RunConfig) -> Text | None:
+    """The text of the two streams; none where no block is trained."""
+    blocks = made_costs(config)[0]
+    return blocks.text(config)
+
+
+def taught(config: RunConfig) -> Text | None:
+    """The text of the teacher; none where nothing learns from one."""
+    texts = (costs.teacher_text(config) for costs in made_costs(config))
+    return next((text for text in texts if text is not None), None)
+
+
+def may_share_teacher(config: RunConfig, *, cuda: bool) -> bool:
+    """Whether the full-precision stream can be the teacher, as far as the configuration says: there are both,
+    and they are computed alike. Then it is, if its text contains the teacher's."""
+    full, teacher = streamed(config), taught(config)
+    if full is None or teacher is None or full.sequence_length != teacher.sequence_length:
+        return False
+    dtypes = {resolved_dtype(text.compute_dtype, cuda=cuda) for text in (full, teacher)}
+    return len(dtypes) == 1
+
+
+def shares_teacher(work: Workload) -> bool:
+    """Whether it is, as is planned: certainly where both ask for the same sequences."""
+    full, teacher = streamed(work.config), taught(work.config)
+    if full is None or teacher is None or not may_share_teacher(work.config, cuda=work.cuda):
+        return False
+    return (full.sequences, full.val_sequences) == (teacher.sequences, teacher.val_sequences)
+
+
+def stream_bytes(work: Workload) -> int:
+    """One of the two streams."""
+    text = streamed(work.config)
+    return text.stream_bytes(work) if text else 0
+
+
+def teacher_bytes(work: Workload) -> int:
+    """The teacher's last hidden states."""
+    text = taught(work.config)
+    return text.stream_bytes(work) if text else 0
+
+
+# ------------------------------------------------------------------------------------------- on the disk
+
+
+def stored_pairs(work: Workload, every: int) -> int:
+    """How often both streams are stored; behind the last block nobody needs them."""
+    return (work.arch.blocks - 1) // every if every and streamed(work.config) else 0
+
+
+def stored_bytes(work: Workload, every: int) -> int:
+    """Most that stored streams take on the disk; 0 when ``every`` is."""
+    if not every:
+        return 0
+    pair = 2 * stream_bytes(work)
+    held = min(2, stored_pairs(work, every)) * pair
+    beside = pair if stored_pairs(work, every) and shares_teacher(work) else 0
+    return max(held, beside + teacher_bytes(work))

@@ -1,0 +1,169 @@
+"""A run as plain JSON, whether or not it works: what ``--json``, lists of runs and results are made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from engine.config.writing import to_dict
+from engine.errors import EqatError
+from engine.run import events
+from engine.run.directory import RunDirectory
+from engine.run.events import Event
+from engine.run.liveness import last_events, run_state
+from engine.run.redo import read_origin
+from engine.run.state import RunState, load_state
+from engine.run.status import Status
+
+DEEPEST = 40
+"""Levels of the tree; ours has six."""
+
+
+def show(run: RunDirectory) -> dict[str, Any]:
+    """What ``eqat show RUN --json`` prints. Of the metrics, nine lines in ten, only the last matters here."""
+    state = load_state(run, skip=frozenset({"metric"}))
+    metrics = [event for event in last_events(run) if isinstance(event, events.Metric)]
+    if metrics and (metrics[-1].attempt, metrics[-1].phase) == (state.attempt, state.phase):
+        state = state.apply(metrics[-1])
+    tree = render(state, state=run_state(run), config=_config(run))
+    return {**tree, "path": str(run.path), "origin": origin(run)}
+
+
+_NOT_SUMMARIZED = frozenset({"metric", "memory", "block.started", "block.finished"})
+
+
+def summarize(run: RunDirectory) -> dict[str, Any]:
+    """One row of ``eqat runs --json``; passes over the bulk of the log, so that a list of runs is quick."""
+    state = load_state(run, skip=_NOT_SUMMARIZED)
+    tree = render(state, state=run_state(run))
+    config = _config(run) or {}
+    status = state.status
+    kept = ("id", "state", "started", "updated", "seconds", "eta_s", "perplexity", "size_bytes")
+    return {
+        **{name: tree[name] for name in kept},
+        "path": str(run.path),
+        "name": config.get("name"),
+        "model": config.get("model", {}).get("source"),
+        "bits": config.get("grid", {}).get("bits"),
+        "group_size": config.get("grid", {}).get("group_size"),
+        "bits_per_weight": tree["bits_per_weight"],
+        "device": state.device or None,
+        "phase": state.phase,
+        "block": status.block if status is not None else None,
+        "blocks": status.blocks if status is not None else None,
+        "error": tree["error"]["message"] if tree["error"] else None,
+        "exports": [done["format"] for done in tree["exports"] if done["verified"]],
+        "waiting": tree["waiting"],
+    }
+
+
+def origin(run: RunDirectory) -> dict[str, Any] | None:
+    """Which run this one redoes a part of."""
+    try:
+        found = read_origin(run)
+    except EqatError:
+        return None
+    return None if found is None else {"id": found.id, "path": found.path, "from_block": found.from_block}
+
+
+def _config(run: RunDirectory) -> dict[str, Any] | None:
+    """The run's configuration; none for one that this version cannot read, which must not hide the run."""
+    try:
+        return to_dict(run.config())
+    except EqatError:
+        return None
+
+
+# -- the tree ------------------------------------------------------------------------------------------
+
+
+def render(run: RunState, *, state: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Plain dicts, lists, strings and finite numbers; keys are stable, what is unknown is ``None``. ``state``
+    comes from the run's lock and heartbeat."""
+    run = run.accounted()
+    export = next(reversed(run.exports.values()), None)
+    plan = run.plan or {}
+    tree = {
+        "id": run.id,
+        "state": state,
+        "config": config,
+        **_fields(run, "attempt", "device", "host", "versions"),
+        "started": run.first_t,
+        "updated": run.last_t,
+        **_fields(run, "outcome", "exit_code", "seconds"),
+        "eta_s": run.eta_s if state == "running" else None,
+        "waiting": waiting(run.status, state),
+        "position": _fields(run, "phase", "block", "blocks", "step", "steps", "epoch"),
+        "phases": [_fields(row, *_PHASE) for row in run.phases],
+        "blocks": [_fields(row, *_BLOCK) for row in run.trained_blocks()],
+        "perplexity": run.perplexity(),
+        "accuracy": run.accuracy(),
+        "size_bytes": {
+            # The sizes of the original follow from its shapes: the plan knows them before any export.
+            "fp": export.fp_bytes if export else _number(plan.get("fp_bytes")),
+            "quantized": export.bytes if export else None,
+        },
+        "bits_per_weight": export.bits_per_weight if export else _number(plan.get("bits_per_weight")),
+        "exports": [
+            {**_fields(done, *_EXPORT), "copied_to": done.copied_to or None} for done in run.exports.values()
+        ],
+        "samples": [_payload(sample) for sample in run.samples.values()],
+        "checkpoint": _fields(run.checkpoint, *_CHECKPOINT) if run.checkpoint is not None else None,
+        "memory": _payload(run.memory),
+        "plan": run.plan,
+        "warnings": [_fields(warning, "code", "message", "hint") for warning in run.warnings],
+        "error": _payload(run.error),
+    }
+    cleaned = _json_safe(tree)
+    assert isinstance(cleaned, dict)
+    return cleaned
+
+
+_PHASE = ("name", "seconds", "peak_gpu_bytes", "peak_host_bytes", "finished")
+_BLOCK = ("index", "initial_loss", "final_loss", "val_loss", "seconds")
+_EXPORT = (
+    "format",
+    "path",
+    "verified",
+    "max_logit_diff",
+    "logit_tolerance",
+    "bytes",
+    "perplexity",
+    "perplexity_trained",
+    "tokens",
+)
+_CHECKPOINT = ("generation", "bytes", "phase", "block", "t")
+
+
+def _fields(of: object, *names: str) -> dict[str, Any]:
+    return {name: getattr(of, name) for name in names}
+
+
+def waiting(status: Status | None, state: str) -> str | None:
+    """Why the engine does nothing at the moment; what a dead one waited for does not matter any more."""
+    return (status.waiting or None) if status is not None and state in ("running", "hung") else None
+
+
+def _number(value: Any) -> int | float | None:
+    """A plan is free JSON: what is no number in it is not known."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _payload(event: Event | None) -> dict[str, Any] | None:
+    if event is None:
+        return None
+    envelope = ("v", "seq", "attempt", "t", "mono")
+    return {name: getattr(event, name) for name in event.__struct_fields__ if name not in envelope}
+
+
+def _json_safe(tree: Any, depth: int = 0) -> Any:
+    """NaN and infinities as ``None``: other languages' JSON readers refuse them. So is what lies deeper
+    than any tree of ours, for whoever prints it would run out of stack."""
+    if isinstance(tree, float):
+        return tree if math.isfinite(tree) else None
+    if isinstance(tree, Mapping | list | tuple) and depth >= DEEPEST:
+        return None
+    if isinstance(tree, Mapping):
+        return {str(key): _json_safe(value, depth + 1) for key, value in tree.items()}
+    return [_json_safe(value, depth + 1) for value in tree] if isinstance(tree, list | tuple) else tree

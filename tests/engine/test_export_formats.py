@@ -1,0 +1,41 @@
+"""A run writes, verifies and recovers formats that another package has added to the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from engine_runs import exported, of, run_here
+from toy_format import ROW
+
+from engine.config.formats import FORMATS
+from engine.export.place import ExportPlace
+from engine.phases.export import recover_exports
+from engine.run import events
+from engine.run.directory import RunDirectory
+
+
+@pytest.fixture(autouse=True)
+def _toy() -> Iterator[None]:
+    FORMATS.register(ROW)
+    yield
+    FORMATS.unregister(ROW.name)
+
+
+def test_a_run_writes_every_format_that_its_configuration_names(make: Callable[..., RunDirectory]) -> None:
+    run = make(**{"export.formats": ["gptq_v2", "toy"], "grid.bits": 4})
+    place = ExportPlace(run.export_dir / "toy", run.path)
+    place.partial.mkdir(parents=True)
+    assert run_here(run) == 0
+    told = of(run, events.Export)
+    assert [(event.format, event.path, event.verified) for event in told] == [
+        ("gptq_v2", "export/gptq_v2", True),
+        ("toy", "export/toy", True),
+    ]
+    assert "toy.json" in exported(run, "toy")
+    assert "quantize_config.json" in exported(run, "gptq_v2")
+    assert run_here(run, "--task", "export", "--format", "toy") == 0
+    assert [event.format for event in of(run, events.Export)][2:] == ["toy"]
+    place.partial.mkdir()
+    recover_exports(run)
+    assert not place.partial.exists()

@@ -1,0 +1,150 @@
+"""A checkpoint from before a setting existed goes on where the setting has its default, and only there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from engine_runs import change, exported, failure, of, run_here
+
+from engine.checkpoints.identity import deciding_fields, default_fields
+from engine.checkpoints.store import CheckpointStore
+from engine.config.derived import resolve
+from engine.config.loading import load
+from engine.errors import IdentityError
+from engine.run import events, generations
+from engine.run.directory import RunDirectory
+from engine.run.redo import make_redo
+
+Make = Callable[..., RunDirectory]
+
+MADE_BEFORE = {"block_ap.epochs": "2", "model": "a" * 64}
+NOW = {"block_ap.epochs": "2", "grid.new": "1", "model": "a" * 64}
+
+
+def made_with(directory: Path, identity: dict[str, str]) -> None:
+    CheckpointStore(directory, identity).commit()
+
+
+# -- the store -----------------------------------------------------------------------------------------
+
+
+def test_a_field_that_a_checkpoint_lacks_counts_as_its_default(tmp_path: Path) -> None:
+    made_with(tmp_path, MADE_BEFORE)
+    store = CheckpointStore(tmp_path, NOW, defaults={"grid.new": "1", "block_ap.epochs": "2"})
+    assert store.generation == 1
+    store.commit()
+    assert generations.read_generation(tmp_path, 2).identity == NOW, "the next commit says it"
+
+
+def test_a_new_field_that_has_another_value_than_its_default_is_refused_with_both(tmp_path: Path) -> None:
+    made_with(tmp_path, MADE_BEFORE)
+    with pytest.raises(IdentityError, match="made with 0, this run has 1") as caught:
+        CheckpointStore(tmp_path, NOW, defaults={"grid.new": "0"})
+    assert caught.value.where == "grid.new"
+
+
+@pytest.mark.parametrize("field", ["model", "grid.new"])
+def test_a_field_without_a_default_is_never_assumed(tmp_path: Path, field: str) -> None:
+    made_with(tmp_path, {name: value for name, value in NOW.items() if name != field})
+    with pytest.raises(IdentityError) as caught:
+        CheckpointStore(tmp_path, NOW, defaults={"block_ap.epochs": "2"})
+    assert caught.value.where == field
+
+
+def test_a_default_says_nothing_about_a_field_that_is_stored(tmp_path: Path) -> None:
+    made_with(tmp_path, {**NOW, "grid.new": "0"})
+    with pytest.raises(IdentityError) as caught:
+        CheckpointStore(tmp_path, NOW, defaults={"grid.new": "1"})
+    assert caught.value.where == "grid.new"
+
+
+def test_a_stored_field_that_this_version_does_not_know_is_refused_by_its_name(tmp_path: Path) -> None:
+    made_with(tmp_path, {**NOW, "toy.enabled": "false"})
+    with pytest.raises(IdentityError, match="made with false, this run has none") as caught:
+        CheckpointStore(tmp_path, NOW, defaults={"grid.new": "1"})
+    assert caught.value.where == "toy.enabled"
+
+
+# -- defaults ------------------------------------------------------------------------------------------
+
+
+def test_every_deciding_field_of_the_configuration_has_a_default() -> None:
+    config = resolve(load("smoke"))
+    assert default_fields(config).keys() == deciding_fields(config).keys()
+    assert default_fields(resolve(type(config)())) == deciding_fields(resolve(type(config)()))
+
+
+def test_a_default_that_follows_from_other_settings_follows_from_those_of_the_run() -> None:
+    given = {"grid.bits": 2, "e2e_qp.lr_scaling": "absolute", "e2e_qp.lr": 0.5, "grid.symmetric": True}
+    found = default_fields(resolve(load("smoke", overrides=given)))
+    assert (found["e2e_qp.lr"], found["block_ap.lr_weight"]) == ("2e-05", "0.02")
+    assert found["block_ap.train"] == '["weights", "scales", "norms"]'
+
+
+# -- a run ---------------------------------------------------------------------------------------------
+
+NOT_THERE_YET = (
+    "block_ap.patience",
+    "block_ap.lr_quant",
+    "e2e_qp.weight_decay",
+    "evaluation.tasks",
+    "evaluation.task_limit",
+)
+
+
+def as_before(run: RunDirectory, missing: tuple[str, ...], *, blocks: int = 4) -> None:
+    """Make the run's checkpoint one of a version that lacked some settings, with so many blocks finished."""
+    place = run.checkpoints_dir
+    found = generations.read_generation(place, generations.newest(place))
+    older = replace(
+        found,
+        number=found.number + 1,
+        identity={name: value for name, value in found.identity.items() if name not in missing},
+    )
+    assert len(older.identity) == len(found.identity) - len(missing)
+    if blocks < 4:
+        kept = {f"block-{index:03d}" for index in range(blocks)}
+        older.entries = {name: value for name, value in found.entries.items() if name in kept}
+        older.facts = {name: value for name, value in found.facts.items() if name in ("eval_fp", "eval_rtn")}
+    for path in place.glob("generation-*"):
+        path.unlink()
+    generations.publish(place, older)
+
+
+def trained(run: RunDirectory, attempt: int) -> list[int]:
+    """The blocks that an attempt trained itself."""
+    finished = of(run, events.BlockFinished, attempt)
+    return [e.block for e in finished if e.phase == "block_ap" and not e.restored]
+
+
+def test_a_run_from_before_some_settings_goes_on_to_the_same_export(finished_copy: Make) -> None:
+    run = finished_copy()
+    whole, attempts = exported(run), of(run, events.RunStarted)[-1].attempt
+    as_before(run, NOT_THERE_YET, blocks=2)
+    assert run_here(run) == 0
+    assert trained(run, attempts + 1) == [2, 3]
+    assert exported(run) == whole
+    place = run.checkpoints_dir
+    assert {*NOT_THERE_YET} <= generations.read_generation(place, generations.newest(place)).identity.keys()
+
+
+@pytest.mark.parametrize(("field", "value"), [("block_ap.patience", 1), ("block_ap.lr_quant", 0.25)])
+def test_a_run_from_before_a_setting_is_refused_where_it_is_set(
+    finished_copy: Make, field: str, value: object
+) -> None:
+    run = finished_copy()
+    as_before(run, (field,))
+    change(run, **{field: value})
+    assert run_here(run) == 8
+    assert failure(run, 8).where == field
+
+
+def test_blocks_from_before_a_setting_of_the_grid_can_be_shared(finished_copy: Make) -> None:
+    run = finished_copy()
+    as_before(run, ("grid.search_norm", "model.revision"))
+    made = make_redo(run, 3, {"block_ap.epochs": 2})
+    assert run_here(made) == 0
+    assert trained(made, 1) == [3]
