@@ -8,13 +8,11 @@ time and is called on a thread, because a network file system may hang.
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
@@ -26,21 +24,18 @@ from engine.run import control, events
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventFollower, read_events
 from engine.run.events import AnyEvent
-from engine.run.launch import log_path
 from engine.run.liveness import run_state
 from engine.run.lock import holder
 from engine.run.state import RunState
 from engine.run.status import Status, read_launched, read_status
-from engine.system.guarded import BadFile, bad_file, open_regular
 from eqat_tui.display import lasting_line
+from eqat_tui.log_tail import log_tail
 from eqat_tui.output import error_words, one_line
 
 Liveness = Literal[
     "created", "running", "hung", "crashed", "done", "stopped", "failed", "aborted", "starting", "gone"
 ]
 JOURNAL_LINES = 1000
-LOG_LINES = 40
-LOG_BYTES = 1 << 14
 LONGEST_PAUSE_S = 2.0
 """A replay passes over longer silences: a run that was resumed the next day need not be waited for."""
 
@@ -263,30 +258,6 @@ def read_config(run: RunDirectory) -> tuple[dict[str, Any] | None, str]:
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:8] if re.fullmatch("[0-9]{1,9}", part))
-
-
-def log_tail(run: RunDirectory, attempt: int) -> Sequence[str]:
-    """The last lines of what the engine printed, in its newest log."""
-    logs = sorted(run.logs_dir.glob("attempt-*.log")) if run.logs_dir.is_dir() else []
-    log = logs[-1] if logs else log_path(run, max(1, attempt))
-    return end_of_file(log, root=run.path)
-
-
-def end_of_file(path: Path, *, root: Path | None = None) -> list[str]:
-    """The last lines of a text file, or why there are none; ``root`` as for
-    :func:`~engine.system.guarded.open_regular`."""
-    try:
-        with os.fdopen(open_regular(path, root=root), "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - LOG_BYTES))
-            text = file.read(LOG_BYTES).decode(errors="replace")
-    except OSError as error:
-        return [f"({path.name}: {bad_file(error, path).message})"]
-    except BadFile as error:
-        return [f"({path.name}: {error.message})"]
-    # Here colours and bars of progress are not worth an escape each.
-    lines = ["".join(letter if letter.isprintable() else " " for letter in row) for row in text.splitlines()]
-    return lines[-LOG_LINES:]
 
 
 class ReplayFeed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 from textual.containers import Horizontal, Vertical
 from textual.timer import Timer
@@ -14,23 +13,20 @@ from engine.config.stages import STAGES
 from engine.errors import EqatError
 from engine.run import control
 from engine.run.launch import launch
-from engine.run.state import MAX_BLOCKS
-from eqat_tui.charts import Series, chart, legend
+from eqat_tui.charts import chart, legend
 from eqat_tui.feed import ReplayFeed, RunView
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import Line, line, wrap
-from eqat_tui.planned import known
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Confirm, Reader
 from eqat_tui.views import monitor as views
+from eqat_tui.views import run_charts as charts
+from eqat_tui.views.run_machine import machine as machine_lines
 from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel, ScrollPanel, entitle
 
 CHART_SECONDS = 1.0
 """Charts are drawn at most this often: nine parts in ten of what goes over the line are theirs."""
-
-ChartKind = Literal["loss", "profile", "memory"]
-CHARTS: tuple[ChartKind, ...] = ("loss", "profile", "memory")
 
 LIVE_KEYS = (
     Key(
@@ -101,7 +97,7 @@ class MonitorScreen(WorkScreen):
 
     def __init__(self) -> None:
         super().__init__()
-        self._chart: ChartKind = "loss"
+        self._chart: charts.ChartKind = "loss"
         self._log_scale = True
         self._chosen: int | None = None
         self._drawn = 0.0
@@ -175,7 +171,7 @@ class MonitorScreen(WorkScreen):
         machine = self.query_one("#machine", Panel)
         works = view.live or view.replay is not None
         entitle(machine, "machine" if works else "machine, as it was")
-        machine.show(views.machine(view, width))
+        machine.show(machine_lines(view, width))
         journal = self.query_one("#journal", ScrollPanel)
         journal.show(views.journal(view.journal[-200:], max(10, journal.size.width)), follow=True)
         self._fill_blocks(view)
@@ -207,29 +203,9 @@ class MonitorScreen(WorkScreen):
         if self.query_one("#history").display:
             self._draw("#history", view, "memory")
 
-    def _wanted(self, view: RunView, kind: ChartKind) -> tuple[str, Sequence[Series], str]:
-        """Title, series, and name of the x axis."""
-        if kind == "profile":
-            return "loss per block", views.profile_series(view.state), "block"
-        if kind == "memory":
-            return "memory, GiB", views.memory_series(view.state), "seconds"
-        name, series = views.loss_series(view, self._chosen)
-        return name, series, "step"
-
-    def _range(self, view: RunView, kind: ChartKind) -> tuple[float, float] | None:
-        """The x axis: all steps and all blocks, those to come included, so that progress shows."""
-        if kind == "profile":
-            blocks = known(view.state.plan)["blocks"] or view.state.blocks
-            return (0, min(blocks, MAX_BLOCKS) - 1) if blocks and blocks > 1 else None
-        if kind == "loss":
-            place = views.shown_block(view, self._chosen)
-            steps = [m.steps for m in view.state.metrics if (m.phase, m.block) == place]
-            return (1, steps[-1]) if steps and steps[-1] > 1 else None
-        return None
-
-    def _draw(self, where: str, view: RunView, kind: ChartKind) -> None:
+    def _draw(self, where: str, view: RunView, kind: charts.ChartKind) -> None:
         panel = self.query_one(where, Panel)
-        name, series, x_name = self._wanted(view, kind)
+        name, series, x_name = charts.drawn(view, kind, self._chosen)
         log = self._log_scale and kind != "memory"
         terminal = self.eqat.terminal
         marks = terminal.marks or terminal.ascii_only
@@ -244,7 +220,7 @@ class MonitorScreen(WorkScreen):
             ascii_only=terminal.ascii_only,
             marks=terminal.marks and len(series) > 1,
             x_name=x_name,
-            x_range=self._range(view, kind),
+            x_range=charts.x_range(view, kind, self._chosen),
             y_from_zero=kind == "memory",
         )
         panel.show(made)
@@ -337,7 +313,8 @@ class MonitorScreen(WorkScreen):
         self.eqat.leave()
 
     def do_chart(self) -> None:
-        self._chart = CHARTS[(CHARTS.index(self._chart) + 1) % len(CHARTS)]
+        kinds = charts.CHARTS
+        self._chart = kinds[(kinds.index(self._chart) + 1) % len(kinds)]
         self.refill()
 
     def do_blocks(self) -> None:
@@ -360,7 +337,7 @@ class MonitorScreen(WorkScreen):
     def do_log(self) -> None:
         view = self._view
         assert view is not None
-        from eqat_tui.feed import log_tail
+        from eqat_tui.log_tail import log_tail
 
         entries = views.journal(view.journal, 10_000)
         printed = log_tail(self.eqat.current(), view.state.attempt) or ["(nothing)"]

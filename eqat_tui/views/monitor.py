@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.config.stages import STAGES, phase_label
-from engine.run import events
 from engine.run.state import MAX_BLOCKS, BlockRow, RunState
-from eqat_tui.charts import Series
 from eqat_tui.display import fraction
 from eqat_tui.feed import Entry, RunView
 from eqat_tui.lines import Line, Span, bar, beside, columns, cut, few, line, width_of, wrap
 from eqat_tui.output import (
     cell,
-    format_bytes,
     format_clock,
-    format_count,
     format_number,
     format_seconds,
     format_time,
@@ -29,7 +24,6 @@ from eqat_tui.words import hint_for_app, model_name
 
 MOST_LINES = 4
 """Of one notice: what went wrong must not push away where the run is."""
-MOST_RATES = 8
 
 STATE_ROLES = {
     "running": "accent",
@@ -267,69 +261,6 @@ def broken(state: RunState) -> bool:
     return metric is not None and metric.phase == state.phase and metric.non_finite
 
 
-# -- losses --------------------------------------------------------------------------------------------
-
-
-def shown_block(view: RunView, chosen: int | None) -> tuple[str | None, int | None]:
-    """The phase and block whose loss is drawn: the chosen block, else where training is or last was."""
-    state = view.state
-    if chosen is not None:
-        row = next((row for row in state.trained_blocks() if row.index == chosen), None)
-        if row is not None:
-            return row.phase, row.index
-    last = state.metrics[-1] if state.metrics else None
-    return (last.phase, last.block) if last is not None else (None, None)
-
-
-def loss_series(view: RunView, chosen: int | None) -> tuple[str, list[Series]]:
-    """What is drawn and its title: training loss, and validation where there is one."""
-    phase, block = shown_block(view, chosen)
-    if phase is None:
-        return "loss", [Series("loss", [])]
-    own = [metric for metric in view.state.metrics if metric.phase == phase and metric.block == block]
-    name = phase_label(phase) if block is None else f"block {block}"
-    series = [Series("train", [(m.step, _value(m)) for m in own], "series1")]
-    checked = [(float(m.step), m.val_loss) for m in own if m.val_loss is not None]
-    if checked:
-        series.append(Series("valid.", checked, "series2"))
-    return f"loss of {name}", series
-
-
-def _value(metric: events.Metric) -> float | None:
-    """The loss; a number that was not finite is NaN again, so that the chart can show it."""
-    return metric.loss if metric.loss is not None else math.nan if metric.non_finite else None
-
-
-def profile_series(state: RunState) -> list[Series]:
-    """Reconstruction loss per block: before training, after it, and on validation text."""
-    rows = state.trained_blocks()
-    made = [
-        Series("initial", [(row.index, row.initial_loss) for row in rows if row.finished], "series2"),
-        Series("final", [(row.index, row.final_loss) for row in rows if row.finished], "series1"),
-    ]
-    if any(row.val_loss is not None for row in rows):
-        made.append(Series("valid.", [(row.index, row.val_loss) for row in rows if row.finished], "series3"))
-    return made
-
-
-def memory_series(state: RunState) -> list[Series]:
-    """Memory over the run, GiB: of the GPU where there is one, else of the process."""
-    first = state.readings[0].t if state.readings else 0.0
-    plan = known(state.plan)
-    for name, used, planned, role in (
-        ("GPU", "gpu_used", "peak_gpu_bytes", "series1"),
-        ("process", "host_used", "peak_host_bytes", "series3"),
-    ):
-        points = [(round(number(r.t - first) or 0.0), number(getattr(r, used))) for r in state.readings]
-        measured = [(t, value / 2**30) for t, value in points if value is not None]
-        if measured:
-            made = [Series(name, measured, role)]
-            if plan[planned]:
-                made.append(Series("plan", [(t, plan[planned] / 2**30) for t, _ in measured], "series2"))
-            return made
-    return [Series("process", [], "series3")]
-
-
 # -- blocks --------------------------------------------------------------------------------------------
 
 
@@ -383,98 +314,6 @@ def _short(value: float | None, room: int) -> str:
         return ""
     text = format_number(value, 3)
     return text if len(text) <= room else format_number(value, 2)
-
-
-# -- machine -------------------------------------------------------------------------------------------
-
-
-def machine(view: RunView, width: int) -> list[Line]:
-    """Memory now, peak and planned; GPU load, temperature and power; disk; speed."""
-    state = view.state
-    reading, plan = state.memory, known(state.plan)
-    lines = [
-        *_gpu_lines(reading, plan, state, width),
-        cut(_host_line(reading, plan, state), width),
-        cut(_speed_line(view, reading), width),
-    ]
-    if view.live or view.replay is not None:
-        return lines
-    return [[(text, "muted") for text, _ in spans] for spans in lines]  # of an engine that is gone
-
-
-def _gpu_lines(
-    reading: events.Memory | None, plan: Mapping[str, Any], state: RunState, width: int
-) -> list[Line]:
-    if reading is None or reading.gpu_used is None:
-        if plan["device"] == "cuda" and reading is not None:
-            return [line(("GPU   ", "strong"), ("no readings from the driver", "warn"))]
-        unused = state.device and plan["device"] != "cuda"
-        why = f"none used; {state.device}" if unused else "nothing measured yet"
-        return [cut(line(("GPU   ", "strong"), (why, "muted")), width)]
-    total = reading.gpu_total or 0
-    words = line(("GPU   ", "strong"), f"{format_bytes(reading.gpu_used)} of {format_bytes(total)}")
-    facts = [
-        ("peak", _peak(state, "peak_gpu_bytes", reading.gpu_peak)),
-        ("plan", plan["peak_gpu_bytes"]),
-        ("others", reading.gpu_other),
-    ]
-    for name, value in facts:
-        if value is not None:
-            over = name == "peak" and plan["peak_gpu_bytes"] and value > 1.05 * plan["peak_gpu_bytes"]
-            words += line((f"  {name} ", "muted"), (format_bytes(value), "warn" if over else ""))
-    load = line()
-    for value, unit in (
-        (reading.gpu_utilization, "%"),
-        (reading.gpu_temperature, "°C"),
-        (reading.gpu_power, "W"),
-    ):
-        if value is not None:
-            load += line(f"{format_count(value)} {unit}  ")
-    used = share(reading.gpu_used, total) if total else None
-    room = width - width_of(words) - width_of(load) - 4
-    if room >= 8:
-        return [[*words, ("  ", ""), *bar(used, min(room, 30)), ("  ", ""), *load]]
-    return [cut(words, width), cut(line("      ", *load), width)]
-
-
-def _peak(state: RunState, name: str, now: int | None) -> int | None:
-    """Of the whole run, as the plan's is; a reading knows that of its phase."""
-    peaks = [now, *(getattr(row, name) for row in state.phases)]
-    return max((peak for peak in peaks if peak is not None), default=None)
-
-
-def _host_line(reading: events.Memory | None, plan: Mapping[str, Any], state: RunState) -> Line:
-    spans = line(("host  ", "strong"))
-    if reading is None or reading.host_used is None:
-        return [*spans, ("nothing measured yet", "muted")]
-    spans += line(format_bytes(reading.host_used))
-    facts = [
-        ("peak", _peak(state, "peak_host_bytes", reading.host_peak)),
-        ("plan", plan["peak_host_bytes"]),
-        ("free", reading.host_available),
-        ("disk free", reading.disk_free),
-    ]
-    for name, value in facts:
-        if value is not None:
-            spans += line((f"  {name} ", "muted"), format_bytes(value))
-    return spans
-
-
-def _speed_line(view: RunView, reading: events.Memory | None) -> Line:
-    state = view.state
-    metric = state.metrics[-1] if state.metrics else None
-    spans = line(("train ", "strong"))
-    if metric is None or metric.phase != state.phase:
-        return [*spans, ("no training at the moment", "muted")]
-    if metric.tokens_per_second:
-        spans += line(f"{format_count(metric.tokens_per_second)} tokens/s")
-    loss = "not finite" if metric.non_finite else format_number(metric.loss)
-    spans += line(("  loss ", "muted"), (loss, "bad" if metric.non_finite else ""))
-    for name, rate in list(metric.lr.items())[:MOST_RATES]:
-        spans += line((f"  lr {name} ", "muted"), format_number(rate, 3))
-    if metric.grad_norm is not None:
-        spans += line(("  gradient ", "muted"), format_number(metric.grad_norm, 3))
-    return spans
 
 
 # -- journal -------------------------------------------------------------------------------------------

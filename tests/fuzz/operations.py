@@ -155,7 +155,7 @@ def look_at_run(path: Path) -> None:
     from engine.run.state import load_state
     from engine.run.status import read_status
     from eqat_tui import feed
-    from eqat_tui.views import monitor, result
+    from eqat_tui.views import monitor, result, run_charts, run_machine
     from eqat_tui.views.runs import Compared, details, differences
 
     run = RunDirectory.open(path)
@@ -169,11 +169,11 @@ def look_at_run(path: Path) -> None:
                 monitor.title,
                 monitor.progress,
                 monitor.notices,
-                monitor.machine,
+                run_machine.machine,
                 monitor.block_table,
             ):
                 part(view, width)
-            monitor.journal(view.journal, width), monitor.loss_series(view, None)
+            monitor.journal(view.journal, width), run_charts.loss_series(view, None)
             result.headline(view, width), result.exports(view, width), result.samples(view.state, width)
             result.perplexities(view.state, width), result.figures(shown, width), details(row, width)
     differences([Compared(run, "a"), Compared(run, "b")], 100)

@@ -25,7 +25,7 @@ from eqat_tui.charts import chart
 from eqat_tui.feed import Journal, LiveFeed, Replay, ReplayFeed, RunView
 from eqat_tui.lines import Line, width_of
 from eqat_tui.plan_text import plan_text
-from eqat_tui.views import monitor, result, runs, setup
+from eqat_tui.views import monitor, result, run_charts, run_machine, runs, setup
 
 LIVENESS = (
     "created",
@@ -67,15 +67,15 @@ def lines_of(view: RunView, width: int) -> Iterator[Line]:
     yield [monitor.state_span(view)]
     yield from monitor.progress(view, width)
     yield from monitor.notices(view, width)
-    yield from monitor.machine(view, width)
+    yield from run_machine.machine(view, width)
     yield from monitor.journal(view.journal, width)
     header, rows = monitor.block_table(view, width)
     yield from [header, *rows]
     for series, log in (
-        (monitor.loss_series(view, None)[1], True),
-        (monitor.loss_series(view, 3)[1], False),
-        (monitor.profile_series(state), True),
-        (monitor.memory_series(state), False),
+        (run_charts.loss_series(view, None)[1], True),
+        (run_charts.loss_series(view, 3)[1], False),
+        (run_charts.profile_series(state), True),
+        (run_charts.memory_series(state), False),
     ):
         steps = [m.steps for m in state.metrics][-1:] or [40]
         for x_range in (None, (1, steps[0]) if steps[0] > 1 else None):

@@ -25,8 +25,8 @@ from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.system.printable import hides, printable
 from eqat_tui.app import EqatApp
-from eqat_tui.feed import end_of_file
 from eqat_tui.lines import beside, columns, cut, few, fit, line, plain, width_of, widths_of, wrap
+from eqat_tui.log_tail import end_of_file
 from eqat_tui.palette import COVER, PrintableFilter, content, covered
 from eqat_tui.screens.dialogs import Ask, MarkdownReader
 from eqat_tui.views.result import loading_snippet

@@ -16,7 +16,7 @@ from engine.run.status import Launched, Status
 from engine.system.files import atomic_write_json
 from eqat_tui.feed import LiveFeed, RunView
 from eqat_tui.lines import plain
-from eqat_tui.views import monitor
+from eqat_tui.views import monitor, run_machine
 
 Recorded = Callable[[str], RunDirectory]
 
@@ -73,7 +73,7 @@ def test_a_gpu_that_was_not_read_yet_is_not_called_unused() -> None:
     log.attempt_begins("run")
     for state in (RunState(), RunState().apply_all(log.events)):
         view = RunView(id="run", path="/run", state=state, liveness="running", now=log.t)
-        assert plain(monitor.machine(view, 80)[0]).split() == ["GPU", "nothing", "measured", "yet"]
+        assert plain(run_machine.machine(view, 80)[0]).split() == ["GPU", "nothing", "measured", "yet"]
 
 
 def test_an_engine_that_has_just_been_started_shows_nothing_of_the_attempt_before(recorded: Recorded) -> None:
