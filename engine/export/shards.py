@@ -31,16 +31,15 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from engine.checkpoints.tensorfile import ALIGNMENT, DTYPE_NAMES, tensor_bytes
+from engine.plan.disk_model import HEADER_ENTRY
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
-_ENTRY_OVERHEAD = 100  # dtype, shape and offsets of one header entry, written out in JSON
-
 
 def header_room(names: Iterable[str]) -> int:
     """Bytes that hold the header of a shard containing any of ``names``, a multiple of 8."""
-    room = 64 + sum(len(json.dumps(name)) + _ENTRY_OVERHEAD for name in names)
+    room = 64 + sum(len(json.dumps(name)) + HEADER_ENTRY for name in names)
     return -(-room // ALIGNMENT) * ALIGNMENT
 
 
