@@ -174,7 +174,7 @@ def test_without_the_extension_a_run_is_still_told_of(whole: RunDirectory) -> No
     assert shown["perplexity"]["toy_network"] > 1
     assert "toy_network" in eqat("show", str(whole.path), EQAT_EXTENSIONS="")
     assert whole.id in eqat("runs", "--runs-dir", str(whole.path.parent), "--json", EQAT_EXTENSIONS="")
-    refused = eqat("resume", str(whole.path), code=2, EQAT_EXTENSIONS="")
+    refused = eqat("eval", str(whole.path), code=2, EQAT_EXTENSIONS="")
     assert "toy_block" in refused
     assert "EQAT_EXTENSIONS" in refused
     assert "Traceback" not in refused

@@ -10,7 +10,7 @@ from toy_format import ROW
 
 from engine.config import checks
 from engine.config.formats import FORMATS
-from engine.config.run import register_section, unregister_section
+from engine.config.run import RunConfig, register_section, unregister_section
 from engine.config.stage_section import StageSection, check_sequences
 from engine.config.stages import STAGES, Stage
 from engine.plan.estimate import Workload
@@ -65,8 +65,8 @@ class ToyNetworkConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_f
 class ToyCosts(NetworkTraining):
     """What the plan has to know of the second method."""
 
-    def trained_parameters(self, work: Workload) -> int:
-        return work.arch.blocks * work.arch.groups_per_block(work.config.grid.group_size)
+    def trains(self, config: RunConfig) -> tuple[str, ...]:
+        return ("scales",)
 
     def network_memory(self, work: Workload) -> dict[str, int]:
         return {"packed blocks": work.arch.blocks * work.arch.linear_params_per_block}
