@@ -75,6 +75,16 @@ def open_inner(name: str, folder: int) -> int:
     return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
 
 
+@contextmanager
+def opened_inner(name: str, folder: int) -> Iterator[int]:
+    """:func:`open_inner`, closed in the end."""
+    fd = open_inner(name, folder)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def names_in(
     folder: Path,
     root: Path,
