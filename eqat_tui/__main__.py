@@ -29,12 +29,14 @@ def main() -> NoReturn:
         from eqat_tui.cli import main as run_command
 
         run_command()
+    from engine.config.tables import load_extensions
     from engine.errors import EqatError
 
     os.umask(os.umask(0o022) | 0o022)
     from eqat_tui.output import end, print_error
 
     try:
+        load_extensions()
         code = open_app(None, look=Look())
     except EqatError as error:
         print_error(error, as_json=False)

@@ -105,7 +105,8 @@ def open_regular(
     """A descriptor of the regular file ``path``; never waits, never opens anything else.
 
     Nothing below ``root`` (by default the file's own folder) may be a link. With ``follow`` links are
-    followed, for files of the user's own whose links were judged before (:mod:`engine.architecture.model_folder`).
+    followed, for files of the user's own whose links were judged before, as those of a model's folder
+    (:mod:`engine.architecture.model_folder`).
 
     Raises:
         OSError: what the system says; ``ELOOP`` for a link.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,8 @@ from engine.config.derived import resolve
 from engine.config.loading import load
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter
+from engine.run.finding import list_runs
+from engine.run.lock import holder
 
 
 @pytest.fixture
@@ -39,6 +44,17 @@ def eqat(tmp_path: Path) -> Eqat:
 def new_run(tmp_path: Path) -> Callable[[], RunDirectory]:
     """Make a run of the smoke preset that was never started."""
     return lambda: RunDirectory.create(tmp_path / "runs", resolve(load("smoke")))
+
+
+@pytest.fixture
+def no_engine_outlives_its_test(tmp_path: Path) -> Iterator[None]:
+    """Kill the engines of runs in ``tmp_path`` that a test has left at work."""
+    yield
+    for run in list_runs(tmp_path / "runs"):
+        pid = holder(run.lock_path)
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,22 +16,12 @@ from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter
 from engine.run.finding import list_runs
 from engine.run.liveness import run_state
-from engine.run.lock import holder
 from engine.system.printable import hides
 from eqat_tui import actions
 
 EVIL = "\x1b]0;owned\x07\x1b]52;c;ZXZpbA==\x07\x9b31m\x7f exe.\u202egpj \u2028[/]"
 RUN = ("run", "smoke", "--device", "cpu")
-
-
-@pytest.fixture(autouse=True)
-def no_engine_outlives_its_test(tmp_path: Path) -> Iterator[None]:
-    yield
-    for run in list_runs(tmp_path / "runs"):
-        pid = holder(run.lock_path)
-        if pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+pytestmark = pytest.mark.usefixtures("no_engine_outlives_its_test")
 
 
 def redirected(

@@ -19,6 +19,7 @@ PUBLIC = {
     "resume": {"--from-block", "--set", "--runs-dir", "--detach", "--json"},
     "attach": {"--runs-dir", "--plain", "--read-only", "--ascii", "--json"},
     "replay": {"--runs-dir", "--speed", "--ascii"},
+    "memory": {"--runs-dir", "--ascii"},
     "monitor": {"--runs-dir", "--ascii"},
     "generate": {"--prompt", "--new-tokens", "--runs-dir", "--json"},
     "stop": {"--runs-dir", "--abort", "--kill", "--wait"},
@@ -40,6 +41,12 @@ def test_commands_and_their_flags_are_the_documented_ones() -> None:
         for name, command in group.commands.items()  # type: ignore[attr-defined]
     }
     assert found == PUBLIC
+
+
+def test_memory_is_also_called_what_it_was_called_before_and_the_help_does_not_say_so() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert commands["monitor"].callback.__wrapped__ is commands["memory"].callback.__wrapped__  # one function
+    assert [name for name, command in commands.items() if command.hidden] == ["monitor"]
 
 
 def test_every_command_and_flag_has_help() -> None:

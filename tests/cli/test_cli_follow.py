@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,16 +41,7 @@ from engine.run.state import load_state
 from eqat_tui import actions
 
 RUN = ("run", "smoke", "--device", "cpu")
-
-
-@pytest.fixture(autouse=True)
-def no_engine_outlives_its_test(tmp_path: Path) -> Iterator[None]:
-    yield
-    for run in list_runs(tmp_path / "runs"):
-        pid = holder(run.lock_path)
-        if pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+pytestmark = pytest.mark.usefixtures("no_engine_outlives_its_test")
 
 
 def working_run(where: Path) -> RunDirectory:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
 from engine_runs import exported, of, run_here
 from toy_format import ROW
 
+from engine.checkpoints.store import CheckpointStore
 from engine.config.formats import FORMATS
 from engine.export.place import ExportPlace
 from engine.phases.export import recover_exports
 from engine.run import events
 from engine.run.directory import RunDirectory
+from engine.run.facts import block_entry
+from engine.run.usable import newest_usable
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +43,24 @@ def test_a_run_writes_every_format_that_its_configuration_names(make: Callable[.
     place.partial.mkdir()
     recover_exports(run)
     assert not place.partial.exists()
+
+
+def test_a_run_of_an_earlier_version_whose_entries_have_no_grids_exports_the_same(
+    finished_copy: Callable[..., RunDirectory],
+) -> None:
+    run = finished_copy()
+    before = exported(run)
+    found = newest_usable(run.checkpoints_dir, lambda generation: None)
+    assert found is not None
+    store = CheckpointStore(run.checkpoints_dir, found.generation.identity)
+    blocks = [name for name in found.generation.entries if name.startswith("block-")]
+    assert blocks == [block_entry(index) for index in range(len(blocks))]
+    for name in blocks:
+        tensors = store.get(name)
+        earlier = {key: value for key, value in tensors.items() if not key.endswith(".grid")}
+        assert len(earlier) < len(tensors)
+        store.put(name, earlier)
+    store.commit()
+    shutil.rmtree(run.export_dir / "gptq_v2")
+    assert run_here(run, "--task", "export") == 0
+    assert exported(run) == before

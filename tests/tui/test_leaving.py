@@ -69,7 +69,7 @@ def test_every_size_and_every_resize_is_survived(tmp_path: Path) -> None:
         assert app.end() == 0
 
 
-@pytest.mark.parametrize("command", [["replay", RUN], ["monitor"]])
+@pytest.mark.parametrize("command", [["replay", RUN], ["memory"], ["monitor"]])
 def test_what_needs_a_terminal_says_so_in_one_line(command: list[str], tmp_path: Path) -> None:
     import subprocess
     import sys

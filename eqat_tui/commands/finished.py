@@ -1,0 +1,69 @@
+"""Commands that work with a finished run: measure it again, export it again, let it write."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine.config.formats import DEFAULT_FORMAT, FORMATS
+from engine.errors import UsageError
+from eqat_tui.commands.options import Detach, Json, Run, RunsDir
+
+
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN|PATH", help="A run, or a path inside one.")],
+    runs_dir: RunsDir = None,
+    detach: Detach = False,
+    as_json: Json = False,
+) -> int:
+    """Measure the perplexity of a run's quantized model again."""
+    from eqat_tui import actions
+
+    found = actions.find(actions.run_of(run), runs_dir)
+    return actions.start(found, args=("--task", "eval"), detach=detach, as_json=as_json)
+
+
+def export(
+    run: Run,
+    format: Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS.names())}.")] = DEFAULT_FORMAT,
+    to: Annotated[
+        Path | None, typer.Option("--to", metavar="FOLDER", help="Copy the verified checkpoint here as well.")
+    ] = None,
+    runs_dir: RunsDir = None,
+    detach: Detach = False,
+    as_json: Json = False,
+) -> int:
+    """Write a run's packed checkpoint again, and verify it."""
+    from engine.system.copying import check_target
+    from eqat_tui import actions
+
+    if format not in FORMATS:
+        raise UsageError(f"there is no format {format!r}", where="--format", hint=", ".join(FORMATS.names()))
+    args = ["--task", "export", "--format", format]
+    found = actions.find(run, runs_dir)
+    if to is not None:
+        to = Path(os.path.expanduser(to)).absolute()
+        check_target(to, found.path)
+        args += ["--to", str(to)]
+    return actions.start(found, args=args, detach=detach, as_json=as_json)
+
+
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option("--prompt", help="What the models are to continue.")],
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="At most so many.")] = 64,
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+) -> int:
+    """Let the full-precision and the quantized model continue a prompt, side by side."""
+    from eqat_tui import actions
+    from eqat_tui.run_text import samples
+
+    if not prompt.strip():
+        raise UsageError("is empty", where="--prompt", hint="give the models something to continue")
+    args = ("--task", "generate", f"--prompt={prompt}", "--new-tokens", str(new_tokens))
+    found = actions.find(run, runs_dir)
+    return actions.start(found, args=args, detach=False, as_json=as_json, told=samples)

@@ -1,0 +1,94 @@
+"""Commands that only look: at runs, at presets, at this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from engine.errors import ExitCode
+from eqat_tui.commands.options import Ascii, Json, Run, RunsDir
+
+
+def runs(
+    runs_dir: RunsDir = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="At most so many; 0 for all.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """List the runs, newest first."""
+    from engine.run.finding import default_runs_dir, list_runs
+    from eqat_tui.actions import summaries as summaries_of
+    from eqat_tui.output import print_json, say, show
+    from eqat_tui.run_text import runs_table
+
+    place = default_runs_dir(runs_dir)
+    summaries = summaries_of(list_runs(place)[: limit or None])
+    if as_json:
+        print_json(summaries)
+    elif summaries:
+        show(runs_table(summaries))
+    else:
+        say(f"no runs in {place}; eqat run demo makes one")
+
+
+def show(run: Run, runs_dir: RunsDir = None, as_json: Json = False) -> None:
+    """Show one run: perplexity, size, time, memory, exports."""
+    from engine.run.shown import show as show_run
+    from eqat_tui import actions
+    from eqat_tui.output import print_json
+    from eqat_tui.output import show as show_text
+    from eqat_tui.run_text import report
+
+    shown = show_run(actions.find(run, runs_dir))
+    if as_json:
+        print_json(shown)
+    else:
+        show_text(report(shown))
+
+
+def presets(as_json: Json = False) -> None:
+    """List the presets: complete configurations to start from."""
+    from eqat_tui.output import print_json, show, table
+    from eqat_tui.overview import preset_rows
+
+    rows = preset_rows()
+    if as_json:
+        print_json(rows)
+    else:
+        cells = [(row["name"], f"w{row['bits']}g{row['group_size']}", row["description"]) for row in rows]
+        show(table(cells, header=("PRESET", "GRID", "")))
+
+
+def doctor(
+    runs_dir: RunsDir = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out the smoke run.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Check this machine: is everything here that runs need?
+
+    Packages, GPU, memory, disk, presets; last, a run of every phase on a tiny model, which takes seconds.
+    """
+    import msgspec
+
+    from engine.run.finding import default_runs_dir
+    from eqat_tui.doctor import diagnose
+    from eqat_tui.output import one_line, print_json, show
+
+    checks = []
+    for check in diagnose(default_runs_dir(runs_dir), quick=quick):
+        checks.append(check)
+        if not as_json:
+            hint = f" ({check.hint})" if check.hint else ""
+            show(f"{check.status:8} {one_line(f'{check.name}: {check.detail}{hint}')}")
+    failed = [check.name for check in checks if check.status == "failed"]
+    if as_json:
+        print_json({"ok": not failed, "checks": [msgspec.to_builtins(check) for check in checks]})
+    return ExitCode.PREFLIGHT if failed else ExitCode.DONE
+
+
+def memory(runs_dir: RunsDir = None, ascii_only: Ascii = False) -> int:
+    """Show this machine's GPU and host memory live, with history and processes."""
+    from eqat_tui.terminal import Look, open_app, require_terminal
+
+    require_terminal("eqat memory", hint="eqat doctor --quick prints what is free")
+    return open_app(runs_dir, mode="memory", look=Look(ascii_only))

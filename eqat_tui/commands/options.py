@@ -1,0 +1,57 @@
+"""Arguments and options that several commands have, each with the words of its help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from engine.errors import UsageError
+
+
+def _folder(text: str) -> Path:
+    """A variable that is not set must not mean the current folder."""
+    if not text:
+        raise UsageError("is empty", where="--runs-dir", hint="name a folder, or leave it out")
+    return Path(text)
+
+
+RunsDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--runs-dir",
+        parser=_folder,
+        metavar="FOLDER",
+        help="Where runs are kept; else $EQAT_RUNS_DIR, else ./runs.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Target = Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset, or a .toml file.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="An id or its beginning, a path, or latest.")]
+Model = Annotated[
+    str | None, typer.Option("--model", help="Local directory, hub id, .gguf file, or random://tiny-llama.")
+]
+Bits = Annotated[int | None, typer.Option("--bits", help="Bits per weight: 2, 3, 4 or 8.")]
+GroupSize = Annotated[
+    int | None, typer.Option("--group-size", help="Weights that share a scale; -1 for the whole row.")
+]
+Data = Annotated[
+    str | None, typer.Option("--data", help="Calibration text: builtin, a shortcut, a hub id, or a path.")
+]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any field of the configuration; repeatable."),
+]
+Detach = Annotated[bool, typer.Option("--detach", help="Print the run's id and return at once.")]
+Ascii = Annotated[bool, typer.Option("--ascii", help="In the app: ASCII characters only.")]
+ReadOnly = Annotated[bool, typer.Option("--read-only", help="In the app: look, and change nothing.")]
+RemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that the model's repository ships, with your rights. Only for repositories "
+        "you have read.",
+    ),
+]

@@ -1,0 +1,190 @@
+"""Commands that start a run, follow it, and end it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from engine.errors import UsageError
+from eqat_tui.commands.options import (
+    Ascii,
+    Bits,
+    Data,
+    Detach,
+    Device,
+    GroupSize,
+    Json,
+    Model,
+    ReadOnly,
+    RemoteCode,
+    Run,
+    RunsDir,
+    Settings,
+    Target,
+)
+
+
+def run(
+    target: Target,
+    model: Model = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    data: Data = None,
+    device: Device = None,
+    settings: Settings = None,
+    trust_remote_code: RemoteCode = False,
+    runs_dir: RunsDir = None,
+    detach: Detach = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and start nothing.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Quantize a model: start a run and follow it. Ctrl-C stops it resumably; twice aborts it.
+
+    Closing the terminal never ends a run: eqat attach RUN follows it again.
+    """
+    from engine.plan.plan import check, make_plan
+    from engine.run.directory import RunDirectory
+    from engine.run.finding import check_runs_dir, default_runs_dir
+    from eqat_tui import actions
+    from eqat_tui.configure import build_config
+
+    config = build_config(
+        target,
+        model=model,
+        bits=bits,
+        group_size=group_size,
+        data=data,
+        device=device,
+        settings=settings or (),
+        trust_remote_code=trust_remote_code,
+    )
+    place = default_runs_dir(runs_dir)
+    if dry_run:
+        return actions.print_plan(config, place, as_json=as_json)
+    check_runs_dir(place)  # before its room: what cannot be written often has none either
+    check(make_plan(config, runs_dir=place))
+    return actions.start(RunDirectory.create(place, config), detach=detach, as_json=as_json)
+
+
+def plan(
+    target: Target,
+    model: Model = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    data: Data = None,
+    device: Device = None,
+    settings: Settings = None,
+    trust_remote_code: RemoteCode = False,
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+) -> int:
+    """Show what a run would need: memory, disk, time, final size. Loads nothing."""
+    from engine.run.finding import default_runs_dir
+    from eqat_tui import actions
+    from eqat_tui.configure import build_config
+
+    config = build_config(
+        target,
+        model=model,
+        bits=bits,
+        group_size=group_size,
+        data=data,
+        device=device,
+        settings=settings or (),
+        trust_remote_code=trust_remote_code,
+    )
+    return actions.print_plan(config, default_runs_dir(runs_dir), as_json=as_json)
+
+
+def resume(
+    run: Run,
+    from_block: Annotated[
+        int | None,
+        typer.Option("--from-block", min=0, metavar="K", help="Train blocks K... again, in a new run."),
+    ] = None,
+    settings: Settings = None,
+    runs_dir: RunsDir = None,
+    detach: Detach = False,
+    as_json: Json = False,
+) -> int:
+    """Go on with a run that was stopped, failed or crashed, exactly where its last checkpoint is.
+
+    That may be inside a block or inside E2E-QP. The result is the same as without the interruption, to the
+    last bit on the same machine. --set changes what does not decide the result (runtime.*, export.*,
+    e2e_qp.micro_batch_size ...), this time only.
+
+    With --from-block K a new run is made that shares the blocks before K with this one and trains the others
+    again, with whatever --set changes; K = the number of blocks repeats only the end-to-end training.
+    """
+    from eqat_tui import actions
+    from eqat_tui.configure import parse_settings
+
+    found = actions.find(run, runs_dir)
+    overrides = parse_settings(settings or ())
+    if from_block is not None:
+        return actions.redo(found, from_block, overrides, detach=detach, as_json=as_json)
+    return actions.resume(found, overrides, detach=detach, as_json=as_json)
+
+
+def attach(
+    run: Run,
+    runs_dir: RunsDir = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Lines of progress instead of the app, as in a pipe.")
+    ] = False,
+    read_only: ReadOnly = False,
+    ascii_only: Ascii = False,
+    as_json: Json = False,
+) -> int:
+    """Show a run again, from any terminal, as often as wanted. Leaving never ends it.
+
+    In a pipe, with --plain or --json it follows the run in lines until its end and exits as the run does.
+    """
+    from engine.run.liveness import run_state
+    from engine.run.status import read_launched
+    from eqat_tui import actions
+    from eqat_tui.terminal import Look, can_open_app, open_app
+
+    found = actions.find(run, runs_dir)
+    if run_state(found) == "created" and read_launched(found) is None:
+        raise UsageError("was never started", where=found.id, hint=f"eqat resume {found.id} starts it")
+    if can_open_app() and not (plain or as_json):
+        return open_app(runs_dir, run=found, look=Look(ascii_only, read_only))
+    return actions.follow(found, engine=None, as_json=as_json)
+
+
+def replay(
+    run: Run,
+    speed: Annotated[float, typer.Option("--speed", min=0.1, help="Times as fast as it was.")] = 10.0,
+    runs_dir: RunsDir = None,
+    ascii_only: Ascii = False,
+) -> int:
+    """Show a run from its beginning again, from its log, at any speed."""
+    from eqat_tui import actions
+    from eqat_tui.terminal import Look, open_app, require_terminal
+
+    found = actions.find(run, runs_dir)
+    require_terminal("eqat replay", hint=f"eqat show {found.id} prints its result")
+    return open_app(runs_dir, run=found, replay_speed=speed, look=Look(ascii_only, True))
+
+
+def stop(
+    run: Run,
+    runs_dir: RunsDir = None,
+    abort: Annotated[bool, typer.Option("--abort", help="End with the exit code of an abort (130).")] = False,
+    kill: Annotated[
+        bool, typer.Option("--kill", help="Kill the engine, for one that does not answer.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when the engine is gone.")] = False,
+) -> int:
+    """Ask a run to checkpoint at its next step and stop. eqat resume RUN goes on from there.
+
+    --abort ends it without a new checkpoint, --kill without asking; both leave the last one.
+    """
+    from eqat_tui import actions
+
+    found = actions.find(run, runs_dir)
+    if kill:
+        return actions.kill(found)
+    return actions.stop(found, abort=abort, wait=wait)
