@@ -21,7 +21,7 @@ from pathlib import Path
 from engine.architecture import headers
 from engine.architecture.description import ModelDescription, resolve_source
 from engine.architecture.families import Architecture
-from engine.architecture.links import TOKENIZER_FILES
+from engine.architecture.model_folder import TOKENIZER_FILES
 from engine.config.formats import FORMATS
 from engine.config.stages import STAGES, last_stage, measured_stage
 from engine.plan.costs import costs_of
