@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ import typer.main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.config.base import Section
 from engine.config.field_docs import field_help
 from engine.config.fields import field_names
+from engine.config.run import register_section, unregister_section
+from engine.config.stages import STAGES, Stage
 from engine.config.writing import to_dict
 from engine.errors import UsageError
 from eqat_tui.cli import app
@@ -148,3 +152,44 @@ def test_settings_are_found_by_name_before_meaning() -> None:
     assert views.matching("epochs")[:2] == ["block_ap.epochs", "e2e_qp.epochs"]
     assert "runtime.checkpoint_minutes" in views.matching("kill loses")
     assert views.matching("no such word") == []
+
+
+class ToyConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A method of somebody's package."""
+
+    enabled: bool = False
+    """Whether the toy is played with."""
+    turns: int = 3
+    """Turns that are taken with the toy."""
+
+
+@pytest.fixture
+def toy() -> Iterator[None]:
+    register_section("toy", ToyConfig)
+    STAGES.register(Stage(name="toy", label="Toy method", scope="block"))
+    yield
+    STAGES.unregister("toy")
+    unregister_section("toy")
+
+
+@pytest.mark.usefixtures("toy")
+def test_an_extensions_stage_is_chosen_as_a_method_and_its_section_is_edited() -> None:
+    assert list(methods.methods()) == [
+        "EfficientQAT: Block-AP, then E2E-QP",
+        "Block-AP only",
+        "Toy method, then E2E-QP",
+        "Toy method only",
+        "E2E-QP only, on rounded weights",
+        "rounding only, nothing is trained",
+    ]
+    draft = Draft(base="smoke").with_method("Toy method only").set("toy.turns", "5")
+    assert "--set toy.turns=5" in draft.command()
+    assert methods.method_of(draft.shown()) == "Toy method only"
+    assert methods.method_of(draft.with_method("Block-AP only").shown()) == "Block-AP only"
+    rows = views.rows(frozenset(["toy"]))
+    folded = [row.label for row in rows if row.kind == "section"]
+    assert folded[3:6] == ["Block-AP", "E2E-QP", "Toy method"]
+    (turns,) = [row for row in rows if row.name == "toy.turns"]
+    shown = plain(views.form_line(turns, draft, draft.shown(), frozenset(["toy"]), "", 60))
+    assert shown.split() == ["*turns", "5"]
+    assert "Turns that are taken with the toy." in views.meaning(turns, draft, draft.shown())
