@@ -21,6 +21,7 @@ from engine.config.derived import resolve
 from engine.config.fields import is_operational
 from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
+from engine.config.tables import load_extensions
 from engine.config.validation import validate
 from engine.errors import (
     DamagedRun,
@@ -78,6 +79,7 @@ def _locked(run: RunDirectory, arguments: argparse.Namespace) -> int:
     leaves = load_state(run, skip=BULK).outcome if arguments.task != "run" else None
     try:
         run.require_own()
+        load_extensions()
         overrides: dict[str, object] = dict(item.partition("=")[::2] for item in arguments.set)
         if arguments.format is not None:
             overrides["export.formats"] = arguments.format

@@ -26,7 +26,7 @@ from engine.architecture.gguf_header import (
 )
 from engine.architecture.headers import safetensors_tensors
 from engine.architecture.limits import check_config
-from engine.architecture.links import ModelFolder
+from engine.architecture.model_folder import ModelFolder
 from engine.errors import PreflightError, UsageError
 from engine.system.guarded import SMALL, parse_object
 from engine.system.stamps import StampedFile, refuse_odd

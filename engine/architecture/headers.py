@@ -22,7 +22,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from engine.architecture.links import ModelFolder
+from engine.architecture.model_folder import ModelFolder
 from engine.errors import PreflightError, first_line
 from engine.system.guarded import LARGE, BadFile, bad_file
 from engine.system.stamps import StampedFile

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from engine.architecture.headers import header_room
-from engine.architecture.links import TOKENIZER_FILES
+from engine.architecture.model_folder import TOKENIZER_FILES
 from engine.errors import PreflightError
 from engine.export.card import model_card
 from engine.export.layout import Layout, Linear

@@ -34,7 +34,7 @@ from engine.architecture.families import GPU_HEAD_VALUES, HEAD_VALUES
 from engine.errors import PreflightError
 from engine.gpu.compiled import Compiled, P, T
 from engine.models.foreign import foreign
-from engine.models.gguf import GGUFReader
+from engine.models.parameters import check_checkpoint, load_buffers, load_parameter
 from engine.models.skeleton import build_skeleton, find_blocks, linear_names, refuse_block, text_config
 from engine.models.source import ModelSource
 from engine.models.weights import RenamedReader, match_names
@@ -68,7 +68,7 @@ class CausalLM:
         self.weights = match_names(source.weights, (name for name, _ in self.model.named_parameters()))
         with foreign(f"{type(self.model).__name__} has no usable embeddings", source.name):
             self.tied = self._tie_as_stored()
-        self._check_checkpoint()
+        check_checkpoint(self.model, self.weights, source)
         self._load_outer()
         self._arguments: OrderedDict[tuple[int, int, torch.dtype], list[dict[str, Any]]] = OrderedDict()
         self._returns_tuple = False
@@ -228,58 +228,25 @@ class CausalLM:
         dtype, device = dtype or self.dtype, device or self.device
         for name, parameter in list(block.named_parameters()):
             full = f"{self.block_prefix(index)}.{name}"
-            _replace(block, name, self._load(full, tuple(parameter.shape), dtype, device))
-        self._load_buffers(block, f"{self.block_prefix(index)}.", device)
+            _replace(block, name, load_parameter(self.weights, full, parameter.shape, dtype, device))
+        load_buffers(self.weights, block, f"{self.block_prefix(index)}.", device)
         return block.requires_grad_(False).eval()
-
-    def _load(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> nn.Parameter:
-        stored = self.weights.load(name)
-        tensor = stored.to(device=device, dtype=dtype)
-        if not _finite(tensor):
-            where = f"{self.weights.where(name)}: {name}"
-            if _finite(stored):
-                raise PreflightError(
-                    f"weights up to {stored.abs().max().item():.3g} do not fit into {dtype}",
-                    where=where,
-                    hint="use bfloat16 or float32",
-                )
-            raise PreflightError(
-                "the weights contain NaN or infinity", where=where, hint="download the model again"
-            )
-        return nn.Parameter(tensor.reshape(shape), requires_grad=False)
 
     def _load_outer(self) -> None:
         for name, parameter in list(self.model.named_parameters()):
             if self._is_outer(name):
-                _replace(self.model, name, self._load(name, tuple(parameter.shape), self.dtype, self.device))
+                stored = load_parameter(self.weights, name, parameter.shape, self.dtype, self.device)
+                _replace(self.model, name, stored)
         if self.tied:
             self._share_embedding()
         for name, module in self.model.named_modules():
             if self._is_outer(name):
-                self._load_buffers(module, f"{name}." if name else "", self.device, recurse=False)
-
-    def _load_buffers(
-        self, module: nn.Module, prefix: str, device: torch.device, recurse: bool = True
-    ) -> None:
-        """Move computed buffers to the device; take those that a checkpoint stores from there."""
-        for name, buffer in list(module.named_buffers(recurse=recurse)):
-            stored = self.weights.load(prefix + name) if prefix + name in self.weights else buffer
-            if stored.shape != buffer.shape:
-                raise PreflightError(
-                    f"tensor {prefix + name!r} has shape {list(stored.shape)}, "
-                    f"but config.json asks for {list(buffer.shape)}",
-                    where=self.weights.where(prefix + name),
-                    hint="check that config.json belongs to these weights",
-                )
-            owner, _, leaf = name.rpartition(".")
-            module.get_submodule(owner)._buffers[leaf] = stored.to(device=device, dtype=buffer.dtype)
+                load_buffers(self.weights, module, f"{name}." if name else "", self.device, recurse=False)
 
     def _is_outer(self, name: str) -> bool:
         return name != self._prefix and not name.startswith(self._prefix + ".")
 
-    # -- tied weights and checks -------------------------------------------------------------------
+    # -- tied weights ------------------------------------------------------------------------------
 
     def _tie_as_stored(self) -> bool:
         """Whether head and embedding share their weight; the checkpoint decides where it disagrees."""
@@ -302,39 +269,6 @@ class CausalLM:
 
     def _share_embedding(self) -> None:
         self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
-
-    def _check_checkpoint(self) -> None:
-        """Every parameter is stored, in its shape and as a float, before the first one is read."""
-        for name, parameter in self.model.named_parameters():
-            if name not in self.weights:
-                raise PreflightError(
-                    f"tensor {name!r} is missing from the checkpoint",
-                    where=self.source.name,
-                    hint="download the model again, or check that config.json belongs to these weights",
-                )
-            stored, wanted = list(self.weights.shape(name)), list(parameter.shape)
-            if stored != wanted:
-                raise PreflightError(
-                    f"tensor {name!r} has shape {stored}, but config.json asks for {wanted}",
-                    where=self.weights.where(name),
-                    hint="check that config.json belongs to these weights",
-                )
-            dtype = self.weights.dtype(name)
-            if not dtype.is_floating_point or dtype.itemsize < 2:
-                raise PreflightError(
-                    f"tensor {name!r} is stored as {dtype}: the model is already quantized",
-                    where=self.weights.where(name),
-                    hint="start from the original 16-bit model",
-                )
-        if not isinstance(self.source.weights, GGUFReader):
-            # Others carry harmless extras: rotary tables, a vision tower, heads for other purposes.
-            return
-        if unused := self.source.weights.leftover(name for name, _ in self.model.named_parameters()):
-            raise PreflightError(
-                f"tensor {unused[0]!r} has no place in the model that its configuration describes",
-                where=self.source.name,
-                hint="use the model's safetensors checkpoint",
-            )
 
     # -- the model's own forward -------------------------------------------------------------------
 
@@ -468,11 +402,6 @@ def block_forward(block: nn.Module, hidden_BTH: Tensor, arguments: dict[str, Any
 def _replace(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(owner), leaf, parameter)
-
-
-def _finite(tensor: Tensor) -> bool:
-    """In parts: the answer for every element of a large embedding at once would be large as well."""
-    return all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(1 << 24))
 
 
 def _same(one: Any, other: Any) -> bool:

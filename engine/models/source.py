@@ -3,7 +3,7 @@
 :meth:`ModelSource.open` answers four questions for the rest of the engine: the configuration, the
 tokenizer, a reader for single tensors, and an identity that changes whenever the model does.
 
-Nothing is read of a model's folder before all of it was judged (:mod:`engine.architecture.links`), and
+Nothing is read of a model's folder before all of it was judged (:mod:`engine.architecture.model_folder`), and
 everything that is read later is compared with what was judged: a run whose model is replaced meanwhile ends
 with an IdentityError.
 """
@@ -21,7 +21,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from engine.architecture.description import TINY_LLAMA, local_config, resolve_source
-from engine.architecture.links import NO_ASSETS, TOKENIZER_FILES, ModelFolder
+from engine.architecture.model_folder import NO_ASSETS, TOKENIZER_FILES, ModelFolder
 from engine.config.model import ModelConfig
 from engine.errors import PreflightError
 from engine.models.foreign import foreign

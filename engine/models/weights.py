@@ -31,7 +31,7 @@ from engine.architecture.headers import (
     safetensors_header,
     shard,
 )
-from engine.architecture.links import ModelFolder
+from engine.architecture.model_folder import ModelFolder
 from engine.errors import PreflightError
 from engine.system.guarded import bad_file
 from engine.system.stamps import StampedFile

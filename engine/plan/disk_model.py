@@ -21,7 +21,8 @@ from pathlib import Path
 from engine.architecture import headers
 from engine.architecture.description import ModelDescription, resolve_source
 from engine.architecture.families import Architecture
-from engine.architecture.links import TOKENIZER_FILES
+from engine.architecture.model_folder import TOKENIZER_FILES
+from engine.config.formats import FORMATS
 from engine.config.stages import STAGES, last_stage, measured_stage
 from engine.plan.costs import costs_of
 from engine.plan.estimate import CONSTANTS, GIB, Store, Workload
@@ -33,8 +34,6 @@ from engine.plan.streams import shares_teacher, teacher_bytes
 
 BYTE_TOKENIZER = 13 << 10
 """The tokenizer of a random model."""
-SUFFIXES = ("weight", "qweight", "qzeros", "scales", "g_idx", "bias")
-"""What may be the name of a linear's tensor in an export; it reserves room for all of them."""
 
 
 def disk_peaks(
@@ -98,18 +97,20 @@ def export_bytes(work: Workload) -> int:
     for name in config.export.formats:
         size = format_bytes(work.arch, config.grid, name)
         shards = 1 + int(size / (config.export.shard_gib * GIB))
-        total += size + shards * header_room(work.arch)
+        total += size + shards * header_room(work.arch, name)
     return total
 
 
-def header_room(arch: Architecture) -> int:
-    """What each file reserves for its header, and the eight bytes before it."""
+def header_room(arch: Architecture, form: str) -> int:
+    """What each file of an export in a format reserves for its header and the eight bytes before it:
+    room for every name that a linear's tensors may have."""
+    tensors = ("weight", *FORMATS[form].tensors, "bias")
     names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     for index in range(arch.blocks):
         prefix = f"{arch.block_prefix}.{index}"
         names += [f"{prefix}.{name}.weight" for name, _ in norms(arch)]
         for linear in arch.linears:
-            names += [f"{prefix}.{linear.name}.{suffix}" for suffix in SUFFIXES]
+            names += [f"{prefix}.{linear.name}.{tensor}" for tensor in tensors]
             names += [f"{prefix}.{linear.name}.bias"] if linear.bias else []
     return 8 + headers.header_room(names)
 

@@ -35,7 +35,10 @@ class NetworkTraining(TrainingCosts):
         return training_memory(work, self.network_memory(work), teacher, self.snapshot_bytes(work), copies)
 
     def recomputation(self, config: RunConfig) -> Literal["auto", "on", "off"]:
-        wanted: Literal["auto", "on", "off"] = self.section(config).activation_checkpointing
+        # A section that leaves no choice keeps its activations.
+        wanted: Literal["auto", "on", "off"] = getattr(
+            self.section(config), "activation_checkpointing", "off"
+        )
         return wanted
 
     def teacher_bytes(self, work: Workload) -> int:

@@ -1,7 +1,8 @@
 """What the training of a stage costs whatever is trained, as far as its section of the configuration says.
 
-The section has the fields ``train``, ``sequences``, ``val_sequences``, ``sequence_length``, ``batch_size``,
-``epochs`` and ``compute_dtype``, meaning what they mean for Block-AP and E2E-QP.
+The section has the fields ``sequences``, ``val_sequences``, ``sequence_length``, ``batch_size``, ``epochs``
+and ``compute_dtype``, meaning what they mean for Block-AP and E2E-QP, and ``train``, unless
+:meth:`TrainingCosts.trains` says it otherwise.
 """
 
 from __future__ import annotations
@@ -26,14 +27,19 @@ class TrainingCosts(StageCosts):
         """That section."""
         return getattr(config, self.section_name)
 
+    def trains(self, config: RunConfig) -> tuple[str, ...]:
+        """What is trained of a block: ``weights``, ``norms``, ``scales``, ``zero_points``."""
+        trained: tuple[str, ...] = self.section(config).train
+        return trained
+
     def trained_blocks(self, work: Workload) -> int:
         """How many blocks are trained together."""
         return 1 if self.stage.scope == "block" else work.arch.blocks
 
     def trained_parameters(self, work: Workload) -> int:
         """Parameters that are trained together."""
-        section, grid = self.section(work.config), work.config.grid
-        return self.trained_blocks(work) * trained_parameters(work.arch, grid, section.train)
+        of_block = trained_parameters(work.arch, work.config.grid, self.trains(work.config))
+        return self.trained_blocks(work) * of_block
 
     def copies_bytes(self, work: Workload) -> int:
         """The state at the start, and with validation the best one, as float32."""
@@ -50,11 +56,10 @@ class TrainingCosts(StageCosts):
         )
 
     def snapshot_bytes(self, work: Workload) -> int:
-        section = self.section(work.config)
-        best = section.val_sequences > 0
-        return snapshot_bytes(work, section.train, blocks=self.trained_blocks(work), best=best)
+        best = self.section(work.config).val_sequences > 0
+        return snapshot_bytes(work, self.trains(work.config), blocks=self.trained_blocks(work), best=best)
 
     def may_compile(self, work: Workload) -> bool:
         """Whether there are steps that could be compiled: on a GPU; deterministic kernels are the plain
         ones."""
-        return work.cuda and bool(self.section(work.config).train) and not work.config.runtime.deterministic
+        return work.cuda and bool(self.trains(work.config)) and not work.config.runtime.deterministic

@@ -20,7 +20,7 @@ from engine.config.loading import from_toml
 from engine.config.run import RunConfig, run_config
 from engine.errors import EqatError, PreflightError
 from engine.run import contents
-from engine.system.guarded import bad_file, kind_of, names_in, open_inner, opened_folder, parsed, read_text
+from engine.system.guarded import bad_file, kind_of, names_in, opened_folder, opened_inner, parsed, read_text
 from engine.system.ownership import is_ours, user_name
 from engine.system.printable import printable
 
@@ -256,11 +256,8 @@ def _wrong_kind(folder: int, name: str, status: os.stat_result) -> str:
     if stat.S_ISDIR(status.st_mode) if name in contents.FOLDERS else stat.S_ISREG(status.st_mode):
         return ""
     if stat.S_ISDIR(status.st_mode):
-        inner = open_inner(name, folder)
-        try:
+        with opened_inner(name, folder) as inner:
             return "a folder" if os.listdir(inner) else ""
-        finally:
-            os.close(inner)
     return kind_of(status.st_mode)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engine.errors import EqatError, UsageError
 from engine.system.files import disk_error, sync_folder
-from engine.system.guarded import open_inner, opened_folder, require_regular
+from engine.system.guarded import opened_folder, opened_inner, require_regular
 
 ANOTHER = "choose another folder"
 PIECE_BYTES = 16 << 20
@@ -74,7 +74,7 @@ def copy_whole(checkpoint: Path, folder: Path, *, run: Path, poll: Callable[[], 
         with opened_folder(checkpoint, run) as source, opened_folder(folder.parent.resolve()) as above:
             try:
                 os.mkdir(partial, 0o755, dir_fd=above)
-                with _inner(partial, above) as made:
+                with opened_inner(partial, above) as made:
                     _copy_folder(source, made, checkpoint, poll)
                 # An empty folder gives way to the new one; anything else that came meanwhile does not.
                 os.rename(partial, folder.name, src_dir_fd=above, dst_dir_fd=above)
@@ -89,25 +89,12 @@ def copy_whole(checkpoint: Path, folder: Path, *, run: Path, poll: Callable[[], 
         ) from error
 
 
-class _inner:
-    """A folder in an opened folder, opened without following a link."""
-
-    def __init__(self, name: str, folder: int) -> None:
-        self.fd = open_inner(name, folder)
-
-    def __enter__(self) -> int:
-        return self.fd
-
-    def __exit__(self, *reason: object) -> None:
-        os.close(self.fd)
-
-
 def _copy_folder(source: int, target: int, where: Path, poll: Callable[[], None]) -> None:
     """Every file and folder of one opened folder into another; ``where`` names the first in messages."""
     for name in sorted(os.listdir(source)):
         if stat.S_ISDIR(os.stat(name, dir_fd=source, follow_symlinks=False).st_mode):
             os.mkdir(name, 0o755, dir_fd=target)
-            with _inner(name, source) as inner, _inner(name, target) as made:
+            with opened_inner(name, source) as inner, opened_inner(name, target) as made:
                 _copy_folder(inner, made, where / name, poll)
         else:
             _copy_file(name, source, target, where / name, poll)

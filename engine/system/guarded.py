@@ -75,6 +75,16 @@ def open_inner(name: str, folder: int) -> int:
     return os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
 
 
+@contextmanager
+def opened_inner(name: str, folder: int) -> Iterator[int]:
+    """:func:`open_inner`, closed in the end."""
+    fd = open_inner(name, folder)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def names_in(
     folder: Path,
     root: Path,
@@ -95,7 +105,8 @@ def open_regular(
     """A descriptor of the regular file ``path``; never waits, never opens anything else.
 
     Nothing below ``root`` (by default the file's own folder) may be a link. With ``follow`` links are
-    followed, for files of the user's own whose links were judged before (:mod:`engine.architecture.links`).
+    followed, for files of the user's own whose links were judged before, as those of a model's folder
+    (:mod:`engine.architecture.model_folder`).
 
     Raises:
         OSError: what the system says; ``ELOOP`` for a link.

@@ -12,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from engine.config.base import field_types, is_section
+from engine.config.corpora import CORPORA
+from engine.config.data import BUILTIN
 from engine.config.derived import resolve
 from engine.config.fields import field_names, value_of
 from engine.config.grid import BITS, GROUP_SIZES
@@ -37,7 +39,7 @@ def first_preset() -> str:
     return "demo" if there and "demo" in preset_names() else "paper"
 
 
-TEXTS = ("builtin", "wikitext2", "c4", "redpajama", "slimpajama", "fineweb-edu")
+TEXTS = (BUILTIN, *CORPORA)
 """What ``left`` and ``right`` go through; enter takes anything else."""
 
 FLAGS = {

@@ -17,6 +17,7 @@ from text_files import (
 
 from engine.config.corpora import CORPORA, corpus_name, origin
 from engine.config.data import DataConfig
+from engine.config.field_docs import field_help
 from engine.data.builtin import _split_topics
 from engine.data.local import LocalText
 from engine.data.parts import PARTS
@@ -100,6 +101,11 @@ def test_every_row_of_the_table_names_itself_by_every_way_to_it(tmp_path: Path) 
         assert [origin(DataConfig(source=source)) for source in (*sources, *known.copies)] == [name] * (
             len(sources) + len(known.copies)
         )
+
+
+def test_the_fields_text_names_every_corpus_that_it_takes() -> None:
+    text = field_help()["data.source"]
+    assert [name for name in ("builtin", *CORPORA) if name not in text] == []
 
 
 def test_a_copy_on_the_hub_keeps_its_own_name_in_identities() -> None:

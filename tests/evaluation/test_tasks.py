@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from engine.config.corpora import HubSource
 from engine.config.derived import resolve
+from engine.config.field_docs import field_help
 from engine.config.loading import load
 from engine.config.model import ModelConfig
 from engine.config.overrides import apply_overrides
@@ -175,6 +176,11 @@ def test_tasks_of_the_hub_are_asked_as_published(name: str, monkeypatch: pytest.
 
 def test_every_task_that_a_configuration_may_name_can_be_asked() -> None:
     assert set(TASKS.names()) == set(HUB_ROWS)
+
+
+def test_the_fields_text_names_every_task_that_it_takes() -> None:
+    text = field_help()["evaluation.tasks"]
+    assert [name for name in TASKS.names() if name not in text] == []
 
 
 def asked_backwards(row: asking.Row) -> Question:

@@ -13,7 +13,7 @@ import torch
 from odd_files import make_socket
 
 from engine.architecture.description import describe, resolve_source
-from engine.architecture.links import ASSETS, ModelFolder
+from engine.architecture.model_folder import ASSETS, ModelFolder
 from engine.config.model import ModelConfig
 from engine.errors import PreflightError
 from engine.models.causal_lm import CausalLM

@@ -182,7 +182,7 @@ def test_an_export_has_the_header_and_the_files_that_were_planned(tmp_path: Path
     from engine.export.layout import layout_of
 
     reserved = 8 + headers.header_room(tensor_names(layout_of("gptq_v2"), lm))
-    assert header_room(architecture(TINY_LLAMA)) == pytest.approx(reserved, abs=headers.ALIGNMENT)
+    assert header_room(architecture(TINY_LLAMA), "gptq_v2") == pytest.approx(reserved, abs=headers.ALIGNMENT)
     lm.source.save_assets(tmp_path)
     written = sum(file.stat().st_size for file in tmp_path.iterdir())
     card = 4 << 10

@@ -1,0 +1,5 @@
+"""What ``EQAT_EXTENSIONS=toy_extension`` imports."""
+
+import toys
+
+toys.register()
