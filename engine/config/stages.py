@@ -42,7 +42,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     block: str = "engine.phases.job:packed_block"
     """``module:function`` that gives one block of it to whoever measures it: called with job and index."""
     costs: str = ""
-    """Module of its part of the plan (:mod:`engine.plan.stages`)."""
+    """Module (or ``module:class``) of its part of the plan (:mod:`engine.plan.stages`); empty: like rtn."""
     reads_text: bool = False
     """It learns from calibration text: its section has ``sequences``, ``val_sequences`` and
     ``sequence_length``."""

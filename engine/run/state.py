@@ -165,7 +165,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
         made = {row.phase for row in self.block_rows.values()}
         by = [stage.name for stage in STAGES if stage.scope == "block" and not stage.baseline]
         named = next((name for name in (*by, *sorted(made - set(STAGES.names()))) if name in made), None)
-        return self.blocks_of(named or "rtn")
+        return self.blocks_of(named or next(stage.name for stage in STAGES if stage.baseline and stage.run))
 
     def perplexity(self) -> dict[str, float | None]:
         """Perplexity by stage; ``None`` for one that was not evaluated or was not finite."""

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,6 +91,26 @@ def test_reader_ignores_unknown_kinds_and_unknown_fields(tmp_path: Path) -> None
     deep = b"[" * 100_000
     path.write_bytes(b"".join(json.dumps(line).encode() + b"\n" for line in lines) + deep + b"\n")
     assert messages(path) == ["known"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        (events.Metric, {"phase": "lr_qat"}),
+        (events.PhaseStarted, {"phase": "evaluate_lr_qat"}),
+        (events.BlockFinished, {"phase": "lr_qat"}),
+        (events.CheckpointCommitted, {"phase": "lr_qat"}),
+        (events.Eval, {"stage": "lr_qat"}),
+        (events.Sample, {"stage": "lr_qat"}),
+    ],
+)
+def test_reader_keeps_phases_and_stages_that_it_does_not_know_as_text(
+    kind: type[events.Event], changes: dict[str, str]
+) -> None:
+    values: dict[str, Any] = {field.name: 1 for field in msgspec.structs.fields(kind) if field.required}
+    texts = {"corpus": "text", "prompt": "text"}
+    made = kind(**{**values, **{name: texts[name] for name in texts if name in values}, **changes})
+    assert event_log.parse_lines(event_log.encode(made) + b"\n") == [made]
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import engine_runs
 import msgspec
 import pytest
+import toys
 from app_tools import app_of, drive, picture, press, shown, told, until, view_of
 from logs import RECORDED, Log, make_run
 from textual.pilot import Pilot
@@ -210,3 +212,20 @@ def test_a_method_is_called_after_its_stages() -> None:
     assert methods.words_of([TOY, ours[1]]) == "Toy method, then E2E-QP"
     assert methods.words_of([*ours, POLISH]) == "Block-AP, then E2E-QP, then Polish"
     assert methods.words_of([ours[1], POLISH]) == "E2E-QP, then Polish, on rounded weights"
+
+
+def test_a_real_run_of_an_extension_is_drawn_with_its_labels(tmp_path: Path) -> None:
+    """From its start on, by an engine, and not only out of a log that was written by hand."""
+    on = {"block_ap.enabled": False, "e2e_qp.enabled": False}
+    on |= {"toy_block.enabled": True, "toy_network.enabled": True}
+    with toys.registered():
+        run = engine_runs.make_run(tmp_path / "runs", {**on, "grid.group_size": 32})
+        assert engine_runs.run_here(run) == 0
+        words = drawn(run, "done")
+        assert "evaluate Toy network" in words
+        assert "loss of Toy network" in words
+        table = [plain(row) for row in result.perplexities(load_state(run), 100)]
+        assert [row.split("  ")[0] for row in table if row.startswith("Toy")] == ["Toy blocks", "Toy network"]
+        text = printed(run)
+        assert "Toy blocks" in text
+        assert "Toy network" in text
