@@ -37,7 +37,7 @@ from engine.run.control import STOP_SIGNALS
 from engine.run.directory import RunDirectory
 from engine.run.launch import this_attempt
 from engine.run.lock import RunLock
-from engine.run.state import BULK, load_state
+from engine.run.state import load_state
 from engine.system.printable import printable
 from engine.system.standard_streams import finish_output, open_standard_streams
 
@@ -76,7 +76,7 @@ def _locked(run: RunDirectory, arguments: argparse.Namespace) -> int:
     """The attempt, with the lock held; a refusal is told where whoever follows the run reads it."""
     attempt = this_attempt(run)
     # What is done with a finished run cannot undo what it is.
-    leaves = load_state(run, skip=BULK).outcome if arguments.task != "run" else None
+    leaves = load_state(run, skip=events.BULK).outcome if arguments.task != "run" else None
     try:
         run.require_own()
         load_extensions()

@@ -14,7 +14,9 @@ from collections.abc import Iterator
 
 from engine.config.corpora import CORPORA
 from engine.config.data import BUILTIN, DataConfig
+from engine.config.model import PACKAGE, RANDOM
 from engine.config.run import RunConfig
+from engine.config.stages import stages_of
 from engine.config.tasks import TASKS
 
 _VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -32,7 +34,7 @@ def everything_is_local(config: RunConfig) -> bool:
     What names neither a file nor something built in might be a hub id, also where it is in a cache; text that
     no phase reads does not count.
     """
-    trains = config.block_ap.enabled or config.e2e_qp.enabled
+    trains = any(stage.reads_text for stage in stages_of(config))
     evaluation = config.evaluation
     return (
         _model_is_local(config.model.source)
@@ -43,7 +45,7 @@ def everything_is_local(config: RunConfig) -> bool:
 
 
 def _model_is_local(source: str) -> bool:
-    return source.startswith(("random://", "package://")) or _exists(source)
+    return source.startswith((RANDOM, PACKAGE)) or _exists(source)
 
 
 def _text_is_local(data: DataConfig) -> bool:

@@ -17,6 +17,7 @@ from engine.config.validation import validate
 from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run import control
 from engine.run.directory import RunDirectory
+from engine.run.events import BULK
 from engine.run.finding import default_runs_dir, find_run
 from engine.run.launch import launch, log_path
 from engine.run.liveness import run_state
@@ -25,7 +26,7 @@ from engine.run.proof import is_run
 from engine.run.redo import make_redo
 from engine.run.shown import show as show_run
 from engine.run.shown import summarize
-from engine.run.state import BULK, RunState, load_state
+from engine.run.state import RunState, load_state
 from engine.run.status import read_launched
 from engine.run.usable import is_damaged
 from eqat_tui.display import open_display

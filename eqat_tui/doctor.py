@@ -23,6 +23,7 @@ import msgspec
 
 from engine.config.derived import resolve
 from engine.config.loading import load, preset_names
+from engine.config.model import TINY_MODEL
 from engine.config.overrides import apply_overrides
 from engine.config.validation import validate
 from engine.errors import EqatError, PreflightError
@@ -211,7 +212,7 @@ def presets() -> Check:
         for name in names:
             config = load(name)
             if not config.model.source:  # one that wants --model is not broken
-                config = apply_overrides(config, {"model.source": "random://tiny-llama"})
+                config = apply_overrides(config, {"model.source": TINY_MODEL})
             validate(resolve(config))
     except EqatError as error:
         return Check(name="presets", status="failed", detail=str(error), hint="reinstall eqat")

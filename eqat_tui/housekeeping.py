@@ -11,6 +11,7 @@ from typing import Any
 from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run import contents, housekeeping
 from engine.run.directory import RunDirectory
+from engine.run.events import BULK
 from engine.run.finding import default_runs_dir, find_run
 from engine.run.liveness import run_state
 from engine.run.proof import shown
@@ -98,7 +99,7 @@ def what_is_in(run: RunDirectory, size: int) -> str:
 
 def _achieved(run: RunDirectory) -> list[str]:
     """The perplexity that was reached, else how many blocks are finished."""
-    state = load_state(run, skip=frozenset({"metric", "memory", "block.started"}))
+    state = load_state(run, skip=BULK | {"block.started"})
     measured = state.perplexity()
     best = newest(measured)
     if best is not None:

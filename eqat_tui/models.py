@@ -12,6 +12,7 @@ import msgspec
 
 from engine.config.export import ExportConfig
 from engine.config.grid import GridConfig
+from engine.config.model import PACKAGE, TINY_MODEL
 from engine.errors import EqatError
 from engine.run.finding import list_runs
 from eqat_tui.output import format_bytes
@@ -54,9 +55,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
 def known_models(runs_dir: Path) -> list[Found]:
     """Models of recent runs, installed ones, those in the Hugging Face cache; each once, in this order."""
     found = [*_recent(runs_dir), *_installed(), *_cached()]
-    found.append(
-        Found(source="random://tiny-llama", origin="preset", detail="tiny, random: to try things out")
-    )
+    found.append(Found(source=TINY_MODEL, origin="preset", detail="tiny, random: to try things out"))
     first: dict[str, Found] = {}
     for one in found:
         first.setdefault(one.source, one)
@@ -76,7 +75,7 @@ def _recent(runs_dir: Path) -> Iterator[Found]:
             continue
         sources[source] = sources.get(source, 0) + 1
     for source, count in list(sources.items())[:MOST_RECENT]:
-        if source != "random://tiny-llama":
+        if source != TINY_MODEL:
             yield Found(source=source, origin="recent", detail=f"{count} run{'s' if count > 1 else ''} here")
 
 
@@ -89,7 +88,7 @@ def _installed() -> Iterator[Found]:
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for path in sorted(Path(folder).glob("*.gguf")):
             yield Found(
-                source=f"package://{DEMO_PACKAGE}/{path.name}",
+                source=f"{PACKAGE}{DEMO_PACKAGE}/{path.name}",
                 origin="package",
                 detail=f"the demo's model, {format_bytes(path.stat().st_size)}",
             )

@@ -27,6 +27,7 @@ from engine.architecture.gguf_header import (
 from engine.architecture.headers import safetensors_tensors
 from engine.architecture.limits import check_config
 from engine.architecture.model_folder import ModelFolder
+from engine.config.model import PACKAGE, RANDOM, TINY_MODEL
 from engine.errors import PreflightError, UsageError
 from engine.system.guarded import SMALL, parse_object
 from engine.system.stamps import StampedFile, refuse_odd
@@ -46,9 +47,10 @@ TINY_LLAMA: dict[str, Any] = {
     "eos_token_id": 2,
     "torch_dtype": "float32",
 }
-"""The model of ``random://tiny-llama``: random weights, nothing to download."""
+"""The configuration of :data:`~engine.config.model.TINY_MODEL`."""
 
-RANDOM_MODELS = {"random://tiny-llama": TINY_LLAMA}
+RANDOM_MODELS = {TINY_MODEL: TINY_LLAMA}
+"""Configurations of models whose weights are made up, by their source."""
 
 
 class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,7 +69,7 @@ def resolve_source(source: str) -> Path | str:
     """A path for local files and ``package://NAME/FILE``; the text itself for hub ids and ``random://``."""
     if not source:
         raise UsageError("no model is given", where="model.source", hint="pass --model")
-    if source.startswith("random://"):
+    if source.startswith(RANDOM):
         if source not in RANDOM_MODELS:
             raise UsageError(
                 f"unknown random model {source!r}",
@@ -75,7 +77,7 @@ def resolve_source(source: str) -> Path | str:
                 hint=f"there is {', '.join(RANDOM_MODELS)}",
             )
         return source
-    if source.startswith("package://"):
+    if source.startswith(PACKAGE):
         return _package_file(source)
     # pathlib raises what it likes on names of other users, too long ones and such with a null byte.
     path = Path(os.path.expanduser(source))
@@ -91,7 +93,7 @@ def resolve_source(source: str) -> Path | str:
 
 def _package_file(source: str) -> Path:
     """A file inside an installed package, found without importing the package."""
-    package, _, file = source.removeprefix("package://").partition("/")
+    package, _, file = source.removeprefix(PACKAGE).partition("/")
     try:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
     except (ImportError, ValueError):

@@ -5,6 +5,11 @@ from __future__ import annotations
 from engine.config import checks
 from engine.config.base import Section
 
+RANDOM, PACKAGE = "random://", "package://"
+"""Begin a source that is made up, and one that is a file of an installed Python package."""
+TINY_MODEL = f"{RANDOM}tiny-llama"
+"""The model that needs no download and no file: to try things out."""
+
 
 class ModelConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which model is quantized."""

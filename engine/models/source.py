@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from engine.architecture.description import TINY_LLAMA, local_config, resolve_source
+from engine.architecture.description import RANDOM_MODELS, local_config, resolve_source
 from engine.architecture.model_folder import NO_ASSETS, TOKENIZER_FILES, ModelFolder
-from engine.config.model import ModelConfig
+from engine.config.model import RANDOM, ModelConfig
 from engine.errors import PreflightError
 from engine.models.foreign import foreign
 from engine.models.gguf import GGUFReader, gguf_config
@@ -79,7 +79,7 @@ class ModelSource:
             if os.path.isfile(resolved):
                 return cls._open_gguf(resolved)
             return cls._open_directory(resolved, model)
-        if resolved.startswith("random://"):
+        if resolved.startswith(RANDOM):
             return cls._open_random(resolved)
         folder = download(resolved, model.revision, trust_remote_code=model.trust_remote_code)
         return cls._open_directory(folder, model, hub_id=resolved)
@@ -115,9 +115,9 @@ class ModelSource:
 
     @classmethod
     def _open_random(cls, address: str) -> ModelSource:
-        options = dict(TINY_LLAMA)
+        options = dict(RANDOM_MODELS[address])
         config = AutoConfig.for_model(options.pop("model_type"), **options)
-        return cls(address.removeprefix("random://"), "random", config, RandomReader(config))
+        return cls(address.removeprefix(RANDOM), "random", config, RandomReader(config))
 
     # ----------------------------------------------------------------------------------------------
 

@@ -242,3 +242,5 @@ AnyEvent = (
     | RunFinished
 )
 EVENT_TYPES: tuple[type[Event], ...] = get_args(AnyEvent)
+BULK = frozenset({"metric", "memory"})
+"""Kinds of nineteen events in twenty: whoever wants to know only what was achieved may skip them."""

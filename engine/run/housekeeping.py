@@ -20,11 +20,12 @@ from engine.config.formats import FORMATS
 from engine.errors import PreflightError
 from engine.run import contents, generations
 from engine.run.directory import RunDirectory
+from engine.run.events import BULK
 from engine.run.liveness import starting
 from engine.run.lock import RunLock, holder
 from engine.run.proof import Identity, prove_made_here, prove_removed, prove_run
 from engine.run.removal import not_deleted, remove_entry, remove_file, remove_proven, rename_proven
-from engine.run.state import BULK, load_state
+from engine.run.state import load_state
 from engine.run.usable import current_is_intact
 from engine.system.guarded import names_in, opened_folder
 from engine.system.temporary import temporary_of

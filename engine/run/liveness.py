@@ -11,7 +11,7 @@ from typing import Literal
 
 from engine.run.directory import RunDirectory
 from engine.run.event_log import tail_events
-from engine.run.events import AnyEvent, Outcome, RunFinished, RunStarted
+from engine.run.events import BULK, AnyEvent, Outcome, RunFinished, RunStarted
 from engine.run.lock import is_held
 from engine.run.status import (
     DEFAULT_GRACE_S,
@@ -24,9 +24,6 @@ from engine.run.status import (
 from engine.system.guarded import bad_file
 
 State = Literal["created", "running", "hung", "crashed", "done", "stopped", "failed", "aborted"]
-
-_BETWEEN = frozenset({"metric", "memory"})
-"""Nineteen events in twenty lie between the beginning of an attempt and its end."""
 
 
 def classify(
@@ -148,6 +145,6 @@ def _marks(events: list[AnyEvent]) -> list[RunStarted | RunFinished]:
 @functools.lru_cache(64)
 def _marks_of(log: Path, size: int) -> list[RunStarted | RunFinished]:
     try:
-        return _marks(tail_events(log, lambda found: bool(_marks(found)), skip=_BETWEEN))
+        return _marks(tail_events(log, lambda found: bool(_marks(found)), skip=BULK))
     except OSError:
         return []

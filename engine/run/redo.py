@@ -21,7 +21,8 @@ from engine.config.stages import STAGES
 from engine.config.validation import validate
 from engine.errors import PreflightError, UsageError
 from engine.run.directory import RunDirectory
-from engine.run.state import BULK, load_state
+from engine.run.events import BULK
+from engine.run.state import load_state
 from engine.system.guarded import BadFile, NoFile, read_struct
 
 MOST_BLOCKS = 10**5

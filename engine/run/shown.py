@@ -30,7 +30,7 @@ def show(run: RunDirectory) -> dict[str, Any]:
     return {**tree, "path": str(run.path), "origin": origin(run)}
 
 
-_NOT_SUMMARIZED = frozenset({"metric", "memory", "block.started", "block.finished"})
+_NOT_SUMMARIZED = events.BULK | {"block.started", "block.finished"}
 
 
 def summarize(run: RunDirectory) -> dict[str, Any]:

@@ -22,8 +22,6 @@ from engine.run.status import Status, read_status
 from engine.run.thinning import MAX_METRICS, MAX_READINGS, Bulk, appended, before
 from engine.system.guarded import bad_file
 
-BULK = frozenset({"metric", "memory"})
-"""Nineteen events in twenty: who wants to know only what was achieved may skip them."""
 MAX_WARNINGS = 200
 MAX_BLOCKS = 1024
 """No model has as many: a block with a larger number comes from a damaged log, and a table as long would

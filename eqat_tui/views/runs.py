@@ -9,7 +9,8 @@ from engine.config.fields import field_names
 from engine.config.stages import phase_label, stage_label, versions
 from engine.config.writing import flat, to_dict
 from engine.run.directory import RunDirectory
-from engine.run.state import BULK, RunState, load_state
+from engine.run.events import BULK
+from engine.run.state import RunState, load_state
 from eqat_tui.charts import Series
 from eqat_tui.lines import Line, Span, columns, cut, line, widths_of, wrap
 from eqat_tui.measured import full_precision, newest
