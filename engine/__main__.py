@@ -9,6 +9,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import get_args
 
 # OpenMP threads that wait for each other by spinning take the core from the very thread they wait for as soon
 # as anything else runs on this machine. By default they spin for so long that a training step on two shared
@@ -47,11 +48,13 @@ def main(argv: list[str] | None = None) -> int:
     open_standard_streams()
     parser = argparse.ArgumentParser(prog="python -m engine", description=__doc__)
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--task", choices=("run", "eval", "export", "generate"), default="run")
+    parser.add_argument("--task", choices=get_args(events.Task), default="run")
     parser.add_argument("--format", action="append", help="with --task export: only this format; repeatable")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="with --task export: where a copy goes")
     parser.add_argument("--prompt", default="", help="with --task generate: what the models continue")
-    parser.add_argument("--new-tokens", type=int, default=64, help="with --task generate: at most so many")
+    parser.add_argument(
+        "--new-tokens", type=int, default=events.NEW_TOKENS, help="with --task generate: at most so many"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="an operational setting, this time"
     )

@@ -29,11 +29,12 @@ from engine.config.tables import load_named
 from engine.phases.evaluation import evaluate
 from engine.phases.export import export, recover_exports
 from engine.phases.job import Job
-from engine.phases.prepare import Task, prepare
-from engine.phases.samples import NEW_TOKENS, write_samples
+from engine.phases.prepare import prepare
+from engine.phases.samples import write_samples
 from engine.plan.plan import Plan
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
+from engine.run.events import NEW_TOKENS, Task
 from engine.run.housekeeping import remove_cache
 from engine.training.world import ALONE, World
 

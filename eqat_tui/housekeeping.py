@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from engine.run.finding import default_runs_dir, find_run
 from engine.run.liveness import run_state
 from engine.run.proof import shown
 from engine.run.state import load_state
+from engine.system.user_cache import token_cache
 from eqat_tui.measured import newest
 from eqat_tui.output import format_bytes, format_number, print_error, print_json, say, show
 
@@ -153,11 +153,3 @@ def _cleaned(run: RunDirectory, dry_run: bool) -> dict[str, Any]:
     except PreflightError as error:
         row["skipped"] = error.message if error.where == run.id else str(error)
     return row
-
-
-def token_cache() -> Path:
-    """Where the engine keeps them (``engine.data.tokens``, which this process must not import)."""
-    from platformdirs import user_cache_dir
-
-    root = os.environ.get("EQAT_CACHE_DIR")
-    return Path(os.path.expanduser(root)) / "tokens" if root else Path(user_cache_dir("eqat")) / "tokens"

@@ -36,6 +36,7 @@ from engine.config.data import DataConfig
 from engine.data.parts import Part, TextSource, evaluation_text
 from engine.data.text import open_source
 from engine.errors import DataError
+from engine.system.user_cache import token_cache
 
 MAX_PASSES = 4
 """A text is drawn from at most this many times over."""
@@ -80,7 +81,7 @@ def token_windows(
     warn = warn or _warn
     source = open_source(data)
     key = _cache_key(rules or tokenizer_hash(tokenizer), source, part, sequences, length, seed)
-    path = (cache_dir or default_cache_dir()) / f"{key}.safetensors"
+    path = (cache_dir or token_cache()) / f"{key}.safetensors"
     windows = _load(path, length, warn)
     if windows is None:
         if part == "evaluation":
@@ -89,16 +90,6 @@ def token_windows(
             windows = _drawn_windows(tokenizer, source, part, sequences, length, seed, warn)
         _store(path, windows, source.identity(part), warn)
     return windows.to(torch.int64)
-
-
-def default_cache_dir() -> Path:
-    """Where tokens are kept: ``$EQAT_CACHE_DIR/tokens``, or the user's cache directory."""
-    chosen = os.environ.get("EQAT_CACHE_DIR")
-    if chosen:
-        return Path(os.path.expanduser(chosen)) / "tokens"
-    from platformdirs import user_cache_dir
-
-    return Path(user_cache_dir("eqat")) / "tokens"
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

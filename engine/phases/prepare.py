@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 
@@ -26,11 +25,9 @@ from engine.plan.plan import Plan
 from engine.quant.packed import Kernels
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
+from engine.run.events import Task
 from engine.run.facts import done_fact, eval_fact
 from engine.training.world import ALONE, World
-
-Task = Literal["run", "eval", "export", "generate"]
-"""What an attempt does: the run itself, or something with a finished one."""
 
 
 def prepare(

@@ -10,6 +10,7 @@ import typer
 
 from engine.config.formats import DEFAULT_FORMAT, FORMATS
 from engine.errors import UsageError
+from engine.run.events import NEW_TOKENS
 from eqat_tui.commands.options import Detach, Json, Run, RunsDir
 
 
@@ -54,7 +55,7 @@ def export(
 def generate(
     run: Run,
     prompt: Annotated[str, typer.Option("--prompt", help="What the models are to continue.")],
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="At most so many.")] = 64,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="At most so many.")] = NEW_TOKENS,
     runs_dir: RunsDir = None,
     as_json: Json = False,
 ) -> int:

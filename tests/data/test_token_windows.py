@@ -21,8 +21,9 @@ from engine.config.data import DataConfig
 from engine.data import tokens as tokens_module
 from engine.data.hub import HubText
 from engine.data.text import documents
-from engine.data.tokens import _load, _store, default_cache_dir, token_windows, tokenizer_hash
+from engine.data.tokens import _load, _store, token_windows, tokenizer_hash
 from engine.errors import DataError, ExitCode
+from engine.system.user_cache import token_cache
 
 BUILTIN = DataConfig()
 
@@ -291,7 +292,7 @@ def test_wikitext_gives_the_published_tokens_of_a_real_model(shared_data: Path, 
 def test_cached_tokens_are_used_and_keyed_by_everything_that_decides_them(
     tokenizer: Any, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert default_cache_dir() == cache
+    assert token_cache() == cache
     data = write(tmp_path / "a.jsonl", list(documents(BUILTIN, "train")))
     first = token_windows(tokenizer, data, "train", sequences=4, length=64, seed=0)
     assert len(list(cache.iterdir())) == 1

@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub.constants as hub_constants
 import pytest
 import tiny
+import toys
 from engine_runs import make_run, run_here
 
 from engine.config.loading import load
@@ -144,3 +145,13 @@ def test_a_run_is_local_when_everything_it_reads_is(
 
     config: RunConfig = apply_overrides(load("smoke"), {key: here(value) for key, value in changes.items()})
     assert everything_is_local(config) is local
+
+
+def test_the_text_of_a_stage_that_only_an_extension_knows_is_read_too() -> None:
+    """Where the run's only training is an extension's, its text may lie on the hub like any other."""
+    changes: dict[str, Any] = {"block_ap.enabled": False, "e2e_qp.enabled": False, "data.source": "c4"}
+    with toys.registered():
+        without = apply_overrides(load("smoke"), changes)
+        with_toys = apply_overrides(without, {"toy_network.enabled": True})
+        assert everything_is_local(without)
+        assert not everything_is_local(with_toys)
