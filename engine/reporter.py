@@ -23,12 +23,10 @@ from engine.run.control import STOP_SIGNALS, acknowledge, pending
 from engine.run.directory import RunDirectory
 from engine.run.housekeeping import clean_temporaries
 from engine.run.proof import Identity
-from engine.run.status import Status, write_status
+from engine.run.status import PLAN_COUNTS, Status, write_status
 
 CONTROL_SECONDS = 0.5
 STATUS_SECONDS = 2.0
-PLAN_COUNTS = 0.1
-"""The plan is believed as if it were a measurement of this part of the run."""
 # The main loop may be silent this long before a reader calls the run hung; slow single operations ask for
 # more.
 GRACE_SECONDS = 60.0

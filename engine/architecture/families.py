@@ -18,6 +18,7 @@ import msgspec
 
 from engine.architecture.headers import TensorInfo
 from engine.architecture.limits import MOST_BLOCKS
+from engine.config.dtypes import DTYPE_BYTES
 from engine.errors import PreflightError
 
 HEAD_VALUES = 1 << 25
@@ -152,16 +153,8 @@ ALIASES = {
     "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
     "max_position_embeddings": ("n_positions", "max_sequence_length"),
 }
-DTYPE_BYTES = {
-    "float32": 4,
-    "float64": 8,
-    "float16": 2,
-    "bfloat16": 2,
-    "F32": 4,
-    "F64": 8,
-    "F16": 2,
-    "BF16": 2,
-}
+STORED_BYTES = {**DTYPE_BYTES, "float64": 8, "F32": 4, "F64": 8, "F16": 2, "BF16": 2}
+"""Bytes of a weight, by what a configuration or a header calls its type."""
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,7 +200,7 @@ def architecture(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
         final_norm_params=hidden,
         max_positions=fields.optional_size("max_position_embeddings") or 0,
         sliding_window=fields.optional_size("sliding_window"),
-        dtype_bytes=DTYPE_BYTES.get(
+        dtype_bytes=STORED_BYTES.get(
             str(text.get("dtype") or text.get("torch_dtype")).removeprefix("torch."), 2
         ),
         eager_attention=fields.get("attn_logit_softcapping", None) is not None,
@@ -315,7 +308,7 @@ def _with_headers(formula: Architecture, tensors: Mapping[str, TensorInfo]) -> A
         formula,
         linears=linears or formula.linears,
         norm_params_per_block=norms,
-        dtype_bytes=DTYPE_BYTES.get(largest.dtype, formula.dtype_bytes),
+        dtype_bytes=STORED_BYTES.get(largest.dtype, formula.dtype_bytes),
         exact=bool(linears),
         fused=tuple(f"{key[0]}.{key[1]}.{name}" for name, info in block.items() if len(info.shape) == 3),
         block_prefix=key[0],

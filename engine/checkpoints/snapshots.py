@@ -10,7 +10,7 @@ Training waits only while its state is copied into host memory. A thread hashes,
 
 Whoever trains something within a run, whatever it is, does it in :func:`resumable`::
 
-    with resumable(job.checkpoints, "lr_qat") as keeper:
+    with resumable(job.checkpoints, stage.name) as keeper:
         Training(method, train, settings, job.report, keeper.snapshot, keeper).run()
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 
 import msgspec
 
@@ -16,6 +15,7 @@ from engine.config.export import ExportConfig
 from engine.config.grid import GridConfig
 from engine.config.model import ModelConfig
 from engine.config.runtime import RuntimeConfig
+from engine.config.tables import is_name
 
 LABELS = ("name", "description")
 """Fields that say what a run is called, and are no part of what is computed."""
@@ -51,7 +51,7 @@ def register_section(name: str, kind: type[Section]) -> None:
         ValueError: for a name that is taken or is no plain word in lower case, and for a section that is
             enabled by default.
     """
-    if not re.fullmatch("[a-z][a-z0-9_]{0,39}", name):
+    if not is_name(name):
         raise ValueError(f"{name!r} is no name for a section")
     if name in field_types(run_config()):
         raise ValueError(f"there is a section {name!r} already")

@@ -18,6 +18,11 @@ EXTENSIONS = "EQAT_EXTENSIONS"
 """Environment variable: modules, separated by commas, that add rows to the tables when they are imported."""
 
 
+def is_name(text: str) -> bool:
+    """Whether a row, or a section of the configuration, can be called so: a plain word in lower case."""
+    return re.fullmatch("[a-z][a-z0-9_]{0,39}", text) is not None
+
+
 class Named(Protocol):
     """What a table holds."""
 
@@ -44,7 +49,7 @@ class Table(Generic[Row]):
         Raises:
             ValueError: for a name that is taken, or that is no plain word in lower case.
         """
-        if not re.fullmatch("[a-z][a-z0-9_]{0,39}", row.name):
+        if not is_name(row.name):
             raise ValueError(f"{row.name!r} is no name for a {self.what}")
         if row.name in self._rows:
             raise ValueError(f"there is a {self.what} {row.name!r} already")

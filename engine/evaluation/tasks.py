@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engine.config.runtime import StoreKind
 from engine.data.activations import ActivationStore, make_store
 from engine.data.tasks import Question
 from engine.models.ahead import one_ahead
@@ -172,12 +173,12 @@ def _batches(lm: CausalLM, rows: Sequence[Row], folder: Path | None, stack: Exit
     by_length = _by_length(rows)
     needed = _hidden_bytes(lm, by_length)
     room = torch.cuda.mem_get_info(lm.device)[0] // 2 if lm.device.type == "cuda" else CPU_MEMORY
-    kind = "device" if folder is None or needed <= room else "disk"
+    kind: StoreKind = "device" if folder is None or needed <= room else "disk"
     for length, places in by_length.items():
         size, count = _batch_size(length, len(places))
         path = None if folder is None else folder / f"tasks-{length}.bin"
         shape = (count, length, lm.hidden_size)
-        store = stack.enter_context(make_store(kind, shape, lm.dtype, lm.device, path))  # type: ignore[arg-type]
+        store = stack.enter_context(make_store(kind, shape, lm.dtype, lm.device, path))
         for start in range(0, len(places), size):
             chosen = tuple(places[start : start + size])
             ids_BT = torch.zeros(size, length, dtype=torch.long)

@@ -24,13 +24,12 @@ from engine.export.place import ExportPlace
 from engine.export.result import ExportResult
 from engine.export.verify import VerifyResult, verify
 from engine.phases.job import Job
+from engine.plan.phases import VERIFY_TOKENS, VERIFY_WINDOWS
 from engine.process import package_versions
 from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.system.copying import check_target, copy_whole
 
-# Part of the evaluation text on which exported and trained logits are compared.
-VERIFY_WINDOWS, VERIFY_TOKENS = 2, 512
 COPY_SILENCE = 1800
 """Seconds that another disk may take unheard for what was copied to it."""
 

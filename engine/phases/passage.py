@@ -19,7 +19,7 @@ from engine.data.activations import ActivationStore
 from engine.errors import EqatError, ExitCode
 from engine.methods.advance import Portions, advance
 from engine.phases.job import Job
-from engine.run.facts import STREAMS
+from engine.run.facts import STREAMS, halvings_fact
 
 STREAM_SILENCE = 600.0
 """Seconds that one large file may take unheard."""
@@ -35,7 +35,7 @@ def pass_through(
     beside: AbstractContextManager[None] | None = None,
 ) -> None:
     """The stream called ``name`` through block ``index``, in place; ``beside`` is entered meanwhile."""
-    fact = f"halvings-{name}"
+    fact = halvings_fact(name)
     portions = Portions(job.config.block_ap.batch_size, job.store.fact(fact) or ())
     with beside or nullcontext():
         advance(job.lm, index, block, stream, portions, dtype, job.report)

@@ -23,10 +23,11 @@ from engine.architecture.description import ModelDescription, resolve_source
 from engine.architecture.families import Architecture
 from engine.architecture.model_folder import TOKENIZER_FILES
 from engine.config.formats import FORMATS
+from engine.config.runtime import StoreKind
 from engine.config.stages import STAGES, last_stage, measured_stage
 from engine.plan.costs import costs_of
-from engine.plan.estimate import CONSTANTS, GIB, Store, Workload
-from engine.plan.export_sizes import format_bytes
+from engine.plan.estimate import CONSTANTS, GIB, Workload
+from engine.plan.export_sizes import exported_bytes
 from engine.plan.memory_model import phase_memory
 from engine.plan.object_sizes import generation_bytes, norms
 from engine.plan.recovery_model import Recovery
@@ -38,7 +39,7 @@ BYTE_TOKENIZER = 13 << 10
 
 def disk_peaks(
     work: Workload,
-    store: Store,
+    store: StoreKind,
     recovery: Recovery,
     seconds: Mapping[str, float],
     assets: int,
@@ -95,7 +96,7 @@ def export_bytes(work: Workload) -> int:
     config = work.config
     total = 0
     for name in config.export.formats:
-        size = format_bytes(work.arch, config.grid, name)
+        size = exported_bytes(work.arch, config.grid, name)
         shards = 1 + int(size / (config.export.shard_gib * GIB))
         total += size + shards * header_room(work.arch, name)
     return total

@@ -12,12 +12,9 @@ import msgspec
 from engine.architecture.families import GPU_HEAD_VALUES, HEAD_VALUES, Architecture
 from engine.config.dtypes import DTYPE_BYTES, resolved_dtype
 from engine.config.run import RunConfig
-from engine.config.runtime import StoreKind
 from engine.config.stages import phases_of
 
 MIB, GIB = 1 << 20, 1 << 30
-Store = StoreKind
-"""Where activation streams live."""
 
 
 def size_text(count: float) -> str:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import msgspec
 
 from engine.architecture.families import Architecture
-from engine.config.formats import FORMATS, packed_bits
+from engine.config.formats import DEFAULT_FORMAT, FORMATS, packed_bits
 from engine.config.grid import GridConfig
 
 
-def format_bytes(arch: Architecture, grid: GridConfig, name: str) -> int:
+def exported_bytes(arch: Architecture, grid: GridConfig, name: str) -> int:
     """The tensors of an export in the format called ``name``."""
     linears = sum(
         FORMATS[name].linear_bytes(linear.out_features, linear.in_features, grid.shared)
@@ -33,13 +33,13 @@ class Sizes(msgspec.Struct, frozen=True):
 
 
 def sizes(arch: Architecture, grid: GridConfig, formats: tuple[str, ...] = ()) -> Sizes:
-    """The exports in ``formats`` (in the first of all, where none is asked for) and the 16-bit model."""
+    """The exports in ``formats`` (in the default one, where none is asked for) and the 16-bit model."""
     bits = sum(
         packed_bits(linear.out_features, linear.in_features, grid.bits, grid.group_size)
         for linear in arch.linears
     )
     return Sizes(
-        export=sum(format_bytes(arch, grid, name) for name in formats or FORMATS.names()[:1]),
+        export=sum(exported_bytes(arch, grid, name) for name in formats or (DEFAULT_FORMAT,)),
         fp=2 * arch.params,
         bits_per_weight=bits / arch.linear_params_per_block,
     )

@@ -13,10 +13,11 @@ import msgspec
 
 from engine.config.fields import is_operational
 from engine.config.run import RunConfig
+from engine.config.runtime import StoreKind
 from engine.config.stages import STAGES, stages_of
 from engine.plan.costs import Ladder, Pain, StageCosts, Training, costs_of, down_to_one, halves, made_costs
 from engine.plan.disk_model import disk_peaks
-from engine.plan.estimate import CONSTANTS, GIB, Store, Workload, size_text
+from engine.plan.estimate import CONSTANTS, GIB, Workload, size_text
 from engine.plan.machine import Machine
 from engine.plan.memory_model import host_memory, phase_memory
 from engine.plan.rates import Speed
@@ -59,7 +60,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
         """Duration of each phase."""
         return {phase: phase_seconds(work, phase, self.rates, self.stored_bytes) for phase in work.phases()}
 
-    def recovery(self, work: Workload, store: Store) -> Recovery:
+    def recovery(self, work: Workload, store: StoreKind) -> Recovery:
         """How the run would be checkpointed here."""
 
         def fits(found: Recovery) -> bool:
@@ -67,11 +68,11 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 
         return recovery(work, self.trainings(work), self.seconds(work), fits)
 
-    def disk_peaks(self, work: Workload, store: Store, found: Recovery) -> dict[str, int]:
+    def disk_peaks(self, work: Workload, store: StoreKind, found: Recovery) -> dict[str, int]:
         """What the run directory grows to in each phase of a run that nobody stops."""
         return disk_peaks(work, store, found, self.seconds(work), self.assets_bytes, stopped=False)
 
-    def disk_needed(self, work: Workload, store: Store, found: Recovery | None = None) -> int:
+    def disk_needed(self, work: Workload, store: StoreKind, found: Recovery | None = None) -> int:
         """What it grows to at most, stopped or not."""
         found = found or self.recovery(work, store)
         seconds = self.seconds(work)
@@ -81,7 +82,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 # ----------------------------------------------------------------------------------- activation store
 
 
-def choose_store(work: Workload, machine: Machine) -> tuple[Store, str]:
+def choose_store(work: Workload, machine: Machine) -> tuple[StoreKind, str]:
     """The fastest place with room for the activation streams, and why."""
     wanted = work.config.runtime.activation_store
     if wanted != "auto":
@@ -128,11 +129,11 @@ def fits_device(work: Workload, gpu_free: int) -> bool:
     return peak_gpu(work, "device") <= (gpu_free - CONSTANTS.cuda_context) * (1 - GPU_RESERVE)
 
 
-def peak_gpu(work: Workload, store: Store) -> int:
+def peak_gpu(work: Workload, store: StoreKind) -> int:
     return max(phase_memory(work, phase).gpu(store) for phase in work.phases())
 
 
-def peak_host(work: Workload, store: Store) -> int:
+def peak_host(work: Workload, store: StoreKind) -> int:
     return max(host_memory(work, phase_memory(work, phase), store) for phase in work.phases())
 
 
@@ -146,7 +147,7 @@ def host_budget(config: RunConfig, machine: Machine) -> int:
 # ------------------------------------------------------------------------------------------- problems
 
 
-def problems(work: Workload, store: Store, place: Place) -> Iterator[Problem]:
+def problems(work: Workload, store: StoreKind, place: Place) -> Iterator[Problem]:
     """What does not fit, each with a setting that would."""
     machine = place.machine
     if work.cuda and machine.gpu_name is None:
@@ -197,7 +198,7 @@ def _limits(work: Workload, machine: Machine) -> _Limits:
     )
 
 
-def _fits(work: Workload, store: Store, place: Place, limits: _Limits) -> bool:
+def _fits(work: Workload, store: StoreKind, place: Place, limits: _Limits) -> bool:
     return (
         (not work.cuda or peak_gpu(work, store) <= limits.gpu)
         and peak_host(work, store) <= limits.host
@@ -205,7 +206,7 @@ def _fits(work: Workload, store: Store, place: Place, limits: _Limits) -> bool:
     )
 
 
-def _remedy(work: Workload, store: Store, place: Place) -> str:
+def _remedy(work: Workload, store: StoreKind, place: Place) -> str:
     """The least painful change after which everything fits; empty when there is none."""
     limits = _limits(work, place.machine)
     for text, other, kept in _changes(work, store):
@@ -241,12 +242,12 @@ def _as_it_began(machine: Machine) -> Machine:
     return msgspec.structs.replace(machine, gpu_free=machine.gpu_total)
 
 
-def _changes(work: Workload, store: Store) -> Iterator[tuple[str, Workload, Store]]:
+def _changes(work: Workload, store: StoreKind) -> Iterator[tuple[str, Workload, StoreKind]]:
     """Ever smaller variants of the run, the least painful first: (what to set, workload, store)."""
     if work.config.runtime.streams == "stored":
         config = _change(work.config, "runtime", "streams", "recomputed")
         yield "runtime.streams = recomputed", msgspec.structs.replace(work, config=config), store
-    slower: dict[Store, tuple[Store, ...]] = {
+    slower: dict[StoreKind, tuple[StoreKind, ...]] = {
         "device": ("host", "disk"),
         "host": ("disk",),
         "disk": ("host",),

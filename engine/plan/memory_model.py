@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import msgspec
 
+from engine.config.runtime import StoreKind
 from engine.config.stages import STAGES, measured_stage
 from engine.plan.costs import costs_of
-from engine.plan.estimate import CONSTANTS, Store, Workload
+from engine.plan.estimate import CONSTANTS, Workload
 from engine.plan.memory_terms import Memory, largest_tensor
 from engine.plan.phases import evaluation_memory, export_memory, prepare_memory
 
@@ -30,7 +31,7 @@ def _beside_the_outer_tensors(work: Workload, phase: str) -> Memory:
     return {"prepare": prepare_memory, "export": export_memory}[phase](work)
 
 
-def host_memory(work: Workload, memory: Memory, store: Store) -> int:
+def host_memory(work: Workload, memory: Memory, store: StoreKind) -> int:
     """Resident memory of the process in a phase."""
     stored = self_held(work, memory, store) + memory.written + memory.aside
     if not work.cuda:
@@ -39,6 +40,6 @@ def host_memory(work: Workload, memory: Memory, store: Store) -> int:
     return CONSTANTS.base_cuda_host + loading + stored
 
 
-def self_held(work: Workload, memory: Memory, store: Store) -> int:
+def self_held(work: Workload, memory: Memory, store: StoreKind) -> int:
     """Host bytes of the activation store."""
     return memory.stored if store == "host" or (store == "device" and not work.cuda) else 0

@@ -11,7 +11,8 @@ from typing import Literal
 import msgspec
 
 from engine.architecture.families import Architecture
-from engine.plan.estimate import CONSTANTS, Store, Workload
+from engine.config.runtime import StoreKind
+from engine.plan.estimate import CONSTANTS, Workload
 
 
 class Memory(msgspec.Struct, frozen=True):
@@ -25,7 +26,7 @@ class Memory(msgspec.Struct, frozen=True):
     aside: int = 0
     """Host memory of a training's first and best state, which a GPU does not keep."""
 
-    def gpu(self, store: Store) -> int:
+    def gpu(self, store: StoreKind) -> int:
         return sum(self.device.values()) + (self.stored if store == "device" else 0)
 
 

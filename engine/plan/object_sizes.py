@@ -13,12 +13,11 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from engine.architecture.families import FAMILIES, LLAMA, Architecture, LinearShape
+from engine.architecture.families import FAMILIES, LLAMA, Architecture
+from engine.architecture.headers import ALIGNMENT, ITEM_BITS
 from engine.config.grid import GridConfig
 from engine.plan.estimate import CONSTANTS, Workload
 
-ITEM_BYTES = {"F32": 4, "I32": 4, "F16": 2, "U8": 1}
-ALIGNMENT = 8
 HIDDEN_NORMS = (
     "input_layernorm",
     "post_attention_layernorm",
@@ -38,24 +37,23 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
 
     @property
+    def item_bytes(self) -> int:
+        return ITEM_BITS[self.dtype] // 8
+
+    @property
     def nbytes(self) -> int:
-        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
+        return self.item_bytes * math.prod(self.shape)
 
 
 def file_bytes(tensors: Iterable[Tensor]) -> int:
     """Length of the safetensors file of ``tensors``."""
     header, offset = {}, 0
-    for tensor in sorted(tensors, key=lambda tensor: (-ITEM_BYTES[tensor.dtype], tensor.name)):
+    for tensor in sorted(tensors, key=lambda tensor: (-tensor.item_bytes, tensor.name)):
         end = offset + tensor.nbytes
         header[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (offset, end)}
         offset = end
     encoded = len(json.dumps(header, separators=(",", ":")))
     return 8 + encoded + -encoded % ALIGNMENT + offset
-
-
-def _groups(linear: LinearShape, group_size: int) -> int:
-    """Groups in a row."""
-    return 1 if group_size == -1 else linear.in_features // group_size
 
 
 def norms(arch: Architecture) -> list[tuple[str, int]]:
@@ -85,7 +83,7 @@ def block_bytes(arch: Architecture, grid: GridConfig) -> int:
 
 def _packed(arch: Architecture, grid: GridConfig) -> Iterator[Tensor]:
     for linear in arch.linears:
-        grid_shape = (linear.out_features, _groups(linear, grid.group_size))
+        grid_shape = (linear.out_features, grid.shared.groups(linear.in_features))
         words = (linear.out_features, linear.in_features * grid.bits // 32)
         yield Tensor(f"linear.{linear.name}.words", "I32", words)
         yield Tensor(f"linear.{linear.name}.scale", "F16", grid_shape)
@@ -106,7 +104,7 @@ def scales_bytes(arch: Architecture, grid: GridConfig) -> int:
     """The object that a training of the whole network adds for each block: its scales and zero points."""
     tensors = []
     for linear in arch.linears:
-        shape = (linear.out_features, _groups(linear, grid.group_size))
+        shape = (linear.out_features, grid.shared.groups(linear.in_features))
         tensors += [
             Tensor(f"{linear.name}.scale", "F16", shape),
             Tensor(f"{linear.name}.zero_point", "U8", shape),
@@ -148,7 +146,7 @@ def _snapshot_bytes(
 def _trained(arch: Architecture, grid: GridConfig, train: tuple[str, ...]) -> Iterator[tuple[int, ...]]:
     """Shapes of what is trained in a block."""
     for linear in arch.linears:
-        grid_shape = (linear.out_features, _groups(linear, grid.group_size))
+        grid_shape = (linear.out_features, grid.shared.groups(linear.in_features))
         if "weights" in train:
             yield linear.out_features, linear.in_features
         if "scales" in train:

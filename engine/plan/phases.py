@@ -15,6 +15,9 @@ from engine.plan.passages import compiling_form, passing
 from engine.plan.rates import Speed, load_seconds, unpacking
 from engine.plan.streams import shares_teacher, teacher_bytes
 
+VERIFY_WINDOWS, VERIFY_TOKENS = 2, 512
+"""Part of the evaluation text on which the logits of an export and of what was trained are compared."""
+
 # ------------------------------------------------------------------------------------------- preparation
 
 
@@ -88,7 +91,7 @@ def export_memory(work: Workload) -> Memory:
             "one block": 2 * work.model_bytes * arch.params_per_block,
             "reloaded embeddings and head": work.model_bytes * arch.rest_params,
             "packing": largest_linear(arch) * CONSTANTS.unpack_bytes,
-            "logits": 2 * 512 * arch.vocab * 4 * 2,
+            "logits": VERIFY_WINDOWS * VERIFY_TOKENS * arch.vocab * 4 * 2,
             "one tensor at 16 bits": 2 * largest_tensor(arch),
         }
     )

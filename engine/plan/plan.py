@@ -23,11 +23,12 @@ from engine.architecture.families import Architecture
 from engine.architecture.refusals import refuse
 from engine.config.corpora import evaluation_characters, is_path, local_path, origin
 from engine.config.run import RunConfig
+from engine.config.runtime import StoreKind
 from engine.config.stages import Scope
 from engine.errors import DataError, EqatError, PreflightError
 from engine.plan.costs import Steps, Text, made_costs
 from engine.plan.disk_model import assets_bytes
-from engine.plan.estimate import Store, Workload
+from engine.plan.estimate import Workload
 from engine.plan.export_sizes import sizes
 from engine.plan.fit import (
     Place,
@@ -80,7 +81,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     export_bytes: int
     fp_bytes: int
     bits_per_weight: float
-    activation_store: Store
+    activation_store: StoreKind
     activation_store_reason: str
     stream_bytes: int
     """One of Block-AP's two activation streams."""
@@ -244,7 +245,7 @@ def _place(work: Workload, model: ModelDescription, machine: Machine) -> Place:
     )
 
 
-def _phases(work: Workload, store: Store, place: Place, recovery: Recovery) -> Iterator[PhasePlan]:
+def _phases(work: Workload, store: StoreKind, place: Place, recovery: Recovery) -> Iterator[PhasePlan]:
     seconds, disk = place.seconds(work), place.disk_peaks(work, store, recovery)
     for name in work.phases():
         memory = phase_memory(work, name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Literal, get_args
 
 from engine.config.formats import FORMATS
 from engine.system.temporary import temporary_of
@@ -25,9 +26,13 @@ REMOVED = ".removed-"
 """Begins the name of a run whose deletion has begun."""
 
 _REMOVED = re.compile(re.escape(REMOVED) + r".+-[0-9a-f]{8}", re.DOTALL)
+StreamName = Literal["full", "quantized", "teacher"]
+"""What the activation streams are called: Block-AP's two, and the one that a training learns from."""
+STREAM_NAMES = "|".join(get_args(StreamName))
+"""The same as a regular expression."""
 # The engine's activations: where they live while it computes, and as they are stored for a resumption.
-_ACTIVATIONS = re.compile(r"(?:full|quantized|teacher|evaluation|tasks-[0-9]{1,9})\.bin")
-_STREAM = re.compile(r"streams-[0-9]{3,9}-(?:full|quantized|teacher)\.raw")
+_ACTIVATIONS = re.compile(rf"(?:{STREAM_NAMES}|evaluation|tasks-[0-9]{{1,9}})\.bin")
+_STREAM = re.compile(rf"streams-[0-9]{{3,9}}-(?:{STREAM_NAMES})\.raw")
 REQUEST = re.compile(r"([0-9]{20}-[0-9a-f]{8})\.(?:json|done)")
 """A request to an engine, open or answered; its id."""
 LOG = re.compile(r"attempt-([0-9]{3,9})\.log")

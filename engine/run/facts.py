@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from engine.config.stages import PACKED, STAGES, Stage, network_stages
+from engine.run.contents import STREAM_NAMES, StreamName
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Few = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
@@ -57,6 +58,11 @@ def eval_fact(stage: str) -> str:
 def losses_fact(index: int) -> str:
     """Name of a block's reconstruction losses."""
     return f"losses-{index:03d}"
+
+
+def halvings_fact(stream: str) -> str:
+    """Name of where on its way fewer sequences of a stream passed at a time."""
+    return f"halvings-{stream}"
 
 
 class Losses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -131,7 +137,7 @@ class Streams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     border: Block
     shape: Annotated[list[Count], msgspec.Meta(min_length=3, max_length=3)]
     dtype: Annotated[str, msgspec.Meta(max_length=40)]
-    sha256: dict[Literal["full", "quantized", "teacher"], Digest]
+    sha256: dict[StreamName, Digest]
     bytes: Count
     seconds: Annotated[float, msgspec.Meta(ge=0)]
 
@@ -160,7 +166,7 @@ def _kinds(stages: tuple[str, ...]) -> tuple[tuple[re.Pattern[str], Any, bool], 
         (rf"eval_({'|'.join((*stages, PACKED))})", Evaluated, False),
         (STREAMS, Streams, False),
         (TRAINING, Training, True),
-        (r"halvings-(full|quantized|teacher)", Halvings, True),
+        (halvings_fact(f"({STREAM_NAMES})"), Halvings, True),
         (MICRO_BATCH, MicroBatches | Annotated[int, msgspec.Meta(ge=1, le=1 << 31)], True),
         (rf"({networks})_done", Literal[True], True),
     )

@@ -16,6 +16,10 @@ from engine.system.guarded import BadFile, read_struct
 DEFAULT_GRACE_S = 120.0
 """A heartbeat older than this means a hung engine, unless its status asks for more patience."""
 
+PLAN_COUNTS = 0.1
+"""What was measured of a run says little about the time left while it is short: the plan is believed as if it
+were a measurement of this part of the run."""
+
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """``status.json``: where the engine is now. Bytes and seconds; ``heartbeat`` is wall clock time."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.config.stages import STAGES, phase_label
 from engine.run.state import MAX_BLOCKS, BlockRow, RunState
+from engine.run.status import PLAN_COUNTS
 from eqat_tui.display import fraction
 from eqat_tui.feed import Entry, RunView
 from eqat_tui.lines import Line, Span, bar, beside, columns, cut, few, line, width_of, wrap
@@ -94,10 +95,6 @@ def title(view: RunView, width: int) -> Line:
 def elapsed(state: RunState) -> float:
     """Seconds of work in all attempts, the phase that is open included."""
     return sum(row.seconds for row in state.accounted().phases)
-
-
-PLAN_COUNTS = 0.1
-"""What was measured says little while it is short: a tenth of the plan speaks for the plan."""
 
 
 def remaining(view: RunView) -> tuple[float | None, bool]:

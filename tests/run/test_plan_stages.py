@@ -19,7 +19,7 @@ from engine.config.run import RunConfig
 from engine.config.stages import STAGES, Stage, stages_of
 from engine.plan.costs import costs_of, made_costs
 from engine.plan.estimate import CONSTANTS, GIB, Workload
-from engine.plan.export_sizes import format_bytes
+from engine.plan.export_sizes import exported_bytes
 from engine.plan.fit import Place
 from engine.plan.object_sizes import block_bytes, scales_bytes
 from engine.plan.plan import PhasePlan, Plan, make_plan
@@ -157,7 +157,7 @@ def test_an_export_takes_what_its_format_says_of_every_linear(llama: str) -> Non
     FORMATS.register(msgspec.structs.replace(ours, **changes))
     FORMATS.register(msgspec.structs.replace(ours, name="gapless", costs=""))
     try:
-        sizes = {name: format_bytes(arch, grid, name) for name in FORMATS.names()}
+        sizes = {name: exported_bytes(arch, grid, name) for name in FORMATS.names()}
         both = paper(llama, export=ExportConfig(formats=("gptq_v2", "bytewise")))
         alone = [paper(llama, export=ExportConfig(formats=(name,))) for name in both.export.formats]
         planned = [make_plan(config, machine=H200).export_bytes for config in (both, *alone)]
