@@ -22,7 +22,7 @@ from engine.run import event_log, events
 from engine.run.control import STOP_SIGNALS, acknowledge, pending
 from engine.run.directory import RunDirectory
 from engine.run.housekeeping import clean_temporaries
-from engine.run.proof import Identity
+from engine.run.proof import FolderIdentity
 from engine.run.status import PLAN_COUNTS, Status, write_status
 
 CONTROL_SECONDS = 0.5
@@ -50,7 +50,7 @@ class Reporter:
 
     def __init__(self, run: RunDirectory, attempt: int, device: torch.device, rank: int = 0) -> None:
         self.run, self.attempt, self.device = run, attempt, device
-        self._place = Identity.at(run.path)
+        self._place = FolderIdentity.at(run.path)
         clean_temporaries(run)
         self.events = event_log.EventWriter(run.events_path, attempt, rank=rank)
         self.started = time.monotonic()
@@ -135,7 +135,7 @@ class Reporter:
 
     def is_gone(self) -> bool:
         """Whether the run was deleted or moved, or something else lies in its place."""
-        return Identity.at(self.run.path) != self._place
+        return FolderIdentity.at(self.run.path) != self._place
 
     def leave_if_asked(self) -> None:
         """A place where nothing is lost by leaving: raises :class:`StopRequested` when asked to stop."""

@@ -24,8 +24,7 @@ from engine.run.liveness import run_state
 from engine.run.lock import holder, is_held, opened_by
 from engine.run.proof import is_run
 from engine.run.redo import make_redo
-from engine.run.shown import show as show_run
-from engine.run.shown import summarize
+from engine.run.shown import show_run, summarize
 from engine.run.state import RunState, load_state
 from engine.run.status import read_launched
 from engine.run.usable import is_damaged

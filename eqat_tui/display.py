@@ -61,7 +61,7 @@ def open_display() -> Display:
 # -- what is said --------------------------------------------------------------------------------------
 
 
-def lasting_line(event: Event, state: RunState) -> str | None:
+def lasting_line(event: Event) -> str | None:
     """The line that stays of ``event``, or none for one that only moves the display."""
     match event:
         case events.PhaseFinished():
@@ -154,7 +154,7 @@ class PlainDisplay:
         for event in new:
             if isinstance(event, events.PhaseStarted):
                 self._print(f"{phase_label(event.phase)} [{event.index + 1}/{event.phases}]")
-            line = lasting_line(event, state)
+            line = lasting_line(event)
             if line is not None:
                 self._print(line)
         if time.monotonic() - self._last >= self._interval and state.phase is not None:
@@ -197,7 +197,7 @@ class LiveDisplay:
 
     def update(self, state: RunState, new: Sequence[Event]) -> None:
         for event in new:
-            line = lasting_line(event, state)
+            line = lasting_line(event)
             if line is not None:
                 self._print(line, _style(event))
         now = time.monotonic()

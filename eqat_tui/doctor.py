@@ -31,7 +31,7 @@ from engine.run.directory import RunDirectory
 from engine.run.finding import check_runs_dir
 from engine.run.launch import exit_code, launch, log_path
 from engine.run.liveness import run_state
-from engine.run.shown import show
+from engine.run.shown import show_run
 from eqat_tui.output import format_bytes, format_seconds
 
 PACKAGES = (
@@ -234,7 +234,7 @@ def smoke() -> Check:
                 return Check(
                     name="smoke run", status="failed", detail=problem, hint="eqat run smoke shows it all"
                 )
-            verified = [done["format"] for done in show(run)["exports"] if done["verified"]]
+            verified = [done["format"] for done in show_run(run)["exports"] if done["verified"]]
     except EqatError as error:
         return Check(name="smoke run", status="failed", detail=str(error), hint="eqat run smoke shows it all")
     except OSError as error:
@@ -255,7 +255,7 @@ def _run_quietly(run: RunDirectory) -> str:
             os.kill(pid, 9)
             return f"not finished after {format_seconds(SMOKE_LIMIT_S)}"
         time.sleep(0.1)
-    result = show(run)
+    result = show_run(run)
     if run_state(run) == "done" and exit_code(pid) == 0:
         return "" if all(done["verified"] for done in result["exports"]) else "its export was not verified"
     if result["error"]:

@@ -121,8 +121,8 @@ class Journal:
         self._open: events.RunStarted | None = None
         self._last_t = 0.0
 
-    def take(self, state: RunState, new: Iterable[AnyEvent]) -> None:
-        """Add what ``new`` has to tell; ``state`` is the one after them."""
+    def take(self, new: Iterable[AnyEvent]) -> None:
+        """Add what ``new`` has to tell."""
         for event in new:
             if isinstance(event, events.RunStarted):
                 if self._open is not None:
@@ -131,7 +131,7 @@ class Journal:
             elif isinstance(event, events.RunFinished):
                 self._open = None
             self._last_t = event.t
-            text, role = _words(event, state)
+            text, role = _words(event)
             if text:
                 self.entries.append(Entry(event.t, one_line(text), role))
 
@@ -147,7 +147,7 @@ def died(attempt: int, t: float) -> Entry:
     return Entry(t, f"attempt {attempt} died without a word: killed, or out of host memory", "bad")
 
 
-def _words(event: AnyEvent, state: RunState) -> tuple[str, str]:
+def _words(event: AnyEvent) -> tuple[str, str]:
     match event:
         case events.Metric() | events.Memory():
             return "", ""
@@ -160,10 +160,10 @@ def _words(event: AnyEvent, state: RunState) -> tuple[str, str]:
         case events.RunFinished():
             return f"{event.outcome} (exit code {event.exit_code})", "strong"
         case events.Error():
-            return lasting_line(event, state) or "", "bad"
+            return lasting_line(event) or "", "bad"
         case events.Warning() | events.ControlAck():
-            return lasting_line(event, state) or "", "warn"
-    return (lasting_line(event, state) or "").strip(), ""
+            return lasting_line(event) or "", "warn"
+    return (lasting_line(event) or "").strip(), ""
 
 
 class LiveFeed:
@@ -193,7 +193,7 @@ class LiveFeed:
         new = self._follower.poll()
         found = run_state(self.run)
         self._state = self._state.apply_all(new)
-        self._journal.take(self._state, new)
+        self._journal.take(new)
         status = read_status(self.run)
         self._state = msgspec.structs.replace(self._state, id=self.run.id, status=status)
         liveness: Liveness = found
@@ -334,7 +334,7 @@ class ReplayFeed:
         new = log[self._done : end]
         self._done = end
         self._state = self._state.apply_all(new)
-        self._journal.take(self._state, new)
+        self._journal.take(new)
         left = self.duration - self._clock
         now = self._state.last_t or 0.0
         state = msgspec.structs.replace(self._state, status=Status(eta_s=left, heartbeat=now))

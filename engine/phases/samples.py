@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from engine import telemetry
 from engine.errors import UsageError
-from engine.evaluation.generation import continuation, prompt_ids
+from engine.evaluation.continuation import continuation, prompt_ids
 from engine.models.skeleton import text_config
 from engine.phases.job import Job
 from engine.plan.fit import GPU_RESERVE, host_budget

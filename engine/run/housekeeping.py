@@ -23,7 +23,7 @@ from engine.run.directory import RunDirectory
 from engine.run.events import BULK
 from engine.run.liveness import starting
 from engine.run.lock import RunLock, holder
-from engine.run.proof import Identity, prove_made_here, prove_removed, prove_run
+from engine.run.proof import FolderIdentity, prove_made_here, prove_removed, prove_run
 from engine.run.removal import not_deleted, remove_entry, remove_file, remove_proven, rename_proven
 from engine.run.state import load_state
 from engine.run.usable import current_is_intact
@@ -65,7 +65,7 @@ def delete_run(run: RunDirectory) -> int:
     return freed
 
 
-def require_deletable(run: RunDirectory) -> Identity:
+def require_deletable(run: RunDirectory) -> FolderIdentity:
     """Which folder it is that deleting ``run`` would delete.
 
     Raises:

@@ -36,18 +36,18 @@ class NotProven(PreflightError):
     """What should be deleted is not proven to be ours; the message says which proof is missing."""
 
 
-class Identity(NamedTuple):
+class FolderIdentity(NamedTuple):
     """Which folder it is: another one may get its name in the meantime."""
 
     device: int
     inode: int
 
     @classmethod
-    def of(cls, status: os.stat_result) -> Identity:
+    def of(cls, status: os.stat_result) -> FolderIdentity:
         return cls(status.st_dev, status.st_ino)
 
     @classmethod
-    def at(cls, path: Path) -> Identity | None:
+    def at(cls, path: Path) -> FolderIdentity | None:
         """The one that has this name now; none where there is none."""
         try:
             return cls.of(os.lstat(path))
@@ -69,7 +69,7 @@ def is_run(path: Path) -> bool:
     return known and any(os.path.lexists(path / name) for name in ("checkpoints", "logs", "export"))
 
 
-def prove_run(path: Path) -> Identity:
+def prove_run(path: Path) -> FolderIdentity:
     """Prove that ``path`` is a run of ours with nothing in it that is not; reads, and changes nothing.
 
     Proof is all of this: the path is a real folder of this user's, not a link to one; ``config.toml`` reads
@@ -91,7 +91,7 @@ def prove_run(path: Path) -> Identity:
                 where=str(inner.parent),
                 hint=f"delete {inner.name} first, or move it away",
             )
-        return Identity.of(os.fstat(folder))
+        return FolderIdentity.of(os.fstat(folder))
 
 
 def prove_made_here(path: Path) -> None:
@@ -104,7 +104,7 @@ def prove_made_here(path: Path) -> None:
         _prove_making(folder, path)
 
 
-def prove_removed(path: Path) -> Identity:
+def prove_removed(path: Path) -> FolderIdentity:
     """Prove that ``path`` is what a deletion of ours left when it was cut off.
 
     A deletion takes the configuration last, so either it is there, or nothing is.
@@ -120,7 +120,7 @@ def prove_removed(path: Path) -> Identity:
             _prove_config(path)
             _prove_top(folder, names, path)
             _prove_folders(path)
-        return Identity.of(os.fstat(folder))
+        return FolderIdentity.of(os.fstat(folder))
 
 
 def shown(names: Sequence[str]) -> str:
@@ -147,7 +147,7 @@ def _folder_of_ours(path: Path) -> Iterator[int]:
             owner = user_name(status.st_uid)
             raise NotProven(f"belongs to {owner}", where=str(path), hint=f"only {owner} can delete it")
         with opened_folder(path) as folder:
-            if Identity.of(os.fstat(folder)) != Identity.of(status):
+            if FolderIdentity.of(os.fstat(folder)) != FolderIdentity.of(status):
                 raise NotProven("was exchanged for something else just now", where=str(path))
             yield folder
     except OSError as error:

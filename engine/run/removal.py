@@ -13,13 +13,13 @@ from pathlib import Path
 
 from engine.errors import PreflightError
 from engine.run import contents
-from engine.run.proof import Identity, NotProven, shown
+from engine.run.proof import FolderIdentity, NotProven, shown
 from engine.system.guarded import opened_folder
 
 _TRIES = 100
 
 
-def rename_proven(path: Path, name: str, identity: Identity) -> Path:
+def rename_proven(path: Path, name: str, identity: FolderIdentity) -> Path:
     """Give the folder ``path``, which was proven to be ``identity``, another name beside it.
 
     Raises:
@@ -37,7 +37,7 @@ def rename_proven(path: Path, name: str, identity: Identity) -> Path:
     return path.with_name(name)
 
 
-def remove_proven(path: Path, identity: Identity) -> None:
+def remove_proven(path: Path, identity: FolderIdentity) -> None:
     """Delete a run's folder that was proven to be ``identity``.
 
     Its configuration, which proves whose it is, goes last, so that a deletion that is cut off can be told
@@ -48,7 +48,7 @@ def remove_proven(path: Path, identity: Identity) -> None:
     """
     try:
         with opened_folder(path) as folder:
-            if Identity.of(os.fstat(folder)) != identity:
+            if FolderIdentity.of(os.fstat(folder)) != identity:
                 raise _exchanged(path)
             for name in os.listdir(folder):
                 if contents.belongs_at_top(name) and name != contents.CONFIG:
@@ -109,8 +109,8 @@ def not_deleted(error: Exception, path: Path) -> PreflightError:
     return PreflightError(f"cannot be deleted: {why}", where=str(path))
 
 
-def _require(above: int, name: str, identity: Identity, path: Path) -> None:
-    if Identity.of(os.stat(name, dir_fd=above, follow_symlinks=False)) != identity:
+def _require(above: int, name: str, identity: FolderIdentity, path: Path) -> None:
+    if FolderIdentity.of(os.stat(name, dir_fd=above, follow_symlinks=False)) != identity:
         raise _exchanged(path)
 
 

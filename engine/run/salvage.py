@@ -23,7 +23,7 @@ from typing import Any
 
 from engine.config.run import run_config
 from engine.config.stages import STAGES, network_stages
-from engine.run import facts as known
+from engine.run import facts as known_facts
 from engine.run.facts import block_entry, eval_fact, losses_fact
 from engine.run.generations import Generation
 
@@ -90,9 +90,9 @@ def salvage(found: Generation, damaged: Collection[str], chained: bool) -> Salva
         _cut_streams(facts, gone[0])
         _cut_micro_batches(facts, gone[0])
     cut = _cut_networks(entries, facts, damaged, all_of_them=bool(gone))
-    if known.TRAINING not in entries or _is_behind(facts, gone, cut):
-        entries.pop(known.TRAINING, None)
-        facts.pop(known.TRAINING, None)
+    if known_facts.TRAINING not in entries or _is_behind(facts, gone, cut):
+        entries.pop(known_facts.TRAINING, None)
+        facts.pop(known_facts.TRAINING, None)
     kept = replace(found, entries=entries, facts=facts)
     return Salvaged(kept, _words(found, kept, gone))
 
@@ -134,23 +134,23 @@ def _trained_networks(facts: Mapping[str, Any]) -> int:
 
 def _cut_streams(facts: dict[str, Any], block: int) -> None:
     """Streams that have passed ``block``, as it no longer is, are of no use."""
-    if known.STREAMS in facts and facts[known.STREAMS]["border"] > block:
-        del facts[known.STREAMS]
+    if known_facts.STREAMS in facts and facts[known_facts.STREAMS]["border"] > block:
+        del facts[known_facts.STREAMS]
 
 
 def _cut_micro_batches(facts: dict[str, Any], block: int) -> None:
     """Memory was short while ``block`` or a later one was trained: it begins again as it began."""
-    value = facts.get(known.MICRO_BATCH)
+    value = facts.get(known_facts.MICRO_BATCH)
     if isinstance(value, list):
-        facts[known.MICRO_BATCH] = [entry for entry in value if entry[0] < block]
-        if not facts[known.MICRO_BATCH]:
-            del facts[known.MICRO_BATCH]
+        facts[known_facts.MICRO_BATCH] = [entry for entry in value if entry[0] < block]
+        if not facts[known_facts.MICRO_BATCH]:
+            del facts[known_facts.MICRO_BATCH]
 
 
 def _is_behind(facts: Mapping[str, Any], gone: list[int], cut: bool) -> bool:
     """Whether the training that was interrupted came after a block that is gone, or after a training of the
     whole network that was ``cut``."""
-    training = facts.get(known.TRAINING)
+    training = facts.get(known_facts.TRAINING)
     if training is None or not (gone or cut):
         return False
     return training["block"] is None or (bool(gone) and training["block"] > gone[0])
@@ -163,8 +163,8 @@ def _words(found: Generation, kept: Generation, gone: list[int]) -> str:
         parts.append(_blocks_words(gone))
     if _trained_networks(kept.facts) < _trained_networks(found.facts):
         parts.append("the end-to-end training")
-    training = found.facts.get(known.TRAINING)
-    if training is not None and known.TRAINING not in kept.facts:
+    training = found.facts.get(known_facts.TRAINING)
+    if training is not None and known_facts.TRAINING not in kept.facts:
         parts.append(f"what was trained of {_what_trains(training)} so far")
     if not parts:
         return "nothing that is needed"
@@ -195,7 +195,7 @@ def held(kept: Generation) -> str:
         return "all that was trained"
     blocks = _finished(kept)
     parts = [f"{blocks} finished block{'s' * (blocks != 1)}" if blocks else "no finished block"]
-    training = kept.facts.get(known.TRAINING)
+    training = kept.facts.get(known_facts.TRAINING)
     if training is not None:
         parts.append(f"{_what_trains(training)} up to step {training['sampler']['step']}")
     return " and ".join(parts)
@@ -203,11 +203,11 @@ def held(kept: Generation) -> str:
 
 def progress(kept: Generation) -> tuple[int, ...]:
     """How far a run is that goes on from ``kept``; the larger, the less is left to do."""
-    training = kept.facts.get(known.TRAINING) or {}
+    training = kept.facts.get(known_facts.TRAINING) or {}
     blocks = _finished(kept)
     end_to_end = bool(training) and training["block"] is None
     evaluated = sum(name.startswith("eval_") for name in kept.facts)
-    streams = kept.facts.get(known.STREAMS) or {"border": 0}
+    streams = kept.facts.get(known_facts.STREAMS) or {"border": 0}
     return (
         _trained_networks(kept.facts),
         blocks,

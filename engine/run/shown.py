@@ -20,7 +20,7 @@ DEEPEST = 40
 """Levels of the tree; ours has six."""
 
 
-def show(run: RunDirectory) -> dict[str, Any]:
+def show_run(run: RunDirectory) -> dict[str, Any]:
     """What ``eqat show RUN --json`` prints. Of the metrics, nine lines in ten, only the last matters here."""
     state = load_state(run, skip=frozenset({"metric"}))
     metrics = [event for event in last_events(run) if isinstance(event, events.Metric)]

@@ -55,8 +55,8 @@ def _is_virtual(folder: Path) -> bool:
         return True
 
 
-def copy_whole(checkpoint: Path, folder: Path, *, run: Path, poll: Callable[[], None] = lambda: None) -> None:
-    """Copy ``checkpoint``, a folder inside ``run``, to ``folder``, which appears only when it is complete.
+def copy_whole(export: Path, folder: Path, *, run: Path, poll: Callable[[], None] = lambda: None) -> None:
+    """Copy ``export``, a folder inside ``run``, to ``folder``, which appears only when it is complete.
 
     ``poll`` is called between two pieces and may raise. Whatever is raised, nothing is left behind.
 
@@ -71,11 +71,11 @@ def copy_whole(checkpoint: Path, folder: Path, *, run: Path, poll: Callable[[], 
         raise disk_error(error, folder) from error
     partial = f".eqat-{secrets.token_hex(8)}.partial"  # not longer than any name that the user chose may be
     try:
-        with opened_folder(checkpoint, run) as source, opened_folder(folder.parent.resolve()) as above:
+        with opened_folder(export, run) as source, opened_folder(folder.parent.resolve()) as above:
             try:
                 os.mkdir(partial, 0o755, dir_fd=above)
                 with opened_inner(partial, above) as made:
-                    _copy_folder(source, made, checkpoint, poll)
+                    _copy_folder(source, made, export, poll)
                 # An empty folder gives way to the new one; anything else that came meanwhile does not.
                 os.rename(partial, folder.name, src_dir_fd=above, dst_dir_fd=above)
                 sync_folder(above)

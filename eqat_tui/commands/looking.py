@@ -33,7 +33,7 @@ def runs(
 
 def show(run: Run, runs_dir: RunsDir = None, as_json: Json = False) -> None:
     """Show one run: perplexity, size, time, memory, exports."""
-    from engine.run.shown import show as show_run
+    from engine.run.shown import show_run
     from eqat_tui import actions
     from eqat_tui.output import print_json
     from eqat_tui.output import show as show_text

@@ -21,7 +21,7 @@ from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Confirm, Reader
 from eqat_tui.views import monitor as views
 from eqat_tui.views import run_charts as charts
-from eqat_tui.views.run_machine import machine as machine_lines
+from eqat_tui.views.run_machine import machine_lines
 from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel, ScrollPanel, entitle
 

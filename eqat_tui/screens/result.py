@@ -40,11 +40,6 @@ CARD = "README.md"
 LARGEST_CARD = 1 << 20
 
 
-def export_formats() -> tuple[str, ...]:
-    """The formats that the configuration knows."""
-    return FORMATS.names()
-
-
 class ResultScreen(WorkScreen):
     """Perplexity, figures, samples and packed checkpoints of the current run."""
 
@@ -226,7 +221,7 @@ class ResultScreen(WorkScreen):
             self._launch(*args)
 
         run = self.eqat.current()
-        self.app.push_screen(ExportDialog(export_formats(), run.path), begin)
+        self.app.push_screen(ExportDialog(FORMATS.names(), run.path), begin)
 
     def _launch(self, *args: str) -> None:
         run = self.eqat.current()

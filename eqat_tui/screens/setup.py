@@ -16,7 +16,7 @@ from engine.config.fields import value_of
 from engine.config.loading import preset_names
 from engine.config.run import RunConfig
 from engine.config.writing import to_toml
-from engine.errors import EqatError
+from engine.errors import EqatError, UsageError
 from engine.run.directory import RunDirectory
 from engine.run.launch import launch
 from engine.system.files import atomic_write
@@ -455,8 +455,6 @@ def _beside(values: Sequence[Any], value: Any, by: int) -> Any:
 
 
 def _write_new(path: Path, text: bytes) -> None:
-    from engine.errors import UsageError
-
     if path.suffix != ".toml":
         raise UsageError("must end in .toml, or eqat run takes it for a preset", where=str(path))
     if os.path.lexists(path):

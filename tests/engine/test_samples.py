@@ -17,7 +17,7 @@ from engine_runs import exported, failure, of, output, run_here, wait_until
 from torch import nn
 
 from engine.config.derived import resolve
-from engine.evaluation.generation import end_tokens, prompt_ids
+from engine.evaluation.continuation import end_tokens, prompt_ids
 from engine.models.causal_lm import CausalLM
 from engine.phases.samples import write_samples
 from engine.pipeline import Pipeline

@@ -151,7 +151,7 @@ def look_at_run(path: Path) -> None:
     from engine.run.liveness import run_state
     from engine.run.lock import holder
     from engine.run.redo import read_origin
-    from engine.run.shown import show, summarize
+    from engine.run.shown import show_run, summarize
     from engine.run.state import load_state
     from engine.run.status import read_status
     from eqat_tui import feed
@@ -162,14 +162,14 @@ def look_at_run(path: Path) -> None:
     load_state(run)
     event_log.read_events(run.events_path)
     run_state(run), read_status(run), holder(run.lock_path), control.pending(run), launch.next_attempt(run)
-    shown, row = show(run), summarize(run)
+    shown, row = show_run(run), summarize(run)
     for view in (feed.LiveFeed(run).poll(), *_replayed(feed.ReplayFeed(run))):
         for width in (60, 120):
             for part in (
                 monitor.title,
                 monitor.progress,
                 monitor.notices,
-                run_machine.machine,
+                run_machine.machine_lines,
                 monitor.block_table,
             ):
                 part(view, width)

@@ -20,7 +20,7 @@ from engine.run.launch import launch, next_attempt
 from engine.run.liveness import last_events, run_state
 from engine.run.lock import RunLock, is_held
 from engine.run.redo import read_origin
-from engine.run.shown import show, summarize
+from engine.run.shown import show_run, summarize
 from engine.run.state import load_state
 from engine.run.status import Launched, Status, process_alive, read_launched, read_status, write_status
 from engine.system.files import atomic_write_json
@@ -72,7 +72,7 @@ def look(run: RunDirectory) -> None:
         lambda: control.pending(run),
         lambda: next_attempt(run),
         lambda: summarize(run),
-        lambda: show(run),
+        lambda: show_run(run),
     )
     for one in looks:
         try:

@@ -19,7 +19,7 @@ from engine.errors import EqatError, PreflightError
 from engine.run import contents, control, housekeeping, removal
 from engine.run.directory import RunDirectory
 from engine.run.finding import find_run, list_runs
-from engine.run.proof import Identity, prove_removed, prove_run
+from engine.run.proof import FolderIdentity, prove_removed, prove_run
 from engine.run.redo import Origin
 from engine.system import files
 
@@ -256,7 +256,7 @@ def test_what_appears_in_a_run_while_it_is_deleted_stays_and_can_be_moved_away(r
     hidden = removal.rename_proven(run.path, f".removed-{run.id}-00000000", prove_run(run.path))
     precious(hidden)
     with pytest.raises(PreflightError, match=r"appeared just now: notes\.txt"):
-        removal.remove_proven(hidden, Identity.of(hidden.stat()))
+        removal.remove_proven(hidden, FolderIdentity.of(hidden.stat()))
     assert (hidden / "notes.txt").read_text() == "precious"
     (hidden / "notes.txt").rename(hidden.parent / "notes.txt")
     assert housekeeping.clean_leftovers(hidden.parent).left_alone == ()

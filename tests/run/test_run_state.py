@@ -18,7 +18,7 @@ from engine.run import events, state
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter
 from engine.run.liveness import run_state
-from engine.run.shown import render, show, summarize
+from engine.run.shown import render, show_run, summarize
 from engine.run.state import RunState, load_state
 from engine.run.status import Status, write_status
 from engine.run.thinning import MAX_METRICS, MAX_READINGS
@@ -238,7 +238,7 @@ def finished(tmp_path: Path) -> RunDirectory:
 
 
 def test_show_has_every_promised_field(finished: RunDirectory) -> None:
-    shown = json.loads(json.dumps(show(finished), allow_nan=False))
+    shown = json.loads(json.dumps(show_run(finished), allow_nan=False))
     assert set(shown) >= PROMISED
     assert (shown["id"], shown["state"]) == (finished.id, "done")
     assert shown["config"] == json.loads(msgspec.json.encode(CONFIG))
@@ -262,7 +262,7 @@ def test_show_has_every_promised_field(finished: RunDirectory) -> None:
 
 
 def test_summary_says_the_same_as_show(finished: RunDirectory) -> None:
-    row, shown = summarize(finished), show(finished)
+    row, shown = summarize(finished), show_run(finished)
     for name in ("id", "state", "perplexity", "size_bytes", "bits_per_weight", "started", "seconds"):
         assert row[name] == shown[name], name
     assert (row["model"], row["bits"], row["exports"]) == ("random://tiny-llama", 4, ["gptq_v2"])
@@ -270,7 +270,7 @@ def test_summary_says_the_same_as_show(finished: RunDirectory) -> None:
 
 def test_run_that_has_not_begun_can_be_shown(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, CONFIG)
-    shown = show(run)
+    shown = show_run(run)
     assert (shown["id"], shown["state"], shown["phases"], shown["eta_s"]) == (run.id, "created", [], None)
     assert shown["perplexity"] == dict.fromkeys(("fp", "rtn", "block_ap", "e2e_qp", "packed"))
     assert summarize(run)["state"] == "created"
@@ -280,7 +280,7 @@ def test_damaged_files_never_hide_a_run(finished: RunDirectory) -> None:
     finished.config_toml.write_text("not = [toml")
     finished.status_path.write_text("{")
     finished.launch_path.write_text("[]")
-    shown = show(finished)
+    shown = show_run(finished)
     assert (shown["config"], shown["state"]) == (None, "done")
     assert summarize(finished)["model"] is None
 
@@ -291,10 +291,10 @@ def test_show_knows_the_step_without_reading_every_metric(tmp_path: Path) -> Non
         writer.emit(events.PhaseStarted(phase="block_ap", index=0, phases=1))
         for step in range(1, 10):
             writer.emit(metric(step))
-    assert show(run)["position"]["step"] == 9
+    assert show_run(run)["position"]["step"] == 9
     with EventWriter(run.events_path, 1) as writer:
         writer.emit(events.PhaseStarted(phase="e2e_qp", index=1, phases=2))
-    position = show(run)["position"]
+    position = show_run(run)["position"]
     assert (position["phase"], position["step"]) == ("e2e_qp", None)
 
 

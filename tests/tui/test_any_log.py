@@ -16,7 +16,7 @@ from logs import make_run
 
 from engine.run import events
 from engine.run.events import Event
-from engine.run.shown import render, show, summarize
+from engine.run.shown import render, show_run, summarize
 from engine.run.state import RunState
 from engine.run.status import Status
 from engine.system.printable import hides
@@ -45,7 +45,7 @@ MOST_LETTERS = 400_000
 
 def view_of(log: Sequence[Event], liveness: Any, config: Any = None, **status: Any) -> RunView:
     journal, state = Journal(), RunState(id="20251124-1600-x-0001").apply_all(log)
-    journal.take(state, log)  # type: ignore[arg-type]
+    journal.take(log)  # type: ignore[arg-type]
     state = msgspec.structs.replace(state, status=Status(**status))
     replay = Replay(position=0.5, speed=10.0, paused=False) if status.get("step") == 7 else None
     return RunView(
@@ -67,7 +67,7 @@ def lines_of(view: RunView, width: int) -> Iterator[Line]:
     yield [monitor.state_span(view)]
     yield from monitor.progress(view, width)
     yield from monitor.notices(view, width)
-    yield from run_machine.machine(view, width)
+    yield from run_machine.machine_lines(view, width)
     yield from monitor.journal(view.journal, width)
     header, rows = monitor.block_table(view, width)
     yield from [header, *rows]
@@ -147,7 +147,7 @@ def test_any_runs_are_listed_shown_compared_and_replayed(
     rows = [summarize(run) for run in found]
     assert len(run_text.runs_table(rows)) <= MOST_LETTERS
     for run, row in zip(found, rows, strict=True):
-        assert len(run_text.report(show(run))) <= MOST_LETTERS
+        assert len(run_text.report(show_run(run))) <= MOST_LETTERS
         check_lines(runs.details(row, 80), 80)
         view = LiveFeed(run).poll()
         assert not view.problem.startswith("cannot be read")

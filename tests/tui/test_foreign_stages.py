@@ -17,7 +17,7 @@ from textual.pilot import Pilot
 from engine.config.stages import STAGES, Stage
 from engine.run import events
 from engine.run.directory import RunDirectory
-from engine.run.shown import show, summarize
+from engine.run.shown import show_run, summarize
 from engine.run.state import load_state
 from eqat_tui import display, run_text
 from eqat_tui.app import EqatApp
@@ -121,7 +121,7 @@ def replayed(run: RunDirectory) -> str:
 
 def printed(run: RunDirectory) -> str:
     """What the commands say of the run."""
-    shown_run, state = show(run), load_state(run)
+    shown_run, state = show_run(run), load_state(run)
     return "\n".join(
         [
             run_text.report(shown_run),

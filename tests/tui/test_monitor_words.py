@@ -73,7 +73,7 @@ def test_a_gpu_that_was_not_read_yet_is_not_called_unused() -> None:
     log.attempt_begins("run")
     for state in (RunState(), RunState().apply_all(log.events)):
         view = RunView(id="run", path="/run", state=state, liveness="running", now=log.t)
-        assert plain(run_machine.machine(view, 80)[0]).split() == ["GPU", "nothing", "measured", "yet"]
+        assert plain(run_machine.machine_lines(view, 80)[0]).split() == ["GPU", "nothing", "measured", "yet"]
 
 
 def test_an_engine_that_has_just_been_started_shows_nothing_of_the_attempt_before(recorded: Recorded) -> None:

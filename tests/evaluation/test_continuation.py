@@ -20,7 +20,7 @@ from engine.config.grid import GridConfig
 from engine.config.model import ModelConfig
 from engine.errors import IdentityError, PreflightError
 from engine.evaluation import chat
-from engine.evaluation.generation import continuation, end_tokens, prompt_ids
+from engine.evaluation.continuation import continuation, end_tokens, prompt_ids
 from engine.evaluation.perplexity import perplexity
 from engine.methods.blockwise.rtn import round_to_nearest
 from engine.models.causal_lm import CausalLM
