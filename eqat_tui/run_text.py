@@ -1,8 +1,7 @@
 """What the commands print of a run: the report at its end, which is also ``eqat show``, and the list of runs.
 
-Everything here is made from the same dictionaries that ``--json`` prints
-(:func:`engine.run.shown.show_run` and :func:`~engine.run.shown.summarize`), so a person and a script never see
-different numbers.
+Everything here is made from the same dictionaries that ``--json`` prints (:func:`~engine.run.shown.show_run`
+and :func:`~engine.run.shown.summarize`), so a person and a script never see different numbers.
 """
 
 from __future__ import annotations

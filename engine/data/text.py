@@ -8,14 +8,13 @@ the network. This module imports neither torch nor datasets: they load when need
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 from engine.config.corpora import CORPORA, hub_name, is_hub_id, is_path, local_name, local_path
 from engine.config.data import BUILTIN, DataConfig
 from engine.data.builtin import BuiltinText
 from engine.data.hub import HubText, hub_source
 from engine.data.local import LocalText
-from engine.data.parts import Part, TextSource
+from engine.data.parts import TextSource
 from engine.errors import DataError
 
 
@@ -39,8 +38,3 @@ def open_source(data: DataConfig) -> TextSource:
         where=f"data.source = {name!r}",
         hint=f"known names: {choices}",
     )
-
-
-def documents(data: DataConfig, part: Part, seed: int = 0) -> Iterator[str]:
-    """The documents of one part of the configured text, in the source's order."""
-    return open_source(data).documents(part, seed)

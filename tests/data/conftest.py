@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.config.data import DataConfig
-from engine.data.text import documents
+from engine.data.text import open_source
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -34,7 +34,7 @@ def tokenizer() -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(list(documents(DataConfig(), "validation")), trainer)
+    backend.train_from_iterator(list(open_source(DataConfig()).documents("validation")), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
 
 

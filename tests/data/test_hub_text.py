@@ -77,11 +77,11 @@ def test_hub_mistakes_are_data_errors(repository: Path) -> None:
 
 def test_offline_hub_id_says_what_works_without_a_network() -> None:
     code = (
-        "from engine.data.text import documents\n"
+        "from engine.data.text import open_source\n"
         "from engine.config.data import DataConfig\n"
         "from engine.errors import DataError\n"
         "try:\n"
-        "    next(documents(DataConfig(source='c4'), 'train'))\n"
+        "    next(open_source(DataConfig(source='c4')).documents('train'))\n"
         "except DataError as error:\n"
         "    print(int(error.exit_code), error)\n"
     )

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from text_files import (
+    documents,
     write_jsonl,
 )
 
@@ -21,7 +22,7 @@ from engine.config.field_docs import field_help
 from engine.data.builtin import _split_topics
 from engine.data.local import LocalText
 from engine.data.parts import PARTS
-from engine.data.text import documents, open_source
+from engine.data.text import open_source
 
 
 def test_builtin_parts_share_no_paragraph_and_have_their_shares() -> None:
@@ -84,9 +85,9 @@ def test_one_corpus_has_one_name_wherever_it_comes_from(tmp_path: Path) -> None:
 def test_text_sources_load_without_torch_or_datasets() -> None:
     code = (
         "import sys\n"
-        "from engine.data.text import documents\n"
+        "from engine.data.text import open_source\n"
         "from engine.config.data import DataConfig\n"
-        "next(documents(DataConfig(), 'train'))\n"
+        "next(open_source(DataConfig()).documents('train'))\n"
         "assert not {'torch', 'datasets', 'transformers'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True, timeout=60)

@@ -15,12 +15,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from text_files import documents
 
 from engine.config.corpora import HubSource
 from engine.config.data import DataConfig
 from engine.data import tokens as tokens_module
 from engine.data.hub import HubText
-from engine.data.text import documents
 from engine.data.tokens import _load, _store, token_windows, tokenizer_hash
 from engine.errors import DataError, ExitCode
 from engine.system.user_cache import token_cache

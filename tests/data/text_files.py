@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,10 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from engine.config.data import DataConfig
-from engine.data.text import documents
+from engine.data.parts import Part
+from engine.data.text import open_source
 from engine.errors import DataError, ExitCode
 
 DOCUMENTS = [f"Document {n} speaks.\n" + f"Line {n} of it.\n" * 20 for n in range(40)]
+
+
+def documents(data: DataConfig, part: Part, seed: int = 0) -> Iterator[str]:
+    """The documents of one part of a text."""
+    return open_source(data).documents(part, seed)
 
 
 def text_of(path: Path, part: str = "evaluation", **fields: str) -> list[str]:
