@@ -24,7 +24,7 @@ from engine.run import control, events
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventFollower, read_events
 from engine.run.events import AnyEvent
-from engine.run.liveness import run_state
+from engine.run.liveness import State, run_state
 from engine.run.lock import holder
 from engine.run.state import RunState
 from engine.run.status import Status, read_launched, read_status
@@ -32,9 +32,8 @@ from eqat_tui.display import lasting_line
 from eqat_tui.log_tail import log_tail
 from eqat_tui.output import error_words, one_line
 
-Liveness = Literal[
-    "created", "running", "hung", "crashed", "done", "stopped", "failed", "aborted", "starting", "gone"
-]
+Liveness = State | Literal["starting", "gone"]
+"""A run's state, and two that only whoever looks sees: its engine has no lock yet, or its folder is gone."""
 JOURNAL_LINES = 1000
 LONGEST_PAUSE_S = 2.0
 """A replay passes over longer silences: a run that was resumed the next day need not be waited for."""

@@ -16,11 +16,6 @@ COLOURS = ("series2", "series3", "series1", "series4")
 """Of the quantized stages, in the order of the table; then from the first one again."""
 
 
-def full_precision() -> str:
-    """The name of the model as it came, which everything is compared with."""
-    return next(stage.name for stage in STAGES if stage.scope == "nothing")
-
-
 def newest(values: Mapping[str, Value | None]) -> Value | None:
     """Of what there is by stage, that of the quantized version that came last.
 

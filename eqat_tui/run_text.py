@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.config.stages import phase_label, stage_label, versions
-from eqat_tui.measured import full_precision, newest
+from engine.config.stages import full_precision, phase_label, stage_label, versions
+from eqat_tui.measured import newest
 from eqat_tui.output import (
     LONGEST_LINE,
     LONGEST_TIME_S,

@@ -16,11 +16,11 @@ import msgspec
 
 from engine.config.data import BUILTIN, DataConfig
 
-FORMATS = (".txt", ".jsonl", ".parquet", ".arrow")
+ENDINGS = (".txt", ".jsonl", ".parquet", ".arrow")
 """Endings of files that text is read from."""
 COMPRESSIONS = (".gz", ".zst")
 """Endings of compressed ones."""
-SUFFIXES = (*FORMATS, *(kind + packed for kind in (".txt", ".jsonl") for packed in COMPRESSIONS))
+SUFFIXES = (*ENDINGS, *(kind + packed for kind in (".txt", ".jsonl") for packed in COMPRESSIONS))
 """All endings of readable files."""
 
 BUILTIN_CHARACTERS = 70_000
@@ -194,7 +194,7 @@ def local_path(name: str) -> Path:
 
 def is_path(name: str) -> bool:
     """Whether only a file or folder can be meant, whether or not it is there."""
-    return name.startswith(("/", ".", "~")) or name.endswith((*FORMATS, *COMPRESSIONS))
+    return name.startswith(("/", ".", "~")) or name.endswith((*ENDINGS, *COMPRESSIONS))
 
 
 def is_hub_id(name: str) -> bool:

@@ -26,8 +26,8 @@ class StageSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return self
 
 
-class Training(Protocol):
-    """The fields of a stage that trains on sequences."""
+class TrainingSection(Protocol):
+    """The fields of a section whose stage trains on sequences."""
 
     @property
     def enabled(self) -> bool: ...
@@ -51,7 +51,7 @@ class Training(Protocol):
     def patience(self) -> int: ...
 
 
-def check_sequences(name: str, training: Training) -> None:
+def check_sequences(name: str, training: TrainingSection) -> None:
     """How much text is seen, and in which portions."""
     checks.count(f"{name}.sequences", training.sequences)
     checks.count(f"{name}.val_sequences", training.val_sequences, least=0)
@@ -67,7 +67,7 @@ def check_sequences(name: str, training: Training) -> None:
         )
 
 
-def check_schedule(name: str, training: Training) -> None:
+def check_schedule(name: str, training: TrainingSection) -> None:
     """How the learning rate falls, what holds a step back, and what ends the training early."""
     checks.between(f"{name}.lr_final_fraction", training.lr_final_fraction, 0.0, 1.0)
     checks.between(f"{name}.weight_decay", training.weight_decay, 0.0, 1.0)

@@ -169,6 +169,11 @@ def last_stage(config: RunConfig) -> Stage:
     return stages_of(config)[-1]
 
 
+def full_precision() -> str:
+    """The name of the model as it came, which everything is compared with."""
+    return next(stage.name for stage in STAGES if stage.scope == "nothing")
+
+
 def measured_stage(phase: str) -> str:
     """The name of the stage that a phase measures; empty where it measures none."""
     return phase.removeprefix(EVALUATE) if phase.startswith(EVALUATE) else ""

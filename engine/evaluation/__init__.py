@@ -1,1 +1,1 @@
-"""How good a model is: perplexity on text it was not trained on."""
+"""How good a model is: perplexity, zero-shot tasks, and its own words after a prompt."""

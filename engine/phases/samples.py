@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import telemetry
+from engine.config.stages import full_precision
 from engine.errors import UsageError
 from engine.evaluation.continuation import continuation, prompt_ids
 from engine.models.skeleton import text_config
@@ -35,7 +36,7 @@ def write_samples(
     new_tokens = _room_after(job, ids_1T.shape[1], new_tokens)
     # Two models one after the other, each with all of its blocks.
     models: list[tuple[str, Callable[[int], nn.Module]]] = [
-        ("fp", job.lm.load_block),
+        (full_precision(), job.lm.load_block),
         (job.newest_stage().name, job.dense_block),
     ]
     for position, (stage, block_for) in enumerate(models):

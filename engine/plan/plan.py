@@ -84,21 +84,21 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     activation_store: StoreKind
     activation_store_reason: str
     stream_bytes: int
-    """One of Block-AP's two activation streams."""
+    """One of the two activation streams that blocks are trained on."""
     recovery: Recovery
     evaluation_windows: int
     seconds: float
     time_basis: str
     fast: bool
-    """Block-AP's steps are recorded, and quantize, train and quantize again in one kernel."""
+    """The steps that train a block are recorded, and quantize, train and quantize again in one kernel."""
     compiles: bool
-    """Block-AP's steps are compiled."""
+    """The steps that train a block are compiled."""
     compiles_e2e: bool
-    """E2E-QP's blocks are compiled."""
+    """Blocks are compiled for the training of the whole network; called so since E2E-QP was the only one."""
     compiles_passages: bool
     """Blocks are compiled for the streams that pass through them, and for perplexity."""
     recomputes: bool
-    """E2E-QP recomputes each block's activations in the backward pass."""
+    """The training of the whole network recomputes each block's activations in the backward pass."""
     published: Published | None
     warnings: tuple[str, ...]
     problems: tuple[Problem, ...]

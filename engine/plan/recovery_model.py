@@ -39,9 +39,9 @@ class Recovery(msgspec.Struct, frozen=True, kw_only=True):
     """Checkpoints and what they save. Sizes are bytes, times seconds; all of them are estimates."""
 
     interval_seconds: float
-    """Between two snapshots inside a block or inside E2E-QP; 0 when there are none."""
+    """Between two snapshots of one training; 0 when there are none."""
     snapshots: dict[str, int]
-    """How many come due, by phase: in each block, in E2E-QP. A stop takes one wherever it comes."""
+    """How many come due in each training, by the phase. A stop takes one wherever it comes."""
     lost_seconds: float
     """Training that a kill can undo at most."""
     restarted_seconds: float

@@ -103,7 +103,7 @@ class Sampler(msgspec.Struct, frozen=True):
             raise ValueError("the step lies behind the last one")
 
 
-class Training(
+class TrainingFact(
     msgspec.Struct,
     frozen=True,
     rename={"steps": "step.steps", "scaler": "step.scaler", "val_loss": "best.val_loss"},
@@ -131,7 +131,7 @@ class Training(
             raise ValueError("the phase and the block do not fit")
 
 
-class Streams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class StreamsFact(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``streams``: activation streams in the cache (:class:`engine.checkpoints.streams.StoredStreams`)."""
 
     border: Block
@@ -164,8 +164,8 @@ def _kinds(stages: tuple[str, ...]) -> tuple[tuple[re.Pattern[str], Any, bool], 
     kinds: tuple[tuple[str, Any, bool], ...] = (
         (r"losses-[0-9]{3,4}", Losses, False),
         (rf"eval_({'|'.join((*stages, PACKED))})", Evaluated, False),
-        (STREAMS, Streams, False),
-        (TRAINING, Training, True),
+        (STREAMS, StreamsFact, False),
+        (TRAINING, TrainingFact, True),
         (halvings_fact(f"({STREAM_NAMES})"), Halvings, True),
         (MICRO_BATCH, MicroBatches | Annotated[int, msgspec.Meta(ge=1, le=1 << 31)], True),
         (rf"({networks})_done", Literal[True], True),

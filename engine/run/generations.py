@@ -43,6 +43,7 @@ LIMIT = 64 << 20
 
 _POINTER = re.compile(rb"([1-9][0-9]{0,8})(?: ([0-9a-f]{64}))?\n")
 _ENTRY = re.compile(r"(block|scales)-[0-9]{3,4}|training")
+"""Of schema 2, which knew these stages and no others."""
 
 
 class OtherSchema(DamagedCheckpoint):
@@ -237,7 +238,8 @@ def _check_facts(found: Generation, dropped: list[str]) -> None:
 
 
 def _check_unverified(found: Generation) -> None:
-    """Of schema 2: without a digest, only names that do not exist and parts that do not fit show damage."""
+    """Of schema 2: without a digest, only names that do not exist and parts that do not fit show damage. What
+    it names was fixed when schema 3 came, so no table is asked."""
     strange = [name for name in found.entries if not _ENTRY.fullmatch(name)]
     strange += [name for name in found.facts if not known_facts.is_known(name)]
     blocks, scales = (

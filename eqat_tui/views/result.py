@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.formats import DEFAULT_FORMAT, FORMATS
-from engine.config.stages import stage_label, versions
+from engine.config.stages import full_precision, stage_label, versions
 from engine.run.state import RunState
 from eqat_tui.feed import RunView
 from eqat_tui.lines import Line, Span, columns, cut, few, fit, line, widths_of, wrap
-from eqat_tui.measured import colour_of, full_precision, newest
+from eqat_tui.measured import colour_of, newest
 from eqat_tui.output import format_bits, format_bytes, format_count, format_number, format_seconds, share
 from eqat_tui.planned import known
 from eqat_tui.run_text import MOST_TASKS, accuracy_rows, facts, shorten

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from engine.config.fields import field_names
-from engine.config.stages import phase_label, stage_label, versions
+from engine.config.stages import full_precision, phase_label, stage_label, versions
 from engine.config.writing import flat, to_dict
 from engine.run.directory import RunDirectory
 from engine.run.events import BULK
 from engine.run.state import RunState, load_state
 from eqat_tui.charts import Series
 from eqat_tui.lines import Line, Span, columns, cut, line, widths_of, wrap
-from eqat_tui.measured import full_precision, newest
+from eqat_tui.measured import newest
 from eqat_tui.output import format_bytes, format_number, format_seconds
 from eqat_tui.run_text import UNREADABLE, ago, shorten
 from eqat_tui.views.monitor import STATE_MARKS, STATE_ROLES, elapsed
