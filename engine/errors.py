@@ -92,7 +92,7 @@ class DamagedRun(IdentityError):
 
 
 class StopRequested(Exception):
-    """Raised at a step boundary once a stop or an abort was asked for."""
+    """Raised where a run can be left, once a stop or an abort was asked for."""
 
     def __init__(self, *, abort: bool = False, exit_code: ExitCode = ExitCode.STOPPED) -> None:
         super().__init__("abort requested" if abort else "stop requested")

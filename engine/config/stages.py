@@ -42,7 +42,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     block: str = "engine.phases.job:packed_block"
     """``module:function`` that gives one block of it to whoever measures it: called with job and index."""
     costs: str = ""
-    """Module (or ``module:class``) of its part of the plan (:mod:`engine.plan.stages`); empty: like rtn."""
+    """``module:class`` of its part of the plan (:mod:`engine.plan.stages`); empty: what every stage costs."""
     reads_text: bool = False
     """It learns from calibration text: its section has ``sequences``, ``val_sequences`` and
     ``sequence_length``."""
@@ -89,7 +89,7 @@ STAGES = Table(
         baseline=True,
         run="engine.phases.blocks:round_blocks",
         block="engine.phases.evaluation:rounded_block",
-        costs="engine.plan.stages.rtn",
+        costs="engine.plan.stages.rtn:RoundingCosts",
         about="Every weight goes to the nearest point of its group's grid.",
     ),
     Stage(
@@ -98,7 +98,7 @@ STAGES = Table(
         scope="block",
         result="after Block-AP",
         run="engine.phases.blocks:train_blocks",
-        costs="engine.plan.stages.block_ap",
+        costs="engine.plan.stages.block_ap:BlockAPCosts",
         reads_text=True,
         about="Block-AP trains one block at a time with all its parameters.",
         part_of="EfficientQAT",
@@ -109,7 +109,7 @@ STAGES = Table(
         scope="network",
         result="after E2E-QP",
         run="engine.phases.end_to_end:train_end_to_end",
-        costs="engine.plan.stages.e2e_qp",
+        costs="engine.plan.stages.e2e_qp:E2EQPCosts",
         reads_text=True,
         entries_prefix="scales",
         about="E2E-QP then trains the scales of the whole model.",

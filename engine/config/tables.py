@@ -78,10 +78,9 @@ class Table(Generic[Row]):
 
 
 def load_named(reference: str) -> Any:
-    """What ``module:attribute`` names, or a whole ``module``."""
+    """What ``module:attribute`` names."""
     module, _, attribute = reference.partition(":")
-    found = importlib.import_module(module)
-    return getattr(found, attribute) if attribute else found
+    return getattr(importlib.import_module(module), attribute)
 
 
 def load_extensions() -> None:

@@ -188,11 +188,10 @@ class StageCosts:
 
 @lru_cache
 def costs_of(stage: Stage) -> StageCosts:
-    """The part of the plan that ``stage`` names (``COSTS`` of its module); the general one where it names
-    none."""
+    """The part of the plan that ``stage`` names; the general one where it names none."""
     if not stage.costs:
         return StageCosts(stage)
-    made: StageCosts = load_named(stage.costs if ":" in stage.costs else f"{stage.costs}:COSTS")(stage)
+    made: StageCosts = load_named(stage.costs)(stage)
     return made
 
 

@@ -53,7 +53,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class QuantStep:
-    """The step of one linear. What is not trained has no :class:`Moments`, its value only.
+    """The step of one linear. Of what is not trained only the value is read; its moments are never touched.
 
     ``gradient`` (any float dtype) and ``quantized`` (the arithmetic's dtype) are ``[O, I]`` and contiguous;
     ``squares`` receives the sum of squares of all gradients, one partial sum a program.
@@ -209,6 +209,7 @@ def _quant_step(
         # All that is read is asked for before any of it is needed, and nothing branches: a program waits for
         # memory once. A skipped step stores nothing. (A flag a row: Triton's interpreter cannot combine a
         # scalar one with a mask.)
+        # The controls lie in the order of SKIP to GRAD_FACTOR.
         changes = present & (tl.load(control_ptr + 0 * row) == 0.0)
         factor = tl.load(control_ptr + 1)
         correction1 = tl.load(control_ptr + 2)

@@ -16,6 +16,8 @@ from engine.training.snapshot import Snapshot
 BAD_STEPS_IN_A_ROW = 3
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter."""
+BETAS = (0.9, 0.999)
+"""Its rates of forgetting."""
 
 
 class Diverged(Exception):
@@ -56,7 +58,6 @@ class Stepper:
         grad_clip: float,
         device: torch.device,
         dtype: torch.dtype,
-        betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         self.groups = [g for g in groups if g.parameters]
         self.parameters = [p for g in self.groups for p in g.parameters]
@@ -65,7 +66,7 @@ class Stepper:
         """Called with a loss: the loss as the backward pass should see it."""
         self.optimizer = AdamW(
             [{"params": g.parameters, "lr": g.lr} for g in self.groups],
-            betas=betas,
+            betas=BETAS,
             weight_decay=weight_decay,
             fused=True,
             capturable=device.type == "cuda",

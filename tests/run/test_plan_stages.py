@@ -107,7 +107,7 @@ def test_a_stage_that_says_nothing_of_its_costs_is_planned_like_rounding(llama: 
 
 
 def test_stages_that_a_run_does_not_make_are_not_asked(llama: str) -> None:
-    STAGES.register(Stage(name="absent", label="absent", scope="network", costs="no.such.module"))
+    STAGES.register(Stage(name="absent", label="absent", scope="network", costs="no.such.module:Costs"))
     try:
         assert make_plan(paper(llama), machine=H200).problems == ()
     finally:

@@ -30,7 +30,7 @@ from engine.quant.quant_step import (
     QuantStep,
 )
 from engine.training.snapshot import Snapshot
-from engine.training.stepper import ParameterGroup, Stepper
+from engine.training.stepper import BETAS, ParameterGroup, Stepper
 
 
 class FusedStepper(Stepper):
@@ -51,16 +51,13 @@ class FusedStepper(Stepper):
         device: torch.device,
         dtype: torch.dtype,
         on_failure: Callable[[str], None],
-        betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
-        super().__init__(
-            groups, weight_decay=weight_decay, grad_clip=0.0, device=device, dtype=dtype, betas=betas
-        )
+        super().__init__(groups, weight_decay=weight_decay, grad_clip=0.0, device=device, dtype=dtype)
         self.linears = list(linears)
         self.gradients: Sequence[Tensor] = ()
         self.fixed = self.sums_up = False
         self._ran = False
-        self._decay, self._betas = weight_decay, betas
+        self._decay = weight_decay
         inner = {id(p) for linear in self.linears for p in linear.parameters()}
         self.others: list[nn.Parameter] = [p for p in self.parameters if id(p) not in inner]
         self._loss = torch.zeros((), device=device)
@@ -100,7 +97,7 @@ class FusedStepper(Stepper):
             quantized=linear.quantized.data,
             bits=linear.grid.bits,
             trains=tuple(id(p) in rates for p in parameters),
-            betas=self._betas,
+            betas=BETAS,
             eps=self.optimizer.defaults["eps"],
             weight_decay=self._decay,
         )
@@ -147,8 +144,8 @@ class FusedStepper(Stepper):
         self._count.add_(1 - skip)
         controls[SKIP].copy_(skip)
         controls[LR_FACTOR].copy_(factor)
-        controls[CORRECTION1].copy_(1 - self._betas[0] ** self._count)
-        controls[ROOT_CORRECTION2].copy_((1 - self._betas[1] ** self._count).sqrt())
+        controls[CORRECTION1].copy_(1 - BETAS[0] ** self._count)
+        controls[ROOT_CORRECTION2].copy_((1 - BETAS[1] ** self._count).sqrt())
         controls[GRAD_FACTOR].copy_(1 / self.scale.factor)
         own = gradients[: len(self.linears)] if len(gradients) > len(self.others) else ()
         for kernel, gradient, squares in zip(self._kernels, own, self._parts, strict=bool(own)):

@@ -73,6 +73,3 @@ class BlockAPCosts(BlockTraining):
             return compute + arch.linear_params_per_block * rates.plain.per_weight + rates.plain.launch
         cost = (rates.fast if compiled else rates.recorded) if recorded else rates.compiled
         return max(compute + arch.linear_params_per_block * cost.per_weight, cost.launch)
-
-
-COSTS = BlockAPCosts

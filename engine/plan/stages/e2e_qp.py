@@ -113,6 +113,3 @@ class E2EQPCosts(NetworkTraining):
         unpacked = micro_steps * arch.blocks * factor * unpacking(work, rates)
         launches = micro_steps * arch.blocks * cost.launch * factor
         return max(flops / rates.flops + traffic + unpacked, launches)
-
-
-COSTS = E2EQPCosts

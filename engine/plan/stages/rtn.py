@@ -16,6 +16,3 @@ class RoundingCosts(StageCosts):
 
     def while_measured(self, work: Workload) -> dict[str, int]:
         return rounding(work)
-
-
-COSTS = RoundingCosts
