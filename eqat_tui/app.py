@@ -32,7 +32,7 @@ from eqat_tui.keys import ALWAYS, bindings, everywhere
 from eqat_tui.palette import OUR_THEMES, THEMES, AsciiFilter, PrintableFilter, Terminal
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.host import Host
-from eqat_tui.screens.table import SCREENS
+from eqat_tui.screens.table import SCREENS, key_of
 from eqat_tui.watcher import Looked, Watcher
 from eqat_tui.words import error_for_app
 
@@ -204,7 +204,7 @@ class EqatApp(App[str]):
         elif action == "quit":
             self.leave()
         elif action == "how_to_leave":
-            self.notify("q leaves the app, and runs go on; p on 2 pauses a run")
+            self.notify(f"q leaves the app, and runs go on; p on {key_of('monitor')} pauses a run")
         elif action == "suspend":
             self.action_suspend_process()
 

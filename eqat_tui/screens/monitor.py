@@ -19,6 +19,7 @@ from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import Line, line, wrap
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Confirm, Reader
+from eqat_tui.screens.table import key_of
 from eqat_tui.views import monitor as views
 from eqat_tui.views import run_charts as charts
 from eqat_tui.views.run_machine import machine_lines
@@ -146,7 +147,7 @@ class MonitorScreen(WorkScreen):
         trains = (view.state.phase or "") in STAGES
         place = "exactly there" if trains else "with this phase from its beginning"
         words = {
-            "done": "the run is done: 3 shows its result",
+            "done": f"the run is done: {key_of('result')} shows its result",
             "stopped": f"paused: r goes on {place}",
             "aborted": "aborted: r goes on from the last checkpoint",
             "failed": "the run failed: see above, or l for the log",
@@ -183,7 +184,7 @@ class MonitorScreen(WorkScreen):
         self.refresh_bars(line(views.state_span(view), " "))
 
     def _fill_empty(self) -> None:
-        words = "No run is open. 1 sets one up, 4 lists those there are."
+        words = f"No run is open. {key_of('setup')} sets one up, {key_of('runs')} lists those there are."
         self.query_one("#title", Panel).show([line((words, "muted"))])
         self.refresh_bars(line())
 
@@ -244,7 +245,7 @@ class MonitorScreen(WorkScreen):
     def impossible(self, action: str) -> str:
         view = self._view
         if view is None:
-            return "no run is open: 1 sets one up, 4 lists those there are"
+            return f"no run is open: {key_of('setup')} sets one up, {key_of('runs')} lists those there are"
         if view.replay is not None and action in self.WRITES:
             return "this is a replay; esc leaves it"
         if view.replay is None and any(key.action == action for key in REPLAY_KEYS):
@@ -260,7 +261,7 @@ class MonitorScreen(WorkScreen):
             if running:
                 return f"the run is {view.liveness}"
             if view.liveness == "done":
-                return "the run is done: 3 shows its result"
+                return f"the run is done: {key_of('result')} shows its result"
             if view.liveness == "gone":
                 return "the run's directory is gone"
         if action == "kill" and view.liveness == "running" and not view.asked:

@@ -29,6 +29,7 @@ from eqat_tui.planned import branch
 from eqat_tui.run_text import shorten
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Ask, MarkdownReader
+from eqat_tui.screens.table import key_of
 from eqat_tui.views import monitor as monitor_views
 from eqat_tui.views import result as views
 from eqat_tui.widgets.list_panel import ListPanel
@@ -116,7 +117,7 @@ class ResultScreen(WorkScreen):
         view = self._view
         headline = self.query_one("#headline", Panel)
         if view is None:
-            headline.show([line(("No run is open. 4 lists those there are.", "muted"))])
+            headline.show([line((f"No run is open. {key_of('runs')} lists those there are.", "muted"))])
             self.refresh_bars(line())
             return
         width = self.size.width
@@ -162,23 +163,23 @@ class ResultScreen(WorkScreen):
     def impossible(self, action: str) -> str:
         view = self._view
         if view is None:
-            return "no run is open: 4 lists those there are"
+            return f"no run is open: {key_of('runs')} lists those there are"
         if view.replay is not None and action != "replay":
-            return "this is a replay; open the run from 4"
+            return f"this is a replay; open the run from {key_of('runs')}"
         if view.liveness == "gone" and action != "stop":
             return "the run's directory is gone"
         if action in ("sample", "export", "evaluate"):
             if view.live:
                 return "an engine works on the run already"
             if not self._trained(view):
-                return "the run has not finished training: r on 2 goes on with it"
+                return f"the run has not finished training: r on {key_of('monitor')} goes on with it"
         if action in ("card", "copy") and self._export_path(view) is None:
             return "there is no verified packed checkpoint yet"
         if action == "stop":
             if not view.live:
                 return "nothing is being done"
             if view.state.task == "run":
-                return "the run itself is at work: p on 2 pauses it"
+                return f"the run itself is at work: p on {key_of('monitor')} pauses it"
         return ""
 
     @staticmethod

@@ -74,3 +74,8 @@ SCREENS = Table(
         code="eqat_tui.screens.memory:MemoryScreen",
     ),
 )
+
+
+def key_of(name: str) -> str:
+    """The key that goes to a screen, for sentences that send somebody there."""
+    return SCREENS[name].key

@@ -16,6 +16,7 @@ from eqat_tui.lines import Line, Span, columns, cut, line, widths_of, wrap
 from eqat_tui.measured import newest
 from eqat_tui.output import format_bytes, format_number, format_seconds
 from eqat_tui.run_text import UNREADABLE, ago, shorten
+from eqat_tui.screens.table import key_of
 from eqat_tui.views.monitor import STATE_MARKS, STATE_ROLES, elapsed
 from eqat_tui.words import model_name
 
@@ -226,4 +227,4 @@ def _value(value: Any) -> str:
 
 def nothing_here(place: str, width: int) -> list[Line]:
     """Where there are no runs yet."""
-    return wrap(f"No runs in {place} yet. 1 sets one up.", width, "muted")
+    return wrap(f"No runs in {place} yet. {key_of('setup')} sets one up.", width, "muted")
