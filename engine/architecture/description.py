@@ -157,11 +157,6 @@ def describe(source: str, revision: str | None = None) -> ModelDescription:
     )
 
 
-def read_architecture(source: str, revision: str | None = None) -> Architecture:
-    """Sizes of a model, from its headers where its files are local."""
-    return describe(source, revision).architecture
-
-
 def local_config(folder: ModelFolder) -> dict[str, Any]:
     """A model's config.json (:func:`parse_config`).
 

@@ -155,11 +155,6 @@ def read_index(index: StampedFile) -> dict[str, str]:
     return found
 
 
-def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
-    """:func:`safetensors_header` of a file that nobody has looked at before."""
-    return safetensors_header(StampedFile.of(path))
-
-
 def safetensors_header(file: StampedFile) -> dict[str, TensorInfo]:
     """Name -> TensorInfo of one file, checked against the length of the file.
 

@@ -179,11 +179,6 @@ def read_exactly(file: StampedFile, start: int, into: Tensor) -> None:
         raise bad_file(error, file.path) from error
 
 
-def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensor table of a safetensors file that nobody has looked at before."""
-    return _entries(StampedFile.of(path))
-
-
 def _entries(file: StampedFile) -> dict[str, TensorEntry]:
     """The tensor table of one safetensors file, checked against the file's size."""
     return {name: _entry(file, info) for name, info in safetensors_header(file).items()}

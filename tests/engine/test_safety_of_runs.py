@@ -21,13 +21,14 @@ import torch
 from engine_runs import WEIGHTS, Child, failure, local_model, make_run, of, output, run_here, start
 from safetensors.torch import load_file, save_file
 
+from engine.architecture.headers import safetensors_header
 from engine.checkpoints.streams import StoredStreams
 from engine.errors import EqatError
-from engine.models.weights import read_header
 from engine.run import control, events
 from engine.run.directory import RunDirectory
 from engine.run.liveness import run_state
 from engine.run.redo import make_redo
+from engine.system.stamps import StampedFile
 
 Make = Callable[..., RunDirectory]
 Engine = Callable[..., Child]
@@ -57,7 +58,7 @@ def check_is_data(path: Path) -> None:
     elif path.suffix == ".toml":
         tomllib.loads(content.decode())
     elif path.suffix == ".safetensors":
-        read_header(path)
+        safetensors_header(StampedFile.of(path))
     elif path.suffix in TEXT:
         content.decode()
     elif path.name == "CURRENT":

@@ -60,9 +60,10 @@ def _damaged(world: World, chance: Random) -> str:
 
 
 def _with_index(world: World) -> None:
-    from engine.architecture.headers import read_safetensors_header
+    from engine.architecture.headers import safetensors_header
+    from engine.system.stamps import StampedFile
 
-    names = read_safetensors_header(world.model / "model.safetensors")
+    names = safetensors_header(StampedFile.of(world.model / "model.safetensors"))
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model.safetensors")}
     (world.model / "model.safetensors.index.json").write_text(json.dumps(index))
 

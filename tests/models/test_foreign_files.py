@@ -22,13 +22,14 @@ from hypothesis import strategies as st
 
 from engine.architecture.description import describe
 from engine.architecture.gguf_header import GGML_TYPES, read_gguf_header
-from engine.architecture.headers import read_safetensors_header
+from engine.architecture.headers import safetensors_header
 from engine.config.model import ModelConfig
 from engine.errors import EqatError, ExitCode
 from engine.models.foreign import memory_headroom
 from engine.models.gguf import GGUFReader, gguf_config
 from engine.models.source import ModelSource
 from engine.models.weights import SafetensorsReader
+from engine.system.stamps import StampedFile
 
 SECONDS = 10.0
 
@@ -155,7 +156,10 @@ def test_an_entry_of_a_header_has_types_and_bounds(change: dict[str, Any], tmp_p
     for entry, right in (({**ENTRY, **change}, False), (ENTRY, True)):
         text = json.dumps({"a": entry, "__metadata__": {"format": "pt"}}).encode()
         file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(32))
-        for read in (read_safetensors_header, lambda path: SafetensorsReader(path.parent)):
+        for read in (
+            lambda path: safetensors_header(StampedFile.of(path)),
+            lambda path: SafetensorsReader(path.parent),
+        ):
             said = bounded(lambda read=read: read(file))  # type: ignore[misc]
             assert bool(said) is not right, said
             assert right or "model.safetensors" in said
@@ -167,7 +171,7 @@ def test_a_header_longer_than_the_format_allows_is_not_read(length: int, tmp_pat
     with file.open("wb") as stream:
         stream.write(length.to_bytes(8, "little"))
         stream.truncate(1 << 42)  # sparse: it takes no room
-    assert "header" in bounded(lambda: read_safetensors_header(file))
+    assert "header" in bounded(lambda: safetensors_header(StampedFile.of(file)))
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,16 @@ import pytest
 from engine.architecture.description import (
     TINY_LLAMA,
     describe,
-    read_architecture,
     read_model_config,
     resolve_source,
 )
 from engine.architecture.families import Architecture, architecture
 from engine.architecture.gguf_header import GGML_TYPES, read_gguf_header
-from engine.architecture.headers import read_safetensors_header
+from engine.architecture.headers import safetensors_header
 from engine.architecture.refusals import refuse
 from engine.config.grid import GridConfig
 from engine.errors import ExitCode, PreflightError, UsageError
+from engine.system.stamps import StampedFile
 
 STORIES = Path(__file__).parents[2].parent / "shared" / "models" / "stories260K"
 # Installed for the demo; only its file is used, so it is looked for and not imported.
@@ -205,7 +205,7 @@ def odd_model(directory: Path) -> Path:
 
 
 def test_sizes_come_from_safetensors_headers_where_there_are_some(tmp_path: Path) -> None:
-    arch = read_architecture(str(odd_model(tmp_path)))
+    arch = describe(str(odd_model(tmp_path))).architecture
     assert arch.exact
     assert [(x.name, x.out_features, x.in_features, x.bias) for x in arch.linears] == [
         ("attn.qkv", 288, 96, True),
@@ -245,7 +245,7 @@ def test_a_damaged_safetensors_header_is_one_error(tmp_path: Path, content: byte
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
     with pytest.raises(PreflightError, match="damaged"):
-        read_safetensors_header(file)
+        safetensors_header(StampedFile.of(file))
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_gguf_header_agrees_with_the_gguf_package() -> None:
 
 @needs_smollm2
 def test_a_real_gguf_model_has_its_exact_parameter_count() -> None:
-    arch = read_architecture(SMOLLM2)
+    arch = describe(SMOLLM2).architecture
     assert (arch.params, arch.exact, arch.tied) == (134_515_008, True, True)
     assert arch.blocks == 30
 
