@@ -19,12 +19,12 @@ from typing import Any
 import msgspec
 
 from engine.architecture.headers import (
-    DOWNLOAD_AGAIN,
     LARGEST_DIMENSION,
     MOST_DIMENSIONS,
     TensorInfo,
     is_name,
 )
+from engine.architecture.model_folder import DOWNLOAD_AGAIN
 from engine.errors import PreflightError
 from engine.system.guarded import BadFile, bad_file
 from engine.system.stamps import StampedFile

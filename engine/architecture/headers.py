@@ -22,7 +22,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from engine.architecture.model_folder import ModelFolder
+from engine.architecture.model_folder import DOWNLOAD_AGAIN, ModelFolder
 from engine.errors import PreflightError, first_line
 from engine.system.guarded import LARGE, BadFile, bad_file
 from engine.system.stamps import StampedFile
@@ -38,7 +38,6 @@ LONGEST_NAME = 512
 ALIGNMENT = 8
 """The tensors of a file begin at a multiple of this."""
 _ENTRY_OVERHEAD = 100  # dtype, shape and offsets of one header entry, written out in JSON
-DOWNLOAD_AGAIN = "download or copy this file again"
 
 ITEM_BITS = {
     "BOOL": 8,

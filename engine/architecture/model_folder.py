@@ -81,6 +81,9 @@ HAND_WRITTEN = (
 )
 """Files of at most :data:`SMALL` bytes; other assets may have :data:`LARGE`."""
 
+DOWNLOAD_AGAIN = "download or copy this file again"
+"""What to do about a file that is damaged."""
+
 
 class ModelFolder(msgspec.Struct, frozen=True):
     """A model's folder whose readable files were judged and stamped."""
@@ -155,7 +158,7 @@ def _refuse_size(file: StampedFile) -> None:
         raise BadFile(
             f"is larger than the {limit} bytes that such a file can have",
             where=str(file.path),
-            hint="download or copy this file again",
+            hint=DOWNLOAD_AGAIN,
         )
 
 

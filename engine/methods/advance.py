@@ -11,6 +11,7 @@ from torch import nn
 
 from engine.data.prefetch import READ_AHEAD, InPlace
 from engine.quant.packed import unpacked
+from engine.training.loop import OTHERS_HINT
 from engine.training.precision import autocast
 from engine.training.progress import Progress
 
@@ -85,7 +86,7 @@ def advance(
             progress.warning(
                 "micro_batch",
                 f"block {index}: out of memory with {batch} sequences at a time; going on with {batch // 2}",
-                hint="another process may be using the GPU; this run is only slower for it",
+                hint=OTHERS_HINT,
             )
 
 

@@ -20,7 +20,7 @@ from engine.run import contents
 from engine.run.control import discard_pending
 from engine.run.directory import FOLDER_MODE, RunDirectory
 from engine.run.liveness import last_events, starting
-from engine.run.lock import holder
+from engine.run.lock import already_worked_on, holder
 from engine.run.status import Launched, read_launched
 from engine.system.files import atomic_write_json, disk_error, make_folder
 from engine.system.guarded import names_in, open_regular, require_regular
@@ -96,12 +96,7 @@ def refuse_second(run: RunDirectory, *, but: int = 0) -> None:
         here = launched is not None and launched.host == socket.gethostname()
         owner = starting(run) if here else None
     if owner is not None and owner != but:
-        who = f"process {owner}" if owner else "another process"
-        raise PreflightError(
-            f"the run is already being worked on by {who}",
-            where=run.id,
-            hint=f"eqat attach {run.id} follows it",
-        )
+        raise already_worked_on(owner, run.id, run.id)
 
 
 def _task(args: Sequence[str]) -> str:

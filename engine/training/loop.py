@@ -36,6 +36,8 @@ MAX_ROLLBACKS = 2
 NON_FINITE_HINT = (
     'check the model\'s weights, lower the learning rates, or use compute_dtype = "bfloat16" or "float32"'
 )
+OTHERS_HINT = "another process may be using the GPU; this run is only slower for it"
+"""For warnings that memory did not suffice."""
 T = TypeVar("T")
 
 
@@ -298,7 +300,7 @@ class Training:
         self.progress.warning(
             "memory",
             f"{self.settings.where}: out of memory; going on by {how}",
-            hint="another process may be using the GPU; this run is only slower for it",
+            hint=OTHERS_HINT,
         )
 
     def _give_back(self) -> None:
@@ -315,7 +317,7 @@ class Training:
             "micro_batch",
             f"{settings.where}: out of memory with {before} sequences at a time; going on with "
             f"{position.micro_batch} and the same batch of {settings.batch_size}",
-            hint="another process may be using the GPU; this run is only slower for it",
+            hint=OTHERS_HINT,
         )
 
     # Continuing
