@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -34,8 +33,8 @@ from engine.phases.samples import write_samples
 from engine.plan.plan import Plan
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
-from engine.run.events import NEW_TOKENS, Task
 from engine.run.housekeeping import remove_cache
+from engine.run.task import Asked
 from engine.training.world import ALONE, World
 
 
@@ -48,23 +47,18 @@ class Pipeline:
     plan: Plan
     report: Reporter
     device: torch.device
-    task: Task = "run"
+    asked: Asked = field(default_factory=Asked)
     world: World = ALONE
-    prompt: str = ""
-    """What the models continue in the task ``generate``, by at most ``new_tokens`` tokens."""
-    new_tokens: int = NEW_TOKENS
-    export_to: Path | None = None
-    """Where the task ``export`` copies its checkpoints as well."""
 
     job: Job = field(init=False)
 
     def phases(self) -> list[str]:
         """Names of the phases of this attempt, in order."""
-        if self.task == "run":
+        if self.asked.task == "run":
             return phases_of(self.config)
-        if self.task == "eval":
+        if self.asked.task == "eval":
             return ["prepare", f"{EVALUATE}{last_stage(self.config).name}"]
-        return ["prepare", self.task]
+        return ["prepare", self.asked.task]
 
     def __call__(self) -> None:
         """Run every phase that is not finished yet."""
@@ -75,22 +69,24 @@ class Pipeline:
         for name in self.phases()[1:]:
             with self.report.phase(name):
                 self._work_of(name)()
-        if self.task == "run":
+        if self.asked.task == "run":
             # A finished run keeps what it made, and nothing that only helped to make it.
             remove_cache(self.run)
 
     def prepare(self) -> None:
         """Open everything that the phases work with."""
-        self.job = prepare(self.run, self.config, self.plan, self.report, self.device, self.task, self.world)
+        self.job = prepare(
+            self.run, self.config, self.plan, self.report, self.device, self.asked.task, self.world
+        )
 
     def _work_of(self, phase: str) -> Callable[[], None]:
         measured = measured_stage(phase)
         if measured:
-            return partial(evaluate, self.job, STAGES[measured], again=self.task == "eval")
+            return partial(evaluate, self.job, STAGES[measured], again=self.asked.task == "eval")
         if phase in STAGES:
             return partial(load_named(STAGES[phase].run), self.job)
         others: dict[str, Callable[[], None]] = {
-            "export": lambda: export(self.job, self.export_to),
-            "generate": lambda: write_samples(self.job, self.prompt, self.new_tokens),
+            "export": lambda: export(self.job, self.asked.export_to),
+            "generate": lambda: write_samples(self.job, self.asked.prompt, self.asked.new_tokens),
         }
         return others[phase]

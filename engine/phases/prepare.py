@@ -25,8 +25,8 @@ from engine.plan.plan import Plan
 from engine.quant.packed import Kernels
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
-from engine.run.events import Task
 from engine.run.facts import done_fact, eval_fact
+from engine.run.task import Task
 from engine.training.world import ALONE, World
 
 

@@ -17,13 +17,14 @@ from engine.phases.job import Job
 from engine.plan.fit import GPU_RESERVE, host_budget
 from engine.plan.machine import host_free
 from engine.run import events
+from engine.run.task import NEW_TOKENS
 
 FIRST_TOKEN_SILENCE = 600
 """Seconds that reading a long prompt may take unheard."""
 
 
 def write_samples(
-    job: Job, prompt: str, new_tokens: int = events.NEW_TOKENS, *, budget_bytes: int | None = None
+    job: Job, prompt: str, new_tokens: int = NEW_TOKENS, *, budget_bytes: int | None = None
 ) -> None:
     """Emit a :class:`~engine.run.events.Sample` for each of the two models; nothing is checkpointed.
 

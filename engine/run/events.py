@@ -13,10 +13,6 @@ import msgspec
 VERSION = 1
 
 Outcome = Literal["done", "stopped", "failed", "aborted"]
-Task = Literal["run", "eval", "export", "generate"]
-"""What an attempt does: the run itself, or something with a finished one."""
-NEW_TOKENS = 64
-"""A :class:`Sample` has at most so many, where nobody says how many."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", omit_defaults=False):

@@ -10,7 +10,7 @@ import typer
 
 from engine.config.formats import DEFAULT_FORMAT, FORMATS
 from engine.errors import UsageError
-from engine.run.events import NEW_TOKENS
+from engine.run.task import NEW_TOKENS, check_prompt
 from eqat_tui.commands.options import Detach, Json, Run, RunsDir
 
 
@@ -63,8 +63,7 @@ def generate(
     from eqat_tui import actions
     from eqat_tui.run_text import samples
 
-    if not prompt.strip():
-        raise UsageError("is empty", where="--prompt", hint="give the models something to continue")
+    check_prompt(prompt, new_tokens)
     args = ("--task", "generate", f"--prompt={prompt}", "--new-tokens", str(new_tokens))
     found = actions.find(run, runs_dir)
     return actions.start(found, args=args, detach=False, as_json=as_json, told=samples)

@@ -49,7 +49,8 @@ PHASES = [
 def _extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In this process by hand, in those that it starts by name."""
     monkeypatch.setenv("EQAT_EXTENSIONS", "toy_extension")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "engine"))))
+    paths = (str(ROOT), str(ROOT / "tests" / "engine"), os.environ.get("PYTHONPATH"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     with toys.registered():
         yield
 

@@ -27,6 +27,7 @@ from engine.run import control, events
 from engine.run.directory import RunDirectory
 from engine.run.liveness import run_state
 from engine.run.state import load_state
+from engine.run.task import Asked
 
 Make = Callable[..., RunDirectory]
 PROMPT = "Once upon a time"
@@ -49,7 +50,9 @@ def prepared(run: RunDirectory) -> Iterator[Pipeline]:
     config = resolve(run.config())
     report = Reporter(run, 2, device)
     try:
-        pipeline = Pipeline(run, config, make_plan(config, device="cpu"), report, device, "generate")
+        pipeline = Pipeline(
+            run, config, make_plan(config, device="cpu"), report, device, Asked(task="generate")
+        )
         pipeline.prepare()
         yield pipeline
     finally:

@@ -1,0 +1,46 @@
+"""What an attempt may be asked to do, and what it needs to know for that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from engine.errors import UsageError
+
+Task = Literal["run", "eval", "export", "generate"]
+"""The run itself, or something with a finished one."""
+NEW_TOKENS = 64
+"""A sample has at most so many, where nobody says how many."""
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What one attempt is asked to do."""
+
+    task: Task = "run"
+    overrides: Mapping[str, object] = {}
+    """Operational settings by their dotted names, for this attempt only."""
+    prompt: str = ""
+    """What the models continue in the task ``generate``, by at most ``new_tokens`` tokens."""
+    new_tokens: int = NEW_TOKENS
+    export_to: Path | None = None
+    """Where the task ``export`` copies its checkpoints as well."""
+
+
+def check_prompt(prompt: str, new_tokens: int) -> None:
+    """What is wrong with a prompt is said before the model is opened.
+
+    Raises:
+        UsageError: for one that is empty or no text, or for no token to write.
+    """
+    if not prompt.strip():
+        raise UsageError("is empty", where="--prompt", hint="give the models something to continue")
+    try:
+        # Bytes of an argument that are no text reach Python as lone surrogates.
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("is not valid UTF-8", where="--prompt", hint="type it anew") from error
+    if new_tokens < 1:
+        raise UsageError(f"{new_tokens} is no number of tokens", where="--new-tokens", hint="1 or more")
