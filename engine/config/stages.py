@@ -39,7 +39,7 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     """It is measured whether or not another stage makes the blocks; it makes them where none does."""
     run: str = ""
     """``module:function`` that makes it: called with the run's :class:`~engine.phases.job.Job`."""
-    block: str = "engine.phases.job:packed_block"
+    block: str = "engine.phases.job:Job.packed_block"
     """``module:function`` that gives one block of it to whoever measures it: called with job and index."""
     costs: str = ""
     """``module:class`` of its part of the plan (:mod:`engine.plan.stages`); empty: what every stage costs."""

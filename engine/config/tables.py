@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any, Generic, Protocol, TypeVar
 
 from engine.errors import UsageError
@@ -78,9 +79,9 @@ class Table(Generic[Row]):
 
 
 def load_named(reference: str) -> Any:
-    """What ``module:attribute`` names."""
+    """What ``module:attribute`` names; the attribute may be one of a class, ``Class.method``."""
     module, _, attribute = reference.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return attrgetter(attribute)(importlib.import_module(module))
 
 
 def load_extensions() -> None:

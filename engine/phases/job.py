@@ -144,8 +144,3 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     dtype = getattr(torch, resolved_dtype(name, cuda=device.type == "cuda"))
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def packed_block(job: Job, index: int) -> nn.Module:
-    """Block ``index`` as quantized so far, for whoever measures it."""
-    return job.packed_block(index)

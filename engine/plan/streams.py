@@ -10,7 +10,7 @@ from __future__ import annotations
 from engine.config.dtypes import resolved_dtype
 from engine.config.run import RunConfig
 from engine.config.stages import Stage
-from engine.plan.costs import Text, made_costs
+from engine.plan.costs import Text, costs_of, made_costs
 from engine.plan.estimate import Workload
 
 
@@ -20,15 +20,15 @@ def streamed(config: RunConfig) -> Text | None:
     return blocks.text(config)
 
 
-def taught(config: RunConfig) -> Text | None:
-    """The text of the teacher; none where nothing learns from one."""
-    texts = (costs.teacher_text(config) for costs in made_costs(config))
-    return next((text for text in texts if text is not None), None)
-
-
 def taught_stage(config: RunConfig) -> Stage | None:
     """The stage that learns from a teacher; none where nothing does."""
     return next((costs.stage for costs in made_costs(config) if costs.teacher_text(config) is not None), None)
+
+
+def taught(config: RunConfig) -> Text | None:
+    """The text of the teacher; none where nothing learns from one."""
+    stage = taught_stage(config)
+    return None if stage is None else costs_of(stage).teacher_text(config)
 
 
 def streamed_stage(config: RunConfig) -> Stage:

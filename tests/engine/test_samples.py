@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from engine_runs import exported, failure, of, output, run_here, wait_until
+from greedy import plain_greedy
 from torch import nn
 
 from engine.config.derived import resolve
-from engine.evaluation.continuation import end_tokens, prompt_ids
-from engine.models.causal_lm import CausalLM
+from engine.evaluation.continuation import prompt_ids
 from engine.phases.samples import write_samples
 from engine.pipeline import Pipeline
 from engine.plan.plan import make_plan
@@ -57,19 +57,6 @@ def prepared(run: RunDirectory) -> Iterator[Pipeline]:
         yield pipeline
     finally:
         report.close()
-
-
-def plain_greedy(lm: CausalLM, block_for: Callable[[int], nn.Module], ids: list[int], new: int) -> list[int]:
-    """The most likely token, again and again, the whole text through every block each time."""
-    blocks = [block_for(index) for index in range(lm.blocks)]
-    ids, begin = list(ids), len(ids)
-    with torch.no_grad():
-        while len(ids) < begin + new and (len(ids) == begin or ids[-1] not in end_tokens(lm)):
-            hidden = lm.embed(torch.tensor([ids]))
-            for index, block in enumerate(blocks):
-                hidden = lm.run_block(block, index, hidden)
-            ids.append(int(lm.head(hidden)[0, -1].argmax()))
-    return ids[begin:]
 
 
 def files(folder: Path) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from greedy import plain_greedy
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -75,19 +76,6 @@ def rounded(lm: CausalLM) -> Callable[[int], nn.Module]:
         )
 
     return block_for
-
-
-def plain_greedy(lm: CausalLM, block_for: Callable[[int], nn.Module], ids: list[int], new: int) -> list[int]:
-    """The most likely token, again and again, the whole text through every block each time."""
-    blocks = [block_for(index) for index in range(lm.blocks)]
-    ids, begin = list(ids), len(ids)
-    with torch.no_grad():
-        while len(ids) < begin + new and (len(ids) == begin or ids[-1] not in end_tokens(lm)):
-            hidden = lm.embed(torch.tensor([ids]))
-            for index, block in enumerate(blocks):
-                hidden = lm.run_block(block, index, hidden)
-            ids.append(int(lm.head(hidden)[0, -1].argmax()))
-    return ids[begin:]
 
 
 def check_against_plain(lm: CausalLM, block_for: Callable[[int], nn.Module], new: int = 24) -> str:
