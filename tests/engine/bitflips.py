@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from engine_runs import make_run, of, output, start
+from engine_runs import make_run, of, output, snapshots_at_any_cost, start
 
 from engine.errors import EqatError
 from engine.run import events, generations, housekeeping
@@ -129,7 +129,7 @@ def standing(folder: Path) -> dict[str, RunDirectory]:
     assert child.code() == 0, output(runs["done"])
     for phase, least in (("block_ap", 2), ("e2e_qp", 1)):
         run = runs[f"stopped inside {phase}"] = make_run(folder, SETTINGS)
-        child = start(run)
+        child = start(run, before=snapshots_at_any_cost)
         child.until(lambda run=run, phase=phase, least=least: _is_inside(run, phase, least))
         child.send(signal.SIGTERM)
         assert child.code() == 75, output(run)

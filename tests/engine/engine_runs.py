@@ -191,6 +191,17 @@ def start(
     return Child(process, run)
 
 
+def snapshots_at_any_cost() -> None:
+    """In this process: a slow disk does not make checkpoints inside a training rarer.
+
+    For tests that wait for several of them in trainings of a second: what the last one cost would otherwise
+    decide whether there is another.
+    """
+    from engine.checkpoints import snapshots
+
+    snapshots.SNAPSHOT_SHARE = float("inf")  # type: ignore[assignment, misc]
+
+
 def _engine(
     given: tuple[str, ...],
     attempt: int,

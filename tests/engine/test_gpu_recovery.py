@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import Child, exported, failure, make_run, of, output, start
+from engine_runs import Child, exported, failure, make_run, of, output, snapshots_at_any_cost, start
 
 from engine.run import events
 from engine.run.directory import RunDirectory
@@ -50,7 +50,7 @@ def test_resume_is_bitwise_identical_on_the_gpu_with_deterministic_kernels(
     make: Make, engine: Engine, whole: dict[str, str], phase: str, streams: str
 ) -> None:
     run = make(**{**SLOW, "runtime.streams": streams})
-    child = engine(run)
+    child = engine(run, before=snapshots_at_any_cost)
     child.until(lambda: len(kept_inside(run, phase)) > 2)
     child.send(signal.SIGKILL)
     child.code()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engine_runs import Child, exported, make_run, of, output, run_here, start
+from engine_runs import Child, exported, make_run, of, output, run_here, snapshots_at_any_cost, start
 from waiting import PATIENCE, wait_until
 
 from engine.run import control, event_log, events, generations
@@ -79,7 +79,7 @@ def interrupted_inside(
     """
     for _ in range(5):
         run = run_of()
-        child = engine(run)
+        child = engine(run, before=snapshots_at_any_cost)
         child.until(lambda run=run: ready(run))
         child.send(number)
         code = child.code()
@@ -126,7 +126,7 @@ def test_resume_is_bitwise_identical_after_a_kill_inside(
 def test_what_a_kill_undoes_is_bounded_by_the_cadence(make: Make, engine: Engine) -> None:
     """After a resume the step is at most so far behind the last one seen as checkpoints are apart."""
     run = make(**OFTEN)
-    child = engine(run)
+    child = engine(run, before=snapshots_at_any_cost)
     child.until(lambda: len(inside(run, "block_ap")) > 5)
     child.send(signal.SIGKILL)
     child.code()
@@ -192,7 +192,7 @@ def test_a_damaged_newest_generation_falls_back_to_the_one_before_and_says_so(
     make: Make, engine: Engine, whole: Callable[..., dict[str, str]], damage: str
 ) -> None:
     run = make(**OFTEN)
-    child = engine(run)
+    child = engine(run, before=snapshots_at_any_cost)
     child.until(lambda: len(inside(run, "block_ap")) > 3)
     child.send(signal.SIGKILL)
     child.code()
@@ -278,7 +278,7 @@ def test_the_second_signal_aborts_and_the_run_goes_on_from_the_last_checkpoint(
     make: Make, engine: Engine, whole: Callable[..., dict[str, str]]
 ) -> None:
     run = make(**OFTEN)
-    child = engine(run)
+    child = engine(run, before=snapshots_at_any_cost)
     child.until(lambda: len(inside(run, "block_ap")) > 2)
     child.send(signal.SIGSTOP)  # so that both are there before it can act on the first
     child.send(signal.SIGINT)
@@ -364,7 +364,7 @@ def test_a_full_disk_during_a_checkpoint_pauses_the_run_and_room_lets_it_go_on(
     small_disk: Path, engine: Engine, whole: Callable[..., dict[str, str]]
 ) -> None:
     run = make_run(small_disk / "runs", OFTEN)
-    child = engine(run)
+    child = engine(run, before=snapshots_at_any_cost)
     child.until(lambda: len(inside(run, "block_ap")) > 2)
     ballast = small_disk / "ballast"
     keep_full(ballast, lambda: bool(waiting(run)))
@@ -392,7 +392,7 @@ def test_a_run_that_waits_for_room_says_so_and_can_be_stopped(make: Make, engine
     run = make(**OFTEN)
     mount(run.checkpoints_dir)
     try:
-        child = engine(run)
+        child = engine(run, before=snapshots_at_any_cost)
         child.until(lambda: len(inside(run, "block_ap")) > 2)
         keep_full(run.checkpoints_dir / "ballast", lambda: bool(waiting(run)), left=0)
         said = waiting(run)
