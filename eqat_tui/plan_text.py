@@ -68,6 +68,7 @@ def totals(plan: Mapping[str, Any]) -> dict[str, str]:
     lines["disk"] = f"{format_bytes(plan['disk_bytes'])} of {format_bytes(machine['disk_free'])} free"
     store = STORES.get(plan["activation_store"], plan["activation_store"])
     lines["activations"] = f"{store}: {plan['activation_store_reason']}"
+    lines |= at_a_time(plan)
     lines |= recovery(plan["recovery"])
     lines["size"] = f"{format_bytes(plan['fp_bytes'])} → {format_bytes(plan['export_bytes'])}"
     lines["bits per weight"] = format_bits(plan["bits_per_weight"])
@@ -78,6 +79,14 @@ def totals(plan: Mapping[str, Any]) -> dict[str, str]:
             f"full precision {published['fp_perplexity']} ({published['conditions']})"
         )
     return lines
+
+
+def at_a_time(plan: Mapping[str, Any]) -> dict[str, str]:
+    """How many sequences pass together where the whole network is trained."""
+    found = {phase_label(name): count for name, count in plan["micro_batches"].items() if count}
+    if not found:
+        return {}
+    return {"sequences at a time": ", ".join(f"{count:g} in {label}" for label, count in found.items())}
 
 
 def recovery(found: Mapping[str, Any]) -> dict[str, str]:

@@ -35,6 +35,7 @@ SHAPE: Mapping[str, Any] = {
     "bits_per_weight": None,
     "activation_store": "",
     "activation_store_reason": "",
+    "micro_batches": Numbers,
     "recovery": {
         "interval_seconds": None,
         "snapshots": Numbers,

@@ -36,8 +36,9 @@ class E2EQPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields
     """A sequence has this many tokens."""
     batch_size: int = 8
     """An optimizer step sees this many sequences, over all ranks and micro-batches."""
-    micro_batch_size: int = 1
-    """A forward and backward pass takes this many sequences."""
+    micro_batch_size: int = 0
+    """A forward and backward pass takes this many sequences; 0 leaves it to the plan, which takes as many as
+    make the training faster and fit into memory."""
     epochs: int = 1
     """The model is trained for this many passes over the training sequences."""
     loss: Literal["cross_entropy", "kl"] = "kl"
@@ -75,8 +76,8 @@ class E2EQPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields
     def check(self, name: str) -> None:
         check_trained(f"{name}.train", self.train, self.train, enabled=self.enabled)
         check_sequences(name, self)
-        checks.count(f"{name}.micro_batch_size", self.micro_batch_size)
-        if self.batch_size % self.micro_batch_size:
+        checks.count(f"{name}.micro_batch_size", self.micro_batch_size, least=0)
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             divisors = [n for n in range(1, min(self.batch_size, 1024) + 1) if self.batch_size % n == 0]
             raise UsageError(
                 f"{self.micro_batch_size} does not divide {name}.batch_size = {self.batch_size}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import msgspec
 from torch import Tensor, nn
 
 from engine import telemetry
@@ -24,7 +25,7 @@ def train_end_to_end(job: Job) -> None:
     stage = STAGES["e2e_qp"]
     if job.is_done(stage):
         return
-    config = job.config.e2e_qp
+    config = msgspec.structs.replace(job.config.e2e_qp, micro_batch_size=job.micro_batch(stage))
     dtype = compute_dtype(config.compute_dtype, job.device)
     text = job.tokens.of(stage.name)
     taught = teacher(job, stage) if is_taught(job, stage) else None

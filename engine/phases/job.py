@@ -19,12 +19,13 @@ from engine.evaluation.tasks import TokenizedTask
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.phases.text import Tokens
+from engine.plan.costs import costs_of
 from engine.plan.fit import host_budget
 from engine.plan.plan import Plan
 from engine.quant.packed import PackedBlock, overlaid
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
-from engine.run.facts import block_entry, done_fact, stage_entry
+from engine.run.facts import block_entry, done_fact, micro_batch_fact, stage_entry
 from engine.system.files import make_folder
 from engine.training.world import ALONE, World
 
@@ -71,6 +72,15 @@ class Job:
     def network_seed(self, stage: Stage) -> int:
         """A seed of its own for a stage that trains all blocks together; behind those of the blocks."""
         return self.seed(self.blocks + network_stages().index(stage))
+
+    def micro_batch(self, stage: Stage) -> int:
+        """Sequences that pass at a time where ``stage`` trains the whole network: as asked for, else as the
+        plan of the first attempt chose."""
+        asked = costs_of(stage).micro_batch(self.config)
+        if asked:
+            return asked
+        chosen: int = self.store.fact(micro_batch_fact(stage)) or self.plan.micro_batches[stage.name]
+        return chosen
 
     # What is trained so far
 

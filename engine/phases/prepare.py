@@ -25,7 +25,7 @@ from engine.plan.plan import Plan
 from engine.quant.packed import Kernels
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
-from engine.run.facts import done_fact, eval_fact
+from engine.run.facts import done_fact, eval_fact, micro_batch_fact
 from engine.run.task import Task
 from engine.training.world import ALONE, World
 
@@ -67,11 +67,22 @@ def prepare(
     job = Job(run, config, plan, report, source, lm, tokens, store, world)
     if config.evaluation.enabled and task in ("run", "eval"):
         job.tasks = _questions(job)
-    if task != "run":
+    if task == "run":
+        _remember_micro_batches(job)
+    else:
         _require_finished(job, task)
     for stage in versions():
         recall(job, stage)
     return job
+
+
+def _remember_micro_batches(job: Job) -> None:
+    """What the plan of the first attempt chose; the first checkpoint keeps it, before anything is trained of
+    the whole network."""
+    for stage in network_stages():
+        name, chosen = micro_batch_fact(stage), job.plan.micro_batches.get(stage.name)
+        if chosen is not None and job.store.fact(name) is None:
+            job.store.remember(name, chosen)
 
 
 def _switch_on_kernels(config: RunConfig, device: torch.device, report: Reporter) -> None:

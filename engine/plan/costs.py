@@ -149,6 +149,18 @@ class StageCosts:
         wanted = self.recomputation(work.config)
         return work.short_of_memory if wanted == "auto" else wanted == "on"
 
+    def micro_batch(self, config: RunConfig) -> int | None:
+        """How many sequences pass at a time, where a setting of its own says so; 0 leaves it to the plan."""
+        return None
+
+    def micro_batches(self, config: RunConfig) -> Sequence[int]:
+        """The numbers that this may be, rising."""
+        return ()
+
+    def with_micro_batch(self, work: Workload, count: int) -> Workload:
+        """The same work with ``count`` of them."""
+        return work
+
     # Time
 
     def seconds(self, work: Workload, rates: Speed, stored_bytes: int) -> float:

@@ -193,6 +193,9 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """Evaluation windows."""
     compiled: frozenset[str] = frozenset()
     """Stages whose training is compiled, and keeps less for its backward pass."""
+    open_micro_batches: frozenset[str] = frozenset()
+    """Stages of the whole network that leave to the plan how many sequences pass at a time; ``config`` says
+    one, until that is settled."""
     short_of_memory: bool = True
     """Where that is left to the plan, a training of the whole network recomputes activations."""
 

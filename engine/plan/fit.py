@@ -95,25 +95,50 @@ def choose_store(work: Workload, machine: Machine) -> tuple[StoreKind, str]:
     return "disk", f"{size} of activations fit neither into GPU nor into host memory"
 
 
-def settle_recomputation(work: Workload, machine: Machine) -> Workload:
-    """A training of the whole network keeps its activations where there is room for all of them beside the
-    rest.
+ALMOST = 1.03
+"""A training that takes this many times the shortest counts as no longer: what needs less memory wins."""
 
-    That is a third less work, but not worth moving the activation streams to a slower place.
+
+def settle_network(work: Workload, machine: Machine, rates: Speed) -> Workload:
+    """How a training of the whole network goes about it, where that is left to the plan: how many sequences
+    pass at a time, and whether each block's activations are kept or recomputed.
+
+    The fastest way that fits wins; but none is worth moving the activation streams to a slower place.
+    ``work`` asks for the least memory of all ways.
     """
-    undecided = [costs for costs in made_costs(work.config) if costs.recomputation(work.config) == "auto"]
-    if not undecided:
-        return work
     store, _ = choose_store(work, machine)
-    keeps = msgspec.structs.replace(work, short_of_memory=False)
+    networks = [costs for costs in made_costs(work.config) if costs.stage.scope == "network"]
+    short, roomy = (
+        _settle_micro_batches(msgspec.structs.replace(work, short_of_memory=value), store, machine, rates)
+        for value in (True, False)
+    )
+    if not all(_has_room(costs, roomy, store, machine) for costs in networks):
+        return short
 
-    def has_room(costs: StageCosts) -> bool:
-        memory = phase_memory(keeps, costs.stage.name)
-        if work.cuda:
-            return memory.gpu(store) <= (machine.gpu_free - CONSTANTS.cuda_context) * (1 - GPU_RESERVE)
-        return host_memory(keeps, memory, store) <= host_budget(work.config, machine)
+    def seconds(work: Workload) -> float:
+        return sum(costs.seconds(work, rates, 0) for costs in networks)
 
-    return keeps if all(map(has_room, undecided)) else work
+    return roomy if seconds(roomy) <= seconds(short) else short
+
+
+def _settle_micro_batches(work: Workload, store: StoreKind, machine: Machine, rates: Speed) -> Workload:
+    """Every stage of the whole network that leaves it to the plan passes as many sequences at a time as make
+    it faster and fit."""
+    for costs in made_costs(work.config):
+        if costs.stage.name not in work.open_micro_batches:
+            continue
+        ways = [costs.with_micro_batch(work, count) for count in costs.micro_batches(work.config)]
+        fitting = [way for way in ways if _has_room(costs, way, store, machine)] or ways[:1]
+        seconds = [costs.seconds(way, rates, 0) for way in fitting]
+        work = next(way for way, one in zip(fitting, seconds, strict=True) if one <= ALMOST * min(seconds))
+    return work
+
+
+def _has_room(costs: StageCosts, work: Workload, store: StoreKind, machine: Machine) -> bool:
+    memory = phase_memory(work, costs.stage.name)
+    if work.cuda:
+        return memory.gpu(store) <= (machine.gpu_free - CONSTANTS.cuda_context) * (1 - GPU_RESERVE)
+    return host_memory(work, memory, store) <= host_budget(work.config, machine)
 
 
 def recomputes(work: Workload) -> bool:

@@ -1,6 +1,7 @@
 """What it costs to train the whole quantized network at once, whatever is trained of it.
 
-Beside the fields of every training, its section has ``micro_batch_size`` and ``activation_checkpointing``.
+Beside the fields of every training, its section has ``micro_batch_size`` (0 leaves it to the plan) and
+``activation_checkpointing``.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from typing import Literal
+
+import msgspec
 
 from engine.config.run import RunConfig
 from engine.plan.costs import Ladder, Pain, Training, down_to_one, halves
@@ -17,6 +20,9 @@ from engine.plan.passages import passing
 from engine.plan.rates import Speed, load_seconds
 from engine.plan.streams import shares_teacher
 from engine.plan.training_costs import TrainingCosts
+
+MOST_AT_A_TIME = 1024
+"""Sequences; what passes at a time is full long before."""
 
 
 class NetworkTraining(TrainingCosts):
@@ -40,6 +46,19 @@ class NetworkTraining(TrainingCosts):
             self.section(config), "activation_checkpointing", "off"
         )
         return wanted
+
+    def micro_batch(self, config: RunConfig) -> int | None:
+        asked: int | None = getattr(self.section(config), "micro_batch_size", None)
+        return asked
+
+    def micro_batches(self, config: RunConfig) -> list[int]:
+        batch = self.section(config).batch_size
+        return [count for count in range(1, min(batch, MOST_AT_A_TIME) + 1) if batch % count == 0]
+
+    def with_micro_batch(self, work: Workload, count: int) -> Workload:
+        section = msgspec.structs.replace(self.section(work.config), micro_batch_size=count)
+        config = msgspec.structs.replace(work.config, **{self.section_name: section})
+        return msgspec.structs.replace(work, config=config)
 
     def teacher_bytes(self, work: Workload) -> int:
         """The last hidden states that it learns from."""

@@ -12,7 +12,7 @@ of them into the error a run ends with.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from engine.config.run import RunConfig
 from engine.config.runtime import StoreKind
 from engine.config.stages import Scope
 from engine.errors import DataError, EqatError, PreflightError
-from engine.plan.costs import Steps, Text, made_costs
+from engine.plan.costs import StageCosts, Steps, Text, made_costs
 from engine.plan.disk_model import assets_bytes
 from engine.plan.estimate import Workload
 from engine.plan.export_sizes import sizes
@@ -37,7 +37,7 @@ from engine.plan.fit import (
     gpu_remedy,
     problems,
     recomputes,
-    settle_recomputation,
+    settle_network,
 )
 from engine.plan.machine import Machine, detect
 from engine.plan.memory_model import host_memory, phase_memory
@@ -97,6 +97,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks are compiled for the training of the whole network; called so since E2E-QP was the only one."""
     compiles_passages: bool
     """Blocks are compiled for the streams that pass through them, and for perplexity."""
+    micro_batches: dict[str, int]
+    """Sequences that pass at a time, by the name of each stage that trains the whole network."""
     recomputes: bool
     """The training of the whole network recomputes each block's activations in the backward pass."""
     published: Published | None
@@ -131,7 +133,7 @@ def make_plan(
     wanted = device or config.runtime.device
     machine = machine or detect(runs_dir, wanted)
     work, unknown_text = _workload(config, model, machine, wanted)
-    work = settle_recomputation(work, machine)
+    work = settle_network(work, machine, _rates(work, machine))
     place = _place(work, model, machine)
     store, reason = choose_store(work, machine)
     recovery = place.recovery(work, store)
@@ -163,6 +165,7 @@ def make_plan(
         compiles=_trains(work, "block", place.rates).compiled,
         compiles_e2e=_trains(work, "network", place.rates).compiled,
         compiles_passages=compiles_passages(work, place.rates),
+        micro_batches=_micro_batches(work),
         recomputes=recomputes(work),
         published=published(config.model.source, work.arch, config.grid),
         warnings=tuple(filter(None, [*_warnings(work, model, unknown_text), promise])),
@@ -176,6 +179,12 @@ def _trains(work: Workload, scope: Scope, rates: Speed) -> Steps:
     of_scope = [costs for costs in made_costs(work.config) if costs.stage.scope == scope]
     steps = [costs.steps(work, rates) for costs in of_scope]
     return Steps(any(one.recorded for one in steps), any(one.compiled for one in steps))
+
+
+def _micro_batches(work: Workload) -> dict[str, int]:
+    """Of every training of the whole network that has such a setting."""
+    found = {costs.stage.name: costs.micro_batch(work.config) for costs in made_costs(work.config)}
+    return {name: count for name, count in found.items() if count is not None}
 
 
 def _texts(config: RunConfig) -> list[Text]:
@@ -226,9 +235,19 @@ def _workload(
     cuda = device.startswith("cuda") or (device == "auto" and machine.gpu_name is not None)
     windows, unknown_text = evaluation_windows(config, model.architecture)
     work = Workload(arch=model.architecture, config=config, cuda=cuda, windows=windows)
+    open_ones = [costs for costs in made_costs(config) if costs.micro_batch(config) == 0]
+    for costs in open_ones:
+        work = costs.with_micro_batch(work, 1)
     rates = _rates(work, machine)
-    compiled = {costs.stage.name for costs in made_costs(config) if costs.steps(work, rates).compiled}
-    return msgspec.structs.replace(work, compiled=frozenset(compiled)), unknown_text
+    return msgspec.structs.replace(
+        work,
+        compiled=_named(costs for costs in made_costs(config) if costs.steps(work, rates).compiled),
+        open_micro_batches=_named(open_ones),
+    ), unknown_text
+
+
+def _named(found: Iterable[StageCosts]) -> frozenset[str]:
+    return frozenset(costs.stage.name for costs in found)
 
 
 def _rates(work: Workload, machine: Machine) -> Speed:

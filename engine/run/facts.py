@@ -35,6 +35,12 @@ MICRO_BATCH = "block_ap_micro_batch"
 """From which block on memory sufficed for how many sequences at a time, if that is less than a batch."""
 
 
+def micro_batch_fact(stage: Stage) -> str:
+    """Name of how many sequences the training of a whole network takes at a time, where the plan chose it:
+    remembered, so that a resumed training adds up the same sums on a machine that would choose otherwise."""
+    return f"{stage.name}_micro_batch"
+
+
 def done_fact(stage: Stage) -> str:
     """Name of the fact that a stage of the whole network is trained."""
     return f"{stage.name}_done"
@@ -168,6 +174,7 @@ def _kinds(stages: tuple[str, ...]) -> tuple[tuple[re.Pattern[str], Any, bool], 
         (TRAINING, TrainingFact, True),
         (halvings_fact(f"({STREAM_NAMES})"), Halvings, True),
         (MICRO_BATCH, MicroBatches | Annotated[int, msgspec.Meta(ge=1, le=1 << 31)], True),
+        (rf"({networks})_micro_batch", Annotated[int, msgspec.Meta(ge=1, le=1 << 31)], True),
         (rf"({networks})_done", Literal[True], True),
     )
     return tuple((re.compile(pattern), kind, essential) for pattern, kind, essential in kinds)

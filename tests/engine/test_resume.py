@@ -13,6 +13,7 @@ import pytest
 from engine_runs import Child, change, exported, failure, of, output, run_here
 from waiting import holds_back, waits
 
+from engine.plan.network_training import NetworkTraining
 from engine.run import control, events
 from engine.run.directory import RunDirectory
 from engine.run.liveness import run_state
@@ -89,6 +90,29 @@ def test_killed_in_the_middle_of_end_to_end_training_it_trains_no_block_again(
     assert exported(run) == uninterrupted
     assert {e.phase for e in of(run, events.Metric, attempt=2)} == {"e2e_qp"}
     assert all(e.restored for e in of(run, events.BlockFinished, attempt=2))
+
+
+def test_how_many_sequences_pass_at_a_time_is_chosen_once(
+    make: Make, engine: Engine, finished_once: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan of another moment would choose otherwise, and other sums would be added up."""
+    settings = {**SLOW, "e2e_qp.micro_batch_size": 0}
+    whole = finished_once(**settings)
+    chosen = [event.plan["micro_batches"]["e2e_qp"] for event in of(whole, events.Plan)]
+    assert chosen[0] > 1
+    run = make(**settings)
+    child = engine(run)
+    child.until(lambda: finished_blocks(run))
+    child.send(signal.SIGTERM)
+    assert child.code() == 75, output(run)
+    monkeypatch.setattr(NetworkTraining, "micro_batches", lambda self, config: [1])
+    assert run_here(run) == 0
+    assert of(run, events.Plan, attempt=2)[0].plan["micro_batches"] == {"e2e_qp": 1}
+    assert exported(run) == exported(whole)
+
+    asked = make(**SLOW)
+    assert run_here(asked) == 0
+    assert exported(asked) != exported(whole), "nothing would be noticed here"
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(

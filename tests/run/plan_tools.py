@@ -61,7 +61,9 @@ PAPER = RunConfig(
     grid=GridConfig(bits=2, group_size=64, range="minmax"),
     data=DataConfig(source="redpajama"),
     block_ap=BlockAPConfig(sequences=4096, val_sequences=64, sequence_length=2048, batch_size=2),
-    e2e_qp=E2EQPConfig(sequences=4096, val_sequences=0, sequence_length=4096, loss="cross_entropy"),
+    e2e_qp=E2EQPConfig(
+        sequences=4096, val_sequences=0, sequence_length=4096, micro_batch_size=1, loss="cross_entropy"
+    ),
 )
 
 

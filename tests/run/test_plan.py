@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from plan_tools import H200, LLAMA_2_7B, PAPER, machine, paper
+from plan_tools import H200, LLAMA_2, LLAMA_2_7B, PAPER, SHAPES, machine, paper
 
 from engine.architecture.description import TINY_LLAMA
 from engine.architecture.families import architecture
@@ -144,6 +144,46 @@ def test_activations_are_recomputed_where_memory_asks_for_it(
     # Where the activation streams live is not given up for it.
     if setting == "auto":
         assert plan.activation_store == recomputed.activation_store
+
+
+@pytest.mark.parametrize(
+    ("machine", "fewest", "most"),
+    [
+        ({}, 8, 8),
+        ({"gpu_name": "NVIDIA L4", "gpu_free": 22 * GIB, "gpu_total": 23 * GIB}, 2, 8),
+        ({"gpu_free": 6 * GIB, "gpu_total": 8 * GIB}, 1, 8),
+        ({"gpu_free": 3 * GIB, "gpu_total": 4 * GIB}, 1, 4),
+        ({"gpu_name": None, "host_free": 100 * GIB}, 1, 8),
+        ({"gpu_name": None, "host_free": 9 * GIB}, 1, 1),
+    ],
+)
+def test_as_many_sequences_pass_at_a_time_as_make_a_training_faster_and_fit(
+    tmp_path: Path, machine: dict[str, Any], fewest: int, most: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2 | SHAPES["135m"]))
+    config = RunConfig(model=ModelConfig(source=str(tmp_path)))
+    assert config.e2e_qp.micro_batch_size == 0
+    there = msgspec.structs.replace(H200, **machine)
+    plan = make_plan(config, machine=there)
+    chosen = plan.micro_batches["e2e_qp"]
+    assert fewest <= chosen <= most
+    assert config.e2e_qp.batch_size % chosen == 0
+    assert plan.problems == ()
+
+    def planned(count: int) -> tuple[Plan, float]:
+        plan = make_plan(with_setting(config, "e2e_qp.micro_batch_size", str(count)), machine=there)
+        return plan, next(phase.seconds for phase in plan.phases if phase.name == "e2e_qp")
+
+    asked, seconds = planned(chosen)
+    assert asked.recomputes == plan.recomputes
+    assert asked.phases == plan.phases, "chosen or asked for, it is the same plan"
+    for count in (1, 2, 4, 8):
+        other, other_seconds = planned(count)
+        assert other.micro_batches == {"e2e_qp": count}, "what is asked for is not changed"
+        spare = 0.85 * there.gpu_free - CONSTANTS.cuda_context  # some of it is left alone
+        fits = other.problems == () and (other.peak_gpu_bytes or 0) <= spare
+        if fits and other.activation_store == plan.activation_store:
+            assert seconds <= 1.03 * other_seconds, "no way that fits is much faster"
 
 
 @pytest.mark.parametrize(("recomputed", "measured"), [("off", 69.6), ("on", 11.2)])

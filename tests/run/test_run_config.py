@@ -318,7 +318,7 @@ WRONG: list[tuple[str, Any]] = [
     *[(f"{phase}.train", ("scales", "scales")) for phase in ("block_ap", "e2e_qp")],
     *[(f"{phase}.batch_size", 10**6) for phase in ("block_ap", "e2e_qp")],
     *[(name, lr) for name in ("block_ap.lr_weight", "block_ap.lr_quant", "e2e_qp.lr") for lr in (0.0, -1e-4)],
-    ("e2e_qp.micro_batch_size", 0),
+    ("e2e_qp.micro_batch_size", -1),
     ("e2e_qp.micro_batch_size", 3),
     ("e2e_qp.warmup_fraction", 1.1),
     ("evaluation.windows", -1),

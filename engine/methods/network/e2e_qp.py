@@ -62,7 +62,7 @@ def train_scales(
     settings = Settings(
         epochs=config.epochs,
         batch_size=config.batch_size,
-        micro_batch=config.micro_batch_size,
+        micro_batch=config.micro_batch_size or config.batch_size,
         weight_decay=config.weight_decay,
         grad_clip=config.grad_clip,
         lr_final_fraction=config.lr_final_fraction,
