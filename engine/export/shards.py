@@ -31,7 +31,8 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from engine.architecture.headers import ALIGNMENT, INDEX_NAME, SINGLE_NAME
-from engine.checkpoints.tensorfile import DTYPE_NAMES, tensor_bytes
+from engine.checkpoints.tensorfile import tensor_bytes
+from engine.models.weights import TYPE_NAMES
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -125,7 +126,7 @@ class ShardWriter:
         data = tensor_bytes(tensor)
         end = shard.offset + data.nbytes
         shard.header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
+            "dtype": TYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [shard.offset, end],
         }

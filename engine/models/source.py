@@ -54,6 +54,7 @@ class ModelSource:
         file: Path | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        is_part: bool = False,
     ) -> None:
         refuse_config(config, name)
         self.name = name
@@ -65,6 +66,8 @@ class ModelSource:
         self.file = file
         self.revision = revision
         self.trust_remote_code = trust_remote_code
+        self.is_part = is_part
+        """Whether it is the language model of a larger one (that sees, hears), whose files these are."""
         # Taken now: running the model can correct the configuration (a head that is not tied after all).
         with foreign("its configuration cannot be written down", name):
             self._sha256 = self._digest()
@@ -101,6 +104,7 @@ class ModelSource:
             # The cache names a snapshot's folder after its commit.
             revision=directory.name if hub_id else None,
             trust_remote_code=model.trust_remote_code,
+            is_part=text is not config,
         )
 
     @classmethod
