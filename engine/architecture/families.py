@@ -10,14 +10,14 @@ linears are read from them, so that the sizes are those of the files, not of a f
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
+from engine.architecture.counting import count
 from engine.architecture.headers import TensorInfo
-from engine.architecture.limits import MOST_BLOCKS
 from engine.config.dtypes import DTYPE_BYTES
 from engine.errors import PreflightError
 
@@ -62,6 +62,7 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     head_params: int
     """0 when tied."""
     final_norm_params: int
+    """All vectors outside the blocks."""
     max_positions: int
     sliding_window: int | None = None
     eager_attention: bool = False
@@ -72,6 +73,12 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     """False: sizes are those of a Llama with these fields, which this model type may differ from."""
     fused: tuple[str, ...] = ()
     """3-D weights seen in the checkpoint: fused experts, which are not linears."""
+    other_outer_params: int = 0
+    """Learned positions and projections outside the blocks."""
+    carried: tuple[tuple[str, int], ...] = ()
+    """Names and bytes of what the checkpoint holds besides the model, and an export takes over as it is."""
+    coded: tuple[tuple[str, str], ...] = ()
+    """The first weight that is not stored as floating-point numbers, and its type."""
     block_prefix: str = "model.layers"
 
     @property
@@ -88,8 +95,13 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rest_params(self) -> int:
-        """Embeddings, head and final norm: what stays 16-bit besides the norms and biases of blocks."""
-        return self.embed_params + self.head_params + self.final_norm_params
+        """Embeddings, head, final norm and what else lies outside the blocks: all of it stays 16-bit, as do the
+        norms and biases of blocks."""
+        return self.embed_params + self.head_params + self.final_norm_params + self.other_outer_params
+
+    @property
+    def carried_bytes(self) -> int:
+        return sum(nbytes for _, nbytes in self.carried)
 
     @property
     def params(self) -> int:
@@ -206,7 +218,8 @@ def architecture(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
         eager_attention=fields.get("attn_logit_softcapping", None) is not None,
         exact=model_type in FAMILIES,
     )
-    return _with_headers(formula, tensors) if tensors else formula
+    is_part = isinstance(config.get("text_config"), Mapping)
+    return _with_headers(formula, tensors, is_part=is_part) if tensors else formula
 
 
 class _Fields:
@@ -271,45 +284,52 @@ def _linears(
     )
 
 
-IN_BLOCK = re.compile(r"^(?P<prefix>.*?\b(?:layers|h|blocks))\.(?P<block>\d{1,6})\.(?P<name>.+)$")
-
-
-def _with_headers(formula: Architecture, tensors: Mapping[str, TensorInfo]) -> Architecture:
-    """Replace the formula's block by the largest block that the headers describe."""
-    blocks: dict[tuple[str, int], dict[str, TensorInfo]] = {}
-    for name, info in tensors.items():
-        if (match := IN_BLOCK.match(name)) and "vision" not in name and int(match["block"]) < MOST_BLOCKS:
-            blocks.setdefault((match["prefix"], int(match["block"])), {})[match["name"]] = info
-    if not blocks:
+def _with_headers(formula: Architecture, tensors: Mapping[str, TensorInfo], *, is_part: bool) -> Architecture:
+    """Replace the formula's sizes by those that the headers describe; of blocks that differ by the
+    largest's."""
+    counted = count(tensors, formula.blocks, is_part=is_part)
+    if counted is None or not counted.blocks:
         return formula
-    key = max(blocks, key=lambda each: sum(info.elements for info in blocks[each].values()))
-    block = blocks[key]
+    key = max(counted.blocks, key=lambda each: sum(info.elements for info in counted.blocks[each].values()))
+    block, prefix = counted.blocks[key], f"{counted.list_name}.{key}"
     names = [name.removesuffix(".weight") for name, info in block.items() if len(info.shape) == 2]
     known = [linear.name for linear in formula.linears]
     names.sort(key=lambda name: known.index(name) if name in known else len(known))
     shapes = {name: block[name + ".weight"].shape for name in names if name + ".weight" in block}
     if empty := [name for name, shape in shapes.items() if not min(shape)]:
         raise PreflightError(
-            "this tensor has no elements",
-            where=f"{key[0]}.{key[1]}.{empty[0]}.weight",
-            hint="download it again",
+            "this tensor has no elements", where=f"{prefix}.{empty[0]}.weight", hint="download it again"
         )
     linears = tuple(
         LinearShape(name, out, into, f"{name}.bias" in block) for name, (out, into) in shapes.items()
     )
-    counted = {f"{linear.name}.{part}" for linear in linears for part in ("weight", "bias")}
-    norms = sum(
-        info.elements
-        for name, info in block.items()
-        if len(info.shape) == 1 and name not in counted and "inv_freq" not in name
-    )
+    parts = {f"{linear.name}.{part}" for linear in linears for part in ("weight", "bias")}
+    fused = [name for name, info in block.items() if len(info.shape) == 3]
     largest = block[linears[0].name + ".weight"] if linears else next(iter(block.values()))
+    norms = {name: info for name, info in counted.outer.items() if len(info.shape) < 2}
+    tables = {name: info for name, info in counted.outer.items() if name not in norms}
+    embedding = tables.pop(counted.embedding, None)
+    # A tied head may be stored all the same; a head that is nowhere is the embedding.
+    tied = formula.tied or not counted.head
     return msgspec.structs.replace(
         formula,
         linears=linears or formula.linears,
-        norm_params_per_block=norms,
+        norm_params_per_block=_elements(
+            {name: info for name, info in block.items() if name not in parts and name not in fused}
+        ),
+        embed_params=embedding.elements if embedding else formula.embed_params,
+        tied=tied,
+        head_params=0 if tied else _elements(counted.head),
+        final_norm_params=_elements(norms),
+        other_outer_params=_elements(tables),
+        carried=tuple((name, info.nbytes) for name, info in counted.carried.items()),
         dtype_bytes=STORED_BYTES.get(largest.dtype, formula.dtype_bytes),
         exact=bool(linears),
-        fused=tuple(f"{key[0]}.{key[1]}.{name}" for name, info in block.items() if len(info.shape) == 3),
-        block_prefix=key[0],
+        fused=tuple(f"{prefix}.{name}" for name in fused),
+        coded=tuple(itertools.islice(counted.coded(), 1)),
+        block_prefix=counted.list_name,
     )
+
+
+def _elements(tensors: Mapping[str, TensorInfo]) -> int:
+    return sum(info.elements for info in tensors.values())

@@ -48,6 +48,8 @@ def _refuse_kind(arch: Architecture, config: Mapping[str, Any]) -> None:
     if quantized:
         method = quantized.get("quant_method", "") if isinstance(quantized, Mapping) else ""
         raise already_quantized(method, where)
+    for name, stored in arch.coded:
+        refuse_stored_type(name, stored, where)
     experts = [name for name in EXPERT_FIELDS if isinstance(text.get(name), int) and text[name] > 1]
     if experts or arch.fused:
         where = arch.fused[0] if arch.fused else f"{arch.block_prefix}.0.mlp.experts"

@@ -91,6 +91,7 @@ def _sorted_out(model: CausalLM) -> Iterator[CarriedTensor | SkippedTensor]:
     if not isinstance(reader, SafetensorsReader):
         return
     structure = model.model.state_dict().keys()
+    unlisted = set(reader.unlisted())
     computed = {name for name, _ in model.model.named_buffers()} - structure
     for each in model.names.leftovers:
         shape = reader.shape(each.stored)
@@ -102,7 +103,7 @@ def _sorted_out(model: CausalLM) -> Iterator[CarriedTensor | SkippedTensor]:
             yield SkippedTensor(each.stored, why)
         elif model.source.is_part and not each.inside:
             yield SkippedTensor(each.stored, "not of the language model")
-        elif each.stored in reader.unlisted():
+        elif each.stored in unlisted:
             yield SkippedTensor(each.stored, "not in the index")
         else:
             yield CarriedTensor(each.name, each.stored, reader.stored_type(each.stored), shape, reader)

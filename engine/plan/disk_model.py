@@ -113,6 +113,7 @@ def header_room(arch: Architecture, form: str) -> int:
         for linear in arch.linears:
             names += [f"{prefix}.{linear.name}.{tensor}" for tensor in tensors]
             names += [f"{prefix}.{linear.name}.bias"] if linear.bias else []
+    names += [name for name, _ in arch.carried for _ in range(2)]  # as the export counts them
     return 8 + headers.header_room(names)
 
 

@@ -1,8 +1,8 @@
 """What the weights weigh: an export in each format, the 16-bit model, bits a quantized weight.
 
 A group of g weights of b bits costs g*b bits of codes, b of zero point and 16 of scale; everything that is
-not the weight of a linear stays at 16 bits. What else a format writes for a linear, its row of the table
-says (``Format.costs``).
+not the weight of a linear stays at 16 bits, and what is no part of the model is taken over as it is. What
+else a format writes for a linear, its row of the table says (``Format.costs``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def exported_bytes(arch: Architecture, grid: GridConfig, name: str) -> int:
         for linear in arch.linears
     )
     others = 2 * (arch.bias_params_per_block + arch.norm_params_per_block)
-    return arch.blocks * (linears + others) + 2 * arch.rest_params
+    return arch.blocks * (linears + others) + 2 * arch.rest_params + arch.carried_bytes
 
 
 class Sizes(msgspec.Struct, frozen=True):

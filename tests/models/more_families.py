@@ -92,8 +92,10 @@ def model(name: str, seed: int = 0) -> PreTrainedModel:
     return whole.eval()
 
 
-def build(folder: Path, name: str, *, seed: int = 0, **saving: Any) -> Path:
+def build(
+    folder: Path, name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **saving: Any
+) -> Path:
     """Save one, and its tokenizer, in ``folder``."""
-    model(name, seed).save_pretrained(folder, **saving)
+    model(name, seed).to(dtype).save_pretrained(folder, **saving)
     byte_tokenizer(ROWS["vocab_size"]).save_pretrained(folder)
     return folder
