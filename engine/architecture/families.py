@@ -1,11 +1,10 @@
 """What a decoder block consists of, family by family.
 
-A decoder-only Transformer is an embedding, ``blocks`` equal blocks, a final norm and a head. For every
-family that the engine is tested with, :data:`FAMILIES` states which linears a block has and how large
-its norms are; the defaults there are those of transformers' configuration classes, because a
-config.json leaves out every field that has its default. Any other model type whose fields look like
-Llama's is taken for one and marked ``exact = False``. Where safetensors headers are at hand the block's
-linears are read from them, so that the sizes are those of the files, not of a formula.
+A decoder-only Transformer is an embedding, ``blocks`` equal blocks, a final norm and a head. What a block
+has of linears and norms, family by family, is in the table (:mod:`engine.architecture.family_table`). Any
+other model type whose fields look like Llama's is taken for one and marked ``exact = False``. Where
+safetensors headers are at hand the block's linears are read from them, so that the sizes are those of the
+files, not of a formula.
 """
 
 from __future__ import annotations
@@ -16,8 +15,11 @@ from typing import Any
 
 import msgspec
 
+from engine.architecture.family_table import ALIASES, FAMILIES, LLAMA, Family
 from engine.architecture.headers import TensorInfo
+from engine.architecture.leftovers import why_no_weight
 from engine.architecture.limits import MOST_BLOCKS
+from engine.architecture.unfit import Unfit, first_unfit, is_norm, unfit_in
 from engine.config.dtypes import DTYPE_BYTES
 from engine.errors import PreflightError
 
@@ -70,8 +72,13 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes a weight is stored with in the checkpoint, GGUF counted as the float32 it is unpacked to."""
     exact: bool = True
     """False: sizes are those of a Llama with these fields, which this model type may differ from."""
-    fused: tuple[str, ...] = ()
-    """3-D weights seen in the checkpoint: fused experts, which are not linears."""
+    unfit: Unfit | None = None
+    """A weight of a block, seen in the files, that is not that of an ``nn.Linear``."""
+    from_files: bool = False
+    """The files' headers were seen, so that ``unfit`` is an answer; else only the configuration speaks."""
+    position_table: str = ""
+    """The field that says how many rows the table of positions has; empty where there is no table, so that
+    a longer text can be read."""
     block_prefix: str = "model.layers"
 
     @property
@@ -103,56 +110,6 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class Family(msgspec.Struct, frozen=True, kw_only=True):
-    """How a model type differs from Llama, and the defaults of its configuration class."""
-
-    defaults: dict[str, Any]
-    qkv_bias: bool | None = None
-    """None: the field ``attention_bias`` decides, for the output projection too."""
-    norms: tuple[str, ...] = ("hidden", "hidden")
-    """Width of every norm in a block: hidden, head_dim (per-head), q or kv (over all heads)."""
-    fused: bool = False
-    """One linear for q, k, v and one for gate and up."""
-
-
-def _defaults(sizes: str, *, head_dim: int | None = None, tied: bool = False) -> dict[str, Any]:
-    """Six sizes in the order of transformers' signatures, as a configuration."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    *values, kv_heads = (None if size == "-" else int(size) for size in sizes.split())
-    fields: dict[str, Any] = dict(zip(names, values, strict=True))
-    return {**fields, "num_key_value_heads": kv_heads, "head_dim": head_dim, "tie_word_embeddings": tied}
-
-
-LLAMA = Family(defaults=_defaults("32000 4096 11008 32 32 -"))
-FAMILIES: dict[str, Family] = {
-    "llama": LLAMA,
-    "mistral": Family(defaults=_defaults("32000 4096 14336 32 32 8"), qkv_bias=False),
-    "qwen2": Family(defaults=_defaults("151936 4096 22016 32 32 32"), qkv_bias=True),
-    "qwen3": Family(
-        defaults=_defaults("151936 4096 22016 32 32 32", head_dim=128),
-        norms=("hidden", "hidden", "head_dim", "head_dim"),
-    ),
-    "gemma2": Family(
-        defaults=_defaults("256000 2304 9216 26 8 4", head_dim=256, tied=True)
-        | {"attn_logit_softcapping": 50.0},
-        norms=("hidden",) * 4,
-    ),
-    "gemma3_text": Family(
-        defaults=_defaults("262208 2304 9216 26 8 4", head_dim=256, tied=True),
-        norms=("hidden",) * 4 + ("head_dim",) * 2,
-    ),
-    "phi3": Family(defaults=_defaults("32064 3072 8192 32 32 -"), qkv_bias=False, fused=True),
-    "olmo2": Family(defaults=_defaults("50304 4096 11008 32 32 -"), norms=("hidden", "hidden", "q", "kv")),
-    "smollm3": Family(defaults=_defaults("128256 2048 11008 36 16 4", tied=True)),
-}
-
-ALIASES = {
-    "hidden_size": ("n_embd", "d_model", "dim"),
-    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
-    "num_attention_heads": ("n_head", "n_heads"),
-    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
-    "max_position_embeddings": ("n_positions", "max_sequence_length"),
-}
 STORED_BYTES = {**DTYPE_BYTES, "float64": 8, "F32": 4, "F64": 8, "F16": 2, "BF16": 2}
 """Bytes of a weight, by what a configuration or a header calls its type."""
 
@@ -199,12 +156,13 @@ def architecture(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
         head_params=0 if tied else vocab * hidden,
         final_norm_params=hidden,
         max_positions=fields.optional_size("max_position_embeddings") or 0,
+        position_table=family.position_table,
         sliding_window=fields.optional_size("sliding_window"),
         dtype_bytes=STORED_BYTES.get(
             str(text.get("dtype") or text.get("torch_dtype")).removeprefix("torch."), 2
         ),
         eager_attention=fields.get("attn_logit_softcapping", None) is not None,
-        exact=model_type in FAMILIES,
+        exact=model_type in FAMILIES and family.exact,
     )
     return _with_headers(formula, tensors) if tensors else formula
 
@@ -271,20 +229,21 @@ def _linears(
     )
 
 
-IN_BLOCK = re.compile(r"^(?P<prefix>.*?\b(?:layers|h|blocks))\.(?P<block>\d{1,6})\.(?P<name>.+)$")
+IN_BLOCK = re.compile(r"^(?P<prefix>.*?\b(?:layers|h|blocks|blk))\.(?P<block>\d{1,6})\.(?P<name>.+)$")
 
 
 def _with_headers(formula: Architecture, tensors: Mapping[str, TensorInfo]) -> Architecture:
     """Replace the formula's block by the largest block that the headers describe."""
-    blocks: dict[tuple[str, int], dict[str, TensorInfo]] = {}
-    for name, info in tensors.items():
-        if (match := IN_BLOCK.match(name)) and "vision" not in name and int(match["block"]) < MOST_BLOCKS:
-            blocks.setdefault((match["prefix"], int(match["block"])), {})[match["name"]] = info
+    blocks = _stored_blocks(tensors)
     if not blocks:
         return formula
-    key = max(blocks, key=lambda each: sum(info.elements for info in blocks[each].values()))
+    key = _largest(blocks)
     block = blocks[key]
-    names = [name.removesuffix(".weight") for name, info in block.items() if len(info.shape) == 2]
+    names = [
+        name.removesuffix(".weight")
+        for name, info in block.items()
+        if len(info.shape) == 2 and not is_norm(name)
+    ]
     known = [linear.name for linear in formula.linears]
     names.sort(key=lambda name: known.index(name) if name in known else len(known))
     shapes = {name: block[name + ".weight"].shape for name in names if name + ".weight" in block}
@@ -301,7 +260,7 @@ def _with_headers(formula: Architecture, tensors: Mapping[str, TensorInfo]) -> A
     norms = sum(
         info.elements
         for name, info in block.items()
-        if len(info.shape) == 1 and name not in counted and "inv_freq" not in name
+        if (len(info.shape) == 1 or is_norm(name)) and name not in counted and "inv_freq" not in name
     )
     largest = block[linears[0].name + ".weight"] if linears else next(iter(block.values()))
     return msgspec.structs.replace(
@@ -310,6 +269,35 @@ def _with_headers(formula: Architecture, tensors: Mapping[str, TensorInfo]) -> A
         norm_params_per_block=norms,
         dtype_bytes=STORED_BYTES.get(largest.dtype, formula.dtype_bytes),
         exact=bool(linears),
-        fused=tuple(f"{key[0]}.{key[1]}.{name}" for name, info in block.items() if len(info.shape) == 3),
+        unfit=unfit_weight(tensors, formula.blocks),
+        from_files=True,
         block_prefix=key[0],
     )
+
+
+def unfit_weight(tensors: Mapping[str, TensorInfo], depth: int) -> Unfit | None:
+    """A weight in the first ``depth`` blocks that no nn.Linear has; looked for in all of them, for those of
+    one model differ."""
+    blocks = _stored_blocks(tensors)
+    if not blocks:
+        return None
+    stack, _ = _largest(blocks)
+    found: list[Unfit] = []
+    for (prefix, index), block in sorted(blocks.items()):
+        weights = {name: info for name, info in block.items() if not why_no_weight(name, info.shape)}
+        if prefix == stack and index < depth:  # what comes after the last block is not asked for
+            found += unfit_in(weights, f"{prefix}.{index}")
+    return first_unfit(found)
+
+
+def _stored_blocks(tensors: Mapping[str, TensorInfo]) -> dict[tuple[str, int], dict[str, TensorInfo]]:
+    """The tensors of each block, by the name of its stack and its number."""
+    blocks: dict[tuple[str, int], dict[str, TensorInfo]] = {}
+    for name, info in tensors.items():
+        if (match := IN_BLOCK.match(name)) and "vision" not in name and int(match["block"]) < MOST_BLOCKS:
+            blocks.setdefault((match["prefix"], int(match["block"])), {})[match["name"]] = info
+    return blocks
+
+
+def _largest(blocks: Mapping[tuple[str, int], Mapping[str, TensorInfo]]) -> tuple[str, int]:
+    return max(blocks, key=lambda each: sum(info.elements for info in blocks[each].values()))
