@@ -19,7 +19,7 @@ from engine.architecture.limits import MOST_BLOCKS
 
 Tensors = dict[str, TensorInfo]
 
-IN_BLOCK = re.compile(r"^(?P<list>.*?\b(?:layers|h|blocks))\.(?P<block>\d{1,6})\.(?P<name>.+)$")
+IN_BLOCK = re.compile(r"^(?P<list>.*?\b(?:layers|h|blocks|blk))\.(?P<block>\d{1,6})\.(?P<name>.+)$")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|unembed|output)\.(weight|bias)$")
 _TOWER = re.compile(r"vision|visual|audio|speech|image|vqmodel|multi_?modal|mm_projector")
 _BESIDE = re.compile(r"mtp|nextn|next_n|multi_token|medusa|eagle|draft")

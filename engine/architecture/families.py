@@ -1,11 +1,10 @@
 """What a decoder block consists of, family by family.
 
-A decoder-only Transformer is an embedding, ``blocks`` equal blocks, a final norm and a head. For every
-family that the engine is tested with, :data:`FAMILIES` states which linears a block has and how large
-its norms are; the defaults there are those of transformers' configuration classes, because a
-config.json leaves out every field that has its default. Any other model type whose fields look like
-Llama's is taken for one and marked ``exact = False``. Where safetensors headers are at hand the block's
-linears are read from them, so that the sizes are those of the files, not of a formula.
+A decoder-only Transformer is an embedding, ``blocks`` equal blocks, a final norm and a head. What a block
+has of linears and norms, family by family, is in the table (:mod:`engine.architecture.family_table`). Any
+other model type whose fields look like Llama's is taken for one and marked ``exact = False``. Where
+safetensors headers are at hand the block's linears are read from them, so that the sizes are those of the
+files, not of a formula.
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ from typing import Any
 
 import msgspec
 
-from engine.architecture.counting import count
+from engine.architecture.counting import Counted, count
+from engine.architecture.family_table import ALIASES, FAMILIES, LLAMA, Family
 from engine.architecture.headers import TensorInfo
+from engine.architecture.unfit import Unfit, first_unfit, is_norm, unfit_in
 from engine.config.dtypes import DTYPE_BYTES
 from engine.errors import PreflightError
 
@@ -71,8 +72,13 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes a weight is stored with in the checkpoint, GGUF counted as the float32 it is unpacked to."""
     exact: bool = True
     """False: sizes are those of a Llama with these fields, which this model type may differ from."""
-    fused: tuple[str, ...] = ()
-    """3-D weights seen in the checkpoint: fused experts, which are not linears."""
+    unfit: Unfit | None = None
+    """A weight of a block, seen in the files, that is not that of an ``nn.Linear``."""
+    from_files: bool = False
+    """The files' headers were seen, so that ``unfit`` is an answer; else only the configuration speaks."""
+    position_table: str = ""
+    """The field that says how many rows the table of positions has; empty where there is no table, so that
+    a longer text can be read."""
     other_outer_params: int = 0
     """Learned positions and projections outside the blocks."""
     carried: tuple[tuple[str, int], ...] = ()
@@ -95,8 +101,8 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rest_params(self) -> int:
-        """Embeddings, head, final norm and what else lies outside the blocks: all of it stays 16-bit, as do the
-        norms and biases of blocks."""
+        """Embeddings, head, final norm and what else lies outside the blocks: all of it stays 16-bit, like
+        the norms and biases of blocks."""
         return self.embed_params + self.head_params + self.final_norm_params + self.other_outer_params
 
     @property
@@ -115,56 +121,6 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class Family(msgspec.Struct, frozen=True, kw_only=True):
-    """How a model type differs from Llama, and the defaults of its configuration class."""
-
-    defaults: dict[str, Any]
-    qkv_bias: bool | None = None
-    """None: the field ``attention_bias`` decides, for the output projection too."""
-    norms: tuple[str, ...] = ("hidden", "hidden")
-    """Width of every norm in a block: hidden, head_dim (per-head), q or kv (over all heads)."""
-    fused: bool = False
-    """One linear for q, k, v and one for gate and up."""
-
-
-def _defaults(sizes: str, *, head_dim: int | None = None, tied: bool = False) -> dict[str, Any]:
-    """Six sizes in the order of transformers' signatures, as a configuration."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    *values, kv_heads = (None if size == "-" else int(size) for size in sizes.split())
-    fields: dict[str, Any] = dict(zip(names, values, strict=True))
-    return {**fields, "num_key_value_heads": kv_heads, "head_dim": head_dim, "tie_word_embeddings": tied}
-
-
-LLAMA = Family(defaults=_defaults("32000 4096 11008 32 32 -"))
-FAMILIES: dict[str, Family] = {
-    "llama": LLAMA,
-    "mistral": Family(defaults=_defaults("32000 4096 14336 32 32 8"), qkv_bias=False),
-    "qwen2": Family(defaults=_defaults("151936 4096 22016 32 32 32"), qkv_bias=True),
-    "qwen3": Family(
-        defaults=_defaults("151936 4096 22016 32 32 32", head_dim=128),
-        norms=("hidden", "hidden", "head_dim", "head_dim"),
-    ),
-    "gemma2": Family(
-        defaults=_defaults("256000 2304 9216 26 8 4", head_dim=256, tied=True)
-        | {"attn_logit_softcapping": 50.0},
-        norms=("hidden",) * 4,
-    ),
-    "gemma3_text": Family(
-        defaults=_defaults("262208 2304 9216 26 8 4", head_dim=256, tied=True),
-        norms=("hidden",) * 4 + ("head_dim",) * 2,
-    ),
-    "phi3": Family(defaults=_defaults("32064 3072 8192 32 32 -"), qkv_bias=False, fused=True),
-    "olmo2": Family(defaults=_defaults("50304 4096 11008 32 32 -"), norms=("hidden", "hidden", "q", "kv")),
-    "smollm3": Family(defaults=_defaults("128256 2048 11008 36 16 4", tied=True)),
-}
-
-ALIASES = {
-    "hidden_size": ("n_embd", "d_model", "dim"),
-    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
-    "num_attention_heads": ("n_head", "n_heads"),
-    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
-    "max_position_embeddings": ("n_positions", "max_sequence_length"),
-}
 STORED_BYTES = {**DTYPE_BYTES, "float64": 8, "F32": 4, "F64": 8, "F16": 2, "BF16": 2}
 """Bytes of a weight, by what a configuration or a header calls its type."""
 
@@ -211,12 +167,13 @@ def architecture(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
         head_params=0 if tied else vocab * hidden,
         final_norm_params=hidden,
         max_positions=fields.optional_size("max_position_embeddings") or 0,
+        position_table=family.position_table,
         sliding_window=fields.optional_size("sliding_window"),
         dtype_bytes=STORED_BYTES.get(
             str(text.get("dtype") or text.get("torch_dtype")).removeprefix("torch."), 2
         ),
         eager_attention=fields.get("attn_logit_softcapping", None) is not None,
-        exact=model_type in FAMILIES,
+        exact=model_type in FAMILIES and family.exact,
     )
     is_part = isinstance(config.get("text_config"), Mapping)
     return _with_headers(formula, tensors, is_part=is_part) if tensors else formula
@@ -290,9 +247,13 @@ def _with_headers(formula: Architecture, tensors: Mapping[str, TensorInfo], *, i
     counted = count(tensors, formula.blocks, is_part=is_part)
     if counted is None or not counted.blocks:
         return formula
-    key = max(counted.blocks, key=lambda each: sum(info.elements for info in counted.blocks[each].values()))
+    key = max(counted.blocks, key=lambda each: _elements(counted.blocks[each]))
     block, prefix = counted.blocks[key], f"{counted.list_name}.{key}"
-    names = [name.removesuffix(".weight") for name, info in block.items() if len(info.shape) == 2]
+    names = [
+        name.removesuffix(".weight")
+        for name, info in block.items()
+        if len(info.shape) == 2 and not is_norm(name)
+    ]
     known = [linear.name for linear in formula.linears]
     names.sort(key=lambda name: known.index(name) if name in known else len(known))
     shapes = {name: block[name + ".weight"].shape for name in names if name + ".weight" in block}
@@ -304,7 +265,8 @@ def _with_headers(formula: Architecture, tensors: Mapping[str, TensorInfo], *, i
         LinearShape(name, out, into, f"{name}.bias" in block) for name, (out, into) in shapes.items()
     )
     parts = {f"{linear.name}.{part}" for linear in linears for part in ("weight", "bias")}
-    fused = [name for name, info in block.items() if len(info.shape) == 3]
+    # A weight of more dimensions is none that a run gets as far as counting.
+    others = {name: info for name, info in block.items() if name not in parts and len(info.shape) < 3}
     largest = block[linears[0].name + ".weight"] if linears else next(iter(block.values()))
     norms = {name: info for name, info in counted.outer.items() if len(info.shape) < 2}
     tables = {name: info for name, info in counted.outer.items() if name not in norms}
@@ -314,9 +276,7 @@ def _with_headers(formula: Architecture, tensors: Mapping[str, TensorInfo], *, i
     return msgspec.structs.replace(
         formula,
         linears=linears or formula.linears,
-        norm_params_per_block=_elements(
-            {name: info for name, info in block.items() if name not in parts and name not in fused}
-        ),
+        norm_params_per_block=_elements(others),
         embed_params=embedding.elements if embedding else formula.embed_params,
         tied=tied,
         head_params=0 if tied else _elements(counted.head),
@@ -325,7 +285,8 @@ def _with_headers(formula: Architecture, tensors: Mapping[str, TensorInfo], *, i
         carried=tuple((name, info.nbytes) for name, info in counted.carried.items()),
         dtype_bytes=STORED_BYTES.get(largest.dtype, formula.dtype_bytes),
         exact=bool(linears),
-        fused=tuple(f"{prefix}.{name}" for name in fused),
+        unfit=_unfit(counted),
+        from_files=True,
         coded=tuple(itertools.islice(counted.coded(), 1)),
         block_prefix=counted.list_name,
     )
@@ -333,3 +294,16 @@ def _with_headers(formula: Architecture, tensors: Mapping[str, TensorInfo], *, i
 
 def _elements(tensors: Mapping[str, TensorInfo]) -> int:
     return sum(info.elements for info in tensors.values())
+
+
+def unfit_weight(tensors: Mapping[str, TensorInfo], depth: int) -> Unfit | None:
+    """A weight in the first ``depth`` blocks that no nn.Linear has."""
+    counted = count(tensors, depth, is_part=False)
+    return None if counted is None else _unfit(counted)
+
+
+def _unfit(counted: Counted) -> Unfit | None:
+    """Looked for in all blocks, for those of one model differ."""
+    blocks = sorted(counted.blocks.items())
+    found = [one for index, block in blocks for one in unfit_in(block, f"{counted.list_name}.{index}")]
+    return first_unfit(found)

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from engine.architecture.description import RANDOM_MODELS, local_config, resolve_source
 from engine.architecture.model_folder import NO_ASSETS, TOKENIZER_FILES, ModelFolder
+from engine.architecture.refusals import refuse_model
 from engine.config.model import RANDOM, ModelConfig
 from engine.errors import PreflightError
 from engine.models.foreign import foreign
@@ -91,6 +92,9 @@ class ModelSource:
     def _open_directory(cls, directory: Path, model: ModelConfig, hub_id: str | None = None) -> ModelSource:
         folder = ModelFolder.judge(directory)
         name = hub_id or directory.name
+        weights = SafetensorsReader(directory, folder)
+        # What the plan has asked of the same files, asked again by the same code: they may be others by now.
+        refuse_model(local_config(folder), weights.headers())
         config = read_config(folder, model.trust_remote_code)
         refuse_config(config, hub_id or str(directory))
         with foreign("its configuration has no language model's part", str(directory / "config.json")):
@@ -99,7 +103,7 @@ class ModelSource:
             name,
             "hub" if hub_id else "directory",
             text,
-            SafetensorsReader(directory, folder),
+            weights,
             folder=folder,
             # The cache names a snapshot's folder after its commit.
             revision=directory.name if hub_id else None,

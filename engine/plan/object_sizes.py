@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from engine.architecture.families import FAMILIES, LLAMA, Architecture
+from engine.architecture.families import Architecture
+from engine.architecture.family_table import FAMILIES, LLAMA
 from engine.architecture.headers import ALIGNMENT, ITEM_BITS
 from engine.config.grid import GridConfig
 from engine.plan.estimate import CONSTANTS, Workload
