@@ -151,6 +151,8 @@ def architecture(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
     vocab = fields.size("vocab_size")
     tied = bool(fields.get("tie_word_embeddings", False))
     widths = {"hidden": hidden, "head_dim": head_dim, "q": heads * head_dim, "kv": kv_heads * head_dim}
+    positions = fields.optional_size("max_position_embeddings") or 0
+    table = hidden * (positions + family.stored_rows) if family.stored_rows is not None else 0
     formula = Architecture(
         model_type=model_type,
         blocks=fields.size("num_hidden_layers"),
@@ -166,7 +168,8 @@ def architecture(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
         embed_params=vocab * hidden,
         head_params=0 if tied else vocab * hidden,
         final_norm_params=hidden,
-        max_positions=fields.optional_size("max_position_embeddings") or 0,
+        other_outer_params=table,
+        max_positions=positions,
         position_table=family.position_table,
         sliding_window=fields.optional_size("sliding_window"),
         dtype_bytes=STORED_BYTES.get(

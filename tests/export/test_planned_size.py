@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from engine.architecture.description import describe
+from engine.architecture.families import architecture
 from engine.config.grid import GridConfig
 from engine.models.carried import carried
 from engine.plan.export_sizes import exported_bytes
@@ -63,6 +64,14 @@ def test_the_planned_size_is_that_of_the_tensors_written(tmp_path: Path, name: s
     outer = sum(tensor.numel() for tensor in lm.outer_state().values())
     assert arch.rest_params == outer
     assert arch.carried == ()
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt_bigcode", "biogpt", "gpt_neo", "gptj"])
+def test_learned_positions_count_where_only_the_configuration_is_known(tmp_path: Path, name: str) -> None:
+    described = describe(str(build(tmp_path / "source", name)))
+    known = described.architecture.other_outer_params
+    assert architecture(described.config).other_outer_params == known
+    assert (known > 0) is (name != "gptj"), "GPT-J computes its positions"
 
 
 def test_what_is_carried_over_is_counted_once_and_as_it_is_stored(tmp_path: Path) -> None:

@@ -52,6 +52,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gptj": {"model_type": "gptj", **GPT, "rotary_dim": 8},
     "codegen": {"model_type": "codegen", **GPT, "rotary_dim": 8},
     "gpt_bigcode": {"model_type": "gpt_bigcode", **GPT, "n_inner": 128},
+    "gpt_neo": {
+        "model_type": "gpt_neo",
+        **ROWS,
+        "hidden_size": 64,
+        "num_heads": 4,
+        "num_layers": 2,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+        "max_position_embeddings": 256,
+    },
     "biogpt": {"model_type": "biogpt", **PLAIN},
     "xglm": {
         "model_type": "xglm",
