@@ -19,6 +19,7 @@ from engine.architecture.family_table import ALIASES, FAMILIES, LLAMA, Family
 from engine.architecture.headers import TensorInfo
 from engine.architecture.leftovers import why_no_weight
 from engine.architecture.limits import MOST_BLOCKS
+from engine.architecture.positions import PositionTable, position_table
 from engine.architecture.unfit import Unfit, first_unfit, is_norm, unfit_in
 from engine.config.dtypes import DTYPE_BYTES
 from engine.errors import PreflightError
@@ -76,9 +77,8 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     """A weight of a block, seen in the files, that is not that of an ``nn.Linear``."""
     from_files: bool = False
     """The files' headers were seen, so that ``unfit`` is an answer; else only the configuration speaks."""
-    position_table: str = ""
-    """The field that says how many rows the table of positions has; empty where there is no table, so that
-    a longer text can be read."""
+    position_table: PositionTable | None = None
+    """None where positions are computed, so that a text of any length can be read."""
     block_prefix: str = "model.layers"
 
     @property
@@ -156,7 +156,7 @@ def architecture(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
         head_params=0 if tied else vocab * hidden,
         final_norm_params=hidden,
         max_positions=fields.optional_size("max_position_embeddings") or 0,
-        position_table=family.position_table,
+        position_table=position_table(text, {name: info.shape for name, info in (tensors or {}).items()}),
         sliding_window=fields.optional_size("sliding_window"),
         dtype_bytes=STORED_BYTES.get(
             str(text.get("dtype") or text.get("torch_dtype")).removeprefix("torch."), 2
