@@ -142,8 +142,7 @@ def describe(source: str, revision: str | None = None) -> ModelDescription:
             stored_bytes=sum(info.nbytes for info in header.tensors.values()),
         )
     folder = ModelFolder.judge(path)
-    config = local_config(folder)
-    tensors = {name: stored.info for name, stored in checkpoint(folder).tensors.items()}
+    config, tensors = local_config(folder), stored_tensors(folder)
     if not tensors and any(path.glob("pytorch_model*.bin")):
         raise PreflightError(
             "this model has its weights only as pytorch_model.bin",
@@ -157,6 +156,11 @@ def describe(source: str, revision: str | None = None) -> ModelDescription:
         architecture=_sizes(config, tensors),
         stored_bytes=sum(info.nbytes for info in tensors.values()) if tensors else None,
     )
+
+
+def stored_tensors(folder: ModelFolder) -> dict[str, TensorInfo]:
+    """The tensors of a folder's safetensors checkpoint; empty where there is none."""
+    return {name: stored.info for name, stored in checkpoint(folder).tensors.items()}
 
 
 def _sizes(config: dict[str, Any], tensors: dict[str, TensorInfo]) -> Architecture:

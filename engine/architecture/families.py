@@ -18,6 +18,7 @@ import msgspec
 from engine.architecture.counting import Counted, count
 from engine.architecture.family_table import ALIASES, FAMILIES, LLAMA, Family
 from engine.architecture.headers import TensorInfo
+from engine.architecture.positions import PositionTable, position_table
 from engine.architecture.unfit import Unfit, first_unfit, is_norm, unfit_in
 from engine.config.dtypes import DTYPE_BYTES
 from engine.errors import PreflightError
@@ -76,9 +77,8 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     """A weight of a block, seen in the files, that is not that of an ``nn.Linear``."""
     from_files: bool = False
     """The files' headers were seen, so that ``unfit`` is an answer; else only the configuration speaks."""
-    position_table: str = ""
-    """The field that says how many rows the table of positions has; empty where there is no table, so that
-    a longer text can be read."""
+    position_table: PositionTable | None = None
+    """None where positions are computed, so that a text of any length can be read."""
     other_outer_params: int = 0
     """Learned positions and projections outside the blocks."""
     carried: tuple[tuple[str, int], ...] = ()
@@ -151,8 +151,7 @@ def architecture(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
     vocab = fields.size("vocab_size")
     tied = bool(fields.get("tie_word_embeddings", False))
     widths = {"hidden": hidden, "head_dim": head_dim, "q": heads * head_dim, "kv": kv_heads * head_dim}
-    positions = fields.optional_size("max_position_embeddings") or 0
-    table = hidden * (positions + family.stored_rows) if family.stored_rows is not None else 0
+    table = position_table(text, {name: info.shape for name, info in (tensors or {}).items()})
     formula = Architecture(
         model_type=model_type,
         blocks=fields.size("num_hidden_layers"),
@@ -168,9 +167,11 @@ def architecture(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
         embed_params=vocab * hidden,
         head_params=0 if tied else vocab * hidden,
         final_norm_params=hidden,
-        other_outer_params=table,
-        max_positions=positions,
-        position_table=family.position_table,
+        other_outer_params=0
+        if table is None or family.stored_rows is None
+        else hidden * (table.rows + family.stored_rows),
+        max_positions=fields.optional_size("max_position_embeddings") or 0,
+        position_table=table,
         sliding_window=fields.optional_size("sliding_window"),
         dtype_bytes=STORED_BYTES.get(
             str(text.get("dtype") or text.get("torch_dtype")).removeprefix("torch."), 2

@@ -24,7 +24,7 @@ CONV1D = "the projections are Conv1D, not nn.Linear: their matrices lie the othe
 OTHER = "blocks hold weights that are not those of nn.Linear layers"
 
 _EXPERTS = re.compile(r"(^|\.)\w*(?<!shared_)(experts|exps)(\.|$)|(^|\.)ffn_(gate|up|down)\.\d+\.")
-_RECURRENT = re.compile(r"conv|(^|\.)(A_log|time_mix\w*|time_decay|time_maa\w*)(\.|$)")
+_RECURRENT = re.compile(r"conv|mamba|rg_lru|(^|\.)(A_log|time_mix\w*|time_decay|time_maa\w*)(\.|$)")
 _SEVERAL = 3
 """Dimensions of a weight that is no matrix."""
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.architecture.families import GPU_HEAD_VALUES, HEAD_VALUES
+from engine.architecture.positions import PositionTable, position_table
 from engine.errors import PreflightError
 from engine.gpu.compiled import Compiled, P, T
 from engine.models.foreign import foreign
@@ -100,6 +101,12 @@ class CausalLM:
     @property
     def vocab_size(self) -> int:
         return int(text_config(self.model.config).vocab_size)
+
+    @property
+    def position_table(self) -> PositionTable | None:
+        """The table of positions, after whose last row no text goes on; None where there is none."""
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+        return position_table(text_config(self.model.config).to_dict(), shapes)
 
     @property
     def parameters_count(self) -> int:

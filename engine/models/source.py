@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from engine.architecture.description import RANDOM_MODELS, local_config, resolve_source
+from engine.architecture.description import RANDOM_MODELS, local_config, resolve_source, stored_tensors
 from engine.architecture.model_folder import NO_ASSETS, TOKENIZER_FILES, ModelFolder
 from engine.architecture.refusals import refuse_model
 from engine.config.model import RANDOM, ModelConfig
@@ -92,9 +92,8 @@ class ModelSource:
     def _open_directory(cls, directory: Path, model: ModelConfig, hub_id: str | None = None) -> ModelSource:
         folder = ModelFolder.judge(directory)
         name = hub_id or directory.name
-        weights = SafetensorsReader(directory, folder)
-        # What the plan has asked of the same files, asked again by the same code: they may be others by now.
-        refuse_model(local_config(folder), weights.headers())
+        # What the plan has asked of these files, asked again by the same code: a run may find others.
+        refuse_model(local_config(folder), stored_tensors(folder))
         config = read_config(folder, model.trust_remote_code)
         refuse_config(config, hub_id or str(directory))
         with foreign("its configuration has no language model's part", str(directory / "config.json")):
@@ -103,7 +102,7 @@ class ModelSource:
             name,
             "hub" if hub_id else "directory",
             text,
-            weights,
+            SafetensorsReader(directory, folder),
             folder=folder,
             # The cache names a snapshot's folder after its commit.
             revision=directory.name if hub_id else None,

@@ -25,7 +25,6 @@ from engine.architecture.headers import (
     INDEX_NAME,
     SINGLE_NAME,
     StoredTensor,
-    TensorInfo,
     checkpoint,
     damaged,
 )
@@ -107,10 +106,6 @@ class SafetensorsReader:
 
     def names(self) -> list[str]:
         return sorted(self._checkpoint.tensors)
-
-    def headers(self) -> dict[str, TensorInfo]:
-        """What the files say of the tensors that are listed."""
-        return {name: stored.info for name, stored in self._checkpoint.tensors.items()}
 
     def unlisted(self) -> list[str]:
         """Names of what lies in the files, but not in their index: found, but part of nothing, unless a model

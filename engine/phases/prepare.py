@@ -22,6 +22,7 @@ from engine.phases.evaluation import recall
 from engine.phases.identity import digest, share_origin, warn_of_changes, write_manifest
 from engine.phases.job import Job, compute_dtype
 from engine.phases.text import PREPARE_SILENCE, draw_tokens
+from engine.plan.lengths import too_long
 from engine.plan.plan import Plan
 from engine.quant.packed import Kernels
 from engine.reporter import Reporter
@@ -50,6 +51,8 @@ def prepare(
     _switch_on_kernels(config, device, report)
     source = ModelSource.open(config.model)
     lm = CausalLM(source, device, compute_dtype("auto", device))
+    for refusal in too_long(config, lm.position_table):  # of a model whose files the plan had not seen
+        raise refusal
     if task in ("run", "export") and (said := in_words(lm)):
         report.warning("tensors", f"the checkpoint holds more than the model: {said}")
     if task == "run" and plan.compiles_passages:
@@ -108,7 +111,7 @@ def _questions(job: Job) -> Mapping[str, TokenizedTask]:
         job.report.leave_if_asked()
         job.report.expect_silence(PREPARE_SILENCE)
         asked = questions(name, job.config.evaluation.task_limit)
-        found[task_name(name)] = tokenize(asked, job.source.tokenizer())
+        found[task_name(name)] = tokenize(asked, job.source.tokenizer(), job.lm.position_table)
     return found
 
 

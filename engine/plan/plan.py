@@ -39,6 +39,7 @@ from engine.plan.fit import (
     recomputes,
     settle_recomputation,
 )
+from engine.plan.lengths import longer_than_trained, too_long
 from engine.plan.machine import Machine, detect
 from engine.plan.memory_model import host_memory, phase_memory
 from engine.plan.paper import Published, published
@@ -166,9 +167,14 @@ def make_plan(
         recomputes=recomputes(work),
         published=published(config.model.source, work.arch, config.grid),
         warnings=tuple(filter(None, [*_warnings(work, model, unknown_text), promise])),
-        problems=tuple(problems(work, store, place)),
+        problems=(*_too_long(config, work.arch), *problems(work, store, place)),
         machine=machine,
     )
+
+
+def _too_long(config: RunConfig, arch: Architecture) -> Iterator[Problem]:
+    for refusal in too_long(config, arch.position_table):
+        yield Problem(where=refusal.where, message=refusal.message, hint=refusal.hint)
 
 
 def _trains(work: Workload, scope: Scope, rates: Speed) -> Steps:
@@ -283,15 +289,7 @@ def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> It
         yield f"sizes of model type {arch.model_type!r} are estimated as if it were a Llama"
     if model.kind == "config":
         yield "no weight files were found beside config.json: planned from config.json alone"
-    lengths = [(text.section, text.sequence_length) for text in texts]
-    if config.evaluation.enabled:
-        lengths.append(("evaluation", config.evaluation.sequence_length))
-    for name, length in lengths:
-        if 0 < arch.max_positions < length:
-            yield (
-                f"{name}.sequence_length {length} is longer than the "
-                f"{arch.max_positions} positions the model was made for"
-            )
+    yield from longer_than_trained(config, arch)
     if unknown_text:
         yield (
             f"the size of the evaluation text is not known: {work.windows} windows are assumed; "

@@ -107,7 +107,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "arcee": {},
     "apertus": {},
     "bitnet": {},
-    "doge": {"is_moe": False},
+    "doge": {"is_moe": False, "num_attention_heads": 8, "num_key_value_heads": 8},
     "diffllama": {},
     "cwm": HEAD,
     "nanochat": {},
