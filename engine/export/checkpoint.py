@@ -26,6 +26,7 @@ from engine.architecture.model_folder import TOKENIZER_FILES
 from engine.errors import PreflightError
 from engine.export.card import model_card
 from engine.export.layout import Layout, Linear
+from engine.export.model_config import export_config
 from engine.export.named_code import drop_missing_code, modules_in, without_missing
 from engine.export.place import ExportPlace
 from engine.export.reader import read_json
@@ -208,38 +209,20 @@ def _write_assets(
         source.save_assets(directory)
     modules = modules_in(directory) if source.trust_remote_code else set()
     dropped = drop_missing_code(directory, modules)
-    config = without_missing(_original_config(directory, source), modules, dropped)
-    config.setdefault("architectures", [type(lm.model).__name__])
-    # transformers 5 reads `dtype`; older readers and several engines read `torch_dtype`.
-    config["dtype"] = config["torch_dtype"] = "float16"
-    # A checkpoint that holds two different matrices is not tied, whatever its configuration said.
-    config["tie_word_embeddings"] = lm.tied
-    _name_rope_as_before(config)
-    write_json(directory / "config.json", {**config, "quantization_config": quantization})
+    understood, original = read_json(directory / "config.json"), source.stored_config()
+    config = export_config(
+        None if original is None else without_missing(original, modules, dropped),
+        without_missing(understood, modules, dropped),
+        # transformers 5 reads `dtype`; older readers and several engines read `torch_dtype`.
+        dtype="float16",
+        torch_dtype="float16",
+        # A checkpoint that holds two different matrices is not tied, whatever its configuration said.
+        tie_word_embeddings=lm.tied,
+        quantization_config=quantization,
+    )
+    config["architectures"] = config.get("architectures") or [type(lm.model).__name__]
+    write_json(directory / "config.json", config)
     return tuple(sorted(set(dropped)))
-
-
-def _original_config(directory: Path, source: ModelSource) -> dict[str, Any]:
-    """config.json as its authors wrote it; what transformers would write again lacks every default."""
-    rewritten = read_json(directory / "config.json")
-    original = source.stored_config()
-    if original is None:
-        return rewritten
-    # Of a multimodal model only the language model is quantized, and only its part is written.
-    return original if original.get("model_type") == rewritten.get("model_type") else rewritten
-
-
-def _name_rope_as_before(config: dict[str, Any]) -> None:
-    """Repeat transformers 5's ``rope_parameters`` under the names that version 4 and other engines read.
-
-    Without them those fall back to a base of 10000, and the model talks nonsense without an error.
-    """
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        config.setdefault("rope_theta", rope["rope_theta"])
-        if rope.get("rope_type", "default") != "default":
-            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-            config.setdefault("rope_scaling", scaling)
 
 
 def _write_card(directory: Path, text: str) -> None:

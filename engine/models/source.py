@@ -54,7 +54,9 @@ class ModelSource:
         file: Path | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        part: bool = False,
     ) -> None:
+        """``part``: the configuration is a part of what the folder's config.json describes."""
         refuse_config(config, name)
         self.name = name
         self.kind = kind
@@ -65,6 +67,7 @@ class ModelSource:
         self.file = file
         self.revision = revision
         self.trust_remote_code = trust_remote_code
+        self.part = part
         # Taken now: running the model can correct the configuration (a head that is not tied after all).
         with foreign("its configuration cannot be written down", name):
             self._sha256 = self._digest()
@@ -101,6 +104,7 @@ class ModelSource:
             # The cache names a snapshot's folder after its commit.
             revision=directory.name if hub_id else None,
             trust_remote_code=model.trust_remote_code,
+            part=text is not config,
         )
 
     @classmethod
@@ -225,12 +229,13 @@ class ModelSource:
         return self._assets
 
     def stored_config(self) -> dict[str, Any] | None:
-        """config.json as its authors wrote it; None where there is no such file.
+        """config.json as its authors wrote it; None where no such file describes just this network (of a
+        multimodal model only the language model's part is used).
 
         Raises:
             IdentityError: when it is no longer the file that was opened.
         """
-        return None if self.folder is None else self.folder.read_object("config.json")
+        return None if self.folder is None or self.part else self.folder.read_object("config.json")
 
     def generation_settings(self) -> dict[str, Any]:
         """generation_config.json; empty where there is none, and for a broken one, which is worth no failure.
