@@ -1,0 +1,61 @@
+"""Logits of a gptq_v2 export by code that is not ours: numpy unpacks, whatever transformers is there computes.
+
+``python plain_logits.py EXPORT IDS.json OUT.json`` in a process of its own, so that the release of transformers
+is the caller's choice (PYTHONPATH).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+
+def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
+    """The little-endian stream of ``bits``-wide numbers along each row."""
+    stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
+    fields = stream.reshape(len(words), -1, bits)
+    return (fields << np.arange(bits, dtype=np.uint8)).sum(-1, dtype=np.int32)
+
+
+def weights(folder: Path, bits: int) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors.update(load_file(file))
+    plain = {}
+    for name, tensor in tensors.items():
+        prefix, _, last = name.rpartition(".")
+        if last == "qweight":
+            codes = unpacked(tensor.T, bits)
+            zeros = unpacked(tensors[f"{prefix}.qzeros"], bits).T
+            scales = tensors[f"{prefix}.scales"].T.astype(np.float32)
+            group = tensors[f"{prefix}.g_idx"]
+            plain[f"{prefix}.weight"] = torch.from_numpy((codes - zeros[:, group]) * scales[:, group])
+        elif last not in ("qzeros", "scales", "g_idx"):
+            plain[name] = torch.from_numpy(tensor.astype(np.float32))
+    return plain
+
+
+def main(folder: Path, ids: Path, out: Path) -> None:
+    said = json.loads((folder / "config.json").read_text())
+    config = transformers.AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    missing, unexpected = model.load_state_dict(
+        weights(folder, said["quantization_config"]["bits"]), strict=False
+    )
+    assert not unexpected, unexpected
+    assert not [name for name in missing if name != "lm_head.weight"], missing
+    model.tie_weights()
+    with torch.no_grad():
+        logits = model(torch.tensor(json.loads(ids.read_text()))).logits
+    out.write_text(json.dumps({"version": transformers.__version__, "logits": logits.tolist()}))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
