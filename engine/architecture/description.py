@@ -24,7 +24,7 @@ from engine.architecture.gguf_header import (
     read_gguf_header,
     supported_gguf,
 )
-from engine.architecture.headers import safetensors_tensors
+from engine.architecture.headers import checkpoint
 from engine.architecture.limits import check_config
 from engine.architecture.model_folder import ModelFolder
 from engine.config.model import PACKAGE, RANDOM, TINY_MODEL
@@ -141,7 +141,8 @@ def describe(source: str, revision: str | None = None) -> ModelDescription:
             stored_bytes=sum(info.nbytes for info in header.tensors.values()),
         )
     folder = ModelFolder.judge(path)
-    config, tensors = local_config(folder), safetensors_tensors(folder)
+    config = local_config(folder)
+    tensors = {name: stored.info for name, stored in checkpoint(folder).tensors.items()}
     if not tensors and any(path.glob("pytorch_model*.bin")):
         raise PreflightError(
             "this model has its weights only as pytorch_model.bin",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.architecture.families import Architecture, LinearShape, text_config
+from engine.architecture.headers import FLOATS
 from engine.config.formats import FORMATS
 from engine.config.grid import BITS, GROUP_SIZES, GridConfig
 from engine.errors import PreflightError
@@ -78,6 +79,19 @@ def already_quantized(method: object, where: str) -> PreflightError:
         f"the model is already quantized{f' ({str(method)[:80]})' if method else ''}",
         where=where,
         hint="give the original 16-bit checkpoint",
+    )
+
+
+def refuse_stored_type(name: str, stored: str, where: str) -> None:
+    """Refuse a weight that is stored as codes, or as no number of a weight at all; ``stored`` is the type's
+    name in its file."""
+    if stored in FLOATS:
+        return
+    kind = "complex numbers" if stored.startswith("C") else "the model is already quantized"
+    raise PreflightError(
+        f"tensor {name!r} is stored as {stored[:80]}: {kind}",
+        where=where,
+        hint="start from the original 16-bit model",
     )
 
 

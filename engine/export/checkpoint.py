@@ -1,8 +1,9 @@
 """A packed checkpoint in Hugging Face's form, whatever keeps the quantized linears in it.
 
 Every quantized linear becomes tensors of the format's own (:mod:`engine.export.layout`); everything else
-stays a 16-bit tensor under its own name. The integers come from training and are written as they are: nothing
-is dequantized and rounded again.
+stays a 16-bit tensor. The integers come from training and are written as they are: nothing is dequantized and
+rounded again. Names are those that transformers would save them under (:mod:`engine.models.names`), and what
+the checkpoint holds besides is copied (:mod:`engine.models.carried`).
 
 Blocks are asked for one at a time and their tensors appended to the open shard, so an export holds one block.
 The directory is built and verified under another name and takes its own when that is done (``place.py``).
@@ -32,6 +33,7 @@ from engine.export.place import ExportPlace
 from engine.export.reader import read_json
 from engine.export.result import ExportResult
 from engine.export.shards import ShardWriter, write_durably, write_json
+from engine.models.carried import carried
 from engine.quant.packed import PackedBlock, PackedWeight
 from engine.system.guarded import opened_folder
 
@@ -135,7 +137,7 @@ class Export:
     def _write_tensors(self, writer: ShardWriter) -> _Written:
         lm, written = self.lm, _Written()
         for name in outer_names(lm):
-            writer.add(name, stored_form(name, lm.weights.load(name)))
+            writer.add(lm.names.exported(name), stored_form(name, lm.weights.load(name)))
         for index in range(lm.blocks):
             block, prefix = self.block_for(index), lm.block_prefix(index)
             missing = set(lm.linear_names(index)) ^ set(block.linears)
@@ -145,24 +147,30 @@ class Export:
                 written.add(f"{prefix}.{name}", weight)
             self.layout.config(written.linears)  # what does not fit is refused before it is written
             for name, weight in block.linears.items():
-                for key, tensor in self.layout.tensors(f"{prefix}.{name}", weight):
+                linear = lm.names.exported_linear(f"{prefix}.{name}")
+                for key, tensor in self.layout.tensors(linear, weight):
                     writer.add(key, tensor)
             for name, tensor in block.others.items():
-                writer.add(f"{prefix}.{name}", half(f"{prefix}.{name}", tensor))
+                writer.add(lm.names.exported(f"{prefix}.{name}"), half(f"{prefix}.{name}", tensor))
             for name in block_buffers(lm, index):
-                writer.add(name, stored_form(name, lm.weights.load(name)))
+                writer.add(lm.names.exported(name), stored_form(name, lm.weights.load(name)))
             if self.on_block is not None:
                 self.on_block(index + 1, lm.blocks)
+        for each in carried(lm):
+            writer.add_as(each.name, each.dtype, each.shape, each.raw())
         return written
 
 
 def tensor_names(layout: Layout, lm: CausalLM) -> Iterator[str]:
     """Every tensor name that may be written, for the room the header needs; a few too many do no harm."""
-    yield from lm.model.state_dict()
+    yield from map(lm.names.exported, lm.model.state_dict())
     for index in range(lm.blocks):
         for name in lm.linear_names(index):
-            yield from layout.names(f"{lm.block_prefix(index)}.{name}")
-            yield f"{lm.block_prefix(index)}.{name}.bias"
+            linear = lm.names.exported_linear(f"{lm.block_prefix(index)}.{name}")
+            yield from layout.names(linear)
+            yield f"{linear}.bias"
+    for each in carried(lm):
+        yield from (each.name, each.name)  # the second for a shape of more dimensions than weights have
 
 
 def room_beside_tensors(layout: Layout, lm: CausalLM, source: ModelSource, shards: int) -> int:

@@ -34,6 +34,7 @@ from engine.evaluation.perplexity import token_nll
 from engine.export.checkpoint import block_buffers, half, outer_names, stored_form
 from engine.export.layout import Layout, Linear
 from engine.export.reader import CheckpointReader, PackedSource, packed_model, read_json
+from engine.models.carried import CarriedTensor, carried
 from engine.quant.packed import PackedBlock, PackedWeight
 from engine.system.files import full_disk
 
@@ -137,7 +138,7 @@ def _verify(
             prefix = lm.block_prefix(index)
             linears |= {f"{prefix}.{name}": Linear.of(weight) for name, weight in block.linears.items()}
             for name in block.linears:
-                expected.update(layout.names(f"{prefix}.{name}"))
+                expected.update(layout.names(lm.names.exported_linear(f"{prefix}.{name}")))
             expected.update(_check_block(reader, lm, index, block, problems))
             trained_block = _as_stored(block).install(lm.load_block(index))
             trained_hidden = lm.run_block(trained_block, index, trained_hidden)
@@ -197,8 +198,12 @@ def _misdescribed(out_dir: Path, layout: Layout, linears: Mapping[str, Linear]) 
 
 def _check_outer(reader: CheckpointReader, lm: CausalLM, problems: _Problems) -> Iterator[str]:
     for name in outer_names(lm):
-        _check_same(name, stored_form(name, lm.weights.load(name)), reader, problems)
-        yield name
+        stored = lm.names.exported(name)
+        _check_same(stored, stored_form(name, lm.weights.load(name)), reader, problems)
+        yield stored
+    for each in carried(lm):
+        _check_carried(each, reader, problems)
+        yield each.name
 
 
 def _check_block(
@@ -206,14 +211,15 @@ def _check_block(
 ) -> Iterator[str]:
     prefix = lm.block_prefix(index)
     for name, weight in block.linears.items():
-        full = f"{prefix}.{name}"
-        _check_linear(reader, full, weight, problems)
+        _check_linear(reader, lm.names.exported_linear(f"{prefix}.{name}"), weight, problems)
     for name, tensor in block.others.items():
-        yield f"{prefix}.{name}"
-        _check_same(f"{prefix}.{name}", half(name, tensor), reader, problems)
+        stored = lm.names.exported(f"{prefix}.{name}")
+        yield stored
+        _check_same(stored, half(name, tensor), reader, problems)
     for name in block_buffers(lm, index):
-        yield name
-        _check_same(name, stored_form(name, lm.weights.load(name)), reader, problems)
+        stored = lm.names.exported(name)
+        yield stored
+        _check_same(stored, stored_form(name, lm.weights.load(name)), reader, problems)
 
 
 def _check_linear(reader: CheckpointReader, name: str, weight: PackedWeight, problems: _Problems) -> None:
@@ -243,6 +249,16 @@ def _check_same(name: str, want: Tensor, reader: CheckpointReader, problems: _Pr
         return
     if different:
         problems.add(f"{name}: {different} values differ")
+
+
+def _check_carried(want: CarriedTensor, reader: CheckpointReader, problems: _Problems) -> None:
+    try:
+        type_name, shape, data = reader.raw(want.name)
+    except EqatError as error:
+        problems.add(str(error))
+        return
+    if (type_name, shape) != (want.dtype, want.shape) or not torch.equal(data, want.raw()):
+        problems.add(f"{want.name} is not what was carried over")
 
 
 def _count_different(have: Tensor, want: Tensor) -> int:

@@ -34,10 +34,13 @@ from engine.architecture.families import GPU_HEAD_VALUES, HEAD_VALUES
 from engine.errors import PreflightError
 from engine.gpu.compiled import Compiled, P, T
 from engine.models.foreign import foreign
+from engine.models.gguf import GGUFReader
+from engine.models.names import TensorNames
 from engine.models.parameters import check_checkpoint, load_buffers, load_parameter
+from engine.models.random_weights import RandomReader
 from engine.models.skeleton import build_skeleton, find_blocks, linear_names, refuse_block, text_config
 from engine.models.source import ModelSource
-from engine.models.weights import RenamedReader, match_names
+from engine.models.weights import NamedReader, SafetensorsReader, WeightReader
 
 KEPT_SHAPES = 4
 """Batch shapes whose block arguments are kept; masks of long sequences are not small."""
@@ -65,10 +68,10 @@ class CausalLM:
         self._prefix, self._blocks = find_blocks(self.model)
         for index, block in enumerate(self._blocks):
             refuse_block(block, self.block_prefix(index))
-        self.weights = match_names(source.weights, (name for name, _ in self.model.named_parameters()))
+        self.names, self.weights = self._named(source)
         with foreign(f"{type(self.model).__name__} has no usable embeddings", source.name):
             self.tied = self._tie_as_stored()
-        check_checkpoint(self.model, self.weights, source)
+        check_checkpoint(self.model, self.names, self.weights, source)
         self._load_outer()
         self._arguments: OrderedDict[tuple[int, int, torch.dtype], list[dict[str, Any]]] = OrderedDict()
         self._returns_tuple = False
@@ -217,6 +220,17 @@ class CausalLM:
 
     # -- loading -----------------------------------------------------------------------------------
 
+    def _named(self, source: ModelSource) -> tuple[TensorNames, WeightReader]:
+        """The checkpoint under the model's names, and what they are in it."""
+        if isinstance(source.weights, GGUFReader | RandomReader):
+            return TensorNames(self.model, ()), source.weights
+        stored = source.weights.names()
+        if isinstance(source.weights, SafetensorsReader):
+            stored += source.weights.unlisted()
+        with foreign(f"the names of {type(self.model).__name__}'s tensors are not understood", source.name):
+            names = TensorNames(self.model, stored)
+        return names, NamedReader(source.weights, names.stored)
+
     def load_block(
         self, index: int, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> nn.Module:
@@ -263,7 +277,8 @@ class CausalLM:
                     text_config(config).tie_word_embeddings = False
                 return False
         elif stored[1] in self.weights:
-            self.weights = RenamedReader(self.weights, ((stored[0], stored[1]),))
+            own = {name: name for name in self.model.state_dict() if name in self.weights}
+            self.weights = NamedReader(self.weights, {**own, stored[0]: stored[1]})
         self._share_embedding()
         return True
 

@@ -37,7 +37,8 @@ def download(repo: str, revision: str | None, *, trust_remote_code: bool = False
     if not (folder / "config.json").is_file():
         raise PreflightError("the repository has no config.json", where=repo, hint="check the hub id")
     index = folder / INDEX_NAME
-    listed = read_index(StampedFile.of(index)).values() if index.is_file() else [SINGLE_NAME]
+    indexed = index.is_file() and not (folder / SINGLE_NAME).is_file()
+    listed = read_index(StampedFile.of(index)).values() if indexed else [SINGLE_NAME]
     wanted = sorted(set(listed))
     if all((folder / name).is_file() for name in wanted):
         return folder

@@ -54,9 +54,8 @@ class ModelSource:
         file: Path | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
-        part: bool = False,
+        is_part: bool = False,
     ) -> None:
-        """``part``: the configuration is a part of what the folder's config.json describes."""
         refuse_config(config, name)
         self.name = name
         self.kind = kind
@@ -67,7 +66,8 @@ class ModelSource:
         self.file = file
         self.revision = revision
         self.trust_remote_code = trust_remote_code
-        self.part = part
+        self.is_part = is_part
+        """Whether it is the language model of a larger one (that sees, hears), whose files these are."""
         # Taken now: running the model can correct the configuration (a head that is not tied after all).
         with foreign("its configuration cannot be written down", name):
             self._sha256 = self._digest()
@@ -104,7 +104,7 @@ class ModelSource:
             # The cache names a snapshot's folder after its commit.
             revision=directory.name if hub_id else None,
             trust_remote_code=model.trust_remote_code,
-            part=text is not config,
+            is_part=text is not config,
         )
 
     @classmethod
@@ -235,7 +235,7 @@ class ModelSource:
         Raises:
             IdentityError: when it is no longer the file that was opened.
         """
-        return None if self.folder is None or self.part else self.folder.read_object("config.json")
+        return None if self.folder is None or self.is_part else self.folder.read_object("config.json")
 
     def generation_settings(self) -> dict[str, Any]:
         """generation_config.json; empty where there is none, and for a broken one, which is worth no failure.

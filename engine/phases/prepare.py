@@ -15,6 +15,7 @@ from engine.data.tasks import questions
 from engine.errors import DamagedRun, UsageError
 from engine.evaluation.tasks import TokenizedTask, tokenize
 from engine.gpu.compiled import SWITCH_HINT
+from engine.models.carried import in_words
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.phases.evaluation import recall
@@ -49,6 +50,8 @@ def prepare(
     _switch_on_kernels(config, device, report)
     source = ModelSource.open(config.model)
     lm = CausalLM(source, device, compute_dtype("auto", device))
+    if task in ("run", "export") and (said := in_words(lm)):
+        report.warning("tensors", f"the checkpoint holds more than the model: {said}")
     if task == "run" and plan.compiles_passages:
         lm.compile(expect_silence=report.expect_silence, on_failure=lambda why: _slower(report, why))
     tokens = draw_tokens(config, source.tokenizer(), report)

@@ -1,7 +1,7 @@
-"""Logits of a gptq_v2 export by code that is not ours: numpy unpacks, whatever transformers is there computes.
+"""Logits of a gptq_v2 export by code that is not ours: numpy unpacks, the transformers there is computes.
 
-``python plain_logits.py EXPORT IDS.json OUT.json`` in a process of its own, so that the release of transformers
-is the caller's choice (PYTHONPATH).
+``python plain_logits.py EXPORT IDS.json OUT.json`` in a process of its own, so that the release of
+transformers is the caller's choice (PYTHONPATH).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 
 def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
@@ -31,13 +31,13 @@ def weights(folder: Path, bits: int) -> dict[str, torch.Tensor]:
     for name, tensor in tensors.items():
         prefix, _, last = name.rpartition(".")
         if last == "qweight":
-            codes = unpacked(tensor.T, bits)
-            zeros = unpacked(tensors[f"{prefix}.qzeros"], bits).T
-            scales = tensors[f"{prefix}.scales"].T.astype(np.float32)
-            group = tensors[f"{prefix}.g_idx"]
+            codes = unpacked(tensor.T.numpy(), bits)
+            zeros = unpacked(tensors[f"{prefix}.qzeros"].numpy(), bits).T
+            scales = tensors[f"{prefix}.scales"].T.float().numpy()
+            group = tensors[f"{prefix}.g_idx"].numpy()
             plain[f"{prefix}.weight"] = torch.from_numpy((codes - zeros[:, group]) * scales[:, group])
         elif last not in ("qzeros", "scales", "g_idx"):
-            plain[name] = torch.from_numpy(tensor.astype(np.float32))
+            plain[name] = tensor.float()
     return plain
 
 

@@ -1,7 +1,7 @@
 """transformers 4.57 reads our exports as the installed version 5 does: the same logits of the same file.
 
-The release is installed into a folder of its own by install.sh, beside the environment, and put in front of it
-in a process that this starts; another place is named by EQAT_OLDER_TRANSFORMERS.
+The release is installed into a folder of its own by install.sh, beside the environment, and put in front of
+it in a process that this starts; another place is named by EQAT_OLDER_TRANSFORMERS.
 """
 
 from __future__ import annotations
