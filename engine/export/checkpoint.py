@@ -1,9 +1,10 @@
 """A packed checkpoint in Hugging Face's form, whatever keeps the quantized linears in it.
 
 Every quantized linear becomes tensors of the format's own (:mod:`engine.export.layout`); everything else
-stays a 16-bit tensor. The integers come from training and are written as they are: nothing is dequantized and
-rounded again. Names are those that transformers would save them under (:mod:`engine.models.names`), and what
-the checkpoint holds besides is copied (:mod:`engine.models.carried`).
+stays a tensor, in the type that the export declares (:mod:`engine.export.stored`). The integers come from
+training and are written as they are: nothing is dequantized and rounded again. Names are those that
+transformers would save them under (:mod:`engine.models.names`), and what the checkpoint holds besides is
+copied (:mod:`engine.models.carried`).
 
 Blocks are asked for one at a time and their tensors appended to the open shard, so an export holds one block.
 The directory is built and verified under another name and takes its own when that is done (``place.py``).
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from engine.architecture.headers import header_room
 from engine.architecture.model_folder import TOKENIZER_FILES
@@ -33,6 +33,7 @@ from engine.export.place import ExportPlace
 from engine.export.reader import read_json
 from engine.export.result import ExportResult
 from engine.export.shards import ShardWriter, write_durably, write_json
+from engine.export.stored import dtype_name, export_dtype, stored_form
 from engine.models.carried import carried
 from engine.quant.packed import PackedBlock, PackedWeight
 from engine.system.guarded import opened_folder
@@ -74,8 +75,15 @@ class Export:
     shard_bytes: int
     card: dict[str, Any]
     """Described in ``card.py``."""
+    dtype: str = "auto"
+    """``export.dtype``."""
     on_block: Callable[[int, int], None] | None = None
     """Hears of blocks that are done and of all there are; may raise to stop."""
+
+    @property
+    def stored_as(self) -> torch.dtype:
+        """What everything that is not quantized is stored in."""
+        return export_dtype(self.dtype, self.lm)
 
     def into(
         self,
@@ -114,7 +122,9 @@ class Export:
             writer.abandon()
             raise
         quantization = self.layout.config(written.linears)
-        dropped = _write_assets(directory, self.lm, self.source, quantization)
+        dropped = _write_assets(
+            directory, self.lm, self.source, dtype=self.stored_as, quantization=quantization
+        )
         for name, content in self.layout.files(quantization).items():
             write_json(directory / name, content)
         result = ExportResult(
@@ -126,6 +136,7 @@ class Export:
             files=tuple(path.name for path in files),
             blocks_name=_blocks_name(self.lm),
             dropped_code=dropped,
+            dtype=dtype_name(self.stored_as),
         )
         loading = self.layout.loading(quantization, result.blocks_name)
         _write_card(
@@ -135,9 +146,9 @@ class Export:
         return result
 
     def _write_tensors(self, writer: ShardWriter) -> _Written:
-        lm, written = self.lm, _Written()
+        lm, dtype, written = self.lm, self.stored_as, _Written()
         for name in outer_names(lm):
-            writer.add(lm.names.exported(name), stored_form(name, lm.weights.load(name)))
+            writer.add(lm.names.exported(name), stored_form(name, lm.weights.load(name), dtype))
         for index in range(lm.blocks):
             block, prefix = self.block_for(index), lm.block_prefix(index)
             missing = set(lm.linear_names(index)) ^ set(block.linears)
@@ -151,9 +162,10 @@ class Export:
                 for key, tensor in self.layout.tensors(linear, weight):
                     writer.add(key, tensor)
             for name, tensor in block.others.items():
-                writer.add(lm.names.exported(f"{prefix}.{name}"), half(f"{prefix}.{name}", tensor))
+                full = f"{prefix}.{name}"
+                writer.add(lm.names.exported(full), stored_form(full, tensor, dtype))
             for name in block_buffers(lm, index):
-                writer.add(lm.names.exported(name), stored_form(name, lm.weights.load(name)))
+                writer.add(lm.names.exported(name), stored_form(name, lm.weights.load(name), dtype))
             if self.on_block is not None:
                 self.on_block(index + 1, lm.blocks)
         for each in carried(lm):
@@ -183,20 +195,6 @@ def room_beside_tensors(layout: Layout, lm: CausalLM, source: ModelSource, shard
     return shards * header_room(tensor_names(layout, lm)) + tokenizer + SMALL_FILES
 
 
-def half(name: str, tensor: Tensor) -> Tensor:
-    """float16, or an error where the value would become infinite."""
-    value = tensor.detach().to(torch.float16)
-    if not torch.isfinite(value).all():
-        largest = tensor.detach().float().abs().max().item()
-        raise PreflightError(f"holds {largest:.4g}, which float16 cannot", where=name)
-    return value
-
-
-def stored_form(name: str, tensor: Tensor) -> Tensor:
-    """How a tensor that is not quantized is stored: numbers as float16, counters and masks as they are."""
-    return half(name, tensor) if tensor.is_floating_point() else tensor.detach()
-
-
 def outer_names(lm: CausalLM) -> list[str]:
     """Tensors outside the blocks (embedding, final norm, head) in sorted order; a tied head is left out."""
     inside = _blocks_name(lm) + "."
@@ -209,7 +207,12 @@ def block_buffers(lm: CausalLM, index: int) -> list[str]:
 
 
 def _write_assets(
-    directory: Path, lm: CausalLM, source: ModelSource, quantization: dict[str, Any]
+    directory: Path,
+    lm: CausalLM,
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    quantization: dict[str, Any],
 ) -> tuple[str, ...]:
     """Configuration and tokenizer; returns the names of code that were left out of them."""
     # What writes the assets makes missing folders: a run that was deleted meanwhile must not come back so.
@@ -222,8 +225,8 @@ def _write_assets(
         None if original is None else without_missing(original, modules, dropped),
         without_missing(understood, modules, dropped),
         # transformers 5 reads `dtype`; older readers and several engines read `torch_dtype`.
-        dtype="float16",
-        torch_dtype="float16",
+        dtype=dtype_name(dtype),
+        torch_dtype=dtype_name(dtype),
         # A checkpoint that holds two different matrices is not tied, whatever its configuration said.
         tie_word_embeddings=lm.tied,
         quantization_config=quantization,
