@@ -15,7 +15,6 @@ Left out: quantized heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.architecture.headers import header_room
-from engine.architecture.model_folder import TOKENIZER_FILES
+from engine.architecture.model_folder import copied_bytes
 from engine.errors import PreflightError
 from engine.export.card import model_card
 from engine.export.layout import Layout, Linear
@@ -187,11 +186,7 @@ def tensor_names(layout: Layout, lm: CausalLM) -> Iterator[str]:
 
 def room_beside_tensors(layout: Layout, lm: CausalLM, source: ModelSource, shards: int) -> int:
     """Bytes of an export besides its tensors: headers of so many files, the tokenizer, the small files."""
-    tokenizer = 0
-    if source.directory is not None:
-        for name in TOKENIZER_FILES:
-            with suppress(OSError):
-                tokenizer += (source.directory / name).stat().st_size
+    tokenizer = 0 if source.directory is None else copied_bytes(source.directory)
     return shards * header_room(tensor_names(layout, lm)) + tokenizer + SMALL_FILES
 
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from engine.architecture.description import RANDOM_MODELS, local_config, resolve_source
-from engine.architecture.model_folder import NO_ASSETS, TOKENIZER_FILES, ModelFolder
+from engine.architecture.model_folder import NO_ASSETS, ModelFolder
 from engine.config.model import RANDOM, ModelConfig
 from engine.errors import PreflightError
 from engine.models.foreign import foreign
@@ -267,8 +267,11 @@ class ModelSource:
             return
         self.folder.check_small_files()
         # Files are copied as they are: reading and writing them again can change a tokenizer.
-        names = [name for name in (*TOKENIZER_FILES, "generation_config.json") if name in self.folder]
-        for file in (*map(self.folder.file, names), *self._own_code()):
+        for name in self.folder.copied():
+            place = out_dir / name  # additional templates lie in a folder of their own
+            place.parent.mkdir(mode=0o755, exist_ok=True)
+            place.write_bytes(self.folder.file(name).read())
+        for file in self._own_code():
             (out_dir / file.path.name).write_bytes(file.read())
 
     def _own_code(self) -> list[StampedFile]:

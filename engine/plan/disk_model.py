@@ -21,7 +21,7 @@ from pathlib import Path
 from engine.architecture import headers
 from engine.architecture.description import ModelDescription, resolve_source
 from engine.architecture.families import Architecture
-from engine.architecture.model_folder import TOKENIZER_FILES
+from engine.architecture.model_folder import copied_bytes
 from engine.config.formats import FORMATS
 from engine.config.runtime import StoreKind
 from engine.config.stages import STAGES, last_stage, measured_stage
@@ -122,8 +122,7 @@ def assets_bytes(model: ModelDescription) -> int:
     if model.kind == "random":
         tokenizer = BYTE_TOKENIZER
     elif isinstance(path, Path) and path.is_dir():
-        files = [path / name for name in TOKENIZER_FILES]
-        tokenizer = sum(file.stat().st_size for file in files if file.is_file())
+        tokenizer = copied_bytes(path)
     else:
         tokenizer = CONSTANTS.tokenizer_entry * model.architecture.vocab
     return CONSTANTS.export_texts + tokenizer
