@@ -14,6 +14,7 @@ from engine.config.tasks import task_name
 from engine.data.tasks import questions
 from engine.errors import DamagedRun, UsageError
 from engine.evaluation.tasks import TokenizedTask, tokenize
+from engine.export.stored import check_values
 from engine.gpu.compiled import SWITCH_HINT
 from engine.models.carried import in_words
 from engine.models.causal_lm import CausalLM
@@ -75,6 +76,9 @@ def prepare(
         job.tasks = _questions(job)
     if task != "run":
         _require_finished(job, task)
+    else:
+        # An export that cannot be written, or that nobody could read, must not wait until all is trained.
+        check_values(lm, job.export_dtype, report.leave_if_asked)
     for stage in versions():
         recall(job, stage)
     return job
