@@ -9,13 +9,14 @@ projections and a head; and whatever else it holds goes through a run without be
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 
 import msgspec
 
 from engine.architecture.headers import FLOATS, TensorInfo
 from engine.architecture.leftovers import why_no_weight
 from engine.architecture.limits import MOST_BLOCKS
+from engine.architecture.unfit import is_norm
 
 Tensors = dict[str, TensorInfo]
 
@@ -57,10 +58,14 @@ class Counted(msgspec.Struct, frozen=True):
                 yield name, info.dtype
 
 
-def count(tensors: Mapping[str, TensorInfo], depth: int, *, is_part: bool) -> Counted | None:
+def count(
+    tensors: Mapping[str, TensorInfo], depth: int, *, is_part: bool, asked: Set[str] = frozenset()
+) -> Counted | None:
     """Sort the tensors of a checkpoint whose model has ``depth`` blocks; None where no block is found.
 
     ``is_part`` says that the checkpoint is that of a larger model, of which the language model is a part.
+    ``asked`` are the weights and biases of a block's linears, where the family is known so well: with them,
+    what else a block holds is known to be no part of it.
     """
     weights = {name: info for name, info in tensors.items() if not why_no_weight(name, info.shape)}
     lists: dict[str, dict[int, Tensors]] = {}
@@ -72,12 +77,18 @@ def count(tensors: Mapping[str, TensorInfo], depth: int, *, is_part: bool) -> Co
     # As in the model itself: of the lists as long as it is deep, the heaviest.
     chosen = max(lists, key=lambda each: (set(range(depth)) <= lists[each].keys(), _weight(lists[each])))
     around = chosen.rpartition(".")[0]
-    counted = Counted(
-        chosen, {index: block for index, block in lists[chosen].items() if index < depth}, {}, {}, {}
-    )
+    blocks = {index: block for index, block in lists[chosen].items() if index < depth}
+    if not all(asked <= block.keys() for block in blocks.values()):
+        asked = frozenset()
+    counted = Counted(chosen, {index: {} for index in blocks}, {}, {}, {})
     for name, info in weights.items():
         match = IN_BLOCK.match(name)
         if match and match["list"] == chosen and int(match["block"]) < depth:
+            part = match["name"]
+            if not asked or part in asked or is_norm(part):
+                counted.blocks[int(match["block"])][part] = info
+            else:
+                counted.carried[name] = info
             continue
         inside = not around or name.startswith(f"{around}.")
         if _HEAD.search(name) and not _BESIDE.search(name):

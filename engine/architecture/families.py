@@ -10,7 +10,7 @@ files, not of a formula.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import msgspec
@@ -180,7 +180,7 @@ def architecture(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
         exact=model_type in FAMILIES and family.exact,
     )
     is_part = isinstance(config.get("text_config"), Mapping)
-    return _with_headers(formula, tensors, is_part=is_part) if tensors else formula
+    return _with_headers(formula, tensors, is_part=is_part, asked=_asked(text)) if tensors else formula
 
 
 class _Fields:
@@ -245,10 +245,12 @@ def _linears(
     )
 
 
-def _with_headers(formula: Architecture, tensors: Mapping[str, TensorInfo], *, is_part: bool) -> Architecture:
+def _with_headers(
+    formula: Architecture, tensors: Mapping[str, TensorInfo], *, is_part: bool, asked: Set[str]
+) -> Architecture:
     """Replace the formula's sizes by those that the headers describe; of blocks that differ by the
     largest's."""
-    counted = count(tensors, formula.blocks, is_part=is_part)
+    counted = count(tensors, formula.blocks, is_part=is_part, asked=asked)
     if counted is None or not counted.blocks:
         return formula
     key = max(counted.blocks, key=lambda each: _elements(counted.blocks[each]))
@@ -300,10 +302,23 @@ def _elements(tensors: Mapping[str, TensorInfo]) -> int:
     return sum(info.elements for info in tensors.values())
 
 
-def unfit_weight(tensors: Mapping[str, TensorInfo], depth: int) -> Unfit | None:
-    """A weight in the first ``depth`` blocks that no nn.Linear has."""
-    counted = count(tensors, depth, is_part=False)
+def unfit_weight(
+    tensors: Mapping[str, TensorInfo], depth: int, text: Mapping[str, Any] | None = None
+) -> Unfit | None:
+    """A weight in the first ``depth`` blocks that no nn.Linear has; ``text`` is the language model's
+    configuration."""
+    counted = count(tensors, depth, is_part=False, asked=_asked(text or {}))
     return None if counted is None else _unfit(counted)
+
+
+def _asked(text: Mapping[str, Any]) -> frozenset[str]:
+    """Weights and biases of the linears of a block; none where the family is not known so well."""
+    family = FAMILIES.get(str(text.get("model_type", "")))
+    if family is None or not family.exact:
+        return frozenset()
+    linears = _linears(text, family, 1, 1, 1, 1)
+    biases = {f"{linear.name}.bias" for linear in linears if linear.bias}
+    return frozenset({f"{linear.name}.weight" for linear in linears} | biases)
 
 
 def _unfit(counted: Counted) -> Unfit | None:

@@ -61,7 +61,8 @@ def refuse_kind(
 
 def refuse_model(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
     """:func:`refuse_kind` of a model's files, or of its configuration alone where there are no tensors."""
-    unfit = unfit_weight(tensors, depth(text_config(config)))
+    text = text_config(config)
+    unfit = unfit_weight(tensors, depth(text), text)
     refuse_kind(config, unfit, from_files=bool(tensors))
 
 

@@ -48,6 +48,9 @@ EXTRA = {
     "model.mtp.layers.0.mlp.up_proj.weight": torch.ones(30, 20),
     "mtp.fc.weight": torch.ones(30, 20),
     "score.weight": torch.ones(2, 64),
+    "model.layers.1.mlp.third_proj.weight": torch.ones(256, 128),
+    "model.layers.1.mlp.table": torch.ones(8, 8, 8),
+    "model.layers.0.self_attn.q_proj.bias": torch.ones(64),
     "model.rotary_emb.inv_freq": torch.ones(8),
     "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
 }
