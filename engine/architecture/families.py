@@ -212,10 +212,18 @@ class _Fields:
         return None if off else self.size(name)
 
     def _unusable(self, name: str) -> PreflightError:
+        value = self.get(name, None)
+        model_type = f"config.json of model type {self.model_type or '(none)'!r}"
+        if value is None:
+            return PreflightError(
+                f"{model_type} has no usable {name}",
+                where="model.source",
+                hint="only decoder-only Transformers with Llama-like fields can be planned",
+            )
         return PreflightError(
-            f"config.json of model type {self.model_type or '(none)'!r} has no usable {name}",
+            f"{model_type} has no usable {name}: {str(value)[:80]!r} is not a whole number above zero",
             where="model.source",
-            hint="only decoder-only Transformers with Llama-like fields can be planned",
+            hint="correct it in config.json",
         )
 
 

@@ -66,7 +66,8 @@ class CausalLM:
         if not source.config.architectures:
             # GGUF files and text parts of multimodal models do not say; exports must.
             source.config.architectures = [type(self.model).__name__]
-        self._prefix, self._blocks = find_blocks(self.model)
+        with foreign(f"{type(self.model).__name__} has no usable decoder blocks", source.name):
+            self._prefix, self._blocks = find_blocks(self.model)
         for index, block in enumerate(self._blocks):
             refuse_block(block, self.block_prefix(index))
         self.names, self.weights = self._named(source)
@@ -363,6 +364,12 @@ class CausalLM:
         first, second = (self._record(1, 4, self.dtype, token) for token in (0, 1))
         for index, (one, other) in enumerate(zip(first, second, strict=True)):
             for name in one:
+                if _has_nan(one[name]):
+                    raise PreflightError(
+                        f"argument {name!r} of the blocks is not a number",
+                        where=self.block_prefix(index),
+                        hint="check the numbers of rope_parameters, or rope_theta, in config.json",
+                    )
                 if not _same(one[name], other.get(name)):
                     raise PreflightError(
                         f"argument {name!r} depends on the tokens, which block-wise training cannot replay",
@@ -424,6 +431,12 @@ def block_forward(block: nn.Module, hidden_BTH: Tensor, arguments: dict[str, Any
 def _replace(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(owner), leaf, parameter)
+
+
+def _has_nan(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and bool(value.isnan().any())
+    return isinstance(value, list | tuple) and any(map(_has_nan, value))
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -72,7 +72,8 @@ def build_skeleton(
         # Fused attention leaves the soft cap out; some releases of transformers select it all the same.
         options["attn_implementation"] = "eager"
     where = str(getattr(config, "name_or_path", "") or "config.json")
-    with foreign(f"transformers cannot build a model of type {config.model_type!r}", where):
+    doing = f"transformers cannot build a model of type {config.model_type!r}"
+    with foreign(doing, where, fields=config.to_dict):
         try:
             model = _built(config, options, keep)
         except (ValueError, ImportError) as error:
@@ -145,7 +146,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and isinstance(depth, int) and len(module) == depth > 0
     ]
-    if not lists:
+    widths = [getattr(text_config(model.config), name, None) for name in ("hidden_size", "vocab_size")]
+    if not lists or not all(isinstance(width, int) for width in widths):
         raise PreflightError(
             f"{type(model).__name__} has no list of {depth} decoder blocks",
             where="config.json",

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -310,10 +310,45 @@ def read_config(folder: ModelFolder, trust_remote_code: bool = False) -> PreTrai
             where=str(path),
             hint="read that code, then run it with --trust-remote-code",
         )
-    with foreign(f"model type {model_type!r} is not understood by transformers", str(path)):
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    with foreign(f"model type {model_type!r} is not understood by transformers", str(path), fields=raw.copy):
+        if trust_remote_code and raw.get("auto_map"):
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+        else:
+            config = _of_fields(raw, directory)
     folder.files["config.json"].check()
     return config
+
+
+def _of_fields(raw: dict[str, Any], directory: Path) -> PreTrainedConfig:
+    """What transformers makes of the file, less what says how a model is to be run, and not what it is."""
+    plain = readable(raw)
+    if plain == raw:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    with tempfile.TemporaryDirectory(prefix="eqat-config-") as place:
+        Path(place, "config.json").write_text(json.dumps(plain))
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    config.name_or_path = str(directory)
+    return config
+
+
+def readable(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without the spellings that transformers does not read from a file, although it reads
+    the model: a type of weights with its module's name, or left open, and attention that cannot be had."""
+    plain: dict[str, Any] = {
+        key: readable(value) if key.endswith("_config") and isinstance(value, Mapping) else value
+        for key, value in raw.items()
+    }
+    for key in ("dtype", "torch_dtype"):
+        kind = plain.get(key)
+        if kind == "auto":
+            del plain[key]
+        elif isinstance(kind, str):
+            plain[key] = kind.removeprefix("torch.")
+    if plain.get("output_attentions"):
+        # Neither is asked for when a model is built here; together they are refused.
+        for key in ("_attn_implementation", "attn_implementation"):
+            plain.pop(key, None)
+    return plain
 
 
 def _known_types() -> set[str]:
