@@ -3,7 +3,7 @@
 # make soak      kill runs, exports, gc and rm at random instants, flip bits, compare the exports (15 min)
 # make fuzz      mutate every file that is read, and look for harm (SECONDS=300, SEED=0)
 # make screenshot  the app's pictures in README.md, from a run (RUN=latest)
-# make interop   load our exports with gptqmodel, in an environment of its own
+# make interop   load our exports with gptqmodel and transformers 4, in an environment of its own
 #
 # PYTHON=python3.12      which Python makes the environment (3.11 or newer)
 # PIP_FLAGS='...'        extra flags for pip, such as --extra-index-url for another build of PyTorch

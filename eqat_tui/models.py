@@ -180,7 +180,7 @@ def inspect(
 ) -> ModelFacts | str:
     """What ``source`` is and whether it can be quantized; one sentence where nothing can be known."""
     from engine.architecture.description import describe
-    from engine.architecture.families import FAMILIES
+    from engine.architecture.family_table import FAMILIES
     from engine.architecture.refusals import refuse
 
     problem = ""

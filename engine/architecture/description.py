@@ -17,16 +17,17 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from engine.architecture.families import Architecture, architecture
+from engine.architecture.families import Architecture, architecture, unfit_weight
 from engine.architecture.gguf_header import (
     GGUF_MODEL_TYPES,
     GGUFHeader,
     read_gguf_header,
     supported_gguf,
 )
-from engine.architecture.headers import safetensors_tensors
+from engine.architecture.headers import TensorInfo, checkpoint
 from engine.architecture.limits import check_config
 from engine.architecture.model_folder import ModelFolder
+from engine.architecture.refusals import refuse_model
 from engine.config.model import PACKAGE, RANDOM, TINY_MODEL
 from engine.errors import PreflightError, UsageError
 from engine.system.guarded import SMALL, parse_object
@@ -128,7 +129,7 @@ def describe(source: str, revision: str | None = None) -> ModelDescription:
         config = read_model_config(source, revision)
         kind = "random" if path in RANDOM_MODELS else "hub"
         return ModelDescription(
-            source=source, kind=kind, config=config, architecture=architecture(config), stored_bytes=None
+            source=source, kind=kind, config=config, architecture=_sizes(config, {}), stored_bytes=None
         )
     if path.is_file():
         header = read_gguf_header(path)
@@ -141,7 +142,7 @@ def describe(source: str, revision: str | None = None) -> ModelDescription:
             stored_bytes=sum(info.nbytes for info in header.tensors.values()),
         )
     folder = ModelFolder.judge(path)
-    config, tensors = local_config(folder), safetensors_tensors(folder)
+    config, tensors = local_config(folder), stored_tensors(folder)
     if not tensors and any(path.glob("pytorch_model*.bin")):
         raise PreflightError(
             "this model has its weights only as pytorch_model.bin",
@@ -152,9 +153,23 @@ def describe(source: str, revision: str | None = None) -> ModelDescription:
         source=source,
         kind="safetensors" if tensors else "config",
         config=config,
-        architecture=architecture(config, tensors),
+        architecture=_sizes(config, tensors),
         stored_bytes=sum(info.nbytes for info in tensors.values()) if tensors else None,
     )
+
+
+def stored_tensors(folder: ModelFolder) -> dict[str, TensorInfo]:
+    """The tensors of a folder's safetensors checkpoint; empty where there is none."""
+    return {name: stored.info for name, stored in checkpoint(folder).tensors.items()}
+
+
+def _sizes(config: dict[str, Any], tensors: dict[str, TensorInfo]) -> Architecture:
+    """The sizes; of a model that cannot be quantized and has other sizes than these, why it cannot be."""
+    try:
+        return architecture(config, tensors)
+    except PreflightError:
+        refuse_model(config, tensors)
+        raise
 
 
 def local_config(folder: ModelFolder) -> dict[str, Any]:
@@ -281,5 +296,6 @@ def _gguf_architecture(path: Path, header: GGUFHeader) -> Architecture:
     check_config(config, path)
     formula = architecture(config)
     stored = sum(info.elements for name, info in header.tensors.items() if not name.startswith("rope_"))
-    fused = tuple(name for name, info in header.tensors.items() if len(info.shape) == 3)
-    return msgspec.structs.replace(formula, exact=formula.exact and stored == formula.params, fused=fused)
+    exact = formula.exact and stored == formula.params
+    unfit = unfit_weight(header.tensors, formula.blocks)
+    return msgspec.structs.replace(formula, exact=exact, unfit=unfit, from_files=True)

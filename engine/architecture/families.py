@@ -1,23 +1,25 @@
 """What a decoder block consists of, family by family.
 
-A decoder-only Transformer is an embedding, ``blocks`` equal blocks, a final norm and a head. For every
-family that the engine is tested with, :data:`FAMILIES` states which linears a block has and how large
-its norms are; the defaults there are those of transformers' configuration classes, because a
-config.json leaves out every field that has its default. Any other model type whose fields look like
-Llama's is taken for one and marked ``exact = False``. Where safetensors headers are at hand the block's
-linears are read from them, so that the sizes are those of the files, not of a formula.
+A decoder-only Transformer is an embedding, ``blocks`` equal blocks, a final norm and a head. What a block
+has of linears and norms, family by family, is in the table (:mod:`engine.architecture.family_table`). Any
+other model type whose fields look like Llama's is taken for one and marked ``exact = False``. Where
+safetensors headers are at hand the block's linears are read from them, so that the sizes are those of the
+files, not of a formula.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import msgspec
 
+from engine.architecture.counting import Counted, count
+from engine.architecture.family_table import ALIASES, FAMILIES, LLAMA, Family
 from engine.architecture.headers import TensorInfo
-from engine.architecture.limits import MOST_BLOCKS
+from engine.architecture.positions import PositionTable, position_table
+from engine.architecture.unfit import Unfit, first_unfit, is_norm, unfit_in
 from engine.config.dtypes import DTYPE_BYTES
 from engine.errors import PreflightError
 
@@ -62,6 +64,7 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     head_params: int
     """0 when tied."""
     final_norm_params: int
+    """All vectors outside the blocks."""
     max_positions: int
     sliding_window: int | None = None
     eager_attention: bool = False
@@ -70,8 +73,18 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes a weight is stored with in the checkpoint, GGUF counted as the float32 it is unpacked to."""
     exact: bool = True
     """False: sizes are those of a Llama with these fields, which this model type may differ from."""
-    fused: tuple[str, ...] = ()
-    """3-D weights seen in the checkpoint: fused experts, which are not linears."""
+    unfit: Unfit | None = None
+    """A weight of a block, seen in the files, that is not that of an ``nn.Linear``."""
+    from_files: bool = False
+    """The files' headers were seen, so that ``unfit`` is an answer; else only the configuration speaks."""
+    position_table: PositionTable | None = None
+    """None where positions are computed, so that a text of any length can be read."""
+    other_outer_params: int = 0
+    """Learned positions and projections outside the blocks."""
+    carried: tuple[tuple[str, int], ...] = ()
+    """Names and bytes of what the checkpoint holds besides the model, and an export takes over as it is."""
+    coded: tuple[tuple[str, str], ...] = ()
+    """The first weight that is not stored as floating-point numbers, and its type."""
     block_prefix: str = "model.layers"
 
     @property
@@ -88,8 +101,13 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rest_params(self) -> int:
-        """Embeddings, head and final norm: what stays 16-bit besides the norms and biases of blocks."""
-        return self.embed_params + self.head_params + self.final_norm_params
+        """Embeddings, head, final norm and what else lies outside the blocks: all of it stays 16-bit, like
+        the norms and biases of blocks."""
+        return self.embed_params + self.head_params + self.final_norm_params + self.other_outer_params
+
+    @property
+    def carried_bytes(self) -> int:
+        return sum(nbytes for _, nbytes in self.carried)
 
     @property
     def params(self) -> int:
@@ -103,56 +121,6 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class Family(msgspec.Struct, frozen=True, kw_only=True):
-    """How a model type differs from Llama, and the defaults of its configuration class."""
-
-    defaults: dict[str, Any]
-    qkv_bias: bool | None = None
-    """None: the field ``attention_bias`` decides, for the output projection too."""
-    norms: tuple[str, ...] = ("hidden", "hidden")
-    """Width of every norm in a block: hidden, head_dim (per-head), q or kv (over all heads)."""
-    fused: bool = False
-    """One linear for q, k, v and one for gate and up."""
-
-
-def _defaults(sizes: str, *, head_dim: int | None = None, tied: bool = False) -> dict[str, Any]:
-    """Six sizes in the order of transformers' signatures, as a configuration."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    *values, kv_heads = (None if size == "-" else int(size) for size in sizes.split())
-    fields: dict[str, Any] = dict(zip(names, values, strict=True))
-    return {**fields, "num_key_value_heads": kv_heads, "head_dim": head_dim, "tie_word_embeddings": tied}
-
-
-LLAMA = Family(defaults=_defaults("32000 4096 11008 32 32 -"))
-FAMILIES: dict[str, Family] = {
-    "llama": LLAMA,
-    "mistral": Family(defaults=_defaults("32000 4096 14336 32 32 8"), qkv_bias=False),
-    "qwen2": Family(defaults=_defaults("151936 4096 22016 32 32 32"), qkv_bias=True),
-    "qwen3": Family(
-        defaults=_defaults("151936 4096 22016 32 32 32", head_dim=128),
-        norms=("hidden", "hidden", "head_dim", "head_dim"),
-    ),
-    "gemma2": Family(
-        defaults=_defaults("256000 2304 9216 26 8 4", head_dim=256, tied=True)
-        | {"attn_logit_softcapping": 50.0},
-        norms=("hidden",) * 4,
-    ),
-    "gemma3_text": Family(
-        defaults=_defaults("262208 2304 9216 26 8 4", head_dim=256, tied=True),
-        norms=("hidden",) * 4 + ("head_dim",) * 2,
-    ),
-    "phi3": Family(defaults=_defaults("32064 3072 8192 32 32 -"), qkv_bias=False, fused=True),
-    "olmo2": Family(defaults=_defaults("50304 4096 11008 32 32 -"), norms=("hidden", "hidden", "q", "kv")),
-    "smollm3": Family(defaults=_defaults("128256 2048 11008 36 16 4", tied=True)),
-}
-
-ALIASES = {
-    "hidden_size": ("n_embd", "d_model", "dim"),
-    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
-    "num_attention_heads": ("n_head", "n_heads"),
-    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
-    "max_position_embeddings": ("n_positions", "max_sequence_length"),
-}
 STORED_BYTES = {**DTYPE_BYTES, "float64": 8, "F32": 4, "F64": 8, "F16": 2, "BF16": 2}
 """Bytes of a weight, by what a configuration or a header calls its type."""
 
@@ -183,6 +151,7 @@ def architecture(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
     vocab = fields.size("vocab_size")
     tied = bool(fields.get("tie_word_embeddings", False))
     widths = {"hidden": hidden, "head_dim": head_dim, "q": heads * head_dim, "kv": kv_heads * head_dim}
+    table = position_table(text, {name: info.shape for name, info in (tensors or {}).items()})
     formula = Architecture(
         model_type=model_type,
         blocks=fields.size("num_hidden_layers"),
@@ -198,15 +167,20 @@ def architecture(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
         embed_params=vocab * hidden,
         head_params=0 if tied else vocab * hidden,
         final_norm_params=hidden,
+        other_outer_params=0
+        if table is None or family.stored_rows is None
+        else hidden * (table.rows + family.stored_rows),
         max_positions=fields.optional_size("max_position_embeddings") or 0,
+        position_table=table,
         sliding_window=fields.optional_size("sliding_window"),
         dtype_bytes=STORED_BYTES.get(
             str(text.get("dtype") or text.get("torch_dtype")).removeprefix("torch."), 2
         ),
         eager_attention=fields.get("attn_logit_softcapping", None) is not None,
-        exact=model_type in FAMILIES,
+        exact=model_type in FAMILIES and family.exact,
     )
-    return _with_headers(formula, tensors) if tensors else formula
+    is_part = isinstance(config.get("text_config"), Mapping)
+    return _with_headers(formula, tensors, is_part=is_part, asked=_asked(text)) if tensors else formula
 
 
 class _Fields:
@@ -238,10 +212,18 @@ class _Fields:
         return None if off else self.size(name)
 
     def _unusable(self, name: str) -> PreflightError:
+        value = self.get(name, None)
+        model_type = f"config.json of model type {self.model_type or '(none)'!r}"
+        if value is None:
+            return PreflightError(
+                f"{model_type} has no usable {name}",
+                where="model.source",
+                hint="only decoder-only Transformers with Llama-like fields can be planned",
+            )
         return PreflightError(
-            f"config.json of model type {self.model_type or '(none)'!r} has no usable {name}",
+            f"{model_type} has no usable {name}: {str(value)[:80]!r} is not a whole number above zero",
             where="model.source",
-            hint="only decoder-only Transformers with Llama-like fields can be planned",
+            hint="correct it in config.json",
         )
 
 
@@ -271,45 +253,84 @@ def _linears(
     )
 
 
-IN_BLOCK = re.compile(r"^(?P<prefix>.*?\b(?:layers|h|blocks))\.(?P<block>\d{1,6})\.(?P<name>.+)$")
-
-
-def _with_headers(formula: Architecture, tensors: Mapping[str, TensorInfo]) -> Architecture:
-    """Replace the formula's block by the largest block that the headers describe."""
-    blocks: dict[tuple[str, int], dict[str, TensorInfo]] = {}
-    for name, info in tensors.items():
-        if (match := IN_BLOCK.match(name)) and "vision" not in name and int(match["block"]) < MOST_BLOCKS:
-            blocks.setdefault((match["prefix"], int(match["block"])), {})[match["name"]] = info
-    if not blocks:
+def _with_headers(
+    formula: Architecture, tensors: Mapping[str, TensorInfo], *, is_part: bool, asked: Set[str]
+) -> Architecture:
+    """Replace the formula's sizes by those that the headers describe; of blocks that differ by the
+    largest's."""
+    counted = count(tensors, formula.blocks, is_part=is_part, asked=asked)
+    if counted is None or not counted.blocks:
         return formula
-    key = max(blocks, key=lambda each: sum(info.elements for info in blocks[each].values()))
-    block = blocks[key]
-    names = [name.removesuffix(".weight") for name, info in block.items() if len(info.shape) == 2]
+    key = max(counted.blocks, key=lambda each: _elements(counted.blocks[each]))
+    block, prefix = counted.blocks[key], f"{counted.list_name}.{key}"
+    names = [
+        name.removesuffix(".weight")
+        for name, info in block.items()
+        if len(info.shape) == 2 and not is_norm(name)
+    ]
     known = [linear.name for linear in formula.linears]
     names.sort(key=lambda name: known.index(name) if name in known else len(known))
     shapes = {name: block[name + ".weight"].shape for name in names if name + ".weight" in block}
     if empty := [name for name, shape in shapes.items() if not min(shape)]:
         raise PreflightError(
-            "this tensor has no elements",
-            where=f"{key[0]}.{key[1]}.{empty[0]}.weight",
-            hint="download it again",
+            "this tensor has no elements", where=f"{prefix}.{empty[0]}.weight", hint="download it again"
         )
     linears = tuple(
         LinearShape(name, out, into, f"{name}.bias" in block) for name, (out, into) in shapes.items()
     )
-    counted = {f"{linear.name}.{part}" for linear in linears for part in ("weight", "bias")}
-    norms = sum(
-        info.elements
-        for name, info in block.items()
-        if len(info.shape) == 1 and name not in counted and "inv_freq" not in name
-    )
+    parts = {f"{linear.name}.{part}" for linear in linears for part in ("weight", "bias")}
+    # A weight of more dimensions is none that a run gets as far as counting.
+    others = {name: info for name, info in block.items() if name not in parts and len(info.shape) < 3}
     largest = block[linears[0].name + ".weight"] if linears else next(iter(block.values()))
+    norms = {name: info for name, info in counted.outer.items() if len(info.shape) < 2}
+    tables = {name: info for name, info in counted.outer.items() if name not in norms}
+    embedding = tables.pop(counted.embedding, None)
+    # A tied head may be stored all the same; a head that is nowhere is the embedding.
+    tied = formula.tied or not counted.head
     return msgspec.structs.replace(
         formula,
         linears=linears or formula.linears,
-        norm_params_per_block=norms,
+        norm_params_per_block=_elements(others),
+        embed_params=embedding.elements if embedding else formula.embed_params,
+        tied=tied,
+        head_params=0 if tied else _elements(counted.head),
+        final_norm_params=_elements(norms),
+        other_outer_params=_elements(tables),
+        carried=tuple((name, info.nbytes) for name, info in counted.carried.items()),
         dtype_bytes=STORED_BYTES.get(largest.dtype, formula.dtype_bytes),
         exact=bool(linears),
-        fused=tuple(f"{key[0]}.{key[1]}.{name}" for name, info in block.items() if len(info.shape) == 3),
-        block_prefix=key[0],
+        unfit=_unfit(counted),
+        from_files=True,
+        coded=tuple(itertools.islice(counted.coded(), 1)),
+        block_prefix=counted.list_name,
     )
+
+
+def _elements(tensors: Mapping[str, TensorInfo]) -> int:
+    return sum(info.elements for info in tensors.values())
+
+
+def unfit_weight(
+    tensors: Mapping[str, TensorInfo], depth: int, text: Mapping[str, Any] | None = None
+) -> Unfit | None:
+    """A weight in the first ``depth`` blocks that no nn.Linear has; ``text`` is the language model's
+    configuration."""
+    counted = count(tensors, depth, is_part=False, asked=_asked(text or {}))
+    return None if counted is None else _unfit(counted)
+
+
+def _asked(text: Mapping[str, Any]) -> frozenset[str]:
+    """Weights and biases of the linears of a block; none where the family is not known so well."""
+    family = FAMILIES.get(str(text.get("model_type", "")))
+    if family is None or not family.exact:
+        return frozenset()
+    linears = _linears(text, family, 1, 1, 1, 1)
+    biases = {f"{linear.name}.bias" for linear in linears if linear.bias}
+    return frozenset({f"{linear.name}.weight" for linear in linears} | biases)
+
+
+def _unfit(counted: Counted) -> Unfit | None:
+    """Looked for in all blocks, for those of one model differ."""
+    blocks = sorted(counted.blocks.items())
+    found = [one for index, block in blocks for one in unfit_in(block, f"{counted.list_name}.{index}")]
+    return first_unfit(found)

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -45,6 +45,8 @@ ITEM_BITS = {
     "I8": 8,
     "F8_E4M3": 8,
     "F8_E5M2": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
     "F8_E8M0": 8,
     "U16": 16,
     "I16": 16,
@@ -61,6 +63,8 @@ ITEM_BITS = {
     "F6_E2M3": 6,
     "F6_E3M2": 6,
 }
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types that the weights of a model which is not quantized have."""
 
 
 class TensorInfo(msgspec.Struct, frozen=True):
@@ -93,25 +97,78 @@ class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
 
 
-def safetensors_tensors(folder: ModelFolder) -> dict[str, TensorInfo]:
-    """All tensors of the safetensors checkpoint in a folder; empty when there is none."""
-    tensors: dict[str, TensorInfo] = {}
-    for file in safetensors_files(folder):
-        tensors.update(safetensors_header(file))
-    return tensors
+class StoredTensor(NamedTuple):
+    """A tensor, and the file it lies in."""
+
+    file: StampedFile
+    info: TensorInfo
 
 
-def safetensors_files(folder: ModelFolder) -> list[StampedFile]:
-    """The shards an index lists, or the single file; a listed shard that is missing is an error."""
-    if INDEX_NAME in folder:
-        names = sorted(set(read_index(folder.files[INDEX_NAME]).values()))
-        return [shard(folder, name, len(names)) for name in names]
-    if SINGLE_NAME in folder:
-        return [folder.files[SINGLE_NAME]]
-    return [folder.files[name] for name in folder.named("*.safetensors")]
+class Checkpoint(msgspec.Struct, frozen=True):
+    """What the safetensors files of a folder hold: the one answer to which file a tensor is read from."""
+
+    tensors: dict[str, StoredTensor]
+    """By name. With an index, those that it lists, each in the file that it names: another file may hold a
+    tensor of the same name."""
+    unlisted: dict[str, StoredTensor]
+    """What the index's files hold besides. transformers reads them, the last file's where several have one;
+    so they are there for a model that needs them, but they belong to nothing else."""
+
+    def find(self, name: str) -> StoredTensor | None:
+        """Where a tensor is read from; None where there is none."""
+        return self.tensors.get(name) or self.unlisted.get(name)
 
 
-def shard(folder: ModelFolder, name: str, listed: int) -> StampedFile:
+def checkpoint(folder: ModelFolder) -> Checkpoint:
+    """The safetensors checkpoint in a folder; empty when there is none.
+
+    Which files are read is decided as transformers decides it: ``model.safetensors``, else what the index
+    lists. A single file of another name is taken, too.
+
+    Raises:
+        PreflightError: for a listed file that is missing, or does not hold what is listed; for several files
+            without an index.
+    """
+    if SINGLE_NAME not in folder and INDEX_NAME in folder:
+        return _indexed(folder, read_index(folder.files[INDEX_NAME]))
+    names = [SINGLE_NAME] if SINGLE_NAME in folder else folder.named("*.safetensors")
+    if len(names) > 1:
+        raise PreflightError(
+            f"{len(names)} safetensors files, but no {INDEX_NAME} that says how they belong together",
+            where=str(folder.path),
+            hint="download the index file as well",
+        )
+    files = [folder.files[name] for name in names]
+    return Checkpoint(
+        {name: StoredTensor(file, info) for file in files for name, info in safetensors_header(file).items()},
+        {},
+    )
+
+
+def _indexed(folder: ModelFolder, weight_map: Mapping[str, str]) -> Checkpoint:
+    names = sorted(set(weight_map.values()))
+    files = [_shard(folder, name, len(names)) for name in names]
+    headers = {name: (file, safetensors_header(file)) for name, file in zip(names, files, strict=True)}
+    tensors = {}
+    for tensor, name in sorted(weight_map.items()):
+        file, header = headers[name]
+        if tensor not in header:
+            raise PreflightError(
+                f"the index lists tensor {tensor!r} in this file, but the file does not hold it",
+                where=str(file.path),
+                hint="download the model again",
+            )
+        tensors[tensor] = StoredTensor(file, header[tensor])
+    unlisted = {
+        tensor: StoredTensor(file, info)
+        for file, header in headers.values()
+        for tensor, info in header.items()
+        if tensor not in weight_map
+    }
+    return Checkpoint(tensors, unlisted)
+
+
+def _shard(folder: ModelFolder, name: str, listed: int) -> StampedFile:
     """One of the files that an index lists."""
     if name not in folder:
         raise PreflightError(

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.architecture.families import Architecture, LinearShape, text_config
+from engine.architecture.families import Architecture, LinearShape, text_config, unfit_weight
+from engine.architecture.headers import FLOATS, TensorInfo
+from engine.architecture.layers import STRUCTURES, depth, expected_unfit
+from engine.architecture.unfit import ONLY_LINEAR, Unfit
 from engine.config.formats import FORMATS
 from engine.config.grid import BITS, GROUP_SIZES, GridConfig
 from engine.errors import PreflightError
 
-EXPERT_FIELDS = (
-    "num_local_experts",
-    "num_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-    "num_experts_per_tok",
-)
-CONV1D_TYPES = {"gpt2", "imagegpt", "openai-gpt"}
-CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "Gemma3ForConditionalGeneration")
+CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
+MULTIMODAL_ENDINGS = ("ForConditionalGeneration", "ForCausalLM")
+"""Of models that also see or hear, whose language model has a configuration of its own."""
 
 
 def refuse(
@@ -28,39 +25,59 @@ def refuse(
     export_formats: Sequence[str] = (),
 ) -> None:
     """Raise PreflightError, in one sentence with a remedy, for what the engine cannot quantize."""
-    _refuse_kind(arch, config)
+    refuse_kind(config, arch.unfit, from_files=arch.from_files, prefix=arch.block_prefix)
+    for name, stored in arch.coded:
+        refuse_stored_type(name, stored, arch.model_type or "model.source")
     _refuse_group_size(arch, grid)
     _refuse_packing(arch, grid, export_formats)
 
 
-def _refuse_kind(arch: Architecture, config: Mapping[str, Any]) -> None:
-    """Models that are not a stack of ``nn.Linear`` blocks with 16-bit weights."""
-    where = arch.model_type or "model.source"
+def refuse_kind(
+    config: Mapping[str, Any], unfit: Unfit | None, *, from_files: bool, prefix: str = "model.layers"
+) -> None:
+    """Refuse models that are not a stack of ``nn.Linear`` blocks with 16-bit weights.
 
-    def refusal(message: str, hint: str) -> PreflightError:
-        return PreflightError(message, where=where, hint=hint)
-
+    The plan and the engine both ask here, before they ask for anything else, with the same files: so they
+    say the same. ``unfit`` is a weight that the files' headers showed; where there were no headers
+    (``from_files``), the configuration tells what the blocks will have.
+    """
     text = text_config(config)
+    model_type = str(text.get("model_type") or "")
+    where = model_type or "model.source"
     if config.get("is_encoder_decoder"):
         raise encoder_decoder(where)
     quantized = config.get("quantization_config") or text.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "") if isinstance(quantized, Mapping) else ""
         raise already_quantized(method, where)
-    experts = [name for name in EXPERT_FIELDS if isinstance(text.get(name), int) and text[name] > 1]
-    if experts or arch.fused:
-        where = arch.fused[0] if arch.fused else f"{arch.block_prefix}.0.mlp.experts"
-        raise refusal(
-            f"{where} holds fused expert weights, which are not nn.Linear layers", "give a dense model"
+    if model_type in STRUCTURES:
+        raise PreflightError(STRUCTURES[model_type], where=where, hint=ONLY_LINEAR)
+    if unfit is not None:
+        raise unfit.refusal()
+    for why, part in expected_unfit(text, from_files=from_files):
+        raise Unfit(f"{prefix}.0.{part}" if part else where, why).refusal()
+    _refuse_class(config)
+
+
+def refuse_model(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """:func:`refuse_kind` of a model's files, or of its configuration alone where there are no tensors."""
+    text = text_config(config)
+    unfit = unfit_weight(tensors, depth(text), text)
+    refuse_kind(config, unfit, from_files=bool(tensors))
+
+
+def _refuse_class(config: Mapping[str, Any]) -> None:
+    """What a model was saved as says what it is for."""
+    names = [str(name) for name in config.get("architectures") or []]
+    nested = isinstance(config.get("text_config"), Mapping)
+    endings = MULTIMODAL_ENDINGS if nested else CAUSAL_ENDINGS
+    # Others derive classes of their own from these: "MyForCausalLMWithCache".
+    if names and not any(name.endswith(endings) or "ForCausalLM" in name for name in names):
+        raise PreflightError(
+            f"{names[0]} is not a causal language model",
+            where=str(text_config(config).get("model_type") or "model.source"),
+            hint="give an AutoModelForCausalLM checkpoint",
         )
-    if arch.model_type in CONV1D_TYPES:
-        raise refusal(
-            "the projections of h.0.attn and h.0.mlp are Conv1D, not nn.Linear",
-            "give a model built of nn.Linear",
-        )
-    names = config.get("architectures") or []
-    if names and not any(str(name).endswith(CAUSAL_ENDINGS) for name in names):
-        raise refusal(f"{names[0]} is not a causal language model", "give an AutoModelForCausalLM checkpoint")
 
 
 def encoder_decoder(where: str) -> PreflightError:
@@ -78,6 +95,19 @@ def already_quantized(method: object, where: str) -> PreflightError:
         f"the model is already quantized{f' ({str(method)[:80]})' if method else ''}",
         where=where,
         hint="give the original 16-bit checkpoint",
+    )
+
+
+def refuse_stored_type(name: str, stored: str, where: str) -> None:
+    """Refuse a weight that is stored as codes, or as no number of a weight at all; ``stored`` is the type's
+    name in its file."""
+    if stored in FLOATS:
+        return
+    kind = "complex numbers" if stored.startswith("C") else "the model is already quantized"
+    raise PreflightError(
+        f"tensor {name!r} is stored as {stored[:80]}: {kind}",
+        where=where,
+        hint="start from the original 16-bit model",
     )
 
 

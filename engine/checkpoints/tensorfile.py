@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from engine.architecture.headers import ALIGNMENT
-from engine.models.weights import DTYPES
+from engine.models.weights import TYPE_NAMES
 
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CHUNK_BYTES = 64 << 20
 
 
@@ -42,7 +41,7 @@ def safetensors_chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memory
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
+            "dtype": TYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from engine.architecture.positions import PositionTable
 from engine.config.runtime import StoreKind
 from engine.data.activations import ActivationStore, make_store
 from engine.data.tasks import Question
@@ -71,8 +72,16 @@ class Accuracy:
         return math.sqrt(self.accuracy * (1 - self.accuracy) / max(1, self.questions - 1))
 
 
-def tokenize(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase) -> TokenizedTask:
-    """Questions as tokens, without special ones; spaces at a context's end go to the continuation."""
+def tokenize(
+    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, table: PositionTable | None = None
+) -> TokenizedTask:
+    """Questions as tokens, without special ones; spaces at a context's end go to the continuation.
+
+    Of a question that is too long, or longer than the model's table of positions, the end is asked.
+    """
+    longest = LONGEST
+    if table is not None:
+        longest = min(LONGEST, table.rows)
     rows: list[Row] = []
     spans = []
     for question in questions:
@@ -85,7 +94,7 @@ def tokenize(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase) 
             before = len(tokenizer(kept, add_special_tokens=False)["input_ids"])
             # A tokenizer may join the two where they meet; at least one token is asked for.
             scored = max(1, len(whole) - before)
-            ids = tuple(whole[-LONGEST:])
+            ids = tuple(whole[-longest:])
             if len(ids) == 1:
                 ids = (ids[0], *ids)  # nothing precedes it: any token will do, and the same for all
             rows.append(Row(ids, min(scored, len(ids) - 1)))
@@ -123,7 +132,7 @@ def accuracies(
 
 def hidden_bytes(lm: CausalLM, tasks: Mapping[str, TokenizedTask]) -> int:
     """What the hidden states of all questions take, in memory or in files."""
-    return _hidden_bytes(lm, _by_length([row for task in tasks.values() for row in task.rows]))
+    return _hidden_bytes(lm, _by_length(lm, [row for task in tasks.values() for row in task.rows]))
 
 
 @dataclass(frozen=True)
@@ -170,7 +179,7 @@ def _scores(
 
 def _batches(lm: CausalLM, rows: Sequence[Row], folder: Path | None, stack: ExitStack) -> Iterator[_Batch]:
     """Rows of about the same length together; every batch of a length has the same size."""
-    by_length = _by_length(rows)
+    by_length = _by_length(lm, rows)
     needed = _hidden_bytes(lm, by_length)
     room = torch.cuda.mem_get_info(lm.device)[0] // 2 if lm.device.type == "cuda" else CPU_MEMORY
     kind: StoreKind = "device" if folder is None or needed <= room else "disk"
@@ -187,11 +196,14 @@ def _batches(lm: CausalLM, rows: Sequence[Row], folder: Path | None, stack: Exit
             yield _Batch(chosen, ids_BT, store, start)
 
 
-def _by_length(rows: Sequence[Row]) -> dict[int, list[int]]:
+def _by_length(lm: CausalLM, rows: Sequence[Row]) -> dict[int, list[int]]:
     """Places of the rows that are padded to each length."""
     by_length: dict[int, list[int]] = {}
+    table = lm.position_table
     for place in sorted(range(len(rows)), key=lambda place: len(rows[place].ids)):
         padded = -(-len(rows[place].ids) // LENGTH_STEP) * LENGTH_STEP
+        if table is not None:
+            padded = min(padded, table.rows)
         by_length.setdefault(padded, []).append(place)
     return by_length
 

@@ -31,13 +31,17 @@ import torch
 from torch import Tensor, nn
 
 from engine.architecture.families import GPU_HEAD_VALUES, HEAD_VALUES
+from engine.architecture.positions import PositionTable, position_table
 from engine.errors import PreflightError
 from engine.gpu.compiled import Compiled, P, T
 from engine.models.foreign import foreign
+from engine.models.gguf import GGUFReader
+from engine.models.names import TensorNames
 from engine.models.parameters import check_checkpoint, load_buffers, load_parameter
+from engine.models.random_weights import RandomReader
 from engine.models.skeleton import build_skeleton, find_blocks, linear_names, refuse_block, text_config
 from engine.models.source import ModelSource
-from engine.models.weights import RenamedReader, match_names
+from engine.models.weights import NamedReader, SafetensorsReader, WeightReader
 
 KEPT_SHAPES = 4
 """Batch shapes whose block arguments are kept; masks of long sequences are not small."""
@@ -62,13 +66,14 @@ class CausalLM:
         if not source.config.architectures:
             # GGUF files and text parts of multimodal models do not say; exports must.
             source.config.architectures = [type(self.model).__name__]
-        self._prefix, self._blocks = find_blocks(self.model)
+        with foreign(f"{type(self.model).__name__} has no usable decoder blocks", source.name):
+            self._prefix, self._blocks = find_blocks(self.model)
         for index, block in enumerate(self._blocks):
             refuse_block(block, self.block_prefix(index))
-        self.weights = match_names(source.weights, (name for name, _ in self.model.named_parameters()))
+        self.names, self.weights = self._named(source)
         with foreign(f"{type(self.model).__name__} has no usable embeddings", source.name):
             self.tied = self._tie_as_stored()
-        check_checkpoint(self.model, self.weights, source)
+        check_checkpoint(self.model, self.names, self.weights, source)
         self._load_outer()
         self._arguments: OrderedDict[tuple[int, int, torch.dtype], list[dict[str, Any]]] = OrderedDict()
         self._returns_tuple = False
@@ -97,6 +102,12 @@ class CausalLM:
     @property
     def vocab_size(self) -> int:
         return int(text_config(self.model.config).vocab_size)
+
+    @property
+    def position_table(self) -> PositionTable | None:
+        """The table of positions, after whose last row no text goes on; None where there is none."""
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+        return position_table(text_config(self.model.config).to_dict(), shapes)
 
     @property
     def parameters_count(self) -> int:
@@ -217,6 +228,17 @@ class CausalLM:
 
     # -- loading -----------------------------------------------------------------------------------
 
+    def _named(self, source: ModelSource) -> tuple[TensorNames, WeightReader]:
+        """The checkpoint under the model's names, and what they are in it."""
+        if isinstance(source.weights, GGUFReader | RandomReader):
+            return TensorNames(self.model, ()), source.weights
+        stored = source.weights.names()
+        if isinstance(source.weights, SafetensorsReader):
+            stored += source.weights.unlisted()
+        with foreign(f"the names of {type(self.model).__name__}'s tensors are not understood", source.name):
+            names = TensorNames(self.model, stored)
+        return names, NamedReader(source.weights, names.stored)
+
     def load_block(
         self, index: int, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> nn.Module:
@@ -263,7 +285,8 @@ class CausalLM:
                     text_config(config).tie_word_embeddings = False
                 return False
         elif stored[1] in self.weights:
-            self.weights = RenamedReader(self.weights, ((stored[0], stored[1]),))
+            own = {name: name for name in self.model.state_dict() if name in self.weights}
+            self.weights = NamedReader(self.weights, {**own, stored[0]: stored[1]})
         self._share_embedding()
         return True
 
@@ -341,6 +364,12 @@ class CausalLM:
         first, second = (self._record(1, 4, self.dtype, token) for token in (0, 1))
         for index, (one, other) in enumerate(zip(first, second, strict=True)):
             for name in one:
+                if _has_nan(one[name]):
+                    raise PreflightError(
+                        f"argument {name!r} of the blocks is not a number",
+                        where=self.block_prefix(index),
+                        hint="check the numbers of rope_parameters, or rope_theta, in config.json",
+                    )
                 if not _same(one[name], other.get(name)):
                     raise PreflightError(
                         f"argument {name!r} depends on the tokens, which block-wise training cannot replay",
@@ -402,6 +431,12 @@ def block_forward(block: nn.Module, hidden_BTH: Tensor, arguments: dict[str, Any
 def _replace(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(owner), leaf, parameter)
+
+
+def _has_nan(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and bool(value.isnan().any())
+    return isinstance(value, list | tuple) and any(map(_has_nan, value))
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -22,11 +23,15 @@ _NOT_THE_MODELS_FAULT = (EqatError, StopRequested, MemoryError, torch.OutOfMemor
 
 @contextlib.contextmanager
 def foreign(
-    doing: str, where: str, hint: str = "check config.json, or update transformers"
+    doing: str,
+    where: str,
+    hint: str = "check config.json, or update transformers",
+    fields: Callable[[], Mapping[str, Any]] = dict,
 ) -> Iterator[None]:
     """Whatever is raised inside becomes a PreflightError: ``doing``, and the first line of what was said.
 
-    Memory and disks that are full, and refusals that were made already, pass as they are.
+    Memory and disks that are full, and refusals that were made already, pass as they are. ``fields`` are
+    those of the configuration that was worked on, so that the one which is to blame can be named.
     """
     try:
         yield
@@ -37,6 +42,8 @@ def foreign(
         panicked = type(error).__name__ == "PanicException"
         if not (isinstance(error, Exception) or panicked) or full_disk(error) is not None:
             raise
+        if named := to_blame(error, fields()):
+            hint = f"check {named} in config.json, or update transformers"
         raise PreflightError(f"{doing}: {reason(error)}", where=where, hint=hint) from error
 
 
@@ -44,7 +51,41 @@ def reason(error: BaseException) -> str:
     """The first line of its message, with its kind where that alone would not tell enough."""
     # "'foo'" is all that a KeyError says.
     kind = f"{type(error).__name__}: " if isinstance(error, KeyError | IndexError | AssertionError) else ""
-    return kind + first_line(error)
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    # A line that ends so announces what is said in the next.
+    said = f"{lines[0]} {lines[1]}"[:300] if len(lines) > 1 and lines[0].endswith(":") else first_line(error)
+    return kind + said
+
+
+def to_blame(error: BaseException, fields: Mapping[str, Any]) -> str:
+    """The field of a configuration whose value made a library fail; empty where it cannot be told."""
+    said = str(error)
+    values = [(name, value) for name, value in _values(fields) if isinstance(value, str)]
+    # A name that the library looked up and did not know.
+    quoted = [name for name, value in values if value and f"'{value}'" in said and name != "model_type"]
+    if quoted:
+        return quoted[0]
+    if "padding_idx" in said.lower():
+        return "pad_token_id"
+    if isinstance(error, TypeError | ValueError) and "str" in said:
+        return next((name for name, value in values if _is_number_as_text(value)), "")
+    return ""
+
+
+def _values(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", deep) for inner, deep in _values(value))
+        else:
+            yield str(name), value
+
+
+def _is_number_as_text(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

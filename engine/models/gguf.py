@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from engine.architecture.description import gguf_config as described
 from engine.architecture.gguf_header import GGUF_MODEL_TYPES, gguf_header, supported_gguf
 from engine.architecture.limits import LARGEST_SIZE, MOST_BLOCKS, MOST_HEADS, MOST_POSITIONS, WIDEST
+from engine.architecture.refusals import refuse_model
 from engine.errors import PreflightError
 from engine.models.foreign import foreign
 from engine.models.weights import read_exactly
@@ -76,6 +78,7 @@ class GGUFReader:
         self._stamped = StampedFile.of(file)
         header = gguf_header(self._stamped)
         self.architecture = supported_gguf(header, file)
+        refuse_model(described(header), header.tensors)
         self._tensors = {
             name: GGUFTensor(info.start, info.nbytes, _kind(info.dtype, file), info.shape)
             for name, info in header.tensors.items()

@@ -26,7 +26,9 @@ from engine.errors import EqatError, ExitCode, PreflightError, first_line
 from engine.system.files import full_disk
 from engine.system.stamps import StampedFile
 
-SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer.model.*", "*.vocab", "bpe.codes"]
+"""What is fetched with the weights. An ending that counts towards a model's identity must not be added
+without need: a run of a repository that has such a file would no longer go on."""
 Result = TypeVar("Result")
 
 
@@ -37,7 +39,8 @@ def download(repo: str, revision: str | None, *, trust_remote_code: bool = False
     if not (folder / "config.json").is_file():
         raise PreflightError("the repository has no config.json", where=repo, hint="check the hub id")
     index = folder / INDEX_NAME
-    listed = read_index(StampedFile.of(index)).values() if index.is_file() else [SINGLE_NAME]
+    indexed = index.is_file() and not (folder / SINGLE_NAME).is_file()
+    listed = read_index(StampedFile.of(index)).values() if indexed else [SINGLE_NAME]
     wanted = sorted(set(listed))
     if all((folder / name).is_file() for name in wanted):
         return folder

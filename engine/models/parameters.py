@@ -5,15 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from engine.architecture.refusals import refuse_stored_type
 from engine.errors import PreflightError
 from engine.models.gguf import GGUFReader
+from engine.models.names import TensorNames
 from engine.models.source import ModelSource
-from engine.models.weights import WeightReader
+from engine.models.weights import TYPE_NAMES, WeightReader
 
 
-def check_checkpoint(model: nn.Module, weights: WeightReader, source: ModelSource) -> None:
+def check_checkpoint(
+    model: nn.Module, names: TensorNames, weights: WeightReader, source: ModelSource
+) -> None:
     """Every parameter is stored, in its shape and as a float, before the first one is read."""
     for name, parameter in model.named_parameters():
+        if name in names.converted:
+            raise PreflightError(
+                f"tensor {name!r} is not stored, but made of others ({names.converted[name]})",
+                where=source.name,
+                hint="load the model with transformers and save it with "
+                "model.save_pretrained(folder, save_original_format=False)",
+            )
         if name not in weights:
             raise PreflightError(
                 f"tensor {name!r} is missing from the checkpoint",
@@ -27,15 +38,9 @@ def check_checkpoint(model: nn.Module, weights: WeightReader, source: ModelSourc
                 where=weights.where(name),
                 hint="check that config.json belongs to these weights",
             )
-        dtype = weights.dtype(name)
-        if not dtype.is_floating_point or dtype.itemsize < 2:
-            raise PreflightError(
-                f"tensor {name!r} is stored as {dtype}: the model is already quantized",
-                where=weights.where(name),
-                hint="start from the original 16-bit model",
-            )
+        refuse_stored_type(name, TYPE_NAMES[weights.dtype(name)], weights.where(name))
     if not isinstance(source.weights, GGUFReader):
-        # Others carry harmless extras: rotary tables, a vision tower, heads for other purposes.
+        # What other checkpoints hold besides is sorted out in carried.py.
         return
     if unused := source.weights.leftover(name for name, _ in model.named_parameters()):
         raise PreflightError(
@@ -72,9 +77,15 @@ def load_parameter(
 def load_buffers(
     weights: WeightReader, module: nn.Module, prefix: str, device: torch.device, *, recurse: bool = True
 ) -> None:
-    """Move computed buffers to the device; take those that a checkpoint stores from there."""
+    """Move computed buffers to the device; take those that belong into a checkpoint from there.
+
+    A buffer that is no part of the model's ``state_dict`` is not read, whatever the checkpoint holds.
+    """
     for name, buffer in list(module.named_buffers(recurse=recurse)):
-        stored = weights.load(prefix + name) if prefix + name in weights else buffer
+        owner, _, leaf = name.rpartition(".")
+        holder = module.get_submodule(owner)
+        kept = leaf not in holder._non_persistent_buffers_set and prefix + name in weights
+        stored = weights.load(prefix + name) if kept else buffer
         if stored.shape != buffer.shape:
             raise PreflightError(
                 f"tensor {prefix + name!r} has shape {list(stored.shape)}, "
@@ -82,8 +93,7 @@ def load_buffers(
                 where=weights.where(prefix + name),
                 hint="check that config.json belongs to these weights",
             )
-        owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner)._buffers[leaf] = stored.to(device=device, dtype=buffer.dtype)
+        holder._buffers[leaf] = stored.to(device=device, dtype=buffer.dtype)
 
 
 def _finite(tensor: Tensor) -> bool:

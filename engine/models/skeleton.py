@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from engine.architecture.refusals import already_quantized, encoder_decoder
+from engine.architecture.unfit import CONV1D, ONLY_LINEAR, Unfit, first_unfit, is_norm, unfit
 from engine.errors import PreflightError
 from engine.models.foreign import foreign, memory_headroom
 
@@ -71,7 +72,8 @@ def build_skeleton(
         # Fused attention leaves the soft cap out; some releases of transformers select it all the same.
         options["attn_implementation"] = "eager"
     where = str(getattr(config, "name_or_path", "") or "config.json")
-    with foreign(f"transformers cannot build a model of type {config.model_type!r}", where):
+    doing = f"transformers cannot build a model of type {config.model_type!r}"
+    with foreign(doing, where, fields=config.to_dict):
         try:
             model = _built(config, options, keep)
         except (ValueError, ImportError) as error:
@@ -144,7 +146,8 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and isinstance(depth, int) and len(module) == depth > 0
     ]
-    if not lists:
+    widths = [getattr(text_config(model.config), name, None) for name in ("hidden_size", "vocab_size")]
+    if not lists or not all(isinstance(width, int) for width in widths):
         raise PreflightError(
             f"{type(model).__name__} has no list of {depth} decoder blocks",
             where="config.json",
@@ -159,31 +162,28 @@ def linear_names(block: nn.Module) -> tuple[str, ...]:
 
 
 def refuse_block(block: nn.Module, prefix: str) -> None:
-    """Refuse a block that multiplies by weights which are not those of an ``nn.Linear``."""
+    """Refuse a block that multiplies by weights which are not those of an ``nn.Linear``.
+
+    Those of known families were refused by what their files show (:mod:`engine.architecture.refusals`); here
+    the modules speak, which know more of a model that nobody knows.
+    """
+    found = []
     for module_name, module in block.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or is_norm(f"{module_name}."):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            full = ".".join(part for part in (prefix, module_name, name) if part)
-            shape, owner = list(parameter.shape), type(module).__name__
-            if parameter.ndim >= 3:
-                raise PreflightError(
-                    f"the fused {parameter.ndim}-D weight of {owner}, shape {shape}, cannot be quantized"
-                    " (a mixture of experts or a convolution)",
-                    where=full,
-                    hint="only blocks whose projections are nn.Linear work; choose a dense model",
-                )
-            if parameter.ndim == 2:
-                raise PreflightError(
-                    f"the matrix of {owner}, shape {shape}, is not the weight of an nn.Linear",
-                    where=full,
-                    hint="only blocks whose projections are nn.Linear work",
-                )
+            if parameter.ndim > 1:
+                full = ".".join(part for part in (prefix, module_name, name) if part)
+                # transformers' own, which GPT-2 and its like consist of.
+                conv1d = type(module).__name__ == "Conv1D"
+                found.append(Unfit(full, CONV1D) if conv1d else unfit(full, parameter.shape))
+    if (first := first_unfit(found)) is not None:
+        raise first.refusal()
     if not linear_names(block):
         raise PreflightError(
             f"{type(block).__name__} holds no nn.Linear, so there is nothing to quantize",
             where=prefix,
-            hint="only blocks whose projections are nn.Linear work",
+            hint=ONLY_LINEAR,
         )
 
 

@@ -14,14 +14,15 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from engine.architecture.description import RANDOM_MODELS, local_config, resolve_source
-from engine.architecture.model_folder import NO_ASSETS, TOKENIZER_FILES, ModelFolder
+from engine.architecture.description import RANDOM_MODELS, local_config, resolve_source, stored_tensors
+from engine.architecture.model_folder import NO_ASSETS, ModelFolder
+from engine.architecture.refusals import refuse_model
 from engine.config.model import RANDOM, ModelConfig
 from engine.errors import PreflightError
 from engine.models.foreign import foreign
@@ -54,6 +55,7 @@ class ModelSource:
         file: Path | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        is_part: bool = False,
     ) -> None:
         refuse_config(config, name)
         self.name = name
@@ -65,6 +67,8 @@ class ModelSource:
         self.file = file
         self.revision = revision
         self.trust_remote_code = trust_remote_code
+        self.is_part = is_part
+        """Whether it is the language model of a larger one (that sees, hears), whose files these are."""
         # Taken now: running the model can correct the configuration (a head that is not tied after all).
         with foreign("its configuration cannot be written down", name):
             self._sha256 = self._digest()
@@ -88,6 +92,8 @@ class ModelSource:
     def _open_directory(cls, directory: Path, model: ModelConfig, hub_id: str | None = None) -> ModelSource:
         folder = ModelFolder.judge(directory)
         name = hub_id or directory.name
+        # What the plan has asked of these files, asked again by the same code: a run may find others.
+        refuse_model(local_config(folder), stored_tensors(folder))
         config = read_config(folder, model.trust_remote_code)
         refuse_config(config, hub_id or str(directory))
         with foreign("its configuration has no language model's part", str(directory / "config.json")):
@@ -101,6 +107,7 @@ class ModelSource:
             # The cache names a snapshot's folder after its commit.
             revision=directory.name if hub_id else None,
             trust_remote_code=model.trust_remote_code,
+            is_part=text is not config,
         )
 
     @classmethod
@@ -225,12 +232,13 @@ class ModelSource:
         return self._assets
 
     def stored_config(self) -> dict[str, Any] | None:
-        """config.json as its authors wrote it; None where there is no such file.
+        """config.json as its authors wrote it; None where no such file describes just this network (of a
+        multimodal model only the language model's part is used).
 
         Raises:
             IdentityError: when it is no longer the file that was opened.
         """
-        return None if self.folder is None else self.folder.read_object("config.json")
+        return None if self.folder is None or self.is_part else self.folder.read_object("config.json")
 
     def generation_settings(self) -> dict[str, Any]:
         """generation_config.json; empty where there is none, and for a broken one, which is worth no failure.
@@ -262,8 +270,11 @@ class ModelSource:
             return
         self.folder.check_small_files()
         # Files are copied as they are: reading and writing them again can change a tokenizer.
-        names = [name for name in (*TOKENIZER_FILES, "generation_config.json") if name in self.folder]
-        for file in (*map(self.folder.file, names), *self._own_code()):
+        for name in self.folder.copied():
+            place = out_dir / name  # additional templates lie in a folder of their own
+            place.parent.mkdir(mode=0o755, exist_ok=True)
+            place.write_bytes(self.folder.file(name).read())
+        for file in self._own_code():
             (out_dir / file.path.name).write_bytes(file.read())
 
     def _own_code(self) -> list[StampedFile]:
@@ -299,10 +310,45 @@ def read_config(folder: ModelFolder, trust_remote_code: bool = False) -> PreTrai
             where=str(path),
             hint="read that code, then run it with --trust-remote-code",
         )
-    with foreign(f"model type {model_type!r} is not understood by transformers", str(path)):
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    with foreign(f"model type {model_type!r} is not understood by transformers", str(path), fields=raw.copy):
+        if trust_remote_code and raw.get("auto_map"):
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
+        else:
+            config = _of_fields(raw, directory)
     folder.files["config.json"].check()
     return config
+
+
+def _of_fields(raw: dict[str, Any], directory: Path) -> PreTrainedConfig:
+    """What transformers makes of the file, less what says how a model is to be run, and not what it is."""
+    plain = readable(raw)
+    if plain == raw:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    with tempfile.TemporaryDirectory(prefix="eqat-config-") as place:
+        Path(place, "config.json").write_text(json.dumps(plain))
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+    config.name_or_path = str(directory)
+    return config
+
+
+def readable(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without the spellings that transformers does not read from a file, although it reads
+    the model: a type of weights with its module's name, or left open, and attention that cannot be had."""
+    plain: dict[str, Any] = {
+        key: readable(value) if key.endswith("_config") and isinstance(value, Mapping) else value
+        for key, value in raw.items()
+    }
+    for key in ("dtype", "torch_dtype"):
+        kind = plain.get(key)
+        if kind == "auto":
+            del plain[key]
+        elif isinstance(kind, str):
+            plain[key] = kind.removeprefix("torch.")
+    if plain.get("output_attentions"):
+        # Neither is asked for when a model is built here; together they are refused.
+        for key in ("_attn_implementation", "attn_implementation"):
+            plain.pop(key, None)
+    return plain
 
 
 def _known_types() -> set[str]:

@@ -14,8 +14,7 @@ directly buys four things a memory map does not give:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -25,13 +24,12 @@ from torch import Tensor
 from engine.architecture.headers import (
     INDEX_NAME,
     SINGLE_NAME,
-    TensorInfo,
+    StoredTensor,
+    checkpoint,
     damaged,
-    read_index,
-    safetensors_header,
-    shard,
 )
 from engine.architecture.model_folder import ModelFolder
+from engine.architecture.refusals import refuse_stored_type
 from engine.errors import PreflightError
 from engine.system.guarded import bad_file
 from engine.system.stamps import StampedFile
@@ -43,13 +41,23 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
 }
+"""Types that a tensor can be read in. A file may hold others (numbers of four and six bits): they are
+refused where a model needs them, and carried along as bytes where none does."""
+TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class WeightReader(Protocol):
@@ -86,77 +94,78 @@ class WeightReader(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies: byte range ``[start, end)`` counted from the beginning of the file."""
-
-    file: StampedFile
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
 class SafetensorsReader:
-    """A directory's ``model.safetensors``, or the shards that its index file lists."""
+    """A directory's safetensors checkpoint (:func:`engine.architecture.headers.checkpoint`)."""
 
     def __init__(self, directory: Path, folder: ModelFolder | None = None) -> None:
         """``folder`` is the directory as it was judged, where it was."""
         self.directory = directory
-        self._entries: dict[str, TensorEntry] = {}
-        folder = folder or ModelFolder.judge(directory)
-        for name, expected in _checkpoint_files(folder).items():
-            file = folder.files[name]
-            entries = _entries(file)
-            missing = sorted(set(expected) - set(entries)) if expected is not None else []
-            if missing:
-                raise PreflightError(
-                    f"the index lists tensor {missing[0]!r} in this file, but the file does not hold it",
-                    where=str(file.path),
-                    hint="download the model again",
-                )
-            self._entries.update(entries)
+        self._checkpoint = checkpoint(folder or ModelFolder.judge(directory))
+        if not self._checkpoint.tensors:
+            raise _no_weights(directory)
 
     def names(self) -> list[str]:
-        return sorted(self._entries)
+        return sorted(self._checkpoint.tensors)
+
+    def unlisted(self) -> list[str]:
+        """Names of what lies in the files, but not in their index: found, but part of nothing, unless a model
+        needs it."""
+        return sorted(self._checkpoint.unlisted)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        return self._checkpoint.find(name) is not None
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._entry(name).shape
+        return self._entry(name).info.shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._entry(name).dtype
+        stored = self._entry(name).info.dtype
+        if stored not in DTYPES:
+            refuse_stored_type(name, stored, self.where(name))
+        return DTYPES[stored]
+
+    def nbytes(self, name: str) -> int:
+        return self._entry(name).info.nbytes
+
+    def stored_type(self, name: str) -> str:
+        """Its type as the file calls it."""
+        return self._entry(name).info.dtype
 
     def where(self, name: str) -> str:
         return str(self._entry(name).file.path)
 
     def files(self) -> list[StampedFile]:
-        files = {entry.file.path: entry.file for entry in self._entries.values()}
+        files = {entry.file.path: entry.file for entry in self._all().values()}
         return [files[path] for path in sorted(files)]
 
     def inventory(self) -> list[str]:
         return [
-            f"{name} {entry.dtype} {entry.shape} {entry.start}"
-            for name, entry in sorted(self._entries.items())
+            f"{name} {DTYPES.get(entry.info.dtype, entry.info.dtype)} {entry.info.shape} {entry.info.start}"
+            for name, entry in sorted(self._all().items())
         ]
 
     def load(self, name: str) -> Tensor:
-        entry = self._entry(name)
-        raw = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-        read_exactly(entry.file, entry.start, raw)
-        return raw.view(entry.dtype).reshape(entry.shape)
+        return self.raw(name).view(self.dtype(name)).reshape(self.shape(name))
 
-    def _entry(self, name: str) -> TensorEntry:
-        try:
-            return self._entries[name]
-        except KeyError:
+    def raw(self, name: str) -> Tensor:
+        """Its bytes as they are in the file, uint8 ``[nbytes]``."""
+        entry = self._entry(name)
+        raw = torch.empty(entry.info.nbytes, dtype=torch.uint8)
+        read_exactly(entry.file, entry.info.start, raw)
+        return raw
+
+    def _all(self) -> Mapping[str, StoredTensor]:
+        return {**self._checkpoint.unlisted, **self._checkpoint.tensors}
+
+    def _entry(self, name: str) -> StoredTensor:
+        entry = self._checkpoint.find(name)
+        if entry is None:
             raise PreflightError(
                 f"tensor {name!r} is missing from the checkpoint",
                 where=str(self.directory),
                 hint="download the model again, or check that config.json belongs to these weights",
-            ) from None
+            )
+        return entry
 
 
 def read_exactly(file: StampedFile, start: int, into: Tensor) -> None:
@@ -179,47 +188,7 @@ def read_exactly(file: StampedFile, start: int, into: Tensor) -> None:
         raise bad_file(error, file.path) from error
 
 
-def _entries(file: StampedFile) -> dict[str, TensorEntry]:
-    """The tensor table of one safetensors file, checked against the file's size."""
-    return {name: _entry(file, info) for name, info in safetensors_header(file).items()}
-
-
-def _entry(file: StampedFile, info: TensorInfo) -> TensorEntry:
-    if info.dtype not in DTYPES:
-        raise PreflightError(
-            f"tensors of dtype {info.dtype[:80]} are not supported",
-            where=str(file.path),
-            hint="use the model's original float16, bfloat16 or float32 checkpoint",
-        )
-    return TensorEntry(file, DTYPES[info.dtype], info.shape, info.start, info.start + info.nbytes)
-
-
-def _checkpoint_files(folder: ModelFolder) -> dict[str, list[str] | None]:
-    """Names of the files to read, each with the tensors that the index promises in it (None without one)."""
-    if INDEX_NAME in folder:
-        shards: dict[str, list[str] | None] = {}
-        for name, file in read_index(folder.files[INDEX_NAME]).items():
-            names = shards.setdefault(file, [])
-            assert names is not None
-            names.append(name)
-        for file in sorted(shards):
-            shard(folder, file, len(shards))
-        return shards
-    if SINGLE_NAME in folder:
-        return {SINGLE_NAME: None}
-    others = folder.named("*.safetensors")
-    if len(others) == 1:
-        return {others[0]: None}
-    raise _no_weights(folder.path, others)
-
-
-def _no_weights(directory: Path, safetensors: list[str]) -> PreflightError:
-    if safetensors:
-        return PreflightError(
-            f"{len(safetensors)} safetensors files, but no {INDEX_NAME} that says how they belong together",
-            where=str(directory),
-            hint="download the index file as well",
-        )
+def _no_weights(directory: Path) -> PreflightError:
     if any(directory.glob("pytorch_model*.bin")) or any(directory.glob("*.pt*")):
         return PreflightError(
             "the weights are PyTorch pickles only, which can run code when they are read; "
@@ -235,35 +204,19 @@ def _no_weights(directory: Path, safetensors: list[str]) -> PreflightError:
     )
 
 
-RENAMINGS: tuple[tuple[tuple[str, str], ...], ...] = (
-    (),
-    (("model.", ""), ("transformer.", ""), ("gpt_neox.", "")),
-    (("model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")),
-    (("model.", "model.language_model."),),
-    (("model.", "model.text_model."),),
-)
-"""Ways in which a checkpoint's names differ from the model's: none; saved without the head; the text
-part of a multimodal checkpoint, in the old, the new and a rarer order of words."""
+class NamedReader:
+    """A checkpoint whose tensors have other names than the model's."""
 
-
-class RenamedReader:
-    """A reader whose checkpoint was saved from another wrapper of the same model."""
-
-    def __init__(self, reader: WeightReader, rules: tuple[tuple[str, str], ...]) -> None:
+    def __init__(self, reader: WeightReader, stored: Mapping[str, str]) -> None:
+        """``stored`` has the model's names of all tensors, and those of the checkpoint."""
         self._reader = reader
-        self._rules = rules
-
-    def _stored(self, name: str) -> str:
-        for prefix, stored in self._rules:
-            if name.startswith(prefix):
-                return stored + name[len(prefix) :]
-        return name
+        self._names = stored
 
     def names(self) -> list[str]:
         return self._reader.names()
 
     def __contains__(self, name: str) -> bool:
-        return self._stored(name) in self._reader
+        return name in self._names and self._names[name] in self._reader
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._reader.shape(self._stored(name))
@@ -283,9 +236,5 @@ class RenamedReader:
     def inventory(self) -> list[str]:
         return self._reader.inventory()
 
-
-def match_names(reader: WeightReader, wanted: Iterable[str]) -> WeightReader:
-    """The reader under which most of the wanted parameter names are found."""
-    names = list(wanted)
-    readers = [RenamedReader(reader, rules) if rules else reader for rules in RENAMINGS]
-    return max(readers, key=lambda candidate: sum(name in candidate for name in names))
+    def _stored(self, name: str) -> str:
+        return self._names.get(name, name)

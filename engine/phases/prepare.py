@@ -14,13 +14,16 @@ from engine.config.tasks import task_name
 from engine.data.tasks import questions
 from engine.errors import DamagedRun, UsageError
 from engine.evaluation.tasks import TokenizedTask, tokenize
+from engine.export.stored import check_values
 from engine.gpu.compiled import SWITCH_HINT
+from engine.models.carried import in_words
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.phases.evaluation import recall
 from engine.phases.identity import digest, share_origin, warn_of_changes, write_manifest
 from engine.phases.job import Job, compute_dtype
 from engine.phases.text import PREPARE_SILENCE, draw_tokens
+from engine.plan.lengths import too_long
 from engine.plan.plan import Plan
 from engine.quant.packed import Kernels
 from engine.reporter import Reporter
@@ -49,6 +52,10 @@ def prepare(
     _switch_on_kernels(config, device, report)
     source = ModelSource.open(config.model)
     lm = CausalLM(source, device, compute_dtype("auto", device))
+    for refusal in too_long(config, lm.position_table):  # of a model whose files the plan had not seen
+        raise refusal
+    if task in ("run", "export") and (said := in_words(lm)):
+        report.warning("tensors", f"the checkpoint holds more than the model: {said}")
     if task == "run" and plan.compiles_passages:
         lm.compile(expect_silence=report.expect_silence, on_failure=lambda why: _slower(report, why))
     tokens = draw_tokens(config, source.tokenizer(), report)
@@ -71,6 +78,9 @@ def prepare(
         _remember_micro_batches(job)
     else:
         _require_finished(job, task)
+    else:
+        # An export that cannot be written, or that nobody could read, must not wait until all is trained.
+        check_values(lm, job.export_dtype, report.leave_if_asked)
     for stage in versions():
         recall(job, stage)
     return job
@@ -116,7 +126,7 @@ def _questions(job: Job) -> Mapping[str, TokenizedTask]:
         job.report.leave_if_asked()
         job.report.expect_silence(PREPARE_SILENCE)
         asked = questions(name, job.config.evaluation.task_limit)
-        found[task_name(name)] = tokenize(asked, job.source.tokenizer())
+        found[task_name(name)] = tokenize(asked, job.source.tokenizer(), job.lm.position_table)
     return found
 
 

@@ -53,7 +53,9 @@ def write_samples(
 
 def _room_after(job: Job, tokens: int, wanted: int) -> int:
     """How many of the ``wanted`` tokens have a place after so many: a model knows only so many positions."""
-    longest = getattr(text_config(job.lm.model.config), "max_position_embeddings", None)
+    table = job.lm.position_table
+    made_for = getattr(text_config(job.lm.model.config), "max_position_embeddings", None)
+    longest = made_for if table is None else table.rows
     if longest is None:
         return wanted
     if tokens >= longest:

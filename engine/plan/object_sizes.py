@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from engine.architecture.families import FAMILIES, LLAMA, Architecture
+from engine.architecture.families import Architecture
+from engine.architecture.family_table import FAMILIES, LLAMA
 from engine.architecture.headers import ALIGNMENT, ITEM_BITS
 from engine.config.grid import GridConfig
 from engine.plan.estimate import CONSTANTS, Workload
@@ -93,10 +94,10 @@ def _packed(arch: Architecture, grid: GridConfig) -> Iterator[Tensor]:
 
 def _others(arch: Architecture) -> Iterator[Tensor]:
     for name, width in norms(arch):
-        yield Tensor(f"other.{name}.weight", "F16", (width,))
+        yield Tensor(f"other.{name}.weight", "F32", (width,))
     for linear in arch.linears:
         if linear.bias:
-            yield Tensor(f"other.{linear.name}.bias", "F16", (linear.out_features,))
+            yield Tensor(f"other.{linear.name}.bias", "F32", (linear.out_features,))
 
 
 @lru_cache

@@ -29,7 +29,7 @@ from engine.errors import DataError, EqatError, PreflightError
 from engine.plan.costs import StageCosts, Steps, Text, made_costs
 from engine.plan.disk_model import assets_bytes
 from engine.plan.estimate import Workload
-from engine.plan.export_sizes import sizes
+from engine.plan.export_sizes import number_bytes, sizes
 from engine.plan.fit import (
     Place,
     Problem,
@@ -39,6 +39,7 @@ from engine.plan.fit import (
     recomputes,
     settle_network,
 )
+from engine.plan.lengths import longer_than_trained, too_long
 from engine.plan.machine import Machine, detect
 from engine.plan.memory_model import host_memory, phase_memory
 from engine.plan.paper import Published, published
@@ -139,7 +140,7 @@ def make_plan(
     recovery = place.recovery(work, store)
     phases = tuple(_phases(work, store, place, recovery))
     promise = broken_promise(work, place.trainings(work), place.seconds(work), recovery)
-    size = sizes(work.arch, config.grid, config.export.formats)
+    size = sizes(work.arch, config.grid, config.export.formats, number_bytes(config.export.dtype))
     return Plan(
         model=config.model.source,
         model_type=work.arch.model_type,
@@ -169,9 +170,14 @@ def make_plan(
         recomputes=recomputes(work),
         published=published(config.model.source, work.arch, config.grid),
         warnings=tuple(filter(None, [*_warnings(work, model, unknown_text), promise])),
-        problems=tuple(problems(work, store, place)),
+        problems=(*_too_long(config, work.arch), *problems(work, store, place)),
         machine=machine,
     )
+
+
+def _too_long(config: RunConfig, arch: Architecture) -> Iterator[Problem]:
+    for refusal in too_long(config, arch.position_table):
+        yield Problem(where=refusal.where, message=refusal.message, hint=refusal.hint)
 
 
 def _trains(work: Workload, scope: Scope, rates: Speed) -> Steps:
@@ -302,15 +308,7 @@ def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> It
         yield f"sizes of model type {arch.model_type!r} are estimated as if it were a Llama"
     if model.kind == "config":
         yield "no weight files were found beside config.json: planned from config.json alone"
-    lengths = [(text.section, text.sequence_length) for text in texts]
-    if config.evaluation.enabled:
-        lengths.append(("evaluation", config.evaluation.sequence_length))
-    for name, length in lengths:
-        if 0 < arch.max_positions < length:
-            yield (
-                f"{name}.sequence_length {length} is longer than the "
-                f"{arch.max_positions} positions the model was made for"
-            )
+    yield from longer_than_trained(config, arch)
     if unknown_text:
         yield (
             f"the size of the evaluation text is not known: {work.windows} windows are assumed; "
