@@ -48,6 +48,7 @@ def evaluate(job: Job, stage: Stage, *, again: bool = False) -> None:
             stage=stage.name,
             sequence_length=job.config.evaluation.sequence_length,
             corpus=corpus_name(job.config.evaluation.data),
+            begin=job.encoder.words(),
             **known,
         )
     )

@@ -15,6 +15,7 @@ from engine.config.dtypes import resolved_dtype
 from engine.config.run import RunConfig
 from engine.config.stages import Stage, network_stages, stages_of
 from engine.data.activations import ActivationStore, make_store
+from engine.data.encoding import Encoder
 from engine.evaluation.tasks import TokenizedTask
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
@@ -39,6 +40,7 @@ class Job:
     report: Reporter
     source: ModelSource
     lm: CausalLM
+    encoder: Encoder
     tokens: Tokens
     store: CheckpointStore
     world: World = ALONE
