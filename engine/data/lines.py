@@ -39,6 +39,15 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
+_FORMATS = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"PK\x03\x04": "zip",
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"%PDF": "PDF",
+}
+"""What files begin with that are no text, whatever they are called."""
 _MOST_ZEROS = 0.3
 """Of a file's beginning, in a text; every second byte of English in UTF-16 is one."""
 _LONGEST_NUMBER = 4000
@@ -112,7 +121,14 @@ def open_text(file: StampedFile) -> Iterator[IO[str]]:
 
 
 def refuse_encoding(head: bytes, path: Path) -> None:
-    """DataError for a file that begins like text which is not UTF-8."""
+    """DataError for a file that begins like text which is not UTF-8, or like no text."""
+    kind = next((name for magic, name in _FORMATS.items() if head.startswith(magic)), None)
+    if kind is not None:
+        raise DataError(
+            f"is a {kind} file and not the text that its name says",
+            where=str(path),
+            hint="unpack or convert it, or give it the name of what it is",
+        )
     marked = next((name for mark, name in _MARKS if head.startswith(mark)), None)
     zeros = head.count(0) > _MOST_ZEROS * len(head)
     if marked or zeros:

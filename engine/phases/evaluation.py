@@ -103,6 +103,7 @@ def _perplexity(job: Job, block_for: BlockFor, batch_size: int) -> PerplexityRes
         job.lm,
         block_for,
         job.tokens.evaluation,
+        given=max(1, len(job.encoder.begin)),
         batch_size=batch_size,
         store_kind=job.plan.activation_store,
         store_path=job.run.cache_dir / "evaluation.bin",

@@ -29,6 +29,8 @@ NEVER: dict[str, tuple[str, bytes, str]] = {
     "UTF-16, compressed": ("a.txt.gz", gzip.compress("text".encode("utf-16"), mtime=0), "is UTF-16 text"),
     "UTF-16 without a mark": ("a.jsonl", '{"text": "some text"}'.encode("utf-16-le"), "UTF-16 text without"),
     "UTF-32": ("a.txt", "text".encode("utf-32"), "is UTF-32 text, not UTF-8"),
+    "an archive called text": ("a.txt", gzip.compress(b"text", mtime=0), "is a gzip file"),
+    "a table called text": ("a.jsonl", b"PAR1" + bytes(40), "is a Parquet file"),
     "zeros": ("a.txt", bytes(5000), "no text"),
     "a wrong name": ("a.jsonl.gz", b'{"text": "x"}', "a.jsonl.gz"),
     "half an archive": ("a.txt.gz", gzip.compress(b"text " * 1000, mtime=0)[:30], "a.txt.gz"),

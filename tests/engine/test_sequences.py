@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -89,15 +90,26 @@ def test_a_run_directory_from_before_starts_again_as_it_was(make: Make) -> None:
     assert load("paper").model.bos == load("llama-3-8b-w2g64").model.bos == "text"
 
 
-def test_a_token_without_a_row_ends_a_run_before_it_trains(make: Make, tmp_path: Path) -> None:
+def test_tokens_without_a_row_end_only_what_uses_them(make: Make, tmp_path: Path) -> None:
     folder = tiny.build(tmp_path / "model", "llama2")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "pad_token_id": settings["vocab_size"]}))
     tokenizer = byte_tokenizer(tiny.SIZES["vocab_size"])
     tokenizer.add_tokens(["<image>"])
+    tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
     tokenizer.save_pretrained(folder)
+    options = {"model.source": str(folder), "grid.group_size": 32, "e2e_qp.enabled": False}
+    run = make(**options)
+    assert run_here(run) == 0
+    assert run_here(run, "--task", "generate", "--new-tokens", "2", "--prompt=an image") == 0
+    assert len(of(run, events.Sample)) == 2
+    assert run_here(run, "--task", "generate", "--new-tokens", "2", "--prompt=an <image>") == 4
+    assert "<image>" in of(run, events.Error)[-1].message
+
     (tmp_path / "a.txt").write_text("a text with an <image> in it\n" * 500)
-    run = make(**{"model.source": str(folder), "grid.group_size": 32, "data.source": str(tmp_path / "a.txt")})
-    assert run_here(run) == 4
-    error = failure(run, 4)
+    refused = make(**options, **{"data.source": str(tmp_path / "a.txt")})
+    assert run_here(refused) == 4
+    error = failure(refused, 4)
     assert "<image>" in error.message
     assert error.where == str(tmp_path / "a.txt")
-    assert not of(run, events.BlockStarted)
+    assert not of(refused, events.BlockStarted)
