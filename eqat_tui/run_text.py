@@ -45,6 +45,9 @@ def report(run: Tree, *, with_error: bool = True) -> str:
     perplexities = perplexity_table(run["perplexity"])
     if perplexities:
         parts.append(perplexities)
+    begin = (run.get("evaluation") or {}).get("begin")
+    if perplexities and begin:
+        parts.append(f"  {one_line(begin)}")
     if run.get("accuracy"):
         parts.append(accuracy_table(run["accuracy"]))
     parts.append(key_values(facts(run)))

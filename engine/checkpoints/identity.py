@@ -5,10 +5,11 @@ model and of the text. A run continues a checkpoint only if every field agrees, 
 does not.
 
 Versions add settings. A checkpoint from before there was a setting was made as this version makes it with the
-setting's default value, or else the setting would have changed what it means to leave it out. So a setting
-that the stored identity lacks counts as its default, and the run goes on if that is what it has. Settings of
-an extension that a run does not use are never stored, so it goes on with and without the extension. Of a
-stored field that this version does not know nothing is assumed, since nobody here can say what it decided.
+setting's default value, or with the one that its section names (:meth:`~engine.config.base.Section.earlier`).
+So a setting that the stored identity lacks counts as that, and the run goes on if that is what it has.
+Settings of an extension that a run does not use are never stored, so it goes on with and without the
+extension. Of a stored field that this version does not know nothing is assumed, since nobody here can say
+what it decided.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from engine.config.derived import resolve
 from engine.config.fields import is_operational, value_of
+from engine.config.loading import as_earlier
 from engine.config.overrides import apply_overrides
 from engine.config.run import LABELS, RunConfig
 from engine.config.writing import essential, flat, to_dict
@@ -30,9 +32,9 @@ def deciding_fields(config: RunConfig) -> dict[str, str]:
 
 
 def default_fields(config: RunConfig) -> dict[str, str]:
-    """The default of each deciding setting, by name; what follows from others follows from those of
-    ``config``."""
-    default = type(config)()
+    """What each deciding setting is in a checkpoint that lacks it, by name: its default, or what versions
+    without it did; what follows from others follows from those of ``config``."""
+    default = as_earlier(type(config)())
 
     def resolved(name: str) -> Any:
         return value_of(resolve(apply_overrides(config, {name: value_of(default, name)})), name)

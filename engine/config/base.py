@@ -40,6 +40,12 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """The section's table of a file with what earlier versions spelt otherwise as this one spells it."""
         return tree
 
+    @classmethod
+    def earlier(cls) -> Mapping[str, Any]:
+        """What versions without a field did, by field, where that is not what its default does now: as that a
+        run of theirs goes on."""
+        return {}
+
 
 @functools.cache
 def field_types(section: type[Section]) -> Mapping[str, Any]:

@@ -16,11 +16,16 @@ import msgspec
 
 from engine.config.data import BUILTIN, DataConfig
 
-ENDINGS = (".txt", ".jsonl", ".parquet", ".arrow")
+ENDINGS = (".txt", ".jsonl", ".json", ".parquet", ".arrow")
 """Endings of files that text is read from."""
 COMPRESSIONS = (".gz", ".zst")
 """Endings of compressed ones."""
-SUFFIXES = (*ENDINGS, *(kind + packed for kind in (".txt", ".jsonl") for packed in COMPRESSIONS))
+JSON_SUFFIXES = (".json", *(f".json{packed}" for packed in COMPRESSIONS))
+"""Endings of files that are one JSON array, or lines after all."""
+SUFFIXES = (
+    *ENDINGS,
+    *(kind + packed for kind in (".txt", ".jsonl", ".json") for packed in COMPRESSIONS),
+)
 """All endings of readable files."""
 
 BUILTIN_CHARACTERS = 70_000

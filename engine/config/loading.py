@@ -52,18 +52,33 @@ def load(name_or_path: str, *, overrides: Mapping[str, object] | None = None) ->
     :func:`~engine.config.validation.validate`.
     """
     path = Path(os.path.expanduser(name_or_path))
+    earlier = False
     if os.path.isfile(path / "config.toml"):
-        path = path / "config.toml"
+        path, earlier = path / "config.toml", True
     elif not (path.suffix == ".toml" or len(path.parts) > 1):
         path = preset_path(name_or_path)
-    config = _from_tree(_read_layers(path, seen=()), where=str(path))
+    config = _from_tree(_read_layers(path, seen=()), where=str(path), earlier=earlier)
     return apply_overrides(config, overrides or {})
 
 
 def load_run(run: Path) -> RunConfig:
     """The configuration that a run directory holds; unlike a file of the user's, it is not behind a link."""
     path = run / "config.toml"
-    return _from_tree(_read_layers(path, seen=(), root=run), where=str(path))
+    return _from_tree(_read_layers(path, seen=(), root=run), where=str(path), earlier=True)
+
+
+def as_earlier(config: RunConfig, tree: Mapping[str, Any] | None = None) -> RunConfig:
+    """``config`` with what versions without a field did in the place of each field that ``tree``, what a
+    run's file says, lacks; without a ``tree`` of every field."""
+    given = tree or {}
+    changes = {
+        f"{name}.{field}": value
+        for name, kind in field_types(type(config)).items()
+        if is_section(kind)
+        for field, value in kind.earlier().items()
+        if field not in given.get(name, {})
+    }
+    return apply_overrides(config, changes)
 
 
 def from_toml(text: str) -> RunConfig:
@@ -107,9 +122,11 @@ def _extend(tree: dict[str, Any], *, directory: Path | None, seen: tuple[Path, .
     return merge(base, tree)
 
 
-def _from_tree(tree: Mapping[str, Any], *, where: str) -> RunConfig:
+def _from_tree(tree: Mapping[str, Any], *, where: str, earlier: bool = False) -> RunConfig:
+    """``earlier``: the file is a run's, which names every field that there was when the run was made."""
     _check_keys(tree, run_config(), where=where)
-    return convert(_as_written_now(tree))
+    config = convert(_as_written_now(tree))
+    return as_earlier(config, tree) if earlier else config
 
 
 def _as_written_now(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,6 +33,9 @@ class BuiltinText:
     def documents(self, part: Part, seed: int = 0) -> Iterator[str]:
         return iter(self._parts[part])
 
+    def skipped(self) -> list[str]:
+        return []
+
     def identity(self, part: Part) -> dict[str, str]:
         digest = hashlib.sha256("\0".join(self._parts[part]).encode()).hexdigest()
         return {"kind": BUILTIN, "corpus": self.corpus, "part": part, "sha256": digest}

@@ -19,7 +19,7 @@ import msgspec
 
 from engine.config.corpora import CORPORA, HubSource, by_repository
 from engine.config.data import BUILTIN, DataConfig
-from engine.data.columns import checked_text, missing_column
+from engine.data.columns import Rows
 from engine.data.parts import Part, held_out_bucket
 from engine.errors import DataError, first_line
 
@@ -51,15 +51,21 @@ class HubText:
     def __init__(self, source: HubSource, corpus: str) -> None:
         self.source = source
         self.corpus = corpus
+        self._read = Rows(source.column, uniform=True)
 
     def documents(self, part: Part, seed: int = 0) -> Iterator[str]:
         split, buckets = self._route(part)
+        self._read = Rows(self.source.column, uniform=True)
         # evaluation has one order: the published one
         rows = self._rows(split, seed=None if part == "evaluation" or self.source.articles else seed)
         texts = _join_articles(rows) if self.source.articles else rows
         for text in texts:
             if buckets is None or held_out_bucket(text) in buckets:
                 yield text
+        self._read.refuse_most()
+
+    def skipped(self) -> list[str]:
+        return self._read.words(self.corpus)
 
     def identity(self, part: Part) -> dict[str, str]:
         source = self.source
@@ -131,7 +137,7 @@ class HubText:
 
     def _texts(self, load: Callable[[], Any], seed: int | None) -> Iterator[str]:
         """The column of one stream; whatever goes wrong on the way is a :class:`DataError`."""
-        column, where = self.source.column, self._where
+        rows_read, where = self._read, self._where
         with self._reported():
             stream = load()
             if seed is not None:
@@ -142,9 +148,7 @@ class HubText:
                 row = next(rows, None)
             if row is None:
                 return
-            if column not in row:
-                raise missing_column(column, row, where)
-            text = checked_text(row[column], column, where)
+            text = rows_read.text(row, where)
             # an empty row of an article is a blank line of it
             if text is not None and (text.strip() or self.source.articles):
                 yield text

@@ -1,4 +1,4 @@
-"""Text from files: .txt, .jsonl, .parquet and .arrow, compressed or not, or a folder of them.
+"""Text from files: .txt, .jsonl, .json, .parquet and .arrow, compressed or not, or a folder of them.
 
 A text file is one document, read as it is; a row of the other formats is one document. Validation is
 the last tenth of the text, cut at a line; a source of more than 64 MiB is too long to be measured first,
@@ -17,13 +17,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from engine.config.corpora import SUFFIXES
-from engine.data.columns import checked_text, missing_column
+from engine.config.corpora import JSON_SUFFIXES, SUFFIXES
+from engine.data.columns import Rows, outer, without_column
 from engine.data.lines import json_rows, open_text, readable, stamped
 from engine.data.parts import VALIDATION_FRACTION, Part, held_out_bucket
 from engine.errors import DataError
 from engine.system.stamps import StampedFile
 
+_READING = "2"
+"""Raised when the same files give other documents; 1 took a mark at a file's beginning for text."""
 SMALL_CHARS = 64 << 20
 """Up to this much text is held in memory, split by position and identified by content."""
 _PIECE_CHARS = 1 << 20
@@ -48,6 +50,7 @@ class LocalText:
         self.corpus = corpus
         self._column = column or "text"
         self._split = split
+        self._rows = Rows(self._column)
         self._files = _find_files(path)
         self._fingerprints: dict[tuple[Path, ...], str] = {}
 
@@ -77,8 +80,12 @@ class LocalText:
             "path": str(self.path.resolve()),
             "column": self._column,
             "part": rule,
+            "reading": _READING,
             "files": self._fingerprint(files),
         }
+
+    def skipped(self) -> list[str]:
+        return self._rows.words(self.corpus)
 
     def _fingerprint(self, files: list[StampedFile]) -> str:
         for file in files:
@@ -119,13 +126,16 @@ class LocalText:
         ]
 
     def _read(self, files: Iterable[StampedFile]) -> Iterator[str]:
-        """Every document of the files; a source without a single character is an error."""
+        """Every document of the files; a source without a single character, or with rows most of which have
+        no text, is an error."""
         anything = False
+        self._rows = rows = Rows(self._column)
         for file in files:
-            for text in _read_file(file, self._column):
+            for text in _read_file(file, rows):
                 if text.strip():
                     anything = True
                     yield text
+        rows.refuse_most()
         if not anything:
             raise DataError("there is no text in it", where=str(self.path), hint="use another file or column")
 
@@ -139,14 +149,17 @@ def _find_files(path: Path) -> list[StampedFile]:
                 "unknown kind of text file", where=str(path), hint=f"readable are {', '.join(SUFFIXES)}"
             )
         return [found]
-    files = [
-        stamped(file, "remove it from the folder")
+    names = [
+        file
         for file in sorted(path.rglob("*"))
         if file.name.endswith(SUFFIXES)
         and not os.path.isdir(file)
         # hidden folders are version control and caches; cache-*.arrow is what `datasets` leaves behind
         and not any(component.startswith((".", "cache-")) for component in file.relative_to(path).parts)
     ]
+    # Beside files of text, .json files describe them.
+    texts = [file for file in names if not file.name.endswith(JSON_SUFFIXES)]
+    files = [stamped(file, "remove it from the folder") for file in texts or names]
     if not files:
         raise DataError(
             "no text files in this folder", where=str(path), hint=f"readable are {', '.join(SUFFIXES)}"
@@ -191,15 +204,15 @@ def _fingerprint(files: list[StampedFile], root: Path) -> str:
     return ("sha256:" if small else "stat:") + digest.hexdigest()
 
 
-def _read_file(file: StampedFile, column: str) -> Iterator[str]:
+def _read_file(file: StampedFile, rows: Rows) -> Iterator[str]:
     name = file.path.name.removesuffix(".gz").removesuffix(".zst")
     with readable(file.path):
         if name.endswith(".txt"):
             yield from _read_text(file)
-        elif name.endswith(".jsonl"):
-            yield from _read_jsonl(file, column)
+        elif name.endswith((".jsonl", ".json")):
+            yield from _read_json(file, rows)
         else:
-            yield from _read_columnar(file, column)
+            yield from _read_columnar(file, rows)
 
 
 def _read_text(source: StampedFile) -> Iterator[str]:
@@ -221,40 +234,50 @@ def _read_text(source: StampedFile) -> Iterator[str]:
             text += more
 
 
-def _read_jsonl(file: StampedFile, column: str) -> Iterator[str]:
+def _read_json(file: StampedFile, rows: Rows) -> Iterator[str]:
     for number, row in json_rows(file):
-        where = f"{file.path}:{number}"
-        if column not in row:
-            raise missing_column(column, row, where)
-        text = checked_text(row[column], column, where)
+        text = rows.text(row, f"{file.path}:{number}")
         if text is not None:
             yield text
 
 
-def _read_columnar(file: StampedFile, column: str) -> Iterator[str]:
-    row = 0
+def _read_columnar(file: StampedFile, rows: Rows) -> Iterator[str]:
+    number = 0
     # Read, not mapped: a file that somebody cuts off meanwhile ends a process that has it mapped.
     with file.opened() as stream:
-        for batch in _record_batches(file.path, stream, column):
-            index = batch.schema.get_field_index(column)
+        for name, batch in _record_batches(file.path, stream, rows):
+            index = batch.schema.get_field_index(name)
             if index < 0:
-                raise DataError(f"has several columns {column!r}", where=str(file.path), hint="rename them")
-            for value in batch.column(index).to_pylist():
-                row += 1
-                text = checked_text(value, column, f"{file.path}, row {row}")
+                raise DataError(f"has several columns {name!r}", where=str(file.path), hint="rename them")
+            for value in _values(batch.column(index)):
+                number += 1
+                text = rows.text({name: value}, f"{file.path}, row {number}")
                 if text is not None:
                     yield text
 
 
-def _record_batches(path: Path, stream: BinaryIO, column: str) -> Iterator[Any]:
+def _values(column: Any) -> list[Any]:
+    """The values of a column; text that is not UTF-8 as bytes, so that it costs its row and not the file."""
+    import pyarrow
+
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        large = pyarrow.types.is_large_string(column.type)
+        return column.cast(pyarrow.large_binary() if large else pyarrow.binary()).to_pylist()
+
+
+def _record_batches(path: Path, stream: BinaryIO, rows: Rows) -> Iterator[tuple[str, Any]]:
+    """The file's batches, and the name of the column that is, or that has in it, the wanted one."""
     import pyarrow
     import pyarrow.parquet
 
     if path.name.endswith(".parquet"):
-        with pyarrow.parquet.ParquetFile(stream) as table:
-            if column not in table.schema_arrow.names:
-                raise missing_column(column, table.schema_arrow.names, str(path))
-            yield from table.iter_batches(batch_size=1024, columns=[column])
+        # Sums are looked at where the file has some.
+        with pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True) as table:
+            name = _outer(rows, table.schema_arrow, path)
+            for batch in table.iter_batches(batch_size=1024, columns=[name]):
+                yield name, batch
         return
     try:  # `datasets` writes the stream format, most others the file format
         reader = pyarrow.ipc.open_stream(stream)
@@ -263,6 +286,32 @@ def _record_batches(path: Path, stream: BinaryIO, column: str) -> Iterator[Any]:
         stream.seek(0)
         reader = pyarrow.ipc.open_file(stream)
         batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
-    if column not in reader.schema.names:
-        raise missing_column(column, reader.schema.names, str(path))
-    yield from batches
+    name = _outer(rows, reader.schema, path)
+    for batch in batches:
+        yield name, batch
+
+
+def _outer(rows: Rows, schema: Any, path: Path) -> str:
+    rows.beside = {field.name: _example(field.type) for field in schema}
+    name = outer(rows.column, schema.names)
+    if name is None:
+        raise without_column(rows.column, rows.beside, str(path))
+    return name
+
+
+def _example(kind: Any) -> Any:
+    """A value as a column of an Arrow type has it, by which the column is told from others."""
+    import pyarrow
+
+    types = pyarrow.types
+    if types.is_dictionary(kind):
+        return _example(kind.value_type)
+    if types.is_struct(kind):
+        return {field.name: _example(field.type) for field in kind}
+    if types.is_list(kind) or types.is_large_list(kind):
+        return [_example(kind.value_type)]
+    if any(test(kind) for test in (types.is_string, types.is_large_string, types.is_binary)):
+        return ""
+    if types.is_integer(kind) or types.is_floating(kind):
+        return 0
+    return types.is_boolean(kind) or None

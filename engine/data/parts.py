@@ -33,6 +33,15 @@ class TextSource(Protocol):
         """The part's documents; ``seed`` decides the order where the source is too large to shuffle."""
         ...
 
+    def skipped(self) -> list[str]:
+        """What is to be told of rows without text among those that were read for the last
+        :meth:`documents`: a sentence, or none.
+
+        Raises:
+            DataError: when most rows were such.
+        """
+        ...
+
     def identity(self, part: Part) -> dict[str, str]:
         """What is read for ``part``: equal identities mean equal text."""
         ...

@@ -23,7 +23,7 @@ from typing import Any
 from engine.config.tables import load_named
 from engine.config.tasks import TASKS
 from engine.data.hub import hub_rows
-from engine.data.lines import is_text, json_rows, stamped
+from engine.data.lines import TOO_DEEP, is_text, json_rows, stamped
 from engine.errors import DataError
 
 Row = dict[str, Any]
@@ -146,5 +146,8 @@ def _list(value: Any) -> list[Any]:
 
 
 def _lines(path: Path) -> Iterator[Row]:
-    for _, row in json_rows(stamped(path, "check evaluation.tasks")):
+    for number, row in json_rows(stamped(path, "check evaluation.tasks")):
+        if not isinstance(row, dict):
+            deep = "is nested too deeply" if row is TOO_DEEP else "is not a JSON object"
+            raise DataError(f"the line {deep}", where=f"{path}:{number}")
         yield row

@@ -10,6 +10,12 @@ more than a refusal. Beyond that the text is too little.
 *Evaluation* windows are never drawn: they are the consecutive, non-overlapping windows from the start of
 the text, tokenized in one piece as published perplexities are.
 
+Where sequences begin with a begin-of-text token (:mod:`engine.data.encoding`), every window of ``T`` tokens
+is that token and ``T - 1`` tokens of the text. In such a window each of those is predicted from what
+precedes it, the first one from the begin-of-text token alone, and each counts, as in lm-eval's rolling
+likelihood: of ``N`` windows ``N * (T - 1)`` tokens are predicted either way, and with the token none of the
+text is left out.
+
 Reading stops as soon as there is enough, so a streamed source costs what it gives. The result is cached
 under everything that decides it; a cached file carries a checksum, is published by a rename, and a broken
 one is replaced by reading the text again.
@@ -33,6 +39,7 @@ import torch
 from torch import Tensor
 
 from engine.config.data import DataConfig
+from engine.data.encoding import Encoder
 from engine.data.parts import Part, TextSource, evaluation_text
 from engine.data.text import open_source
 from engine.errors import DataError
@@ -55,10 +62,12 @@ _LARGEST_EVALUATION_CHARS = 1 << 30
 
 Warn = Callable[[str, str], None]
 """Receives a short code and a message."""
+Said = list[tuple[str, str]]
+"""Codes and messages about a text."""
 
 
 def token_windows(
-    tokenizer: Any,
+    encoder: Encoder,
     data: DataConfig,
     part: Part,
     *,
@@ -67,56 +76,56 @@ def token_windows(
     seed: int = 0,
     cache_dir: Path | None = None,
     warn: Warn | None = None,
-    rules: str | None = None,
 ) -> Tensor:
     """Windows of tokens, int64 ``[sequences, length]`` on the CPU.
 
     For ``evaluation``, ``sequences`` is the largest number of windows (0: the whole text) and the seed has
-    no effect. ``cache_dir`` none means the user's cache (``EQAT_CACHE_DIR`` overrides it). ``rules`` is the
-    tokenizer's :func:`tokenizer_hash`, for a caller that has it: a large vocabulary takes a second. Raises
-    :class:`DataError` when the text cannot be read or is too short.
+    no effect. ``cache_dir`` none means the user's cache (``EQAT_CACHE_DIR`` overrides it). What is said to
+    ``warn`` about the text is said again where the windows come from the cache.
+
+    Raises:
+        DataError: when the text cannot be read, is too short, or holds tokens that the model does not know.
+        PreflightError: when the tokenizer needs such a token for itself.
     """
     if length < 2 or sequences < 0 or (sequences == 0 and part != "evaluation"):
         raise ValueError(f"{sequences} windows of {length} tokens of {part} text")
+    if length <= len(encoder.begin):
+        raise DataError(f"a window of {length} tokens has no room for text", where="sequence_length")
     warn = warn or _warn
     source = open_source(data)
-    key = _cache_key(rules or tokenizer_hash(tokenizer), source, part, sequences, length, seed)
+    key = _cache_key(encoder, source, part, sequences, length, seed)
     path = (cache_dir or token_cache()) / f"{key}.safetensors"
-    windows = _load(path, length, warn)
-    if windows is None:
+    found = _load(path, length, warn)
+    if found is None:
+        said: Said = []
         if part == "evaluation":
-            windows = _consecutive_windows(tokenizer, source, sequences, length)
+            windows = _consecutive_windows(encoder, source, sequences, length)
         else:
-            windows = _drawn_windows(tokenizer, source, part, sequences, length, seed, warn)
-        _store(path, windows, source.identity(part), warn)
-    return windows.to(torch.int64)
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of what decides how text becomes tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        rules = json.loads(backend.to_str())
-        for state in ("truncation", "padding"):  # left behind by earlier calls; no part of the rules
-            rules.pop(state, None)
+            windows = _drawn_windows(encoder, source, part, sequences, length, seed, said)
+        encoder.known(windows.numpy(), source.corpus)
+        said += [("text-rows", line) for line in source.skipped()]
+        _store(path, windows, source.identity(part), said, warn)
     else:
-        rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    special = {"separators": _separators(tokenizer), "empty": tokenizer("")["input_ids"]}
-    return hashlib.sha256(json.dumps([rules, special], sort_keys=True).encode()).hexdigest()
+        windows, said = found
+        encoder.known(windows.numpy(), source.corpus)
+    for code, message in said:
+        warn(code, message)
+    return windows.to(torch.int64)
 
 
 # --- drawing ----------------------------------------------------------------------------------------
 
 
 def _drawn_windows(
-    tokenizer: Any, source: TextSource, part: Part, sequences: int, length: int, seed: int, warn: Warn
+    encoder: Encoder, source: TextSource, part: Part, sequences: int, length: int, seed: int, said: Said
 ) -> Tensor:
-    needed = sequences * length
+    step = length - len(encoder.begin)  # tokens of the text in a window
+    needed = sequences * step
     # What is streamed costs traffic; what is local costs tokenizing, and more of it is a better sample.
     enough = needed + length + (0 if source.streams else min(needed, _LOCAL_SURPLUS))
-    documents = list(_tokenized(tokenizer, source, part, enough, length, seed))
+    documents = list(_tokenized(encoder, source, part, enough, length, seed))
     available = sum(map(len, documents))
-    if needed > available * MAX_PASSES or available < length:
+    if needed > available * MAX_PASSES or available < step:
         raise DataError(
             f"too little {part} text: {available:,} tokens, but {sequences} sequences of {length} need "
             f"{needed:,} (a text is read at most {MAX_PASSES} times)",
@@ -129,45 +138,61 @@ def _drawn_windows(
     while missing > 0:
         draw.shuffle(documents)
         stream = torch.cat(documents)
-        whole = len(stream) // length
+        whole = len(stream) // step
         # cut somewhere else each time, without losing a window that is needed
-        slack = len(stream) - min(whole, missing) * length
-        start = draw.randrange(min(slack, length - 1) + 1)
-        count = (len(stream) - start) // length
-        windows = stream[start : start + count * length].view(count, length)
+        slack = len(stream) - min(whole, missing) * step
+        start = draw.randrange(min(slack, step - 1) + 1)
+        count = (len(stream) - start) // step
         chosen = draw.sample(range(count), min(count, missing))
-        passes.append(windows[torch.tensor(chosen)])
+        passes.append(_begun(encoder, stream, start + step * torch.tensor(chosen), step))
         missing -= len(chosen)
     if len(passes) > 1:
-        warn(
-            "text-repeated",
+        repeated = (
             f"{source.corpus}: {available:,} tokens of {part} text were read {len(passes)} times over for "
-            f"{sequences} sequences of {length}; more text would serve better",
+            f"{sequences} sequences of {length}; more text would serve better"
         )
+        said.append(("text-repeated", repeated))
     return torch.cat(passes).to(torch.int32)
 
 
+def _begun(encoder: Encoder, stream: Tensor, starts: Tensor, step: int) -> Tensor:
+    """Windows of ``step`` tokens of the stream from each of ``starts``, behind what a sequence begins with.
+
+    Where a window begins with a document, the stream has the beginning already: such a window lies that much
+    further in the text, and none begins twice.
+    """
+    begin = torch.tensor(encoder.begin, dtype=stream.dtype)
+    size = len(begin)
+    # The last window may begin so: what it lacks then is taken from the stream's own start.
+    around = torch.cat([stream, stream[:size]])
+    if size:
+        doubled = (around[starts[:, None] + torch.arange(size)] == begin).all(1)
+        starts = starts + size * doubled
+    windows = around[starts[:, None] + torch.arange(step)]
+    return torch.cat([begin.expand(len(windows), size), windows], 1)
+
+
 def _tokenized(
-    tokenizer: Any, source: TextSource, part: Part, enough: int, length: int, seed: int
+    encoder: Encoder, source: TextSource, part: Part, enough: int, length: int, seed: int
 ) -> Iterator[Tensor]:
     """Documents as token tensors with separators, in random order, until there are enough tokens.
 
     Of a streamed document at most one window is kept, at a random place: otherwise a few books would be
     the whole sample.
     """
-    before, after = _separators(tokenizer)
+    before, after = (numpy.array(ids, dtype=numpy.int64) for ids in encoder.separators())
     draw = random.Random(f"text/{seed}/{part}")
     total = 0
     piece_chars = max(_PIECE_CHARS_PER_TOKEN * length, _SHORTEST_PIECE_CHARS)
     pieces = _pieces(source, part, seed, draw, piece_chars)
     while batch := _batch(pieces, enough - total):
-        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        for ids in encoded["input_ids"]:
+        for ids in encoder.bare(batch, source.corpus):
             if source.streams and len(ids) > length:
                 start = draw.randrange(len(ids) - length + 1)
                 ids = ids[start : start + length]
-            # By way of numpy: torch takes four times as long to read a list.
-            tokens = torch.from_numpy(numpy.array([*before, *ids, *after], dtype=numpy.int64))
+            # One that says where it begins needs no second word of it.
+            own = before if not encoder.begins(ids) else before[:0]
+            tokens = torch.from_numpy(numpy.concatenate([own, ids, after]))
             total += len(tokens)
             yield tokens
             if total >= enough:
@@ -222,25 +247,16 @@ def _batch(texts: Iterator[str], tokens: int) -> list[str]:
     return batch
 
 
-def _separators(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Tokens put before and after a document: begin-of-text where the tokenizer itself would, and
-    end-of-text where there is one."""
-    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    own = tokenizer("")["input_ids"]
-    before = [begin] if begin is not None and begin in own and begin != end else []
-    after = [end] if end is not None else ([begin] if begin is not None and not before else [])
-    return before, after
-
-
 # --- evaluation -------------------------------------------------------------------------------------
 
 
-def _consecutive_windows(tokenizer: Any, source: TextSource, sequences: int, length: int) -> Tensor:
+def _consecutive_windows(encoder: Encoder, source: TextSource, sequences: int, length: int) -> Tensor:
     """Windows from the start of the text. The text is tokenized in one piece: where it is cut changes
     the tokens around the cut, so it is read far enough that the cut lies behind the last window."""
     documents = source.documents("evaluation")
     read: list[str] = []
-    needed = sequences * length
+    step = length - len(encoder.begin)
+    needed = sequences * step
     characters, wanted = 0, (6 * needed + 4096) if sequences else _LARGEST_EVALUATION_CHARS
     while True:
         exhausted = True
@@ -260,41 +276,49 @@ def _consecutive_windows(tokenizer: Any, source: TextSource, sequences: int, len
         if sequences:  # one long document: no more of it than can be needed
             text = text[:wanted]
             exhausted = exhausted and characters <= wanted
-        ids = tokenizer(text, return_attention_mask=False, verbose=False)["input_ids"]
+        ids = encoder.text(text, source.corpus)
         if exhausted or len(ids) >= needed + 64:
             break
         wanted *= 2
-    count = len(ids) // length
+    count = len(ids) // step
     if sequences:
         count = min(count, sequences)
     if count == 0:
         raise DataError(
-            f"too little evaluation text: {len(ids):,} tokens, but one window needs {length:,}",
+            f"too little evaluation text: {len(ids):,} tokens, but one window needs {step:,}",
             where=source.corpus,
             hint="use more text or a shorter evaluation.sequence_length",
         )
-    return torch.tensor(ids[: count * length], dtype=torch.int32).view(count, length)
+    windows = torch.from_numpy(ids[: count * step]).view(count, step)
+    begin = torch.tensor(encoder.begin, dtype=torch.int64).expand(count, -1)
+    return torch.cat([begin, windows], 1).to(torch.int32)
 
 
 # --- cache ------------------------------------------------------------------------------------------
 
 
-def _cache_key(rules: str, source: TextSource, part: Part, sequences: int, length: int, seed: int) -> str:
-    decides = {
+def _cache_key(
+    encoder: Encoder, source: TextSource, part: Part, sequences: int, length: int, seed: int
+) -> str:
+    decides: dict[str, Any] = {
         "scheme": _SCHEME,
-        "tokenizer": rules,
+        "tokenizer": encoder.rules,
         "text": source.identity(part),
         "sequences": sequences,
         "length": length,
         "seed": 0 if part == "evaluation" else seed,
     }
+    # What changes nothing about a window is not named, so entries from before it was known stay good.
+    if encoder.begin or encoder.bos == "never":
+        decides["begin"] = encoder.begin
     if part != "evaluation" and not source.streams and sequences * length > _LOCAL_SURPLUS:
         decides["surplus"] = _LOCAL_SURPLUS
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:40]
 
 
-def _load(path: Path, length: int, warn: Warn) -> Tensor | None:
-    """The cached windows; none if there are none, or if they are not what was stored."""
+def _load(path: Path, length: int, warn: Warn) -> tuple[Tensor, Said] | None:
+    """The cached windows and what was said about their text; none if there are none, or if they are not what
+    was stored."""
     from safetensors import safe_open
 
     if not path.is_file():
@@ -302,9 +326,10 @@ def _load(path: Path, length: int, warn: Warn) -> Tensor | None:
     try:
         with safe_open(path, framework="pt") as file:
             windows: Tensor = file.get_tensor("windows")
-            checksum = json.loads((file.metadata() or {})["eqat"])["sha256"]
-        if windows.dim() == 2 and windows.shape[1] == length and checksum == _checksum(windows):
-            return windows
+            stored = json.loads((file.metadata() or {})["eqat"])
+        said = [(str(code), str(message)) for code, message in stored.get("said", [])]
+        if windows.dim() == 2 and windows.shape[1] == length and stored["sha256"] == _checksum(windows):
+            return windows, said
         reason = "its checksum is wrong"
     except Exception as error:  # a damaged header raises whatever the damage suggests
         reason = str(error) or type(error).__name__
@@ -312,7 +337,7 @@ def _load(path: Path, length: int, warn: Warn) -> Tensor | None:
     return None
 
 
-def _store(path: Path, windows: Tensor, identity: dict[str, str], warn: Warn) -> None:
+def _store(path: Path, windows: Tensor, identity: dict[str, str], said: Said, warn: Warn) -> None:
     """Publish atomically: a reader, or another run writing the same entry, sees all of a file or none.
 
     A cache that cannot be written costs the next run some time, not this one its result.
@@ -320,7 +345,10 @@ def _store(path: Path, windows: Tensor, identity: dict[str, str], warn: Warn) ->
     from safetensors.torch import save
 
     # one entry only: safetensors writes several in random order, and equal tokens make equal files
-    metadata = {"eqat": json.dumps({"sha256": _checksum(windows), "text": identity}, sort_keys=True)}
+    about: dict[str, Any] = {"sha256": _checksum(windows), "text": identity}
+    if said:
+        about["said"] = said
+    metadata = {"eqat": json.dumps(about, sort_keys=True)}
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:12]}-")

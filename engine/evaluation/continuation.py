@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from engine.data.encoding import Encoder
 from engine.evaluation.chat import render
 
 if TYPE_CHECKING:
@@ -32,17 +33,23 @@ class Continuation:
     """That the writing took, once the model was loaded."""
 
 
-def prompt_ids(tokenizer: Any, prompt: str) -> Tensor:
+PROMPT = "the prompt"
+
+
+def prompt_ids(encoder: Encoder, prompt: str) -> Tensor:
     """Token ids ``[1, T]``: as a user's turn where the tokenizer knows conversations, else as it is.
+
+    A template writes the special tokens itself; what sequences of this model begin with stands there once,
+    whether or not the template writes it.
 
     Raises:
         PreflightError: when the tokenizer's chat template cannot be used.
+        DataError: for a token that the model's embedding has no row for.
     """
-    if getattr(tokenizer, "chat_template", None):
-        # The template writes the special tokens itself.
-        ids = tokenizer(render(tokenizer, prompt), add_special_tokens=False)["input_ids"]
+    if getattr(encoder.tokenizer, "chat_template", None):
+        ids = encoder.sequence(render(encoder.tokenizer, prompt), PROMPT, special=False)
     else:
-        ids = tokenizer(prompt)["input_ids"]
+        ids = encoder.sequence(prompt, PROMPT, special=True)
     return torch.tensor([ids], dtype=torch.long)
 
 

@@ -5,6 +5,9 @@ what precedes them in the window, and with ``N`` windows::
 
     perplexity = exp( sum of -log p(token | window so far) / (N * (T - 1)) )
 
+Windows that begin with a begin-of-text token predict every token of the text; one that begins with several
+such tokens predicts none of them.
+
 A model too large for the device is still evaluated, because the order of the loops is turned around: all
 windows are embedded, then every block is loaded once and carries all windows one block further. What must fit
 is one block and the hidden states (``N * T * hidden`` numbers), which lie in an activation store: on the
@@ -50,7 +53,7 @@ class PerplexityResult:
     nll_mean: float
     """Mean negative log-likelihood of a token, in nats."""
     tokens: int
-    """Tokens predicted: windows times (length - 1)."""
+    """Tokens predicted: windows times (length - given)."""
     seconds: float
 
 
@@ -59,6 +62,7 @@ def perplexity(
     block_for: Callable[[int], nn.Module],
     windows_NT: Tensor,
     *,
+    given: int = 1,
     batch_size: int = 1,
     store_kind: StoreKind = "device",
     store_path: Path | None = None,
@@ -69,12 +73,13 @@ def perplexity(
 ) -> PerplexityResult:
     """Perplexity of the model whose ``i``-th block is ``block_for(i)``.
 
-    ``windows_NT`` holds token ids, one window a row. ``dtype`` is what the hidden states are kept in between
-    blocks; none takes the model's own. ``on_progress(done, blocks)`` is called after each block,
-    ``on_batch()`` before each batch; what it raises ends the evaluation.
+    ``windows_NT`` holds token ids, one window a row, of which the first ``given`` are predicted by nothing.
+    ``dtype`` is what the hidden states are kept in between blocks; none takes the model's own.
+    ``on_progress(done, blocks)`` is called after each block, ``on_batch()`` before each batch; what it raises
+    ends the evaluation.
     """
     windows, length = windows_NT.shape
-    if windows == 0 or length < 2:
+    if windows == 0 or length <= given:
         raise DataError(f"{windows} windows of {length} tokens leave nothing to predict", where="evaluation")
     begin = time.monotonic()
     starts = range(0, windows, batch_size)
@@ -102,8 +107,8 @@ def perplexity(
             on_batch()
             rows = slice(batch.start, batch.stop)
             often = len(batch) == batch_size
-            total += token_nll(lm, store.read(rows), windows_NT[rows], often=often).sum()
-    tokens = windows * (length - 1)
+            total += token_nll(lm, store.read(rows), windows_NT[rows], often=often)[:, given - 1 :].sum()
+    tokens = windows * (length - given)
     mean = total.item() / tokens
     return PerplexityResult(_exp(mean), mean, tokens, time.monotonic() - begin)
 

@@ -24,13 +24,12 @@ from torch.nn import functional
 from engine.architecture.positions import PositionTable
 from engine.config.runtime import StoreKind
 from engine.data.activations import ActivationStore, make_store
+from engine.data.encoding import Encoder
 from engine.data.tasks import Question
 from engine.models.ahead import one_ahead
 from engine.quant.packed import unpacked
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from engine.models.causal_lm import CausalLM
 
 TOKENS_AT_A_TIME = 2048
@@ -38,6 +37,7 @@ TOKENS_AT_A_TIME = 2048
 LENGTH_STEP = 32
 LONGEST = 2048
 """Longer rows lose the beginning of their context."""
+QUESTIONS = "the questions of evaluation.tasks"
 CPU_MEMORY = 1 << 30
 """Hidden states up to this size stay in host memory where there is no GPU."""
 
@@ -73,31 +73,31 @@ class Accuracy:
 
 
 def tokenize(
-    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, table: PositionTable | None = None
+    questions: Sequence[Question], encoder: Encoder, table: PositionTable | None = None
 ) -> TokenizedTask:
-    """Questions as tokens, without special ones; spaces at a context's end go to the continuation.
+    """Questions as tokens; spaces at a context's end go to the continuation.
 
-    Of a question that is too long, or longer than the model's table of positions, the end is asked.
+    Each row begins with what the model's sequences begin with, also one that loses a part of its context, and
+    has no other special token. Of a question that is too long, or longer than the model's table of positions,
+    the end is asked.
     """
-    longest = LONGEST
-    if table is not None:
-        longest = min(LONGEST, table.rows)
+    longest = LONGEST if table is None else min(LONGEST, table.rows)
     rows: list[Row] = []
     spans = []
+    begin = encoder.begin
     for question in questions:
         first = len(rows)
         for context, continuation in question.pairs:
             kept = context.rstrip()
-            whole = tokenizer(kept + context[len(kept) :] + continuation, add_special_tokens=False)[
-                "input_ids"
-            ]
-            before = len(tokenizer(kept, add_special_tokens=False)["input_ids"])
+            texts = [kept + context[len(kept) :] + continuation, kept]
+            whole, before = encoder.bare(texts, QUESTIONS)
             # A tokenizer may join the two where they meet; at least one token is asked for.
-            scored = max(1, len(whole) - before)
-            ids = tuple(whole[-longest:])
+            scored = max(1, len(whole) - len(before))
+            whole = whole[len(begin) :] if encoder.begins(whole) else whole
+            ids = (*begin, *encoder.known(whole, QUESTIONS)[-(longest - len(begin)) :].tolist())
             if len(ids) == 1:
                 ids = (ids[0], *ids)  # nothing precedes it: any token will do, and the same for all
-            rows.append(Row(ids, min(scored, len(ids) - 1)))
+            rows.append(Row(ids, min(scored, len(ids) - max(1, len(begin)))))
         spans.append((first, len(rows)))
     return TokenizedTask(tuple(rows), tuple(spans), tuple(question.gold for question in questions))
 

@@ -111,10 +111,14 @@ def _built(
 
 def _ours(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy that transformers may write dtype and attention choice into, which asks for nothing but logits
-    in the form that the engine reads them."""
+    in the form that the engine reads them, and has no token for padding that the embedding has no row for:
+    -1 or the vocabulary's size is how many say that there is none, and nothing here is padded."""
     own = copy.deepcopy(config)
     for part in {id(one): one for one in (own, text_config(own))}.values():
         part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
+        padding, rows = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+        if isinstance(padding, int) and isinstance(rows, int) and not 0 <= padding < rows:
+            part.pad_token_id = None
     return own
 
 

@@ -158,10 +158,10 @@ class ModelSource:
         return tokenizer
 
     def _refuse_other_tokenizer(self, tokenizer: Any) -> None:
-        """Tokens that the embedding has no row for would end a run in the middle, on a GPU without a word."""
+        """A vocabulary that is larger than the embedding is another model's. Tokens that somebody added to
+        it harm only where they are used (:mod:`engine.data.encoding`)."""
         rows = getattr(self.config, "vocab_size", None)
-        used = [tokenizer.vocab_size - 1, tokenizer.bos_token_id, tokenizer.eos_token_id]
-        largest = max(number for number in used if number is not None)
+        largest = tokenizer.vocab_size - 1
         if isinstance(rows, int) and largest >= rows:
             raise PreflightError(
                 f"the tokenizer has a token {largest}, but the model's embedding only {rows} rows",

@@ -51,6 +51,7 @@ def evaluate(job: Job, stage: Stage, *, again: bool = False) -> None:
             stage=stage.name,
             sequence_length=job.config.evaluation.sequence_length,
             corpus=corpus_name(job.config.evaluation.data),
+            begin=job.encoder.words(),
             **known,
         )
     )
@@ -111,6 +112,7 @@ def _perplexity(job: Job, block_for: BlockFor, batch_size: int) -> PerplexityRes
         job.lm,
         block_for,
         job.tokens.evaluation,
+        given=max(1, len(job.encoder.begin)),
         batch_size=batch_size,
         store_kind=job.plan.activation_store,
         store_path=job.run.cache_dir / "evaluation.bin",

@@ -144,7 +144,7 @@ def _tell(job: Job, written: ExportResult, verified: VerifyResult, copied_to: st
 def _card(job: Job) -> dict[str, Any]:
     """What the model card says."""
     config = job.config
-    evaluation = job.tokens.evaluation
+    evaluation, begin = job.tokens.evaluation, job.encoder.words()
     return {
         "base_model": config.model.source,
         "command": equivalent_command(config),
@@ -153,5 +153,5 @@ def _card(job: Job) -> dict[str, Any]:
         "accuracy": job.accuracies,
         "versions": package_versions(),
         "evaluation": f"{corpus_name(config.evaluation.data)}, {evaluation.shape[0]} windows of "
-        f"{evaluation.shape[1]} tokens",
+        f"{evaluation.shape[1]} tokens" + (f"; {begin}" if begin else ""),
     }

@@ -20,6 +20,7 @@ from engine.config.run import RunConfig
 from engine.config.sameness import config_hash, equivalent_command
 from engine.config.stages import STAGES
 from engine.config.writing import to_dict
+from engine.data.encoding import Encoder
 from engine.errors import IdentityError, PreflightError
 from engine.models.source import ModelSource
 from engine.process import device_name, package_versions
@@ -39,6 +40,7 @@ def write_manifest(
     run: RunDirectory,
     config: RunConfig,
     source: ModelSource,
+    encoder: Encoder,
     device: torch.device,
     made_from: Mapping[str, str],
 ) -> None:
@@ -56,6 +58,7 @@ def write_manifest(
             "data": {
                 "calibration": corpus_name(config.data),
                 "evaluation": corpus_name(config.evaluation.data),
+                "begin": encoder.words(),
             },
             "versions": package_versions(),
             "device": device_name(device),

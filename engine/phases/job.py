@@ -16,6 +16,7 @@ from engine.config.dtypes import resolved_dtype
 from engine.config.run import RunConfig
 from engine.config.stages import Stage, network_stages, stages_of
 from engine.data.activations import ActivationStore, make_store
+from engine.data.encoding import Encoder
 from engine.evaluation.tasks import TokenizedTask
 from engine.export.stored import as_stored, export_dtype
 from engine.models.causal_lm import CausalLM
@@ -42,6 +43,7 @@ class Job:
     report: Reporter
     source: ModelSource
     lm: CausalLM
+    encoder: Encoder
     tokens: Tokens
     store: CheckpointStore
     world: World = ALONE

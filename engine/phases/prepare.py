@@ -11,6 +11,7 @@ from engine.checkpoints.store import CheckpointStore
 from engine.config.run import RunConfig
 from engine.config.stages import measured_stage, network_stages, phases_of, stages_of, versions
 from engine.config.tasks import task_name
+from engine.data.encoding import Encoder
 from engine.data.tasks import questions
 from engine.errors import DamagedRun, UsageError
 from engine.evaluation.tasks import TokenizedTask, tokenize
@@ -58,7 +59,8 @@ def prepare(
         report.warning("tensors", f"the checkpoint holds more than the model: {said}")
     if task == "run" and plan.compiles_passages:
         lm.compile(expect_silence=report.expect_silence, on_failure=lambda why: _slower(report, why))
-    tokens = draw_tokens(config, source.tokenizer(), report)
+    encoder = Encoder(source.tokenizer(), rows=lm.vocab_size, bos=config.model.bos)
+    tokens = draw_tokens(config, encoder, report)
     identity = {name: value for name, value in source.identity().items() if name not in ("path", "name")}
     made_from = {"model": digest(identity), "tokenizer": source.assets_identity(), **tokens.digests()}
     report.expect_silence(PREPARE_SILENCE)
@@ -70,15 +72,14 @@ def prepare(
     )
     share_origin(run, store, report)
     warn_of_changes(run, device, report)
-    write_manifest(run, config, source, device, made_from)
-    job = Job(run, config, plan, report, source, lm, tokens, store, world)
+    write_manifest(run, config, source, encoder, device, made_from)
+    job = Job(run, config, plan, report, source, lm, encoder, tokens, store, world)
     if config.evaluation.enabled and task in ("run", "eval"):
         job.tasks = _questions(job)
-    if task == "run":
-        _remember_micro_batches(job)
-    else:
+    if task != "run":
         _require_finished(job, task)
     else:
+        _remember_micro_batches(job)
         # An export that cannot be written, or that nobody could read, must not wait until all is trained.
         check_values(lm, job.export_dtype, report.leave_if_asked)
     for stage in versions():
@@ -126,7 +127,7 @@ def _questions(job: Job) -> Mapping[str, TokenizedTask]:
         job.report.leave_if_asked()
         job.report.expect_silence(PREPARE_SILENCE)
         asked = questions(name, job.config.evaluation.task_limit)
-        found[task_name(name)] = tokenize(asked, job.source.tokenizer(), job.lm.position_table)
+        found[task_name(name)] = tokenize(asked, job.encoder, job.lm.position_table)
     return found
 
 

@@ -33,7 +33,7 @@ def write_samples(
     Raises:
         UsageError: for a prompt longer than the model can read.
     """
-    ids_1T = prompt_ids(job.source.tokenizer(), prompt)
+    ids_1T = prompt_ids(job.encoder, prompt)
     new_tokens = _room_after(job, ids_1T.shape[1], new_tokens)
     # Two models one after the other, each with all of its blocks.
     models: list[tuple[str, Callable[[int], nn.Module]]] = [

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from engine.config.data import DataConfig
 from engine.config.run import RunConfig
 from engine.config.stages import STAGES
+from engine.data.encoding import Encoder
 from engine.data.parts import Part
-from engine.data.tokens import token_windows, tokenizer_hash
+from engine.data.tokens import token_windows
 from engine.reporter import Reporter
 
 PREPARE_SILENCE = 600
@@ -66,27 +66,31 @@ def _token_digest(*windows: Tensor) -> str:
     return digest.hexdigest()
 
 
-def draw_tokens(config: RunConfig, tokenizer: PreTrainedTokenizerBase, report: Reporter) -> Tokens:
+def draw_tokens(config: RunConfig, encoder: Encoder, report: Reporter) -> Tokens:
     """Token windows for every stage that learns from text, and for the evaluation; what is off gets none.
 
     Raises:
         DataError: for text that is missing, empty, too short or of the wrong form.
     """
+    said: set[tuple[str, str]] = set()
 
-    rules = tokenizer_hash(tokenizer)
+    def warn(code: str, message: str) -> None:
+        # Stages draw from one text, and what is wrong with it is told once.
+        if (code, message) not in said:
+            said.add((code, message))
+            report.warning(code, message)
 
     def draw(data: DataConfig, part: Part, sequences: int, length: int) -> Tensor:
         report.leave_if_asked()
         report.expect_silence(PREPARE_SILENCE)
         return token_windows(
-            tokenizer,
+            encoder,
             data,
             part,
             sequences=sequences,
             length=length,
             seed=config.runtime.seed,
-            warn=report.warning,
-            rules=rules,
+            warn=warn,
         )
 
     def both(section: Any) -> Windows:

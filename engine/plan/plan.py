@@ -19,8 +19,10 @@ from typing import Any
 import msgspec
 
 from engine.architecture.description import ModelDescription, describe
-from engine.architecture.families import Architecture
+from engine.architecture.families import Architecture, text_config
+from engine.architecture.model_folder import ModelFolder
 from engine.architecture.refusals import refuse
+from engine.architecture.special_tokens import refuse_special_tokens, unused_tokens
 from engine.config.corpora import evaluation_characters, is_path, local_path, origin
 from engine.config.run import RunConfig
 from engine.config.runtime import StoreKind
@@ -131,6 +133,7 @@ def make_plan(
     _check_local_text(config)
     model = describe(config.model.source, config.model.revision)
     refuse(model.architecture, model.config, config.grid, config.export.formats)
+    _refuse_tokens(config, model)
     wanted = device or config.runtime.device
     machine = machine or detect(runs_dir, wanted)
     work, unknown_text = _workload(config, model, machine, wanted)
@@ -210,6 +213,14 @@ def _check_local_text(config: RunConfig) -> None:
             raise DataError("no such file or folder", where=data.source, hint=f"check {name}")
         if os.path.isfile(path) and path.stat().st_size == 0:
             raise DataError("the file is empty", where=data.source, hint=f"check {name}")
+
+
+def _refuse_tokens(config: RunConfig, model: ModelDescription) -> None:
+    """What the engine would say of the tokenizer once it has loaded everything."""
+    if model.kind in ("safetensors", "config"):
+        folder = ModelFolder.judge(local_path(config.model.source))
+        rows, trains = model.architecture.vocab, bool(_texts(config))
+        refuse_special_tokens(folder, rows, config.model.bos, trains=trains)
 
 
 def check(plan: Plan, *, waits_for_room: bool = False) -> None:
@@ -308,6 +319,7 @@ def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> It
         yield f"sizes of model type {arch.model_type!r} are estimated as if it were a Llama"
     if model.kind == "config":
         yield "no weight files were found beside config.json: planned from config.json alone"
+    yield from unused_tokens(model.config, text_config(model.config), arch.vocab)
     yield from longer_than_trained(config, arch)
     if unknown_text:
         yield (

@@ -129,6 +129,9 @@ class Eval(Event, frozen=True, kw_only=True, tag="eval"):
     sequence_length: int
     seconds: float
     corpus: str
+    begin: str = ""
+    """How sequences begin, in words, where that is worth a word: with a begin-of-text token, or without the
+    one that the tokenizer would write."""
     accuracy: dict[str, float] = {}
     questions: dict[str, int] = {}
 

@@ -99,6 +99,7 @@ def render(run: RunState, *, state: str, config: Mapping[str, Any] | None = None
         "blocks": [_fields(row, *_BLOCK) for row in run.trained_blocks()],
         "perplexity": run.perplexity(),
         "accuracy": run.accuracy(),
+        "evaluation": _evaluation(run),
         "size_bytes": {
             # The sizes of the original follow from its shapes: the plan knows them before any export.
             "fp": export.fp_bytes if export else _number(plan.get("fp_bytes")),
@@ -134,6 +135,12 @@ _EXPORT = (
     "tokens",
 )
 _CHECKPOINT = ("generation", "bytes", "phase", "block", "t")
+
+
+def _evaluation(run: RunState) -> dict[str, Any] | None:
+    """What perplexities were measured on; the same for every stage."""
+    found = next(iter(run.evaluations.values()), None)
+    return None if found is None else _fields(found, "corpus", "tokens", "sequence_length", "begin")
 
 
 def _fields(of: object, *names: str) -> dict[str, Any]:

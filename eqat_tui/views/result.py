@@ -59,6 +59,8 @@ def _conditions(state: RunState, width: int) -> list[Line]:
     if found is not None:
         words = f"{found.corpus}, {format_count(found.tokens)} tokens at context {found.sequence_length}"
         lines.append(cut(line((words, "muted")), width))
+        if found.begin:
+            lines += wrap(found.begin, width, "muted")
     paper = known(state.plan)["published"]
     if paper:
         lines += wrap(

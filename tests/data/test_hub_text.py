@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -70,9 +71,24 @@ def test_hub_mistakes_are_data_errors(repository: Path) -> None:
         return str(caught.value)
 
     repo = str(repository)
-    assert "set data.column to one of: id, text" in message(HubSource(repo=repo, column="content"))
+    assert "set data.column to one of: text" in message(HubSource(repo=repo, column="content"))
     assert "cannot be read from the hub" in message(HubSource(repo=repo, split="nosuch"))
     assert "cannot be read from the hub" in message(HubSource(repo=repo, subset="nosuch"))
+
+
+def test_rows_of_the_hub_without_text_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [*DOCUMENTS, None, None]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    text = HubText(HubSource(repo=str(tmp_path), split="test"), corpus="c")
+    assert list(text.documents("evaluation")) == DOCUMENTS
+    (line,) = text.skipped()
+    assert f"c: 2 of {len(rows)} rows had no text" in line
+    (tmp_path / "test.jsonl").write_text('{"text": {"en": "x"}, "n": 1}\n' * 3)
+    nested = HubText(HubSource(repo=str(tmp_path), split="test", column="text.en"), corpus="c")
+    assert list(nested.documents("evaluation")) == ["x"] * 3
+    with pytest.raises(DataError, match=r"a table, not text") as refused:
+        list(HubText(HubSource(repo=str(tmp_path), split="test"), corpus="c").documents("evaluation"))
+    assert refused.value.hint == "set data.column to one of: text.en"
 
 
 def test_offline_hub_id_says_what_works_without_a_network() -> None:

@@ -137,7 +137,7 @@ def test_identity_follows_the_content(tmp_path: Path) -> None:
         ("a.jsonl", b'{"content": "x"}\n', "no column 'text'"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl:2"),
         ("a.jsonl", b"[1, 2]\n", "not a JSON object"),
-        ("a.jsonl", b'{"text": 3}\n', "holds int, not text"),
+        ("a.jsonl", b'{"text": 3}\n', "holds a number, not text"),
         ("latin.txt", "naïve".encode("latin-1"), "UTF-8"),
         ("a.parquet", b"PAR1 this is not parquet", "cannot be read"),
         ("a.arrow", b"neither stream nor file", "cannot be read"),

@@ -19,12 +19,19 @@ from text_files import (
 from engine.config.data import DataConfig
 
 NEVER: dict[str, tuple[str, bytes, str]] = {
-    "half a character": ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud83d"}\n', "a.jsonl:2"),
+    "half a character": ("a.jsonl", b'{"text": "\\ud83d"}\n', "a.jsonl:1"),
     "nesting": ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "a.jsonl:1"),
-    "a number of 5000 digits": ("a.jsonl", b'{"text": "x", "n": ' + b"9" * 5000 + b"}", "a.jsonl:1"),
+    "a number of 5000 digits": ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "a.jsonl:1"),
     "a list": ("a.jsonl", b'{"text": ["x"]}', "a.jsonl:1"),
     "no UTF-8": ("a.jsonl", b'{"text": "\xff"}', "UTF-8"),
-    "UTF-16": ("a.txt", "text".encode("utf-16"), "UTF-8"),
+    "Latin-1": ("a.txt", "caf\xe9".encode("latin-1"), "byte 0xe9, as Latin-1"),
+    "UTF-16": ("a.txt", "text".encode("utf-16"), "is UTF-16 text, not UTF-8"),
+    "UTF-16, compressed": ("a.txt.gz", gzip.compress("text".encode("utf-16"), mtime=0), "is UTF-16 text"),
+    "UTF-16 without a mark": ("a.jsonl", '{"text": "some text"}'.encode("utf-16-le"), "UTF-16 text without"),
+    "UTF-32": ("a.txt", "text".encode("utf-32"), "is UTF-32 text, not UTF-8"),
+    "an archive called text": ("a.txt", gzip.compress(b"text", mtime=0), "is a gzip file"),
+    "a table called text": ("a.jsonl", b"PAR1" + bytes(40), "is a Parquet file"),
+    "zeros": ("a.txt", bytes(5000), "no text"),
     "a wrong name": ("a.jsonl.gz", b'{"text": "x"}', "a.jsonl.gz"),
     "half an archive": ("a.txt.gz", gzip.compress(b"text " * 1000, mtime=0)[:30], "a.txt.gz"),
     "a damaged archive": (
@@ -53,20 +60,34 @@ def test_whatever_is_wrong_in_a_text_is_one_line_with_the_files_name(name: str, 
         assert len(str(error).encode()) < 3000
 
 
-@pytest.mark.parametrize("kind", ["struct", "binary", "twice", "integers"])
+@pytest.mark.parametrize("kind", ["struct", "bytes", "twice", "integers"])
 def test_columns_that_are_no_text_are_refused(kind: str, tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
     column = {
         "struct": pyarrow.array([{"en": "x"}]),
-        "binary": pyarrow.array([b"x"]),
+        "bytes": pyarrow.array([b"\xff\xfe"]),
         "integers": pyarrow.array([1 << 62]),
         "twice": pyarrow.array(["x"]),
     }[kind]
     columns = [column] * (2 if kind == "twice" else 1)
     parquet.write_table(pyarrow.table(columns, names=["text"] * len(columns)), tmp_path / "a.parquet")
     assert "a.parquet" in str(failure(DataConfig(source=str(tmp_path / "a.parquet"))))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.json", "b.json"])
+def test_a_mark_at_the_beginning_of_a_file_is_no_text(name: str, tmp_path: Path) -> None:
+    content = {".txt": "one", ".gz": "one", ".jsonl": '{"text": "one"}', ".json": '[{"text": "one"}]'}
+    text = content[Path(name).suffix] if name[0] == "a" else '{"text": "one"}\n'
+    raw = b"\xef\xbb\xbf" + text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw, mtime=0) if name.endswith(".gz") else raw)
+    assert text_of(tmp_path / name) == ["one"]
+
+
+def test_files_with_marks_one_behind_the_other_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n\xef\xbb\xbf{"text": "two"}\n')
+    assert text_of(tmp_path / "a.jsonl") == ["one", "two"]
 
 
 def test_a_mark_at_the_beginning_and_odd_line_ends_are_read(tmp_path: Path) -> None:

@@ -20,12 +20,17 @@ from text_files import documents
 from engine.config.corpora import HubSource
 from engine.config.data import DataConfig
 from engine.data import tokens as tokens_module
+from engine.data.encoding import Encoder, tokenizer_hash
 from engine.data.hub import HubText
-from engine.data.tokens import _load, _store, token_windows, tokenizer_hash
+from engine.data.tokens import _load, _store, token_windows
 from engine.errors import DataError, ExitCode
 from engine.system.user_cache import token_cache
 
 BUILTIN = DataConfig()
+
+
+def windows_of(tokenizer: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+    return token_windows(Encoder(tokenizer), *arguments, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +49,14 @@ def write(path: Path, texts: list[str]) -> DataConfig:
 
 def test_same_seed_gives_the_same_windows_and_another_seed_others(tokenizer: Any, tmp_path: Path) -> None:
     def draw(seed: int, where: str) -> torch.Tensor:
-        return token_windows(
-            tokenizer, BUILTIN, "train", sequences=8, length=64, seed=seed, cache_dir=tmp_path / where
+        return windows_of(
+            tokenizer,
+            BUILTIN,
+            "train",
+            sequences=8,
+            length=64,
+            seed=seed,
+            cache_dir=tmp_path / where,
         )
 
     one = draw(1, "a")
@@ -61,7 +72,7 @@ def test_one_pass_uses_each_token_at_most_once(tokenizer: Any, tmp_path: Path) -
     ids = [tokenizer(text)["input_ids"] for text in documents(data, "train")]
     stream = Counter(token for row in ids for token in row)
     available = sum(stream.values()) + len(ids)
-    windows = token_windows(tokenizer, data, "train", sequences=available // 32, length=32)
+    windows = windows_of(tokenizer, data, "train", sequences=available // 32, length=32)
     drawn = Counter(windows.flatten().tolist())
     end = drawn.pop(tokenizer.eos_token_id)
     assert drawn <= stream
@@ -70,7 +81,7 @@ def test_one_pass_uses_each_token_at_most_once(tokenizer: Any, tmp_path: Path) -
 
 def test_documents_are_separated_by_the_tokenizers_own_tokens(tokenizer: Any, tmp_path: Path) -> None:
     data = write(tmp_path / "a.jsonl", ["one two three"] * 60)
-    windows = token_windows(tokenizer, data, "train", sequences=4, length=50)
+    windows = windows_of(tokenizer, data, "train", sequences=4, length=50)
     text = tokenizer.decode(windows.flatten().tolist())
     assert "one two three<|end|>one two three<|end|>" in text
 
@@ -79,7 +90,7 @@ def test_short_text_is_read_in_several_orders_with_a_warning(tokenizer: Any) -> 
     available = sum(len(tokenizer(text)["input_ids"]) + 1 for text in documents(BUILTIN, "validation"))
     said: list[tuple[str, str]] = []
     sequences = int(available * 2.5 / 64)
-    windows = token_windows(
+    windows = windows_of(
         tokenizer,
         BUILTIN,
         "validation",
@@ -99,19 +110,19 @@ def test_too_little_text_says_how_much_there_is_and_how_much_is_needed(
 ) -> None:
     data = write(tmp_path / "a.jsonl", ["hello world"] * 10)
     with pytest.raises(DataError) as caught:
-        token_windows(tokenizer, data, "train", sequences=512, length=2048)
+        windows_of(tokenizer, data, "train", sequences=512, length=2048)
     assert caught.value.exit_code == ExitCode.DATA
     assert "1,048,576" in str(caught.value)
     assert " tokens" in str(caught.value)
     with pytest.raises(DataError, match=r"one window needs 2,048"):
-        token_windows(tokenizer, data, "evaluation", sequences=0, length=2048)
+        windows_of(tokenizer, data, "evaluation", sequences=0, length=2048)
 
 
 def test_training_and_validation_windows_share_no_text(tokenizer: Any, tmp_path: Path) -> None:
     data = write(tmp_path / "a.jsonl", [f"number {n} " * 5 for n in range(500)])
     words = {}
     for part in ("train", "validation"):
-        windows = token_windows(tokenizer, data, part, sequences=6, length=64, seed=3)
+        windows = windows_of(tokenizer, data, part, sequences=6, length=64, seed=3)
         text = " ".join(tokenizer.decode(row) for row in windows.tolist()).replace("<|end|>", " ")
         # the first and last number of a window may be cut short
         words[part] = {word for word, count in Counter(text.split()).items() if count >= 5}
@@ -123,9 +134,7 @@ def test_training_and_validation_windows_share_no_text(tokenizer: Any, tmp_path:
 def test_long_text_is_sampled_from_all_over(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("".join(f"line {n:07d} of a long file\n" for n in range(60_000)))
-    windows = token_windows(
-        tokenizer, DataConfig(source=str(path)), "train", sequences=16, length=4096, seed=0
-    )
+    windows = windows_of(tokenizer, DataConfig(source=str(path)), "train", sequences=16, length=4096, seed=0)
     numbers = [
         int(word)
         for row in windows.tolist()
@@ -154,7 +163,7 @@ def test_of_a_local_text_twice_as_much_is_tokenized_but_not_of_a_long_one(
 
     monkeypatch.setattr(tokens_module, "_tokenized", counted)
     windows = tokens_module._drawn_windows(
-        tokenizer, source, "train", needed // length, length, 0, lambda code, message: None
+        Encoder(tokenizer), source, "train", needed // length, length, 0, []
     )
     assert windows.shape == (needed // length, length)
     assert 0.9 * most * needed < total < 1.1 * most * needed
@@ -176,15 +185,18 @@ def test_streamed_source_is_read_no_further_than_needed(
         def identity(self, part: str) -> dict[str, str]:
             return {"kind": "endless"}
 
+        def skipped(self) -> list[str]:
+            return []
+
     source = Endless()
     monkeypatch.setattr(tokens_module, "open_source", lambda data: source)
-    windows = token_windows(tokenizer, BUILTIN, "train", sequences=4, length=128)
+    windows = windows_of(tokenizer, BUILTIN, "train", sequences=4, length=128)
     assert windows.shape == (4, 128)
     assert source.taken < 300
     # one window of a document at most: four windows need several documents
     assert windows.flatten().tolist().count(tokenizer.eos_token_id) >= 3
     source.taken = 0
-    assert token_windows(tokenizer, BUILTIN, "evaluation", sequences=4, length=128).shape == (4, 128)
+    assert windows_of(tokenizer, BUILTIN, "evaluation", sequences=4, length=128).shape == (4, 128)
     assert source.taken < 5
 
 
@@ -192,7 +204,7 @@ def test_hub_stream_gives_windows(tokenizer: Any, tmp_path: Path, monkeypatch: p
     write(tmp_path / "train.jsonl", list(documents(BUILTIN, "train")))
     text = HubText(HubSource(repo=str(tmp_path)), corpus="mine")
     monkeypatch.setattr(tokens_module, "open_source", lambda data: text)
-    windows = token_windows(tokenizer, BUILTIN, "train", sequences=16, length=128, seed=5)
+    windows = windows_of(tokenizer, BUILTIN, "train", sequences=16, length=128, seed=5)
     assert windows.shape == (16, 128)
 
 
@@ -211,7 +223,7 @@ def test_what_is_drawn_does_not_depend_on_how_much_is_tokenized_at_a_time(
             setattr(counting, name, getattr(tokenizer, name))
         monkeypatch.setattr(tokens_module, "_SMALLEST_BATCH_CHARS", min(largest, 1 << 16))
         monkeypatch.setattr(tokens_module, "_LARGEST_BATCH_CHARS", largest)
-        windows = token_windows(
+        windows = windows_of(
             counting, BUILTIN, "train", sequences=64, length=128, cache_dir=tmp_path / folder
         )
         return windows, len(lengths)
@@ -236,7 +248,7 @@ def test_any_amount_of_text_gives_full_windows_or_a_data_error(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                windows = token_windows(tokenizer, data, part, sequences=sequences, length=length, seed=seed)
+                windows = windows_of(tokenizer, data, part, sequences=sequences, length=length, seed=seed)
         except DataError:
             continue
         assert windows.shape == (sequences, length)
@@ -250,17 +262,17 @@ def test_any_amount_of_text_gives_full_windows_or_a_data_error(
 def test_evaluation_windows_are_the_text_from_its_start(tokenizer: Any, tmp_path: Path) -> None:
     texts = list(documents(BUILTIN, "evaluation"))
     ids = tokenizer("\n\n".join(texts))["input_ids"]
-    windows = token_windows(tokenizer, BUILTIN, "evaluation", sequences=0, length=100, seed=4)
+    windows = windows_of(tokenizer, BUILTIN, "evaluation", sequences=0, length=100, seed=4)
     assert windows.flatten().tolist() == ids[: len(ids) // 100 * 100]
-    some = token_windows(tokenizer, BUILTIN, "evaluation", sequences=5, length=100, seed=9)
+    some = windows_of(tokenizer, BUILTIN, "evaluation", sequences=5, length=100, seed=9)
     assert torch.equal(some, windows[:5])
     path = tmp_path / "long.txt"
     path.write_text("\n\n".join(texts))
     assert torch.equal(
-        token_windows(tokenizer, DataConfig(source=str(path)), "evaluation", sequences=7, length=100),
+        windows_of(tokenizer, DataConfig(source=str(path)), "evaluation", sequences=7, length=100),
         windows[:7],
     )
-    most = token_windows(tokenizer, BUILTIN, "evaluation", sequences=10**6, length=100)
+    most = windows_of(tokenizer, BUILTIN, "evaluation", sequences=10**6, length=100)
     assert torch.equal(most, windows)
 
 
@@ -280,7 +292,7 @@ def test_wikitext_gives_the_published_tokens_of_a_real_model(shared_data: Path, 
     source = HubSource(repo=str(tmp_path), splits={"train": "test", "evaluation": "test"}, articles=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens_module, "open_source", lambda data: HubText(source, corpus="wikitext2"))
-        windows = token_windows(smollm2, BUILTIN, "evaluation", sequences=0, length=1024)
+        windows = windows_of(smollm2, BUILTIN, "evaluation", sequences=0, length=1024)
     published = load_file(shared_data / "smollm2_wikitext2_1024.safetensors")["test"]
     assert windows.shape == (297, 1024)
     assert windows.flatten().tolist() == published[: 297 * 1024].tolist()
@@ -294,18 +306,18 @@ def test_cached_tokens_are_used_and_keyed_by_everything_that_decides_them(
 ) -> None:
     assert token_cache() == cache
     data = write(tmp_path / "a.jsonl", list(documents(BUILTIN, "train")))
-    first = token_windows(tokenizer, data, "train", sequences=4, length=64, seed=0)
+    first = windows_of(tokenizer, data, "train", sequences=4, length=64, seed=0)
     assert len(list(cache.iterdir())) == 1
     with monkeypatch.context() as patch:
         patch.setattr(tokens_module, "_drawn_windows", None)  # a second reading of the text would raise
-        assert torch.equal(token_windows(tokenizer, data, "train", sequences=4, length=64, seed=0), first)
-    token_windows(tokenizer, data, "train", sequences=4, length=64, seed=1)
-    token_windows(tokenizer, data, "train", sequences=5, length=64, seed=0)
-    token_windows(tokenizer, data, "train", sequences=4, length=65, seed=0)
-    token_windows(tokenizer, data, "validation", sequences=4, length=64, seed=0)
+        assert torch.equal(windows_of(tokenizer, data, "train", sequences=4, length=64, seed=0), first)
+    windows_of(tokenizer, data, "train", sequences=4, length=64, seed=1)
+    windows_of(tokenizer, data, "train", sequences=5, length=64, seed=0)
+    windows_of(tokenizer, data, "train", sequences=4, length=65, seed=0)
+    windows_of(tokenizer, data, "validation", sequences=4, length=64, seed=0)
     assert len(list(cache.iterdir())) == 5
     write(tmp_path / "a.jsonl", list(documents(BUILTIN, "evaluation")))
-    assert not torch.equal(token_windows(tokenizer, data, "train", sequences=4, length=64, seed=0), first)
+    assert not torch.equal(windows_of(tokenizer, data, "train", sequences=4, length=64, seed=0), first)
     assert len(list(cache.iterdir())) == 6
 
 
@@ -322,7 +334,7 @@ def test_tokenizer_hash_sees_the_rules_and_not_the_state(tokenizer: Any) -> None
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "garbage"])
 def test_damaged_cache_file_is_replaced_with_a_warning(tokenizer: Any, cache: Path, damage: str) -> None:
-    first = token_windows(tokenizer, BUILTIN, "validation", sequences=4, length=64)
+    first = windows_of(tokenizer, BUILTIN, "validation", sequences=4, length=64)
     (path,) = cache.iterdir()
     good = path.read_bytes()
     flipped = bytearray(good)
@@ -330,7 +342,7 @@ def test_damaged_cache_file_is_replaced_with_a_warning(tokenizer: Any, cache: Pa
     bad = {"truncated": good[:-9], "flipped": bytes(flipped), "empty": b"", "garbage": b"x" * 99}[damage]
     path.write_bytes(bad)
     with pytest.warns(RuntimeWarning, match="damaged"):
-        again = token_windows(tokenizer, BUILTIN, "validation", sequences=4, length=64)
+        again = windows_of(tokenizer, BUILTIN, "validation", sequences=4, length=64)
     assert torch.equal(again, first)
     assert path.read_bytes() == good
 
@@ -338,7 +350,7 @@ def test_damaged_cache_file_is_replaced_with_a_warning(tokenizer: Any, cache: Pa
 def test_unwritable_cache_costs_a_warning_only(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     said: list[str] = []
-    windows = token_windows(
+    windows = windows_of(
         tokenizer,
         BUILTIN,
         "validation",
@@ -354,7 +366,7 @@ def test_unwritable_cache_costs_a_warning_only(tokenizer: Any, tmp_path: Path) -
 def _publish_again_and_again(path: Path, rounds: int) -> None:
     windows = torch.arange(4096, dtype=torch.int32).view(8, 512)
     for _ in range(rounds):
-        _store(path, windows, {}, lambda code, message: None)
+        _store(path, windows, {}, [], lambda code, message: None)
 
 
 def test_processes_sharing_a_cache_never_see_half_a_file(tmp_path: Path) -> None:
@@ -367,8 +379,9 @@ def test_processes_sharing_a_cache_never_see_half_a_file(tmp_path: Path) -> None
     said: list[str] = []
     reads = 0
     while any(writer.is_alive() for writer in writers) or reads < 20:
-        windows = _load(path, 512, lambda code, message: said.append(message))
-        assert windows is not None
+        found = _load(path, 512, lambda code, message: said.append(message))
+        assert found is not None
+        windows, _ = found
         assert windows.shape == (8, 512)
         reads += 1
     for writer in writers:

@@ -74,7 +74,9 @@ def test_a_stored_field_that_this_version_does_not_know_is_refused_by_its_name(t
 def test_every_deciding_field_of_the_configuration_has_a_default() -> None:
     config = resolve(load("smoke"))
     assert default_fields(config).keys() == deciding_fields(config).keys()
-    assert default_fields(resolve(type(config)())) == deciding_fields(resolve(type(config)()))
+    now, earlier = deciding_fields(resolve(type(config)())), default_fields(resolve(type(config)()))
+    # Sequences of versions without this field began as they do where it says so.
+    assert earlier == {**now, "model.bos": '"text"'}
 
 
 def test_a_default_that_follows_from_other_settings_follows_from_those_of_the_run() -> None:

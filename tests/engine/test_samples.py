@@ -18,6 +18,7 @@ from greedy import plain_greedy
 from torch import nn
 
 from engine.config.derived import resolve
+from engine.data.encoding import Encoder
 from engine.evaluation.continuation import prompt_ids
 from engine.phases.samples import write_samples
 from engine.pipeline import Pipeline
@@ -95,7 +96,7 @@ def test_the_texts_are_those_of_plain_greedy_loops_over_the_run_s_own_blocks(fin
     with prepared(finished) as pipeline:
         job = pipeline.job
         tokenizer = job.source.tokenizer()
-        ids = prompt_ids(tokenizer, PROMPT)[0].tolist()
+        ids = prompt_ids(Encoder(tokenizer), PROMPT)[0].tolist()
         for sample, block_for in zip(
             of(finished, events.Sample), (job.lm.load_block, job.packed_block), strict=True
         ):

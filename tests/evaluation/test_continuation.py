@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.config.grid import GridConfig
 from engine.config.model import ModelConfig
+from engine.data.encoding import Encoder
 from engine.errors import IdentityError, PreflightError
 from engine.evaluation import chat
 from engine.evaluation.continuation import continuation, end_tokens, prompt_ids
@@ -80,7 +81,7 @@ def rounded(lm: CausalLM) -> Callable[[int], nn.Module]:
 
 def check_against_plain(lm: CausalLM, block_for: Callable[[int], nn.Module], new: int = 24) -> str:
     tokenizer = lm.source.tokenizer()
-    ids_1T = prompt_ids(tokenizer, PROMPT)
+    ids_1T = prompt_ids(Encoder(tokenizer), PROMPT)
     want = plain_greedy(lm, block_for, ids_1T[0].tolist(), new)
     made = continuation(lm, block_for, ids_1T, new)
     assert made.text == tokenizer.decode(want, skip_special_tokens=True)
@@ -115,7 +116,7 @@ def test_other_families_write_what_a_plain_greedy_loop_writes(
 def test_text_ends_where_the_model_ends_it(tmp_path: Path) -> None:
     """Chat models name the end of a turn in generation_config.json only."""
     lm = saved(tmp_path, "llama")
-    ids_1T = prompt_ids(lm.source.tokenizer(), PROMPT)
+    ids_1T = prompt_ids(Encoder(lm.source.tokenizer()), PROMPT)
     free = plain_greedy(lm, lm.load_block, ids_1T[0].tolist(), 8)
     end = free[3]
     assert end_tokens(lm) == [2]
@@ -141,10 +142,10 @@ def test_a_broken_list_of_end_tokens_is_ignored(tmp_path: Path) -> None:
 
 def test_only_a_tokenizer_that_knows_conversations_gets_a_turn() -> None:
     tokenizer = byte_tokenizer(300)
-    plain = prompt_ids(tokenizer, "Hi")
+    plain = prompt_ids(Encoder(tokenizer), "Hi")
     assert tokenizer.decode(plain[0]) == "Hi"
     tokenizer.chat_template = TEMPLATE
-    turn = prompt_ids(tokenizer, "Hi")
+    turn = prompt_ids(Encoder(tokenizer), "Hi")
     assert tokenizer.decode(turn[0]) == "<|begin|>user: Hi>"
     assert turn[0].tolist().count(tokenizer.bos_token_id) == 1, "the template writes it, nobody else"
 
@@ -176,10 +177,10 @@ def test_a_template_that_fails_or_never_ends_is_one_line_in_time(
     began = time.monotonic()
     if not says:
         with contextlib.suppress(PreflightError):
-            assert prompt_ids(tokenizer, "Hi").shape[0] == 1
+            assert prompt_ids(Encoder(tokenizer), "Hi").shape[0] == 1
         return
     with pytest.raises(PreflightError, match=says) as caught:
-        prompt_ids(tokenizer, "Hi")
+        prompt_ids(Encoder(tokenizer), "Hi")
     assert "chat template" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert time.monotonic() - began < 30
@@ -188,7 +189,7 @@ def test_a_template_that_fails_or_never_ends_is_one_line_in_time(
 def test_what_a_template_writes_arrives_whatever_it_is() -> None:
     tokenizer = byte_tokenizer(300)
     tokenizer.chat_template = "{{ messages[0].content * 1000 }}🙂\u0000"
-    ids = prompt_ids(tokenizer, "naïve 日本")[0]
+    ids = prompt_ids(Encoder(tokenizer), "naïve 日本")[0]
     assert tokenizer.decode(ids) == "naïve 日本" * 1000 + "🙂\u0000"
 
 
@@ -199,7 +200,7 @@ def test_a_stop_is_heard_after_the_next_token(tiny: CausalLM) -> None:
         asked.append(1)
         return len(asked) == 3
 
-    ids_1T = prompt_ids(tiny.source.tokenizer(), PROMPT)
+    ids_1T = prompt_ids(Encoder(tiny.source.tokenizer()), PROMPT)
     assert continuation(tiny, tiny.load_block, ids_1T, 1000, should_stop=should_stop).tokens == 3
 
 
@@ -217,7 +218,7 @@ def test_the_blocks_are_taken_out_again_and_the_model_measures_as_before(tiny: C
         loaded.append(weakref.ref(block))
         return block
 
-    ids_1T = prompt_ids(tiny.source.tokenizer(), PROMPT)
+    ids_1T = prompt_ids(Encoder(tiny.source.tokenizer()), PROMPT)
     continuation(tiny, block_for, ids_1T, 4)
     gc.collect()
     assert len(loaded) == tiny.blocks

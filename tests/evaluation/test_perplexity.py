@@ -124,6 +124,19 @@ def test_no_windows_is_an_error_not_a_division_by_zero(tmp_path: Path) -> None:
             perplexity(lm, lm.load_block, empty)
 
 
+def test_what_windows_begin_with_is_predicted_by_nothing(tmp_path: Path) -> None:
+    model, lm = saved(tmp_path, "llama")
+    ids_NT = windows(length=20)
+    found = perplexity(lm, lm.load_block, ids_NT, given=3, batch_size=2)
+    with torch.no_grad():
+        log_p = model(ids_NT.long()).logits[:, 2:-1].double().log_softmax(-1)
+    nll = -log_p.gather(-1, ids_NT.long()[:, 3:, None]).mean().item()
+    assert found.tokens == 5 * 17
+    assert found.nll_mean == pytest.approx(nll, rel=1e-5)
+    with pytest.raises(DataError, match="nothing to predict"):
+        perplexity(lm, lm.load_block, ids_NT, given=20)
+
+
 def test_a_hopeless_model_has_a_large_perplexity_not_a_crash(tmp_path: Path) -> None:
     _, lm = saved(tmp_path, "llama", tie_word_embeddings=False)
     lm.model.get_output_embeddings().weight.data *= 1e5

@@ -84,6 +84,9 @@ READ = [
     {"sliding_window": None},
     {"rope_scaling": None},
     {"pad_token_id": -1},
+    {"pad_token_id": 320},
+    {"pad_token_id": 10**6},
+    {"eos_token_id": 320, "bos_token_id": 321},
     {"eos_token_id": [2, 1]},
     {"_attn_implementation": "flash_attention_2"},
     {"attn_implementation": "flash_attention_2"},
@@ -123,7 +126,6 @@ EITHER: list[dict[str, Any]] = [
     {"rope_parameters": {"rope_type": "yarn"}},
     {"rope_theta": "10000"},
     {"rms_norm_eps": "1e-5"},
-    {"pad_token_id": 320},
     {"vocab_size": 321},
     {"vocab_size": 319},
     {"num_hidden_layers": 4},
@@ -258,6 +260,16 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(fol
     source = ModelSource.open(ModelConfig(source=str(folder)))
     with pytest.raises(PreflightError, match="token 399, but the model's embedding only 320 rows"):
         source.tokenizer()
+
+
+def test_tokens_that_were_added_behind_the_embedding_are_no_matter_until_they_are_used(folder: Path) -> None:
+    tokenizer = tiny.byte_tokenizer(320)
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.add_special_tokens({"pad_token": "<|padding|>", "eos_token": "<|late|>"})
+    tokenizer.save_pretrained(folder)
+    source = ModelSource.open(ModelConfig(source=str(folder)))
+    assert len(source.tokenizer()) == 323
+    assert source.tokenizer()("a")["input_ids"]
 
 
 # -- attention -----------------------------------------------------------------------------------------
