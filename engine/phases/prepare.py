@@ -55,7 +55,7 @@ def prepare(
     for refusal in too_long(config, lm.position_table):  # of a model whose files the plan had not seen
         raise refusal
     if task in ("run", "export") and (said := in_words(lm)):
-        report.warning("tensors", f"the checkpoint holds more than the model: {said}")
+        report.warning("tensors", f"the checkpoint is not the model's alone: {said}")
     if task == "run" and plan.compiles_passages:
         lm.compile(expect_silence=report.expect_silence, on_failure=lambda why: _slower(report, why))
     tokens = draw_tokens(config, source.tokenizer(), report)

@@ -45,7 +45,7 @@ def test_a_run_says_what_it_carries_and_skips_and_keeps_it(
     assert run_here(run) == 0
     (said,) = [event for event in of(run, events.Warning) if event.code == "tensors"]
     assert said.message == (
-        f"the checkpoint holds more than the model: 2 tensors ({layer}, mtp.fc.weight) carried over as "
+        f"the checkpoint is not the model's alone: 2 tensors ({layer}, mtp.fc.weight) carried over as "
         "stored; 1 tensor (gpt_neox.layers.0.attention.rotary_emb.inv_freq) skipped: computed when the model "
         "is built"
     )
