@@ -8,7 +8,7 @@ from typing import Any
 from engine.architecture.families import Architecture, LinearShape, text_config, unfit_weight
 from engine.architecture.headers import FLOATS, TensorInfo
 from engine.architecture.layers import STRUCTURES, depth, expected_unfit
-from engine.architecture.unfit import ONLY_LINEAR, Unfit
+from engine.architecture.unfit import Unfit
 from engine.config.formats import FORMATS
 from engine.config.grid import BITS, GROUP_SIZES, GridConfig
 from engine.errors import PreflightError
@@ -51,7 +51,9 @@ def refuse_kind(
         method = quantized.get("quant_method", "") if isinstance(quantized, Mapping) else ""
         raise already_quantized(method, where)
     if model_type in STRUCTURES:
-        raise PreflightError(STRUCTURES[model_type], where=where, hint=ONLY_LINEAR)
+        raise PreflightError(
+            STRUCTURES[model_type], where=where, hint="choose a model that is a plain stack of decoder blocks"
+        )
     if unfit is not None:
         raise unfit.refusal()
     for why, part in expected_unfit(text, from_files=from_files):
