@@ -27,6 +27,8 @@ from engine.quant.packed import PackedBlock
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
 
+CPU_TOKENS, GPU_TOKENS = 16, 128
+"""That pass through the original before training; on a CPU, arithmetic of 16 bits is slow."""
 WIDER = torch.bfloat16
 """What becomes of an original in float32 or wider."""
 
@@ -98,6 +100,43 @@ def outer_as_stored(lm: CausalLM, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for name, original in before.items():
             parameters[name].data = original
+
+
+def check_activations(
+    lm: CausalLM, dtype: torch.dtype, tokens_NT: Tensor, poll: Callable[[], None] = lambda: None
+) -> None:
+    """The original itself can be computed with in ``dtype``, as a reader of its export will.
+
+    Asked for float16 alone: the others reach as far as float32 does. The original is read once, and a few
+    tokens pass through it.
+
+    Raises:
+        PreflightError: where its predictions are no numbers.
+    """
+    if dtype != torch.float16 or lm.dtype == dtype or not tokens_NT.numel():
+        return
+    from engine.models.causal_lm import CausalLM
+
+    few_1T = tokens_NT[:1, : GPU_TOKENS if lm.device.type == "cuda" else CPU_TOKENS].to(lm.device)
+    original = CausalLM(lm.source, lm.device, dtype)
+    try:
+        with torch.inference_mode():
+            hidden = original.embed(few_1T)
+            for index in range(original.blocks):
+                poll()
+                hidden = original.run_block(original.load_block(index), index, hidden)
+            finite = bool(original.head(hidden).isfinite().all())
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "not implemented for" not in str(error):
+            raise
+        return  # no such arithmetic on this machine: nothing is known
+    if not finite:
+        raise PreflightError(
+            f"its activations exceed {torch.finfo(dtype).max:.0f}, so an export that declares "
+            f"{dtype_name(dtype)} would be of no use",
+            where=lm.source.name,
+            hint="--set export.dtype=bfloat16",
+        )
 
 
 def check_values(lm: CausalLM, dtype: torch.dtype, poll: Callable[[], None] = lambda: None) -> None:

