@@ -237,6 +237,12 @@ def _write_card(directory: Path, text: str) -> None:
     temporary.replace(directory / "README.md")
 
 
+def add_to_card(directory: Path, note: str) -> None:
+    """A sentence that only became known when the files were read again; below everything else."""
+    text = (directory / "README.md").read_text()
+    _write_card(directory, f"{text.rstrip()}\n\n{note[:1].upper()}{note[1:]}.\n")
+
+
 def _blocks_name(lm: CausalLM) -> str:
     return lm.block_prefix(0).rpartition(".")[0]
 

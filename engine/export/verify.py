@@ -189,11 +189,12 @@ def _verify(
         difference, spread = _logit_difference(lm, packed, trained_hidden, packed_hidden)
         trained_nll = token_nll(lm, trained_hidden, tokens_NT)
         packed_nll = token_nll(packed, packed_hidden, tokens_NT)
-        declared = packed.source.config.dtype or torch.float32
+        declared: torch.dtype = packed.source.config.dtype or torch.float32
         if declared != dtype:
             stored = f"the tensors are {dtype_name(dtype)}"
             problems.add(f"config.json declares {dtype_name(declared)}, and {stored}")
         if declared != lm.dtype:
+            del packed, packed_hidden, reader  # the next reading wants their memory
             if lm.device.type == "cpu":
                 tokens_NT = tokens_NT[:1, :CPU_TOKENS]
                 trained_nll = trained_nll[:1, : tokens_NT.shape[1] - 1]
