@@ -79,11 +79,10 @@ def stored_form(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return value
 
 
-def as_stored(block: PackedBlock, dtype: torch.dtype) -> PackedBlock:
-    """The block with its norms and biases rounded as they are stored."""
-    return replace(
-        block, others={name: stored_form(name, value, dtype) for name, value in block.others.items()}
-    )
+def as_stored(block: PackedBlock, dtype: torch.dtype, prefix: str) -> PackedBlock:
+    """The block with norms and biases rounded as they are stored; ``prefix`` is its name, for messages."""
+    others = {name: stored_form(f"{prefix}.{name}", value, dtype) for name, value in block.others.items()}
+    return replace(block, others=others)
 
 
 @contextmanager

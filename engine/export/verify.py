@@ -178,7 +178,7 @@ def _verify(
             for name in block.linears:
                 expected.update(layout.names(lm.names.exported_linear(f"{prefix}.{name}")))
             expected.update(_check_block(reader, lm, index, block, dtype, problems))
-            trained_block = as_stored(block, dtype).install(lm.load_block(index))
+            trained_block = as_stored(block, dtype, prefix).install(lm.load_block(index))
             trained_hidden = lm.run_block(trained_block, index, trained_hidden)
             packed_hidden = packed.run_block(packed.load_block(index), index, packed_hidden)
             if on_block is not None:

@@ -181,7 +181,7 @@ def test_a_block_from_before_types_were_kept_is_exported_as_it_always_was(tmp_pa
     """Older checkpoints hold norms and biases as float16, whatever the original was."""
     directory = saved_as(save_model(tmp_path / "fp", "qwen2"), torch.bfloat16)
     source, lm = open_model(directory)
-    older = [as_stored(block, torch.float16) for block in packed_blocks(lm, 4, 64)]
+    older = [as_stored(block, torch.float16, "") for block in packed_blocks(lm, 4, 64)]
     path = write(tmp_path / "out", lm, source, older.__getitem__).path
     assert compare(path, lm, older.__getitem__, some_ids()).problems == ()
 
