@@ -13,8 +13,8 @@ from packed_models import compare, open_model, packed_blocks, reader_of, save_mo
 from safetensors.torch import load_file, save_file
 
 from engine.errors import ExitCode, PreflightError
+from engine.export.declared import AsDeclared
 from engine.export.stored import as_stored, check_activations, check_values, export_dtype, outer_as_stored
-from engine.export.verify import _beyond_noise
 from engine.models.causal_lm import CausalLM
 
 LARGE_NORM = 4e4
@@ -199,10 +199,14 @@ def test_only_a_difference_beyond_noise_is_said() -> None:
     draw = torch.Generator().manual_seed(0)
     trained = 3 + torch.rand(2, 200, generator=draw, dtype=torch.float64)
     noise = 0.05 * torch.randn(2, 200, generator=draw, dtype=torch.float64)
-    assert _beyond_noise(trained, trained + noise, torch.float16) == ""
-    assert _beyond_noise(trained, trained + 0.005, torch.float16) == ""
-    said = _beyond_noise(trained, trained + 0.1 + noise, torch.float16)
+
+    def note(packed: torch.Tensor) -> str:
+        return AsDeclared(torch.float16, trained, packed).note
+
+    assert note(trained + noise) == ""
+    assert note(trained + 0.005) == ""
+    said = note(trained + 0.1 + noise)
     assert said.startswith("read as float16, as it declares itself, the export has a perplexity of 3")
     assert "the trained model 3" in said
     # One token that differs wildly says nothing about the others.
-    assert _beyond_noise(trained, trained + 20 * (torch.arange(400).view(2, 200) == 7), torch.float16) == ""
+    assert note(trained + 20 * (torch.arange(400).view(2, 200) == 7)) == ""
