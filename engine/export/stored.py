@@ -139,7 +139,7 @@ def check_activations(
 
 
 def check_values(lm: CausalLM, dtype: torch.dtype, poll: Callable[[], None] = lambda: None) -> None:
-    """Every parameter that stays as it is fits into ``dtype``; those that certainly do are not read.
+    """Everything that stays as it is fits into ``dtype``; those that certainly do are not read.
 
     Raises:
         PreflightError: names the first that does not, its largest value, and what to do.
@@ -151,8 +151,11 @@ def check_values(lm: CausalLM, dtype: torch.dtype, poll: Callable[[], None] = la
         for name in lm.linear_names(index)
     }
     outer = lm.outer_state()
-    for name, _ in lm.model.named_parameters():
-        if name in linears or torch.finfo(lm.weights.dtype(name)).max <= reach:
+    for name in lm.model.state_dict():
+        if name in linears or name not in lm.weights:
+            continue
+        kept = lm.weights.dtype(name)
+        if not kept.is_floating_point or torch.finfo(kept).max <= reach:
             continue
         # What is in memory is rounded already, hence the margin.
         if name in outer and max(abs(end.item()) for end in outer[name].aminmax()) < 0.98 * reach:
