@@ -2,6 +2,7 @@
 # make test      the test suite               make lint      ruff, types, import contracts
 # make soak      kill runs, exports, gc and rm at random instants, flip bits, compare the exports (15 min)
 # make fuzz      mutate every file that is read, and look for harm (SECONDS=300, SEED=0)
+# make families  try a tiny model of every family, and write docs/families.md (2 min)
 # make screenshot  the app's pictures in README.md, from a run (RUN=latest)
 # make interop   load our exports with gptqmodel and transformers 4, in an environment of its own
 #
@@ -22,7 +23,7 @@ INTEROP   := .venv-interop
 PIP        = $(1)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint soak fuzz screenshot interop clean
+.PHONY: help demo test lint soak fuzz families screenshot interop clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -108,6 +109,9 @@ soak: $(VENV)/.stamp-dev
 
 fuzz: $(VENV)/.stamp-dev
 	@$(VENV)/bin/python tests/fuzz/fuzz.py --seconds $(SECONDS) --seed $(SEED)
+
+families: $(VENV)/.stamp-dev
+	@PYTHONPATH=tests/engine $(VENV)/bin/python tests/models/families.py
 
 screenshot: $(VENV)/.stamp-dev
 	@$(VENV)/bin/python benchmarks/screenshot.py $(RUN)

@@ -15,6 +15,8 @@ from engine.architecture.unfit import CONV1D, CONVOLUTION, EXPERTS
 
 EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """How many experts there are; how many of them a token asks is no sign of any."""
+EXPERT_TYPES = {"gpt_oss", "granitemoe", "granitemoeshared", "jetmoe", "mixtral", "olmoe", "phimoe"}
+"""Every block of these has experts, and be it one."""
 EXPERT_SWITCHES = ("is_moe", "enable_moe_block")
 """Fields of families that are dense or not, as they say."""
 DENSE_BEFORE = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
@@ -67,6 +69,8 @@ def _has_experts(text: Mapping[str, Any]) -> bool:
             return bool(text[switch])
     if text.get("model_type") in FAMILIES:
         return False
+    if text.get("model_type") in EXPERT_TYPES:
+        return True
     nested = text.get("ffn_config")
     places = [text, nested] if isinstance(nested, Mapping) else [text]
     counts = [place[name] for place in places for name in EXPERT_FIELDS if name in place]

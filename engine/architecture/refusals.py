@@ -8,7 +8,7 @@ from typing import Any
 from engine.architecture.families import Architecture, LinearShape, text_config, unfit_weight
 from engine.architecture.headers import FLOATS, TensorInfo
 from engine.architecture.layers import STRUCTURES, depth, expected_unfit
-from engine.architecture.unfit import ONLY_LINEAR, Unfit
+from engine.architecture.unfit import Unfit
 from engine.config.formats import FORMATS
 from engine.config.grid import BITS, GROUP_SIZES, GridConfig
 from engine.errors import PreflightError
@@ -26,6 +26,8 @@ def refuse(
 ) -> None:
     """Raise PreflightError, in one sentence with a remedy, for what the engine cannot quantize."""
     refuse_kind(config, arch.unfit, from_files=arch.from_files, prefix=arch.block_prefix)
+    if arch.missing:
+        raise missing_tensor(arch.missing, arch.model_type or "model.source")
     for name, stored in arch.coded:
         refuse_stored_type(name, stored, arch.model_type or "model.source")
     _refuse_group_size(arch, grid)
@@ -51,7 +53,9 @@ def refuse_kind(
         method = quantized.get("quant_method", "") if isinstance(quantized, Mapping) else ""
         raise already_quantized(method, where)
     if model_type in STRUCTURES:
-        raise PreflightError(STRUCTURES[model_type], where=where, hint=ONLY_LINEAR)
+        raise PreflightError(
+            STRUCTURES[model_type], where=where, hint="choose a model that is a plain stack of decoder blocks"
+        )
     if unfit is not None:
         raise unfit.refusal()
     for why, part in expected_unfit(text, from_files=from_files):
@@ -95,6 +99,15 @@ def already_quantized(method: object, where: str) -> PreflightError:
         f"the model is already quantized{f' ({str(method)[:80]})' if method else ''}",
         where=where,
         hint="give the original 16-bit checkpoint",
+    )
+
+
+def missing_tensor(name: str, where: str) -> PreflightError:
+    """What is said of a checkpoint that lacks a weight of its model."""
+    return PreflightError(
+        f"tensor {name!r} is missing from the checkpoint",
+        where=where,
+        hint="download the model again, or check that config.json belongs to these weights",
     )
 
 

@@ -9,6 +9,7 @@ stays what it is, a bug with a traceback.
 from __future__ import annotations
 
 import contextlib
+import re
 import resource
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 from engine.errors import EqatError, PreflightError, StopRequested, first_line
 from engine.system.files import full_disk
 
+_NUMERIC = re.compile(r"theta|factor|freq|eps$|attn_")
+"""Fields whose values are numbers, whatever a file says."""
 _NOT_THE_MODELS_FAULT = (EqatError, StopRequested, MemoryError, torch.OutOfMemoryError)
 
 
@@ -60,15 +63,19 @@ def reason(error: BaseException) -> str:
 def to_blame(error: BaseException, fields: Mapping[str, Any]) -> str:
     """The field of a configuration whose value made a library fail; empty where it cannot be told."""
     said = str(error)
-    values = [(name, value) for name, value in _values(fields) if isinstance(value, str)]
+    values = list(_values(fields))
+    texts = [(name, value) for name, value in values if isinstance(value, str) and value]
     # A name that the library looked up and did not know.
-    quoted = [name for name, value in values if value and f"'{value}'" in said and name != "model_type"]
+    quoted = [name for name, value in texts if f"'{value}'" in said and name != "model_type"]
     if quoted:
         return quoted[0]
     if "padding_idx" in said.lower():
         return "pad_token_id"
-    if isinstance(error, TypeError | ValueError) and "str" in said:
-        return next((name for name, value in values if _is_number_as_text(value)), "")
+    if isinstance(error, TypeError) and "'str'" in said:
+        numbers = [name for name, value in texts if _is_number(value)]
+        return next(iter([*numbers, *(name for name, _ in texts if _NUMERIC.search(name))]), "")
+    if isinstance(error, TypeError) and "'NoneType'" in said:
+        return next((name for name, value in values if value is None and _NUMERIC.search(name)), "")
     return ""
 
 
@@ -80,7 +87,7 @@ def _values(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield str(name), value
 
 
-def _is_number_as_text(value: str) -> bool:
+def _is_number(value: str) -> bool:
     try:
         float(value)
     except ValueError:

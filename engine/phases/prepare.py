@@ -15,7 +15,7 @@ from engine.data.encoding import Encoder
 from engine.data.tasks import questions
 from engine.errors import DamagedRun, UsageError
 from engine.evaluation.tasks import TokenizedTask, tokenize
-from engine.export.stored import check_values
+from engine.export.stored import check_activations, check_values
 from engine.gpu.compiled import SWITCH_HINT
 from engine.models.carried import in_words
 from engine.models.causal_lm import CausalLM
@@ -56,7 +56,7 @@ def prepare(
     for refusal in too_long(config, lm.position_table):  # of a model whose files the plan had not seen
         raise refusal
     if task in ("run", "export") and (said := in_words(lm)):
-        report.warning("tensors", f"the checkpoint holds more than the model: {said}")
+        report.warning("tensors", f"the checkpoint is not the model's alone: {said}")
     if task == "run" and plan.compiles_passages:
         lm.compile(expect_silence=report.expect_silence, on_failure=lambda why: _slower(report, why))
     encoder = Encoder(source.tokenizer(), rows=lm.vocab_size, bos=config.model.bos)
@@ -82,6 +82,8 @@ def prepare(
         _remember_micro_batches(job)
         # An export that cannot be written, or that nobody could read, must not wait until all is trained.
         check_values(lm, job.export_dtype, report.leave_if_asked)
+        if config.export.formats and not job.is_finished(0):
+            check_activations(lm, job.export_dtype, tokens.any(), report.leave_if_asked)
     for stage in versions():
         recall(job, stage)
     return job

@@ -206,6 +206,17 @@ def test_what_nobody_asks_for_is_carried_and_what_a_quantization_left_is_not(tmp
     )
 
 
+def test_a_buffer_that_a_checkpoint_lacks_is_said_to_be_missing(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("apertus", **tiny.SIZES)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert in_words(opened(tmp_path)) == ""
+    lost = "model.layers.1.mlp.act_fn.beta"
+    change(tmp_path, lambda stored: {name: each for name, each in stored.items() if name != lost})
+    lm = opened(tmp_path)
+    assert in_words(lm) == f"1 tensor ({lost}) missing, which keep the values that the model is built with"
+    assert lm.load_block(1).get_buffer("mlp.act_fn.beta") == lm.load_block(0).get_buffer("mlp.act_fn.beta")
+
+
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
 def test_of_a_larger_model_only_the_language_models_own_tensors_are_carried(
     tmp_path: Path, prefix: str

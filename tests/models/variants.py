@@ -126,6 +126,36 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "n_group": 1,
         "topk_group": 1,
     },
+    "qwen3_moe_dense": {
+        **HEAD,
+        **EXPERTS,
+        "model_type": "qwen3_moe",
+        "num_experts": 2,
+        "mlp_only_layers": list(range(LAYERS)),
+    },
+    "glm4_moe_dense": {
+        **HEAD,
+        **EXPERTS,
+        "model_type": "glm4_moe",
+        "n_routed_experts": 4,
+        "first_k_dense_replace": LAYERS,
+    },
+    "granitemoehybrid_dense": {
+        "model_type": "granitemoehybrid",
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 128,
+        "layer_types": ["attention"] * LAYERS,
+    },
+    "qwen3_next_attention": {
+        **GATED_DELTA,
+        "model_type": "qwen3_next",
+        "num_experts": 0,
+        "layer_types": ["full_attention"] * LAYERS,
+    },
+    "cohere_head_norms": {"model_type": "cohere", "logit_scale": 0.25, "use_qk_norm": True},
+    "stablelm_head_norms": {"model_type": "stablelm", "qk_layernorm": True},
+    "internlm3": {},
     # older kinds, many with a table of positions
     "gpt_neox": {},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
@@ -161,6 +191,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "biogpt": {},
     # mixtures of experts
     "mixtral": {"num_local_experts": 2, "num_experts_per_tok": 1},
+    "mixtral_one_expert": {"model_type": "mixtral", "num_local_experts": 1, "num_experts_per_tok": 1},
     "qwen3_moe": {**HEAD, **EXPERTS, "num_experts": 2},
     "gpt_oss": {**HEAD, "num_local_experts": 2, "num_experts_per_tok": 1},
     "jetmoe": {"num_local_experts": 2, "num_experts_per_tok": 1, "kv_channels": 16, "num_key_value_heads": 2},
@@ -200,6 +231,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+UNBUILT = {"blt"}
+"""Models that are large in any case; their configuration alone shows what becomes of them."""
+
+
 class Unknown(Exception):
     """This transformers has no such family, or a configuration class of it that cannot be made from these."""
 
@@ -225,6 +260,9 @@ def config(name: str, **changes: Any) -> PreTrainedConfig:
 
 def build(folder: Path, name: str, **changes: Any) -> Path:
     """Save a variant with every parameter random, and its tokenizer."""
+    if name in UNBUILT:
+        config(name, **changes).save_pretrained(folder)
+        return folder
     with torch.random.fork_rng():
         torch.manual_seed(0)
         whole = AutoModelForCausalLM.from_config(config(name, **changes), dtype=torch.float32)
@@ -232,6 +270,9 @@ def build(folder: Path, name: str, **changes: Any) -> Path:
             for parameter in whole.parameters():
                 spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.2
                 parameter.add_(torch.randn_like(parameter) * spread)
+            for module in whole.modules():
+                if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                    module.weight[module.padding_idx] = 0  # as some classes have it when they load a model
     whole.save_pretrained(folder)
     byte_tokenizer(tiny.SIZES["vocab_size"]).save_pretrained(folder)
     return folder
