@@ -9,16 +9,15 @@ files, not of a formula.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import msgspec
 
+from engine.architecture.counting import Counted, count
 from engine.architecture.family_table import ALIASES, FAMILIES, LLAMA, Family
 from engine.architecture.headers import TensorInfo
-from engine.architecture.leftovers import why_no_weight
-from engine.architecture.limits import MOST_BLOCKS
 from engine.architecture.positions import PositionTable, position_table
 from engine.architecture.unfit import Unfit, first_unfit, is_norm, unfit_in
 from engine.config.dtypes import DTYPE_BYTES
@@ -65,6 +64,7 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     head_params: int
     """0 when tied."""
     final_norm_params: int
+    """All vectors outside the blocks."""
     max_positions: int
     sliding_window: int | None = None
     eager_attention: bool = False
@@ -79,6 +79,12 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     """The files' headers were seen, so that ``unfit`` is an answer; else only the configuration speaks."""
     position_table: PositionTable | None = None
     """None where positions are computed, so that a text of any length can be read."""
+    other_outer_params: int = 0
+    """Learned positions and projections outside the blocks."""
+    carried: tuple[tuple[str, int], ...] = ()
+    """Names and bytes of what the checkpoint holds besides the model, and an export takes over as it is."""
+    coded: tuple[tuple[str, str], ...] = ()
+    """The first weight that is not stored as floating-point numbers, and its type."""
     block_prefix: str = "model.layers"
 
     @property
@@ -95,8 +101,13 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rest_params(self) -> int:
-        """Embeddings, head and final norm: what stays 16-bit besides the norms and biases of blocks."""
-        return self.embed_params + self.head_params + self.final_norm_params
+        """Embeddings, head, final norm and what else lies outside the blocks: all of it stays 16-bit, like
+        the norms and biases of blocks."""
+        return self.embed_params + self.head_params + self.final_norm_params + self.other_outer_params
+
+    @property
+    def carried_bytes(self) -> int:
+        return sum(nbytes for _, nbytes in self.carried)
 
     @property
     def params(self) -> int:
@@ -140,6 +151,7 @@ def architecture(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
     vocab = fields.size("vocab_size")
     tied = bool(fields.get("tie_word_embeddings", False))
     widths = {"hidden": hidden, "head_dim": head_dim, "q": heads * head_dim, "kv": kv_heads * head_dim}
+    table = position_table(text, {name: info.shape for name, info in (tensors or {}).items()})
     formula = Architecture(
         model_type=model_type,
         blocks=fields.size("num_hidden_layers"),
@@ -155,8 +167,11 @@ def architecture(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
         embed_params=vocab * hidden,
         head_params=0 if tied else vocab * hidden,
         final_norm_params=hidden,
+        other_outer_params=0
+        if table is None or family.stored_rows is None
+        else hidden * (table.rows + family.stored_rows),
         max_positions=fields.optional_size("max_position_embeddings") or 0,
-        position_table=position_table(text, {name: info.shape for name, info in (tensors or {}).items()}),
+        position_table=table,
         sliding_window=fields.optional_size("sliding_window"),
         dtype_bytes=STORED_BYTES.get(
             str(text.get("dtype") or text.get("torch_dtype")).removeprefix("torch."), 2
@@ -164,7 +179,8 @@ def architecture(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | 
         eager_attention=fields.get("attn_logit_softcapping", None) is not None,
         exact=model_type in FAMILIES and family.exact,
     )
-    return _with_headers(formula, tensors) if tensors else formula
+    is_part = isinstance(config.get("text_config"), Mapping)
+    return _with_headers(formula, tensors, is_part=is_part, asked=_asked(text)) if tensors else formula
 
 
 class _Fields:
@@ -237,16 +253,16 @@ def _linears(
     )
 
 
-IN_BLOCK = re.compile(r"^(?P<prefix>.*?\b(?:layers|h|blocks|blk))\.(?P<block>\d{1,6})\.(?P<name>.+)$")
-
-
-def _with_headers(formula: Architecture, tensors: Mapping[str, TensorInfo]) -> Architecture:
-    """Replace the formula's block by the largest block that the headers describe."""
-    blocks = _stored_blocks(tensors)
-    if not blocks:
+def _with_headers(
+    formula: Architecture, tensors: Mapping[str, TensorInfo], *, is_part: bool, asked: Set[str]
+) -> Architecture:
+    """Replace the formula's sizes by those that the headers describe; of blocks that differ by the
+    largest's."""
+    counted = count(tensors, formula.blocks, is_part=is_part, asked=asked)
+    if counted is None or not counted.blocks:
         return formula
-    key = _largest(blocks)
-    block = blocks[key]
+    key = max(counted.blocks, key=lambda each: _elements(counted.blocks[each]))
+    block, prefix = counted.blocks[key], f"{counted.list_name}.{key}"
     names = [
         name.removesuffix(".weight")
         for name, info in block.items()
@@ -257,55 +273,64 @@ def _with_headers(formula: Architecture, tensors: Mapping[str, TensorInfo]) -> A
     shapes = {name: block[name + ".weight"].shape for name in names if name + ".weight" in block}
     if empty := [name for name, shape in shapes.items() if not min(shape)]:
         raise PreflightError(
-            "this tensor has no elements",
-            where=f"{key[0]}.{key[1]}.{empty[0]}.weight",
-            hint="download it again",
+            "this tensor has no elements", where=f"{prefix}.{empty[0]}.weight", hint="download it again"
         )
     linears = tuple(
         LinearShape(name, out, into, f"{name}.bias" in block) for name, (out, into) in shapes.items()
     )
-    counted = {f"{linear.name}.{part}" for linear in linears for part in ("weight", "bias")}
-    norms = sum(
-        info.elements
-        for name, info in block.items()
-        if (len(info.shape) == 1 or is_norm(name)) and name not in counted and "inv_freq" not in name
-    )
+    parts = {f"{linear.name}.{part}" for linear in linears for part in ("weight", "bias")}
+    # A weight of more dimensions is none that a run gets as far as counting.
+    others = {name: info for name, info in block.items() if name not in parts and len(info.shape) < 3}
     largest = block[linears[0].name + ".weight"] if linears else next(iter(block.values()))
+    norms = {name: info for name, info in counted.outer.items() if len(info.shape) < 2}
+    tables = {name: info for name, info in counted.outer.items() if name not in norms}
+    embedding = tables.pop(counted.embedding, None)
+    # A tied head may be stored all the same; a head that is nowhere is the embedding.
+    tied = formula.tied or not counted.head
     return msgspec.structs.replace(
         formula,
         linears=linears or formula.linears,
-        norm_params_per_block=norms,
+        norm_params_per_block=_elements(others),
+        embed_params=embedding.elements if embedding else formula.embed_params,
+        tied=tied,
+        head_params=0 if tied else _elements(counted.head),
+        final_norm_params=_elements(norms),
+        other_outer_params=_elements(tables),
+        carried=tuple((name, info.nbytes) for name, info in counted.carried.items()),
         dtype_bytes=STORED_BYTES.get(largest.dtype, formula.dtype_bytes),
         exact=bool(linears),
-        unfit=unfit_weight(tensors, formula.blocks),
+        unfit=_unfit(counted),
         from_files=True,
-        block_prefix=key[0],
+        coded=tuple(itertools.islice(counted.coded(), 1)),
+        block_prefix=counted.list_name,
     )
 
 
-def unfit_weight(tensors: Mapping[str, TensorInfo], depth: int) -> Unfit | None:
-    """A weight in the first ``depth`` blocks that no nn.Linear has; looked for in all of them, for those of
-    one model differ."""
-    blocks = _stored_blocks(tensors)
-    if not blocks:
-        return None
-    stack, _ = _largest(blocks)
-    found: list[Unfit] = []
-    for (prefix, index), block in sorted(blocks.items()):
-        weights = {name: info for name, info in block.items() if not why_no_weight(name, info.shape)}
-        if prefix == stack and index < depth:  # what comes after the last block is not asked for
-            found += unfit_in(weights, f"{prefix}.{index}")
+def _elements(tensors: Mapping[str, TensorInfo]) -> int:
+    return sum(info.elements for info in tensors.values())
+
+
+def unfit_weight(
+    tensors: Mapping[str, TensorInfo], depth: int, text: Mapping[str, Any] | None = None
+) -> Unfit | None:
+    """A weight in the first ``depth`` blocks that no nn.Linear has; ``text`` is the language model's
+    configuration."""
+    counted = count(tensors, depth, is_part=False, asked=_asked(text or {}))
+    return None if counted is None else _unfit(counted)
+
+
+def _asked(text: Mapping[str, Any]) -> frozenset[str]:
+    """Weights and biases of the linears of a block; none where the family is not known so well."""
+    family = FAMILIES.get(str(text.get("model_type", "")))
+    if family is None or not family.exact:
+        return frozenset()
+    linears = _linears(text, family, 1, 1, 1, 1)
+    biases = {f"{linear.name}.bias" for linear in linears if linear.bias}
+    return frozenset({f"{linear.name}.weight" for linear in linears} | biases)
+
+
+def _unfit(counted: Counted) -> Unfit | None:
+    """Looked for in all blocks, for those of one model differ."""
+    blocks = sorted(counted.blocks.items())
+    found = [one for index, block in blocks for one in unfit_in(block, f"{counted.list_name}.{index}")]
     return first_unfit(found)
-
-
-def _stored_blocks(tensors: Mapping[str, TensorInfo]) -> dict[tuple[str, int], dict[str, TensorInfo]]:
-    """The tensors of each block, by the name of its stack and its number."""
-    blocks: dict[tuple[str, int], dict[str, TensorInfo]] = {}
-    for name, info in tensors.items():
-        if (match := IN_BLOCK.match(name)) and "vision" not in name and int(match["block"]) < MOST_BLOCKS:
-            blocks.setdefault((match["prefix"], int(match["block"])), {})[match["name"]] = info
-    return blocks
-
-
-def _largest(blocks: Mapping[tuple[str, int], Mapping[str, TensorInfo]]) -> tuple[str, int]:
-    return max(blocks, key=lambda each: sum(info.elements for info in blocks[each].values()))

@@ -28,6 +28,8 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     position_table: str = ""
     """The field that says how many rows its table of positions has: no longer text can be read. Empty for
     families that compute positions (rotary tables, slopes) for any length."""
+    stored_rows: int | None = None
+    """Rows of that table beyond the positions, where it is a stored weight; none where it is computed."""
 
 
 def _defaults(sizes: str, *, head_dim: int | None = None, tied: bool = False) -> dict[str, Any]:
@@ -43,10 +45,12 @@ def _alike(sizes: str, *, head_dim: int | None = None, tied: bool = False) -> Fa
     return Family(defaults=_defaults(sizes, head_dim=head_dim, tied=tied), exact=False)
 
 
-def _of_table(field: str, positions: int, sizes: str, *, tied: bool = False) -> Family:
+def _of_table(
+    field: str, positions: int, sizes: str, *, tied: bool = False, stored_rows: int | None = None
+) -> Family:
     """A family with a table of so many positions."""
     defaults = _defaults(sizes, tied=tied) | {"max_position_embeddings": positions}
-    return Family(defaults=defaults, exact=False, position_table=field)
+    return Family(defaults=defaults, exact=False, position_table=field, stored_rows=stored_rows)
 
 
 LLAMA = Family(defaults=_defaults("32000 4096 11008 32 32 -"))
@@ -112,13 +116,13 @@ FAMILIES: dict[str, Family] = {
     "xglm": _alike("256008 1024 4096 24 16 -", tied=True),
     "youtu": _alike("128256 2048 6144 32 16 16", tied=True),
     # Their positions come from a table; that of XGLM, above, grows.
-    "biogpt": _of_table("max_position_embeddings", 1024, "42384 1024 4096 24 16 -", tied=True),
+    "biogpt": _of_table("max_position_embeddings", 1024, "42384 1024 4096 24 16 -", tied=True, stored_rows=2),
     "codegen": _of_table("n_positions", 2048, "50400 4096 - 28 16 -"),
-    "gpt_bigcode": _of_table("n_positions", 1024, "50257 768 - 12 12 1", tied=True),
-    "gpt_neo": _of_table("max_position_embeddings", 2048, "50257 2048 - 24 16 -", tied=True),
+    "gpt_bigcode": _of_table("n_positions", 1024, "50257 768 - 12 12 1", tied=True, stored_rows=0),
+    "gpt_neo": _of_table("max_position_embeddings", 2048, "50257 2048 - 24 16 -", tied=True, stored_rows=0),
     "gptj": _of_table("n_positions", 2048, "50400 4096 - 28 16 -"),
     "mpt": _of_table("max_seq_len", 2048, "50368 2048 - 24 16 -", tied=True),
-    "opt": _of_table("max_position_embeddings", 2048, "50272 768 3072 12 12 -", tied=True),
+    "opt": _of_table("max_position_embeddings", 2048, "50272 768 3072 12 12 -", tied=True, stored_rows=2),
 }
 
 ALIASES = {

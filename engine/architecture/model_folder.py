@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -58,19 +59,20 @@ ASSETS = (
     "*.jinja",
 )
 """What decides, besides configuration and weights, what a model does: tokenizer, templates, generation."""
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
+BESIDE = (
+    "tokenizer.model.*",
+    "vocab.*",
+    "*.vocab",
+    "merges.*",
+    "encoder.json",
+    "dict.txt",
+    "bpe.codes",
+    "normalizer.json",
 )
-"""Of these, what an export copies from the model's folder (``generation_config.json`` goes with them)."""
+"""Files of older or other tokenizers, which some loaders read. An export copies them with :data:`ASSETS`, but
+they do not decide what a model does here, so they are no part of its identity."""
+NO_TEXTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py", ".lock")
+"""What none of these files ends in, whatever it is called before that."""
 HAND_WRITTEN = (
     "config.json",
     "generation_config.json",
@@ -103,7 +105,7 @@ class ModelFolder(msgspec.Struct, frozen=True):
         files = {}
         for name in _names(path):
             file = _judged(path / name, real)
-            if _is_asset(name) or name == "config.json":
+            if _is_copied(name) or name == "config.json":
                 _refuse_size(file)
             files[name] = file
         return cls(path, files)
@@ -128,6 +130,11 @@ class ModelFolder(msgspec.Struct, frozen=True):
         """Names of tokenizer files, chat templates and ``generation_config.json``, sorted."""
         return sorted(filter(_is_asset, self.files))
 
+    def copied(self) -> list[str]:
+        """Names of what an export copies, sorted: :meth:`assets`, and what other loaders of the tokenizer
+        read."""
+        return sorted(filter(_is_copied, self.files))
+
     def assets_digest(self) -> str:
         """SHA-256 over names and content of :meth:`assets`."""
         digest = hashlib.sha256()
@@ -139,7 +146,7 @@ class ModelFolder(msgspec.Struct, frozen=True):
     def check_small_files(self) -> None:
         """IdentityError when a file other than the weights is no longer what was judged."""
         for name, file in self.files.items():
-            if name == "config.json" or name.endswith(".py") or _is_asset(name):
+            if name == "config.json" or name.endswith(".py") or _is_copied(name):
                 file.check()
 
 
@@ -150,6 +157,23 @@ NO_ASSETS = hashlib.sha256().hexdigest()
 def _is_asset(name: str) -> bool:
     folder, _, base = name.rpartition("/")
     return folder == TEMPLATES or any(fnmatch(base, pattern) for pattern in ASSETS)
+
+
+def _is_beside(name: str) -> bool:
+    return not name.endswith(NO_TEXTS) and any(fnmatch(name, pattern) for pattern in BESIDE)
+
+
+def _is_copied(name: str) -> bool:
+    return _is_asset(name) or _is_beside(name)
+
+
+def copied_bytes(path: Path) -> int:
+    """What an export copies from the folder takes so many bytes; what cannot be looked at counts nothing."""
+    total = 0
+    with suppress(OSError, ValueError, PreflightError):
+        for name in filter(_is_copied, _names(path)):
+            total += (path / name).stat().st_size
+    return total
 
 
 def _refuse_size(file: StampedFile) -> None:
@@ -165,7 +189,7 @@ def _refuse_size(file: StampedFile) -> None:
 def _names(path: Path) -> Iterator[str]:
     """Entries that may be read, the additional templates among them."""
     for name in _listed(path):
-        if name.endswith(SUFFIXES) and not _is_real_folder(path / name):
+        if (name.endswith(SUFFIXES) or _is_beside(name)) and not _is_real_folder(path / name):
             yield name
         elif name == TEMPLATES:
             templates = path / name

@@ -27,6 +27,8 @@ def refuse(
 ) -> None:
     """Raise PreflightError, in one sentence with a remedy, for what the engine cannot quantize."""
     refuse_kind(config, arch.unfit, from_files=arch.from_files, prefix=arch.block_prefix)
+    for name, stored in arch.coded:
+        refuse_stored_type(name, stored, arch.model_type or "model.source")
     _refuse_group_size(arch, grid)
     _refuse_packing(arch, grid, export_formats)
 
@@ -62,7 +64,8 @@ def refuse_kind(
 
 def refuse_model(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
     """:func:`refuse_kind` of a model's files, or of its configuration alone where there are no tensors."""
-    unfit = unfit_weight(tensors, depth(text_config(config)))
+    text = text_config(config)
+    unfit = unfit_weight(tensors, depth(text), text)
     refuse_kind(config, unfit, from_files=bool(tensors))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from engine.config import checks
-from engine.config.base import Section
+from engine.config.base import ComputeDtype, Section
 from engine.config.formats import DEFAULT_FORMAT, FORMATS, refuse_unknown
 
 
@@ -14,6 +14,9 @@ class ExportConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     formats: tuple[Annotated[str, FORMATS], ...] = (DEFAULT_FORMAT,)
     """The packed checkpoint is written in each of these layouts; none writes nothing."""
+    dtype: ComputeDtype = "auto"
+    """What is not quantized is stored and declared in this type; auto takes the original's, and bfloat16 (of
+    the same range, in half the space) for float32."""
     shard_gib: float = 4.0
     """A safetensors file takes at most this many GiB."""
 

@@ -38,7 +38,7 @@ def model_card(
         _front_matter(card, [*tags, *(f"{width}-bit" for width in widths)]),
         f"# {base.rstrip('/').rpartition('/')[2]}, {bits} bits, {groups}\n",
         f"`{base}`, quantized with eqat. The linear layers of the decoder blocks are {bits}-bit integers; "
-        "embeddings, head and norms are 16-bit.\n",
+        f"embeddings, head and norms are {result.dtype}.\n",
         _size_table(result),
         _perplexity_table(card),
         _accuracy_table(card),

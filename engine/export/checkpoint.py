@@ -1,8 +1,10 @@
 """A packed checkpoint in Hugging Face's form, whatever keeps the quantized linears in it.
 
 Every quantized linear becomes tensors of the format's own (:mod:`engine.export.layout`); everything else
-stays a 16-bit tensor under its own name. The integers come from training and are written as they are: nothing
-is dequantized and rounded again.
+stays a tensor, in the type that the export declares (:mod:`engine.export.stored`). The integers come from
+training and are written as they are: nothing is dequantized and rounded again. Names are those that
+transformers would save them under (:mod:`engine.models.names`), and what the checkpoint holds besides is
+copied (:mod:`engine.models.carried`).
 
 Blocks are asked for one at a time and their tensors appended to the open shard, so an export holds one block.
 The directory is built and verified under another name and takes its own when that is done (``place.py``).
@@ -13,24 +15,25 @@ Left out: quantized heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from engine.architecture.headers import header_room
-from engine.architecture.model_folder import TOKENIZER_FILES
+from engine.architecture.model_folder import copied_bytes
 from engine.errors import PreflightError
 from engine.export.card import model_card
 from engine.export.layout import Layout, Linear
+from engine.export.model_config import export_config
 from engine.export.named_code import drop_missing_code, modules_in, without_missing
 from engine.export.place import ExportPlace
 from engine.export.reader import read_json
 from engine.export.result import ExportResult
 from engine.export.shards import ShardWriter, write_durably, write_json
+from engine.export.stored import dtype_name, export_dtype, stored_form
+from engine.models.carried import carried
 from engine.quant.packed import PackedBlock, PackedWeight
 from engine.system.guarded import opened_folder
 
@@ -71,8 +74,15 @@ class Export:
     shard_bytes: int
     card: dict[str, Any]
     """Described in ``card.py``."""
+    dtype: str = "auto"
+    """``export.dtype``."""
     on_block: Callable[[int, int], None] | None = None
     """Hears of blocks that are done and of all there are; may raise to stop."""
+
+    @property
+    def stored_as(self) -> torch.dtype:
+        """What everything that is not quantized is stored in."""
+        return export_dtype(self.dtype, self.lm)
 
     def into(
         self,
@@ -111,7 +121,9 @@ class Export:
             writer.abandon()
             raise
         quantization = self.layout.config(written.linears)
-        dropped = _write_assets(directory, self.lm, self.source, quantization)
+        dropped = _write_assets(
+            directory, self.lm, self.source, dtype=self.stored_as, quantization=quantization
+        )
         for name, content in self.layout.files(quantization).items():
             write_json(directory / name, content)
         result = ExportResult(
@@ -123,6 +135,7 @@ class Export:
             files=tuple(path.name for path in files),
             blocks_name=_blocks_name(self.lm),
             dropped_code=dropped,
+            dtype=dtype_name(self.stored_as),
         )
         loading = self.layout.loading(quantization, result.blocks_name)
         _write_card(
@@ -132,9 +145,9 @@ class Export:
         return result
 
     def _write_tensors(self, writer: ShardWriter) -> _Written:
-        lm, written = self.lm, _Written()
+        lm, dtype, written = self.lm, self.stored_as, _Written()
         for name in outer_names(lm):
-            writer.add(name, stored_form(name, lm.weights.load(name)))
+            writer.add(lm.names.exported(name), stored_form(name, lm.weights.load(name), dtype))
         for index in range(lm.blocks):
             block, prefix = self.block_for(index), lm.block_prefix(index)
             missing = set(lm.linear_names(index)) ^ set(block.linears)
@@ -144,48 +157,37 @@ class Export:
                 written.add(f"{prefix}.{name}", weight)
             self.layout.config(written.linears)  # what does not fit is refused before it is written
             for name, weight in block.linears.items():
-                for key, tensor in self.layout.tensors(f"{prefix}.{name}", weight):
+                linear = lm.names.exported_linear(f"{prefix}.{name}")
+                for key, tensor in self.layout.tensors(linear, weight):
                     writer.add(key, tensor)
             for name, tensor in block.others.items():
-                writer.add(f"{prefix}.{name}", half(f"{prefix}.{name}", tensor))
+                full = f"{prefix}.{name}"
+                writer.add(lm.names.exported(full), stored_form(full, tensor, dtype))
             for name in block_buffers(lm, index):
-                writer.add(name, stored_form(name, lm.weights.load(name)))
+                writer.add(lm.names.exported(name), stored_form(name, lm.weights.load(name), dtype))
             if self.on_block is not None:
                 self.on_block(index + 1, lm.blocks)
+        for each in carried(lm):
+            writer.add_as(each.name, each.dtype, each.shape, each.raw())
         return written
 
 
 def tensor_names(layout: Layout, lm: CausalLM) -> Iterator[str]:
     """Every tensor name that may be written, for the room the header needs; a few too many do no harm."""
-    yield from lm.model.state_dict()
+    yield from map(lm.names.exported, lm.model.state_dict())
     for index in range(lm.blocks):
         for name in lm.linear_names(index):
-            yield from layout.names(f"{lm.block_prefix(index)}.{name}")
-            yield f"{lm.block_prefix(index)}.{name}.bias"
+            linear = lm.names.exported_linear(f"{lm.block_prefix(index)}.{name}")
+            yield from layout.names(linear)
+            yield f"{linear}.bias"
+    for each in carried(lm):
+        yield from (each.name, each.name)  # the second for a shape of more dimensions than weights have
 
 
 def room_beside_tensors(layout: Layout, lm: CausalLM, source: ModelSource, shards: int) -> int:
     """Bytes of an export besides its tensors: headers of so many files, the tokenizer, the small files."""
-    tokenizer = 0
-    if source.directory is not None:
-        for name in TOKENIZER_FILES:
-            with suppress(OSError):
-                tokenizer += (source.directory / name).stat().st_size
+    tokenizer = 0 if source.directory is None else copied_bytes(source.directory)
     return shards * header_room(tensor_names(layout, lm)) + tokenizer + SMALL_FILES
-
-
-def half(name: str, tensor: Tensor) -> Tensor:
-    """float16, or an error where the value would become infinite."""
-    value = tensor.detach().to(torch.float16)
-    if not torch.isfinite(value).all():
-        largest = tensor.detach().float().abs().max().item()
-        raise PreflightError(f"holds {largest:.4g}, which float16 cannot", where=name)
-    return value
-
-
-def stored_form(name: str, tensor: Tensor) -> Tensor:
-    """How a tensor that is not quantized is stored: numbers as float16, counters and masks as they are."""
-    return half(name, tensor) if tensor.is_floating_point() else tensor.detach()
 
 
 def outer_names(lm: CausalLM) -> list[str]:
@@ -200,7 +202,12 @@ def block_buffers(lm: CausalLM, index: int) -> list[str]:
 
 
 def _write_assets(
-    directory: Path, lm: CausalLM, source: ModelSource, quantization: dict[str, Any]
+    directory: Path,
+    lm: CausalLM,
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    quantization: dict[str, Any],
 ) -> tuple[str, ...]:
     """Configuration and tokenizer; returns the names of code that were left out of them."""
     # What writes the assets makes missing folders: a run that was deleted meanwhile must not come back so.
@@ -208,38 +215,20 @@ def _write_assets(
         source.save_assets(directory)
     modules = modules_in(directory) if source.trust_remote_code else set()
     dropped = drop_missing_code(directory, modules)
-    config = without_missing(_original_config(directory, source), modules, dropped)
-    config.setdefault("architectures", [type(lm.model).__name__])
-    # transformers 5 reads `dtype`; older readers and several engines read `torch_dtype`.
-    config["dtype"] = config["torch_dtype"] = "float16"
-    # A checkpoint that holds two different matrices is not tied, whatever its configuration said.
-    config["tie_word_embeddings"] = lm.tied
-    _name_rope_as_before(config)
-    write_json(directory / "config.json", {**config, "quantization_config": quantization})
+    understood, original = read_json(directory / "config.json"), source.stored_config()
+    config = export_config(
+        None if original is None else without_missing(original, modules, dropped),
+        without_missing(understood, modules, dropped),
+        # transformers 5 reads `dtype`; older readers and several engines read `torch_dtype`.
+        dtype=dtype_name(dtype),
+        torch_dtype=dtype_name(dtype),
+        # A checkpoint that holds two different matrices is not tied, whatever its configuration said.
+        tie_word_embeddings=lm.tied,
+        quantization_config=quantization,
+    )
+    config["architectures"] = config.get("architectures") or [type(lm.model).__name__]
+    write_json(directory / "config.json", config)
     return tuple(sorted(set(dropped)))
-
-
-def _original_config(directory: Path, source: ModelSource) -> dict[str, Any]:
-    """config.json as its authors wrote it; what transformers would write again lacks every default."""
-    rewritten = read_json(directory / "config.json")
-    original = source.stored_config()
-    if original is None:
-        return rewritten
-    # Of a multimodal model only the language model is quantized, and only its part is written.
-    return original if original.get("model_type") == rewritten.get("model_type") else rewritten
-
-
-def _name_rope_as_before(config: dict[str, Any]) -> None:
-    """Repeat transformers 5's ``rope_parameters`` under the names that version 4 and other engines read.
-
-    Without them those fall back to a base of 10000, and the model talks nonsense without an error.
-    """
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        config.setdefault("rope_theta", rope["rope_theta"])
-        if rope.get("rope_type", "default") != "default":
-            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-            config.setdefault("rope_scaling", scaling)
 
 
 def _write_card(directory: Path, text: str) -> None:

@@ -20,7 +20,7 @@ from engine.system.guarded import LARGE, BadFile, parsed, read_bytes
 CLASSES, PIPELINES = "auto_map", "custom_pipelines"
 KERNELS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
-DATA_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json")
+DATA_FILES = ("tokenizer.json", "vocab.json", "added_tokens.json", "encoder.json", "tekken.json")
 """Their keys are tokens: one that is called ``auto_map`` is a word, not a name of code."""
 
 

@@ -119,7 +119,10 @@ class _Entry:
     start: int
     size: int
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    type: str
+    """As the file calls it."""
+    dtype: torch.dtype | None
+    """None for types that only tensors which are carried along have."""
 
 
 class CheckpointReader(ABC):
@@ -170,7 +173,7 @@ class CheckpointReader(ABC):
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype that :meth:`load` returns."""
-        return self._entries[name].dtype if name in self._entries else torch.float32
+        return self._dtype(name) if name in self._entries else torch.float32
 
     def where(self, name: str) -> str:
         """File that holds the tensor, for messages."""
@@ -182,7 +185,10 @@ class CheckpointReader(ABC):
 
     def inventory(self) -> list[str]:
         """One line a stored tensor; part of the identity."""
-        return [f"{name} {entry.dtype} {entry.shape}" for name, entry in sorted(self._entries.items())]
+        return [
+            f"{name} {entry.dtype or entry.type} {entry.shape}"
+            for name, entry in sorted(self._entries.items())
+        ]
 
     def leftover(self, wanted: Iterable[str]) -> list[str]:
         """Nothing: which tensors a packed directory must hold is what ``verify.py`` checks."""
@@ -205,6 +211,17 @@ class CheckpointReader(ABC):
 
     def stored(self, name: str) -> Tensor:
         """One tensor exactly as it is in the file, in memory of its own."""
+        entry, dtype, data = self._entry(name), self._dtype(name), self._bytes(name)
+        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return flat.reshape(entry.shape)
+
+    def raw(self, name: str) -> tuple[str, tuple[int, ...], Tensor]:
+        """Type, shape and bytes of a tensor whose type torch need not know."""
+        entry, data = self._entry(name), self._bytes(name)
+        empty = torch.empty(0, dtype=torch.uint8)
+        return entry.type, entry.shape, torch.frombuffer(data, dtype=torch.uint8) if data else empty
+
+    def _bytes(self, name: str) -> bytearray:
         entry = self._entry(name)
         data = bytearray(entry.size)
         try:
@@ -215,8 +232,13 @@ class CheckpointReader(ABC):
             raise bad_file(error, entry.path) from error
         if count != entry.size:
             raise damaged(entry.path, f"it ends inside tensor {name}")
-        flat = torch.frombuffer(data, dtype=entry.dtype) if data else torch.empty(0, dtype=entry.dtype)
-        return flat.reshape(entry.shape)
+        return data
+
+    def _dtype(self, name: str) -> torch.dtype:
+        entry = self._entry(name)
+        if entry.dtype is None:
+            raise damaged(entry.path, f"tensor {name} has the unexpected type {entry.type}")
+        return entry.dtype
 
     def _mark(self, name: str) -> str:
         """The tensor that every quantized linear has, of the linear whose weight is called ``name``."""
@@ -298,11 +320,10 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     for name, entry in header.items():
         start, end = entry.data_offsets
         dtype = _DTYPES.get(entry.dtype)
-        if dtype is None:
-            raise damaged(path, f"tensor {name} has the unexpected type {entry.dtype}")
-        if end - start != math.prod(entry.shape) * dtype.itemsize or 8 + length + end > size:
+        size_wanted = math.prod(entry.shape) * dtype.itemsize if dtype is not None else end - start
+        if not 0 <= end - start == size_wanted or 8 + length + end > size:
             raise damaged(path, f"tensor {name} lies where it cannot lie")
-        entries[name] = _Entry(path, 8 + length + start, end - start, entry.shape, dtype)
+        entries[name] = _Entry(path, 8 + length + start, end - start, entry.shape, entry.dtype, dtype)
     # Last, when it is known to be a regular file: the library would wait for whatever has the name.
     parsed(_judge, path, path, "safetensors file")
     return entries

@@ -24,3 +24,5 @@ class ExportResult:
     """Where the decoder blocks are, as ``model.layers``."""
     dropped_code: tuple[str, ...] = ()
     """Names of code in the model's own JSON files that were left out, because the code is not there."""
+    dtype: str = "float16"
+    """What everything that is not quantized is stored in, and what config.json declares."""

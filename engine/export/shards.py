@@ -26,11 +26,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from torch import Tensor
 
-from engine.architecture.headers import ALIGNMENT, INDEX_NAME, SINGLE_NAME
+from engine.architecture.headers import ALIGNMENT, INDEX_NAME, ITEM_BITS, SINGLE_NAME
 from engine.checkpoints.tensorfile import tensor_bytes
 from engine.models.weights import TYPE_NAMES
 
@@ -52,6 +52,17 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_durably(path, data + b"\n")
 
 
+class _Waiting(NamedTuple):
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    data: Tensor
+
+    @property
+    def order(self) -> tuple[int, str]:
+        return -ITEM_BITS[self.type], self.name
+
+
 @dataclass
 class _OpenShard:
     path: Path
@@ -59,7 +70,7 @@ class _OpenShard:
     header: dict[str, Any] = field(default_factory=dict)
     offset: int = 0
     size: int = 0
-    waiting: list[tuple[str, Tensor]] = field(default_factory=list)
+    waiting: list[_Waiting] = field(default_factory=list)
 
 
 class ShardWriter:
@@ -76,9 +87,13 @@ class ShardWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append one tensor; starts the next shard when this one would grow past its limit."""
+        self.add_as(name, TYPE_NAMES[tensor.dtype], tuple(tensor.shape), tensor)
+
+    def add_as(self, name: str, type_name: str, shape: tuple[int, ...], data: Tensor) -> None:
+        """Append a tensor whose bytes are those of ``data``; torch need not know its type."""
         if name in self._shard_of:
             raise ValueError(f"tensor {name} is written twice")
-        size = tensor.numel() * tensor.element_size()
+        size = data.numel() * data.element_size()
         if self._open is not None and self._open.size and self._open.size + size > self.shard_bytes:
             self._finish_shard()
         shard = self._open or self._start_shard()
@@ -86,9 +101,9 @@ class ShardWriter:
         self.tensor_bytes += size
         self._shard_of[name] = len(self._finished)
         if size % ALIGNMENT:
-            shard.waiting.append((name, tensor.detach().cpu().clone()))
+            shard.waiting.append(_Waiting(name, type_name, shape, data.detach().cpu().clone()))
         else:
-            self._append(shard, name, tensor)
+            self._append(shard, name, type_name, shape, data)
 
     def close(self) -> list[Path]:
         """Finish the last shard, give the files their final names, write the index; returns the files."""
@@ -122,22 +137,24 @@ class ShardWriter:
         self._open = shard
         return shard
 
-    def _append(self, shard: _OpenShard, name: str, tensor: Tensor) -> None:
-        data = tensor_bytes(tensor)
-        end = shard.offset + data.nbytes
+    def _append(
+        self, shard: _OpenShard, name: str, type_name: str, shape: tuple[int, ...], data: Tensor
+    ) -> None:
+        content = tensor_bytes(data)
+        end = shard.offset + content.nbytes
         shard.header[name] = {
-            "dtype": TYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": type_name,
+            "shape": list(shape),
             "data_offsets": [shard.offset, end],
         }
-        shard.file.write(data)
+        shard.file.write(content)
         shard.offset = end
 
     def _finish_shard(self) -> None:
         shard = self._open
         assert shard is not None
-        for name, tensor in sorted(shard.waiting, key=lambda item: (-item[1].element_size(), item[0])):
-            self._append(shard, name, tensor)
+        for waiting in sorted(shard.waiting, key=lambda each: each.order):
+            self._append(shard, *waiting)
         header = json.dumps(shard.header, separators=(",", ":")).encode()
         if len(header) > self.header_bytes:
             shard.file.close()

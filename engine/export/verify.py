@@ -1,6 +1,6 @@
 """Is what was written what was trained? Asked of every export, of the files on disk.
 
-Two questions, because each finds errors that the other misses:
+Three questions, because each finds errors that the others miss:
 
 1. **Bits.** Every integer, zero point, scale, group index, norm, bias and embedding in the files is compared
    with the trained one, bit for bit. The files are read by the format's reader, which shares no code with
@@ -8,21 +8,24 @@ Two questions, because each finds errors that the other misses:
 2. **Logits.** The directory is opened as a model of its own (its own config.json, embeddings and head), run
    beside the trained model over the same tokens, and the logits are compared. A config.json that describes
    another network ends here.
+3. **As declared.** Whoever loads the export computes in the type that its config.json declares. Read so, it
+   has to predict the text as well as the trained model does in the arithmetic it was measured in: activations
+   that overflow end here, and what is worse beyond noise is said.
 
-The trained model takes part with its norms, biases and embeddings rounded to the float16 they are stored in.
-All that may differ then is the order of sums, so the tolerance can be small: see :data:`TOLERANCE`. (Without
-that, it could not be: the 24 blocks of a bad 2-bit model turn the rounding of norms into entirely different
-logits, and an export of it would be refused although every bit is right.)
+In the second question the trained model takes part with its norms, biases and embeddings rounded to what they
+are stored in, which is how it was measured. All that may differ then is the order of sums, so the tolerance
+can be small: see :data:`TOLERANCE`. (Without that, it could not be: the 24 blocks of a bad 2-bit model turn
+the rounding of norms into entirely different logits, and an export of it would be refused although every bit
+is right.)
 
-Both models are streamed block by block, so verifying needs two blocks and the hidden states of the tokens.
+Models are streamed block by block, so verifying needs two blocks and the hidden states of the tokens.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -31,9 +34,11 @@ from torch import Tensor
 
 from engine.errors import EqatError, ExitCode, StopRequested
 from engine.evaluation.perplexity import token_nll
-from engine.export.checkpoint import block_buffers, half, outer_names, stored_form
+from engine.export.checkpoint import block_buffers, outer_names
 from engine.export.layout import Layout, Linear
 from engine.export.reader import CheckpointReader, PackedSource, packed_model, read_json
+from engine.export.stored import as_stored, dtype_name, export_dtype, outer_as_stored, stored_form
+from engine.models.carried import CarriedTensor, carried
 from engine.quant.packed import PackedBlock, PackedWeight
 from engine.system.files import full_disk
 
@@ -44,6 +49,13 @@ TOLERANCE = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.25}
 """Largest allowed difference of two logits, in units of the logits' standard deviation, by compute dtype."""
 
 MAX_PROBLEMS = 20
+
+CPU_TOKENS = 128
+"""Of the first window, that are read as declared on a CPU, where arithmetic of 16 bits takes five times as
+long."""
+NOISE, ERRORS = 0.01, 3
+"""Other arithmetic changes the loss; more than so much of a nat, and more than so many standard errors of the
+tokens' differences, is no noise."""
 
 
 @dataclass(frozen=True)
@@ -58,20 +70,41 @@ class VerifyResult:
     """What ``max_logit_diff`` was allowed to be, in the same unit."""
     perplexity_trained: float | None
     perplexity_packed: float | None
-    """Both on the tokens given, too few for a quality figure; their difference is what counts."""
+    """Of the trained model, and of the files read as they declare themselves; on few tokens, too few for a
+    quality figure; their difference is what counts."""
     tokens: int
+    """That both are of."""
     problems: tuple[str, ...] = ()
+    overflow: str = ""
+    """The dtype that the files declare, where they hold what was trained and overflow when read in it."""
+    note: str = ""
+    """What a reader should know of an export that is right, in words."""
 
-    def raise_if_failed(self) -> None:
-        """An export that differs from what was trained must not be handed out."""
-        if not self.verified:
-            more = f" and {len(self.problems) - 1} more" if len(self.problems) > 1 else ""
+    def raise_if_failed(self, kept: str = "") -> None:
+        """An export that differs from what was trained must not be handed out; ``kept`` is where it lies."""
+        if self.verified:
+            return
+        kept = f"; what was written is in {kept}" if kept else ""
+        if self.overflow:
             raise EqatError(
-                f"the export differs from the trained model: {self.problems[0]}{more}",
-                exit_code=ExitCode.BUG,
+                f"the export cannot be used as it declares itself: {self.problems[0]}",
+                exit_code=ExitCode.NON_FINITE,
                 where=f"verify {self.format}",
-                hint="export the run again; if it happens again, the disk or this program is at fault",
+                hint=f"go on with --set export.dtype={_finite_alternative(self.overflow)}, "
+                f"nothing is trained again{kept}",
             )
+        more = f" and {len(self.problems) - 1} more" if len(self.problems) > 1 else ""
+        raise EqatError(
+            f"the export differs from the trained model: {self.problems[0]}{more}",
+            exit_code=ExitCode.BUG,
+            where=f"verify {self.format}",
+            hint="export the run again, nothing is trained again; if it happens again, the disk or this "
+            f"program is at fault{kept}",
+        )
+
+
+def _finite_alternative(dtype: str) -> str:
+    return "bfloat16" if dtype == "float16" else "float32"
 
 
 @dataclass
@@ -95,12 +128,17 @@ def verify(
     block_for: Callable[[int], PackedBlock],
     tokens_NT: Tensor,
     *,
+    dtype: str = "auto",
     on_block: Callable[[int, int], None] | None = None,
 ) -> VerifyResult:
-    """Compare the files in ``out_dir`` with the trained blocks, and the logits of both over ``tokens_NT``."""
+    """Compare the files in ``out_dir`` with the trained blocks, and the logits of both over ``tokens_NT``.
+
+    ``dtype`` is ``export.dtype``; ``on_block`` may raise to stop.
+    """
     problems = _Problems()
     try:
-        return _verify(Path(out_dir), layout, lm, block_for, tokens_NT, problems, on_block)
+        stored = export_dtype(dtype, lm)
+        return _verify(Path(out_dir), layout, lm, block_for, tokens_NT, stored, problems, on_block)
     except (torch.OutOfMemoryError, MemoryError, StopRequested):
         raise  # says nothing about the files
     except Exception as error:
@@ -120,6 +158,7 @@ def _verify(
     lm: CausalLM,
     block_for: Callable[[int], PackedBlock],
     tokens_NT: Tensor,
+    dtype: torch.dtype,
     problems: _Problems,
     on_block: Callable[[int, int], None] | None,
 ) -> VerifyResult:
@@ -128,18 +167,18 @@ def _verify(
         out_dir, layout.reader, lm.device, lm.dtype, trust_remote_code=lm.source.trust_remote_code
     )
     reader = cast("PackedSource", packed.source).weights
-    expected = set(_check_outer(reader, lm, problems))
+    expected = set(_check_outer(reader, lm, dtype, problems))
     place, linears = len(problems.found), dict[str, Linear]()
-    with torch.inference_mode(), _outer_as_stored(lm):
+    with torch.inference_mode(), outer_as_stored(lm, dtype):
         trained_hidden, packed_hidden = lm.embed(tokens_NT), packed.embed(tokens_NT)
         for index in range(lm.blocks):
             block = block_for(index)
             prefix = lm.block_prefix(index)
             linears |= {f"{prefix}.{name}": Linear.of(weight) for name, weight in block.linears.items()}
             for name in block.linears:
-                expected.update(layout.names(f"{prefix}.{name}"))
-            expected.update(_check_block(reader, lm, index, block, problems))
-            trained_block = _as_stored(block).install(lm.load_block(index))
+                expected.update(layout.names(lm.names.exported_linear(f"{prefix}.{name}")))
+            expected.update(_check_block(reader, lm, index, block, dtype, problems))
+            trained_block = as_stored(block, dtype).install(lm.load_block(index))
             trained_hidden = lm.run_block(trained_block, index, trained_hidden)
             packed_hidden = packed.run_block(packed.load_block(index), index, packed_hidden)
             if on_block is not None:
@@ -148,40 +187,75 @@ def _verify(
             problems.add(f"tensor {name} is {'missing from' if name in expected else 'only in'} the files")
         problems.insert(place, _misdescribed(out_dir, layout, linears))
         difference, spread = _logit_difference(lm, packed, trained_hidden, packed_hidden)
-        trained_nll = token_nll(lm, trained_hidden, tokens_NT).mean().item()
-        packed_nll = token_nll(packed, packed_hidden, tokens_NT).mean().item()
+        trained_nll = token_nll(lm, trained_hidden, tokens_NT)
+        packed_nll = token_nll(packed, packed_hidden, tokens_NT)
+        declared = packed.source.config.dtype or torch.float32
+        if declared != dtype:
+            stored = f"the tensors are {dtype_name(dtype)}"
+            problems.add(f"config.json declares {dtype_name(declared)}, and {stored}")
+        if declared != lm.dtype:
+            if lm.device.type == "cpu":
+                tokens_NT = tokens_NT[:1, :CPU_TOKENS]
+                trained_nll = trained_nll[:1, : tokens_NT.shape[1] - 1]
+            packed_nll = _declared_nll(out_dir, layout, lm, declared, tokens_NT, on_block)
     allowed = TOLERANCE[lm.dtype] * spread
     if not difference <= allowed:  # also when it is NaN
         problems.add(f"logits differ by {difference:.4g}, allowed is {allowed:.4g}")
+    overflow = ""
+    if not problems.found and not bool(packed_nll.isfinite().all()):
+        overflow = dtype_name(declared)
+        problems.add(
+            f"read as {overflow}, its predictions are no numbers: activations exceed "
+            f"{torch.finfo(declared).max:.4g}"
+        )
     return VerifyResult(
         format=layout.format.name,
         verified=not problems.found,
         max_logit_diff=difference,
         tolerance=allowed,
-        perplexity_trained=_perplexity(trained_nll),
-        perplexity_packed=_perplexity(packed_nll),
+        perplexity_trained=_perplexity(trained_nll.mean().item()),
+        perplexity_packed=_perplexity(packed_nll.mean().item()),
         tokens=tokens_NT.numel(),
         problems=tuple(problems.found),
+        overflow=overflow,
+        note="" if problems.found else _beyond_noise(trained_nll, packed_nll, declared),
     )
 
 
-def _as_stored(block: PackedBlock) -> PackedBlock:
-    """The block with its norms and biases rounded to float16."""
-    return replace(block, others={name: half(name, tensor) for name, tensor in block.others.items()})
+def _declared_nll(
+    out_dir: Path,
+    layout: Layout,
+    lm: CausalLM,
+    declared: torch.dtype,
+    tokens_NT: Tensor,
+    on_block: Callable[[int, int], None] | None,
+) -> Tensor:
+    """-log p of each token by the files alone, in the arithmetic that they declare."""
+    alone = packed_model(
+        out_dir, layout.reader, lm.device, declared, trust_remote_code=lm.source.trust_remote_code
+    )
+    hidden = alone.embed(tokens_NT)
+    for index in range(alone.blocks):
+        hidden = alone.run_block(alone.load_block(index), index, hidden)
+        if on_block is not None:
+            on_block(index + 1, alone.blocks)
+    return token_nll(alone, hidden, tokens_NT)
 
 
-@contextmanager
-def _outer_as_stored(lm: CausalLM) -> Iterator[None]:
-    """The model with embedding, final norm and head rounded to float16, as they were before afterwards."""
-    parameters = dict(lm.model.named_parameters())
-    before = {name: parameters[name].data for name in lm.outer_state()}
-    try:
-        for name, original in before.items():
-            parameters[name].data = half(name, lm.weights.load(name)).to(original.device, original.dtype)
-        yield
-    finally:
-        for name, original in before.items():
-            parameters[name].data = original
+def _beyond_noise(trained_NT: Tensor, packed_NT: Tensor, declared: torch.dtype) -> str:
+    """In words, how much the files read as declared differ from the trained model; empty for noise."""
+    difference = (packed_NT - trained_NT).flatten()
+    mean = difference.mean().item()
+    error = difference.std().item() / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
+    if abs(mean) <= max(NOISE, ERRORS * error):
+        return ""
+    trained, packed = _perplexity(trained_NT.mean().item()), _perplexity(packed_NT.mean().item())
+    if trained is None or packed is None:
+        return ""
+    return (
+        f"read as {dtype_name(declared)}, as it declares itself, the export has a perplexity of {packed:.4g} "
+        f"on {len(difference)} tokens, the trained model {trained:.4g}"
+    )
 
 
 def _misdescribed(out_dir: Path, layout: Layout, linears: Mapping[str, Linear]) -> Iterator[str]:
@@ -195,25 +269,37 @@ def _misdescribed(out_dir: Path, layout: Layout, linears: Mapping[str, Linear]) 
             yield f"{name} does not describe the trained grid"
 
 
-def _check_outer(reader: CheckpointReader, lm: CausalLM, problems: _Problems) -> Iterator[str]:
+def _check_outer(
+    reader: CheckpointReader, lm: CausalLM, dtype: torch.dtype, problems: _Problems
+) -> Iterator[str]:
     for name in outer_names(lm):
-        _check_same(name, stored_form(name, lm.weights.load(name)), reader, problems)
-        yield name
+        stored = lm.names.exported(name)
+        _check_same(stored, stored_form(name, lm.weights.load(name), dtype), reader, problems)
+        yield stored
+    for each in carried(lm):
+        _check_carried(each, reader, problems)
+        yield each.name
 
 
 def _check_block(
-    reader: CheckpointReader, lm: CausalLM, index: int, block: PackedBlock, problems: _Problems
+    reader: CheckpointReader,
+    lm: CausalLM,
+    index: int,
+    block: PackedBlock,
+    dtype: torch.dtype,
+    problems: _Problems,
 ) -> Iterator[str]:
     prefix = lm.block_prefix(index)
     for name, weight in block.linears.items():
-        full = f"{prefix}.{name}"
-        _check_linear(reader, full, weight, problems)
+        _check_linear(reader, lm.names.exported_linear(f"{prefix}.{name}"), weight, problems)
     for name, tensor in block.others.items():
-        yield f"{prefix}.{name}"
-        _check_same(f"{prefix}.{name}", half(name, tensor), reader, problems)
+        stored = lm.names.exported(f"{prefix}.{name}")
+        yield stored
+        _check_same(stored, stored_form(name, tensor, dtype), reader, problems)
     for name in block_buffers(lm, index):
-        yield name
-        _check_same(name, stored_form(name, lm.weights.load(name)), reader, problems)
+        stored = lm.names.exported(name)
+        yield stored
+        _check_same(stored, stored_form(name, lm.weights.load(name), dtype), reader, problems)
 
 
 def _check_linear(reader: CheckpointReader, name: str, weight: PackedWeight, problems: _Problems) -> None:
@@ -230,29 +316,48 @@ def _check_linear(reader: CheckpointReader, name: str, weight: PackedWeight, pro
         ("group indices", found.group_of_I, groups),
     ]
     for what, have, want in pairs:
-        different = _count_different(have, want)
-        if different:
-            problems.add(f"{name}: {different} {what} differ")
+        if difference := _difference(have, want, what):
+            problems.add(f"{name}: {difference}")
 
 
 def _check_same(name: str, want: Tensor, reader: CheckpointReader, problems: _Problems) -> None:
     try:
-        different = _count_different(reader.stored(name), want)
+        difference = _difference(reader.stored(name), want, "values")
     except EqatError as error:
         problems.add(str(error))
         return
-    if different:
-        problems.add(f"{name}: {different} values differ")
+    if difference:
+        problems.add(f"{name}: {difference}")
 
 
-def _count_different(have: Tensor, want: Tensor) -> int:
-    """Elements whose bits differ; a wrong shape or dtype counts as all of them."""
+def _check_carried(want: CarriedTensor, reader: CheckpointReader, problems: _Problems) -> None:
+    try:
+        type_name, shape, data = reader.raw(want.name)
+    except EqatError as error:
+        problems.add(str(error))
+        return
+    if (type_name, shape) != (want.dtype, want.shape) or not torch.equal(data, want.raw()):
+        problems.add(f"{want.name} is not what was carried over")
+
+
+def _difference(have: Tensor, want: Tensor, what: str) -> str:
+    """In words, how many elements have other bits and by how much at most; empty where all are the same."""
     want = want.detach().cpu().contiguous()
     if have.shape != want.shape or have.dtype != want.dtype:
-        return max(1, want.numel())
-    if want.dtype == torch.float16:  # compare bits: 0.0 == -0.0 and NaN != NaN would both mislead
-        have, want = have.contiguous().view(torch.int16), want.view(torch.int16)
-    return int((have != want).sum())
+        shapes = [f"{dtype_name(tensor.dtype)} {list(tensor.shape)}" for tensor in (have, want)]
+        return f"{max(1, want.numel())} {what} differ: {shapes[0]} in place of {shapes[1]}"
+    bits = _SAME_SIZE.get(want.dtype)
+    # Bits, not values: 0.0 == -0.0 and NaN != NaN would both mislead.
+    one, other = (have, want) if bits is None else (have.contiguous().view(bits), want.view(bits))
+    different = one != other
+    count = int(different.sum())
+    if not count:
+        return ""
+    most = (have[different].double() - want[different].double()).abs().max().item()
+    return f"{count} {what} differ, by up to {most:.3g}"
+
+
+_SAME_SIZE = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 def _logit_difference(

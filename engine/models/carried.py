@@ -69,8 +69,18 @@ def skipped(model: CausalLM) -> list[SkippedTensor]:
     return [each for each in _sorted_out(model) if isinstance(each, SkippedTensor)]
 
 
+def missing(model: CausalLM) -> list[str]:
+    """Buffers that belong into the checkpoint and are not there: they keep the value that they are built
+    with. (A model that lacks a parameter is refused.)"""
+    if not isinstance(model.source.weights, SafetensorsReader):
+        return []
+    buffers = {name for name, _ in model.model.named_buffers()} & model.model.state_dict().keys()
+    return sorted(name for name in buffers if name not in model.weights)
+
+
 def in_words(model: CausalLM) -> str:
-    """One line that counts both and names the first; empty where every tensor is the model's."""
+    """One line that counts what is carried, skipped or missing and names the first; empty where the
+    checkpoint is the model, no more and no less."""
     said = []
     if found := carried(model):
         said.append(f"{_counted([each.stored for each in found])} carried over as stored")
@@ -78,6 +88,8 @@ def in_words(model: CausalLM) -> str:
     for each in skipped(model):
         reasons.setdefault(each.why, []).append(each.stored)
     said += [f"{_counted(names)} skipped: {why}" for why, names in reasons.items()]
+    if lacking := missing(model):
+        said.append(f"{_counted(lacking)} missing, which keep the values that the model is built with")
     return "; ".join(said)
 
 
@@ -91,6 +103,7 @@ def _sorted_out(model: CausalLM) -> Iterator[CarriedTensor | SkippedTensor]:
     if not isinstance(reader, SafetensorsReader):
         return
     structure = model.model.state_dict().keys()
+    unlisted = set(reader.unlisted())
     computed = {name for name, _ in model.model.named_buffers()} - structure
     for each in model.names.leftovers:
         shape = reader.shape(each.stored)
@@ -102,7 +115,7 @@ def _sorted_out(model: CausalLM) -> Iterator[CarriedTensor | SkippedTensor]:
             yield SkippedTensor(each.stored, why)
         elif model.source.is_part and not each.inside:
             yield SkippedTensor(each.stored, "not of the language model")
-        elif each.stored in reader.unlisted():
+        elif each.stored in unlisted:
             yield SkippedTensor(each.stored, "not in the index")
         else:
             yield CarriedTensor(each.name, each.stored, reader.stored_type(each.stored), shape, reader)

@@ -26,7 +26,9 @@ from engine.errors import EqatError, ExitCode, PreflightError, first_line
 from engine.system.files import full_disk
 from engine.system.stamps import StampedFile
 
-SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer.model.*", "*.vocab", "bpe.codes"]
+"""What is fetched with the weights. An ending that counts towards a model's identity must not be added
+without need: a run of a repository that has such a file would no longer go on."""
 Result = TypeVar("Result")
 
 

@@ -68,12 +68,14 @@ class TensorNames:
         self._forward = best
 
     def exported(self, name: str) -> str:
-        """What an export calls the model's tensor ``name``: what transformers would save it as.
-
-        A linear's other tensors (scales, codes) follow its weight.
-        """
+        """What an export calls the model's tensor ``name``: what transformers would save it as."""
         renamed, _ = rename_source_key(name, self._reversed, [], reverse=True)
         return renamed if self._forward.place(renamed)[0] == name else name
+
+    def exported_linear(self, name: str) -> str:
+        """What an export calls a linear; its codes and scales are called after its weight."""
+        weight = self.exported(f"{name}.weight")
+        return weight.removesuffix(".weight") if weight.endswith(".weight") else name
 
 
 class _Match:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from engine.architecture.description import RANDOM_MODELS, local_config, resolve_source, stored_tensors
-from engine.architecture.model_folder import NO_ASSETS, TOKENIZER_FILES, ModelFolder
+from engine.architecture.model_folder import NO_ASSETS, ModelFolder
 from engine.architecture.refusals import refuse_model
 from engine.config.model import RANDOM, ModelConfig
 from engine.errors import PreflightError
@@ -232,12 +232,13 @@ class ModelSource:
         return self._assets
 
     def stored_config(self) -> dict[str, Any] | None:
-        """config.json as its authors wrote it; None where there is no such file.
+        """config.json as its authors wrote it; None where no such file describes just this network (of a
+        multimodal model only the language model's part is used).
 
         Raises:
             IdentityError: when it is no longer the file that was opened.
         """
-        return None if self.folder is None else self.folder.read_object("config.json")
+        return None if self.folder is None or self.is_part else self.folder.read_object("config.json")
 
     def generation_settings(self) -> dict[str, Any]:
         """generation_config.json; empty where there is none, and for a broken one, which is worth no failure.
@@ -269,8 +270,11 @@ class ModelSource:
             return
         self.folder.check_small_files()
         # Files are copied as they are: reading and writing them again can change a tokenizer.
-        names = [name for name in (*TOKENIZER_FILES, "generation_config.json") if name in self.folder]
-        for file in (*map(self.folder.file, names), *self._own_code()):
+        for name in self.folder.copied():
+            place = out_dir / name  # additional templates lie in a folder of their own
+            place.parent.mkdir(mode=0o755, exist_ok=True)
+            place.write_bytes(self.folder.file(name).read())
+        for file in self._own_code():
             (out_dir / file.path.name).write_bytes(file.read())
 
     def _own_code(self) -> list[StampedFile]:

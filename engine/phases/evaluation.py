@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import msgspec
@@ -16,6 +17,7 @@ from engine.config.stages import Stage
 from engine.config.tables import load_named
 from engine.evaluation.perplexity import PerplexityResult, perplexity
 from engine.evaluation.tasks import Accuracy, accuracies, hidden_bytes
+from engine.export.stored import as_stored, outer_as_stored
 from engine.methods.blockwise.rtn import round_to_nearest
 from engine.phases.job import Job
 from engine.plan.fit import host_budget
@@ -33,13 +35,14 @@ def evaluate(job: Job, stage: Stage, *, again: bool = False) -> None:
     known = job.store.fact(name)
     if known is None or again:
         block_for: BlockFor = partial(load_named(stage.block), job)
-        result = _measure(job, block_for)
-        known = {
-            "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
-            "tokens": result.tokens,
-            "seconds": result.seconds,
-            **_ask(job, block_for),
-        }
+        with _values_of(job, stage):
+            result = _measure(job, block_for)
+            known = {
+                "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
+                "tokens": result.tokens,
+                "seconds": result.seconds,
+                **_ask(job, block_for),
+            }
         job.store.remember(name, known)
         job.checkpoints.commit(job.report.phase_name)
     recall(job, stage.name)
@@ -51,6 +54,11 @@ def evaluate(job: Job, stage: Stage, *, again: bool = False) -> None:
             **known,
         )
     )
+
+
+def _values_of(job: Job, stage: Stage) -> AbstractContextManager[None]:
+    """A quantized version is measured with the embedding, norm and head that its export has."""
+    return nullcontext() if stage.scope == "nothing" else outer_as_stored(job.lm, job.export_dtype)
 
 
 def recall(job: Job, stage: str) -> None:
@@ -74,7 +82,8 @@ def rounded_block(job: Job, index: int) -> nn.Module:
     """Plain round-to-nearest between minimum and maximum: the baseline every method is compared with."""
     block = job.lm.load_block(index)
     plain = msgspec.structs.replace(job.config.grid, range="minmax")
-    return round_to_nearest(block, job.lm.linear_names(index), plain).install(block)
+    packed = round_to_nearest(block, job.lm.linear_names(index), plain)
+    return as_stored(packed, job.export_dtype).install(block)
 
 
 # -- measuring -----------------------------------------------------------------------------------------

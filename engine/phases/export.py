@@ -33,6 +33,8 @@ from engine.system.copying import check_target, copy_whole
 COPY_SILENCE = 1800
 """Seconds that another disk may take unheard for what was copied to it."""
 
+OTHER_DTYPE_HINT = "export.dtype takes bfloat16, float16 and float32"
+
 
 def recover_exports(run: RunDirectory) -> None:
     """What a kill left of exports is mended before anything else is done with the run."""
@@ -57,6 +59,8 @@ def export(job: Job, copy_to: Path | None = None) -> None:
                 "the export does not name code that does not come with the model: "
                 + ", ".join(written.dropped_code),
             )
+        if verified.note:
+            job.report.warning("dtype", verified.note, hint=OTHER_DTYPE_HINT)
         copied = ""
         try:
             if name in targets:
@@ -94,10 +98,11 @@ def _write(job: Job, path: Path, layout: Layout) -> tuple[ExportResult, VerifyRe
         block_for=job.packed,
         shard_bytes=int(job.config.export.shard_gib * 2**30),
         card=_card(job),
+        dtype=job.config.export.dtype,
         on_block=job.report.step,
     )
     written = export.into(path, verify=is_trained, root=job.run.path)
-    verified[0].raise_if_failed()
+    verified[0].raise_if_failed(str(ExportPlace(path, job.run.path).failed))
     return written, verified[0]
 
 
@@ -112,6 +117,7 @@ def _verify(job: Job, layout: Layout, folder: Path) -> VerifyResult:
         job.lm,
         job.packed,
         tokens[:VERIFY_WINDOWS, :VERIFY_TOKENS],
+        dtype=job.config.export.dtype,
         on_block=lambda done, blocks: job.report.leave_if_asked(),
     )
 

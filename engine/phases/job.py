@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from engine.config.run import RunConfig
 from engine.config.stages import Stage, network_stages, stages_of
 from engine.data.activations import ActivationStore, make_store
 from engine.evaluation.tasks import TokenizedTask
+from engine.export.stored import as_stored, export_dtype
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.phases.text import Tokens
@@ -99,13 +101,22 @@ class Job:
         """Whether a stage of the whole network is trained."""
         return bool(self.store.fact(done_fact(stage)))
 
+    @functools.cached_property
+    def export_dtype(self) -> torch.dtype:
+        """What an export stores everything in that is not quantized; its figures are measured with that."""
+        return export_dtype(self.config.export.dtype, self.lm)
+
+    def exported(self, index: int) -> PackedBlock:
+        """Block ``index`` as quantized so far, with the values that an export has."""
+        return as_stored(self.packed(index), self.export_dtype)
+
     def packed_block(self, index: int) -> nn.Module:
-        """Block ``index`` as quantized so far, on the device."""
-        return self.packed(index).install(self.lm.load_block(index))
+        """The same as a module, on the device."""
+        return self.exported(index).install(self.lm.load_block(index))
 
     def dense_block(self, index: int) -> nn.Module:
         """The same with its weights dequantized once: larger, and faster where few tokens pass at a time."""
-        return self.packed(index).install_dense(self.lm.load_block(index))
+        return self.exported(index).install_dense(self.lm.load_block(index))
 
     # Activations
 

@@ -14,7 +14,9 @@ from engine.config.tasks import task_name
 from engine.data.tasks import questions
 from engine.errors import DamagedRun, UsageError
 from engine.evaluation.tasks import TokenizedTask, tokenize
+from engine.export.stored import check_values
 from engine.gpu.compiled import SWITCH_HINT
+from engine.models.carried import in_words
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.phases.evaluation import recall
@@ -52,6 +54,8 @@ def prepare(
     lm = CausalLM(source, device, compute_dtype("auto", device))
     for refusal in too_long(config, lm.position_table):  # of a model whose files the plan had not seen
         raise refusal
+    if task in ("run", "export") and (said := in_words(lm)):
+        report.warning("tensors", f"the checkpoint is not the model's alone: {said}")
     if task == "run" and plan.compiles_passages:
         lm.compile(expect_silence=report.expect_silence, on_failure=lambda why: _slower(report, why))
     tokens = draw_tokens(config, source.tokenizer(), report)
@@ -72,6 +76,9 @@ def prepare(
         job.tasks = _questions(job)
     if task != "run":
         _require_finished(job, task)
+    else:
+        # An export that cannot be written, or that nobody could read, must not wait until all is trained.
+        check_values(lm, job.export_dtype, report.leave_if_asked)
     for stage in versions():
         recall(job, stage)
     return job

@@ -21,13 +21,13 @@ from pathlib import Path
 from engine.architecture import headers
 from engine.architecture.description import ModelDescription, resolve_source
 from engine.architecture.families import Architecture
-from engine.architecture.model_folder import TOKENIZER_FILES
+from engine.architecture.model_folder import copied_bytes
 from engine.config.formats import FORMATS
 from engine.config.runtime import StoreKind
 from engine.config.stages import STAGES, last_stage, measured_stage
 from engine.plan.costs import costs_of
 from engine.plan.estimate import CONSTANTS, GIB, Workload
-from engine.plan.export_sizes import exported_bytes
+from engine.plan.export_sizes import exported_bytes, number_bytes
 from engine.plan.memory_model import phase_memory
 from engine.plan.object_sizes import generation_bytes, norms
 from engine.plan.recovery_model import Recovery
@@ -96,7 +96,7 @@ def export_bytes(work: Workload) -> int:
     config = work.config
     total = 0
     for name in config.export.formats:
-        size = exported_bytes(work.arch, config.grid, name)
+        size = exported_bytes(work.arch, config.grid, name, number_bytes(config.export.dtype))
         shards = 1 + int(size / (config.export.shard_gib * GIB))
         total += size + shards * header_room(work.arch, name)
     return total
@@ -113,6 +113,7 @@ def header_room(arch: Architecture, form: str) -> int:
         for linear in arch.linears:
             names += [f"{prefix}.{linear.name}.{tensor}" for tensor in tensors]
             names += [f"{prefix}.{linear.name}.bias"] if linear.bias else []
+    names += [name for name, _ in arch.carried for _ in range(2)]  # as the export counts them
     return 8 + headers.header_room(names)
 
 
@@ -122,8 +123,7 @@ def assets_bytes(model: ModelDescription) -> int:
     if model.kind == "random":
         tokenizer = BYTE_TOKENIZER
     elif isinstance(path, Path) and path.is_dir():
-        files = [path / name for name in TOKENIZER_FILES]
-        tokenizer = sum(file.stat().st_size for file in files if file.is_file())
+        tokenizer = copied_bytes(path)
     else:
         tokenizer = CONSTANTS.tokenizer_entry * model.architecture.vocab
     return CONSTANTS.export_texts + tokenizer

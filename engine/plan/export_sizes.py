@@ -1,8 +1,8 @@
 """What the weights weigh: an export in each format, the 16-bit model, bits a quantized weight.
 
 A group of g weights of b bits costs g*b bits of codes, b of zero point and 16 of scale; everything that is
-not the weight of a linear stays at 16 bits. What else a format writes for a linear, its row of the table
-says (``Format.costs``).
+not the weight of a linear stays at 16 bits, and what is no part of the model is taken over as it is. What
+else a format writes for a linear, its row of the table says (``Format.costs``).
 """
 
 from __future__ import annotations
@@ -10,18 +10,25 @@ from __future__ import annotations
 import msgspec
 
 from engine.architecture.families import Architecture
+from engine.config.dtypes import DTYPE_BYTES
 from engine.config.formats import DEFAULT_FORMAT, FORMATS, packed_bits
 from engine.config.grid import GridConfig
 
 
-def exported_bytes(arch: Architecture, grid: GridConfig, name: str) -> int:
-    """The tensors of an export in the format called ``name``."""
+def exported_bytes(arch: Architecture, grid: GridConfig, name: str, number: int = 2) -> int:
+    """The tensors of an export in the format called ``name``; ``number`` bytes each number that is not
+    quantized."""
     linears = sum(
         FORMATS[name].linear_bytes(linear.out_features, linear.in_features, grid.shared)
         for linear in arch.linears
     )
-    others = 2 * (arch.bias_params_per_block + arch.norm_params_per_block)
-    return arch.blocks * (linears + others) + 2 * arch.rest_params
+    others = number * (arch.bias_params_per_block + arch.norm_params_per_block)
+    return arch.blocks * (linears + others) + number * arch.rest_params + arch.carried_bytes
+
+
+def number_bytes(dtype: str) -> int:
+    """Bytes of a number that is not quantized, by ``export.dtype``; ``auto`` is one of 16 bits."""
+    return DTYPE_BYTES.get(dtype, 2)
 
 
 class Sizes(msgspec.Struct, frozen=True):
@@ -32,14 +39,15 @@ class Sizes(msgspec.Struct, frozen=True):
     bits_per_weight: float
 
 
-def sizes(arch: Architecture, grid: GridConfig, formats: tuple[str, ...] = ()) -> Sizes:
-    """The exports in ``formats`` (in the default one, where none is asked for) and the 16-bit model."""
+def sizes(arch: Architecture, grid: GridConfig, formats: tuple[str, ...] = (), number: int = 2) -> Sizes:
+    """The exports in ``formats`` (in the default one, where none is asked for) and the 16-bit model;
+    ``number`` as above."""
     bits = sum(
         packed_bits(linear.out_features, linear.in_features, grid.bits, grid.group_size)
         for linear in arch.linears
     )
     return Sizes(
-        export=sum(exported_bytes(arch, grid, name) for name in formats or (DEFAULT_FORMAT,)),
+        export=sum(exported_bytes(arch, grid, name, number) for name in formats or (DEFAULT_FORMAT,)),
         fp=2 * arch.params,
         bits_per_weight=bits / arch.linear_params_per_block,
     )

@@ -29,7 +29,7 @@ from engine.errors import DataError, EqatError, PreflightError
 from engine.plan.costs import Steps, Text, made_costs
 from engine.plan.disk_model import assets_bytes
 from engine.plan.estimate import Workload
-from engine.plan.export_sizes import sizes
+from engine.plan.export_sizes import number_bytes, sizes
 from engine.plan.fit import (
     Place,
     Problem,
@@ -138,7 +138,7 @@ def make_plan(
     recovery = place.recovery(work, store)
     phases = tuple(_phases(work, store, place, recovery))
     promise = broken_promise(work, place.trainings(work), place.seconds(work), recovery)
-    size = sizes(work.arch, config.grid, config.export.formats)
+    size = sizes(work.arch, config.grid, config.export.formats, number_bytes(config.export.dtype))
     return Plan(
         model=config.model.source,
         model_type=work.arch.model_type,

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from engine.config.grid import Grid
 from engine.quant.grid import RELATIVE_SCALE_FLOOR, fake_quantize, initial_range, quantize
-from engine.quant.packed import PackedBlock, PackedWeight, stored_scale
+from engine.quant.packed import PackedBlock, PackedWeight, into_domain, smallest_trained, stored_scale
 from engine.quant.slots import slots
 
 TRAINED = ("weight", "scale", "zero_point", "quantized")
@@ -46,9 +46,11 @@ class FakeQuantLinear(nn.Module):
         self.weight = nn.Parameter(linear.weight.detach().float(), requires_grad=False)
         self.bias = linear.bias
         scale, zero_point = initial_range(self.weight.data, grid, method=method, norm=norm)
+        floor = smallest_trained(scale, RELATIVE_SCALE_FLOOR)
+        scale = into_domain(scale, floor)
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.zero_point = nn.Parameter(zero_point, requires_grad=False)
-        self.register_buffer("scale_floor", scale * RELATIVE_SCALE_FLOOR)
+        self.register_buffer("scale_floor", floor)
         self.quantized: nn.Parameter | None
         """``[O, I]`` in the arithmetic's dtype; none in the plain form."""
         self.register_parameter("quantized", None)
@@ -71,7 +73,7 @@ class FakeQuantLinear(nn.Module):
     @torch.no_grad()
     def project(self) -> None:
         """Bring scale and zero point back into their domain after an optimizer step."""
-        self.scale.copy_(torch.maximum(self.scale, self.scale_floor))
+        self.scale.copy_(into_domain(self.scale, self.scale_floor))
         self.zero_point.clamp_(0, self.grid.top)
 
     @torch.no_grad()
@@ -107,11 +109,8 @@ def wrap_linears(
 
 
 def freeze_block(block: nn.Module, linears: dict[str, FakeQuantLinear]) -> PackedBlock:
-    """Round a trained block to the grid; its other parameters go to float16, as they will be saved."""
+    """Round a trained block to the grid; its other parameters stay as they are, to be rounded by whoever
+    knows to what (:mod:`engine.export.stored`)."""
     inner = {f"{name}.{part}" for name in linears for part in TRAINED}
-    others = {
-        name: parameter.detach().to(torch.float16)
-        for name, parameter in block.named_parameters()
-        if name not in inner
-    }
+    others = {name: parameter.detach() for name, parameter in block.named_parameters() if name not in inner}
     return PackedBlock({name: linear.freeze() for name, linear in linears.items()}, others)

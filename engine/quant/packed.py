@@ -23,12 +23,24 @@ from engine.quant.packing import bitpack, bitunpack
 from engine.quant.slots import slots
 
 SMALLEST_STORED_SCALE, LARGEST_STORED_SCALE = 2.0**-24, 65504.0
+"""What a file can hold: float16, whatever the type of the rest of an export."""
 
 
 def stored_scale(scale: Tensor) -> Tensor:
     """The scale as a file holds it: float16, and neither zero nor infinite where rounding would make it
     so."""
     return scale.clamp(SMALLEST_STORED_SCALE, LARGEST_STORED_SCALE).to(torch.float16)
+
+
+def smallest_trained(initial: Tensor, fraction: float) -> Tensor:
+    """The floor of each scale while it is trained: a fraction of what it was, that a file can hold."""
+    return (initial * fraction).clamp_(min=SMALLEST_STORED_SCALE)
+
+
+def into_domain(scale: Tensor, floor: Tensor) -> Tensor:
+    """Scales after a step of training, none below its floor and none beyond what a file can hold: so that
+    what is trained is what is saved."""
+    return torch.maximum(scale, floor).clamp_(max=LARGEST_STORED_SCALE)
 
 
 @dataclass(frozen=True)
@@ -236,9 +248,9 @@ class PackedLinear(nn.Module):
         return _float_weight(self.words, self.scale, self.zero_point, self.bits, dtype, kernels)
 
     def packed(self) -> PackedWeight:
-        """The weight as it would be saved now (scale rounded to float16, zero point to its integer)."""
+        """The weight as it would be saved now (scale as stored, zero point rounded to its integer)."""
         zero = self.zero_point.detach().float().round().clamp(0, self.grid.top).to(torch.uint8)
-        return PackedWeight(self.words, self.scale.detach().to(torch.float16), zero, self.grid)
+        return PackedWeight(self.words, stored_scale(self.scale.detach()), zero, self.grid)
 
 
 @contextmanager

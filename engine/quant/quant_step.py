@@ -29,6 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.quant.packed import LARGEST_STORED_SCALE
+
 LARGEST_HELD_GROUP = 512
 HELD_VALUES = 1024
 """Weights that a program holds at a time. With 2048, too few programs fit beside each other to keep the
@@ -115,6 +117,7 @@ class QuantStep:
             *(self.groups, w.lr, s.lr, z.lr, self.weight_decay),
             GROUP=self.group_size,
             TOP=2**self.bits - 1,
+            LARGEST=LARGEST_STORED_SCALE,
             BETA1=self.betas[0],
             BETA2=self.betas[1],
             EPS=self.eps,
@@ -182,7 +185,8 @@ def _quant_step(
     w_ptr, w_avg_ptr, w_square_ptr, s_ptr, s_avg_ptr, s_square_ptr, z_ptr, z_avg_ptr, z_square_ptr,
     floor_ptr, grad_ptr, out_ptr, control_ptr, squares_ptr,
     groups, lr_w, lr_s, lr_z, decay,
-    GROUP: tl.constexpr, TOP: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
+    GROUP: tl.constexpr, TOP: tl.constexpr, LARGEST: tl.constexpr,
+    BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
     TRAIN_W: tl.constexpr, TRAIN_S: tl.constexpr, TRAIN_Z: tl.constexpr, UPDATES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -285,7 +289,7 @@ def _quant_step(
                 BETA2,
                 EPS,
             )
-            scale = tl.maximum(scale, scale_floor)
+            scale = tl.minimum(tl.maximum(scale, scale_floor), LARGEST)
             tl.store(s_ptr + first + row, scale, mask=changes)
             tl.store(s_avg_ptr + first + row, s_avg, mask=changes)
             tl.store(s_square_ptr + first + row, s_square, mask=changes)

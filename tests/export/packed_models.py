@@ -19,6 +19,7 @@ from engine.export.checkpoint import Export
 from engine.export.layout import Layout, layout_of
 from engine.export.reader import CheckpointReader, packed_model
 from engine.export.result import ExportResult
+from engine.export.stored import as_stored, export_dtype, outer_as_stored
 from engine.export.verify import VerifyResult, verify
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
@@ -105,6 +106,7 @@ def write(
     layout: Layout = GPTQ_V2,
     shard_bytes: int = 1 << 30,
     card: dict[str, Any] | None = None,
+    dtype: str = "auto",
     on_block: Callable[[int, int], None] | None = None,
 ) -> ExportResult:
     """Export blocks of a model in one layout."""
@@ -115,6 +117,7 @@ def write(
         block_for=block_for,
         shard_bytes=shard_bytes,
         card=card or {},
+        dtype=dtype,
         on_block=on_block,
     )
     return made.into(out)
@@ -126,9 +129,10 @@ def compare(
     block_for: Callable[[int], PackedBlock],
     ids: torch.Tensor,
     layout: Layout = GPTQ_V2,
+    dtype: str = "auto",
 ) -> VerifyResult:
     """Verify an export."""
-    return verify(directory, layout, lm, block_for, ids)
+    return verify(directory, layout, lm, block_for, ids, dtype=dtype)
 
 
 def reader_of(directory: Path) -> CheckpointReader:
@@ -169,7 +173,10 @@ def logits(lm: CausalLM, block_for: Callable[[int], nn.Module], ids_BT: torch.Te
 
 
 def trained_logits(lm: CausalLM, blocks: list[PackedBlock], ids_BT: torch.Tensor) -> torch.Tensor:
-    return logits(lm, lambda index: blocks[index].install(lm.load_block(index)), ids_BT)
+    """With the values that an export has of what is not quantized."""
+    dtype = export_dtype("auto", lm)
+    with outer_as_stored(lm, dtype):
+        return logits(lm, lambda index: as_stored(blocks[index], dtype).install(lm.load_block(index)), ids_BT)
 
 
 def some_ids(batch: int = 2, length: int = 24) -> torch.Tensor:

@@ -122,7 +122,7 @@ def test_what_differs_in_another_format_is_caught(model: Path, tmp_path: Path, p
         changed.view(-1)[5] += 1
         save_file(tensors, result.path / "model.safetensors", {"format": "pt"})
         words = {"codes": "integers", "zeros": "zero points", "steps": "scales"}
-        says = f"model.layers.1.mlp.up_proj: 1 {words[part]} differ"
+        says = f"model.layers.1.mlp.up_proj: 1 {words[part]} differ, by up to 1"
     check = compare(result.path, lm, blocks.__getitem__, some_ids(1, 8), layout=toy)
     assert not check.verified
     assert says in check.problems

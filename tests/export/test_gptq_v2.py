@@ -117,7 +117,7 @@ def test_biases_norms_and_embeddings_survive(
     reader = reader_of(result.path)
     assert ("lm_head.weight" in reader) == (not lm.tied)
     for name, tensor in blocks[1].others.items():
-        assert torch.equal(reader.stored(f"model.layers.1.{name}"), tensor.half())
+        assert torch.equal(reader.stored(f"model.layers.1.{name}"), tensor.bfloat16())
     reloaded = reload(result.path)
     difference = logits(reloaded, reloaded.load_block, ids) - trained_logits(lm, blocks, ids)
     assert difference.abs().max() < 0.02
@@ -131,7 +131,7 @@ def test_configuration_is_the_original_plus_what_loaders_need(llama: Path, tmp_p
     assert {k: written[k] for k in original if k not in ("dtype", "torch_dtype")} == {
         k: v for k, v in original.items() if k not in ("dtype", "torch_dtype")
     }
-    assert written["dtype"] == written["torch_dtype"] == "float16"
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
     assert quantization == json.loads((result.path / "quantize_config.json").read_text())
     wanted = {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "bits": 2, "group_size": 64}
     assert wanted.items() <= quantization.items()
@@ -251,12 +251,17 @@ def test_zero_points_that_do_not_fill_words_are_refused_by_name() -> None:
         list(GPTQ_V2.tensors("layers.0.k_proj", weight))
 
 
-def test_values_beyond_float16_are_refused_by_name(llama: Path, tmp_path: Path) -> None:
+def test_values_beyond_the_stored_type_are_refused_by_name_and_with_what_to_do(
+    llama: Path, tmp_path: Path
+) -> None:
     source, lm = open_model(llama)
     blocks = packed_blocks(lm, 4, 64)
     blocks[1].others["input_layernorm.weight"][3] = 1e6
-    with pytest.raises(PreflightError, match=r"model\.layers\.1\.input_layernorm\.weight: holds 1e\+06"):
-        write(tmp_path / "out", lm, source, blocks.__getitem__)
+    with pytest.raises(
+        PreflightError, match=r"model\.layers\.1\.input_layernorm\.weight: holds 1e\+06"
+    ) as caught:
+        write(tmp_path / "out", lm, source, blocks.__getitem__, dtype="float16")
+    assert caught.value.hint == "--set export.dtype=bfloat16"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -137,7 +137,7 @@ def test_verification_holds_in_the_arithmetic_of_a_gpu_run(exported: Exported, d
 
 def test_verification_leaves_the_trained_model_as_it_was(exported: Exported) -> None:
     lm = exported[0]
-    lm.model.get_input_embeddings().weight.data[0, 0] = 0.1  # not a float16 number
+    lm.model.get_input_embeddings().weight.data[0, 0] = 0.1  # no number of 16 bits
     before = {name: tensor.clone() for name, tensor in lm.outer_state().items()}
     check(exported, exported[2].path)
     after = lm.outer_state()

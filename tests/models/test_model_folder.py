@@ -13,7 +13,7 @@ import torch
 from odd_files import make_socket
 
 from engine.architecture.description import describe, resolve_source
-from engine.architecture.model_folder import ASSETS, ModelFolder
+from engine.architecture.model_folder import ASSETS, ModelFolder, copied_bytes
 from engine.config.model import ModelConfig
 from engine.errors import PreflightError
 from engine.models.causal_lm import CausalLM
@@ -207,3 +207,57 @@ def test_the_identity_of_the_assets_covers_their_names_and_content(folder: Path)
         seen.add(identity())
     assert ModelSource.open(ModelConfig(source="random://tiny-llama")).assets_identity() not in seen
     assert any(pattern == "*.jinja" for pattern in ASSETS)
+
+
+BESIDE = ("tokenizer.model.v3", "vocab.bpe2", "source.vocab", "merges.old", "encoder.json", "bpe.codes")
+
+
+def test_an_export_copies_every_file_of_the_tokenizer_and_none_else(folder: Path, tmp_path: Path) -> None:
+    """Whatever loads it: sentencepiece, tiktoken, mistral-common, templates by name."""
+    of_the_tokenizer = (
+        *(
+            "tekken.json",
+            "qwen.tiktoken",
+            "spiece.model",
+            "tokenizer.model",
+            "added_tokens.json",
+            "vocab.txt",
+        ),
+        *("merges.txt", "special_tokens_map.json", "chat_template.json", "chat_template.jinja"),
+        *("additional_chat_templates/rag.jinja", "additional_chat_templates/tool_use.jinja"),
+        *BESIDE,
+    )
+    (folder / "additional_chat_templates").mkdir()
+    source_of = {name: f'{{"{name}": 1}}'.encode() for name in of_the_tokenizer}
+    for name, content in source_of.items():
+        (folder / name).write_bytes(content)
+    others = ("notes.md", "vocab.bin", "optimizer.pt", "additional_chat_templates/notes.md", "training.log")
+    for name in others:
+        (folder / name).write_bytes(b"x")
+    ModelSource.open(ModelConfig(source=str(folder))).save_assets(tmp_path / "out")
+    copied = {
+        str(path.relative_to(tmp_path / "out")): path.read_bytes()
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    }
+    assert source_of.items() <= copied.items()
+    assert not copied.keys() & set(others)
+    assert copied_bytes(folder) == sum(
+        len(content) for name, content in copied.items() if name != "config.json"
+    )
+
+
+def test_a_file_beside_the_tokenizer_is_no_part_of_the_identity_but_is_judged(
+    folder: Path, tmp_path: Path
+) -> None:
+    """A run from before such files were copied goes on; nothing from outside the folder is published."""
+    before = ModelSource.open(ModelConfig(source=str(folder))).assets_identity()
+    for name in BESIDE:
+        (folder / name).write_text("{}")
+    assert ModelSource.open(ModelConfig(source=str(folder))).assets_identity() == before
+    (tmp_path / "secret").write_text("key")
+    for name in BESIDE:
+        (folder / name).unlink()
+        (folder / name).symlink_to(tmp_path / "secret")
+        assert name in refusal(folder)
+        (folder / name).unlink()

@@ -12,12 +12,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.config.e2e_qp import E2EQPConfig
 from engine.methods.network.network import Network, NetworkData, NetworkResult, train_network
 from engine.quant.grid import RELATIVE_SCALE_FLOOR
-from engine.quant.packed import PackedLinear
+from engine.quant.packed import PackedLinear, into_domain, smallest_trained
 from engine.training.loop import Settings
 from engine.training.progress import Keeper, Progress
 from engine.training.snapshot import Snapshot
@@ -96,19 +96,20 @@ class _Scales(Network):
         trained = {id(p) for group in self.groups for p in group.parameters}
         layers = [m for block in blocks for m in block.modules() if isinstance(m, PackedLinear)]
         # Each layer beside the smallest scales it may have; none where they are not trained.
-        self.layers = [
-            (layer, layer.scale.detach() * RELATIVE_SCALE_FLOOR if id(layer.scale) in trained else None)
-            for layer in layers
-        ]
+        self.layers = [(layer, _floor(layer) if id(layer.scale) in trained else None) for layer in layers]
 
     @torch.no_grad()
     def project(self) -> None:
         """Bring scales and zero points back into their domain, so that what is trained can be saved."""
         for layer, floor in self.layers:
             if floor is not None:
-                layer.scale.copy_(torch.maximum(layer.scale, floor))
+                layer.scale.copy_(into_domain(layer.scale, floor))
             if layer.zero_point.is_floating_point():
                 layer.zero_point.clamp_(0, 2**layer.bits - 1)
+
+
+def _floor(layer: PackedLinear) -> Tensor:
+    return smallest_trained(layer.scale.detach(), RELATIVE_SCALE_FLOOR)
 
 
 def _parameter_groups(blocks: list[nn.Module], config: E2EQPConfig) -> list[ParameterGroup]:

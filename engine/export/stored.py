@@ -1,0 +1,123 @@
+"""The values that an export stores of what is not quantized, and the type it stores and declares them in.
+
+Norms, biases, embeddings and the head are rounded once, to ``export.dtype``. Left to itself that is the type
+of the original: config.json declares it, and whoever loads the export computes in it, so it decides not only
+how numbers are rounded but also how large activations may become (a Gemma 3 that is read as float16 overflows
+although every weight fits). Originals of more than 16 bits become bfloat16, whose range is that of float32.
+
+A quantized model is evaluated with these values (:func:`outer_as_stored`, :func:`as_stored`), so a report's
+figures are those of the files; and whether the values fit is asked before anything is trained
+(:func:`check_values`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from engine.errors import PreflightError
+from engine.quant.packed import PackedBlock
+
+if TYPE_CHECKING:
+    from engine.models.causal_lm import CausalLM
+
+WIDER = torch.bfloat16
+"""What becomes of an original in float32 or wider."""
+
+
+def export_dtype(asked: str, lm: CausalLM) -> torch.dtype:
+    """The dtype that ``export.dtype`` stands for."""
+    if asked != "auto":
+        named = getattr(torch, asked)
+        assert isinstance(named, torch.dtype)
+        return named
+    own = original_dtype(lm)
+    return own if own in (torch.float16, torch.bfloat16) else WIDER
+
+
+def original_dtype(lm: CausalLM) -> torch.dtype:
+    """What the original's config.json declares; where it does not, what most of the model is stored in."""
+    declared = getattr(lm.source.config, "dtype", None)
+    if isinstance(declared, torch.dtype) and declared.is_floating_point:
+        return declared
+    sizes: Counter[torch.dtype] = Counter()
+    for name, parameter in lm.model.named_parameters():
+        sizes[lm.weights.dtype(name)] += parameter.numel()
+    return sizes.most_common(1)[0][0]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def stored_form(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """How a tensor that is not quantized is stored: numbers in ``dtype``, counters and masks as they are.
+
+    Raises:
+        PreflightError: for a number that ``dtype`` cannot hold.
+    """
+    if not tensor.is_floating_point():
+        return tensor.detach()
+    value = tensor.detach().to(dtype)
+    if not torch.isfinite(value).all():
+        largest, most = tensor.detach().float().abs().max().item(), torch.finfo(dtype).max
+        wider = "bfloat16" if dtype == torch.float16 else "float32"
+        raise PreflightError(
+            f"holds {largest:.4g}, and the export's {dtype_name(dtype)} ends at {most:.4g}",
+            where=name,
+            hint=f"--set export.dtype={wider}",
+        )
+    return value
+
+
+def as_stored(block: PackedBlock, dtype: torch.dtype) -> PackedBlock:
+    """The block with its norms and biases rounded as they are stored."""
+    return replace(
+        block, others={name: stored_form(name, value, dtype) for name, value in block.others.items()}
+    )
+
+
+@contextmanager
+def outer_as_stored(lm: CausalLM, dtype: torch.dtype) -> Iterator[None]:
+    """The model with embedding, final norm and head rounded as they are stored; as before afterwards."""
+    parameters = dict(lm.model.named_parameters())
+    # What is stored in this type already is what rounding would give.
+    before = {name: parameters[name].data for name in lm.outer_state() if lm.weights.dtype(name) != dtype}
+    try:
+        for name, original in before.items():
+            rounded = stored_form(name, lm.weights.load(name), dtype)
+            parameters[name].data = rounded.to(original.device, original.dtype).reshape(original.shape)
+        yield
+    finally:
+        for name, original in before.items():
+            parameters[name].data = original
+
+
+def check_values(lm: CausalLM, dtype: torch.dtype, poll: Callable[[], None] = lambda: None) -> None:
+    """Every parameter that stays as it is fits into ``dtype``; those that certainly do are not read.
+
+    Raises:
+        PreflightError: names the first that does not, its largest value, and what to do.
+    """
+    reach = torch.finfo(dtype).max
+    linears = {
+        f"{lm.block_prefix(index)}.{name}.weight"
+        for index in range(lm.blocks)
+        for name in lm.linear_names(index)
+    }
+    outer = lm.outer_state()
+    for name, _ in lm.model.named_parameters():
+        if name in linears or torch.finfo(lm.weights.dtype(name)).max <= reach:
+            continue
+        # What is in memory is rounded already, hence the margin.
+        if name in outer and max(abs(end.item()) for end in outer[name].aminmax()) < 0.98 * reach:
+            continue
+        poll()
+        stored_form(name, lm.weights.load(name), dtype)
