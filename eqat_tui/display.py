@@ -16,6 +16,7 @@ from engine.config.stages import phase_label, stage_label
 from engine.run import events
 from engine.run.events import Event
 from engine.run.state import RunState
+from eqat_tui.job_control import in_foreground
 from eqat_tui.output import (
     LONGEST_LINE,
     cell,
@@ -29,9 +30,11 @@ from eqat_tui.output import (
     say,
     share,
 )
+from eqat_tui.words import block_place
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.live import Live
 
 REDRAW_S = 0.5
 """The moving lines are redrawn at most this often: SSH can be slow."""
@@ -48,6 +51,12 @@ class Display(Protocol):
 
     def note(self, text: str) -> None:
         """A line from the program itself."""
+
+    def leave(self) -> None:
+        """The shell is about to have the terminal for a while: leave nothing on it that moves."""
+
+    def come_back(self) -> None:
+        """The terminal may be ours again; it can show anything, and have another size."""
 
     def close(self) -> None:
         """Leave the terminal as it was found."""
@@ -106,13 +115,13 @@ def fraction(state: RunState) -> float | None:
 
 
 def position(state: RunState) -> str:
-    """``Block-AP [4/8]  block 12/30``."""
+    """``Block-AP [4/8]  block 12 of 0–29``."""
     index = next((row.index for row in state.phases if row.name == state.phase), None)
     text = phase_label(state.phase)
     if index is not None and state.phase_count and state.task == "run":
         text += f" [{index + 1}/{state.phase_count}]"
     if state.blocks and state.block is not None:
-        text += f"  block {state.block + 1}/{state.blocks}"
+        text += f"  block {block_place(state.block, state.blocks)}"
     return text
 
 
@@ -166,6 +175,12 @@ class PlainDisplay:
     def note(self, text: str) -> None:
         self._print(text)
 
+    def leave(self) -> None:
+        pass
+
+    def come_back(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -178,22 +193,26 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """Lines that stay scroll up above two that are redrawn in place."""
+    """Lines that stay scroll up above two that are redrawn in place, where this is in the foreground."""
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.live import Live
 
         self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-        self._live = Live(
+        self._live = self._open()
+        self._drawn = float("-inf")
+
+    def _open(self) -> Live:
+        """Moving lines that know nothing of those before them."""
+        from rich.live import Live
+
+        return Live(
             console=self._console,
             auto_refresh=False,
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._live.start()
-        self._drawn = float("-inf")
 
     def update(self, state: RunState, new: Sequence[Event]) -> None:
         for event in new:
@@ -201,8 +220,9 @@ class LiveDisplay:
             if line is not None:
                 self._print(line, _style(event))
         now = time.monotonic()
-        if now - self._drawn >= REDRAW_S:
+        if now - self._drawn >= REDRAW_S and in_foreground(sys.stderr):
             self._drawn = now
+            self._live.start()
             self._live.update(self._lines(state), refresh=True)
 
     def note(self, text: str) -> None:
@@ -210,6 +230,15 @@ class LiveDisplay:
 
     def _print(self, text: str, style: str) -> None:
         self._console.print(lasting(text), style=style, soft_wrap=True)
+
+    def leave(self) -> None:
+        self._live.stop()
+        self._live = self._open()
+
+    def come_back(self) -> None:
+        self._live._live_render._shape = None  # what was drawn is somewhere above what the shell wrote
+        self.leave()
+        self._drawn = float("-inf")
 
     def close(self) -> None:
         self._live.stop()

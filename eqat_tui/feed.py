@@ -27,7 +27,7 @@ from engine.run.events import AnyEvent
 from engine.run.liveness import State, run_state
 from engine.run.lock import holder
 from engine.run.state import RunState
-from engine.run.status import Status, read_launched, read_status
+from engine.run.status import Launched, Status, read_launched, read_status
 from eqat_tui.display import lasting_line
 from eqat_tui.log_tail import log_tail
 from eqat_tui.output import error_words, one_line
@@ -63,6 +63,8 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True):
     """The end of the engine's output, where it died or gives no sign of life."""
     pid: int | None = None
     """The engine, while there is one."""
+    since: float | None = None
+    """When the newest engine was started, as far as that is known."""
     problem: str = ""
     """Why some of this cannot be read."""
     replay: Replay | None = None
@@ -118,6 +120,7 @@ class Journal:
     def __init__(self) -> None:
         self.entries: deque[Entry] = deque(maxlen=JOURNAL_LINES)
         self._open: events.RunStarted | None = None
+        self._attempt = 0
         self._last_t = 0.0
 
     def take(self, new: Iterable[AnyEvent]) -> None:
@@ -126,7 +129,10 @@ class Journal:
             if isinstance(event, events.RunStarted):
                 if self._open is not None:
                     self.entries.append(died(self._open.attempt, self._last_t))
-                self._open = event
+                silent = _silent(self._attempt + 1, event.attempt - 1)
+                if silent:
+                    self.entries.append(Entry(event.t, silent, "bad"))
+                self._open, self._attempt = event, event.attempt
             elif isinstance(event, events.RunFinished):
                 self._open = None
             self._last_t = event.t
@@ -134,16 +140,34 @@ class Journal:
             if text:
                 self.entries.append(Entry(event.t, one_line(text), role))
 
-    def told(self, liveness: Liveness) -> tuple[Entry, ...]:
-        """All entries; a crash is one, although no engine could write it."""
-        crashed = liveness == "crashed" and self._open is not None
-        attempt = self._open.attempt if self._open is not None else 0
-        return (*self.entries, *([died(attempt, self._last_t)] if crashed else []))
+    def told(self, liveness: Liveness, status: Status | None = None) -> tuple[Entry, ...]:
+        """All entries; an attempt that was cut off has one, although no engine could write it.
+
+        It stays while the next attempt starts, and where it was something done with a finished run.
+        """
+        if self._open is None or liveness in ("running", "hung", "gone"):
+            return tuple(self.entries)
+        attempt = self._open.attempt
+        if status is not None and status.outcome is not None and status.attempt == attempt:
+            # It had an end, for which the log had no room.
+            words = f"{status.outcome} (exit code {status.exit_code})"
+            if status.failure:
+                words = f"error: {status.failure}"
+            return (*self.entries, Entry(self._last_t, one_line(words), "bad"))
+        return (*self.entries, died(attempt, self._last_t))
 
 
 def died(attempt: int, t: float) -> Entry:
     """An attempt that ended without a last word."""
     return Entry(t, f"attempt {attempt} died without a word: killed, or out of host memory", "bad")
+
+
+def _silent(first: int, last: int) -> str:
+    """Of attempts that no event speaks of: their engines ended before they could write one."""
+    if last < first:
+        return ""
+    which = f"attempt {first}" if first == last else f"attempts {first} to {last}"
+    return f"{which} ended before the first word"
 
 
 def _words(event: AnyEvent) -> tuple[str, str]:
@@ -201,14 +225,20 @@ class LiveFeed:
             found == "created" or (found == "running" and launched.attempt > self._state.attempt)
         ):
             liveness = "starting"
-        return self._view(now, liveness, problem=problem or self._newer())
+        return self._view(now, liveness, problem=problem or self._newer(), launched=launched)
 
-    def _view(self, now: float, liveness: Liveness, *, problem: str) -> RunView:
+    def _view(
+        self, now: float, liveness: Liveness, *, problem: str, launched: Launched | None = None
+    ) -> RunView:
         state = self._state
-        if liveness == "starting":
+        journal = self._journal.told(liveness, state.status)
+        if launched is not None and liveness == "starting":
             # An engine imports its libraries; where the attempt before was and what it was asked is over.
             nowhere = dict.fromkeys(("phase", "block", "blocks", "step", "steps", "status", "error"))
-            state = msgspec.structs.replace(state, task="run", **nowhere)
+            state = msgspec.structs.replace(state, task=launched.task, attempt=launched.attempt, **nowhere)
+        elif launched is not None and liveness == "crashed" and launched.attempt > state.attempt:
+            silent = Entry(launched.t, _silent(state.attempt + 1, launched.attempt), "bad")
+            journal = (*journal, silent)
         requests: tuple[control.Request, ...] = ()
         tail: tuple[str, ...] = ()
         pid: int | None = None
@@ -224,10 +254,11 @@ class LiveFeed:
             liveness=liveness,
             now=now,
             config=self._config,
-            journal=self._journal.told(liveness),
+            journal=journal,
             requests=requests,
             log_tail=tail,
             pid=pid,
+            since=launched.t if launched is not None else None,
             problem=problem,
         )
 

@@ -57,6 +57,7 @@ class Follower:
         self._warned = False
         self._stopping = False
         self._terminated = False
+        self._suspended = self._continued = False
         self._on_interrupt: OnInterrupt = "stop"
         self._waiting = ""
         self._said_hung = False
@@ -87,6 +88,7 @@ class Follower:
         """Wait for the end; the process's exit code where it can be known."""
         looked = float("-inf")
         while True:
+            self._answer_shell()  # before anything is drawn over what it wrote
             self._take()
             self._answer_interrupts()
             code = exit_code(pid) if pid is not None else None
@@ -196,6 +198,29 @@ class Follower:
             control.request(self.run, "stop")
             self.display.note("stopping at the next step, resumable; Ctrl-C again to abort")
 
+    # -- Ctrl-Z ------------------------------------------------------------------------------------
+
+    def suspended(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: the shell wants the terminal, and gets it between two polls."""
+        self._suspended = True
+
+    def continued(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: the shell goes on with this process, in the foreground or behind it."""
+        self._continued = True
+
+    def _answer_shell(self) -> None:
+        """Stop, with the terminal as it was found; afterwards begin to draw anew. The engine goes on."""
+        if self._suspended:
+            self._suspended = False
+            self.display.leave()
+            handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTSTP)  # returns when somebody says `fg` or `bg`
+            signal.signal(signal.SIGTSTP, handler)
+            self._continued = True
+        if self._continued:
+            self._continued = False
+            self.display.come_back()
+
 
 @contextmanager
 def _taking_signals(follower: Follower) -> Iterator[None]:
@@ -203,6 +228,8 @@ def _taking_signals(follower: Follower) -> Iterator[None]:
         signal.SIGINT: follower.interrupted,
         signal.SIGTERM: follower.terminated,
         signal.SIGUSR1: follower.warned,
+        signal.SIGTSTP: follower.suspended,
+        signal.SIGCONT: follower.continued,
     }
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:

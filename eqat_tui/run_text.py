@@ -28,7 +28,7 @@ from eqat_tui.output import (
     table,
 )
 from eqat_tui.planned import branch
-from eqat_tui.words import model_name
+from eqat_tui.words import block_place, model_name
 
 Tree = Mapping[str, Any]
 
@@ -217,7 +217,7 @@ def runs_table(runs: Sequence[Tree], *, now: float | None = None) -> str:
 
 
 def state_words(run: Tree) -> str:
-    """``running Block-AP 12/30``, or just the state."""
+    """``running Block-AP 12 of 0–29``, or just the state."""
     if run["state"] == UNREADABLE:
         return "cannot be read"
     if run.get("waiting"):
@@ -225,7 +225,7 @@ def state_words(run: Tree) -> str:
     if run["state"] != "running" or not run.get("phase"):
         return str(run["state"])
     block, blocks = run.get("block"), run.get("blocks")
-    where = f" {block + 1}/{blocks}" if block is not None and blocks else ""
+    where = f" {block_place(block, blocks)}" if block is not None and blocks else ""
     return f"running {phase_label(run['phase'])}{where}"
 
 
@@ -255,7 +255,7 @@ def _position(run: Tree) -> str:
     position = run["position"]
     words = phase_label(position["phase"])
     if position["blocks"] and position["block"] is not None:
-        words += f", block {position['block'] + 1} of {position['blocks']}"
+        words += f", block {block_place(position['block'], position['blocks'])}"
     if position["steps"] and position["step"] is not None:
         words += f", step {position['step']} of {position['steps']}"
     if run.get("eta_s") is not None:

@@ -67,7 +67,8 @@ def without_collection() -> Iterator[None]:
 
 
 def _same(one: RunView, other: RunView) -> bool:
-    """Whether nothing has happened; the clock alone is nothing, except for an engine that is silent."""
+    """Whether nothing has happened; the clock alone is nothing, except for an engine that is silent or that
+    has not begun with anything yet."""
     return (
         (
             one.state is other.state
@@ -80,5 +81,6 @@ def _same(one: RunView, other: RunView) -> bool:
             other.replay,
             other.problem,
         )
-        and one.liveness != "hung"
+        and one.liveness not in ("hung", "starting")
+        and (one.state.phase is not None or one.liveness != "running")
     )

@@ -13,6 +13,14 @@ def model_name(source: Any) -> str:
     return name.removesuffix(".gguf") or "?"
 
 
+def block_place(block: int, blocks: int) -> str:
+    """``3 of 0–5``: a block among those there are.
+
+    Blocks are counted from 0, as in the names of their tensors and as ``--from-block`` takes them.
+    """
+    return f"{block} of 0–{blocks - 1}" if blocks > 1 else f"{block}"
+
+
 def hint_for_app(hint: str) -> str:
     """A hint in brackets; one that speaks of flags and commands is of no use where there are keys."""
     return f" ({hint})" if hint and "--" not in hint and not hint.startswith("eqat ") else ""

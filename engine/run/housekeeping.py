@@ -43,6 +43,21 @@ class Swept(NamedTuple):
     """Why something that is called like one was not touched, or could not be."""
 
 
+class Cleanable(NamedTuple):
+    """Bytes of a run that it can make again."""
+
+    activations: int
+    checkpoints: int
+    """Generations before those that are kept."""
+    unfinished: int
+    """Half-written files, and exports that were replaced."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
 # -- deleting a run ------------------------------------------------------------------------------------
 
 
@@ -127,16 +142,28 @@ def clean_run(run: RunDirectory, *, dry_run: bool = False) -> int:
     Raises:
         PreflightError: for what was not made as a run, and while an engine works on it.
     """
+    return _clean(run, dry_run=dry_run).total
+
+
+def cleanable(run: RunDirectory) -> Cleanable:
+    """What :func:`clean_run` would free, under the same conditions."""
+    return _clean(run, dry_run=True)
+
+
+def _clean(run: RunDirectory, *, dry_run: bool) -> Cleanable:
     prove_made_here(run.path)
     refuse_busy(run)
-    freed = 0
+    activations = unfinished = 0
     with RunLock(run.lock_path):
         for folder, names in _garbage(run):
-            freed += sum(size_of(folder / name) for name in names)
+            freed = sum(size_of(folder / name) for name in names)
+            if folder == run.cache_dir:
+                activations += freed
+            else:
+                unfinished += freed
             if not dry_run:
                 _remove_from(folder, run.path, names)
-        freed += _prune(run, dry_run)
-    return freed
+        return Cleanable(activations, _prune(run, dry_run), unfinished)
 
 
 def clean_temporaries(run: RunDirectory) -> None:

@@ -50,7 +50,7 @@ class SetupScreen(WorkScreen):
         Key("backspace", "reset", "reset", "What the preset says, again", footer=False),
         Key("R", "fresh", "reset all", "Forget everything that was changed about the preset", footer=False),
         Key("w", "save", "save", "Save these settings as a file that `eqat run` takes", footer=False),
-        Key("p", "plan", "plan", "Compute the plan again: what is free now?", footer=False),
+        Key("u", "plan", "plan", "Compute the plan again: what is free now?", footer=False),
     )
     ABOUT = (
         "Choose a model and how to quantize it. The plan says what it would need on this machine now; "
@@ -274,8 +274,7 @@ class SetupScreen(WorkScreen):
         row = self._row()
         assert row is not None
         if row.kind == "section":
-            self._unfolded = self._unfolded ^ {row.name}
-            self.refill()
+            self._fold(row, unfold=row.name not in self._unfolded)
         elif row.kind == "model":
             self._choose_model()
         elif row.kind == "base":
@@ -354,10 +353,16 @@ class SetupScreen(WorkScreen):
         row = self._row()
         assert row is not None
         if row.kind == "section":
-            self._unfolded = self._unfolded | {row.name}
-            self.refill()
+            self._fold(row, unfold=True)
         else:
             self._step(row, 1)
+
+    def _fold(self, row: Row, *, unfold: bool) -> None:
+        """Fold a section or unfold it; what comes out of one at the lower edge is brought into view."""
+        self._unfolded = self._unfolded | {row.name} if unfold else self._unfolded - {row.name}
+        self.refill()
+        if unfold:
+            self.query_one("#form", ListPanel).reveal_after(len(views.section_fields(row.name)))
 
     def do_previous(self) -> None:
         row = self._row()

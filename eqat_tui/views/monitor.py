@@ -21,7 +21,7 @@ from eqat_tui.output import (
     share,
 )
 from eqat_tui.planned import branch, known
-from eqat_tui.words import hint_for_app, model_name
+from eqat_tui.words import block_place, hint_for_app, model_name
 
 MOST_LINES = 4
 """Of one notice: what went wrong must not push away where the run is."""
@@ -156,20 +156,34 @@ def progress(view: RunView, width: int) -> list[Line]:
             _bar_line(line(("finished", "strong")), 1.0, "good", line(took), width),
             line((f"{len(state.phases)} phases", "muted")),
         ]
+    return [_phase_line(view, width), _run_line(view, width)]
+
+
+def _phase_line(view: RunView, width: int) -> Line:
+    """What the run does now, and how much of that is done."""
+    state = view.state
+    if view.live and state.phase is None:
+        return _starting(view, width)
     done = fraction(state)
     index = next((row.index for row in state.phases if row.name == state.phase), None)
     of_the_run = state.task == "run" and state.phase_count  # an export made later has phases of its own
     count = f" {index + 1}/{state.phase_count}" if index is not None and of_the_run else ""
-    name = phase_label(state.phase) if state.phase else ("starting" if view.live else "not started")
+    name = phase_label(state.phase) if state.phase else "not started"
     words = line((name, "strong"), (count, "muted"))
     if state.blocks and state.block is not None:
-        words += line(f"  block {state.block + 1}/{state.blocks}")
+        words += line(f"  block {block_place(state.block, state.blocks)}")
     row = state.block_rows.get((state.phase or "", state.block if state.block is not None else -1))
     if row is not None and row.finished and view.live:
         words += line(("  passing on", "muted"))  # finished before: only its activations are needed again
     elif state.steps and state.step is not None:
         words += line((f"  step {state.step}/{state.steps}", "muted"))
     share = line(f"{done:4.0%}" if done is not None else "")
+    return _bar_line(words, done, _bar_role(view), share, width)
+
+
+def _run_line(view: RunView, width: int) -> Line:
+    """The whole run: how much is done, how long it took, and how long it will."""
+    state = view.state
     left, guess = remaining(view)
     worked = elapsed(state)
     whole = share_done(state)
@@ -178,11 +192,21 @@ def progress(view: RunView, width: int) -> list[Line]:
         clock += line("  ", (f"{'about ' if guess else ''}{format_clock(left)} left", "strong"))
         if guess:
             clock += line((" by the plan", "muted"))
-    role = "accent" if view.live or view.replay is not None else "muted"
-    return [
-        _bar_line(words, done, role, share, width),
-        _bar_line(line(("run", "strong")), whole, role, clock, width),
-    ]
+    return _bar_line(line(("run", "strong")), whole, _bar_role(view), clock, width)
+
+
+def _bar_role(view: RunView) -> str:
+    return "accent" if view.live or view.replay is not None else "muted"
+
+
+def _starting(view: RunView, width: int) -> Line:
+    """What an engine does that has begun with nothing yet, and for how long."""
+    state = view.state
+    doing = SIDE_TASKS.get(state.task)
+    what = f"starting the {doing}" if doing else "starting"
+    loading = "loading libraries" if view.liveness == "starting" else "opening the model and its plan"
+    clock = line(f"{format_clock(max(0.0, view.now - view.since))}" if view.since is not None else "")
+    return _bar_line(line((what, "strong"), (f"  {loading}", "muted")), None, "accent", clock, width)
 
 
 def _bar_line(left: Line, share: float | None, role: str, right: Line, width: int) -> Line:
@@ -237,9 +261,8 @@ def notices(view: RunView, width: int) -> list[Line]:
 
 def request_line(view: RunView) -> Line:
     """How far a stop or an abort has come: asked, accepted, done."""
-    name = {"stop": "pause", "abort": "abort"}[view.asked]
     steps = (("asked", True), ("accepted", view.accepted), ("done", False))
-    spans = line((f"{name}: ", "warn strong"))
+    spans = line((f"{view.asked}: ", "warn strong"))
     for index, (word, reached) in enumerate(steps):
         spans += line(
             " → " if index else "", (f"{word} {'✓' if reached else '…'}", "warn" if reached else "muted")

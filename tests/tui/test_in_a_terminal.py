@@ -174,7 +174,9 @@ def test_a_run_from_setup_to_export_with_the_keyboard_only(tmux: Tmux, tmp_path:
     tmux.open("attach", "latest")
     tmux.sees("loss of block")
     tmux.sees("▶ running")
-    tmux.press("p")
+    tmux.press("x")
+    tmux.sees("Stop the run?")
+    tmux.press("y")
     tmux.sees("■ stopped")
     assert load_state(run).exit_code == 75
     assert any(row.finished for row in load_state(run).phases if row.name == "evaluate_fp")
