@@ -1,4 +1,4 @@
-"""What a command costs before it does anything: it is typed a hundred times a day, over SSH, beside a run that
+"""What a command costs before it does anything: it is typed a hundred times a day, over SSH, where something
 trains."""
 
 from __future__ import annotations
