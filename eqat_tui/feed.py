@@ -24,16 +24,17 @@ from engine.run import control, events
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventFollower, read_events
 from engine.run.events import AnyEvent
-from engine.run.liveness import State, run_state
+from engine.run.liveness import State, Work, look
 from engine.run.lock import holder
 from engine.run.state import RunState
 from engine.run.status import Status, read_launched, read_status
+from engine.run.task import is_job, job_name
 from eqat_tui.display import lasting_line
 from eqat_tui.log_tail import log_tail
 from eqat_tui.output import error_words, one_line
 
-Liveness = State | Literal["starting", "gone"]
-"""A run's state, and two that only whoever looks sees: its engine has no lock yet, or its folder is gone."""
+Liveness = State | Literal["gone"]
+"""A run's state, and one that only whoever looks sees: its folder is gone."""
 JOURNAL_LINES = 1000
 LONGEST_PAUSE_S = 2.0
 """A replay passes over longer silences: a run that was resumed the next day need not be waited for."""
@@ -54,7 +55,11 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     state: RunState
     liveness: Liveness
+    """Of the run itself, whatever is done with it."""
     now: float
+    job: Work | None = None
+    """What an engine does with the finished run at the moment, where one does; ``state.job`` says how far it
+    is, and afterwards how it ended."""
     config: Mapping[str, Any] | None = None
     journal: tuple[Entry, ...] = ()
     requests: tuple[control.Request, ...] = ()
@@ -66,16 +71,43 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True):
     problem: str = ""
     """Why some of this cannot be read."""
     replay: Replay | None = None
+    launched: float | None = None
+    """When the engine was started, while it has not said anything yet."""
 
     @property
     def live(self) -> bool:
-        """Whether an engine works on it, or is about to."""
-        return self.liveness in ("running", "hung", "starting")
+        """Whether an engine works on it or with it, or is about to."""
+        return self.job is not None or self.liveness in ("running", "hung", "starting")
+
+    @property
+    def at_work(self) -> RunState:
+        """Where the engine is: in the run, or in what is done with it."""
+        return self.state.at_work if self.job is not None else self.state
+
+    @property
+    def hung(self) -> bool:
+        """Whether an engine works on it or with it and gives no sign of life."""
+        return self.liveness == "hung" or (self.job is not None and self.job.state == "hung")
 
     @property
     def waiting(self) -> str:
         """Why the engine does nothing at the moment."""
-        return self.state.status.waiting if self.state.status is not None and self.live else ""
+        status = self.at_work.status
+        return status.waiting if status is not None and self.live else ""
+
+    @property
+    def doing(self) -> str:
+        """What the engine does where it counts nothing: ``loading torch``."""
+        status = self.at_work.status
+        return status.doing if status is not None and self.live else ""
+
+    @property
+    def starting_s(self) -> float | None:
+        """Seconds since an engine was started that has not begun its first phase; none otherwise."""
+        since = self.launched if self.launched is not None else self.at_work.attempt_t
+        if not self.live or self.replay is not None or self.at_work.phase is not None or since is None:
+            return None
+        return max(0.0, self.now - since)
 
     @property
     def asked(self) -> str:
@@ -83,15 +115,17 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True):
         if not self.live:
             return ""
         asked: list[str] = [request.request for request in self.requests]
-        if self.liveness == "starting":
+        if self.launched is not None:
             return "abort" if "abort" in asked else "stop" if asked else ""
-        asked += [ack.request for ack in self.state.acknowledged if ack.attempt == self.state.attempt]
+        work = self.at_work
+        asked += [ack.request for ack in work.acknowledged if ack.attempt == work.attempt]
         return "abort" if "abort" in asked else "stop" if asked else ""
 
     @property
     def accepted(self) -> bool:
         """Whether the engine has seen what it was asked."""
-        return any(ack.attempt == self.state.attempt for ack in self.state.acknowledged)
+        work = self.at_work
+        return any(ack.attempt == work.attempt for ack in work.acknowledged)
 
 
 class Replay(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,15 +151,15 @@ class Journal:
 
     def __init__(self) -> None:
         self.entries: deque[Entry] = deque(maxlen=JOURNAL_LINES)
-        self._open: events.RunStarted | None = None
+        self._open: events.RunStarted | events.AttemptStarting | None = None
         self._last_t = 0.0
 
     def take(self, new: Iterable[AnyEvent]) -> None:
         """Add what ``new`` has to tell."""
         for event in new:
-            if isinstance(event, events.RunStarted):
-                if self._open is not None:
-                    self.entries.append(died(self._open.attempt, self._last_t))
+            if isinstance(event, events.RunStarted | events.AttemptStarting):
+                if self._open is not None and self._open.attempt != event.attempt:
+                    self.entries.append(died(self._open, self._last_t))
                 self._open = event
             elif isinstance(event, events.RunFinished):
                 self._open = None
@@ -134,30 +168,38 @@ class Journal:
             if text:
                 self.entries.append(Entry(event.t, one_line(text), role))
 
-    def told(self, liveness: Liveness) -> tuple[Entry, ...]:
-        """All entries; a crash is one, although no engine could write it."""
-        crashed = liveness == "crashed" and self._open is not None
-        attempt = self._open.attempt if self._open is not None else 0
-        return (*self.entries, *([died(attempt, self._last_t)] if crashed else []))
+    def told(self, live: bool) -> tuple[Entry, ...]:
+        """All entries; that an engine was killed is one, although it could not write it."""
+        if live or self._open is None:
+            return tuple(self.entries)
+        return (*self.entries, died(self._open, self._last_t))
 
 
-def died(attempt: int, t: float) -> Entry:
+def died(begun: events.RunStarted | events.AttemptStarting, t: float) -> Entry:
     """An attempt that ended without a last word."""
-    return Entry(t, f"attempt {attempt} died without a word: killed, or out of host memory", "bad")
+    return Entry(t, f"{_who(begun)} died without a word: killed, or out of host memory", "bad")
+
+
+def _who(begun: events.RunStarted | events.AttemptStarting) -> str:
+    """``attempt 2``, or what else is done by it."""
+    return f"{job_name(begun.task)} {begun.attempt}" if is_job(begun.task) else f"attempt {begun.attempt}"
 
 
 def _words(event: AnyEvent) -> tuple[str, str]:
     match event:
         case events.Metric() | events.Memory():
             return "", ""
+        case events.AttemptStarting():
+            return f"{_who(event)} starts ({event.host}, process {event.pid})", "strong"
         case events.RunStarted():
-            return f"attempt {event.attempt} on {event.device} ({event.host}, process {event.pid})", "strong"
+            return f"{_who(event)} on {event.device} ({event.host}, process {event.pid})", "strong"
         case events.CheckpointCommitted():
             place = f"block {event.block}" if event.block is not None else event.phase
             step = f", step {event.step}" if event.step is not None else ""
             return f"checkpoint {event.generation}: {place}{step}", "muted"
         case events.RunFinished():
-            return f"{event.outcome} (exit code {event.exit_code})", "strong"
+            what = f"{job_name(event.task)} " if is_job(event.task) else ""
+            return f"{what}{event.outcome} (exit code {event.exit_code})", "strong"
         case events.Error():
             return lasting_line(event) or "", "bad"
         case events.Warning() | events.ControlAck():
@@ -190,29 +232,29 @@ class LiveFeed:
             return self._view(now, "gone", problem="the run's directory is gone")
         problem = self._read_config()
         new = self._follower.poll()
-        found = run_state(self.run)
+        found = look(self.run)
         self._state = self._state.apply_all(new)
         self._journal.take(new)
-        status = read_status(self.run)
-        self._state = msgspec.structs.replace(self._state, id=self.run.id, status=status)
-        liveness: Liveness = found
-        launched = read_launched(self.run)
-        if launched is not None and (
-            found == "created" or (found == "running" and launched.attempt > self._state.attempt)
-        ):
-            liveness = "starting"
-        return self._view(now, liveness, problem=problem or self._newer())
+        self._state = msgspec.structs.replace(self._state, id=self.run.id).with_status(read_status(self.run))
+        return self._view(now, found.state, work=found.work, problem=problem or self._newer())
 
-    def _view(self, now: float, liveness: Liveness, *, problem: str) -> RunView:
-        state = self._state
-        if liveness == "starting":
-            # An engine imports its libraries; where the attempt before was and what it was asked is over.
-            nowhere = dict.fromkeys(("phase", "block", "blocks", "step", "steps", "status", "error"))
-            state = msgspec.structs.replace(state, task="run", **nowhere)
+    def _view(self, now: float, liveness: Liveness, *, work: Work | None = None, problem: str) -> RunView:
+        state, launched = self._state, None
+        if work is not None and work.attempt > state.newest_attempt:
+            # Nothing was heard of it yet: where the attempt before was and what it was asked is over.
+            began = read_launched(self.run)
+            launched = began.t if began is not None else now
+            if is_job(work.task):
+                state = msgspec.structs.replace(state, job=RunState(task=work.task, attempt=work.attempt))
+            else:
+                nowhere = ("phase", "block", "blocks", "step", "steps", "status", "error", "job")
+                state = msgspec.structs.replace(state, **dict.fromkeys(nowhere))
+                liveness = "starting"
+        job = work if work is not None and is_job(work.task) else None
         requests: tuple[control.Request, ...] = ()
         tail: tuple[str, ...] = ()
         pid: int | None = None
-        if liveness in ("running", "hung", "starting"):
+        if work is not None:
             requests = tuple(control.pending(self.run))
             pid = holder(self.run.lock_path)
         if liveness in ("crashed", "hung") or (liveness == "failed" and self._state.exit_code == 1):
@@ -223,12 +265,14 @@ class LiveFeed:
             state=state,
             liveness=liveness,
             now=now,
+            job=job,
             config=self._config,
-            journal=self._journal.told(liveness),
+            journal=self._journal.told(work is not None or liveness == "gone"),
             requests=requests,
             log_tail=tail,
             pid=pid,
             problem=problem,
+            launched=launched,
         )
 
     def _read_config(self) -> str:
@@ -345,7 +389,7 @@ class ReplayFeed:
             liveness=outcome,
             now=now,
             config=self._config,
-            journal=self._journal.told(outcome),
+            journal=self._journal.told(outcome == "running"),
             problem=self._problem,
             replay=Replay(
                 position=self._clock / self.duration if self.duration else 1.0,

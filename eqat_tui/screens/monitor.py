@@ -13,6 +13,7 @@ from engine.config.stages import STAGES
 from engine.errors import EqatError
 from engine.run import control
 from engine.run.launch import launch
+from engine.run.task import job_name
 from eqat_tui.charts import chart, legend
 from eqat_tui.feed import ReplayFeed, RunView
 from eqat_tui.keys import Key, bindings
@@ -131,7 +132,7 @@ class MonitorScreen(WorkScreen):
             self.query_one("#blocks", ListPanel).cursor = 0
         before, self._view = self._view, view
         ended = before is not None and before.id == view.id and before.live and not view.live
-        if ended and view.replay is None and view.state.task == "run":
+        if ended and view.replay is None and before is not None and before.job is None:
             self._tell_end(view)
         self._fill(charts=time.monotonic() - self._drawn >= CHART_SECONDS)
 
@@ -253,6 +254,9 @@ class MonitorScreen(WorkScreen):
         running = view.live
         if action in ("pause", "abort", "kill") and not running:
             return f"the run is {view.liveness}: no engine works on it"
+        if view.job is not None and action in ("pause", "abort", "resume"):
+            name = job_name(view.job.task)
+            return f"the run is {view.liveness}: x on {key_of('result')} stops its {name}"
         if action == "pause" and view.asked:
             return "it was asked to already, and ends at its next step"
         if action == "abort" and view.asked == "abort":
@@ -264,7 +268,7 @@ class MonitorScreen(WorkScreen):
                 return f"the run is done: {key_of('result')} shows its result"
             if view.liveness == "gone":
                 return "the run's directory is gone"
-        if action == "kill" and view.liveness == "running" and not view.asked:
+        if action == "kill" and not view.hung and not view.asked:
             return "the engine answers: p pauses it, a aborts it"
         if action == "follow" and self._chosen is None:
             return "it does already"

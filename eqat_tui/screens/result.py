@@ -178,7 +178,7 @@ class ResultScreen(WorkScreen):
         if action == "stop":
             if not view.live:
                 return "nothing is being done"
-            if view.state.task == "run":
+            if view.job is None:
                 return f"the run itself is at work: p on {key_of('monitor')} pauses it"
         return ""
 
