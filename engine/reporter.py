@@ -23,33 +23,23 @@ from engine.run.control import STOP_SIGNALS, acknowledge, pending
 from engine.run.directory import RunDirectory
 from engine.run.housekeeping import clean_temporaries
 from engine.run.proof import FolderIdentity
-from engine.run.status import PLAN_COUNTS, Status, write_status
+from engine.run.status import LONGEST_FAILURE, PLAN_COUNTS, Status, write_status
+from engine.run.task import RUN, Task
 
 CONTROL_SECONDS = 0.5
 STATUS_SECONDS = 2.0
 # The main loop may be silent this long before a reader calls the run hung; slow single operations ask for
 # more.
 GRACE_SECONDS = 60.0
-LONGEST_FAILURE = 500
-"""Letters of an error in the status file, which has to fit into the place of the one before."""
-
-
-def error_event(error: EqatError) -> events.Error:
-    """An error as the log keeps it."""
-    return events.Error(
-        code=error.exit_code.name.lower(),
-        where=error.where,
-        message=error.message,
-        hint=error.hint,
-        exit_code=int(error.exit_code),
-    )
 
 
 class Reporter:
     """One attempt's voice. Create it once the lock is held; close it last."""
 
-    def __init__(self, run: RunDirectory, attempt: int, device: torch.device, rank: int = 0) -> None:
-        self.run, self.attempt, self.device = run, attempt, device
+    def __init__(
+        self, run: RunDirectory, attempt: int, device: torch.device, rank: int = 0, *, task: Task = RUN
+    ) -> None:
+        self.run, self.attempt, self.device, self.task = run, attempt, device, task
         self._place = FolderIdentity.at(run.path)
         clean_temporaries(run)
         self.events = event_log.EventWriter(run.events_path, attempt, rank=rank)
@@ -72,6 +62,8 @@ class Reporter:
         self._failure = ""
         self._outcome: events.Outcome | None = None
         self._exit_code: int | None = None
+        self.doing = "planning"
+        """What is done where nothing can be counted, in words."""
         self.waiting = ""
         """Why nothing happens at the moment; shown by whoever follows the run."""
         self._done = threading.Event()
@@ -202,7 +194,7 @@ class Reporter:
     def phase(self, name: str) -> Iterator[None]:
         """Bracket a phase with events; its peaks are its own."""
         telemetry.reset_peaks(self.device)
-        self.phase_name = name
+        self.phase_name, self.doing = name, ""
         self._phase_began = self._pace_began = time.monotonic()
         self._block = self._blocks = None
         self._restored = self._step = self._steps = 0
@@ -285,6 +277,8 @@ class Reporter:
             blocks=self._blocks,
             step=self._step,
             steps=self._steps,
+            doing=self.doing,
+            phase_s=time.monotonic() - self._phase_began,
             eta_s=self.eta_seconds(),
             heartbeat=self._beat,
             grace_s=self._grace,
@@ -317,7 +311,7 @@ class Reporter:
     def fail(self, error: EqatError) -> None:
         """Record why the attempt ends."""
         self._failure = str(error)[:LONGEST_FAILURE]
-        self.emit(error_event(error))
+        self.emit(events.error_event(error))
 
     def finish(
         self, outcome: events.Outcome, exit_code: ExitCode, leaves: events.Outcome | None = None
@@ -326,7 +320,9 @@ class Reporter:
         seconds = time.monotonic() - self.started
         self._outcome, self._exit_code = leaves or outcome, int(exit_code)
         self.emit(
-            events.RunFinished(outcome=outcome, exit_code=int(exit_code), seconds=seconds, leaves=leaves)
+            events.RunFinished(
+                outcome=outcome, exit_code=int(exit_code), seconds=seconds, leaves=leaves, task=self.task
+            )
         )
 
     def close(self) -> None:

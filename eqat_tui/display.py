@@ -16,6 +16,7 @@ from engine.config.stages import phase_label, stage_label
 from engine.run import events
 from engine.run.events import Event
 from engine.run.state import RunState
+from engine.run.task import is_job, job_name
 from eqat_tui.job_control import in_foreground
 from eqat_tui.output import (
     LONGEST_LINE,
@@ -107,7 +108,7 @@ def _with_hint(text: str, hint: str) -> str:
 
 
 def fraction(state: RunState) -> float | None:
-    """How much of the current phase is done, where that is known."""
+    """How much of the current phase is done, where that is known; of a job, its own state is asked."""
     within = share(state.step, state.steps)
     if state.blocks and state.block is not None:
         return share((number(state.block) or 0.0) + within, state.blocks)
@@ -115,21 +116,32 @@ def fraction(state: RunState) -> float | None:
 
 
 def position(state: RunState) -> str:
-    """``Block-AP [4/8]  block 12 of 0–29``."""
+    """``Block-AP [4/8]  block 12 of 0–29``; of a job on a finished run, ``evaluation: prepare [1/2]``."""
     index = next((row.index for row in state.phases if row.name == state.phase), None)
     text = phase_label(state.phase)
-    if index is not None and state.phase_count and state.task == "run":
+    if is_job(state.task):
+        text = f"{job_name(state.task)}: {text}"
+    if index is not None and state.phase_count:
         text += f" [{index + 1}/{state.phase_count}]"
     if state.blocks and state.block is not None:
         text += f"  block {block_place(state.block, state.blocks)}"
     return text
 
 
+def doing(state: RunState) -> list[str]:
+    """What an engine does that counts nothing, and for how long: ``loading torch``, ``0:12``."""
+    status = state.status
+    if status is None or fraction(state) is not None or status.outcome is not None:
+        return []
+    spent = [] if status.phase_s is None else [format_clock(status.phase_s)]
+    return [*([status.doing] if status.doing else []), *spent]
+
+
 def measurements(state: RunState) -> list[str]:
     """Step, loss, speed and memory, as far as they are known; or why nothing moves."""
     if state.status is not None and state.status.waiting:
         return [f"paused: {state.status.waiting}"]
-    parts = []
+    parts = doing(state)
     if state.steps and state.step is not None:
         parts.append(f"step {state.step}/{state.steps}")
     metric = state.metrics[-1] if state.metrics else None
@@ -166,10 +178,11 @@ class PlainDisplay:
             line = lasting_line(event)
             if line is not None:
                 self._print(line)
-        if time.monotonic() - self._last >= self._interval and state.phase is not None:
-            parts = [position(state), *measurements(state)]
-            if state.eta_s is not None:
-                parts.append(f"{format_clock(state.eta_s)} left")
+        now = state.at_work
+        if time.monotonic() - self._last >= self._interval and (now.phase is not None or doing(now)):
+            parts = [position(now), *measurements(now)]
+            if now.eta_s is not None:
+                parts.append(f"{format_clock(now.eta_s)} left")
             self._print("  " + "  ".join(parts))
 
     def note(self, text: str) -> None:
@@ -223,7 +236,7 @@ class LiveDisplay:
         if now - self._drawn >= REDRAW_S and in_foreground(sys.stderr):
             self._drawn = now
             self._live.start()
-            self._live.update(self._lines(state), refresh=True)
+            self._live.update(self._lines(state.at_work), refresh=True)
 
     def note(self, text: str) -> None:
         self._print(text, "yellow")

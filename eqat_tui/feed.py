@@ -24,16 +24,17 @@ from engine.run import control, events
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventFollower, read_events
 from engine.run.events import AnyEvent
-from engine.run.liveness import State, run_state
+from engine.run.liveness import State, Work, look
 from engine.run.lock import holder
 from engine.run.state import RunState
-from engine.run.status import Launched, Status, read_launched, read_status
+from engine.run.status import Status, read_launched, read_status
+from engine.run.task import is_job, job_name
 from eqat_tui.display import lasting_line
 from eqat_tui.log_tail import log_tail
 from eqat_tui.output import error_words, one_line
 
-Liveness = State | Literal["starting", "gone"]
-"""A run's state, and two that only whoever looks sees: its engine has no lock yet, or its folder is gone."""
+Liveness = State | Literal["gone"]
+"""A run's state, and one that only whoever looks sees: its folder is gone."""
 JOURNAL_LINES = 1000
 LONGEST_PAUSE_S = 2.0
 """A replay passes over longer silences: a run that was resumed the next day need not be waited for."""
@@ -54,7 +55,11 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     state: RunState
     liveness: Liveness
+    """Of the run itself, whatever is done with it."""
     now: float
+    job: Work | None = None
+    """What an engine does with the finished run at the moment, where one does; ``state.job`` says how far it
+    is, and afterwards how it ended."""
     config: Mapping[str, Any] | None = None
     journal: tuple[Entry, ...] = ()
     requests: tuple[control.Request, ...] = ()
@@ -63,21 +68,46 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True):
     """The end of the engine's output, where it died or gives no sign of life."""
     pid: int | None = None
     """The engine, while there is one."""
-    since: float | None = None
-    """When the newest engine was started, as far as that is known."""
     problem: str = ""
     """Why some of this cannot be read."""
     replay: Replay | None = None
+    launched: float | None = None
+    """When the engine was started, while it has not said anything yet."""
 
     @property
     def live(self) -> bool:
-        """Whether an engine works on it, or is about to."""
-        return self.liveness in ("running", "hung", "starting")
+        """Whether an engine works on it or with it, or is about to."""
+        return self.job is not None or self.liveness in ("running", "hung", "starting")
+
+    @property
+    def at_work(self) -> RunState:
+        """Where the engine is: in the run, or in what is done with it."""
+        return self.state.at_work if self.job is not None else self.state
+
+    @property
+    def hung(self) -> bool:
+        """Whether an engine works on it or with it and gives no sign of life."""
+        return self.liveness == "hung" or (self.job is not None and self.job.state == "hung")
 
     @property
     def waiting(self) -> str:
         """Why the engine does nothing at the moment."""
-        return self.state.status.waiting if self.state.status is not None and self.live else ""
+        status = self.at_work.status
+        return status.waiting if status is not None and self.live else ""
+
+    @property
+    def doing(self) -> str:
+        """What the engine does where it counts nothing: ``loading torch``."""
+        status = self.at_work.status
+        return status.doing if status is not None and self.live else ""
+
+    @property
+    def starting_s(self) -> float | None:
+        """Seconds since an engine was started that has not begun its first phase; none otherwise."""
+        since = self.launched if self.launched is not None else self.at_work.attempt_t
+        if not self.live or self.replay is not None or self.at_work.phase is not None or since is None:
+            return None
+        return max(0.0, self.now - since)
 
     @property
     def asked(self) -> str:
@@ -85,15 +115,17 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True):
         if not self.live:
             return ""
         asked: list[str] = [request.request for request in self.requests]
-        if self.liveness == "starting":
+        if self.launched is not None:
             return "abort" if "abort" in asked else "stop" if asked else ""
-        asked += [ack.request for ack in self.state.acknowledged if ack.attempt == self.state.attempt]
+        work = self.at_work
+        asked += [ack.request for ack in work.acknowledged if ack.attempt == work.attempt]
         return "abort" if "abort" in asked else "stop" if asked else ""
 
     @property
     def accepted(self) -> bool:
         """Whether the engine has seen what it was asked."""
-        return any(ack.attempt == self.state.attempt for ack in self.state.acknowledged)
+        work = self.at_work
+        return any(ack.attempt == work.attempt for ack in work.acknowledged)
 
 
 class Replay(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,16 +151,16 @@ class Journal:
 
     def __init__(self) -> None:
         self.entries: deque[Entry] = deque(maxlen=JOURNAL_LINES)
-        self._open: events.RunStarted | None = None
+        self._open: events.RunStarted | events.AttemptStarting | None = None
         self._attempt = 0
         self._last_t = 0.0
 
     def take(self, new: Iterable[AnyEvent]) -> None:
         """Add what ``new`` has to tell."""
         for event in new:
-            if isinstance(event, events.RunStarted):
-                if self._open is not None:
-                    self.entries.append(died(self._open.attempt, self._last_t))
+            if isinstance(event, events.RunStarted | events.AttemptStarting):
+                if self._open is not None and self._open.attempt != event.attempt:
+                    self.entries.append(died(self._open, self._last_t))
                 silent = _silent(self._attempt + 1, event.attempt - 1)
                 if silent:
                     self.entries.append(Entry(event.t, silent, "bad"))
@@ -140,26 +172,21 @@ class Journal:
             if text:
                 self.entries.append(Entry(event.t, one_line(text), role))
 
-    def told(self, liveness: Liveness, status: Status | None = None) -> tuple[Entry, ...]:
-        """All entries; an attempt that was cut off has one, although no engine could write it.
-
-        It stays while the next attempt starts, and where it was something done with a finished run.
-        """
-        if self._open is None or liveness in ("running", "hung", "gone"):
+    def told(self, live: bool) -> tuple[Entry, ...]:
+        """All entries; that an engine was killed is one, although it could not write it."""
+        if live or self._open is None:
             return tuple(self.entries)
-        attempt = self._open.attempt
-        if status is not None and status.outcome is not None and status.attempt == attempt:
-            # It had an end, for which the log had no room.
-            words = f"{status.outcome} (exit code {status.exit_code})"
-            if status.failure:
-                words = f"error: {status.failure}"
-            return (*self.entries, Entry(self._last_t, one_line(words), "bad"))
-        return (*self.entries, died(attempt, self._last_t))
+        return (*self.entries, died(self._open, self._last_t))
 
 
-def died(attempt: int, t: float) -> Entry:
+def died(begun: events.RunStarted | events.AttemptStarting, t: float) -> Entry:
     """An attempt that ended without a last word."""
-    return Entry(t, f"attempt {attempt} died without a word: killed, or out of host memory", "bad")
+    return Entry(t, f"{_who(begun)} died without a word: killed, or out of host memory", "bad")
+
+
+def _who(begun: events.RunStarted | events.AttemptStarting) -> str:
+    """``attempt 2``, or what else is done by it."""
+    return f"{job_name(begun.task)} {begun.attempt}" if is_job(begun.task) else f"attempt {begun.attempt}"
 
 
 def _silent(first: int, last: int) -> str:
@@ -174,14 +201,17 @@ def _words(event: AnyEvent) -> tuple[str, str]:
     match event:
         case events.Metric() | events.Memory():
             return "", ""
+        case events.AttemptStarting():
+            return f"{_who(event)} starts ({event.host}, process {event.pid})", "strong"
         case events.RunStarted():
-            return f"attempt {event.attempt} on {event.device} ({event.host}, process {event.pid})", "strong"
+            return f"{_who(event)} on {event.device} ({event.host}, process {event.pid})", "strong"
         case events.CheckpointCommitted():
             place = f"block {event.block}" if event.block is not None else event.phase
             step = f", step {event.step}" if event.step is not None else ""
             return f"checkpoint {event.generation}: {place}{step}", "muted"
         case events.RunFinished():
-            return f"{event.outcome} (exit code {event.exit_code})", "strong"
+            what = f"{job_name(event.task)} " if is_job(event.task) else ""
+            return f"{what}{event.outcome} (exit code {event.exit_code})", "strong"
         case events.Error():
             return lasting_line(event) or "", "bad"
         case events.Warning() | events.ControlAck():
@@ -214,35 +244,29 @@ class LiveFeed:
             return self._view(now, "gone", problem="the run's directory is gone")
         problem = self._read_config()
         new = self._follower.poll()
-        found = run_state(self.run)
+        found = look(self.run)
         self._state = self._state.apply_all(new)
         self._journal.take(new)
-        status = read_status(self.run)
-        self._state = msgspec.structs.replace(self._state, id=self.run.id, status=status)
-        liveness: Liveness = found
-        launched = read_launched(self.run)
-        if launched is not None and (
-            found == "created" or (found == "running" and launched.attempt > self._state.attempt)
-        ):
-            liveness = "starting"
-        return self._view(now, liveness, problem=problem or self._newer(), launched=launched)
+        self._state = msgspec.structs.replace(self._state, id=self.run.id).with_status(read_status(self.run))
+        return self._view(now, found.state, work=found.work, problem=problem or self._newer())
 
-    def _view(
-        self, now: float, liveness: Liveness, *, problem: str, launched: Launched | None = None
-    ) -> RunView:
-        state = self._state
-        journal = self._journal.told(liveness, state.status)
-        if launched is not None and liveness == "starting":
-            # An engine imports its libraries; where the attempt before was and what it was asked is over.
-            nowhere = dict.fromkeys(("phase", "block", "blocks", "step", "steps", "status", "error"))
-            state = msgspec.structs.replace(state, task=launched.task, attempt=launched.attempt, **nowhere)
-        elif launched is not None and liveness == "crashed" and launched.attempt > state.attempt:
-            silent = Entry(launched.t, _silent(state.attempt + 1, launched.attempt), "bad")
-            journal = (*journal, silent)
+    def _view(self, now: float, liveness: Liveness, *, work: Work | None = None, problem: str) -> RunView:
+        state, launched = self._state, None
+        if work is not None and work.attempt > state.newest_attempt:
+            # Nothing was heard of it yet: where the attempt before was and what it was asked is over.
+            began = read_launched(self.run)
+            launched = began.t if began is not None else now
+            if is_job(work.task):
+                state = msgspec.structs.replace(state, job=RunState(task=work.task, attempt=work.attempt))
+            else:
+                nowhere = ("phase", "block", "blocks", "step", "steps", "status", "error", "job")
+                state = msgspec.structs.replace(state, **dict.fromkeys(nowhere))
+                liveness = "starting"
+        job = work if work is not None and is_job(work.task) else None
         requests: tuple[control.Request, ...] = ()
         tail: tuple[str, ...] = ()
         pid: int | None = None
-        if liveness in ("running", "hung", "starting"):
+        if work is not None:
             requests = tuple(control.pending(self.run))
             pid = holder(self.run.lock_path)
         if liveness in ("crashed", "hung") or (liveness == "failed" and self._state.exit_code == 1):
@@ -253,14 +277,27 @@ class LiveFeed:
             state=state,
             liveness=liveness,
             now=now,
+            job=job,
             config=self._config,
-            journal=journal,
+            journal=self._told(work, liveness, heard=launched is None),
             requests=requests,
             log_tail=tail,
             pid=pid,
-            since=launched.t if launched is not None else None,
             problem=problem,
+            launched=launched,
         )
+
+    def _told(self, work: Work | None, liveness: Liveness, *, heard: bool) -> tuple[Entry, ...]:
+        """The journal; ``heard`` is whether whoever works on the run has said anything yet.
+
+        Until then the attempt before has the last word, and where that was a kill, it is told.
+        """
+        told = self._journal.told((work is not None and heard) or liveness == "gone")
+        launched = read_launched(self.run) if liveness == "crashed" else None
+        if launched is None or launched.attempt <= self._state.newest_attempt:
+            return told
+        silent = _silent(self._state.newest_attempt + 1, launched.attempt)
+        return (*told, Entry(launched.t, silent, "bad"))
 
     def _read_config(self) -> str:
         """The configuration never changes; what is wrong with it, if anything."""
@@ -376,7 +413,7 @@ class ReplayFeed:
             liveness=outcome,
             now=now,
             config=self._config,
-            journal=self._journal.told(outcome),
+            journal=self._journal.told(outcome == "running"),
             problem=self._problem,
             replay=Replay(
                 position=self._clock / self.duration if self.duration else 1.0,

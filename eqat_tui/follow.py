@@ -16,15 +16,13 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Literal
 
-import msgspec
-
 from engine.errors import ExitCode, run_is_gone
 from engine.run import control
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventFollower
 from engine.run.events import AnyEvent, RunFinished
 from engine.run.launch import exit_code, log_path, next_attempt, refuse_second
-from engine.run.liveness import run_state
+from engine.run.liveness import look
 from engine.run.lock import holder
 from engine.run.state import RunState
 from engine.run.status import read_status
@@ -34,8 +32,6 @@ from eqat_tui.display import Display
 
 POLL_S = 0.2
 TAIL_BYTES = 1 << 16
-LIVE = ("running", "hung", "created")
-
 OnInterrupt = Literal["stop", "leave"]
 
 
@@ -97,10 +93,10 @@ class Follower:
             now = time.monotonic()
             if now - looked >= 1.0:
                 looked = now
-                liveness = run_state(self.run)
-                if pid is None and (liveness not in LIVE or not os.path.isdir(self.run.path)):
+                work = look(self.run).work
+                if pid is None and (work is None or not os.path.isdir(self.run.path)):
                     return None
-                self._tell_hung(liveness == "hung")
+                self._tell_hung(work is not None and work.state == "hung")
             time.sleep(POLL_S)
 
     def _poll(self) -> list[AnyEvent]:
@@ -115,7 +111,7 @@ class Follower:
             self.state = self.state.apply(event)
             if isinstance(event, RunFinished):
                 self._finished = event
-        self.state = msgspec.structs.replace(self.state, status=read_status(self.run))
+        self.state = self.state.with_status(read_status(self.run))
         self._tell_waiting()
         self.display.update(self.state, new)
 
@@ -130,7 +126,7 @@ class Follower:
         if code == ExitCode.PREFLIGHT:
             refuse_second(self.run)  # two were started at once, and the other has the run
         ended = read_status(self.run)
-        if ended is not None and ended.outcome is not None and ended.attempt >= self.state.attempt:
+        if ended is not None and ended.outcome is not None and ended.attempt >= self.state.newest_attempt:
             if ended.failure:
                 self.display.note(f"error: {ended.failure}")
             if code in (None, ended.exit_code):  # the log had no room for the last words; the status had
@@ -149,7 +145,8 @@ class Follower:
         self._said_hung = hung
 
     def _tell_waiting(self) -> None:
-        waiting = self.state.status.waiting if self.state.status is not None else ""
+        status = self.state.at_work.status
+        waiting = status.waiting if status is not None else ""
         if bool(waiting) != bool(self._waiting):
             self.display.note(f"paused: {waiting}" if waiting else "no longer paused")
         self._waiting = waiting

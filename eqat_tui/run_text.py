@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.stages import full_precision, phase_label, stage_label, versions
+from engine.run.task import job_name
 from eqat_tui.measured import newest
 from eqat_tui.output import (
     LONGEST_LINE,
@@ -25,6 +26,7 @@ from eqat_tui.output import (
     key_values,
     number,
     one_line,
+    share,
     table,
 )
 from eqat_tui.planned import branch
@@ -35,6 +37,8 @@ Tree = Mapping[str, Any]
 LONGEST_SAMPLE = 100_000
 MOST_TASKS = 100
 LONGEST_TASK = 60
+WORKING = ("starting", "running", "hung")
+"""States of a run, or of a job, that an engine works on."""
 UNREADABLE = "unreadable"
 """In place of the state of a run that is damaged."""
 
@@ -112,10 +116,14 @@ def accuracy_table(accuracy: Mapping[str, Mapping[str, float]]) -> str:
 def facts(run: Tree) -> dict[str, str]:
     """Size, time, memory and exports, as far as they are known."""
     lines: dict[str, str] = {}
-    if run["state"] in ("running", "hung"):
+    if run["state"] in WORKING:
         lines["now"] = _position(run)
         if run.get("waiting"):
             lines["paused"] = one_line(run["waiting"])
+    job = run.get("job")
+    if job and job["state"] != "done":
+        name = job_name(job["task"])
+        lines[name if job["state"] in WORKING else f"last {name}"] = job_words(job)
     if run.get("origin"):
         lines["shares"] = origin_words(run["origin"])
     size = run["size_bytes"]
@@ -147,6 +155,20 @@ def facts(run: Tree) -> dict[str, str]:
         lines["export" if index == 0 else f"export {index + 1}"] = export_words(export, run)
     lines["directory"] = shorten(run["path"])
     return lines
+
+
+def job_words(job: Tree) -> str:
+    """Where something that is done with a finished run is, or how it ended."""
+    if job["state"] in WORKING:
+        words = [_position(job)]
+        if job["state"] == "hung":
+            words = ["no sign of life", *words]
+        if job.get("waiting"):
+            words.append(f"paused: {one_line(job['waiting'])}")
+        return ", ".join(words)
+    if job["state"] == "crashed":
+        return "its engine was killed, or died without a word"
+    return f"{job['state']}: {error_line(job).removeprefix('error: ')}" if job["error"] else str(job["state"])
 
 
 def samples(run: Tree) -> str:
@@ -222,11 +244,25 @@ def state_words(run: Tree) -> str:
         return "cannot be read"
     if run.get("waiting"):
         return "paused (disk full)"
-    if run["state"] != "running" or not run.get("phase"):
+    job = run.get("job")
+    if job and job["state"] in WORKING:
+        name = job_name(job["task"])
+        return f"{run['state']}, {'paused' if job.get('waiting') else name}{job_share(job)}"
+    if run["state"] != "running":
         return str(run["state"])
+    if not run.get("phase"):
+        return "starting" + (f": {run['doing']}" if run.get("doing") else "")
     block, blocks = run.get("block"), run.get("blocks")
     where = f" {block_place(block, blocks)}" if block is not None and blocks else ""
     return f"running {phase_label(run['phase'])}{where}"
+
+
+def job_share(job: Tree) -> str:
+    """How much of the phase that a job is in is done, behind its name."""
+    position = job["position"]
+    if position["step"] is None or not position["steps"]:
+        return ""
+    return f" {share(position['step'], position['steps']):.0%}"
 
 
 def ago(when: float | None, now: float) -> str:
@@ -254,6 +290,8 @@ def shorten(path: str | Path) -> str:
 def _position(run: Tree) -> str:
     position = run["position"]
     words = phase_label(position["phase"])
+    if position.get("doing"):
+        words += f", {position['doing']}"
     if position["blocks"] and position["block"] is not None:
         words += f", block {block_place(position['block'], position['blocks'])}"
     if position["steps"] and position["step"] is not None:

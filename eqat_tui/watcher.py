@@ -72,15 +72,15 @@ def _same(one: RunView, other: RunView) -> bool:
     return (
         (
             one.state is other.state
-            or (one.state.event_count, one.state.status) == (other.state.event_count, other.state.status)
+            or (one.state.event_count, one.at_work.status) == (other.state.event_count, other.at_work.status)
         )
-        and (one.liveness, one.requests, one.replay, one.problem)
+        and (one.liveness, one.job, one.requests, one.replay, one.problem)
         == (
             other.liveness,
+            other.job,
             other.requests,
             other.replay,
             other.problem,
         )
-        and one.liveness not in ("hung", "starting")
-        and (one.state.phase is not None or one.liveness != "running")
+        and not one.hung
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ from engine.run.removal import not_deleted, remove_entry, remove_file, remove_pr
 from engine.run.state import load_state
 from engine.run.usable import current_is_intact
 from engine.system.guarded import names_in, opened_folder
-from engine.system.temporary import temporary_of
+from engine.system.temporary import temporary_of, unique
 
 LONGEST_NAME = 255
 """Bytes that a file system allows a name."""
@@ -104,7 +103,7 @@ def refuse_busy(run: RunDirectory) -> None:
 
 def _removed_name(name: str) -> str:
     """What a run called ``name`` is called while it is being deleted."""
-    ending = f"-{secrets.token_hex(4)}"
+    ending = f"-{unique(4)}"
     while len(os.fsencode(f"{contents.REMOVED}{name}{ending}")) > LONGEST_NAME:
         name = name[:-1]
     return f"{contents.REMOVED}{name}{ending}"

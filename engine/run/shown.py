@@ -11,10 +11,11 @@ from engine.errors import EqatError
 from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.run.events import Event
-from engine.run.liveness import last_events, run_state
+from engine.run.liveness import Work, last_events, look
 from engine.run.redo import read_origin
 from engine.run.state import RunState, load_state
 from engine.run.status import Status
+from engine.run.task import is_job
 
 DEEPEST = 40
 """Levels of the tree; ours has six."""
@@ -26,7 +27,8 @@ def show_run(run: RunDirectory) -> dict[str, Any]:
     metrics = [event for event in last_events(run) if isinstance(event, events.Metric)]
     if metrics and (metrics[-1].attempt, metrics[-1].phase) == (state.attempt, state.phase):
         state = state.apply(metrics[-1])
-    tree = render(state, state=run_state(run), config=_config(run))
+    found = look(run)
+    tree = render(state, state=found.state, work=found.work, config=_config(run))
     return {**tree, "path": str(run.path), "origin": origin(run)}
 
 
@@ -36,10 +38,11 @@ _NOT_SUMMARIZED = events.BULK | {"block.started", "block.finished"}
 def summarize(run: RunDirectory) -> dict[str, Any]:
     """One row of ``eqat runs --json``; passes over the bulk of the log, so that a list of runs is quick."""
     state = load_state(run, skip=_NOT_SUMMARIZED)
-    tree = render(state, state=run_state(run))
+    found = look(run)
+    tree = render(state, state=found.state, work=found.work)
     config = _config(run) or {}
     status = state.status
-    kept = ("id", "state", "started", "updated", "seconds", "eta_s", "perplexity", "size_bytes")
+    kept = ("id", "state", "started", "updated", "seconds", "eta_s", "perplexity", "size_bytes", "job")
     return {
         **{name: tree[name] for name in kept},
         "path": str(run.path),
@@ -50,6 +53,7 @@ def summarize(run: RunDirectory) -> dict[str, Any]:
         "bits_per_weight": tree["bits_per_weight"],
         "device": state.device or None,
         "phase": state.phase,
+        "doing": tree["position"]["doing"],
         "block": status.block if status is not None else None,
         "blocks": status.blocks if status is not None else None,
         "error": tree["error"]["message"] if tree["error"] else None,
@@ -78,9 +82,11 @@ def _config(run: RunDirectory) -> dict[str, Any] | None:
 # -- the tree ------------------------------------------------------------------------------------------
 
 
-def render(run: RunState, *, state: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def render(
+    run: RunState, *, state: str, work: Work | None = None, config: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Plain dicts, lists, strings and finite numbers; keys are stable, what is unknown is ``None``. ``state``
-    comes from the run's lock and heartbeat."""
+    and ``work`` come from the run's lock and heartbeat."""
     run = run.accounted()
     export = next(reversed(run.exports.values()), None)
     plan = run.plan or {}
@@ -92,9 +98,10 @@ def render(run: RunState, *, state: str, config: Mapping[str, Any] | None = None
         "started": run.first_t,
         "updated": run.last_t,
         **_fields(run, "outcome", "exit_code", "seconds"),
-        "eta_s": run.eta_s if state == "running" else None,
+        **_time_left(run, state),
         "waiting": waiting(run.status, state),
-        "position": _fields(run, "phase", "block", "blocks", "step", "steps", "epoch"),
+        "position": _position(run, state),
+        "job": _job(run.job, work),
         "phases": [_fields(row, *_PHASE) for row in run.phases],
         "blocks": [_fields(row, *_BLOCK) for row in run.trained_blocks()],
         "perplexity": run.perplexity(),
@@ -134,6 +141,41 @@ _EXPORT = (
     "tokens",
 )
 _CHECKPOINT = ("generation", "bytes", "phase", "block", "t")
+
+
+def _position(run: RunState, state: str) -> dict[str, Any]:
+    doing = run.status.doing if run.status is not None and state in ("running", "hung") else ""
+    return {**_fields(run, "phase", "block", "blocks", "step", "steps", "epoch"), "doing": doing or None}
+
+
+def _time_left(run: RunState, state: str) -> dict[str, Any]:
+    """Seconds, and those by which a phase outlasts its plan; of an engine that is at work."""
+    status = run.status if state == "running" else None
+    return {
+        "eta_s": status.eta_s if status is not None else None,
+        "over_s": status.over_s if status is not None else None,
+    }
+
+
+def _job(job: RunState | None, work: Work | None) -> dict[str, Any] | None:
+    """What was done with the run last, or is being done now."""
+    if work is not None and is_job(work.task) and (job is None or job.attempt != work.attempt):
+        job = RunState(task=work.task, attempt=work.attempt)  # it has not said anything yet
+    if job is None:
+        return None
+    at_work = work is not None and work.attempt == job.attempt
+    state = work.state if work is not None and at_work else job.outcome or "crashed"
+    return {
+        **_fields(job, "task", "attempt"),
+        "state": state,
+        "started": job.attempt_t,
+        "updated": job.last_t,
+        **_fields(job, "exit_code", "seconds"),
+        **_time_left(job, state),
+        "waiting": waiting(job.status, state),
+        "position": _position(job, state),
+        "error": _payload(job.error),
+    }
 
 
 def _fields(of: object, *names: str) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from textual.widget import Widget
 
 from engine.config.stages import STAGES
 from engine.run.launch import launch
+from engine.run.task import job_name
 from eqat_tui.feed import ReplayFeed, RunView
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import Line, line, wrap
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Confirm, Reader
-from eqat_tui.screens.stopping import ask_engine, ask_to_stop
+from eqat_tui.screens.stopping import ask_to
 from eqat_tui.screens.table import key_of
 from eqat_tui.views import monitor as views
 from eqat_tui.views import run_charts as charts
@@ -132,7 +133,7 @@ class MonitorScreen(WorkScreen):
             self.query_one("#blocks", ListPanel).cursor = 0
         before, self._view = self._view, view
         ended = before is not None and before.id == view.id and before.live and not view.live
-        if ended and view.replay is None and view.state.task == "run":
+        if ended and view.replay is None and before is not None and before.job is None:
             self._tell_end(view)
         self._fill(charts=time.monotonic() - self._drawn >= CHART_SECONDS)
 
@@ -250,6 +251,8 @@ class MonitorScreen(WorkScreen):
         running = view.live
         if action in ("stop", "abort", "kill") and not running:
             return f"the run is {view.liveness}: no engine works on it"
+        if view.job is not None and action == "resume":
+            return f"the run is {view.liveness}: x stops its {job_name(view.job.task)}"
         if action == "stop" and view.asked:
             return "it was asked to already, and ends at its next step"
         if action == "abort" and view.asked == "abort":
@@ -261,7 +264,7 @@ class MonitorScreen(WorkScreen):
                 return f"the run is done: {key_of('result')} shows its result"
             if view.liveness == "gone":
                 return "the run's directory is gone"
-        if action == "kill" and view.liveness == "running" and not view.asked:
+        if action == "kill" and not view.hung and not view.asked:
             return "the engine answers: x stops it, a aborts it"
         if action == "follow" and self._chosen is None:
             return "it does already"
@@ -275,17 +278,11 @@ class MonitorScreen(WorkScreen):
 
     def do_stop(self) -> None:
         assert self._view is not None
-        ask_to_stop(self, self._view)
+        ask_to("stop", self, self._view)
 
     def do_abort(self) -> None:
-        run = self.eqat.current()
-        question = Confirm(
-            "Abort the run?",
-            "The engine ends at once; what it trained after its last checkpoint is lost. "
-            "x stops it instead, at its next step, and loses nothing.",
-            "abort",
-        )
-        self.app.push_screen(question, lambda yes: ask_engine(self, run, "abort") if yes else None)
+        assert self._view is not None
+        ask_to("abort", self, self._view)
 
     def do_resume(self) -> None:
         self.eqat.start_engine(self.eqat.current(), launch)

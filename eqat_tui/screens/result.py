@@ -28,7 +28,7 @@ from eqat_tui.planned import branch
 from eqat_tui.run_text import shorten
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Ask, MarkdownReader
-from eqat_tui.screens.stopping import ask_to_stop
+from eqat_tui.screens.stopping import ask_to
 from eqat_tui.screens.table import key_of
 from eqat_tui.views import monitor as monitor_views
 from eqat_tui.views import result as views
@@ -183,7 +183,7 @@ class ResultScreen(WorkScreen):
         if action == "stop":
             if not view.live:
                 return "nothing is being done"
-            if view.state.task == "run":
+            if view.job is None:
                 return f"the run itself is at work: x on {key_of('monitor')} stops it"
         return ""
 
@@ -210,7 +210,7 @@ class ResultScreen(WorkScreen):
 
     def do_stop(self) -> None:
         assert self._view is not None
-        ask_to_stop(self, self._view)
+        ask_to("stop", self, self._view)
 
     def do_export(self) -> None:
         assert self._view is not None

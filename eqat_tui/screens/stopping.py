@@ -5,33 +5,32 @@ from __future__ import annotations
 from engine.errors import EqatError
 from engine.run import control
 from engine.run.directory import RunDirectory
+from engine.run.task import job_name
 from eqat_tui.feed import RunView
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Confirm
 from eqat_tui.screens.table import key_of
-from eqat_tui.views.monitor import SIDE_TASKS
 
 
-def ask_to_stop(screen: WorkScreen, view: RunView) -> None:
-    """Stop what the engine does, once the user agrees."""
+def ask_to(request: control.Action, screen: WorkScreen, view: RunView) -> None:
+    """Stop or abort what the engine does, once the user agrees."""
     run = screen.eqat.current()
-    screen.app.push_screen(question(view), lambda yes: ask_engine(screen, run, "stop") if yes else None)
+    name = job_name(view.job.task) if view.job is not None else "run"
+    question = Confirm(f"{request.capitalize()} the {name}?", _consequence(request, view), f"{request} it")
+    screen.app.push_screen(question, lambda yes: ask_engine(screen, run, request) if yes else None)
 
 
-def question(view: RunView) -> Confirm:
-    """Whether to stop, and what comes of it."""
-    doing = SIDE_TASKS.get(view.state.task)
-    if doing is None:
-        return Confirm(
-            "Stop the run?",
-            "The engine writes a checkpoint at its next step and ends; memory and GPU are free then. Nothing "
-            f"is lost: r on {key_of('monitor')} goes on exactly there.",
-            "stop it",
+def _consequence(request: control.Action, view: RunView) -> str:
+    if view.job is not None:
+        return f"What it has done so far is not kept. The run stays {view.liveness}."
+    if request == "abort":
+        return (
+            "The engine ends at once; what it trained after its last checkpoint is lost. x stops it instead, "
+            "at its next step, and loses nothing."
         )
-    return Confirm(
-        f"Stop the {doing}?",
-        "What it has done so far is not kept. The run itself stays as it is.",
-        "stop it",
+    return (
+        "The engine writes a checkpoint at its next step and ends; memory and GPU are free then. Nothing is "
+        f"lost: r on {key_of('monitor')} goes on exactly there."
     )
 
 

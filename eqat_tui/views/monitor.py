@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.config.stages import STAGES, phase_label
+from engine.run import events
 from engine.run.state import MAX_BLOCKS, BlockRow, RunState
 from engine.run.status import PLAN_COUNTS
+from engine.run.task import job_name
 from eqat_tui.display import fraction
 from eqat_tui.feed import Entry, RunView
 from eqat_tui.lines import Line, Span, bar, beside, columns, cut, few, line, width_of, wrap
@@ -38,7 +40,6 @@ STATE_ROLES = {
     "failed": "bad",
     "gone": "bad",
 }
-SIDE_TASKS = {"export": "export", "generate": "sample", "eval": "evaluation"}
 STATE_MARKS = {
     "running": "▶",
     "starting": "▶",
@@ -79,6 +80,9 @@ def state_span(view: RunView) -> Span:
             return "■ replay, at its end", "accent"
         held = view.replay.paused
         return "‖ replay, held" if held else f"▶ replay ×{view.replay.speed:g}", "accent"
+    if view.job is not None:
+        mark = STATE_MARKS.get(view.job.state, "?")
+        return f"{STATE_MARKS.get(words, '?')} {words}, {mark} {job_name(view.job.task)}", "accent"
     return f"{STATE_MARKS.get(words, '?')} {words}", STATE_ROLES.get(words, "")
 
 
@@ -150,26 +154,21 @@ def _measured(state: RunState) -> bool:
 def progress(view: RunView, width: int) -> list[Line]:
     """Two lines: the phase, and the whole run with the time left."""
     state = view.state
+    if view.job is not None:
+        return [job_progress(view, width), _finished(view, width)]
     if view.liveness == "done":
-        took = f"took {format_seconds(elapsed(state))}"
-        return [
-            _bar_line(line(("finished", "strong")), 1.0, "good", line(took), width),
-            line((f"{len(state.phases)} phases", "muted")),
-        ]
+        return [_finished(view, width), line((f"{len(state.phases)} phases", "muted"))]
     return [_phase_line(view, width), _run_line(view, width)]
 
 
 def _phase_line(view: RunView, width: int) -> Line:
     """What the run does now, and how much of that is done."""
     state = view.state
-    if view.live and state.phase is None:
-        return _starting(view, width)
     done = fraction(state)
     index = next((row.index for row in state.phases if row.name == state.phase), None)
-    of_the_run = state.task == "run" and state.phase_count  # an export made later has phases of its own
-    count = f" {index + 1}/{state.phase_count}" if index is not None and of_the_run else ""
-    name = phase_label(state.phase) if state.phase else "not started"
-    words = line((name, "strong"), (count, "muted"))
+    count = f" {index + 1}/{state.phase_count}" if index is not None and state.phase_count else ""
+    name = phase_label(state.phase) if state.phase else ("starting" if view.live else "not started")
+    words = line((name, "strong"), (count, "muted"), *_doing(view))
     if state.blocks and state.block is not None:
         words += line(f"  block {block_place(state.block, state.blocks)}")
     row = state.block_rows.get((state.phase or "", state.block if state.block is not None else -1))
@@ -199,14 +198,33 @@ def _bar_role(view: RunView) -> str:
     return "accent" if view.live or view.replay is not None else "muted"
 
 
-def _starting(view: RunView, width: int) -> Line:
-    """What an engine does that has begun with nothing yet, and for how long."""
-    state = view.state
-    doing = SIDE_TASKS.get(state.task)
-    what = f"starting the {doing}" if doing else "starting"
-    loading = "loading libraries" if view.liveness == "starting" else "opening the model and its plan"
-    clock = line(f"{format_clock(max(0.0, view.now - view.since))}" if view.since is not None else "")
-    return _bar_line(line((what, "strong"), (f"  {loading}", "muted")), None, "accent", clock, width)
+def job_progress(view: RunView, width: int) -> Line:
+    """What is done with a finished run: its phase, how far that is, the time left."""
+    job = view.at_work
+    assert view.job is not None
+    done = fraction(job)
+    words = line((job_name(view.job.task), "strong"), "  ", phase_label(job.phase), *_doing(view))
+    if job.steps and job.step is not None:
+        words += line((f"  {job.step}/{job.steps}", "muted"))
+    clock = line(f"{done:4.0%}" if done is not None else "")
+    if job.eta_s is not None:
+        clock += line("  ", (f"{format_clock(job.eta_s)} left", "strong"))
+    return _bar_line(words, done, "accent", clock, width)
+
+
+def _doing(view: RunView) -> Line:
+    """What the engine does where it counts nothing, and for how long it has."""
+    spent = view.starting_s
+    status = view.at_work.status
+    if spent is None and status is not None and view.live and fraction(view.at_work) is None:
+        spent = status.phase_s
+    words = f"  {view.doing}" if view.doing else ""
+    return line((f"{words}{'' if spent is None else f'  {format_clock(spent)}'}", "muted"))
+
+
+def _finished(view: RunView, width: int) -> Line:
+    took = f"took {format_seconds(elapsed(view.state))}"
+    return _bar_line(line(("finished", "strong")), 1.0, "good", line(took), width)
 
 
 def _bar_line(left: Line, share: float | None, role: str, right: Line, width: int) -> Line:
@@ -232,7 +250,7 @@ def notices(view: RunView, width: int) -> list[Line]:
         lines += few(wrap(f"‖ {view.waiting}", width, "warn"), MOST_LINES)
     if view.asked:
         lines.append(request_line(view))
-    if view.liveness == "hung":
+    if view.hung:
         pid = f" (process {view.pid})" if view.pid else ""
         silent = _silence(view)
         lines += wrap(
@@ -248,15 +266,32 @@ def notices(view: RunView, width: int) -> list[Line]:
             "bad",
         )
     if view.state.error is not None and view.liveness not in ("running", "starting"):
-        error = view.state.error
-        where = f"{error.where}: " if error.where else ""
-        failed = SIDE_TASKS.get(view.state.task)
-        text = f"{where}{error.message}{hint_for_app(error.hint)}"
-        words = f"! the last {failed} failed: {text}" if failed else f"✗ {text}"
-        lines += few(wrap(words, width, "warn" if failed else "bad"), MOST_LINES)
+        lines += few(wrap(f"✗ {_error_words(view.state.error)}", width, "bad"), MOST_LINES)
+    lines += few(wrap(job_notice(view), width, "warn"), MOST_LINES) if job_notice(view) else []
     if broken(view.state) and view.live:
         lines += wrap("! the loss is not finite; the engine goes back to its last good state", width, "bad")
     return lines
+
+
+def _error_words(error: events.Error) -> str:
+    where = f"{error.where}: " if error.where else ""
+    return f"{where}{error.message}{hint_for_app(error.hint)}"
+
+
+def job_notice(view: RunView) -> str:
+    """How what was done last with a finished run has ended, where that was not well; the run stays what it
+    was."""
+    job = view.state.job
+    if job is None or view.live or view.replay is not None or job.outcome == "done":
+        return ""
+    name = job_name(job.task)
+    if job.outcome is None:
+        return f"! the last {name} was cut off: its engine was killed, or died without a word"
+    if job.outcome != "failed":
+        return f"■ the last {name} was {job.outcome}; the run stays {view.liveness}"
+    if job.error is None or view.state.error is not None:
+        return ""  # where it found the run damaged, that is told of the run
+    return f"! the last {name} failed: {_error_words(job.error)}"
 
 
 def request_line(view: RunView) -> Line:
@@ -271,7 +306,7 @@ def request_line(view: RunView) -> Line:
 
 
 def _silence(view: RunView) -> str:
-    status = view.state.status
+    status = view.at_work.status
     return format_seconds(max(0.0, view.now - status.heartbeat)) if status is not None else "a while"
 
 

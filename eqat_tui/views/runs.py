@@ -8,10 +8,11 @@ from typing import Any, Literal
 from engine.config.stages import full_precision, phase_label
 from engine.run.directory import RunDirectory
 from engine.run.housekeeping import Cleanable
+from engine.run.task import job_name
 from eqat_tui.lines import Line, Span, columns, cut, line, widths_of, wrap
 from eqat_tui.measured import newest
 from eqat_tui.output import format_bytes, format_number, format_seconds
-from eqat_tui.run_text import UNREADABLE, ago, shorten
+from eqat_tui.run_text import UNREADABLE, WORKING, ago, job_share, shorten
 from eqat_tui.screens.table import key_of
 from eqat_tui.views.monitor import STATE_MARKS, STATE_ROLES
 from eqat_tui.words import block_place, model_name
@@ -20,7 +21,7 @@ Summary = Mapping[str, Any]
 SortBy = Literal["started", "state", "model", "perplexity", "size"]
 SORTS: tuple[SortBy, ...] = ("started", "state", "model", "perplexity", "size")
 
-_BY_STATE = ("running", "hung", "created", "crashed", "failed", "stopped", "aborted", "done")
+_BY_STATE = ("running", "starting", "hung", "created", "crashed", "failed", "stopped", "aborted", "done")
 
 
 def unreadable(run: RunDirectory, words: str) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def unreadable(run: RunDirectory, words: str) -> dict[str, Any]:
     nothing = dict.fromkeys(
         ("started", "updated", "seconds", "eta_s", "name", "model", "bits", "group_size", "bits_per_weight")
     )
-    nothing |= dict.fromkeys(("device", "phase", "block", "blocks", "waiting"))
+    nothing |= dict.fromkeys(("device", "phase", "doing", "block", "blocks", "waiting", "job"))
     return {
         **nothing,
         "id": run.id,
@@ -95,11 +96,14 @@ def _cells(run: Summary, marked: bool, now: float) -> list[str | Span]:
         return ["", run["id"], "?", ("✗ cannot be read", "bad"), "–", ("–", "muted"), "–", ("–", "muted")]
     if run["waiting"]:
         words = "‖ paused: disk full"
-    elif state == "running" and run["phase"]:
+    elif state == "running":
         block, blocks = run["block"], run["blocks"]
         words += f" {phase_label(run['phase'])}" + (
-            f" {block_place(block, blocks)}" if blocks and block is not None else ""
+            f" {block_place(block, blocks)}" if run["phase"] and blocks and block is not None else ""
         )
+    elif run["job"] and run["job"]["state"] in WORKING:
+        mark, name = STATE_MARKS.get(run["job"]["state"], "?"), job_name(run["job"]["task"])
+        words += f", {mark} {name}{job_share(run['job'])}"
     group = "channel" if run["group_size"] == -1 else f"g{run['group_size']}"
     return [
         ("*", "strong") if marked else " ",

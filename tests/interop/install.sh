@@ -11,4 +11,5 @@ $pip setuptools wheel transformers==5.23.0 accelerate==1.15.0
 $pip --no-deps --no-build-isolation gptqmodel==7.7.0
 $pip threadpoolctl device-smi pypcre tokenicer logbar datasets dill defuser maturin ninja pillow xxhash optimum
 $pip --no-deps torchao==0.18.0
-$pip --editable "$repository" pytest pytest-timeout
+# What tests/conftest.py and these tests import; tests/test_rare_workflows.py compares the two.
+$pip --editable "$repository" pytest pytest-timeout hypothesis

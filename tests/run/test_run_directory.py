@@ -331,13 +331,13 @@ def test_run_that_was_launched_and_died_before_its_first_event_has_crashed(run: 
     here, me, now = socket.gethostname(), os.getpid(), time.time()
     born = psutil.Process(me).create_time()
     launched(me, here, born, now)
-    assert run_state(run) == "created"  # still importing
+    assert run_state(run) == "starting"  # still importing
     launched(me, here, born - 1000, now)
     assert run_state(run) == "crashed"  # its pid belongs to another process now
     launched(2**22 + 1, here, born, now)
     assert run_state(run) == "crashed"
     launched(1, "elsewhere", born, now)
-    assert run_state(run) == "created"
+    assert run_state(run) == "starting"
     launched(1, "elsewhere", born, now - 1000)
     assert run_state(run) == "crashed"
     with EventWriter(run.events_path, 1) as writer:

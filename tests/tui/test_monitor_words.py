@@ -10,6 +10,7 @@ from logs import RECORDED, Log
 
 from engine.run import events
 from engine.run.directory import RunDirectory
+from engine.run.liveness import Work
 from engine.run.lock import RunLock
 from engine.run.state import RunState
 from engine.run.status import Launched, Status
@@ -105,9 +106,12 @@ def test_an_export_made_later_leaves_the_run_its_phases() -> None:
     log.events[-2] = msgspec.structs.replace(log.events[-2], task="export")  # type: ignore[call-arg]
     log.add(events.PhaseStarted(phase="export", index=1, phases=2))
     later = RunState().apply_all(log.events)
-    view = RunView(id="run", path="/run", state=later, liveness="running", now=log.t)
+    work = Work("export", later.newest_attempt, "running")
+    view = RunView(id="run", path="/run", state=later, liveness="done", job=work, now=log.t)
     assert plain(monitor.progress(view, 80)[0]).startswith("export  ")
-    done = msgspec.structs.replace(view, liveness="done")
+    assert plain([monitor.state_span(view)]) == "✓ done, ▶ export"
+    assert "attempt" not in plain(monitor.title(view, 80)), "the run had one"
+    done = msgspec.structs.replace(view, job=None)
     assert plain(monitor.progress(done, 80)[1]) == f"{len(state.phases)} phases"
 
 
