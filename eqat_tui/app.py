@@ -290,6 +290,7 @@ class EqatApp(App[str]):
 
     def start_engine(self, run: RunDirectory, start: Callable[[RunDirectory], int]) -> None:
         """Start an engine and show its run."""
+        self.clear_notifications()  # they told of the one before
 
         def begin() -> None:
             start(run)

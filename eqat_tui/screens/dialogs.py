@@ -151,7 +151,7 @@ class Reader(ModalScreen[None]):
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog tall"):
-            yield ScrollPanel(id="text", title=self._title)
+            yield ScrollPanel(id="text", classes="section", title=self._title)
             yield Panel(id="keys")
 
     def on_mount(self) -> None:
@@ -180,7 +180,7 @@ class MarkdownReader(ModalScreen[None]):
         from textual.widgets import Markdown
 
         with Vertical(classes="dialog tall"):
-            with ScrollText(id="text"):
+            with ScrollText(id="text", classes="section"):
                 yield Markdown(printable_lines(self._text), open_links=False)
             yield Panel(id="keys")
 

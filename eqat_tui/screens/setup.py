@@ -113,8 +113,22 @@ class SetupScreen(WorkScreen):
             self._make_plan()
 
     def start_from(self, base: str) -> None:
-        """Begin again with a preset or a file."""
-        self._change(Draft(base=base))
+        """Begin again with a preset or a file; what was changed is given up only if that is agreed to."""
+        self._begin_again(
+            Draft(base=base),
+            "Replace what is set up here?",
+            f"{len(self.draft.changes)} settings that were changed about {self.draft.base} are forgotten; w "
+            "saves them as a file first.",
+            "replace it",
+        )
+
+    def _begin_again(self, again: Draft, question: str, consequence: str, yes: str) -> None:
+        if len(self.draft.changes) <= 1:  # is soon made again
+            self._change(again)
+            return
+        self.app.push_screen(
+            Confirm(question, consequence, yes), lambda agreed: self._change(again) if agreed else None
+        )
 
     # -- the draft ---------------------------------------------------------------------------------
 
@@ -405,16 +419,12 @@ class SetupScreen(WorkScreen):
         self._change(self.draft.reset(sorted(self._names(row))))
 
     def do_fresh(self) -> None:
-        again = Draft(base=self.draft.base)
-        if len(self.draft.changes) == 1:  # is soon made again
-            self._change(again)
-            return
-        question = Confirm(
+        self._begin_again(
+            Draft(base=self.draft.base),
             "Forget all changes?",
             f"{len(self.draft.changes)} settings go back to what {self.draft.base} says.",
             "forget them",
         )
-        self.app.push_screen(question, lambda yes: self._change(again) if yes else None)
 
     def do_copy(self) -> None:
         self.eqat.copy(self.draft.command(self.eqat.runs_dir), "the command")

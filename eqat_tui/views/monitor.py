@@ -167,7 +167,8 @@ def _phase_line(view: RunView, width: int) -> Line:
     done = fraction(state)
     index = next((row.index for row in state.phases if row.name == state.phase), None)
     count = f" {index + 1}/{state.phase_count}" if index is not None and state.phase_count else ""
-    name = phase_label(state.phase) if state.phase else ("starting" if view.live else "not started")
+    began = "ended while it started" if state.attempt else "not started"
+    name = phase_label(state.phase) if state.phase else ("starting" if view.live else began)
     words = line((name, "strong"), (count, "muted"), *_doing(view))
     if state.blocks and state.block is not None:
         words += line(f"  block {block_place(state.block, state.blocks)}")
