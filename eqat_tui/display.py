@@ -30,6 +30,7 @@ from eqat_tui.output import (
     say,
     share,
 )
+from eqat_tui.words import time_left
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -119,6 +120,12 @@ def position(state: RunState) -> str:
     return text
 
 
+def left_words(state: RunState) -> str:
+    """The time left in words, as the engine estimates it; empty where it does not."""
+    status = state.status
+    return "" if status is None else time_left(status.eta_s, status.over_s, measured=status.eta_measured)
+
+
 def doing(state: RunState) -> list[str]:
     """What an engine does that counts nothing, and for how long: ``loading torch``, ``0:12``."""
     status = state.status
@@ -133,7 +140,7 @@ def measurements(state: RunState) -> list[str]:
     if state.status is not None and state.status.waiting:
         return [f"paused: {state.status.waiting}"]
     parts = doing(state)
-    if state.steps and state.step is not None:
+    if state.epoch is not None and state.steps and state.step is not None:  # of a training, not of a count
         parts.append(f"step {state.step}/{state.steps}")
     metric = state.metrics[-1] if state.metrics else None
     if metric is not None and metric.phase == state.phase:
@@ -171,9 +178,9 @@ class PlainDisplay:
                 self._print(line)
         now = state.at_work
         if time.monotonic() - self._last >= self._interval and (now.phase is not None or doing(now)):
-            parts = [position(now), *measurements(now)]
-            if now.eta_s is not None:
-                parts.append(f"{format_clock(now.eta_s)} left")
+            done, left = fraction(now), left_words(now)
+            parts = [position(now), *([f"{done:.0%}"] if done is not None and now.epoch is None else [])]
+            parts += [*measurements(now), *([left] if left else [])]
             self._print("  " + "  ".join(parts))
 
     def note(self, text: str) -> None:
@@ -242,8 +249,7 @@ class LiveDisplay:
         first.add_column(ratio=1)
         first.add_column(no_wrap=True, justify="right")
         share = "" if done is None else f"{done:4.0%}  "
-        left = "" if state.eta_s is None else f"  {format_clock(state.eta_s)} left"
-        first.add_row(Text(cell(position(state)), style="bold"), bar, Text(f"{share}{left.strip()}"))
+        first.add_row(Text(cell(position(state)), style="bold"), bar, Text(f"{share}{left_words(state)}"))
         words = cell("  " + "   ".join(measurements(state)), LONGEST_LINE)
         second = Text(words, style="dim", no_wrap=True, overflow="ellipsis")
         return Group(first, second)

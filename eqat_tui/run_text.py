@@ -30,7 +30,7 @@ from eqat_tui.output import (
     table,
 )
 from eqat_tui.planned import branch
-from eqat_tui.words import model_name
+from eqat_tui.words import model_name, time_left
 
 Tree = Mapping[str, Any]
 
@@ -294,11 +294,12 @@ def _position(run: Tree) -> str:
         words += f", {position['doing']}"
     if position["blocks"] and position["block"] is not None:
         words += f", block {position['block'] + 1} of {position['blocks']}"
-    if position["steps"] and position["step"] is not None:
+    if position["steps"] and position["step"] is not None and position["epoch"] is not None:
         words += f", step {position['step']} of {position['steps']}"
-    if run.get("eta_s") is not None:
-        words += f", {format_seconds(run['eta_s'])} left"
-    return words
+    else:
+        words += f",{job_share(run)}" if job_share(run) else ""
+    left = time_left(run.get("eta_s"), run.get("over_s"), measured=run.get("eta_measured", True))
+    return f"{words}, {left}" if left else words
 
 
 def _peak(run: Tree, key: str) -> int | None:

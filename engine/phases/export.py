@@ -6,6 +6,7 @@ that the user wants a copy on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,11 @@ def export(job: Job, copy_to: Path | None = None) -> None:
     targets = {name: copy_to / name if len(names) > 1 else copy_to for name in names if copy_to is not None}
     for target in targets.values():
         check_target(target, job.run.path)
-    for name in names:
+    for index, name in enumerate(names):
         path, layout = job.run.export_dir / name, layout_of(name)
+        count = partial(_count, job, index, len(names))
         written, verified = job.checkpoints.patiently(
-            partial(_write, job, path, layout), _needed(job, layout), "an export", path.parent
+            partial(_write, job, path, layout, count), _needed(job, layout), "an export", path.parent
         )
         if written.dropped_code and job.source.trust_remote_code:
             job.report.warning(
@@ -66,6 +68,12 @@ def export(job: Job, copy_to: Path | None = None) -> None:
             _tell(job, written, verified, copied)
 
 
+def _count(job: Job, index: int, formats: int, checking: bool, done: int, blocks: int) -> None:
+    """How far the phase is: each format is written block by block, and then read back so."""
+    job.report.doing = "reading it back" if checking else "writing"
+    job.report.step((2 * index + checking) * blocks + done, 2 * formats * blocks)
+
+
 def _needed(job: Job, layout: Layout) -> int:
     """Bytes of one export."""
     tensors = job.plan.export_bytes // max(1, len(job.config.export.formats))
@@ -79,12 +87,14 @@ def _hear(job: Job) -> None:
     job.report.expect_silence(COPY_SILENCE)
 
 
-def _write(job: Job, path: Path, layout: Layout) -> tuple[ExportResult, VerifyResult]:
+def _write(
+    job: Job, path: Path, layout: Layout, count: Callable[[bool, int, int], None]
+) -> tuple[ExportResult, VerifyResult]:
     """A new export at ``path``, verified; an EqatError, and the old one, when it is not what was trained."""
     verified: list[VerifyResult] = []
 
     def is_trained(folder: Path) -> bool:
-        verified.append(_verify(job, layout, folder))
+        verified.append(_verify(job, layout, folder, partial(count, True)))
         return verified[0].verified
 
     export = Export(
@@ -94,14 +104,14 @@ def _write(job: Job, path: Path, layout: Layout) -> tuple[ExportResult, VerifyRe
         block_for=job.packed,
         shard_bytes=int(job.config.export.shard_gib * 2**30),
         card=_card(job),
-        on_block=job.report.step,
+        on_block=partial(count, False),
     )
     written = export.into(path, verify=is_trained, root=job.run.path)
     verified[0].raise_if_failed()
     return written, verified[0]
 
 
-def _verify(job: Job, layout: Layout, folder: Path) -> VerifyResult:
+def _verify(job: Job, layout: Layout, folder: Path, on_block: Callable[[int, int], None]) -> VerifyResult:
     """Read the files back and compare bits and logits."""
     tokens = job.tokens.any()
     if not len(tokens):
@@ -112,7 +122,7 @@ def _verify(job: Job, layout: Layout, folder: Path) -> VerifyResult:
         job.lm,
         job.packed,
         tokens[:VERIFY_WINDOWS, :VERIFY_TOKENS],
-        on_block=lambda done, blocks: job.report.leave_if_asked(),
+        on_block=on_block,
     )
 
 

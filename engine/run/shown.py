@@ -149,10 +149,12 @@ def _position(run: RunState, state: str) -> dict[str, Any]:
 
 
 def _time_left(run: RunState, state: str) -> dict[str, Any]:
-    """Seconds, and those by which a phase outlasts its plan; of an engine that is at work."""
+    """Seconds, whether they are measured, and those by which a phase outlasts its plan; of an engine that is
+    at work."""
     status = run.status if state == "running" else None
     return {
         "eta_s": status.eta_s if status is not None else None,
+        "eta_measured": status.eta_measured if status is not None else None,
         "over_s": status.over_s if status is not None else None,
     }
 

@@ -8,9 +8,8 @@ from typing import Any
 from engine.config.stages import STAGES, phase_label
 from engine.run import events
 from engine.run.state import MAX_BLOCKS, BlockRow, RunState
-from engine.run.status import PLAN_COUNTS
 from engine.run.task import job_name
-from eqat_tui.display import fraction
+from eqat_tui.display import fraction, left_words
 from eqat_tui.feed import Entry, RunView
 from eqat_tui.lines import Line, Span, bar, beside, columns, cut, few, line, width_of, wrap
 from eqat_tui.output import (
@@ -101,21 +100,9 @@ def elapsed(state: RunState) -> float:
     return sum(row.seconds for row in state.accounted().phases)
 
 
-def remaining(view: RunView) -> tuple[float | None, bool]:
-    """Seconds left, and whether that is only the plan's word because nothing is measured yet.
-
-    The first steps of a phase are no measurement: they are slow, and a hundred times a wrong number is a very
-    wrong one. Until a block is finished the plan's seconds count, times how far off the plan was so far.
-    """
-    state = view.state
-    if view.replay is not None or not view.live:
-        return state.eta_s if view.replay is not None else None, False
-    planned = known(state.plan)["seconds"]
-    if not planned or (state.eta_s is not None and _measured(state)):
-        return state.eta_s, not _measured(state)
-    share = share_done(state) or 0.0
-    pace = (elapsed(state) + PLAN_COUNTS * planned) / (planned * (share + PLAN_COUNTS))
-    return planned * (1 - share) * pace, True
+def remaining(view: RunView) -> str:
+    """The time left, in words: the engine's estimate, and in a replay that of the replay."""
+    return left_words(view.at_work) if view.live or view.replay is not None else ""
 
 
 def share_done(state: RunState) -> float | None:
@@ -144,13 +131,6 @@ def _share_of(state: RunState, phase: str, planned: int | None) -> float:
     return min(1.0, max(done, (fraction(state) or 0.0) if state.phase == phase else 0.0))
 
 
-def _measured(state: RunState) -> bool:
-    """Whether the pace rests on a finished block, or on enough steps of something without blocks."""
-    if state.blocks:
-        return any(row.finished for row in state.blocks_of(state.phase or ""))
-    return (fraction(state) or 0.0) >= 0.05
-
-
 def progress(view: RunView, width: int) -> list[Line]:
     """Two lines: the phase, and the whole run with the time left."""
     state = view.state
@@ -168,17 +148,15 @@ def progress(view: RunView, width: int) -> list[Line]:
     row = state.block_rows.get((state.phase or "", state.block if state.block is not None else -1))
     if row is not None and row.finished and view.live:
         words += line(("  passing on", "muted"))  # finished before: only its activations are needed again
-    elif state.steps and state.step is not None:
+    elif state.epoch is not None and state.steps and state.step is not None:
         words += line((f"  step {state.step}/{state.steps}", "muted"))
     share = line(f"{done:4.0%}" if done is not None else "")
-    left, guess = remaining(view)
+    left = remaining(view)
     worked = elapsed(state)
     whole = share_done(state)
     clock = line(f"{whole:4.0%}  " if whole is not None else "", (f"{format_clock(worked)} done", "muted"))
-    if left is not None:
-        clock += line("  ", (f"{'about ' if guess else ''}{format_clock(left)} left", "strong"))
-        if guess:
-            clock += line((" by the plan", "muted"))
+    if left:
+        clock += line("  ", (left, "strong"))
     role = "accent" if view.live or view.replay is not None else "muted"
     return [
         _bar_line(words, done, role, share, width),
@@ -192,11 +170,7 @@ def job_progress(view: RunView, width: int) -> Line:
     assert view.job is not None
     done = fraction(job)
     words = line((job_name(view.job.task), "strong"), "  ", phase_label(job.phase), *_doing(view))
-    if job.steps and job.step is not None:
-        words += line((f"  {job.step}/{job.steps}", "muted"))
-    clock = line(f"{done:4.0%}" if done is not None else "")
-    if job.eta_s is not None:
-        clock += line("  ", (f"{format_clock(job.eta_s)} left", "strong"))
+    clock = line(f"{done:4.0%}  " if done is not None else "", (remaining(view), "strong"))
     return _bar_line(words, done, "accent", clock, width)
 
 

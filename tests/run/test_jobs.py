@@ -96,7 +96,7 @@ def test_a_run_stays_done_while_it_is_evaluated_and_the_job_has_its_own_place(do
         assert (row["eta_s"], row["phase"]) == (None, "evaluate_rtn")
         assert "done, evaluation 30%" in runs_table([row])
         told = words_of(report(show_run(done)))
-        assert "evaluation evaluate round-to-nearest, step 3 of 10, 1 min 10 s left" in told
+        assert "evaluation evaluate round-to-nearest, 30%, 1:10 left" in told
 
 
 def test_what_a_job_achieves_is_the_runs_and_how_it_ended_is_its_own(done: RunDirectory) -> None:
