@@ -79,7 +79,8 @@ def lasting_line(event: Event) -> str | None:
             return f"  perplexity, {stage_label(event.stage)}: {value}"
         case events.Export():
             checked = "verified" if event.verified else "NOT VERIFIED"
-            return f"  {event.format}: {format_bytes(event.bytes)}, {checked}"
+            copied = f", copied to {event.copied_to}" if event.copied_to else ""
+            return f"  {event.format}: {format_bytes(event.bytes)}, {checked}{copied}"
         case events.Warning():
             return _with_hint(f"warning: {event.message}", event.hint)
         case events.ControlAck():

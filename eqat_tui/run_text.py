@@ -205,7 +205,8 @@ def export_words(export: Tree, run: Tree) -> str:
     if export.get("max_logit_diff") is not None:
         words += f", largest logit difference {format_number(export['max_logit_diff'], 2)}"
     path = Path(run["path"]) / export["path"]  # an absolute one is itself
-    return f"{cell(export['format'])} {cell(shorten(path), LONGEST_LINE // 2)} ({words})"
+    copied = f"; copied to {cell(export['copied_to'], LONGEST_LINE // 2)}" if export.get("copied_to") else ""
+    return f"{cell(export['format'])} {cell(shorten(path), LONGEST_LINE // 2)} ({words}){copied}"
 
 
 def error_line(run: Tree) -> str:

@@ -24,15 +24,14 @@ from engine.export.layout import Layout, layout_of
 from engine.export.place import ExportPlace
 from engine.export.result import ExportResult
 from engine.export.verify import VerifyResult, verify
+from engine.phases.copies import COPY_SILENCE, hear, require_same, targets_of
 from engine.phases.job import Job
 from engine.plan.phases import VERIFY_TOKENS, VERIFY_WINDOWS
 from engine.process import package_versions
 from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.system.copying import check_target, copy_whole
-
-COPY_SILENCE = 1800
-"""Seconds that another disk may take unheard for what was copied to it."""
+from engine.system.sums import digests
 
 
 def recover_exports(run: RunDirectory) -> None:
@@ -44,7 +43,7 @@ def recover_exports(run: RunDirectory) -> None:
 def export(job: Job, copy_to: Path | None = None) -> None:
     """Write and verify every requested format; ``copy_to`` gets a copy, of several formats a folder each."""
     names = job.config.export.formats
-    targets = {name: copy_to / name if len(names) > 1 else copy_to for name in names if copy_to is not None}
+    targets = targets_of(names, copy_to)
     for target in targets.values():
         check_target(target, job.run.path)
     for index, name in enumerate(names):
@@ -59,13 +58,19 @@ def export(job: Job, copy_to: Path | None = None) -> None:
                 "the export does not name code that does not come with the model: "
                 + ", ".join(written.dropped_code),
             )
+        heard = partial(hear, job.report)
+        job.report.doing = "noting its files"
+        # Not left here: the export has its name, and is not told of yet.
+        files = digests(path, job.run.path, partial(job.report.expect_silence, COPY_SILENCE))
         copied = ""
         try:
             if name in targets:
-                copy_whole(path, targets[name], run=job.run.path, poll=partial(_hear, job))
+                job.report.doing = f"copying to {targets[name]}"
+                copy_whole(path, targets[name], run=job.run.path, poll=heard)
+                require_same(targets[name], files, job.report)
                 copied = str(targets[name])
         finally:  # the export in the run stands, whatever becomes of its copy
-            _tell(job, written, verified, copied)
+            _tell(job, written, verified, files, copied)
 
 
 def _count(job: Job, index: int, formats: int, checking: bool, done: int, blocks: int) -> None:
@@ -79,12 +84,6 @@ def _needed(job: Job, layout: Layout) -> int:
     tensors = job.plan.export_bytes // max(1, len(job.config.export.formats))
     shards = 1 + int(tensors / (job.config.export.shard_gib * 2**30))
     return tensors + room_beside_tensors(layout, job.lm, job.source, shards)
-
-
-def _hear(job: Job) -> None:
-    """Between two pieces of a copy."""
-    job.report.leave_if_asked()
-    job.report.expect_silence(COPY_SILENCE)
 
 
 def _write(
@@ -126,7 +125,9 @@ def _verify(job: Job, layout: Layout, folder: Path, on_block: Callable[[int, int
     )
 
 
-def _tell(job: Job, written: ExportResult, verified: VerifyResult, copied_to: str) -> None:
+def _tell(
+    job: Job, written: ExportResult, verified: VerifyResult, files: dict[str, str], copied_to: str
+) -> None:
     job.report.emit(
         events.Export(
             format=written.format,
@@ -141,6 +142,7 @@ def _tell(job: Job, written: ExportResult, verified: VerifyResult, copied_to: st
             perplexity_trained=verified.perplexity_trained,
             tokens=verified.tokens,
             copied_to=copied_to,
+            files=files,
         )
     )
 
