@@ -123,7 +123,10 @@ def facts(run: Tree) -> dict[str, str]:
     job = run.get("job")
     if job and job["state"] != "done":
         name = job_name(job["task"])
-        lines[name if job["state"] in WORKING else f"last {name}"] = job_words(job)
+        why = run.get("why_gone") or ""
+        lines[name if job["state"] in WORKING else f"last {name}"] = job_words(job, why)
+    elif run.get("why_gone"):
+        lines["engine died"] = one_line(run["why_gone"])
     if run.get("origin"):
         lines["shares"] = origin_words(run["origin"])
     size = run["size_bytes"]
@@ -157,7 +160,7 @@ def facts(run: Tree) -> dict[str, str]:
     return lines
 
 
-def job_words(job: Tree) -> str:
+def job_words(job: Tree, why: str = "") -> str:
     """Where something that is done with a finished run is, or how it ended."""
     if job["state"] in WORKING:
         words = [_position(job)]
@@ -167,7 +170,7 @@ def job_words(job: Tree) -> str:
             words.append(f"paused: {one_line(job['waiting'])}")
         return ", ".join(words)
     if job["state"] == "crashed":
-        return "its engine was killed, or died without a word"
+        return f"its engine died: {one_line(why)}" if why else "its engine died without a word"
     return f"{job['state']}: {error_line(job).removeprefix('error: ')}" if job["error"] else str(job["state"])
 
 

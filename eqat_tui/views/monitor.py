@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.config.stages import STAGES, phase_label
 from engine.run import events
+from engine.run.deaths import KILLED
 from engine.run.state import MAX_BLOCKS, BlockRow, RunState
 from engine.run.task import job_name
 from eqat_tui.display import fraction, left_words
@@ -221,12 +222,12 @@ def notices(view: RunView, width: int) -> list[Line]:
             "bad",
         )
     if view.liveness == "crashed":
-        lines += wrap(
-            "✗ the engine died without a word: killed, or out of host memory; r goes on from its last "
-            "checkpoint, l shows its last words",
-            width,
-            "bad",
+        kept = view.state.checkpoint is not None
+        then = (
+            "goes on from its last checkpoint" if kept else "starts it from its beginning: none is kept yet"
         )
+        words = f"✗ the engine died: {view.why_gone or KILLED}; r {then}, l shows its last words"
+        lines += few(wrap(words, width, "bad"), MOST_LINES)
     if view.state.error is not None and view.liveness not in ("running", "starting"):
         lines += few(wrap(f"✗ {_error_words(view.state.error)}", width, "bad"), MOST_LINES)
     lines += few(wrap(job_notice(view), width, "warn"), MOST_LINES) if job_notice(view) else []
@@ -248,7 +249,7 @@ def job_notice(view: RunView) -> str:
         return ""
     name = job_name(job.task)
     if job.outcome is None:
-        return f"! the last {name} was cut off: its engine was killed, or died without a word"
+        return f"! the last {name} was cut off: {view.why_gone or KILLED}"
     if job.outcome != "failed":
         return f"■ the last {name} was {job.outcome}; the run stays {view.liveness}"
     if job.error is None or view.state.error is not None:
