@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 import traceback
 
@@ -30,6 +31,7 @@ from engine.run.status import LONGEST_FAILURE, Status, write_status
 from engine.run.task import Asked, check_prompt
 from engine.starting import Starting, starting
 from engine.system.files import full_disk
+from engine.system.printable import printable
 
 
 def attempt(run: RunDirectory, asked: Asked) -> int:
@@ -171,6 +173,9 @@ def _work(
         if isinstance(failure, DamagedRun):
             leaves = None  # what the run was is lost in part, and it can be resumed
         report.fail(failure)
+        if report.events.dropped:  # the log of events has no room; what was printed may lie elsewhere
+            with contextlib.suppress(OSError):
+                print(f"error: {printable(str(failure))}", file=sys.stderr, flush=True)
         outcome, code = "failed", failure.exit_code
     finally:
         telemetry.close()

@@ -31,7 +31,7 @@ from eqat_tui.output import (
     say,
     share,
 )
-from eqat_tui.words import block_place
+from eqat_tui.words import block_place, time_left
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -87,7 +87,8 @@ def lasting_line(event: Event) -> str | None:
             return f"  perplexity, {stage_label(event.stage)}: {value}"
         case events.Export():
             checked = "verified" if event.verified else "NOT VERIFIED"
-            return f"  {event.format}: {format_bytes(event.bytes)}, {checked}"
+            copied = f", copied to {event.copied_to}" if event.copied_to else ""
+            return f"  {event.format}: {format_bytes(event.bytes)}, {checked}{copied}"
         case events.Warning():
             return _with_hint(f"warning: {event.message}", event.hint)
         case events.ControlAck():
@@ -128,6 +129,12 @@ def position(state: RunState) -> str:
     return text
 
 
+def left_words(state: RunState) -> str:
+    """The time left in words, as the engine estimates it; empty where it does not."""
+    status = state.status
+    return "" if status is None else time_left(status.eta_s, status.over_s, measured=status.eta_measured)
+
+
 def doing(state: RunState) -> list[str]:
     """What an engine does that counts nothing, and for how long: ``loading torch``, ``0:12``."""
     status = state.status
@@ -142,7 +149,7 @@ def measurements(state: RunState) -> list[str]:
     if state.status is not None and state.status.waiting:
         return [f"paused: {state.status.waiting}"]
     parts = doing(state)
-    if state.steps and state.step is not None:
+    if state.epoch is not None and state.steps and state.step is not None:  # of a training, not of a count
         parts.append(f"step {state.step}/{state.steps}")
     metric = state.metrics[-1] if state.metrics else None
     if metric is not None and metric.phase == state.phase:
@@ -180,9 +187,9 @@ class PlainDisplay:
                 self._print(line)
         now = state.at_work
         if time.monotonic() - self._last >= self._interval and (now.phase is not None or doing(now)):
-            parts = [position(now), *measurements(now)]
-            if now.eta_s is not None:
-                parts.append(f"{format_clock(now.eta_s)} left")
+            done, left = fraction(now), left_words(now)
+            parts = [position(now), *([f"{done:.0%}"] if done is not None and now.epoch is None else [])]
+            parts += [*measurements(now), *([left] if left else [])]
             self._print("  " + "  ".join(parts))
 
     def note(self, text: str) -> None:
@@ -271,8 +278,7 @@ class LiveDisplay:
         first.add_column(ratio=1)
         first.add_column(no_wrap=True, justify="right")
         share = "" if done is None else f"{done:4.0%}  "
-        left = "" if state.eta_s is None else f"  {format_clock(state.eta_s)} left"
-        first.add_row(Text(cell(position(state)), style="bold"), bar, Text(f"{share}{left.strip()}"))
+        first.add_row(Text(cell(position(state)), style="bold"), bar, Text(f"{share}{left_words(state)}"))
         words = cell("  " + "   ".join(measurements(state)), LONGEST_LINE)
         second = Text(words, style="dim", no_wrap=True, overflow="ellipsis")
         return Group(first, second)

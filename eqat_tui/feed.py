@@ -21,6 +21,7 @@ from engine import __version__
 from engine.config.writing import to_dict
 from engine.errors import EqatError
 from engine.run import control, events
+from engine.run.deaths import KILLED, why_gone
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventFollower, read_events
 from engine.run.events import AnyEvent
@@ -64,6 +65,8 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True):
     journal: tuple[Entry, ...] = ()
     requests: tuple[control.Request, ...] = ()
     """What was asked of the engine and not acknowledged yet."""
+    why_gone: str = ""
+    """Why an engine that said nothing is gone, of the run or of what was done last with it."""
     log_tail: tuple[str, ...] = ()
     """The end of the engine's output, where it died or gives no sign of life."""
     pid: int | None = None
@@ -149,7 +152,8 @@ class Feed(Protocol):
 class Journal:
     """The lines that stay, as events come in."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
         self.entries: deque[Entry] = deque(maxlen=JOURNAL_LINES)
         self._open: events.RunStarted | events.AttemptStarting | None = None
         self._attempt = 0
@@ -160,7 +164,8 @@ class Journal:
         for event in new:
             if isinstance(event, events.RunStarted | events.AttemptStarting):
                 if self._open is not None and self._open.attempt != event.attempt:
-                    self.entries.append(died(self._open, self._last_t))
+                    why = why_gone(self.run, self._open.attempt, latest=False)
+                    self.entries.append(died(self._open, self._last_t, why))
                 silent = _silent(self._attempt + 1, event.attempt - 1)
                 if silent:
                     self.entries.append(Entry(event.t, silent, "bad"))
@@ -172,16 +177,21 @@ class Journal:
             if text:
                 self.entries.append(Entry(event.t, one_line(text), role))
 
-    def told(self, live: bool) -> tuple[Entry, ...]:
-        """All entries; that an engine was killed is one, although it could not write it."""
-        if live or self._open is None:
+    @property
+    def cut_off(self) -> bool:
+        """Whether the last attempt that spoke has had no last word."""
+        return self._open is not None
+
+    def told(self, why: str = "") -> tuple[Entry, ...]:
+        """All entries; that an engine died is one, although it could not write it."""
+        if not why or self._open is None:
             return tuple(self.entries)
-        return (*self.entries, died(self._open, self._last_t))
+        return (*self.entries, died(self._open, self._last_t, why))
 
 
-def died(begun: events.RunStarted | events.AttemptStarting, t: float) -> Entry:
+def died(begun: events.RunStarted | events.AttemptStarting, t: float, why: str) -> Entry:
     """An attempt that ended without a last word."""
-    return Entry(t, f"{_who(begun)} died without a word: killed, or out of host memory", "bad")
+    return Entry(t, one_line(f"{_who(begun)} died without a word: {why}"), "bad")
 
 
 def _who(begun: events.RunStarted | events.AttemptStarting) -> str:
@@ -226,7 +236,7 @@ class LiveFeed:
         self.run = run
         self._follower = EventFollower(run.events_path)
         self._state = RunState(id=run.id)
-        self._journal = Journal()
+        self._journal = Journal(run)
         self._config: dict[str, Any] | None = None
         self._problem = ""
         self._looked_at_config = False
@@ -263,6 +273,8 @@ class LiveFeed:
                 state = msgspec.structs.replace(state, **dict.fromkeys(nowhere))
                 liveness = "starting"
         job = work if work is not None and is_job(work.task) else None
+        cut_off = liveness == "crashed" or (state.job is not None and state.job.outcome is None)
+        why = why_gone(self.run, self._newest(), latest=True) if cut_off and work is None else ""
         requests: tuple[control.Request, ...] = ()
         tail: tuple[str, ...] = ()
         pid: int | None = None
@@ -279,7 +291,8 @@ class LiveFeed:
             now=now,
             job=job,
             config=self._config,
-            journal=self._told(work, liveness, heard=launched is None),
+            journal=self._told(work, why),
+            why_gone=why,
             requests=requests,
             log_tail=tail,
             pid=pid,
@@ -287,17 +300,27 @@ class LiveFeed:
             launched=launched,
         )
 
-    def _told(self, work: Work | None, liveness: Liveness, *, heard: bool) -> tuple[Entry, ...]:
-        """The journal; ``heard`` is whether whoever works on the run has said anything yet.
+    def _told(self, work: Work | None, why: str) -> tuple[Entry, ...]:
+        """The journal; ``why`` is how the newest engine has ended, where nobody works on the run.
 
-        Until then the attempt before has the last word, and where that was a kill, it is told.
+        Until the next one says something, the one before has the last word: that it was killed is told.
         """
-        told = self._journal.told((work is not None and heard) or liveness == "gone")
-        launched = read_launched(self.run) if liveness == "crashed" else None
-        if launched is None or launched.attempt <= self._state.newest_attempt:
+        newest, heard = self._newest(), self._state.newest_attempt
+        silent = newest if work is None else work.attempt
+        if silent <= heard:
+            return self._journal.told(why)
+        before = why_gone(self.run, heard, latest=False) if self._journal.cut_off else ""
+        told = self._journal.told(before)
+        if work is not None or not why:
             return told
-        silent = _silent(self._state.newest_attempt + 1, launched.attempt)
-        return (*told, Entry(launched.t, silent, "bad"))
+        launched = read_launched(self.run)
+        began = launched.t if launched is not None else 0.0
+        return (*told, Entry(began, one_line(f"{_silent(heard + 1, newest)}: {why}"), "bad"))
+
+    def _newest(self) -> int:
+        """The attempt that was started last."""
+        launched = read_launched(self.run)
+        return max(self._state.newest_attempt, launched.attempt if launched is not None else 0)
 
     def _read_config(self) -> str:
         """The configuration never changes; what is wrong with it, if anything."""
@@ -362,7 +385,7 @@ class ReplayFeed:
     def _rewind(self) -> None:
         self._done = 0
         self._state = RunState(id=self.run.id)
-        self._journal = Journal()
+        self._journal = Journal(self.run)
 
     def seek(self, by: float) -> None:
         """Go on or back by a part of the whole."""
@@ -413,7 +436,7 @@ class ReplayFeed:
             liveness=outcome,
             now=now,
             config=self._config,
-            journal=self._journal.told(outcome == "running"),
+            journal=self._journal.told(KILLED if outcome == "crashed" else ""),
             problem=self._problem,
             replay=Replay(
                 position=self._clock / self.duration if self.duration else 1.0,

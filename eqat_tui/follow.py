@@ -8,16 +8,16 @@ so: only then is everything it wrote on the disk.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Literal
 
 from engine.errors import ExitCode, run_is_gone
 from engine.run import control
+from engine.run.deaths import why_gone
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventFollower
 from engine.run.events import AnyEvent, RunFinished
@@ -255,11 +255,7 @@ def print_tail(run: RunDirectory, code: int | None, display: Display, lines: int
         last = [f"({error})"]
     for line in last or ["(empty)"]:
         display.note(f"  {line}")
-    if code in (None, -signal.SIGKILL):
-        display.note("it was probably killed: by somebody, or by the kernel for want of memory (see dmesg)")
-    with suppress(OSError):
-        if not shutil.disk_usage(run.path).free:
-            display.note("the disk is full, so it could not even say so: free some space and start it again")
+    display.note(f"why: {why_gone(run, attempt, code=code)}")
 
 
 def _signal_name(number: int) -> str:

@@ -30,7 +30,7 @@ from eqat_tui.output import (
     table,
 )
 from eqat_tui.planned import branch
-from eqat_tui.words import block_place, model_name
+from eqat_tui.words import block_place, model_name, time_left
 
 Tree = Mapping[str, Any]
 
@@ -123,7 +123,10 @@ def facts(run: Tree) -> dict[str, str]:
     job = run.get("job")
     if job and job["state"] != "done":
         name = job_name(job["task"])
-        lines[name if job["state"] in WORKING else f"last {name}"] = job_words(job)
+        why = run.get("why_gone") or ""
+        lines[name if job["state"] in WORKING else f"last {name}"] = job_words(job, why)
+    elif run.get("why_gone"):
+        lines["engine died"] = one_line(run["why_gone"])
     if run.get("origin"):
         lines["shares"] = origin_words(run["origin"])
     size = run["size_bytes"]
@@ -157,7 +160,7 @@ def facts(run: Tree) -> dict[str, str]:
     return lines
 
 
-def job_words(job: Tree) -> str:
+def job_words(job: Tree, why: str = "") -> str:
     """Where something that is done with a finished run is, or how it ended."""
     if job["state"] in WORKING:
         words = [_position(job)]
@@ -167,7 +170,7 @@ def job_words(job: Tree) -> str:
             words.append(f"paused: {one_line(job['waiting'])}")
         return ", ".join(words)
     if job["state"] == "crashed":
-        return "its engine was killed, or died without a word"
+        return f"its engine died: {one_line(why)}" if why else "its engine died without a word"
     return f"{job['state']}: {error_line(job).removeprefix('error: ')}" if job["error"] else str(job["state"])
 
 
@@ -205,7 +208,8 @@ def export_words(export: Tree, run: Tree) -> str:
     if export.get("max_logit_diff") is not None:
         words += f", largest logit difference {format_number(export['max_logit_diff'], 2)}"
     path = Path(run["path"]) / export["path"]  # an absolute one is itself
-    return f"{cell(export['format'])} {cell(shorten(path), LONGEST_LINE // 2)} ({words})"
+    copied = f"; copied to {cell(export['copied_to'], LONGEST_LINE // 2)}" if export.get("copied_to") else ""
+    return f"{cell(export['format'])} {cell(shorten(path), LONGEST_LINE // 2)} ({words}){copied}"
 
 
 def error_line(run: Tree) -> str:
@@ -294,11 +298,12 @@ def _position(run: Tree) -> str:
         words += f", {position['doing']}"
     if position["blocks"] and position["block"] is not None:
         words += f", block {block_place(position['block'], position['blocks'])}"
-    if position["steps"] and position["step"] is not None:
+    if position["steps"] and position["step"] is not None and position["epoch"] is not None:
         words += f", step {position['step']} of {position['steps']}"
-    if run.get("eta_s") is not None:
-        words += f", {format_seconds(run['eta_s'])} left"
-    return words
+    else:
+        words += f",{job_share(run)}" if job_share(run) else ""
+    left = time_left(run.get("eta_s"), run.get("over_s"), measured=run.get("eta_measured", True))
+    return f"{words}, {left}" if left else words
 
 
 def _peak(run: Tree, key: str) -> int | None:

@@ -96,7 +96,8 @@ def look(run: RunDirectory, *, now: float | None = None) -> Look:
         return Look(work.state, work)
     outcome = _outcome(run, events)
     if launched is not None and not is_job(launched.task):
-        outcome = None  # it died before its first event
+        # It died before its first event; where the disk had no room for that, its status says how.
+        outcome = status.outcome if status is not None and status.attempt == launched.attempt else None
     ever = _size(run.events_path) > 0 or (launched is not None and work is None)
     state = classify(
         lock_held=False, heartbeat_age=None, grace=0.0, finish_outcome=outcome, ever_started=ever

@@ -9,12 +9,13 @@ from typing import Any
 from engine.config.writing import to_dict
 from engine.errors import EqatError
 from engine.run import events
+from engine.run.deaths import why_gone
 from engine.run.directory import RunDirectory
 from engine.run.events import Event
-from engine.run.liveness import Work, last_events, look
+from engine.run.liveness import Look, Work, last_events, look
 from engine.run.redo import read_origin
 from engine.run.state import RunState, load_state
-from engine.run.status import Status
+from engine.run.status import Status, read_launched
 from engine.run.task import is_job
 
 DEEPEST = 40
@@ -29,7 +30,17 @@ def show_run(run: RunDirectory) -> dict[str, Any]:
         state = state.apply(metrics[-1])
     found = look(run)
     tree = render(state, state=found.state, work=found.work, config=_config(run))
+    tree["why_gone"] = _why_gone(run, state, found)
     return {**tree, "path": str(run.path), "origin": origin(run)}
+
+
+def _why_gone(run: RunDirectory, state: RunState, found: Look) -> str | None:
+    """Of a run, or of what was done with it last, whose engine has not said why it ended."""
+    cut_off = found.state == "crashed" or (state.job is not None and state.job.outcome is None)
+    if found.work is not None or not cut_off:
+        return None
+    launched = read_launched(run)
+    return why_gone(run, max(state.newest_attempt, launched.attempt if launched is not None else 0))
 
 
 _NOT_SUMMARIZED = events.BULK | {"block.started", "block.finished"}
@@ -149,10 +160,12 @@ def _position(run: RunState, state: str) -> dict[str, Any]:
 
 
 def _time_left(run: RunState, state: str) -> dict[str, Any]:
-    """Seconds, and those by which a phase outlasts its plan; of an engine that is at work."""
+    """Seconds, whether they are measured, and those by which a phase outlasts its plan; of an engine that is
+    at work."""
     status = run.status if state == "running" else None
     return {
         "eta_s": status.eta_s if status is not None else None,
+        "eta_measured": status.eta_measured if status is not None else None,
         "over_s": status.over_s if status is not None else None,
     }
 

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from engine.config.stages import STAGES, versions
+from engine.errors import ExitCode
 from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.run.event_log import read_events
@@ -438,6 +439,11 @@ def _change(struct: Any, **changes: Any) -> Any:
 def _placed(state: RunState, status: Status | None) -> RunState:
     """``state`` with ``status``, and its count where the phase has none of its own."""
     placed: RunState = _change(state, status=status)
+    if status is not None and status.failure and state.error is None and state.outcome is None:
+        # The log had no room for the error.
+        code = status.exit_code or int(ExitCode.BUG)
+        told = events.Error(code="", where="", message=status.failure, hint="", exit_code=code)
+        return _change(placed, error=told)
     if status is None or status.phase != state.phase or state.outcome is not None:
         return placed
     last = state.metrics[-1] if state.metrics else None

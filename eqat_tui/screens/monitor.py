@@ -177,7 +177,9 @@ class MonitorScreen(WorkScreen):
         entitle(machine, "machine" if works else "machine, as it was")
         machine.show(machine_lines(view, width))
         journal = self.query_one("#journal", ScrollPanel)
-        journal.show(views.journal(view.journal[-200:], max(10, journal.size.width)), follow=True)
+        # Beside a journal that scrolls there is a bar, which is there only once its lines are.
+        room = max(10, journal.container_size.width - 1)
+        journal.show(views.journal(view.journal[-200:], room), follow=True)
         self._fill_blocks(view)
         if charts:
             self._draw_charts()

@@ -7,10 +7,10 @@ from typing import Any
 
 from engine.config.stages import STAGES, phase_label
 from engine.run import events
+from engine.run.deaths import KILLED
 from engine.run.state import MAX_BLOCKS, BlockRow, RunState
-from engine.run.status import PLAN_COUNTS
 from engine.run.task import job_name
-from eqat_tui.display import fraction
+from eqat_tui.display import fraction, left_words
 from eqat_tui.feed import Entry, RunView
 from eqat_tui.lines import Line, Span, bar, beside, columns, cut, few, line, width_of, wrap
 from eqat_tui.output import (
@@ -101,21 +101,9 @@ def elapsed(state: RunState) -> float:
     return sum(row.seconds for row in state.accounted().phases)
 
 
-def remaining(view: RunView) -> tuple[float | None, bool]:
-    """Seconds left, and whether that is only the plan's word because nothing is measured yet.
-
-    The first steps of a phase are no measurement: they are slow, and a hundred times a wrong number is a very
-    wrong one. Until a block is finished the plan's seconds count, times how far off the plan was so far.
-    """
-    state = view.state
-    if view.replay is not None or not view.live:
-        return state.eta_s if view.replay is not None else None, False
-    planned = known(state.plan)["seconds"]
-    if not planned or (state.eta_s is not None and _measured(state)):
-        return state.eta_s, not _measured(state)
-    share = share_done(state) or 0.0
-    pace = (elapsed(state) + PLAN_COUNTS * planned) / (planned * (share + PLAN_COUNTS))
-    return planned * (1 - share) * pace, True
+def remaining(view: RunView) -> str:
+    """The time left, in words: the engine's estimate, and in a replay that of the replay."""
+    return left_words(view.at_work) if view.live or view.replay is not None else ""
 
 
 def share_done(state: RunState) -> float | None:
@@ -144,13 +132,6 @@ def _share_of(state: RunState, phase: str, planned: int | None) -> float:
     return min(1.0, max(done, (fraction(state) or 0.0) if state.phase == phase else 0.0))
 
 
-def _measured(state: RunState) -> bool:
-    """Whether the pace rests on a finished block, or on enough steps of something without blocks."""
-    if state.blocks:
-        return any(row.finished for row in state.blocks_of(state.phase or ""))
-    return (fraction(state) or 0.0) >= 0.05
-
-
 def progress(view: RunView, width: int) -> list[Line]:
     """Two lines: the phase, and the whole run with the time left."""
     state = view.state
@@ -175,7 +156,7 @@ def _phase_line(view: RunView, width: int) -> Line:
     row = state.block_rows.get((state.phase or "", state.block if state.block is not None else -1))
     if row is not None and row.finished and view.live:
         words += line(("  passing on", "muted"))  # finished before: only its activations are needed again
-    elif state.steps and state.step is not None:
+    elif state.epoch is not None and state.steps and state.step is not None:
         words += line((f"  step {state.step}/{state.steps}", "muted"))
     share = line(f"{done:4.0%}" if done is not None else "")
     return _bar_line(words, done, _bar_role(view), share, width)
@@ -184,14 +165,12 @@ def _phase_line(view: RunView, width: int) -> Line:
 def _run_line(view: RunView, width: int) -> Line:
     """The whole run: how much is done, how long it took, and how long it will."""
     state = view.state
-    left, guess = remaining(view)
+    left = remaining(view)
     worked = elapsed(state)
     whole = share_done(state)
     clock = line(f"{whole:4.0%}  " if whole is not None else "", (f"{format_clock(worked)} done", "muted"))
-    if left is not None:
-        clock += line("  ", (f"{'about ' if guess else ''}{format_clock(left)} left", "strong"))
-        if guess:
-            clock += line((" by the plan", "muted"))
+    if left:
+        clock += line("  ", (left, "strong"))
     return _bar_line(line(("run", "strong")), whole, _bar_role(view), clock, width)
 
 
@@ -205,11 +184,7 @@ def job_progress(view: RunView, width: int) -> Line:
     assert view.job is not None
     done = fraction(job)
     words = line((job_name(view.job.task), "strong"), "  ", phase_label(job.phase), *_doing(view))
-    if job.steps and job.step is not None:
-        words += line((f"  {job.step}/{job.steps}", "muted"))
-    clock = line(f"{done:4.0%}" if done is not None else "")
-    if job.eta_s is not None:
-        clock += line("  ", (f"{format_clock(job.eta_s)} left", "strong"))
+    clock = line(f"{done:4.0%}  " if done is not None else "", (remaining(view), "strong"))
     return _bar_line(words, done, "accent", clock, width)
 
 
@@ -260,12 +235,12 @@ def notices(view: RunView, width: int) -> list[Line]:
             "bad",
         )
     if view.liveness == "crashed":
-        lines += wrap(
-            "✗ the engine died without a word: killed, or out of host memory; r goes on from its last "
-            "checkpoint, l shows its last words",
-            width,
-            "bad",
+        kept = view.state.checkpoint is not None
+        then = (
+            "goes on from its last checkpoint" if kept else "starts it from its beginning: none is kept yet"
         )
+        words = f"✗ the engine died: {view.why_gone or KILLED}; r {then}, l shows its last words"
+        lines += few(wrap(words, width, "bad"), MOST_LINES)
     if view.state.error is not None and view.liveness not in ("running", "starting"):
         lines += few(wrap(f"✗ {_error_words(view.state.error)}", width, "bad"), MOST_LINES)
     lines += few(wrap(job_notice(view), width, "warn"), MOST_LINES) if job_notice(view) else []
@@ -287,7 +262,7 @@ def job_notice(view: RunView) -> str:
         return ""
     name = job_name(job.task)
     if job.outcome is None:
-        return f"! the last {name} was cut off: its engine was killed, or died without a word"
+        return f"! the last {name} was cut off: {view.why_gone or KILLED}"
     if job.outcome != "failed":
         return f"■ the last {name} was {job.outcome}; the run stays {view.liveness}"
     if job.error is None or view.state.error is not None:

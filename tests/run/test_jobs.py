@@ -96,7 +96,7 @@ def test_a_run_stays_done_while_it_is_evaluated_and_the_job_has_its_own_place(do
         assert (row["eta_s"], row["phase"]) == (None, "evaluate_rtn")
         assert "done, evaluation 30%" in runs_table([row])
         told = words_of(report(show_run(done)))
-        assert "evaluation evaluate round-to-nearest, step 3 of 10, 1 min 10 s left" in told
+        assert "evaluation evaluate round-to-nearest, 30%, 1:10 left" in told
 
 
 def test_what_a_job_achieves_is_the_runs_and_how_it_ended_is_its_own(done: RunDirectory) -> None:
@@ -123,7 +123,7 @@ def test_what_a_job_achieves_is_the_runs_and_how_it_ended_is_its_own(done: RunDi
         ("stopped", 75, "last evaluation stopped"),
         ("aborted", 130, "last evaluation aborted"),
         ("failed", 4, "last evaluation failed: data.source: too short"),
-        (None, None, "last evaluation its engine was killed, or died without a word"),
+        (None, None, "last evaluation its engine died: it was killed, or ran out of host memory"),
     ],
 )
 def test_a_job_that_does_not_succeed_leaves_the_run_done_with_a_line_about_it(
