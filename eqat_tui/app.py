@@ -108,7 +108,8 @@ class EqatApp(App[str]):
             return
         for number in (signal.SIGTERM, signal.SIGHUP):
             self._loop.add_signal_handler(number, self._on_signal, number)
-        signal.signal(signal.SIGCONT, self._on_continued)
+        if not self.is_headless:
+            signal.signal(signal.SIGCONT, self._on_continued)
 
     def _on_continued(self, number: int, frame: object) -> None:
         """Signal handler: take the terminal back, which may hold anything and have another size now.
@@ -118,7 +119,7 @@ class EqatApp(App[str]):
         SIGSTOP, which nobody can prepare for.
         """
         driver = self._driver
-        if driver is None or self._loop is None:
+        if driver is None or self._loop is None or not self._running:
             return
         if not in_foreground(sys.__stdin__):
             os.kill(os.getpid(), signal.SIGSTOP)  # `bg`: the terminal is not ours to draw on

@@ -20,7 +20,7 @@ from engine.system.guarded import BadFile
 from engine.system.log_bytes import tail
 
 TAIL_BYTES = 1 << 14
-KILLED = "it was killed, or ran out of host memory"
+KILLED = "killed, or out of host memory"
 """What is left where nothing tells more; the kernel's own log (dmesg) knows."""
 FULL = "the disk is full"
 LONGEST = 300

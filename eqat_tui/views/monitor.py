@@ -239,7 +239,9 @@ def notices(view: RunView, width: int) -> list[Line]:
         then = (
             "goes on from its last checkpoint" if kept else "starts it from its beginning: none is kept yet"
         )
-        words = f"✗ the engine died: {view.why_gone or KILLED}; r {then}, l shows its last words"
+        why = view.why_gone or KILLED
+        died = "died without a word" if why == KILLED else "died"
+        words = f"✗ the engine {died}: {why}; r {then}, l shows its last words"
         lines += few(wrap(words, width, "bad"), MOST_LINES)
     if view.state.error is not None and view.liveness not in ("running", "starting"):
         lines += few(wrap(f"✗ {_error_words(view.state.error)}", width, "bad"), MOST_LINES)

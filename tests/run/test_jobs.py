@@ -123,7 +123,7 @@ def test_what_a_job_achieves_is_the_runs_and_how_it_ended_is_its_own(done: RunDi
         ("stopped", 75, "last evaluation stopped"),
         ("aborted", 130, "last evaluation aborted"),
         ("failed", 4, "last evaluation failed: data.source: too short"),
-        (None, None, "last evaluation its engine died: it was killed, or ran out of host memory"),
+        (None, None, "last evaluation its engine died: killed, or out of host memory"),
     ],
 )
 def test_a_job_that_does_not_succeed_leaves_the_run_done_with_a_line_about_it(

@@ -18,6 +18,7 @@ from eqat_tui.app import EqatApp
 from eqat_tui.keys import everywhere
 from eqat_tui.lines import line
 from eqat_tui.screens.dialogs import Confirm, MarkdownReader, Reader
+from eqat_tui.screens.pickers import PresetPicker
 from eqat_tui.screens.runs import CompareScreen
 from eqat_tui.screens.setup import SetupScreen
 from eqat_tui.screens.table import SCREENS
@@ -110,6 +111,21 @@ def test_every_key_of_a_burst_moves_in_a_list(recorded: Recorded) -> None:
         assert form.scroll_offset.y <= 20 < form.scroll_offset.y + form.size.height
         burst(app, "k", 7)
         await until(pilot, lambda: form.cursor == 13)
+
+    drive(app_of(mode="setup"), script)
+
+
+def test_a_pickers_list_has_its_ends_while_one_types() -> None:
+    async def script(pilot: Play, app: EqatApp) -> None:
+        app.push_screen(PresetPicker("demo"))
+        await until(pilot, lambda: "Start from a preset" in picture(app))
+        names = app.screen.query_one("#list", ListPanel)
+        await press(pilot, "end")
+        assert names.cursor == len(names.rows) - 1
+        await press(pilot, "home")
+        assert names.cursor == 0
+        await press(pilot, "tab", "G")
+        assert names.cursor == len(names.rows) - 1
 
     drive(app_of(mode="setup"), script)
 

@@ -38,6 +38,20 @@ def running(recorded: Recorded, **options: Any) -> tuple[RunDirectory, EqatApp]:
     return run, app_of(run, view_of(run, "running", eta=300.0), **options)
 
 
+def test_killing_asks_first(recorded: Recorded) -> None:
+    run = recorded("running")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await shown(pilot)
+        await press(pilot, "K")
+        await until(pilot, lambda: isinstance(app.screen, Confirm))
+        await until(pilot, lambda: "Kill the engine?" in picture(app))
+        await press(pilot, "n")
+        assert told(app) == []
+
+    drive(app_of(run, view_of(run, "hung")), script)
+
+
 @pytest.mark.parametrize(("key", "request_"), [("x", "stop"), ("a", "abort")])
 @pytest.mark.parametrize(("answer", "agreed"), [("y", 1), ("n", 0), ("enter", 0), ("escape", 0)])
 def test_what_ends_a_run_asks_first_and_enter_alone_does_not_agree(
