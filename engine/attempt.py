@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import time
 import traceback
 
 from engine.config.derived import resolve
@@ -11,12 +13,25 @@ from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
 from engine.config.tables import load_extensions
 from engine.config.validation import validate
-from engine.errors import DamagedRun, EqatError, ExitCode, IdentityError, StopRequested, run_is_gone
+from engine.errors import (
+    DamagedRun,
+    EqatError,
+    ExitCode,
+    IdentityError,
+    PreflightError,
+    StopRequested,
+    first_line,
+    run_is_gone,
+)
 from engine.run import event_log, events
 from engine.run.directory import RunDirectory
 from engine.run.launch import this_attempt
 from engine.run.state import load_state
+from engine.run.status import LONGEST_FAILURE, Status, write_status
 from engine.run.task import Asked, check_prompt
+from engine.starting import Starting, starting
+from engine.system.files import full_disk
+from engine.system.printable import printable
 
 
 def attempt(run: RunDirectory, asked: Asked) -> int:
@@ -28,17 +43,28 @@ def attempt(run: RunDirectory, asked: Asked) -> int:
     number = this_attempt(run)
     # What is done with a finished run cannot undo what it is.
     leaves = load_state(run, skip=events.BULK).outcome if asked.task != "run" else None
-    try:
-        run.require_own()
-        load_extensions()
-        config = _configuration(run, asked)
-        from engine.offline import everything_is_local, offline
+    with starting(run, number, asked.task, leaves) as voice:
+        try:
+            run.require_own()
+            voice.begin("reading the configuration")
+            load_extensions()
+            config = _configuration(run, asked)
+            voice.says("loading torch and transformers")
+            from engine.offline import everything_is_local, offline
 
-        with offline(everything_is_local(config)):
-            return _work(run, config, number, asked, leaves)
-    except EqatError as error:
-        _record_refusal(run, number, error, leaves)
-        raise
+            with offline(everything_is_local(config)):
+                return _work(run, config, number, asked, leaves, voice)
+        except EqatError as error:
+            voice.close()
+            _record_refusal(run, number, asked, error, leaves)
+            raise
+        except Exception as error:
+            voice.close()
+            failure = _not_started(error)
+            if failure.exit_code == ExitCode.BUG:
+                traceback.print_exc()
+            _record_refusal(run, number, asked, failure, leaves)
+            raise failure from error
 
 
 def _configuration(run: RunDirectory, asked: Asked) -> RunConfig:
@@ -57,18 +83,58 @@ def _configuration(run: RunDirectory, asked: Asked) -> RunConfig:
     return config
 
 
-def _record_refusal(run: RunDirectory, number: int, error: EqatError, leaves: events.Outcome | None) -> None:
-    """What ends an attempt before there is a reporter; whoever follows the run reads only its events."""
-    from engine.reporter import error_event
+def _not_started(error: Exception) -> EqatError:
+    """What it means that the libraries cannot be loaded; :mod:`engine.failures` needs them itself."""
+    said = first_line(error) if str(error).strip() else type(error).__name__
+    if full_disk(error) is not None:
+        return EqatError(
+            "the disk is full",
+            exit_code=ExitCode.DISK_FULL,
+            where=str(getattr(error, "filename", None) or "starting"),
+            hint="free some space and start it again",
+        )
+    if isinstance(error, ImportError):
+        return PreflightError(
+            f"a library cannot be loaded: {said}", where="starting", hint="eqat doctor looks at all of them"
+        )
+    return EqatError(
+        f"{type(error).__name__}: {said}",
+        exit_code=ExitCode.BUG,
+        where="starting",
+        hint="this is a bug; the traceback is in the run's log",
+    )
 
+
+def _record_refusal(
+    run: RunDirectory, number: int, asked: Asked, error: EqatError, leaves: events.Outcome | None
+) -> None:
+    """What ends an attempt before there is a reporter; whoever follows the run reads only its events, or on a
+    full disk its status."""
+    code = int(error.exit_code)
     with contextlib.suppress(EqatError), event_log.EventWriter(run.events_path, number) as writer:
-        writer.emit(error_event(error))
-        code = int(error.exit_code)
-        writer.emit(events.RunFinished(outcome="failed", exit_code=code, seconds=0.0, leaves=leaves))
+        writer.emit(events.error_event(error))
+        writer.emit(
+            events.RunFinished(outcome="failed", exit_code=code, seconds=0.0, leaves=leaves, task=asked.task)
+        )
+    write_status(
+        run,
+        Status(
+            heartbeat=time.time(),
+            attempt=number,
+            outcome=leaves or "failed",
+            exit_code=code,
+            failure=str(error)[:LONGEST_FAILURE],
+        ),
+    )
 
 
 def _work(
-    run: RunDirectory, config: RunConfig, number: int, asked: Asked, leaves: events.Outcome | None
+    run: RunDirectory,
+    config: RunConfig,
+    number: int,
+    asked: Asked,
+    leaves: events.Outcome | None,
+    voice: Starting,
 ) -> int:
     """The attempt, once it is known what it is; everything that ends it is told."""
     # Imported here, once the lock is held and the configuration is known to be good: torch takes seconds.
@@ -79,8 +145,10 @@ def _work(
     from engine.reporter import Reporter
     from engine.telemetry import Telemetry
 
+    voice.says("looking for the device")
     device = choose_device(config.runtime.device)
-    report = Reporter(run, number, device)
+    voice.close()
+    report = Reporter(run, number, device, task=asked.task)
     report.listen()
     telemetry = Telemetry(device, run.path, report.emit)
     outcome: events.Outcome = "done"
@@ -105,6 +173,9 @@ def _work(
         if isinstance(failure, DamagedRun):
             leaves = None  # what the run was is lost in part, and it can be resumed
         report.fail(failure)
+        if report.events.dropped:  # the log of events has no room; what was printed may lie elsewhere
+            with contextlib.suppress(OSError):
+                print(f"error: {printable(str(failure))}", file=sys.stderr, flush=True)
         outcome, code = "failed", failure.exit_code
     finally:
         telemetry.close()

@@ -25,6 +25,7 @@ import torch
 from engine.config.run import RunConfig
 from engine.config.stages import EVALUATE, STAGES, last_stage, measured_stage, phases_of
 from engine.config.tables import load_named
+from engine.phases.copies import copy_verified, verified_exports
 from engine.phases.evaluation import evaluate
 from engine.phases.export import export, recover_exports
 from engine.phases.job import Job
@@ -62,6 +63,8 @@ class Pipeline:
 
     def __call__(self) -> None:
         """Run every phase that is not finished yet."""
+        if self.asked.task == "export" and self.asked.export_to is not None and self._copied():
+            return
         self.report.begin(self.phases(), {phase.name: phase.seconds for phase in self.plan.phases})
         with self.report.phase("prepare"):
             recover_exports(self.run)
@@ -72,6 +75,21 @@ class Pipeline:
         if self.asked.task == "run":
             # A finished run keeps what it made, and nothing that only helped to make it.
             remove_cache(self.run)
+
+    def _copied(self) -> bool:
+        """Copy what was verified already, which needs neither the model nor its text; False where it has to
+        be made first."""
+        copy_to, planned = self.asked.export_to, {phase.name: phase.seconds for phase in self.plan.phases}
+        assert copy_to is not None
+        self.report.begin(["export"], planned)
+        self.report.doing = "looking at the export"
+        recover_exports(self.run)
+        exports = verified_exports(self.run, self.config.export.formats, self.report)
+        if exports is None:
+            return False
+        with self.report.phase("export"):
+            copy_verified(self.run, exports, copy_to, self.report)
+        return True
 
     def prepare(self) -> None:
         """Open everything that the phases work with."""

@@ -23,46 +23,37 @@ from engine.run.control import STOP_SIGNALS, acknowledge, pending
 from engine.run.directory import RunDirectory
 from engine.run.housekeeping import clean_temporaries
 from engine.run.proof import FolderIdentity
-from engine.run.status import PLAN_COUNTS, Status, write_status
+from engine.run.status import LONGEST_FAILURE, Status, write_status
+from engine.run.task import RUN, Task
+from engine.time_left import Estimate, TimeLeft
 
 CONTROL_SECONDS = 0.5
 STATUS_SECONDS = 2.0
 # The main loop may be silent this long before a reader calls the run hung; slow single operations ask for
 # more.
 GRACE_SECONDS = 60.0
-LONGEST_FAILURE = 500
-"""Letters of an error in the status file, which has to fit into the place of the one before."""
-
-
-def error_event(error: EqatError) -> events.Error:
-    """An error as the log keeps it."""
-    return events.Error(
-        code=error.exit_code.name.lower(),
-        where=error.where,
-        message=error.message,
-        hint=error.hint,
-        exit_code=int(error.exit_code),
-    )
 
 
 class Reporter:
     """One attempt's voice. Create it once the lock is held; close it last."""
 
-    def __init__(self, run: RunDirectory, attempt: int, device: torch.device, rank: int = 0) -> None:
-        self.run, self.attempt, self.device = run, attempt, device
+    def __init__(
+        self, run: RunDirectory, attempt: int, device: torch.device, rank: int = 0, *, task: Task = RUN
+    ) -> None:
+        self.run, self.attempt, self.device, self.task = run, attempt, device, task
         self._place = FolderIdentity.at(run.path)
         clean_temporaries(run)
         self.events = event_log.EventWriter(run.events_path, attempt, rank=rank)
         self.started = time.monotonic()
         self.phases: list[str] = []
-        self.phase_seconds: dict[str, float] = {}
-        self.predicted_seconds: dict[str, float] = {}
+        self._estimate = TimeLeft()
+        self._estimating = threading.Lock()
         self.phase_name: str = "prepare"
-        self._phase_began = self._pace_began = self._block_began = time.monotonic()
+        self._phase_began = self._block_began = time.monotonic()
         self._block: int | None = None
         self._blocks: int | None = None
-        self._restored = 0
         self._step = self._steps = 0
+        self._counted = False
         self._beat, self._grace = time.time(), GRACE_SECONDS
         self._last_metric = self._last_control = 0.0
         self._signals = 0
@@ -72,6 +63,8 @@ class Reporter:
         self._failure = ""
         self._outcome: events.Outcome | None = None
         self._exit_code: int | None = None
+        self.doing = "planning"
+        """What is done where nothing can be counted, in words."""
         self.waiting = ""
         """Why nothing happens at the moment; shown by whoever follows the run."""
         self._done = threading.Event()
@@ -80,7 +73,9 @@ class Reporter:
 
     def begin(self, phases: list[str], predicted_seconds: Mapping[str, float]) -> None:
         """Announce what is to come: the phases, and how long the plan thinks each will take."""
-        self.phases, self.predicted_seconds = phases, dict(predicted_seconds)
+        self.phases = phases
+        with self._estimating:
+            self._estimate = TimeLeft(phases, predicted_seconds)
 
     # Hearing
 
@@ -174,6 +169,10 @@ class Reporter:
     ) -> None:
         now = time.monotonic()
         began = self._block_began if self._block is not None else self._phase_began
+        if not self._counted and step > 1:  # a training that goes on inside a block, or inside its phase
+            with self._estimating:
+                self._estimate.restored(((self._block or 0) + (step - 1) / steps) / (self._blocks or 1), now)
+        self._counted = True
         self._last_metric, self._step, self._steps = now, step, steps
         self.emit(
             events.Metric(
@@ -202,15 +201,19 @@ class Reporter:
     def phase(self, name: str) -> Iterator[None]:
         """Bracket a phase with events; its peaks are its own."""
         telemetry.reset_peaks(self.device)
-        self.phase_name = name
-        self._phase_began = self._pace_began = time.monotonic()
-        self._block = self._blocks = None
-        self._restored = self._step = self._steps = 0
+        self.phase_name, self.doing = name, ""
+        self._phase_began = time.monotonic()
+        with self._estimating:
+            self._block = self._blocks = None
+            self._step = self._steps = 0
+            self._counted = False
+            self._estimate.phase_begins(name, self._phase_began)
         index = self.phases.index(name) if name in self.phases else len(self.phases)
         self.emit(events.PhaseStarted(phase=name, index=index, phases=len(self.phases)))
         yield
         seconds = time.monotonic() - self._phase_began
-        self.phase_seconds[name] = seconds
+        with self._estimating:
+            self._estimate.phase_ends(self._phase_began + seconds)
         self.emit(
             events.PhaseFinished(
                 phase=name,
@@ -246,46 +249,41 @@ class Reporter:
             )
         )
         if restored:
-            # What an earlier attempt did says nothing about how long the rest takes.
-            self._restored, self._pace_began = self._block + 1, time.monotonic()
+            with self._estimating:
+                self._estimate.restored((self._block + 1) / (self._blocks or 1), time.monotonic())
 
     # Status
 
-    def eta_seconds(self) -> float | None:
-        """Seconds left: this phase by its own measured pace, later phases as planned times how far off the
-        plan was, which counts for little while little is measured."""
-        elapsed = time.monotonic() - self._pace_began
-        fraction = self._fraction_done()
-        if fraction is None:
-            return None
-        rest = elapsed * (1 - fraction) / fraction
-        finished = dict(self.phase_seconds)  # copied at once: the main thread adds to it meanwhile
-        measured = sum(finished.values()) + elapsed
-        predicted = sum(self.predicted_seconds.get(p, 0.0) for p in finished)
-        predicted += self.predicted_seconds.get(self.phase_name, 0.0) * fraction
-        # What was measured so far says little while it is short: a tenth of the plan speaks for the plan.
-        prior = PLAN_COUNTS * sum(self.predicted_seconds.values())
-        pace = (measured + prior) / (predicted + prior) if predicted + prior > 0 else 1.0
-        position = self.phases.index(self.phase_name) if self.phase_name in self.phases else len(self.phases)
-        return rest + pace * sum(self.predicted_seconds.get(p, 0.0) for p in self.phases[position + 1 :])
+    def time_left(self) -> Estimate:
+        """How long the attempt still takes, as far as that can be said."""
+        now = time.monotonic()
+        with self._estimating:
+            fraction = self._fraction_done()
+            if fraction is not None:
+                self._estimate.at(fraction, now)
+            return self._estimate.estimate(now)
 
     def _fraction_done(self) -> float | None:
         # Each read once: the main thread goes on to the next phase meanwhile.
         block, blocks, step, steps = self._block, self._blocks, self._step, self._steps
         inner = step / steps if steps else 0.0
         if blocks:
-            restored = self._restored
-            inner = max(0.0, (block or 0) - restored + inner) / max(1, blocks - restored)
+            inner = ((block or 0) + inner) / blocks
         return min(1.0, inner) if inner > 0 else None
 
     def _status(self) -> Status:
+        left = self.time_left()
         return Status(
             phase=self.phase_name,
             block=self._block,
             blocks=self._blocks,
             step=self._step,
             steps=self._steps,
-            eta_s=self.eta_seconds(),
+            doing=self.doing,
+            phase_s=time.monotonic() - self._phase_began,
+            eta_s=left.seconds,
+            eta_measured=left.measured,
+            over_s=left.over,
             heartbeat=self._beat,
             grace_s=self._grace,
             attempt=self.attempt,
@@ -317,7 +315,7 @@ class Reporter:
     def fail(self, error: EqatError) -> None:
         """Record why the attempt ends."""
         self._failure = str(error)[:LONGEST_FAILURE]
-        self.emit(error_event(error))
+        self.emit(events.error_event(error))
 
     def finish(
         self, outcome: events.Outcome, exit_code: ExitCode, leaves: events.Outcome | None = None
@@ -326,7 +324,9 @@ class Reporter:
         seconds = time.monotonic() - self.started
         self._outcome, self._exit_code = leaves or outcome, int(exit_code)
         self.emit(
-            events.RunFinished(outcome=outcome, exit_code=int(exit_code), seconds=seconds, leaves=leaves)
+            events.RunFinished(
+                outcome=outcome, exit_code=int(exit_code), seconds=seconds, leaves=leaves, task=self.task
+            )
         )
 
     def close(self) -> None:

@@ -16,12 +16,13 @@ def main() -> NoReturn:
     Reading a command line costs more time than importing the app, so without one there is no reading.
     """
     open_standard_streams()  # before anything opens a file
+    # Importing makes objects by the hundred thousand and no garbage; the app turns collection on again.
+    gc.disable()
     if len(sys.argv) > 1:
         from eqat_tui.cli import main as run_command
 
+        gc.enable()
         run_command()
-    # Importing makes objects by the hundred thousand and no garbage; the app turns collection on again.
-    gc.disable()
     from eqat_tui.terminal import Look, can_open_app, open_app
 
     if not can_open_app():

@@ -20,16 +20,17 @@ from engine.run.directory import RunDirectory
 from engine.run.events import BULK
 from engine.run.finding import default_runs_dir, find_run
 from engine.run.launch import launch, log_path
-from engine.run.liveness import run_state
+from engine.run.liveness import look, run_state
 from engine.run.lock import holder, is_held, opened_by
 from engine.run.proof import is_run
 from engine.run.redo import make_redo
 from engine.run.shown import show_run, summarize
 from engine.run.state import RunState, load_state
 from engine.run.status import read_launched
+from engine.run.task import JOBS, is_job, job_name
 from engine.run.usable import is_damaged
 from eqat_tui.display import open_display
-from eqat_tui.follow import LIVE, Follower, Left
+from eqat_tui.follow import Follower, Left
 from eqat_tui.output import cell, error_words, one_line, print_json, say, show
 from eqat_tui.run_text import report, shorten
 
@@ -108,9 +109,10 @@ def start(
 
 def resume(run: RunDirectory, overrides: Mapping[str, str], *, detach: bool, as_json: bool) -> int:
     """Start the engine again on a run that is not over, with other operational settings, if given."""
-    state = run_state(run)
-    if state in ("running", "hung"):
-        raise UsageError(f"is {state}", where=run.id, hint=f"eqat attach {typed(run)} follows it")
+    state, work = look(run)
+    if work is not None and work.state != "starting":  # whose launch refuses a second one
+        job = f"{state}, and its {job_name(work.task)} is " if is_job(work.task) else ""
+        raise UsageError(f"is {job}{work.state}", where=run.id, hint=f"eqat attach {typed(run)} follows it")
     if state == "done":
         if not is_damaged(run.checkpoints_dir):
             raise UsageError("is done already", where=run.id, hint=f"eqat show {typed(run)} shows the result")
@@ -147,22 +149,34 @@ def typed(run: RunDirectory) -> str:
 
 def stop(run: RunDirectory, *, abort: bool, wait: bool) -> int:
     """Ask the engine to stop or to abort."""
-    state = run_state(run)
-    if state not in LIVE:
+    state, work = look(run)
+    if work is None:
         raise UsageError(f"is not running ({state})", where=run.id)
     control.request(run, "abort" if abort else "stop")
-    then = "" if wait else f"; eqat resume {typed(run)} goes on"
-    say(f"asked {run.id} to {'abort' if abort else 'stop'}{then}")
-    if state == "hung":
+    job = job_name(work.task) if is_job(work.task) else ""
+    then = "" if wait else f"; {_goes_on(run, work.task, state)}"
+    say(f"asked {f'the {job} of ' if job else ''}{run.id} to {'abort' if abort else 'stop'}{then}")
+    if work.state == "hung":
         kills = f"eqat stop {typed(run)} --kill"
         say(f"it gives no sign of life; {kills} ends it, and what is checkpointed is kept")
     if wait:
-        while state in LIVE:
+        while (found := look(run)).work is not None:
             time.sleep(0.2)
-            state = run_state(run)
-        then = "" if state == "done" else f"; eqat resume {typed(run)} goes on"
-        say(f"{run.id} is {state}{then}")
+        if job:
+            say(f"the {job} has ended; {_goes_on(run, work.task, found.state)}")
+        else:
+            then = "" if found.state == "done" else f"; {_goes_on(run, work.task, found.state)}"
+            say(f"{run.id} is {found.state}{then}")
     return ExitCode.DONE
+
+
+def _goes_on(run: RunDirectory, task: str, state: str) -> str:
+    """How what was stopped is taken up again. A job keeps nothing: it is begun anew, and costs its run
+    nothing."""
+    if not is_job(task):
+        return f"eqat resume {typed(run)} goes on"
+    again = f": {JOBS[task][1]} {typed(run)} begins it anew" if task in JOBS else ""
+    return f"the run stays {state}{again}"
 
 
 def kill(run: RunDirectory) -> int:
@@ -173,7 +187,11 @@ def kill(run: RunDirectory) -> int:
 
 
 def _left_of(run: RunDirectory, state: RunState) -> str:
-    """What a run that broke off leaves, and how it goes on."""
+    """What a run that broke off leaves, and how it goes on; of a job, that the run is what it was."""
+    if state.job is not None:
+        found = run_state(run)
+        if found == "done" or state.at_work is state.job or state.job.outcome != "failed":
+            return _goes_on(run, state.job.task, found)
     if state.checkpoint is None:
         return f"nothing was checkpointed yet: eqat resume {typed(run)} begins anew"
     return f"what was checkpointed is kept: eqat resume {typed(run)} goes on"
@@ -231,12 +249,19 @@ def follow(
         show(told(shown))
     elif shown["exports"] or any(value is not None for value in shown["perplexity"].values()):
         show(report(shown, with_error=False))  # the display has told the error
-    if code == ExitCode.STOPPED:
+    _tell_end(run, follower.state, code)
+    return code
+
+
+def _tell_end(run: RunDirectory, state: RunState, code: int) -> None:
+    """How what was followed has ended, and how it goes on."""
+    if state.job is not None and code in (ExitCode.STOPPED, ExitCode.ABORTED, ExitCode.TERMINATED):
+        say(f"{'stopped' if code == ExitCode.STOPPED else 'aborted'}; {_left_of(run, state)}")
+    elif code == ExitCode.STOPPED:
         say(f"stopped; eqat resume {typed(run)} goes on")
     elif code in (ExitCode.ABORTED, ExitCode.TERMINATED):
         say(f"aborted; eqat resume {typed(run)} goes on from its last checkpoint")
     elif code != ExitCode.DONE:
         if code == ExitCode.BUG:
-            say(f"log: {shorten(log_path(run, follower.state.attempt))}")
-        say(_left_of(run, follower.state))
-    return code
+            say(f"log: {shorten(log_path(run, state.newest_attempt))}")
+        say(_left_of(run, state))

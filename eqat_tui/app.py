@@ -8,7 +8,9 @@ crash, a lost connection, ``kill``) only ends the looking.
 from __future__ import annotations
 
 import gc
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -28,12 +30,14 @@ from engine.errors import EqatError
 from engine.run.directory import RunDirectory
 from engine.system.printable import printable_lines
 from eqat_tui.feed import Feed, LiveFeed, ReplayFeed, RunView
+from eqat_tui.job_control import in_foreground, shell_waits
 from eqat_tui.keys import ALWAYS, bindings, everywhere
 from eqat_tui.palette import OUR_THEMES, THEMES, AsciiFilter, PrintableFilter, Terminal
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.host import Host
 from eqat_tui.screens.table import SCREENS, key_of
 from eqat_tui.watcher import Looked, Watcher
+from eqat_tui.which_run import likely
 from eqat_tui.words import error_for_app
 
 LONGEST_NOTE = 1000
@@ -68,6 +72,7 @@ class EqatApp(App[str]):
         self.read_only = read_only
         self.feed: Feed | None = None
         self.view: RunView | None = None
+        self.looking = False
         self._watcher: Watcher | None = None
         self._first_run, self._first_mode, self._replay_speed = run, mode, replay_speed
         self._ascii, self._printable, self._no_colour = AsciiFilter(), PrintableFilter(), NoColor()
@@ -91,6 +96,7 @@ class EqatApp(App[str]):
             else:
                 self.open_run(self._first_run, show=False)
         self.switch_mode(self._first_mode)
+        self._find_run_for(self._first_mode)
 
     def on_ready(self) -> None:
         if self._watcher is None or self.view is not None:
@@ -102,6 +108,31 @@ class EqatApp(App[str]):
             return
         for number in (signal.SIGTERM, signal.SIGHUP):
             self._loop.add_signal_handler(number, self._on_signal, number)
+        if not self.is_headless:
+            signal.signal(signal.SIGCONT, self._on_continued)
+
+    def _on_continued(self, number: int, frame: object) -> None:
+        """Signal handler: take the terminal back, which may hold anything and have another size now.
+
+        It runs before the next line of the program does, as Textual's own does: until the terminal is taken
+        back nothing may be written. Textual would count on what the terminal showed before, and not on a
+        SIGSTOP, which nobody can prepare for.
+        """
+        driver = self._driver
+        if driver is None or self._loop is None or not self._running:
+            return
+        if not in_foreground(sys.__stdin__):
+            os.kill(os.getpid(), signal.SIGSTOP)  # `bg`: the terminal is not ours to draw on
+            return
+        if not getattr(driver, "_must_signal_resume", False):
+            driver.suspend_application_mode()
+        driver.resume_application_mode()
+        self._loop.call_soon_threadsafe(self.repaint)
+
+    def repaint(self) -> None:
+        """Draw every cell again, whatever the terminal shows."""
+        for screen in self.screen_stack:
+            screen.refresh(layout=True)
 
     def _on_signal(self, number: int) -> None:
         self.exit_code = 128 + number
@@ -137,6 +168,28 @@ class EqatApp(App[str]):
         self.show_feed(LiveFeed(run))
         if show:
             self.switch_mode(mode)
+
+    def _find_run_for(self, mode: str) -> None:
+        """Open the run that is meant on a screen that shows one, where none is open yet."""
+        if self.feed is not None or self.looking or not SCREENS[mode].of_run:
+            return
+        self.looking = True
+
+        def look() -> None:
+            try:
+                run = likely(self.runs_dir)
+            finally:
+                self.looking = False
+            if self.is_running:
+                self.call_from_thread(found, run)
+
+        def found(run: RunDirectory | None) -> None:
+            if run is not None and self.feed is None:
+                self.open_run(run, show=False)
+            elif isinstance(self.screen, WorkScreen):
+                self.screen.refill()
+
+        self.in_thread(look)
 
     def replay(self, run: RunDirectory, speed: float = 10.0, *, show: bool = True) -> None:
         """Show ``run`` from its beginning."""
@@ -193,6 +246,7 @@ class EqatApp(App[str]):
             self.clear_notifications()
             if action == self.current_mode and len(self.screen_stack) > 1:
                 self.pop_screen()  # a comparison lies over the list of runs
+            self._find_run_for(action)
             await self.switch_mode(action)
         elif action == "help":
             from eqat_tui.screens.help import help_for
@@ -204,9 +258,14 @@ class EqatApp(App[str]):
         elif action == "quit":
             self.leave()
         elif action == "how_to_leave":
-            self.notify(f"q leaves the app, and runs go on; p on {key_of('monitor')} pauses a run")
+            self.notify(f"q leaves the app, and runs go on; x on {key_of('monitor')} stops a run")
+        elif action == "repaint":
+            self.repaint()
         elif action == "suspend":
-            self.action_suspend_process()
+            if shell_waits():
+                self.action_suspend_process()
+            else:
+                self.notify("no shell waits behind this terminal, so nothing could come back here; q leaves")
 
     def notify(
         self,
@@ -232,6 +291,7 @@ class EqatApp(App[str]):
 
     def start_engine(self, run: RunDirectory, start: Callable[[RunDirectory], int]) -> None:
         """Start an engine and show its run."""
+        self.clear_notifications()  # they told of the one before
 
         def begin() -> None:
             start(run)

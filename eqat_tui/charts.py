@@ -116,12 +116,20 @@ def chart(
     return [*lines, _x_line(x_axis, x_name, inner, broken)]
 
 
-def legend(series: Sequence[Series], *, marks: bool) -> Line:
-    """Names of the series, each with its mark or a dash in its colour."""
+def legend(series: Sequence[Series], *, marks: bool, gap: str = "   ", mark_gap: str = " ") -> Line:
+    """Names of the series on one line, each with its mark or a dash in its colour."""
     spans: Line = []
-    for index, one in enumerate(series):
-        spans += [(f"{MARKS[index % len(MARKS)] if marks else '━'} {one.name}", one.role), ("   ", "")]
+    for one in legend_names(series, marks=marks, mark_gap=mark_gap):
+        spans += [one, (gap, "")]
     return spans[:-1]
+
+
+def legend_names(series: Sequence[Series], *, marks: bool, mark_gap: str = " ") -> Line:
+    """The names alone, a span each."""
+    return [
+        (f"{MARKS[index % len(MARKS)] if marks else '━'}{mark_gap}{one.name}", one.role)
+        for index, one in enumerate(series)
+    ]
 
 
 def _is_broken(value: float | None) -> bool:

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 
 from engine.config.derived import resolve
-from engine.config.loading import load
+from engine.config.loading import configuration_file, load, presets_dir
+from engine.config.origins import located
 from engine.config.run import RunConfig
 from engine.config.validation import validate
 from engine.errors import UsageError
@@ -35,7 +36,13 @@ def build_config(
     overrides = {name: value for name, value in flags.items() if value is not None}
     overrides.update(parse_settings(settings))
     config = resolve(load(target, overrides=overrides))
-    validate(config)
+    try:
+        validate(config)
+    except UsageError as error:
+        file = configuration_file(target)
+        if file.parent == presets_dir():  # whose values work, until something else was typed beside them
+            raise
+        raise located(error, file, typed=overrides) from error
     return config
 
 

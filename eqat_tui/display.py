@@ -16,6 +16,8 @@ from engine.config.stages import phase_label, stage_label
 from engine.run import events
 from engine.run.events import Event
 from engine.run.state import RunState
+from engine.run.task import is_job, job_name
+from eqat_tui.job_control import in_foreground
 from eqat_tui.output import (
     LONGEST_LINE,
     cell,
@@ -29,9 +31,11 @@ from eqat_tui.output import (
     say,
     share,
 )
+from eqat_tui.words import block_place, time_left
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.live import Live
 
 REDRAW_S = 0.5
 """The moving lines are redrawn at most this often: SSH can be slow."""
@@ -48,6 +52,12 @@ class Display(Protocol):
 
     def note(self, text: str) -> None:
         """A line from the program itself."""
+
+    def leave(self) -> None:
+        """The shell is about to have the terminal for a while: leave nothing on it that moves."""
+
+    def come_back(self) -> None:
+        """The terminal may be ours again; it can show anything, and have another size."""
 
     def close(self) -> None:
         """Leave the terminal as it was found."""
@@ -77,7 +87,8 @@ def lasting_line(event: Event) -> str | None:
             return f"  perplexity, {stage_label(event.stage)}: {value}"
         case events.Export():
             checked = "verified" if event.verified else "NOT VERIFIED"
-            return f"  {event.format}: {format_bytes(event.bytes)}, {checked}"
+            copied = f", copied to {event.copied_to}" if event.copied_to else ""
+            return f"  {event.format}: {format_bytes(event.bytes)}, {checked}{copied}"
         case events.Warning():
             return _with_hint(f"warning: {event.message}", event.hint)
         case events.ControlAck():
@@ -98,7 +109,7 @@ def _with_hint(text: str, hint: str) -> str:
 
 
 def fraction(state: RunState) -> float | None:
-    """How much of the current phase is done, where that is known."""
+    """How much of the current phase is done, where that is known; of a job, its own state is asked."""
     within = share(state.step, state.steps)
     if state.blocks and state.block is not None:
         return share((number(state.block) or 0.0) + within, state.blocks)
@@ -106,22 +117,39 @@ def fraction(state: RunState) -> float | None:
 
 
 def position(state: RunState) -> str:
-    """``Block-AP [4/8]  block 12/30``."""
+    """``Block-AP [4/8]  block 12 of 0–29``; of a job on a finished run, ``evaluation: prepare [1/2]``."""
     index = next((row.index for row in state.phases if row.name == state.phase), None)
     text = phase_label(state.phase)
-    if index is not None and state.phase_count and state.task == "run":
+    if is_job(state.task):
+        text = f"{job_name(state.task)}: {text}"
+    if index is not None and state.phase_count:
         text += f" [{index + 1}/{state.phase_count}]"
     if state.blocks and state.block is not None:
-        text += f"  block {state.block + 1}/{state.blocks}"
+        text += f"  block {block_place(state.block, state.blocks)}"
     return text
+
+
+def left_words(state: RunState) -> str:
+    """The time left in words, as the engine estimates it; empty where it does not."""
+    status = state.status
+    return "" if status is None else time_left(status.eta_s, status.over_s, measured=status.eta_measured)
+
+
+def doing(state: RunState) -> list[str]:
+    """What an engine does that counts nothing, and for how long: ``loading torch``, ``0:12``."""
+    status = state.status
+    if status is None or fraction(state) is not None or status.outcome is not None:
+        return []
+    spent = [] if status.phase_s is None else [format_clock(status.phase_s)]
+    return [*([status.doing] if status.doing else []), *spent]
 
 
 def measurements(state: RunState) -> list[str]:
     """Step, loss, speed and memory, as far as they are known; or why nothing moves."""
     if state.status is not None and state.status.waiting:
         return [f"paused: {state.status.waiting}"]
-    parts = []
-    if state.steps and state.step is not None:
+    parts = doing(state)
+    if state.epoch is not None and state.steps and state.step is not None:  # of a training, not of a count
         parts.append(f"step {state.step}/{state.steps}")
     metric = state.metrics[-1] if state.metrics else None
     if metric is not None and metric.phase == state.phase:
@@ -157,14 +185,21 @@ class PlainDisplay:
             line = lasting_line(event)
             if line is not None:
                 self._print(line)
-        if time.monotonic() - self._last >= self._interval and state.phase is not None:
-            parts = [position(state), *measurements(state)]
-            if state.eta_s is not None:
-                parts.append(f"{format_clock(state.eta_s)} left")
+        now = state.at_work
+        if time.monotonic() - self._last >= self._interval and (now.phase is not None or doing(now)):
+            done, left = fraction(now), left_words(now)
+            parts = [position(now), *([f"{done:.0%}"] if done is not None and now.epoch is None else [])]
+            parts += [*measurements(now), *([left] if left else [])]
             self._print("  " + "  ".join(parts))
 
     def note(self, text: str) -> None:
         self._print(text)
+
+    def leave(self) -> None:
+        pass
+
+    def come_back(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -178,22 +213,26 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """Lines that stay scroll up above two that are redrawn in place."""
+    """Lines that stay scroll up above two that are redrawn in place, where this is in the foreground."""
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.live import Live
 
         self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-        self._live = Live(
+        self._live = self._open()
+        self._drawn = float("-inf")
+
+    def _open(self) -> Live:
+        """Moving lines that know nothing of those before them."""
+        from rich.live import Live
+
+        return Live(
             console=self._console,
             auto_refresh=False,
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        self._live.start()
-        self._drawn = float("-inf")
 
     def update(self, state: RunState, new: Sequence[Event]) -> None:
         for event in new:
@@ -201,15 +240,25 @@ class LiveDisplay:
             if line is not None:
                 self._print(line, _style(event))
         now = time.monotonic()
-        if now - self._drawn >= REDRAW_S:
+        if now - self._drawn >= REDRAW_S and in_foreground(sys.stderr):
             self._drawn = now
-            self._live.update(self._lines(state), refresh=True)
+            self._live.start()
+            self._live.update(self._lines(state.at_work), refresh=True)
 
     def note(self, text: str) -> None:
         self._print(text, "yellow")
 
     def _print(self, text: str, style: str) -> None:
         self._console.print(lasting(text), style=style, soft_wrap=True)
+
+    def leave(self) -> None:
+        self._live.stop()
+        self._live = self._open()
+
+    def come_back(self) -> None:
+        self._live._live_render._shape = None  # what was drawn is somewhere above what the shell wrote
+        self.leave()
+        self._drawn = float("-inf")
 
     def close(self) -> None:
         self._live.stop()
@@ -229,8 +278,7 @@ class LiveDisplay:
         first.add_column(ratio=1)
         first.add_column(no_wrap=True, justify="right")
         share = "" if done is None else f"{done:4.0%}  "
-        left = "" if state.eta_s is None else f"  {format_clock(state.eta_s)} left"
-        first.add_row(Text(cell(position(state)), style="bold"), bar, Text(f"{share}{left.strip()}"))
+        first.add_row(Text(cell(position(state)), style="bold"), bar, Text(f"{share}{left_words(state)}"))
         words = cell("  " + "   ".join(measurements(state)), LONGEST_LINE)
         second = Text(words, style="dim", no_wrap=True, overflow="ellipsis")
         return Group(first, second)

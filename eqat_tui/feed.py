@@ -21,19 +21,21 @@ from engine import __version__
 from engine.config.writing import to_dict
 from engine.errors import EqatError
 from engine.run import control, events
+from engine.run.deaths import KILLED, why_gone
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventFollower, read_events
 from engine.run.events import AnyEvent
-from engine.run.liveness import State, run_state
+from engine.run.liveness import State, Work, look
 from engine.run.lock import holder
 from engine.run.state import RunState
 from engine.run.status import Status, read_launched, read_status
+from engine.run.task import is_job, job_name
 from eqat_tui.display import lasting_line
 from eqat_tui.log_tail import log_tail
 from eqat_tui.output import error_words, one_line
 
-Liveness = State | Literal["starting", "gone"]
-"""A run's state, and two that only whoever looks sees: its engine has no lock yet, or its folder is gone."""
+Liveness = State | Literal["gone"]
+"""A run's state, and one that only whoever looks sees: its folder is gone."""
 JOURNAL_LINES = 1000
 LONGEST_PAUSE_S = 2.0
 """A replay passes over longer silences: a run that was resumed the next day need not be waited for."""
@@ -54,11 +56,17 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     state: RunState
     liveness: Liveness
+    """Of the run itself, whatever is done with it."""
     now: float
+    job: Work | None = None
+    """What an engine does with the finished run at the moment, where one does; ``state.job`` says how far it
+    is, and afterwards how it ended."""
     config: Mapping[str, Any] | None = None
     journal: tuple[Entry, ...] = ()
     requests: tuple[control.Request, ...] = ()
     """What was asked of the engine and not acknowledged yet."""
+    why_gone: str = ""
+    """Why an engine that said nothing is gone, of the run or of what was done last with it."""
     log_tail: tuple[str, ...] = ()
     """The end of the engine's output, where it died or gives no sign of life."""
     pid: int | None = None
@@ -66,16 +74,43 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True):
     problem: str = ""
     """Why some of this cannot be read."""
     replay: Replay | None = None
+    launched: float | None = None
+    """When the engine was started, while it has not said anything yet."""
 
     @property
     def live(self) -> bool:
-        """Whether an engine works on it, or is about to."""
-        return self.liveness in ("running", "hung", "starting")
+        """Whether an engine works on it or with it, or is about to."""
+        return self.job is not None or self.liveness in ("running", "hung", "starting")
+
+    @property
+    def at_work(self) -> RunState:
+        """Where the engine is: in the run, or in what is done with it."""
+        return self.state.at_work if self.job is not None else self.state
+
+    @property
+    def hung(self) -> bool:
+        """Whether an engine works on it or with it and gives no sign of life."""
+        return self.liveness == "hung" or (self.job is not None and self.job.state == "hung")
 
     @property
     def waiting(self) -> str:
         """Why the engine does nothing at the moment."""
-        return self.state.status.waiting if self.state.status is not None and self.live else ""
+        status = self.at_work.status
+        return status.waiting if status is not None and self.live else ""
+
+    @property
+    def doing(self) -> str:
+        """What the engine does where it counts nothing: ``loading torch``."""
+        status = self.at_work.status
+        return status.doing if status is not None and self.live else ""
+
+    @property
+    def starting_s(self) -> float | None:
+        """Seconds since an engine was started that has not begun its first phase; none otherwise."""
+        since = self.launched if self.launched is not None else self.at_work.attempt_t
+        if not self.live or self.replay is not None or self.at_work.phase is not None or since is None:
+            return None
+        return max(0.0, self.now - since)
 
     @property
     def asked(self) -> str:
@@ -83,15 +118,17 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True):
         if not self.live:
             return ""
         asked: list[str] = [request.request for request in self.requests]
-        if self.liveness == "starting":
+        if self.launched is not None:
             return "abort" if "abort" in asked else "stop" if asked else ""
-        asked += [ack.request for ack in self.state.acknowledged if ack.attempt == self.state.attempt]
+        work = self.at_work
+        asked += [ack.request for ack in work.acknowledged if ack.attempt == work.attempt]
         return "abort" if "abort" in asked else "stop" if asked else ""
 
     @property
     def accepted(self) -> bool:
         """Whether the engine has seen what it was asked."""
-        return any(ack.attempt == self.state.attempt for ack in self.state.acknowledged)
+        work = self.at_work
+        return any(ack.attempt == work.attempt for ack in work.acknowledged)
 
 
 class Replay(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,18 +152,24 @@ class Feed(Protocol):
 class Journal:
     """The lines that stay, as events come in."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
         self.entries: deque[Entry] = deque(maxlen=JOURNAL_LINES)
-        self._open: events.RunStarted | None = None
+        self._open: events.RunStarted | events.AttemptStarting | None = None
+        self._attempt = 0
         self._last_t = 0.0
 
     def take(self, new: Iterable[AnyEvent]) -> None:
         """Add what ``new`` has to tell."""
         for event in new:
-            if isinstance(event, events.RunStarted):
-                if self._open is not None:
-                    self.entries.append(died(self._open.attempt, self._last_t))
-                self._open = event
+            if isinstance(event, events.RunStarted | events.AttemptStarting):
+                if self._open is not None and self._open.attempt != event.attempt:
+                    why = why_gone(self.run, self._open.attempt, latest=False)
+                    self.entries.append(died(self._open, self._last_t, why))
+                silent = _silent(self._attempt + 1, event.attempt - 1)
+                if silent:
+                    self.entries.append(Entry(event.t, silent, "bad"))
+                self._open, self._attempt = event, event.attempt
             elif isinstance(event, events.RunFinished):
                 self._open = None
             self._last_t = event.t
@@ -134,30 +177,51 @@ class Journal:
             if text:
                 self.entries.append(Entry(event.t, one_line(text), role))
 
-    def told(self, liveness: Liveness) -> tuple[Entry, ...]:
-        """All entries; a crash is one, although no engine could write it."""
-        crashed = liveness == "crashed" and self._open is not None
-        attempt = self._open.attempt if self._open is not None else 0
-        return (*self.entries, *([died(attempt, self._last_t)] if crashed else []))
+    @property
+    def cut_off(self) -> bool:
+        """Whether the last attempt that spoke has had no last word."""
+        return self._open is not None
+
+    def told(self, why: str = "") -> tuple[Entry, ...]:
+        """All entries; that an engine died is one, although it could not write it."""
+        if not why or self._open is None:
+            return tuple(self.entries)
+        return (*self.entries, died(self._open, self._last_t, why))
 
 
-def died(attempt: int, t: float) -> Entry:
+def died(begun: events.RunStarted | events.AttemptStarting, t: float, why: str) -> Entry:
     """An attempt that ended without a last word."""
-    return Entry(t, f"attempt {attempt} died without a word: killed, or out of host memory", "bad")
+    return Entry(t, one_line(f"{_who(begun)} died without a word: {why}"), "bad")
+
+
+def _who(begun: events.RunStarted | events.AttemptStarting) -> str:
+    """``attempt 2``, or what else is done by it."""
+    return f"{job_name(begun.task)} {begun.attempt}" if is_job(begun.task) else f"attempt {begun.attempt}"
+
+
+def _silent(first: int, last: int) -> str:
+    """Of attempts that no event speaks of: their engines ended before they could write one."""
+    if last < first:
+        return ""
+    which = f"attempt {first}" if first == last else f"attempts {first} to {last}"
+    return f"{which} ended before the first word"
 
 
 def _words(event: AnyEvent) -> tuple[str, str]:
     match event:
         case events.Metric() | events.Memory():
             return "", ""
+        case events.AttemptStarting():
+            return f"{_who(event)} starts ({event.host}, process {event.pid})", "strong"
         case events.RunStarted():
-            return f"attempt {event.attempt} on {event.device} ({event.host}, process {event.pid})", "strong"
+            return f"{_who(event)} on {event.device} ({event.host}, process {event.pid})", "strong"
         case events.CheckpointCommitted():
             place = f"block {event.block}" if event.block is not None else event.phase
             step = f", step {event.step}" if event.step is not None else ""
             return f"checkpoint {event.generation}: {place}{step}", "muted"
         case events.RunFinished():
-            return f"{event.outcome} (exit code {event.exit_code})", "strong"
+            what = f"{job_name(event.task)} " if is_job(event.task) else ""
+            return f"{what}{event.outcome} (exit code {event.exit_code})", "strong"
         case events.Error():
             return lasting_line(event) or "", "bad"
         case events.Warning() | events.ControlAck():
@@ -172,7 +236,7 @@ class LiveFeed:
         self.run = run
         self._follower = EventFollower(run.events_path)
         self._state = RunState(id=run.id)
-        self._journal = Journal()
+        self._journal = Journal(run)
         self._config: dict[str, Any] | None = None
         self._problem = ""
         self._looked_at_config = False
@@ -190,29 +254,31 @@ class LiveFeed:
             return self._view(now, "gone", problem="the run's directory is gone")
         problem = self._read_config()
         new = self._follower.poll()
-        found = run_state(self.run)
+        found = look(self.run)
         self._state = self._state.apply_all(new)
         self._journal.take(new)
-        status = read_status(self.run)
-        self._state = msgspec.structs.replace(self._state, id=self.run.id, status=status)
-        liveness: Liveness = found
-        launched = read_launched(self.run)
-        if launched is not None and (
-            found == "created" or (found == "running" and launched.attempt > self._state.attempt)
-        ):
-            liveness = "starting"
-        return self._view(now, liveness, problem=problem or self._newer())
+        self._state = msgspec.structs.replace(self._state, id=self.run.id).with_status(read_status(self.run))
+        return self._view(now, found.state, work=found.work, problem=problem or self._newer())
 
-    def _view(self, now: float, liveness: Liveness, *, problem: str) -> RunView:
-        state = self._state
-        if liveness == "starting":
-            # An engine imports its libraries; where the attempt before was and what it was asked is over.
-            nowhere = dict.fromkeys(("phase", "block", "blocks", "step", "steps", "status", "error"))
-            state = msgspec.structs.replace(state, task="run", **nowhere)
+    def _view(self, now: float, liveness: Liveness, *, work: Work | None = None, problem: str) -> RunView:
+        state, launched = self._state, None
+        if work is not None and work.attempt > state.newest_attempt:
+            # Nothing was heard of it yet: where the attempt before was and what it was asked is over.
+            began = read_launched(self.run)
+            launched = began.t if began is not None else now
+            if is_job(work.task):
+                state = msgspec.structs.replace(state, job=RunState(task=work.task, attempt=work.attempt))
+            else:
+                nowhere = ("phase", "block", "blocks", "step", "steps", "status", "error", "job")
+                state = msgspec.structs.replace(state, **dict.fromkeys(nowhere))
+                liveness = "starting"
+        job = work if work is not None and is_job(work.task) else None
+        cut_off = liveness == "crashed" or (state.job is not None and state.job.outcome is None)
+        why = why_gone(self.run, self._newest(), latest=True) if cut_off and work is None else ""
         requests: tuple[control.Request, ...] = ()
         tail: tuple[str, ...] = ()
         pid: int | None = None
-        if liveness in ("running", "hung", "starting"):
+        if work is not None:
             requests = tuple(control.pending(self.run))
             pid = holder(self.run.lock_path)
         if liveness in ("crashed", "hung") or (liveness == "failed" and self._state.exit_code == 1):
@@ -223,13 +289,38 @@ class LiveFeed:
             state=state,
             liveness=liveness,
             now=now,
+            job=job,
             config=self._config,
-            journal=self._journal.told(liveness),
+            journal=self._told(work, why),
+            why_gone=why,
             requests=requests,
             log_tail=tail,
             pid=pid,
             problem=problem,
+            launched=launched,
         )
+
+    def _told(self, work: Work | None, why: str) -> tuple[Entry, ...]:
+        """The journal; ``why`` is how the newest engine has ended, where nobody works on the run.
+
+        Until the next one says something, the one before has the last word: that it was killed is told.
+        """
+        newest, heard = self._newest(), self._state.newest_attempt
+        silent = newest if work is None else work.attempt
+        if silent <= heard:
+            return self._journal.told(why)
+        before = why_gone(self.run, heard, latest=False) if self._journal.cut_off else ""
+        told = self._journal.told(before)
+        if work is not None or not why:
+            return told
+        launched = read_launched(self.run)
+        began = launched.t if launched is not None else 0.0
+        return (*told, Entry(began, one_line(f"{_silent(heard + 1, newest)}: {why}"), "bad"))
+
+    def _newest(self) -> int:
+        """The attempt that was started last."""
+        launched = read_launched(self.run)
+        return max(self._state.newest_attempt, launched.attempt if launched is not None else 0)
 
     def _read_config(self) -> str:
         """The configuration never changes; what is wrong with it, if anything."""
@@ -294,7 +385,7 @@ class ReplayFeed:
     def _rewind(self) -> None:
         self._done = 0
         self._state = RunState(id=self.run.id)
-        self._journal = Journal()
+        self._journal = Journal(self.run)
 
     def seek(self, by: float) -> None:
         """Go on or back by a part of the whole."""
@@ -345,7 +436,7 @@ class ReplayFeed:
             liveness=outcome,
             now=now,
             config=self._config,
-            journal=self._journal.told(outcome),
+            journal=self._journal.told(KILLED if outcome == "crashed" else ""),
             problem=self._problem,
             replay=Replay(
                 position=self._clock / self.duration if self.duration else 1.0,

@@ -8,23 +8,21 @@ so: only then is everything it wrote on the disk.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Literal
 
-import msgspec
-
 from engine.errors import ExitCode, run_is_gone
 from engine.run import control
+from engine.run.deaths import why_gone
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventFollower
 from engine.run.events import AnyEvent, RunFinished
 from engine.run.launch import exit_code, log_path, next_attempt, refuse_second
-from engine.run.liveness import run_state
+from engine.run.liveness import look
 from engine.run.lock import holder
 from engine.run.state import RunState
 from engine.run.status import read_status
@@ -34,8 +32,6 @@ from eqat_tui.display import Display
 
 POLL_S = 0.2
 TAIL_BYTES = 1 << 16
-LIVE = ("running", "hung", "created")
-
 OnInterrupt = Literal["stop", "leave"]
 
 
@@ -57,6 +53,7 @@ class Follower:
         self._warned = False
         self._stopping = False
         self._terminated = False
+        self._suspended = self._continued = False
         self._on_interrupt: OnInterrupt = "stop"
         self._waiting = ""
         self._said_hung = False
@@ -87,6 +84,7 @@ class Follower:
         """Wait for the end; the process's exit code where it can be known."""
         looked = float("-inf")
         while True:
+            self._answer_shell()  # before anything is drawn over what it wrote
             self._take()
             self._answer_interrupts()
             code = exit_code(pid) if pid is not None else None
@@ -95,10 +93,10 @@ class Follower:
             now = time.monotonic()
             if now - looked >= 1.0:
                 looked = now
-                liveness = run_state(self.run)
-                if pid is None and (liveness not in LIVE or not os.path.isdir(self.run.path)):
+                work = look(self.run).work
+                if pid is None and (work is None or not os.path.isdir(self.run.path)):
                     return None
-                self._tell_hung(liveness == "hung")
+                self._tell_hung(work is not None and work.state == "hung")
             time.sleep(POLL_S)
 
     def _poll(self) -> list[AnyEvent]:
@@ -113,7 +111,7 @@ class Follower:
             self.state = self.state.apply(event)
             if isinstance(event, RunFinished):
                 self._finished = event
-        self.state = msgspec.structs.replace(self.state, status=read_status(self.run))
+        self.state = self.state.with_status(read_status(self.run))
         self._tell_waiting()
         self.display.update(self.state, new)
 
@@ -128,7 +126,7 @@ class Follower:
         if code == ExitCode.PREFLIGHT:
             refuse_second(self.run)  # two were started at once, and the other has the run
         ended = read_status(self.run)
-        if ended is not None and ended.outcome is not None and ended.attempt >= self.state.attempt:
+        if ended is not None and ended.outcome is not None and ended.attempt >= self.state.newest_attempt:
             if ended.failure:
                 self.display.note(f"error: {ended.failure}")
             if code in (None, ended.exit_code):  # the log had no room for the last words; the status had
@@ -147,7 +145,8 @@ class Follower:
         self._said_hung = hung
 
     def _tell_waiting(self) -> None:
-        waiting = self.state.status.waiting if self.state.status is not None else ""
+        status = self.state.at_work.status
+        waiting = status.waiting if status is not None else ""
         if bool(waiting) != bool(self._waiting):
             self.display.note(f"paused: {waiting}" if waiting else "no longer paused")
         self._waiting = waiting
@@ -196,6 +195,29 @@ class Follower:
             control.request(self.run, "stop")
             self.display.note("stopping at the next step, resumable; Ctrl-C again to abort")
 
+    # -- Ctrl-Z ------------------------------------------------------------------------------------
+
+    def suspended(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: the shell wants the terminal, and gets it between two polls."""
+        self._suspended = True
+
+    def continued(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler: the shell goes on with this process, in the foreground or behind it."""
+        self._continued = True
+
+    def _answer_shell(self) -> None:
+        """Stop, with the terminal as it was found; afterwards begin to draw anew. The engine goes on."""
+        if self._suspended:
+            self._suspended = False
+            self.display.leave()
+            handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTSTP)  # returns when somebody says `fg` or `bg`
+            signal.signal(signal.SIGTSTP, handler)
+            self._continued = True
+        if self._continued:
+            self._continued = False
+            self.display.come_back()
+
 
 @contextmanager
 def _taking_signals(follower: Follower) -> Iterator[None]:
@@ -203,6 +225,8 @@ def _taking_signals(follower: Follower) -> Iterator[None]:
         signal.SIGINT: follower.interrupted,
         signal.SIGTERM: follower.terminated,
         signal.SIGUSR1: follower.warned,
+        signal.SIGTSTP: follower.suspended,
+        signal.SIGCONT: follower.continued,
     }
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
@@ -231,11 +255,7 @@ def print_tail(run: RunDirectory, code: int | None, display: Display, lines: int
         last = [f"({error})"]
     for line in last or ["(empty)"]:
         display.note(f"  {line}")
-    if code in (None, -signal.SIGKILL):
-        display.note("it was probably killed: by somebody, or by the kernel for want of memory (see dmesg)")
-    with suppress(OSError):
-        if not shutil.disk_usage(run.path).free:
-            display.note("the disk is full, so it could not even say so: free some space and start it again")
+    display.note(f"why: {why_gone(run, attempt, code=code)}")
 
 
 def _signal_name(number: int) -> str:

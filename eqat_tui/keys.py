@@ -25,6 +25,8 @@ class Key(NamedTuple):
     tip: str
     """One line for the help and the palette."""
     footer: bool = True
+    above: bool = False
+    """It works in dialogs and inputs too, before they are asked."""
 
     @property
     def shown(self) -> str:
@@ -40,6 +42,7 @@ _NAMES = {
     "slash": "/",
     "plus": "+",
     "minus": "-",
+    "equals_sign": "=",
     "left": "←",
     "right": "→",
     "delete": "del",
@@ -56,7 +59,15 @@ def key_name(key: str) -> str:
 def bindings(keys: Iterable[Key]) -> list[BindingType]:
     """Textual's bindings for ``keys``; all of them go through one action, which knows what is possible."""
     return [
-        Binding(key.keys, f"do('{key.action}')", key.label, id=key.action, tooltip=key.tip, show=False)
+        Binding(
+            key.keys,
+            f"do('{key.action}')",
+            key.label,
+            id=key.action,
+            tooltip=key.tip,
+            show=False,
+            priority=key.above,
+        )
         for key in keys
     ]
 
@@ -65,7 +76,15 @@ ALWAYS = (
     Key("question_mark,f1", "help", "help", "All keys of this screen"),
     Key("ctrl+p", "palette", "palette", "Find any action by its name"),
     Key("q,ctrl+q", "quit", "quit", "Leave the app; runs go on"),
-    Key("ctrl+z", "suspend", "suspend", "Back to the shell for a while; fg comes back", footer=False),
+    Key(
+        "ctrl+z",
+        "suspend",
+        "suspend",
+        "Back to the shell for a while; fg comes back",
+        footer=False,
+        above=True,
+    ),
+    Key("ctrl+l", "repaint", "repaint", "Draw the whole screen again", footer=False, above=True),
     Key("ctrl+c", "how_to_leave", "how to leave", "Say how to leave", footer=False),
 )
 """What works on every screen, besides going to another one."""

@@ -1,6 +1,6 @@
 """Text for the app's panels: lines of spans, each with a role that the palette gives a colour.
 
-    [("Block-AP ", "strong"), ("12/30", "")]
+    [("Block-AP ", "strong"), ("step 12/30", "")]
 
 What a screen shows is computed as such lines by plain functions, which tests read without a terminal, and the
 widgets only paint them. A role never carries meaning that the words do not.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.stages import full_precision, phase_label, stage_label, versions
+from engine.run.task import job_name
 from eqat_tui.measured import newest
 from eqat_tui.output import (
     LONGEST_LINE,
@@ -25,16 +26,19 @@ from eqat_tui.output import (
     key_values,
     number,
     one_line,
+    share,
     table,
 )
 from eqat_tui.planned import branch
-from eqat_tui.words import model_name
+from eqat_tui.words import block_place, model_name, time_left
 
 Tree = Mapping[str, Any]
 
 LONGEST_SAMPLE = 100_000
 MOST_TASKS = 100
 LONGEST_TASK = 60
+WORKING = ("starting", "running", "hung")
+"""States of a run, or of a job, that an engine works on."""
 UNREADABLE = "unreadable"
 """In place of the state of a run that is damaged."""
 
@@ -115,10 +119,17 @@ def accuracy_table(accuracy: Mapping[str, Mapping[str, float]]) -> str:
 def facts(run: Tree) -> dict[str, str]:
     """Size, time, memory and exports, as far as they are known."""
     lines: dict[str, str] = {}
-    if run["state"] in ("running", "hung"):
+    if run["state"] in WORKING:
         lines["now"] = _position(run)
         if run.get("waiting"):
             lines["paused"] = one_line(run["waiting"])
+    job = run.get("job")
+    if job and job["state"] != "done":
+        name = job_name(job["task"])
+        why = run.get("why_gone") or ""
+        lines[name if job["state"] in WORKING else f"last {name}"] = job_words(job, why)
+    elif run.get("why_gone"):
+        lines["engine died"] = one_line(run["why_gone"])
     if run.get("origin"):
         lines["shares"] = origin_words(run["origin"])
     size = run["size_bytes"]
@@ -150,6 +161,20 @@ def facts(run: Tree) -> dict[str, str]:
         lines["export" if index == 0 else f"export {index + 1}"] = export_words(export, run)
     lines["directory"] = shorten(run["path"])
     return lines
+
+
+def job_words(job: Tree, why: str = "") -> str:
+    """Where something that is done with a finished run is, or how it ended."""
+    if job["state"] in WORKING:
+        words = [_position(job)]
+        if job["state"] == "hung":
+            words = ["no sign of life", *words]
+        if job.get("waiting"):
+            words.append(f"paused: {one_line(job['waiting'])}")
+        return ", ".join(words)
+    if job["state"] == "crashed":
+        return f"its engine died: {one_line(why)}" if why else "its engine died without a word"
+    return f"{job['state']}: {error_line(job).removeprefix('error: ')}" if job["error"] else str(job["state"])
 
 
 def samples(run: Tree) -> str:
@@ -186,7 +211,8 @@ def export_words(export: Tree, run: Tree) -> str:
     if export.get("max_logit_diff") is not None:
         words += f", largest logit difference {format_number(export['max_logit_diff'], 2)}"
     path = Path(run["path"]) / export["path"]  # an absolute one is itself
-    return f"{cell(export['format'])} {cell(shorten(path), LONGEST_LINE // 2)} ({words})"
+    copied = f"; copied to {cell(export['copied_to'], LONGEST_LINE // 2)}" if export.get("copied_to") else ""
+    return f"{cell(export['format'])} {cell(shorten(path), LONGEST_LINE // 2)} ({words}){copied}"
 
 
 def error_line(run: Tree) -> str:
@@ -220,16 +246,30 @@ def runs_table(runs: Sequence[Tree], *, now: float | None = None) -> str:
 
 
 def state_words(run: Tree) -> str:
-    """``running Block-AP 12/30``, or just the state."""
+    """``running Block-AP 12 of 0–29``, or just the state."""
     if run["state"] == UNREADABLE:
         return "cannot be read"
     if run.get("waiting"):
         return "paused (disk full)"
-    if run["state"] != "running" or not run.get("phase"):
+    job = run.get("job")
+    if job and job["state"] in WORKING:
+        name = job_name(job["task"])
+        return f"{run['state']}, {'paused' if job.get('waiting') else name}{job_share(job)}"
+    if run["state"] != "running":
         return str(run["state"])
+    if not run.get("phase"):
+        return "starting" + (f": {run['doing']}" if run.get("doing") else "")
     block, blocks = run.get("block"), run.get("blocks")
-    where = f" {block + 1}/{blocks}" if block is not None and blocks else ""
+    where = f" {block_place(block, blocks)}" if block is not None and blocks else ""
     return f"running {phase_label(run['phase'])}{where}"
+
+
+def job_share(job: Tree) -> str:
+    """How much of the phase that a job is in is done, behind its name."""
+    position = job["position"]
+    if position["step"] is None or not position["steps"]:
+        return ""
+    return f" {share(position['step'], position['steps']):.0%}"
 
 
 def ago(when: float | None, now: float) -> str:
@@ -257,13 +297,16 @@ def shorten(path: str | Path) -> str:
 def _position(run: Tree) -> str:
     position = run["position"]
     words = phase_label(position["phase"])
+    if position.get("doing"):
+        words += f", {position['doing']}"
     if position["blocks"] and position["block"] is not None:
-        words += f", block {position['block'] + 1} of {position['blocks']}"
-    if position["steps"] and position["step"] is not None:
+        words += f", block {block_place(position['block'], position['blocks'])}"
+    if position["steps"] and position["step"] is not None and position["epoch"] is not None:
         words += f", step {position['step']} of {position['steps']}"
-    if run.get("eta_s") is not None:
-        words += f", {format_seconds(run['eta_s'])} left"
-    return words
+    else:
+        words += f",{job_share(run)}" if job_share(run) else ""
+    left = time_left(run.get("eta_s"), run.get("over_s"), measured=run.get("eta_measured", True))
+    return f"{words}, {left}" if left else words
 
 
 def _peak(run: Tree, key: str) -> int | None:

@@ -8,14 +8,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.errors import EqatError, PreflightError, UsageError
+from engine.errors import PreflightError, UsageError
 from engine.run.directory import RunDirectory
-from engine.run.finding import default_runs_dir, list_runs
-from engine.run.lock import is_held
+from engine.run.finding import default_runs_dir
 from eqat_tui.output import show
-
-RECENT = 20
-"""Among so many of the newest runs one that is running is looked for."""
+from eqat_tui.which_run import working
 
 
 class Look(NamedTuple):
@@ -61,7 +58,7 @@ def open_app(
         raise UsageError(f"there is no theme {theme!r}", where="EQAT_THEME", hint=", ".join(THEMES))
     place = default_runs_dir(runs_dir)
     if run is None and mode is None:
-        run = _working(place)
+        run = working(place)
     app = EqatApp(
         runs_dir=place,
         terminal=look_at_terminal(ascii_only=look.ascii_only, theme=theme),
@@ -74,11 +71,3 @@ def open_app(
     if message:
         show(message)
     return app.exit_code or app.return_code or 0
-
-
-def _working(place: Path) -> RunDirectory | None:
-    """The newest run that an engine works on."""
-    try:
-        return next((run for run in list_runs(place)[:RECENT] if is_held(run.lock_path)), None)
-    except (EqatError, OSError):
-        return None

@@ -67,18 +67,20 @@ def without_collection() -> Iterator[None]:
 
 
 def _same(one: RunView, other: RunView) -> bool:
-    """Whether nothing has happened; the clock alone is nothing, except for an engine that is silent."""
+    """Whether nothing has happened; the clock alone is nothing, except for an engine that is silent or that
+    has not begun with anything yet."""
     return (
         (
             one.state is other.state
-            or (one.state.event_count, one.state.status) == (other.state.event_count, other.state.status)
+            or (one.state.event_count, one.at_work.status) == (other.state.event_count, other.at_work.status)
         )
-        and (one.liveness, one.requests, one.replay, one.problem)
+        and (one.liveness, one.job, one.requests, one.replay, one.problem)
         == (
             other.liveness,
+            other.job,
             other.requests,
             other.replay,
             other.problem,
         )
-        and one.liveness != "hung"
+        and not one.hung
     )

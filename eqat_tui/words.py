@@ -5,12 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 from engine.errors import EqatError
+from eqat_tui.output import format_clock
 
 
 def model_name(source: Any) -> str:
     """The last part of a model's source, as people say it."""
     name = source.rstrip("/").rsplit("/", 1)[-1] if isinstance(source, str) else ""
     return name.removesuffix(".gguf") or "?"
+
+
+def block_place(block: int, blocks: int) -> str:
+    """``3 of 0–5``: a block among those there are.
+
+    Blocks are counted from 0, as in the names of their tensors and as ``--from-block`` takes them.
+    """
+    return f"{block} of 0–{blocks - 1}" if blocks > 1 else f"{block}"
+
+
+def time_left(eta_s: float | None, over_s: float | None, *, measured: bool = True) -> str:
+    """``1:23 left``, and what that goes by where nothing is measured. A phase that outlasts its plan says so
+    and counts up."""
+    if over_s is not None and over_s >= 1:
+        rest = f", then about {format_clock(eta_s)}" if eta_s is not None and eta_s >= 1 else ""
+        return f"{format_clock(over_s)} longer than planned{rest}"
+    if eta_s is None:
+        return ""
+    return f"{format_clock(eta_s)} left" if measured else f"about {format_clock(eta_s)} left by the plan"
 
 
 def hint_for_app(hint: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from engine.config.base import Section, field_types, is_section
 from engine.config.fields import suggest, suggest_field
+from engine.config.origins import located
 from engine.config.overrides import apply_overrides, merge
 from engine.config.run import RunConfig, run_config
 from engine.config.tables import EXTENSIONS
@@ -44,6 +45,14 @@ def preset_path(name: str) -> Path:
     return presets_dir() / f"{name}.toml"
 
 
+def configuration_file(name_or_path: str) -> Path:
+    """The file that is meant by a preset's name, a path, or a run directory."""
+    path = Path(os.path.expanduser(name_or_path))
+    if os.path.isfile(path / "config.toml"):
+        return path / "config.toml"
+    return path if path.suffix == ".toml" or len(path.parts) > 1 else preset_path(name_or_path)
+
+
 def load(name_or_path: str, *, overrides: Mapping[str, object] | None = None) -> RunConfig:
     """A preset, a TOML file, or a run directory (its ``config.toml``), with ``overrides`` applied.
 
@@ -51,20 +60,23 @@ def load(name_or_path: str, *, overrides: Mapping[str, object] | None = None) ->
     has the right fields and types; whether the values make sense is for
     :func:`~engine.config.validation.validate`.
     """
-    path = Path(os.path.expanduser(name_or_path))
-    earlier = False
-    if os.path.isfile(path / "config.toml"):
-        path, earlier = path / "config.toml", True
-    elif not (path.suffix == ".toml" or len(path.parts) > 1):
-        path = preset_path(name_or_path)
-    config = _from_tree(_read_layers(path, seen=()), where=str(path), earlier=earlier)
+    path = configuration_file(name_or_path)
+    tree = _read_layers(path, seen=())
+    try:
+        config = _from_tree(tree, earlier=path.parent == Path(os.path.expanduser(name_or_path)))
+    except UsageError as error:
+        raise located(error, path) from error
     return apply_overrides(config, overrides or {})
 
 
 def load_run(run: Path) -> RunConfig:
     """The configuration that a run directory holds; unlike a file of the user's, it is not behind a link."""
     path = run / "config.toml"
-    return _from_tree(_read_layers(path, seen=(), root=run), where=str(path), earlier=True)
+    tree = _read_layers(path, seen=(), root=run)
+    try:
+        return _from_tree(tree, earlier=True)
+    except UsageError as error:
+        raise located(error, path) from error
 
 
 def as_earlier(config: RunConfig, tree: Mapping[str, Any] | None = None) -> RunConfig:
@@ -87,7 +99,7 @@ def from_toml(text: str) -> RunConfig:
         tree = parsed(tomllib.loads, text, Path("config"), "TOML")
     except BadFile as error:
         raise UsageError(error.message, where=error.where) from error
-    return _from_tree(_extend(tree, directory=None, seen=()), where="config")
+    return _from_tree(_extend(tree, directory=None, seen=()))
 
 
 def _read_layers(path: Path, *, seen: tuple[Path, ...], root: Path | None = None) -> dict[str, Any]:
@@ -122,9 +134,10 @@ def _extend(tree: dict[str, Any], *, directory: Path | None, seen: tuple[Path, .
     return merge(base, tree)
 
 
-def _from_tree(tree: Mapping[str, Any], *, where: str, earlier: bool = False) -> RunConfig:
-    """``earlier``: the file is a run's, which names every field that there was when the run was made."""
-    _check_keys(tree, run_config(), where=where)
+def _from_tree(tree: Mapping[str, Any], *, earlier: bool = False) -> RunConfig:
+    """The configuration that a tree describes; a :class:`UsageError` names the field. ``earlier``: the tree
+    is a run's, which names every field that there was when the run was made."""
+    _check_keys(tree, run_config())
     config = convert(_as_written_now(tree))
     return as_earlier(config, tree) if earlier else config
 
@@ -140,7 +153,7 @@ def _as_written_now(tree: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_keys(tree: Mapping[str, Any], section: type[Section], *, where: str, prefix: str = "") -> None:
+def _check_keys(tree: Mapping[str, Any], section: type[Section], *, prefix: str = "") -> None:
     """Refuse unknown keys here, where their dotted name and near names are known."""
     fields = field_types(section)
     for key, value in tree.items():
@@ -149,6 +162,6 @@ def _check_keys(tree: Mapping[str, Any], section: type[Section], *, where: str, 
             hint = suggest_field(name)
             if not prefix and isinstance(value, Mapping):
                 hint += f"; a section of an extension is known where {EXTENSIONS} names its module"
-            raise UsageError(f"{name}: there is no such field", where=where, hint=hint)
+            raise UsageError("there is no such field", where=name, hint=hint)
         if is_section(fields[key]) and isinstance(value, Mapping):
-            _check_keys(value, fields[key], where=where, prefix=f"{name}.")
+            _check_keys(value, fields[key], prefix=f"{name}.")

@@ -68,15 +68,15 @@ def perplexity(
     store_path: Path | None = None,
     store_budget_bytes: int | None = None,
     dtype: torch.dtype | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, all: None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> PerplexityResult:
     """Perplexity of the model whose ``i``-th block is ``block_for(i)``.
 
     ``windows_NT`` holds token ids, one window a row, of which the first ``given`` are predicted by nothing.
     ``dtype`` is what the hidden states are kept in between blocks; none takes the model's own.
-    ``on_progress(done, blocks)`` is called after each block, ``on_batch()`` before each batch; what it raises
-    ends the evaluation.
+    ``on_progress(done, all)`` counts windows that have passed a block or the head; ``on_batch()`` is called
+    before each batch. What they raise ends the evaluation.
     """
     windows, length = windows_NT.shape
     if windows == 0 or length <= given:
@@ -100,14 +100,14 @@ def perplexity(
                     hidden = carried.read(batch, batches[number : number + READ_AHEAD])
                     often = len(batch) == batch_size
                     carried.write(batch.start, lm.run_block(block, index, hidden, often=often))
+                    on_progress(index * windows + batch.stop, (lm.blocks + 1) * windows)
             del block  # before the next one is made
-            if on_progress is not None:
-                on_progress(index + 1, lm.blocks)
         for batch in batches:
             on_batch()
             rows = slice(batch.start, batch.stop)
             often = len(batch) == batch_size
             total += token_nll(lm, store.read(rows), windows_NT[rows], often=often)[:, given - 1 :].sum()
+            on_progress(lm.blocks * windows + batch.stop, (lm.blocks + 1) * windows)
     tokens = windows * (length - given)
     mean = total.item() / tokens
     return PerplexityResult(_exp(mean), mean, tokens, time.monotonic() - begin)

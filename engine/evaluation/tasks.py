@@ -109,13 +109,14 @@ def accuracies(
     tasks: Mapping[str, TokenizedTask],
     *,
     folder: Path | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, blocks: None,
+    on_progress: Callable[[int, int], None] = lambda done, all: None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Accuracy]:
     """Accuracy of the model whose ``i``-th block is ``block_for(i)``, by task.
 
-    Hidden states that memory has no room for lie in files in ``folder``. ``on_progress(done, blocks)`` is
-    called after each block, ``on_batch()`` before each batch; what it raises ends the evaluation.
+    Hidden states that memory has no room for lie in files in ``folder``. ``on_progress(done, all)``
+    counts batches that have passed a block or the head; ``on_batch()`` is called before each. What they raise
+    ends the evaluation.
     """
     rows = [row for task in tasks.values() for row in task.rows]
     scores = _scores(lm, block_for, rows, folder, on_progress, on_batch)
@@ -162,17 +163,18 @@ def _scores(
             batch.store.write(batch.start, lm.embed(batch.ids_BT.to(lm.device)))
         for index, block in stack.enter_context(closing(one_ahead(block_for, lm.blocks, lm.device))):
             with unpacked(block, lm.dtype):
-                for batch in batches:
+                for number, batch in enumerate(batches, 1):
                     on_batch()
                     hidden = batch.store.read(slice(batch.start, batch.start + len(batch.ids_BT)))
                     batch.store.write(batch.start, lm.run_block(block, index, hidden))
+                    on_progress(index * len(batches) + number, (lm.blocks + 1) * len(batches))
             del block  # before the next one is made
-            on_progress(index + 1, lm.blocks)
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
             on_batch()
             hidden = batch.store.read(slice(batch.start, batch.start + len(batch.places)))
             for place, row_TH in zip(batch.places, hidden, strict=True):
                 scores[place] = _log_probability(lm, row_TH, rows[place])
+            on_progress(lm.blocks * len(batches) + number, (lm.blocks + 1) * len(batches))
     # An undefined number is the worst answer, not the best.
     return [-math.inf if math.isnan(score) else score for score in scores]
 

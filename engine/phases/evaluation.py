@@ -26,6 +26,8 @@ from engine.run.facts import eval_fact
 
 ACTIVATIONS = "the file of an evaluation's activations"
 """What a full disk has no room for while a model is evaluated."""
+PARTS = 1000
+"""Of which so many are done, where two different things are counted."""
 BlockFor = Callable[[int], nn.Module]
 
 
@@ -117,9 +119,23 @@ def _perplexity(job: Job, block_for: BlockFor, batch_size: int) -> PerplexityRes
         store_kind=job.plan.activation_store,
         store_path=job.run.cache_dir / "evaluation.bin",
         store_budget_bytes=host_budget(job.config, job.plan.machine) // 2,
-        on_progress=job.report.step,
+        on_progress=partial(_tell, job, 0.0),
         on_batch=job.report.leave_if_asked,
     )
+
+
+def _tell(job: Job, before: float, done: int, of: int) -> None:
+    """How far the phase is: the perplexity first, then the tasks, each as much of it as it has tokens."""
+    if not job.tasks:
+        job.report.step(done, of)
+        return
+    share = 1 - _share_of_tasks(job) if before == 0 else 1 - before
+    job.report.step(round(PARTS * (before + share * done / of)), PARTS)
+
+
+def _share_of_tasks(job: Job) -> float:
+    asked = hidden_bytes(job.lm, job.tasks) / (job.lm.hidden_size * job.lm.dtype.itemsize)
+    return asked / (asked + job.tokens.evaluation.numel())
 
 
 def _ask(job: Job, block_for: BlockFor) -> dict[str, dict[str, float]]:
@@ -142,6 +158,6 @@ def _accuracies(job: Job, block_for: BlockFor) -> dict[str, Accuracy]:
         block_for,
         job.tasks,
         folder=job.run.cache_dir,
-        on_progress=job.report.step,
+        on_progress=partial(_tell, job, 1 - _share_of_tasks(job)),
         on_batch=job.report.leave_if_asked,
     )

@@ -6,6 +6,7 @@ that the user wants a copy on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,14 @@ from engine.export.layout import Layout, layout_of
 from engine.export.place import ExportPlace
 from engine.export.result import ExportResult
 from engine.export.verify import VerifyResult, verify
+from engine.phases.copies import COPY_SILENCE, hear, require_same, targets_of
 from engine.phases.job import Job
 from engine.plan.phases import VERIFY_TOKENS, VERIFY_WINDOWS
 from engine.process import package_versions
 from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.system.copying import check_target, copy_whole
-
-COPY_SILENCE = 1800
-"""Seconds that another disk may take unheard for what was copied to it."""
+from engine.system.sums import digests
 
 OTHER_DTYPE_HINT = "export.dtype takes bfloat16, float16 and float32"
 
@@ -45,13 +45,14 @@ def recover_exports(run: RunDirectory) -> None:
 def export(job: Job, copy_to: Path | None = None) -> None:
     """Write and verify every requested format; ``copy_to`` gets a copy, of several formats a folder each."""
     names = job.config.export.formats
-    targets = {name: copy_to / name if len(names) > 1 else copy_to for name in names if copy_to is not None}
+    targets = targets_of(names, copy_to)
     for target in targets.values():
         check_target(target, job.run.path)
-    for name in names:
+    for index, name in enumerate(names):
         path, layout = job.run.export_dir / name, layout_of(name)
+        count = partial(_count, job, index, len(names))
         written, verified = job.checkpoints.patiently(
-            partial(_write, job, path, layout), _needed(job, layout), "an export", path.parent
+            partial(_write, job, path, layout, count), _needed(job, layout), "an export", path.parent
         )
         if written.dropped_code and job.source.trust_remote_code:
             job.report.warning(
@@ -61,13 +62,25 @@ def export(job: Job, copy_to: Path | None = None) -> None:
             )
         if verified.note:
             job.report.warning("dtype", verified.note, hint=OTHER_DTYPE_HINT)
+        heard = partial(hear, job.report)
+        job.report.doing = "noting its files"
+        # Not left here: the export has its name, and is not told of yet.
+        files = digests(path, job.run.path, partial(job.report.expect_silence, COPY_SILENCE))
         copied = ""
         try:
             if name in targets:
-                copy_whole(path, targets[name], run=job.run.path, poll=partial(_hear, job))
+                job.report.doing = f"copying to {targets[name]}"
+                copy_whole(path, targets[name], run=job.run.path, poll=heard)
+                require_same(targets[name], files, job.report)
                 copied = str(targets[name])
         finally:  # the export in the run stands, whatever becomes of its copy
-            _tell(job, written, verified, copied)
+            _tell(job, written, verified, files, copied)
+
+
+def _count(job: Job, index: int, formats: int, checking: bool, done: int, blocks: int) -> None:
+    """How far the phase is: each format is written block by block, and then read back so."""
+    job.report.doing = "reading it back" if checking else "writing"
+    job.report.step((2 * index + checking) * blocks + done, 2 * formats * blocks)
 
 
 def _needed(job: Job, layout: Layout) -> int:
@@ -77,18 +90,14 @@ def _needed(job: Job, layout: Layout) -> int:
     return tensors + room_beside_tensors(layout, job.lm, job.source, shards)
 
 
-def _hear(job: Job) -> None:
-    """Between two pieces of a copy."""
-    job.report.leave_if_asked()
-    job.report.expect_silence(COPY_SILENCE)
-
-
-def _write(job: Job, path: Path, layout: Layout) -> tuple[ExportResult, VerifyResult]:
+def _write(
+    job: Job, path: Path, layout: Layout, count: Callable[[bool, int, int], None]
+) -> tuple[ExportResult, VerifyResult]:
     """A new export at ``path``, verified; an EqatError, and the old one, when it is not what was trained."""
     verified: list[VerifyResult] = []
 
     def is_trained(folder: Path) -> bool:
-        verified.append(_verify(job, layout, folder))
+        verified.append(_verify(job, layout, folder, partial(count, True)))
         if verified[0].note:
             add_to_card(folder, verified[0].note)
         return verified[0].verified
@@ -101,14 +110,14 @@ def _write(job: Job, path: Path, layout: Layout) -> tuple[ExportResult, VerifyRe
         shard_bytes=int(job.config.export.shard_gib * 2**30),
         card=_card(job),
         dtype=job.config.export.dtype,
-        on_block=job.report.step,
+        on_block=partial(count, False),
     )
     written = export.into(path, verify=is_trained, root=job.run.path)
     verified[0].raise_if_failed(str(ExportPlace(path, job.run.path).failed))
     return written, verified[0]
 
 
-def _verify(job: Job, layout: Layout, folder: Path) -> VerifyResult:
+def _verify(job: Job, layout: Layout, folder: Path, on_block: Callable[[int, int], None]) -> VerifyResult:
     """Read the files back and compare bits and logits."""
     tokens = job.tokens.any()
     if not len(tokens):
@@ -120,11 +129,13 @@ def _verify(job: Job, layout: Layout, folder: Path) -> VerifyResult:
         job.packed,
         tokens[:VERIFY_WINDOWS, :VERIFY_TOKENS],
         dtype=job.config.export.dtype,
-        on_block=lambda done, blocks: job.report.leave_if_asked(),
+        on_block=on_block,
     )
 
 
-def _tell(job: Job, written: ExportResult, verified: VerifyResult, copied_to: str) -> None:
+def _tell(
+    job: Job, written: ExportResult, verified: VerifyResult, files: dict[str, str], copied_to: str
+) -> None:
     job.report.emit(
         events.Export(
             format=written.format,
@@ -139,6 +150,7 @@ def _tell(job: Job, written: ExportResult, verified: VerifyResult, copied_to: st
             perplexity_trained=verified.perplexity_trained,
             tokens=verified.tokens,
             copied_to=copied_to,
+            files=files,
         )
     )
 

@@ -51,6 +51,7 @@ def prepare(
     """
     report.expect_silence(PREPARE_SILENCE)
     _switch_on_kernels(config, device, report)
+    report.doing = "opening the model"
     source = ModelSource.open(config.model)
     lm = CausalLM(source, device, compute_dtype("auto", device))
     for refusal in too_long(config, lm.position_table):  # of a model whose files the plan had not seen
@@ -60,10 +61,12 @@ def prepare(
     if task == "run" and plan.compiles_passages:
         lm.compile(expect_silence=report.expect_silence, on_failure=lambda why: _slower(report, why))
     encoder = Encoder(source.tokenizer(), rows=lm.vocab_size, bos=config.model.bos)
+    report.doing = "reading the text"
     tokens = draw_tokens(config, encoder, report)
     identity = {name: value for name, value in source.identity().items() if name not in ("path", "name")}
     made_from = {"model": digest(identity), "tokenizer": source.assets_identity(), **tokens.digests()}
     report.expect_silence(PREPARE_SILENCE)
+    report.doing = "opening the checkpoint"
     store = CheckpointStore(
         run.checkpoints_dir,
         {**deciding_fields(config), **made_from},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import msgspec
@@ -40,13 +41,14 @@ def write_samples(
         (full_precision(), job.lm.load_block),
         (job.newest_stage().name, job.dense_block),
     ]
+    count = _Count(job, len(models), new_tokens)
     for position, (stage, block_for) in enumerate(models):
-        job.report.step(position * job.blocks, len(models) * job.blocks)
+        count.at(position, 0)
         problem = _too_large(job, budget_bytes)
         sample = events.Sample(stage=stage, prompt=prompt, problem=problem)
         if not problem:
-            load = _told(job, block_for, position, len(models))
-            sample = _written(job, sample, load, ids_1T, new_tokens)
+            load = _told(job, block_for, position, count)
+            sample = _written(job, sample, load, ids_1T, new_tokens, position, count)
         job.report.emit(sample)
         telemetry.release_memory()
 
@@ -67,13 +69,23 @@ def _room_after(job: Job, tokens: int, wanted: int) -> int:
     return min(wanted, int(longest) - tokens)
 
 
+class _Count:
+    """How far the phase is: of each model its blocks are read, then the tokens written."""
+
+    def __init__(self, job: Job, models: int, new_tokens: int) -> None:
+        self.report, self.each, self.models = job.report, job.blocks + new_tokens, models
+
+    def at(self, model: int, done: int) -> None:
+        self.report.step(model * self.each + min(done, self.each), self.models * self.each)
+
+
 def _told(
-    job: Job, block_for: Callable[[int], nn.Module], position: int, models: int
+    job: Job, block_for: Callable[[int], nn.Module], position: int, count: _Count
 ) -> Callable[[int], nn.Module]:
     """``block_for``, saying how far it is; a stop is heard between two blocks."""
 
     def load(index: int) -> nn.Module:
-        job.report.step(position * job.blocks + index, models * job.blocks)
+        count.at(position, index)
         block = block_for(index)
         if index == job.blocks - 1:
             job.report.expect_silence(FIRST_TOKEN_SILENCE)
@@ -83,12 +95,22 @@ def _told(
 
 
 def _written(
-    job: Job, sample: events.Sample, load: Callable[[int], nn.Module], ids_1T: Tensor, new_tokens: int
+    job: Job,
+    sample: events.Sample,
+    load: Callable[[int], nn.Module],
+    ids_1T: Tensor,
+    new_tokens: int,
+    position: int,
+    count: _Count,
 ) -> events.Sample:
     """``sample`` with its text. A stop is heard after the next token, and half a text is not handed out."""
+    tokens = itertools.count(job.blocks)
 
     def should_stop() -> bool:
-        return job.report.stop_asked() is not None
+        stop = job.report.stop_asked() is not None
+        if not stop:
+            count.at(position, next(tokens))
+        return stop
 
     try:
         made = continuation(job.lm, load, ids_1T, new_tokens, should_stop=should_stop)

@@ -8,7 +8,6 @@ keeping the last checkpoint. SIGTERM and SIGINT mean the same as ``stop``.
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import time
 from typing import Literal, get_args
@@ -21,6 +20,7 @@ from engine.run.directory import FOLDER_MODE, RunDirectory
 from engine.run.lock import holder, opened_by
 from engine.system.files import atomic_write_json, disk_error, make_folder
 from engine.system.guarded import BadFile, opened_folder, read_struct
+from engine.system.temporary import unique
 
 Action = Literal["stop", "abort"]
 
@@ -42,7 +42,7 @@ def request(run: RunDirectory, action: Action) -> str:
     which nobody acknowledges."""
     if action not in get_args(Action):
         raise UsageError(f"cannot be {action!r}", where="request", hint="stop or abort")
-    name = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
+    name = f"{time.time_ns():020d}-{unique(4)}"
     made = Request(id=name, request=action, t=time.time(), pid=os.getpid())
     try:
         _leave(run, made)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from engine.run.proof import is_run
 from engine.system.files import atomic_write, atomic_write_json, disk_error, make_folder
 from engine.system.guarded import NoFile, read_object
 from engine.system.ownership import require_own_folders
+from engine.system.temporary import unique
 
 FOLDER_MODE = 0o755
 """Of folders, less the umask: whatever that is, nobody else may write into a run."""
@@ -134,7 +134,7 @@ class RunDirectory:
 
 def _make_new(runs_dir: Path, name: str) -> Path:
     for _ in range(100):
-        path = runs_dir / f"{name}-{secrets.token_hex(2)}"
+        path = runs_dir / f"{name}-{unique(2)}"
         try:
             path.mkdir(mode=FOLDER_MODE)
         except FileExistsError:  # made in the same minute with the same four digits

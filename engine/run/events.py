@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
+from engine.errors import EqatError
+
 VERSION = 1
 
 Outcome = Literal["done", "stopped", "failed", "aborted"]
@@ -36,6 +38,17 @@ class RunStarted(Event, frozen=True, kw_only=True, tag="run.started"):
     device: str
     versions: dict[str, str]
     argv: list[str]
+    task: str = "run"
+    leaves: Outcome | None = None
+
+
+class AttemptStarting(Event, frozen=True, kw_only=True, tag="attempt.starting"):
+    """An engine has the run and loads its libraries, which takes seconds: its first word, so that who looks
+    meanwhile, or after it was killed, knows whose attempt it is. ``RunStarted`` follows, with what only they
+    know."""
+
+    pid: int
+    host: str
     task: str = "run"
     leaves: Outcome | None = None
 
@@ -171,6 +184,8 @@ class Export(Event, frozen=True, kw_only=True, tag="export"):
     tokens: int | None = None
     """The two perplexities are those of the reloaded and of the trained model on this many tokens only: their
     difference counts, not their size."""
+    files: dict[str, str] = {}
+    """SHA-256 of every file of it, by its path in the folder, as it was verified."""
 
 
 class Sample(Event, frozen=True, kw_only=True, tag="sample"):
@@ -224,10 +239,23 @@ class RunFinished(Event, frozen=True, kw_only=True, tag="run.finished"):
     exit_code: int
     seconds: float
     leaves: Outcome | None = None
+    task: str = "run"
+
+
+def error_event(error: EqatError) -> Error:
+    """An error as the log keeps it."""
+    return Error(
+        code=error.exit_code.name.lower(),
+        where=error.where,
+        message=error.message,
+        hint=error.hint,
+        exit_code=int(error.exit_code),
+    )
 
 
 AnyEvent = (
     RunStarted
+    | AttemptStarting
     | Plan
     | PhaseStarted
     | PhaseFinished

@@ -1,7 +1,8 @@
 """Where runs are kept, and which of them is meant.
 
-A run is found by its id, the beginning or the end of it, a path, or ``latest``; one that is linked into the
-runs folder by the name that it is listed under, too.
+A run is found by its id or any part of it, any part of the name that its configuration has, a path, or
+``latest``; one that is linked into the runs folder by the name that it is listed under, too. What several
+runs have in theirs means none of them, and they are listed.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import re
 import time
 from pathlib import Path
 
-from engine.errors import PreflightError, UsageError
+from engine.errors import EqatError, PreflightError, UsageError
 from engine.run.directory import RunDirectory
 from engine.run.proof import is_run
 from engine.system.files import existing
+
+MOST_LISTED = 12
+"""Of the runs that something may mean, so many are named."""
 
 
 def default_runs_dir(flag: str | os.PathLike[str] | None = None) -> Path:
@@ -66,9 +70,10 @@ def _found_at(path: Path) -> RunDirectory:
 
 
 def find_run(runs_dir: Path, ref: str) -> RunDirectory:
-    """The run that ``ref`` means: ``latest``, an id, a path, or the unique beginning or end of an id.
+    """The run that ``ref`` means: ``latest``, an id, a path, or what only one run has in its id or name.
 
-    A run that is listed by a link is found by the link's name and by its own id, which its engine uses.
+    A whole id counts for more than a beginning, that for more than an end, and that for more than any other
+    part. A run that is listed by a link is found by the link's name and by its own id, which its engine uses.
     """
     if not ref:
         raise UsageError("names no run", where="run", hint="latest, an id, or a path")
@@ -77,22 +82,31 @@ def find_run(runs_dir: Path, ref: str) -> RunDirectory:
     runs = list_runs(runs_dir)
     if ref == "latest":
         if not runs:
-            raise UsageError("there are no runs yet", where=str(runs_dir), hint="eqat run demo makes one")
+            raise UsageError("there are no runs yet", where=full(runs_dir), hint="eqat run demo makes one")
         return runs[0]
     # A second name of a run that is listed already means it too, but only when it is given whole.
     exact = [run for run in _entries(runs_dir) if run.id == ref]
     found = exact or [run for run in runs if run.path.name == ref]
     found = found or [run for run in runs if any(name.startswith(ref) for name in _names(run))]
     found = found or [run for run in runs if any(name.endswith(f"-{ref}") for name in _names(run))]
+    if not found and is_run(Path(ref)):
+        return _open_found(ref)
+    part = ref.lower()
+    found = found or [run for run in runs if any(part in name.lower() for name in _names(run))]
+    found = found or [run for run in runs if part in _configured_name(run).lower()]
     if len(found) == 1:
         return found[0]
     if found:
-        ids = ", ".join(run.id for run in found[:4])
-        more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+        ids = ", ".join(run.id for run in found[:MOST_LISTED])
+        more = f" and {len(found) - MOST_LISTED} more" if len(found) > MOST_LISTED else ""
         raise UsageError(f"{ref!r} means {len(found)} runs", where="run", hint=f"{ids}{more}")
-    if is_run(Path(ref)):
-        return _open_found(ref)
-    raise UsageError(f"there is no run {ref!r} in {runs_dir}", where="run", hint="eqat runs lists the runs")
+    where = full(runs_dir)
+    raise UsageError(f"there is no run {ref!r} in {where}", where="run", hint="eqat runs lists the runs")
+
+
+def full(runs_dir: Path) -> str:
+    """A folder of runs as it is named in messages: ``runs`` alone says nothing of where it was looked for."""
+    return os.path.abspath(runs_dir)
 
 
 def _open_found(ref: str) -> RunDirectory:
@@ -105,6 +119,14 @@ def _open_found(ref: str) -> RunDirectory:
 def _names(run: RunDirectory) -> tuple[str, str]:
     """How a run is listed, and how it calls itself."""
     return run.id, run.path.name
+
+
+def _configured_name(run: RunDirectory) -> str:
+    """What its configuration calls a run; nothing where that cannot be read."""
+    try:
+        return run.config().name
+    except EqatError:
+        return ""
 
 
 def _made(run: RunDirectory) -> tuple[str, int]:

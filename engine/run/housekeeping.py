@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +27,7 @@ from engine.run.removal import not_deleted, remove_entry, remove_file, remove_pr
 from engine.run.state import load_state
 from engine.run.usable import current_is_intact
 from engine.system.guarded import names_in, opened_folder
-from engine.system.temporary import temporary_of
+from engine.system.temporary import temporary_of, unique
 
 LONGEST_NAME = 255
 """Bytes that a file system allows a name."""
@@ -41,6 +40,21 @@ class Swept(NamedTuple):
     """Bytes."""
     left_alone: tuple[PreflightError, ...]
     """Why something that is called like one was not touched, or could not be."""
+
+
+class Cleanable(NamedTuple):
+    """Bytes of a run that it can make again."""
+
+    activations: int
+    checkpoints: int
+    """Generations before those that are kept."""
+    unfinished: int
+    """Half-written files, and exports that were replaced."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
 
 
 # -- deleting a run ------------------------------------------------------------------------------------
@@ -89,7 +103,7 @@ def refuse_busy(run: RunDirectory) -> None:
 
 def _removed_name(name: str) -> str:
     """What a run called ``name`` is called while it is being deleted."""
-    ending = f"-{secrets.token_hex(4)}"
+    ending = f"-{unique(4)}"
     while len(os.fsencode(f"{contents.REMOVED}{name}{ending}")) > LONGEST_NAME:
         name = name[:-1]
     return f"{contents.REMOVED}{name}{ending}"
@@ -127,16 +141,28 @@ def clean_run(run: RunDirectory, *, dry_run: bool = False) -> int:
     Raises:
         PreflightError: for what was not made as a run, and while an engine works on it.
     """
+    return _clean(run, dry_run=dry_run).total
+
+
+def cleanable(run: RunDirectory) -> Cleanable:
+    """What :func:`clean_run` would free, under the same conditions."""
+    return _clean(run, dry_run=True)
+
+
+def _clean(run: RunDirectory, *, dry_run: bool) -> Cleanable:
     prove_made_here(run.path)
     refuse_busy(run)
-    freed = 0
+    activations = unfinished = 0
     with RunLock(run.lock_path):
         for folder, names in _garbage(run):
-            freed += sum(size_of(folder / name) for name in names)
+            freed = sum(size_of(folder / name) for name in names)
+            if folder == run.cache_dir:
+                activations += freed
+            else:
+                unfinished += freed
             if not dry_run:
                 _remove_from(folder, run.path, names)
-        freed += _prune(run, dry_run)
-    return freed
+        return Cleanable(activations, _prune(run, dry_run), unfinished)
 
 
 def clean_temporaries(run: RunDirectory) -> None:

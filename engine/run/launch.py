@@ -15,14 +15,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
+
 from engine.errors import EqatError, PreflightError
 from engine.run import contents
 from engine.run.control import discard_pending
 from engine.run.directory import FOLDER_MODE, RunDirectory
 from engine.run.liveness import last_events, starting
 from engine.run.lock import already_worked_on, holder
-from engine.run.status import Launched, read_launched
-from engine.system.files import atomic_write_json, disk_error, make_folder
+from engine.run.status import Launched, Status, read_launched
+from engine.system.files import atomic_write_json, disk_error, make_folder, overwrite_in_place
 from engine.system.guarded import names_in, open_regular, require_regular
 
 ATTEMPT_VARIABLE = "EQAT_ATTEMPT"
@@ -57,6 +59,11 @@ def launch(
         raise disk_error(error, run.logs_dir) from error
     begun = time.time()
     try:
+        _reserve(run, attempt, begun)
+    except EqatError:
+        os.close(log)
+        raise
+    try:
         child = subprocess.Popen(
             [python, *module, str(run.path), *args],
             stdin=subprocess.DEVNULL,
@@ -81,8 +88,21 @@ def launch(
     try:
         atomic_write_json(run.launch_path, launched)
     except EqatError:
-        pass  # the engine runs; only its first seconds, before it takes the lock, look like none
+        # On a full disk in the place of the one before. Without any the engine runs all the same; only its
+        # first moments, before it takes the lock, look like none.
+        overwrite_in_place(run.launch_path, msgspec.json.encode(launched))
     return child.pid
+
+
+def _reserve(run: RunDirectory, attempt: int, now: float) -> None:
+    """A status, where there is none: it is overwritten in place, so that an engine can say on a full disk why
+    it ends.
+
+    Raises:
+        EqatError: where not even that has room; an engine could not say so.
+    """
+    if not os.path.lexists(run.status_path):
+        atomic_write_json(run.status_path, Status(doing="starting", heartbeat=now, attempt=attempt))
 
 
 def refuse_second(run: RunDirectory, *, but: int = 0) -> None:

@@ -1,4 +1,9 @@
-"""Which state a run is in: :func:`classify`, from the lock, the heartbeat and how the event log ends."""
+"""Which state a run is in, and who works on it: :func:`look`, from the lock, the heartbeat and how the event
+log ends.
+
+What is done with a finished run (an evaluation, an export, a sample) is a job beside it: the run stays what
+it is while an engine does it, and whatever becomes of that.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +12,11 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from engine.run.directory import RunDirectory
 from engine.run.event_log import tail_events
-from engine.run.events import BULK, AnyEvent, Outcome, RunFinished, RunStarted
+from engine.run.events import BULK, AnyEvent, AttemptStarting, Outcome, RunFinished, RunStarted
 from engine.run.lock import is_held
 from engine.run.status import (
     DEFAULT_GRACE_S,
@@ -21,9 +26,32 @@ from engine.run.status import (
     read_launched,
     read_status,
 )
+from engine.run.task import RUN, is_job
 from engine.system.guarded import bad_file
 
-State = Literal["created", "running", "hung", "crashed", "done", "stopped", "failed", "aborted"]
+State = Literal["created", "starting", "running", "hung", "crashed", "done", "stopped", "failed", "aborted"]
+
+
+class Work(NamedTuple):
+    """What an engine does with a run at the moment."""
+
+    task: str
+    attempt: int
+    state: Literal["starting", "running", "hung"]
+
+
+class Look(NamedTuple):
+    """A run at one moment."""
+
+    state: State
+    """Of the run itself, whatever is done with it."""
+    work: Work | None
+    """Who works on it; none where no engine does."""
+
+    @property
+    def job(self) -> Work | None:
+        """What is being done with the run, where that is not the run itself."""
+        return self.work if self.work is not None and is_job(self.work.task) else None
 
 
 def classify(
@@ -48,30 +76,60 @@ def classify(
 
 
 def run_state(run: RunDirectory, *, now: float | None = None) -> State:
-    """The state of ``run`` now: gathers what :func:`classify` needs."""
+    """The state of ``run`` now."""
+    return look(run, now=now).state
+
+
+def look(run: RunDirectory, *, now: float | None = None) -> Look:
+    """The state of ``run`` now, and who works on it: gathers what :func:`classify` needs."""
     now = time.time() if now is None else now
     held = is_held(run.lock_path)
     events = last_events(run)
-    outcome = None if held else _outcome(run, events)
-    started = _size(run.events_path) > 0
-    if not held:
-        launched = read_launched(run)
-        if launched is not None and launched.t > max((event.t for event in events), default=0.0):
-            if _starting(launched, now):
-                return "created"  # the engine is importing its libraries and has not taken the lock
-            started = True
-            if launched.task == "run":
-                outcome = None  # it died before its first event
-        if is_held(run.lock_path):  # taken while we looked elsewhere
-            held = True
+    launched = _silent(read_launched(run), events)
+    starts = launched is not None and not held and _starting(launched, now)
+    held = held or is_held(run.lock_path)  # taken while we looked elsewhere
     status = read_status(run)
-    return classify(
-        lock_held=held,
-        heartbeat_age=_heartbeat_age(run, status, now) if held else None,
-        grace=status.grace_s if status is not None else DEFAULT_GRACE_S,
-        finish_outcome=outcome,
-        ever_started=started,
+    work = _work(run, launched, events, status, now) if held or starts else None
+    if work is not None and not held:
+        work = work._replace(state="starting")
+    if work is not None and not is_job(work.task):
+        return Look(work.state, work)
+    outcome = _outcome(run, events)
+    if launched is not None and not is_job(launched.task):
+        # It died before its first event; where the disk had no room for that, its status says how.
+        outcome = status.outcome if status is not None and status.attempt == launched.attempt else None
+    ever = _size(run.events_path) > 0 or (launched is not None and work is None)
+    state = classify(
+        lock_held=False, heartbeat_age=None, grace=0.0, finish_outcome=outcome, ever_started=ever
     )
+    return Look(state, work)
+
+
+def _silent(launched: Launched | None, events: list[AnyEvent]) -> Launched | None:
+    """An engine that was launched and has not said anything yet."""
+    latest = max((event.t for event in events), default=0.0)
+    return launched if launched is not None and launched.t > latest else None
+
+
+def _work(
+    run: RunDirectory, launched: Launched | None, events: list[AnyEvent], status: Status | None, now: float
+) -> Work:
+    """What whoever has the lock, or is about to take it, does."""
+    mark = _last_mark(run, events)
+    if launched is not None:
+        task, attempt = launched.task, launched.attempt
+    elif mark is not None:  # with a last word, it has not quite gone
+        task, attempt = mark.task, mark.attempt
+    else:
+        task, attempt = RUN, events[-1].attempt if events else 0
+    state = classify(
+        lock_held=True,
+        heartbeat_age=_heartbeat_age(run, status, now),
+        grace=status.grace_s if status is not None else DEFAULT_GRACE_S,
+        finish_outcome=None,
+        ever_started=True,
+    )
+    return Work(task, attempt, "hung" if state == "hung" else "running")
 
 
 def _outcome(run: RunDirectory, events: list[AnyEvent]) -> Outcome | None:
@@ -83,7 +141,7 @@ def _outcome(run: RunDirectory, events: list[AnyEvent]) -> Outcome | None:
     if isinstance(last, RunFinished) and last.attempt == newest:
         beyond = status is not None and status.attempt > newest and told is not None
         return told if beyond else last.leaves or last.outcome
-    return told or (last.leaves if isinstance(last, RunStarted) else None)
+    return told or (last.leaves if isinstance(last, RunStarted | AttemptStarting) else None)
 
 
 def _heartbeat_age(run: RunDirectory, status: Status | None, now: float) -> float | None:
@@ -129,7 +187,11 @@ def last_events(run: RunDirectory) -> list[AnyEvent]:
         raise bad_file(error, run.events_path) from error
 
 
-def _last_mark(run: RunDirectory, events: list[AnyEvent]) -> RunStarted | RunFinished | None:
+Mark = AttemptStarting | RunStarted | RunFinished
+"""Beginnings and ends of attempts."""
+
+
+def _last_mark(run: RunDirectory, events: list[AnyEvent]) -> Mark | None:
     """The last beginning or end of an attempt, which may lie far before the end of the log, ``events``."""
     found = _marks(events)
     if not found and events:
@@ -138,12 +200,12 @@ def _last_mark(run: RunDirectory, events: list[AnyEvent]) -> RunStarted | RunFin
     return found[-1] if found else None
 
 
-def _marks(events: list[AnyEvent]) -> list[RunStarted | RunFinished]:
-    return [event for event in events if isinstance(event, RunStarted | RunFinished)]
+def _marks(events: list[AnyEvent]) -> list[Mark]:
+    return [event for event in events if isinstance(event, Mark)]
 
 
 @functools.lru_cache(64)
-def _marks_of(log: Path, size: int) -> list[RunStarted | RunFinished]:
+def _marks_of(log: Path, size: int) -> list[Mark]:
     try:
         return _marks(tail_events(log, lambda found: bool(_marks(found)), skip=BULK))
     except OSError:

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from engine.errors import PreflightError
 from engine.run import contents
 from engine.system.files import atomic_write
 from engine.system.guarded import BadFile, bad_file, names_in, open_regular, opened_folder
-from engine.system.temporary import temporary_name
+from engine.system.temporary import temporary_name, unique
 
 _NOT_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """What keeps a whole file from being read now; taking it for damage would train its blocks again."""
@@ -144,7 +143,7 @@ def write_over(path: Path, data: bytes | Iterable[bytes | memoryview], root: Pat
     another one, since no file can replace it."""
     with contextlib.suppress(OSError), opened_folder(path.parent, root) as folder:
         if stat.S_ISDIR(os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode):
-            aside = f"{path.name}.aside-{secrets.token_hex(4)}"
+            aside = f"{path.name}.aside-{unique(4)}"
             os.rename(path.name, aside, src_dir_fd=folder, dst_dir_fd=folder)
     atomic_write(path, data, root=root)
 

@@ -9,12 +9,14 @@ from typing import Any
 from engine.config.writing import to_dict
 from engine.errors import EqatError
 from engine.run import events
+from engine.run.deaths import why_gone
 from engine.run.directory import RunDirectory
 from engine.run.events import Event
-from engine.run.liveness import last_events, run_state
+from engine.run.liveness import Look, Work, last_events, look
 from engine.run.redo import read_origin
 from engine.run.state import RunState, load_state
-from engine.run.status import Status
+from engine.run.status import Status, read_launched
+from engine.run.task import is_job
 
 DEEPEST = 40
 """Levels of the tree; ours has six."""
@@ -26,8 +28,19 @@ def show_run(run: RunDirectory) -> dict[str, Any]:
     metrics = [event for event in last_events(run) if isinstance(event, events.Metric)]
     if metrics and (metrics[-1].attempt, metrics[-1].phase) == (state.attempt, state.phase):
         state = state.apply(metrics[-1])
-    tree = render(state, state=run_state(run), config=_config(run))
+    found = look(run)
+    tree = render(state, state=found.state, work=found.work, config=_config(run))
+    tree["why_gone"] = _why_gone(run, state, found)
     return {**tree, "path": str(run.path), "origin": origin(run)}
+
+
+def _why_gone(run: RunDirectory, state: RunState, found: Look) -> str | None:
+    """Of a run, or of what was done with it last, whose engine has not said why it ended."""
+    cut_off = found.state == "crashed" or (state.job is not None and state.job.outcome is None)
+    if found.work is not None or not cut_off:
+        return None
+    launched = read_launched(run)
+    return why_gone(run, max(state.newest_attempt, launched.attempt if launched is not None else 0))
 
 
 _NOT_SUMMARIZED = events.BULK | {"block.started", "block.finished"}
@@ -36,10 +49,11 @@ _NOT_SUMMARIZED = events.BULK | {"block.started", "block.finished"}
 def summarize(run: RunDirectory) -> dict[str, Any]:
     """One row of ``eqat runs --json``; passes over the bulk of the log, so that a list of runs is quick."""
     state = load_state(run, skip=_NOT_SUMMARIZED)
-    tree = render(state, state=run_state(run))
+    found = look(run)
+    tree = render(state, state=found.state, work=found.work)
     config = _config(run) or {}
     status = state.status
-    kept = ("id", "state", "started", "updated", "seconds", "eta_s", "perplexity", "size_bytes")
+    kept = ("id", "state", "started", "updated", "seconds", "eta_s", "perplexity", "size_bytes", "job")
     return {
         **{name: tree[name] for name in kept},
         "path": str(run.path),
@@ -50,6 +64,7 @@ def summarize(run: RunDirectory) -> dict[str, Any]:
         "bits_per_weight": tree["bits_per_weight"],
         "device": state.device or None,
         "phase": state.phase,
+        "doing": tree["position"]["doing"],
         "block": status.block if status is not None else None,
         "blocks": status.blocks if status is not None else None,
         "error": tree["error"]["message"] if tree["error"] else None,
@@ -78,9 +93,11 @@ def _config(run: RunDirectory) -> dict[str, Any] | None:
 # -- the tree ------------------------------------------------------------------------------------------
 
 
-def render(run: RunState, *, state: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def render(
+    run: RunState, *, state: str, work: Work | None = None, config: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Plain dicts, lists, strings and finite numbers; keys are stable, what is unknown is ``None``. ``state``
-    comes from the run's lock and heartbeat."""
+    and ``work`` come from the run's lock and heartbeat."""
     run = run.accounted()
     export = next(reversed(run.exports.values()), None)
     plan = run.plan or {}
@@ -92,9 +109,10 @@ def render(run: RunState, *, state: str, config: Mapping[str, Any] | None = None
         "started": run.first_t,
         "updated": run.last_t,
         **_fields(run, "outcome", "exit_code", "seconds"),
-        "eta_s": run.eta_s if state == "running" else None,
+        **_time_left(run, state),
         "waiting": waiting(run.status, state),
-        "position": _fields(run, "phase", "block", "blocks", "step", "steps", "epoch"),
+        "position": _position(run, state),
+        "job": _job(run.job, work),
         "phases": [_fields(row, *_PHASE) for row in run.phases],
         "blocks": [_fields(row, *_BLOCK) for row in run.trained_blocks()],
         "perplexity": run.perplexity(),
@@ -141,6 +159,43 @@ def _evaluation(run: RunState) -> dict[str, Any] | None:
     """What perplexities were measured on; the same for every stage."""
     found = next(iter(run.evaluations.values()), None)
     return None if found is None else _fields(found, "corpus", "tokens", "sequence_length", "begin")
+
+
+def _position(run: RunState, state: str) -> dict[str, Any]:
+    doing = run.status.doing if run.status is not None and state in ("running", "hung") else ""
+    return {**_fields(run, "phase", "block", "blocks", "step", "steps", "epoch"), "doing": doing or None}
+
+
+def _time_left(run: RunState, state: str) -> dict[str, Any]:
+    """Seconds, whether they are measured, and those by which a phase outlasts its plan; of an engine that is
+    at work."""
+    status = run.status if state == "running" else None
+    return {
+        "eta_s": status.eta_s if status is not None else None,
+        "eta_measured": status.eta_measured if status is not None else None,
+        "over_s": status.over_s if status is not None else None,
+    }
+
+
+def _job(job: RunState | None, work: Work | None) -> dict[str, Any] | None:
+    """What was done with the run last, or is being done now."""
+    if work is not None and is_job(work.task) and (job is None or job.attempt != work.attempt):
+        job = RunState(task=work.task, attempt=work.attempt)  # it has not said anything yet
+    if job is None:
+        return None
+    at_work = work is not None and work.attempt == job.attempt
+    state = work.state if work is not None and at_work else job.outcome or "crashed"
+    return {
+        **_fields(job, "task", "attempt"),
+        "state": state,
+        "started": job.attempt_t,
+        "updated": job.last_t,
+        **_fields(job, "exit_code", "seconds"),
+        **_time_left(job, state),
+        "waiting": waiting(job.status, state),
+        "position": _position(job, state),
+        "error": _payload(job.error),
+    }
 
 
 def _fields(of: object, *names: str) -> dict[str, Any]:

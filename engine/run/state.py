@@ -14,11 +14,13 @@ from typing import Any
 import msgspec
 
 from engine.config.stages import STAGES, versions
+from engine.errors import ExitCode
 from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.run.event_log import read_events
 from engine.run.events import Event
 from engine.run.status import Status, read_status
+from engine.run.task import RUN, is_job
 from engine.run.thinning import MAX_METRICS, MAX_READINGS, Bulk, appended, before
 from engine.system.guarded import bad_file
 
@@ -65,8 +67,10 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     device: str = ""
     versions: dict[str, str] = {}
     argv: tuple[str, ...] = ()
-    task: str = "run"
-    """What the attempt does: ``run``, or something with a finished run that is no part of its phases."""
+    task: str = RUN
+    """What the attempt does: the run itself, or (in :attr:`job`) something with it."""
+    attempt_t: float | None = None
+    """Wall clock of its first word."""
     first_t: float | None = None
     """Wall clock of the first event."""
     last_t: float | None = None
@@ -77,6 +81,10 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     exit_code: int | None = None
     seconds: float = 0.0
     """Working time of the attempts that finished."""
+
+    job: RunState | None = None
+    """What was done with the run last, or is being done: an evaluation, an export, a sample. An attempt of
+    its own, with its own phases, readings, end and error; what it achieves is the run's."""
 
     # Where it is.
     phase: str | None = None
@@ -115,10 +123,10 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
 
     def apply(self, event: Event) -> RunState:
         """The state after ``event``; never raises, never changes ``self``."""
-        if isinstance(event, events.RunStarted) or event.attempt != self.attempt:
-            state = _begin_attempt(self, event)
-        else:
-            state = self
+        if not is_job(self.task) and (_begins_job(event) or _is_of(self.job, event)):
+            return _apply_to_job(self, event)
+        begins = isinstance(event, events.RunStarted | events.AttemptStarting)
+        state = _begin_attempt(self, event) if begins or event.attempt != self.attempt else self
         state = _change(
             state,
             event_count=state.event_count + 1,
@@ -149,6 +157,26 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     def eta_s(self) -> float | None:
         """Seconds left, as the engine last estimated them."""
         return self.status.eta_s if self.status is not None else None
+
+    @property
+    def at_work(self) -> RunState:
+        """Whose position and readings are shown while an engine works: the job's, unless that has ended, else
+        the run's own."""
+        return self.job if self.job is not None and self.job.outcome is None else self
+
+    @property
+    def newest_attempt(self) -> int:
+        """The attempt that spoke last."""
+        return max(self.attempt, self.job.attempt if self.job is not None else 0)
+
+    def with_status(self, status: Status | None) -> RunState:
+        """The same with what only ``status.json`` knows: the time left, and how far a phase is that counts
+        windows or tensors and not steps of a training. One that an earlier attempt left says nothing."""
+        if status is None or status.attempt < self.newest_attempt:
+            return _change(_placed(self, None), job=self.job and _placed(self.job, None))
+        if self.job is not None and self.at_work is self.job:
+            return _change(_placed(self, None), job=_placed(self.job, status))
+        return _placed(self, status)
 
     def blocks_of(self, phase: str) -> list[BlockRow]:
         """The blocks of one phase, in order."""
@@ -184,16 +212,60 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
 def _begin_attempt(state: RunState, event: Event) -> RunState:
     """A new attempt clears how the last one ended and where it was, and keeps what was achieved."""
     state = _close_phase(state)
+    # What tells of itself once its libraries are loaded has begun before.
+    began = state.attempt_t if event.attempt == state.attempt and state.phase is None else None
     return _change(
         state,
         attempt=event.attempt,
+        attempt_t=event.t if began is None else began,
+        job=None,
         outcome=None,
         exit_code=None,
         error=None,
-        task="run",
         phase=None,
+        phase_count=0,
         **_NOWHERE,
     )
+
+
+def _begins_job(event: Event) -> bool:
+    return isinstance(event, events.RunStarted | events.AttemptStarting) and is_job(event.task)
+
+
+def _is_of(job: RunState | None, event: Event) -> bool:
+    return job is not None and event.attempt == job.attempt
+
+
+def _apply_to_job(state: RunState, event: Event) -> RunState:
+    """``event`` of something that is done with the run: it moves the job; what it achieves is the run's."""
+    job = state.job
+    if job is None or not _is_of(job, event):
+        assert isinstance(event, events.RunStarted | events.AttemptStarting)
+        job = RunState(id=state.id, task=event.task, attempt=event.attempt)
+    state = _change(
+        state,
+        job=job.apply(event),
+        event_count=state.event_count + 1,
+        first_t=event.t if state.first_t is None else state.first_t,
+        last_t=event.t,
+    )
+    if isinstance(event, events.RunFinished):
+        return _after_job(state, event)
+    if isinstance(event, events.RunStarted | events.AttemptStarting) and state.outcome is None:
+        return _change(state, outcome=event.leaves)  # the log had no room for the run's own end
+    return _HANDLERS[type(event)](state, event) if isinstance(event, _ACHIEVED) else state
+
+
+def _after_job(state: RunState, event: events.RunFinished) -> RunState:
+    """A job leaves the run what it was, unless it was what the run still lacked, or has found it damaged."""
+    if event.leaves is not None:
+        return _change(state, outcome=event.leaves)
+    error = state.job.error if state.job is not None and event.outcome == "failed" else None
+    return _change(state, outcome=event.outcome, exit_code=event.exit_code, error=error)
+
+
+def _attempt_starting(state: RunState, event: events.AttemptStarting) -> RunState:
+    return _change(state, pid=event.pid, host=event.host, task=event.task)
 
 
 def _run_started(state: RunState, event: events.RunStarted) -> RunState:
@@ -206,7 +278,6 @@ def _run_started(state: RunState, event: events.RunStarted) -> RunState:
         versions=event.versions,
         argv=tuple(event.argv),
         task=event.task,
-        outcome=event.leaves,
     )
 
 
@@ -217,15 +288,11 @@ def _plan(state: RunState, event: events.Plan) -> RunState:
 def _phase_started(state: RunState, event: events.PhaseStarted) -> RunState:
     state = _close_phase(state)
     here = {"phase": event.phase, "phase_count": event.phases, **_NOWHERE}
-    if state.task != "run":
-        return _change(state, **here)
     row = _change(_phase_row(state, event.phase), index=event.index, started=True, finished=False)
     return _change(state, phases=_with_phase(state.phases, row), open_since=event.mono, **here)
 
 
 def _phase_finished(state: RunState, event: events.PhaseFinished) -> RunState:
-    if state.task != "run":
-        return state
     row = _phase_row(state, event.phase)
     row = _change(
         row,
@@ -333,14 +400,16 @@ def _run_finished(state: RunState, event: events.RunFinished) -> RunState:
     state = _close_phase(state)
     return _change(
         state,
-        outcome=event.leaves or event.outcome,
+        # A job's own end is that of its attempt; of an attempt at the run it is what it leaves.
+        outcome=event.outcome if is_job(state.task) else event.leaves or event.outcome,
         exit_code=event.exit_code,
-        seconds=state.seconds + (event.seconds if state.task == "run" else 0.0),
+        seconds=state.seconds + event.seconds,
     )
 
 
 _HANDLERS: dict[type[Event], Any] = {
     events.RunStarted: _run_started,
+    events.AttemptStarting: _attempt_starting,
     events.Plan: _plan,
     events.PhaseStarted: _phase_started,
     events.PhaseFinished: _phase_finished,
@@ -358,11 +427,29 @@ _HANDLERS: dict[type[Event], Any] = {
     events.RunFinished: _run_finished,
 }
 
+_ACHIEVED = (events.Eval, events.CheckpointCommitted, events.Export, events.Sample, events.Warning)
+"""Of a job, what is the run's."""
 _NOWHERE: dict[str, Any] = {"block": None, "blocks": None, "step": None, "steps": None, "epoch": None}
 
 
 def _change(struct: Any, **changes: Any) -> Any:
     return msgspec.structs.replace(struct, **changes)
+
+
+def _placed(state: RunState, status: Status | None) -> RunState:
+    """``state`` with ``status``, and its count where the phase has none of its own."""
+    placed: RunState = _change(state, status=status)
+    if status is not None and status.failure and state.error is None and state.outcome is None:
+        # The log had no room for the error.
+        code = status.exit_code or int(ExitCode.BUG)
+        told = events.Error(code="", where="", message=status.failure, hint="", exit_code=code)
+        return _change(placed, error=told)
+    if status is None or status.phase != state.phase or state.outcome is not None:
+        return placed
+    last = state.metrics[-1] if state.metrics else None
+    if last is not None and (last.attempt, last.phase) == (state.attempt, state.phase):
+        return placed  # a training tells its steps sooner
+    return _change(placed, step=status.step if status.steps else None, steps=status.steps or None)
 
 
 def _close_phase(state: RunState) -> RunState:
@@ -413,4 +500,4 @@ def load_state(run: RunDirectory, *, skip: frozenset[str] = frozenset()) -> RunS
     except OSError as error:
         raise bad_file(error, run.events_path) from error
     state = state.apply_all(written)
-    return msgspec.structs.replace(state, id=run.id, status=read_status(run))
+    return msgspec.structs.replace(state, id=run.id).with_status(read_status(run))

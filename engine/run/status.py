@@ -16,6 +16,9 @@ from engine.system.guarded import BadFile, read_struct
 DEFAULT_GRACE_S = 120.0
 """A heartbeat older than this means a hung engine, unless its status asks for more patience."""
 
+LONGEST_FAILURE = 500
+"""Letters of an error in the status file, which has to fit into the place of the one before."""
+
 PLAN_COUNTS = 0.1
 """What was measured of a run says little about the time left while it is short: the plan is believed as if it
 were a measurement of this part of the run."""
@@ -29,7 +32,15 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     blocks: int | None = None
     step: int | None = None
     steps: int | None = None
+    doing: str = ""
+    """What it does where nothing can be counted (``loading torch``), in words; empty elsewhere."""
+    phase_s: float | None = None
+    """Seconds that this attempt has worked on the phase, or has been starting."""
     eta_s: float | None = None
+    eta_measured: bool = True
+    """Whether the time left rests on this phase's own pace, and not only on the plan."""
+    over_s: float | None = None
+    """Seconds by which a phase in which nothing can be counted outlasts what was planned for it."""
     heartbeat: float = 0.0
     grace_s: float = DEFAULT_GRACE_S
     """How long the engine may be silent now; a step that takes minutes raises it beforehand."""

@@ -12,8 +12,26 @@ from engine.errors import UsageError
 
 Task = Literal["run", "eval", "export", "generate"]
 """The run itself, or something with a finished one."""
+RUN: Task = "run"
+JOBS: Mapping[str, tuple[str, str]] = {
+    "eval": ("evaluation", "eqat eval"),
+    "export": ("export", "eqat export"),
+    "generate": ("sample", "eqat generate"),
+}
+"""What is done with a finished run, each a job of its own beside it: its name, and the command that does
+it."""
 NEW_TOKENS = 64
 """A sample has at most so many, where nobody says how many."""
+
+
+def job_name(task: str) -> str:
+    """What a task is called in a sentence; one that is not known here by its own name."""
+    return JOBS[task][0] if task in JOBS else task[:40]
+
+
+def is_job(task: str) -> bool:
+    """Whether a task is something with a run, and not the run itself."""
+    return task != RUN
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):

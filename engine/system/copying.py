@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from pathlib import Path
 from engine.errors import EqatError, UsageError
 from engine.system.files import disk_error, sync_folder
 from engine.system.guarded import opened_folder, opened_inner, require_regular
+from engine.system.temporary import unique
 
 ANOTHER = "choose another folder"
 PIECE_BYTES = 16 << 20
@@ -69,7 +69,7 @@ def copy_whole(export: Path, folder: Path, *, run: Path, poll: Callable[[], None
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise disk_error(error, folder) from error
-    partial = f".eqat-{secrets.token_hex(8)}.partial"  # not longer than any name that the user chose may be
+    partial = f".eqat-{unique(8)}.partial"  # not longer than any name that the user chose may be
     try:
         with opened_folder(export, run) as source, opened_folder(folder.parent.resolve()) as above:
             try:

@@ -16,6 +16,10 @@ from engine.system.guarded import BadFile, open_regular, opened_folder
 from engine.system.temporary import temporary_name
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = {
+    errno.EDQUOT: "the disk is full: your quota of it is used up",
+    errno.EFBIG: "the disk is full, or files may not become as large (ulimit -f)",
+}
 _NO_ACCESS = (
     errno.EACCES,
     errno.EPERM,
@@ -154,7 +158,7 @@ def disk_error(error: OSError, path: Path) -> EqatError:
     """What a failed write means for the user: full disk (7), no access (3), or a fault of the disk (3)."""
     if error.errno in _NO_SPACE:
         return EqatError(
-            "the disk is full",
+            _FULL.get(error.errno or 0, "the disk is full"),
             exit_code=ExitCode.DISK_FULL,
             where=str(path),
             hint="free some space and start it again; nothing that was committed is lost",

@@ -16,7 +16,7 @@ def runs(
     as_json: Json = False,
 ) -> None:
     """List the runs, newest first."""
-    from engine.run.finding import default_runs_dir, list_runs
+    from engine.run.finding import default_runs_dir, full, list_runs
     from eqat_tui.actions import summaries as summaries_of
     from eqat_tui.output import print_json, say, show
     from eqat_tui.run_text import runs_table
@@ -28,7 +28,7 @@ def runs(
     elif summaries:
         show(runs_table(summaries))
     else:
-        say(f"no runs in {place}; eqat run demo makes one")
+        say(f"no runs in {full(place)}; eqat run demo makes one")
 
 
 def show(run: Run, runs_dir: RunsDir = None, as_json: Json = False) -> None:

@@ -28,7 +28,7 @@ RunsDir = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Target = Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset, or a .toml file.")]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="An id or its beginning, a path, or latest.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Any part of an id or name, a path, or latest.")]
 Model = Annotated[
     str | None, typer.Option("--model", help="Local directory, hub id, .gguf file, or random://tiny-llama.")
 ]

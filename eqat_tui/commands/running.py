@@ -101,7 +101,12 @@ def resume(
     run: Run,
     from_block: Annotated[
         int | None,
-        typer.Option("--from-block", min=0, metavar="K", help="Train blocks K... again, in a new run."),
+        typer.Option(
+            "--from-block",
+            min=0,
+            metavar="K",
+            help="Train blocks K... again, in a new run; blocks are counted from 0.",
+        ),
     ] = None,
     settings: Settings = None,
     runs_dir: RunsDir = None,

@@ -10,7 +10,7 @@ from eqat_tui.commands.options import Json, RunsDir
 
 
 def rm(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Ids or their beginnings, or paths.")],
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Parts of ids or names, or paths.")],
     runs_dir: RunsDir = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> int:

@@ -13,8 +13,9 @@ from textual.widgets import Input
 from engine.errors import EqatError
 from eqat_tui.feed import RunView
 from eqat_tui.keys import Key, everywhere
-from eqat_tui.lines import Line
+from eqat_tui.lines import Line, line
 from eqat_tui.screens.host import Host, host_of
+from eqat_tui.screens.table import key_of
 from eqat_tui.widgets.chrome import KeyBar, TopBar
 from eqat_tui.widgets.panel import Panel
 
@@ -28,6 +29,8 @@ class WorkScreen(Screen[None]):
     ABOUT: ClassVar[str] = ""
     WRITES: ClassVar[frozenset[str]] = frozenset()
     """Actions that change something, which a read-only viewer may not."""
+    FIRST: ClassVar[str] = ""
+    """Of a screen that shows a run: the part that has the keys."""
 
     @property
     def eqat(self) -> Host:
@@ -76,6 +79,20 @@ class WorkScreen(Screen[None]):
         except (EqatError, OSError) as error:  # others may delete the run that is shown
             self.eqat.tell(error)
         self.refresh_bars()
+
+    def no_run(self) -> Line:
+        """What a screen of a run says while none is open."""
+        if self.eqat.looking:
+            return line(("looking for a run …", "muted"))
+        where = self.eqat.runs_dir
+        return line((f"There is no run in {where} yet: {key_of('setup')} sets one up.", "muted"))
+
+    def shows_a_run(self, yes: bool) -> None:
+        """Frames without anything in them are hidden; what is shown after all gets the keys."""
+        appears = yes and self.has_class("-empty")
+        self.set_class(not yes, "-empty")
+        if appears and self.focused is None:
+            self.call_after_refresh(lambda: self.query_one(self.FIRST).focus())
 
     def refresh_bars(self, right: Line | None = None) -> None:
         """Bring the two bars up to date."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Vertical, VerticalScroll
+from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.suggester import SuggestFromList
 from textual.widgets import Input
@@ -17,6 +17,7 @@ from engine.system.printable import printable_lines
 from eqat_tui.lines import Line, line, wrap
 from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel, ScrollPanel, entitle
+from eqat_tui.widgets.scrolling import ScrollText
 from eqat_tui.widgets.typed import TypedInput
 
 
@@ -150,7 +151,7 @@ class Reader(ModalScreen[None]):
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog tall"):
-            yield ScrollPanel(id="text", title=self._title)
+            yield ScrollPanel(id="text", classes="section", title=self._title)
             yield Panel(id="keys")
 
     def on_mount(self) -> None:
@@ -179,7 +180,7 @@ class MarkdownReader(ModalScreen[None]):
         from textual.widgets import Markdown
 
         with Vertical(classes="dialog tall"):
-            with VerticalScroll(id="text"):
+            with ScrollText(id="text", classes="section"):
                 yield Markdown(printable_lines(self._text), open_links=False)
             yield Panel(id="keys")
 

@@ -8,7 +8,14 @@ from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Reader
 from eqat_tui.screens.table import SCREENS
 
-MOVING = (("↑ ↓", "Move"), ("enter", "Choose"), ("tab", "Next part of the screen"), ("esc", "Close, go back"))
+MOVING = (
+    ("↑ ↓ j k", "Move"),
+    ("g G", "Top and bottom"),
+    ("pgup pgdn", "A page up and down"),
+    ("enter", "Choose"),
+    ("tab", "Next part of the screen"),
+    ("esc", "Close, go back"),
+)
 
 
 def help_for(screen: WorkScreen) -> Reader:

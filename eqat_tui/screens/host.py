@@ -30,6 +30,8 @@ class Host(Protocol):
     """Where the views of the current run come from, if one is open."""
     view: RunView | None
     """The latest of them."""
+    looking: bool
+    """No run was named, and the one that is meant is being looked for."""
 
     @property
     def current_mode(self) -> str:

@@ -12,11 +12,11 @@ from textual.widget import Widget
 
 from engine.errors import EqatError
 from engine.run.finding import find_run
-from eqat_tui.charts import chart, legend
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.views import memory as views
+from eqat_tui.widgets.chart_panel import ChartPanel
 from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel, entitle
 
@@ -61,7 +61,7 @@ class MemoryScreen(WorkScreen):
 
     def body(self) -> Iterable[Widget]:
         yield Panel(id="machine")
-        yield Panel(id="history", classes="section", title="memory")
+        yield ChartPanel(id="history", classes="section", title="memory")
         yield ListPanel(id="processes", classes="section", title="processes")
 
     def on_mount(self) -> None:
@@ -105,22 +105,18 @@ class MemoryScreen(WorkScreen):
         self.refresh_bars(line(words))
 
     def _fill_history(self) -> None:
-        panel = self.query_one("#history", Panel)
         terminal = self.eqat.terminal
         name, series, top = views.history(self._readings)
-        names = legend(series, marks=terminal.marks) if len(series) > 1 else []
-        entitle(panel, f"{name}, last {_span(self._readings)}", "   " if names else "", *names)
-        panel.show(
-            chart(
-                series,
-                panel.size.width,
-                panel.size.height,
-                ascii_only=terminal.ascii_only,
-                marks=terminal.marks and len(series) > 1,
-                x_name="seconds",
-                y_from_zero=self._from_zero,
-                y_top=top if self._from_zero else None,
-            )
+        several = len(series) > 1
+        self.query_one("#history", ChartPanel).draw(
+            f"{name}, last {_span(self._readings)}",
+            series,
+            terminal,
+            named=several,
+            marks=terminal.marks and several,
+            x_name="seconds",
+            y_from_zero=self._from_zero,
+            y_top=top if self._from_zero else None,
         )
 
     # -- keys --------------------------------------------------------------------------------------

@@ -10,19 +10,19 @@ from textual.timer import Timer
 from textual.widget import Widget
 
 from engine.config.stages import STAGES
-from engine.errors import EqatError
-from engine.run import control
 from engine.run.launch import launch
-from eqat_tui.charts import chart, legend
+from engine.run.task import job_name
 from eqat_tui.feed import ReplayFeed, RunView
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import Line, line, wrap
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Confirm, Reader
+from eqat_tui.screens.stopping import ask_to
 from eqat_tui.screens.table import key_of
 from eqat_tui.views import monitor as views
 from eqat_tui.views import run_charts as charts
 from eqat_tui.views.run_machine import machine_lines
+from eqat_tui.widgets.chart_panel import ChartPanel
 from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel, ScrollPanel, entitle
 
@@ -31,7 +31,7 @@ CHART_SECONDS = 1.0
 
 LIVE_KEYS = (
     Key(
-        "p", "pause", "pause", "Checkpoint at the next step and end the engine; resume goes on exactly there"
+        "x,p", "stop", "stop", "Checkpoint at the next step and end the engine; resume goes on exactly there"
     ),
     Key("r", "resume", "resume", "Start the engine again, from its last checkpoint"),
     Key("a", "abort", "abort", "End the engine now; what came after the last checkpoint is lost"),
@@ -64,7 +64,8 @@ class MonitorScreen(WorkScreen):
         "The run, live. It is a process of its own: leaving this app, losing the connection or closing the "
         "terminal does not end it."
     )
-    WRITES = frozenset({"pause", "resume", "abort", "kill"})
+    WRITES = frozenset({"stop", "resume", "abort", "kill"})
+    FIRST = "#blocks"
     BINDINGS = bindings(KEYS)
     HORIZONTAL_BREAKPOINTS = [
         (0, "-narrow"),
@@ -91,6 +92,7 @@ class MonitorScreen(WorkScreen):
     MonitorScreen.-tall #journal { height: 9; }
     MonitorScreen.-tall #profile { display: block; }
     MonitorScreen.-low #journal { display: none; }
+    MonitorScreen.-empty #middle, MonitorScreen.-empty .section { display: none; }
     MonitorScreen.-narrow #tables { display: none; margin: 0; width: 1fr; }
     MonitorScreen.-narrow.-blocks #tables { display: block; }
     MonitorScreen.-narrow.-blocks #charts { display: none; }
@@ -111,11 +113,11 @@ class MonitorScreen(WorkScreen):
         yield Panel(id="notices")
         with Horizontal(id="middle"):
             with Vertical(id="charts"):
-                yield Panel(id="loss", classes="section", title="loss")
-                yield Panel(id="profile", classes="section", title="loss per block")
+                yield ChartPanel(id="loss", classes="section", title="loss")
+                yield ChartPanel(id="profile", classes="section", title="loss per block")
             with Vertical(id="tables"):
                 yield ListPanel(id="blocks", classes="section", title="blocks")
-                yield Panel(id="history", classes="section", title="memory")
+                yield ChartPanel(id="history", classes="section", title="memory")
         yield Panel(id="machine", classes="section", title="machine")
         yield ScrollPanel(id="journal", classes="section", title="journal")
 
@@ -131,7 +133,7 @@ class MonitorScreen(WorkScreen):
             self.query_one("#blocks", ListPanel).cursor = 0
         before, self._view = self._view, view
         ended = before is not None and before.id == view.id and before.live and not view.live
-        if ended and view.replay is None and view.state.task == "run":
+        if ended and view.replay is None and before is not None and before.job is None:
             self._tell_end(view)
         self._fill(charts=time.monotonic() - self._drawn >= CHART_SECONDS)
 
@@ -148,7 +150,7 @@ class MonitorScreen(WorkScreen):
         place = "exactly there" if trains else "with this phase from its beginning"
         words = {
             "done": f"the run is done: {key_of('result')} shows its result",
-            "stopped": f"paused: r goes on {place}",
+            "stopped": f"stopped: r goes on {place}",
             "aborted": "aborted: r goes on from the last checkpoint",
             "failed": "the run failed: see above, or l for the log",
             "crashed": "the engine died: l shows its last words",
@@ -165,6 +167,7 @@ class MonitorScreen(WorkScreen):
         if view is None:
             self._fill_empty()
             return
+        self.shows_a_run(True)
         width = self.size.width
         self.query_one("#title", Panel).show([views.title(view, width)])
         self.query_one("#progress", Panel).show(views.progress(view, width))
@@ -174,7 +177,9 @@ class MonitorScreen(WorkScreen):
         entitle(machine, "machine" if works else "machine, as it was")
         machine.show(machine_lines(view, width))
         journal = self.query_one("#journal", ScrollPanel)
-        journal.show(views.journal(view.journal[-200:], max(10, journal.size.width)), follow=True)
+        # Beside a journal that scrolls there is a bar, which is there only once its lines are.
+        room = max(10, journal.container_size.width - 1)
+        journal.show(views.journal(view.journal[-200:], room), follow=True)
         self._fill_blocks(view)
         if charts:
             self._draw_charts()
@@ -184,8 +189,8 @@ class MonitorScreen(WorkScreen):
         self.refresh_bars(line(views.state_span(view), " "))
 
     def _fill_empty(self) -> None:
-        words = f"No run is open. {key_of('setup')} sets one up, {key_of('runs')} lists those there are."
-        self.query_one("#title", Panel).show([line((words, "muted"))])
+        self.shows_a_run(False)
+        self.query_one("#title", Panel).show([self.no_run()])
         self.refresh_bars(line())
 
     def _fill_blocks(self, view: RunView) -> None:
@@ -205,26 +210,21 @@ class MonitorScreen(WorkScreen):
             self._draw("#history", view, "memory")
 
     def _draw(self, where: str, view: RunView, kind: charts.ChartKind) -> None:
-        panel = self.query_one(where, Panel)
         name, series, x_name = charts.drawn(view, kind, self._chosen)
         log = self._log_scale and kind != "memory"
         terminal = self.eqat.terminal
-        marks = terminal.marks or terminal.ascii_only
-        scale = " (log)" if log else ""
-        names = legend(series, marks=marks) if len(series) > 1 else []
-        entitle(panel, f"{name}{scale}", "   " if names else "", *names)
-        made = chart(
+        several = len(series) > 1
+        self.query_one(where, ChartPanel).draw(
+            f"{name}{' (log)' if log else ''}",
             series,
-            panel.size.width,
-            panel.size.height,
+            terminal,
+            named=several,
+            marks=terminal.marks and several,
             log=log,
-            ascii_only=terminal.ascii_only,
-            marks=terminal.marks and len(series) > 1,
             x_name=x_name,
             x_range=charts.x_range(view, kind, self._chosen),
             y_from_zero=kind == "memory",
         )
-        panel.show(made)
 
     # -- choosing a block --------------------------------------------------------------------------
 
@@ -245,15 +245,17 @@ class MonitorScreen(WorkScreen):
     def impossible(self, action: str) -> str:
         view = self._view
         if view is None:
-            return f"no run is open: {key_of('setup')} sets one up, {key_of('runs')} lists those there are"
+            return f"there is no run yet: {key_of('setup')} sets one up"
         if view.replay is not None and action in self.WRITES:
             return "this is a replay; esc leaves it"
         if view.replay is None and any(key.action == action for key in REPLAY_KEYS):
             return "this is no replay"
         running = view.live
-        if action in ("pause", "abort", "kill") and not running:
+        if action in ("stop", "abort", "kill") and not running:
             return f"the run is {view.liveness}: no engine works on it"
-        if action == "pause" and view.asked:
+        if view.job is not None and action == "resume":
+            return f"the run is {view.liveness}: x stops its {job_name(view.job.task)}"
+        if action == "stop" and view.asked:
             return "it was asked to already, and ends at its next step"
         if action == "abort" and view.asked == "abort":
             return "it was asked to already"
@@ -264,8 +266,8 @@ class MonitorScreen(WorkScreen):
                 return f"the run is done: {key_of('result')} shows its result"
             if view.liveness == "gone":
                 return "the run's directory is gone"
-        if action == "kill" and view.liveness == "running" and not view.asked:
-            return "the engine answers: p pauses it, a aborts it"
+        if action == "kill" and not view.hung and not view.asked:
+            return "the engine answers: x stops it, a aborts it"
         if action == "follow" and self._chosen is None:
             return "it does already"
         if action == "replay" and view.liveness == "gone":
@@ -276,34 +278,25 @@ class MonitorScreen(WorkScreen):
             return "memory has a linear scale"
         return ""
 
-    def do_pause(self) -> None:
-        self._ask_engine("stop")
+    def do_stop(self) -> None:
+        assert self._view is not None
+        ask_to("stop", self, self._view)
 
     def do_abort(self) -> None:
-        question = Confirm(
-            "Abort the run?",
-            "The engine ends at once; what it trained after its last checkpoint is lost. "
-            "p pauses instead and loses nothing.",
-            "abort",
-        )
-        self.app.push_screen(question, lambda yes: self._ask_engine("abort") if yes else None)
-
-    def _ask_engine(self, request: control.Action) -> None:
-        try:
-            control.request(self.eqat.current(), request)
-        except (EqatError, OSError) as error:
-            self.eqat.tell(error)
-        self.eqat.look_now()
+        assert self._view is not None
+        ask_to("abort", self, self._view)
 
     def do_resume(self) -> None:
         self.eqat.start_engine(self.eqat.current(), launch)
 
     def do_kill(self) -> None:
+        run = self.eqat.current()
+
         def kill(yes: bool | None) -> None:
             if yes:
                 from eqat_tui.actions import kill_engine
 
-                self.eqat.in_background(lambda: kill_engine(self.eqat.current()), "the engine was killed")
+                self.eqat.in_background(lambda: kill_engine(run), "the engine was killed")
 
         question = Confirm(
             "Kill the engine?", "It has no time for a checkpoint; the last one is kept.", "kill"

@@ -39,6 +39,8 @@ class Picker(ModalScreen[str | None]):
         Binding("down", "move(1)", "Down", show=False, priority=True),
         Binding("pageup", "move(-8)", "Up", show=False, priority=True),
         Binding("pagedown", "move(8)", "Down", show=False, priority=True),
+        Binding("home", "end(False)", "Top", show=False, priority=True),
+        Binding("end", "end(True)", "Bottom", show=False, priority=True),
     ]
     DEFAULT_CSS = """
     Picker #list { height: 1fr; min-height: 4; }
@@ -76,6 +78,9 @@ class Picker(ModalScreen[str | None]):
 
     def action_move(self, by: int) -> None:
         self.query_one("#list", ListPanel).action_move(by)
+
+    def action_end(self, last: bool) -> None:
+        self.query_one("#list", ListPanel).action_end(last)
 
     def on_input_changed(self, message: Input.Changed) -> None:
         message.stop()

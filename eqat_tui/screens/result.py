@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import ScrollableContainer, Vertical
+from textual.containers import Vertical
 from textual.screen import ModalScreen
 from textual.widget import Widget
 from textual.widgets import Input
@@ -17,7 +17,6 @@ from textual.widgets import Input
 from engine.config.formats import FORMATS
 from engine.config.stages import STAGES
 from engine.errors import EqatError
-from engine.run import control
 from engine.run.launch import launch
 from engine.run.shown import origin, render
 from engine.system.copying import check_target
@@ -29,11 +28,13 @@ from eqat_tui.planned import branch
 from eqat_tui.run_text import shorten
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Ask, MarkdownReader
+from eqat_tui.screens.stopping import ask_to
 from eqat_tui.screens.table import key_of
 from eqat_tui.views import monitor as monitor_views
 from eqat_tui.views import result as views
 from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel
+from eqat_tui.widgets.scrolling import ScrollBox
 from eqat_tui.widgets.typed import TypedInput
 
 FIRST_PROMPT = "The capital of France is"
@@ -46,20 +47,21 @@ class ResultScreen(WorkScreen):
 
     KEYS = (
         Key(
-            "g",
+            "i",
             "sample",
             "sample",
             "Let the full-precision and the quantized model continue a prompt of yours",
         ),
         Key("e", "export", "export", "Write a packed checkpoint again, into this run or a folder of yours"),
+        Key("v", "evaluate", "evaluate", "Measure the perplexity of the quantized model again"),
+        Key("x", "stop", "stop", "Stop the sample, export or evaluation that was started here"),
         Key("m", "card", "card", "The model card as it was written"),
         Key("y", "copy", "copy", "Copy the lines of Python that load the packed checkpoint"),
-        Key("v", "evaluate", "evaluate", "Measure the perplexity of the quantized model again"),
         Key("t", "replay", "replay", "Show the run from its beginning again, at any speed"),
-        Key("x", "stop", "stop", "Stop the sample, export or evaluation that was started here"),
     )
     ABOUT = "What came of the run. Perplexity is measured on the same tokens before, between and after."
     WRITES = frozenset({"sample", "export", "evaluate", "stop"})
+    FIRST = "#columns"
     BINDINGS = bindings(KEYS)
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (120, "-wide")]
     DEFAULT_CSS = """
@@ -69,6 +71,7 @@ class ResultScreen(WorkScreen):
     ResultScreen.-wide #columns { layout: horizontal; }
     ResultScreen.-wide #columns > Vertical { width: 1fr; margin-right: 1; }
     ResultScreen .section { height: auto; }
+    ResultScreen.-empty #columns { display: none; }
     """
 
     def __init__(self) -> None:
@@ -80,7 +83,7 @@ class ResultScreen(WorkScreen):
 
     def body(self) -> Iterable[Widget]:
         yield Panel(id="headline")
-        with ScrollableContainer(id="columns"):
+        with ScrollBox(id="columns"):
             with Vertical():
                 yield Panel(id="perplexity", classes="section", title="quality")
                 yield Panel(id="figures", classes="section", title="figures")
@@ -90,7 +93,7 @@ class ResultScreen(WorkScreen):
                 yield Panel(id="loading", classes="section", title="load it elsewhere")
 
     def on_mount(self) -> None:
-        self.query_one("#columns").focus()
+        self.query_one(self.FIRST).focus()
 
     # -- what is shown -----------------------------------------------------------------------------
 
@@ -117,9 +120,11 @@ class ResultScreen(WorkScreen):
         view = self._view
         headline = self.query_one("#headline", Panel)
         if view is None:
-            headline.show([line((f"No run is open. {key_of('runs')} lists those there are.", "muted"))])
+            self.shows_a_run(False)
+            headline.show([self.no_run()])
             self.refresh_bars(line())
             return
+        self.shows_a_run(True)
         width = self.size.width
         busy = self._busy_lines(view, width)
         headline.show([views.headline(view, width), *busy])
@@ -163,7 +168,7 @@ class ResultScreen(WorkScreen):
     def impossible(self, action: str) -> str:
         view = self._view
         if view is None:
-            return f"no run is open: {key_of('runs')} lists those there are"
+            return f"there is no run yet: {key_of('setup')} sets one up"
         if view.replay is not None and action != "replay":
             return f"this is a replay; open the run from {key_of('runs')}"
         if view.liveness == "gone" and action != "stop":
@@ -178,8 +183,8 @@ class ResultScreen(WorkScreen):
         if action == "stop":
             if not view.live:
                 return "nothing is being done"
-            if view.state.task == "run":
-                return f"the run itself is at work: p on {key_of('monitor')} pauses it"
+            if view.job is None:
+                return f"the run itself is at work: x on {key_of('monitor')} stops it"
         return ""
 
     @staticmethod
@@ -204,8 +209,8 @@ class ResultScreen(WorkScreen):
         self._launch("--task", "eval")
 
     def do_stop(self) -> None:
-        control.request(self.eqat.current(), "stop")
-        self.eqat.look_now()
+        assert self._view is not None
+        ask_to("stop", self, self._view)
 
     def do_export(self) -> None:
         assert self._view is not None

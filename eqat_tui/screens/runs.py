@@ -17,7 +17,6 @@ from engine.run.finding import list_runs
 from engine.run.launch import launch
 from engine.run.lock import is_held
 from engine.run.shown import summarize
-from eqat_tui.charts import chart, legend
 from eqat_tui.housekeeping import what_is_in
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line
@@ -25,7 +24,9 @@ from eqat_tui.output import error_words, format_bytes
 from eqat_tui.run_text import UNREADABLE
 from eqat_tui.screens.base import WorkScreen, show_input
 from eqat_tui.screens.dialogs import Confirm
+from eqat_tui.views import comparison
 from eqat_tui.views import runs as views
+from eqat_tui.widgets.chart_panel import ChartPanel
 from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel, ScrollPanel, entitle
 from eqat_tui.widgets.typed import TypedInput
@@ -83,7 +84,7 @@ class RunsScreen(WorkScreen):
         Key("o", "sort", "order", "Order by start, state, model, perplexity or size"),
         Key("space", "mark", "mark", "Mark the run for a comparison"),
         Key(
-            "c",
+            "equals_sign",
             "compare",
             "compare",
             "Compare the marked runs: settings, loss per block, perplexity, size, time",
@@ -92,9 +93,9 @@ class RunsScreen(WorkScreen):
         Key("n", "again", "new like it", "Set up a new run with this one's settings"),
         Key("t", "replay", "replay", "Show the run from its beginning again, at any speed", footer=False),
         Key(
-            "g",
+            "F",
             "clean",
-            "clean",
+            "free",
             "Free what the run can make again: activations, old checkpoints",
             footer=False,
         ),
@@ -219,7 +220,7 @@ class RunsScreen(WorkScreen):
                 return f"the run is {run['state']}"
             return "the run is done" if run["state"] == "done" else ""
         if action in ("delete", "clean") and run["state"] in ("running", "hung"):
-            return "an engine works on it: open it and pause it first"
+            return "an engine works on it: open it and stop it first"
         return ""
 
     def do_open(self) -> None:
@@ -293,21 +294,21 @@ class RunsScreen(WorkScreen):
 
     def do_clean(self) -> None:
         run, summary = self._directory(), self._under()
+        assert summary is not None
+        over = summary["state"] == "done"
 
         def clean() -> None:
             freed = housekeeping.clean_run(run)
-            self.app.call_from_thread(self.notify, f"freed {format_bytes(freed)}")
+            self.app.call_from_thread(self.notify, f"freed {format_bytes(freed)} of {run.id}")
 
-        if summary is not None and summary["state"] == "done":
-            self.eqat.in_background(clean)  # nothing that anybody could miss
-            return
-        question = Confirm(
-            f"Free what {run.id} can make again?",
-            "Nothing trained is lost. Going on will take longer, though: the activations that lead up to the "
-            "next block are computed again, through all finished ones.",
-            "free it",
-        )
-        self.app.push_screen(question, lambda yes: self.eqat.in_background(clean) if yes else None)
+        def ask(found: housekeeping.Cleanable) -> None:
+            if not found.total:
+                self.notify(f"{run.id} holds nothing that it could make again")
+                return
+            question = Confirm(*views.freeing(run.id, found, over=over), "free it")
+            self.app.push_screen(question, lambda yes: self.eqat.in_background(clean) if yes else None)
+
+        self.eqat.in_thread(lambda: self.app.call_from_thread(ask, housekeeping.cleanable(run)))
 
     def do_delete(self) -> None:
         run = self._directory()
@@ -340,7 +341,10 @@ class CompareScreen(WorkScreen):
         Key("escape", "back", "back", "Back to the list of runs"),
         Key("s", "scale", "scale", "Logarithmic or linear scale"),
     )
-    ABOUT = "Runs side by side; the arrow marks the smallest number. Only settings that differ are listed."
+    ABOUT = (
+        "Runs side by side; the arrow marks the smallest number where they are numbers of one thing. Only "
+        "settings that differ are listed."
+    )
     BINDINGS = bindings(KEYS)
     DEFAULT_CSS = """
     CompareScreen #losses { height: 40%; }
@@ -349,35 +353,31 @@ class CompareScreen(WorkScreen):
 
     def __init__(self, runs: Sequence[RunDirectory]) -> None:
         super().__init__()
-        self._runs = [views.Compared(run, "ABCD"[index]) for index, run in enumerate(runs[:MOST_COMPARED])]
+        self._runs = [
+            comparison.Compared(run, "ABCD"[index]) for index, run in enumerate(runs[:MOST_COMPARED])
+        ]
         self._log_scale = True
 
     def body(self) -> Iterable[Widget]:
         with Vertical():
-            yield Panel(id="losses", classes="section", title="final loss per block")
+            yield ChartPanel(id="losses", classes="section", title="final loss per block")
             yield ScrollPanel(id="table", classes="section", title="what came of them, and what differs")
 
     def on_mount(self) -> None:
         self.query_one("#table").focus()
 
     def refill(self) -> None:
-        panel, table = self.query_one("#losses", Panel), self.query_one("#table", ScrollPanel)
-        terminal = self.eqat.terminal
-        series = views.overlaid(self._runs)
-        names = legend(series, marks=True)
-        entitle(panel, "final loss per block   ", *names)
-        panel.show(
-            chart(
-                series,
-                panel.size.width,
-                panel.size.height,
-                log=self._log_scale,
-                ascii_only=terminal.ascii_only,
-                marks=True,
-                x_name="block",
-            )
+        chart, table = self.query_one("#losses", ChartPanel), self.query_one("#table", ScrollPanel)
+        scale = " (log)" if self._log_scale else ""
+        chart.draw(
+            f"final loss per block{scale}",
+            comparison.overlaid(self._runs),
+            self.eqat.terminal,
+            marks=True,
+            log=self._log_scale,
+            x_name="block",
         )
-        table.show(views.differences(self._runs, self.size.width - 2))
+        table.show(comparison.differences(self._runs, self.size.width - 2))
         self.refresh_bars(line((f"{len(self._runs)} runs ", "muted")))
 
     def do_back(self) -> None:

@@ -50,7 +50,7 @@ class SetupScreen(WorkScreen):
         Key("backspace", "reset", "reset", "What the preset says, again", footer=False),
         Key("R", "fresh", "reset all", "Forget everything that was changed about the preset", footer=False),
         Key("w", "save", "save", "Save these settings as a file that `eqat run` takes", footer=False),
-        Key("p", "plan", "plan", "Compute the plan again: what is free now?", footer=False),
+        Key("u", "plan", "plan", "Compute the plan again: what is free now?", footer=False),
     )
     ABOUT = (
         "Choose a model and how to quantize it. The plan says what it would need on this machine now; "
@@ -113,8 +113,22 @@ class SetupScreen(WorkScreen):
             self._make_plan()
 
     def start_from(self, base: str) -> None:
-        """Begin again with a preset or a file."""
-        self._change(Draft(base=base))
+        """Begin again with a preset or a file; what was changed is given up only if that is agreed to."""
+        self._begin_again(
+            Draft(base=base),
+            "Replace what is set up here?",
+            f"{len(self.draft.changes)} settings that were changed about {self.draft.base} are forgotten; w "
+            "saves them as a file first.",
+            "replace it",
+        )
+
+    def _begin_again(self, again: Draft, question: str, consequence: str, yes: str) -> None:
+        if len(self.draft.changes) <= 1:  # is soon made again
+            self._change(again)
+            return
+        self.app.push_screen(
+            Confirm(question, consequence, yes), lambda agreed: self._change(again) if agreed else None
+        )
 
     # -- the draft ---------------------------------------------------------------------------------
 
@@ -274,8 +288,7 @@ class SetupScreen(WorkScreen):
         row = self._row()
         assert row is not None
         if row.kind == "section":
-            self._unfolded = self._unfolded ^ {row.name}
-            self.refill()
+            self._fold(row, unfold=row.name not in self._unfolded)
         elif row.kind == "model":
             self._choose_model()
         elif row.kind == "base":
@@ -354,10 +367,16 @@ class SetupScreen(WorkScreen):
         row = self._row()
         assert row is not None
         if row.kind == "section":
-            self._unfolded = self._unfolded | {row.name}
-            self.refill()
+            self._fold(row, unfold=True)
         else:
             self._step(row, 1)
+
+    def _fold(self, row: Row, *, unfold: bool) -> None:
+        """Fold a section or unfold it; what comes out of one at the lower edge is brought into view."""
+        self._unfolded = self._unfolded | {row.name} if unfold else self._unfolded - {row.name}
+        self.refill()
+        if unfold:
+            self.query_one("#form", ListPanel).reveal_after(len(views.section_fields(row.name)))
 
     def do_previous(self) -> None:
         row = self._row()
@@ -400,16 +419,12 @@ class SetupScreen(WorkScreen):
         self._change(self.draft.reset(sorted(self._names(row))))
 
     def do_fresh(self) -> None:
-        again = Draft(base=self.draft.base)
-        if len(self.draft.changes) == 1:  # is soon made again
-            self._change(again)
-            return
-        question = Confirm(
+        self._begin_again(
+            Draft(base=self.draft.base),
             "Forget all changes?",
             f"{len(self.draft.changes)} settings go back to what {self.draft.base} says.",
             "forget them",
         )
-        self.app.push_screen(question, lambda yes: self._change(again) if yes else None)
 
     def do_copy(self) -> None:
         self.eqat.copy(self.draft.command(self.eqat.runs_dir), "the command")

@@ -24,6 +24,8 @@ class ScreenRow(msgspec.Struct, frozen=True, kw_only=True):
     """Its tab, in a word."""
     tip: str
     """What it is for, in one line."""
+    of_run: bool = False
+    """It shows the current run; where none is open, the app looks for the one that is meant."""
     code: str
     """``module:attribute``: a :class:`~eqat_tui.screens.base.WorkScreen`."""
 
@@ -50,6 +52,7 @@ SCREENS = Table(
         key="2",
         label="Monitor",
         tip="Watch the current run",
+        of_run=True,
         code="eqat_tui.screens.monitor:MonitorScreen",
     ),
     ScreenRow(
@@ -57,6 +60,7 @@ SCREENS = Table(
         key="3",
         label="Result",
         tip="Perplexity, samples and exports of the current run",
+        of_run=True,
         code="eqat_tui.screens.result:ResultScreen",
     ),
     ScreenRow(

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.config.stages import STAGES, phase_label
+from engine.run import events
+from engine.run.deaths import KILLED
 from engine.run.state import MAX_BLOCKS, BlockRow, RunState
-from engine.run.status import PLAN_COUNTS
-from eqat_tui.display import fraction
+from engine.run.task import job_name
+from eqat_tui.display import fraction, left_words
 from eqat_tui.feed import Entry, RunView
 from eqat_tui.lines import Line, Span, bar, beside, columns, cut, few, line, width_of, wrap
 from eqat_tui.output import (
@@ -21,7 +23,7 @@ from eqat_tui.output import (
     share,
 )
 from eqat_tui.planned import branch, known
-from eqat_tui.words import hint_for_app, model_name
+from eqat_tui.words import block_place, hint_for_app, model_name
 
 MOST_LINES = 4
 """Of one notice: what went wrong must not push away where the run is."""
@@ -38,7 +40,6 @@ STATE_ROLES = {
     "failed": "bad",
     "gone": "bad",
 }
-SIDE_TASKS = {"export": "export", "generate": "sample", "eval": "evaluation"}
 STATE_MARKS = {
     "running": "▶",
     "starting": "▶",
@@ -79,6 +80,9 @@ def state_span(view: RunView) -> Span:
             return "■ replay, at its end", "accent"
         held = view.replay.paused
         return "‖ replay, held" if held else f"▶ replay ×{view.replay.speed:g}", "accent"
+    if view.job is not None:
+        mark = STATE_MARKS.get(view.job.state, "?")
+        return f"{STATE_MARKS.get(words, '?')} {words}, {mark} {job_name(view.job.task)}", "accent"
     return f"{STATE_MARKS.get(words, '?')} {words}", STATE_ROLES.get(words, "")
 
 
@@ -97,21 +101,9 @@ def elapsed(state: RunState) -> float:
     return sum(row.seconds for row in state.accounted().phases)
 
 
-def remaining(view: RunView) -> tuple[float | None, bool]:
-    """Seconds left, and whether that is only the plan's word because nothing is measured yet.
-
-    The first steps of a phase are no measurement: they are slow, and a hundred times a wrong number is a very
-    wrong one. Until a block is finished the plan's seconds count, times how far off the plan was so far.
-    """
-    state = view.state
-    if view.replay is not None or not view.live:
-        return state.eta_s if view.replay is not None else None, False
-    planned = known(state.plan)["seconds"]
-    if not planned or (state.eta_s is not None and _measured(state)):
-        return state.eta_s, not _measured(state)
-    share = share_done(state) or 0.0
-    pace = (elapsed(state) + PLAN_COUNTS * planned) / (planned * (share + PLAN_COUNTS))
-    return planned * (1 - share) * pace, True
+def remaining(view: RunView) -> str:
+    """The time left, in words: the engine's estimate, and in a replay that of the replay."""
+    return left_words(view.at_work) if view.live or view.replay is not None else ""
 
 
 def share_done(state: RunState) -> float | None:
@@ -140,49 +132,75 @@ def _share_of(state: RunState, phase: str, planned: int | None) -> float:
     return min(1.0, max(done, (fraction(state) or 0.0) if state.phase == phase else 0.0))
 
 
-def _measured(state: RunState) -> bool:
-    """Whether the pace rests on a finished block, or on enough steps of something without blocks."""
-    if state.blocks:
-        return any(row.finished for row in state.blocks_of(state.phase or ""))
-    return (fraction(state) or 0.0) >= 0.05
-
-
 def progress(view: RunView, width: int) -> list[Line]:
     """Two lines: the phase, and the whole run with the time left."""
     state = view.state
+    if view.job is not None:
+        return [job_progress(view, width), _finished(view, width)]
     if view.liveness == "done":
-        took = f"took {format_seconds(elapsed(state))}"
-        return [
-            _bar_line(line(("finished", "strong")), 1.0, "good", line(took), width),
-            line((f"{len(state.phases)} phases", "muted")),
-        ]
+        return [_finished(view, width), line((f"{len(state.phases)} phases", "muted"))]
+    return [_phase_line(view, width), _run_line(view, width)]
+
+
+def _phase_line(view: RunView, width: int) -> Line:
+    """What the run does now, and how much of that is done."""
+    state = view.state
     done = fraction(state)
     index = next((row.index for row in state.phases if row.name == state.phase), None)
-    of_the_run = state.task == "run" and state.phase_count  # an export made later has phases of its own
-    count = f" {index + 1}/{state.phase_count}" if index is not None and of_the_run else ""
-    name = phase_label(state.phase) if state.phase else ("starting" if view.live else "not started")
-    words = line((name, "strong"), (count, "muted"))
+    count = f" {index + 1}/{state.phase_count}" if index is not None and state.phase_count else ""
+    began = "ended while it started" if state.attempt else "not started"
+    name = phase_label(state.phase) if state.phase else ("starting" if view.live else began)
+    words = line((name, "strong"), (count, "muted"), *_doing(view))
     if state.blocks and state.block is not None:
-        words += line(f"  block {state.block + 1}/{state.blocks}")
+        words += line(f"  block {block_place(state.block, state.blocks)}")
     row = state.block_rows.get((state.phase or "", state.block if state.block is not None else -1))
     if row is not None and row.finished and view.live:
         words += line(("  passing on", "muted"))  # finished before: only its activations are needed again
-    elif state.steps and state.step is not None:
+    elif state.epoch is not None and state.steps and state.step is not None:
         words += line((f"  step {state.step}/{state.steps}", "muted"))
     share = line(f"{done:4.0%}" if done is not None else "")
-    left, guess = remaining(view)
+    return _bar_line(words, done, _bar_role(view), share, width)
+
+
+def _run_line(view: RunView, width: int) -> Line:
+    """The whole run: how much is done, how long it took, and how long it will."""
+    state = view.state
+    left = remaining(view)
     worked = elapsed(state)
     whole = share_done(state)
     clock = line(f"{whole:4.0%}  " if whole is not None else "", (f"{format_clock(worked)} done", "muted"))
-    if left is not None:
-        clock += line("  ", (f"{'about ' if guess else ''}{format_clock(left)} left", "strong"))
-        if guess:
-            clock += line((" by the plan", "muted"))
-    role = "accent" if view.live or view.replay is not None else "muted"
-    return [
-        _bar_line(words, done, role, share, width),
-        _bar_line(line(("run", "strong")), whole, role, clock, width),
-    ]
+    if left:
+        clock += line("  ", (left, "strong"))
+    return _bar_line(line(("run", "strong")), whole, _bar_role(view), clock, width)
+
+
+def _bar_role(view: RunView) -> str:
+    return "accent" if view.live or view.replay is not None else "muted"
+
+
+def job_progress(view: RunView, width: int) -> Line:
+    """What is done with a finished run: its phase, how far that is, the time left."""
+    job = view.at_work
+    assert view.job is not None
+    done = fraction(job)
+    words = line((job_name(view.job.task), "strong"), "  ", phase_label(job.phase), *_doing(view))
+    clock = line(f"{done:4.0%}  " if done is not None else "", (remaining(view), "strong"))
+    return _bar_line(words, done, "accent", clock, width)
+
+
+def _doing(view: RunView) -> Line:
+    """What the engine does where it counts nothing, and for how long it has."""
+    spent = view.starting_s
+    status = view.at_work.status
+    if spent is None and status is not None and view.live and fraction(view.at_work) is None:
+        spent = status.phase_s
+    words = f"  {view.doing}" if view.doing else ""
+    return line((f"{words}{'' if spent is None else f'  {format_clock(spent)}'}", "muted"))
+
+
+def _finished(view: RunView, width: int) -> Line:
+    took = f"took {format_seconds(elapsed(view.state))}"
+    return _bar_line(line(("finished", "strong")), 1.0, "good", line(took), width)
 
 
 def _bar_line(left: Line, share: float | None, role: str, right: Line, width: int) -> Line:
@@ -208,7 +226,7 @@ def notices(view: RunView, width: int) -> list[Line]:
         lines += few(wrap(f"‖ {view.waiting}", width, "warn"), MOST_LINES)
     if view.asked:
         lines.append(request_line(view))
-    if view.liveness == "hung":
+    if view.hung:
         pid = f" (process {view.pid})" if view.pid else ""
         silent = _silence(view)
         lines += wrap(
@@ -217,29 +235,47 @@ def notices(view: RunView, width: int) -> list[Line]:
             "bad",
         )
     if view.liveness == "crashed":
-        lines += wrap(
-            "✗ the engine died without a word: killed, or out of host memory; r goes on from its last "
-            "checkpoint, l shows its last words",
-            width,
-            "bad",
+        kept = view.state.checkpoint is not None
+        then = (
+            "goes on from its last checkpoint" if kept else "starts it from its beginning: none is kept yet"
         )
+        why = view.why_gone or KILLED
+        died = "died without a word" if why == KILLED else "died"
+        words = f"✗ the engine {died}: {why}; r {then}, l shows its last words"
+        lines += few(wrap(words, width, "bad"), MOST_LINES)
     if view.state.error is not None and view.liveness not in ("running", "starting"):
-        error = view.state.error
-        where = f"{error.where}: " if error.where else ""
-        failed = SIDE_TASKS.get(view.state.task)
-        text = f"{where}{error.message}{hint_for_app(error.hint)}"
-        words = f"! the last {failed} failed: {text}" if failed else f"✗ {text}"
-        lines += few(wrap(words, width, "warn" if failed else "bad"), MOST_LINES)
+        lines += few(wrap(f"✗ {_error_words(view.state.error)}", width, "bad"), MOST_LINES)
+    lines += few(wrap(job_notice(view), width, "warn"), MOST_LINES) if job_notice(view) else []
     if broken(view.state) and view.live:
         lines += wrap("! the loss is not finite; the engine goes back to its last good state", width, "bad")
     return lines
 
 
+def _error_words(error: events.Error) -> str:
+    where = f"{error.where}: " if error.where else ""
+    return f"{where}{error.message}{hint_for_app(error.hint)}"
+
+
+def job_notice(view: RunView) -> str:
+    """How what was done last with a finished run has ended, where that was not well; the run stays what it
+    was."""
+    job = view.state.job
+    if job is None or view.live or view.replay is not None or job.outcome == "done":
+        return ""
+    name = job_name(job.task)
+    if job.outcome is None:
+        return f"! the last {name} was cut off: {view.why_gone or KILLED}"
+    if job.outcome != "failed":
+        return f"■ the last {name} was {job.outcome}; the run stays {view.liveness}"
+    if job.error is None or view.state.error is not None:
+        return ""  # where it found the run damaged, that is told of the run
+    return f"! the last {name} failed: {_error_words(job.error)}"
+
+
 def request_line(view: RunView) -> Line:
     """How far a stop or an abort has come: asked, accepted, done."""
-    name = {"stop": "pause", "abort": "abort"}[view.asked]
     steps = (("asked", True), ("accepted", view.accepted), ("done", False))
-    spans = line((f"{name}: ", "warn strong"))
+    spans = line((f"{view.asked}: ", "warn strong"))
     for index, (word, reached) in enumerate(steps):
         spans += line(
             " → " if index else "", (f"{word} {'✓' if reached else '…'}", "warn" if reached else "muted")
@@ -248,7 +284,7 @@ def request_line(view: RunView) -> Line:
 
 
 def _silence(view: RunView) -> str:
-    status = view.state.status
+    status = view.at_work.status
     return format_seconds(max(0.0, view.now - status.heartbeat)) if status is not None else "a while"
 
 

@@ -101,7 +101,7 @@ def samples(state: RunState, width: int) -> list[Line]:
     """What both models wrote, side by side where there is room."""
     full, trained = state.samples.get(full_precision()), newest(state.samples)
     if full is None and trained is None:
-        return [line(("no sample yet: g lets both models continue a prompt of yours", "muted"))]
+        return [line(("no sample yet: i lets both models continue a prompt of yours", "muted"))]
     one = full or trained
     assert one is not None
     lines = wrap(f"prompt: {one.prompt}", width, "muted")

@@ -5,26 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from engine.config.fields import field_names
-from engine.config.stages import full_precision, phase_label, stage_label, versions
-from engine.config.writing import flat, to_dict
+from engine.config.stages import full_precision, phase_label
 from engine.run.directory import RunDirectory
-from engine.run.events import BULK
-from engine.run.state import RunState, load_state
-from eqat_tui.charts import Series
+from engine.run.housekeeping import Cleanable
+from engine.run.task import job_name
 from eqat_tui.lines import Line, Span, columns, cut, line, widths_of, wrap
 from eqat_tui.measured import newest
 from eqat_tui.output import format_bytes, format_number, format_seconds
-from eqat_tui.run_text import UNREADABLE, ago, shorten
+from eqat_tui.run_text import UNREADABLE, WORKING, ago, job_share, shorten
 from eqat_tui.screens.table import key_of
-from eqat_tui.views.monitor import STATE_MARKS, STATE_ROLES, elapsed
-from eqat_tui.words import model_name
+from eqat_tui.views.monitor import STATE_MARKS, STATE_ROLES
+from eqat_tui.words import block_place, model_name
 
 Summary = Mapping[str, Any]
 SortBy = Literal["started", "state", "model", "perplexity", "size"]
 SORTS: tuple[SortBy, ...] = ("started", "state", "model", "perplexity", "size")
 
-_BY_STATE = ("running", "hung", "created", "crashed", "failed", "stopped", "aborted", "done")
+_BY_STATE = ("running", "starting", "hung", "created", "crashed", "failed", "stopped", "aborted", "done")
 
 
 def unreadable(run: RunDirectory, words: str) -> dict[str, Any]:
@@ -32,7 +29,7 @@ def unreadable(run: RunDirectory, words: str) -> dict[str, Any]:
     nothing = dict.fromkeys(
         ("started", "updated", "seconds", "eta_s", "name", "model", "bits", "group_size", "bits_per_weight")
     )
-    nothing |= dict.fromkeys(("device", "phase", "block", "blocks", "waiting"))
+    nothing |= dict.fromkeys(("device", "phase", "doing", "block", "blocks", "waiting", "job"))
     return {
         **nothing,
         "id": run.id,
@@ -99,11 +96,14 @@ def _cells(run: Summary, marked: bool, now: float) -> list[str | Span]:
         return ["", run["id"], "?", ("✗ cannot be read", "bad"), "–", ("–", "muted"), "–", ("–", "muted")]
     if run["waiting"]:
         words = "‖ paused: disk full"
-    elif state == "running" and run["phase"]:
+    elif state == "running":
         block, blocks = run["block"], run["blocks"]
         words += f" {phase_label(run['phase'])}" + (
-            f" {block + 1}/{blocks}" if blocks and block is not None else ""
+            f" {block_place(block, blocks)}" if run["phase"] and blocks and block is not None else ""
         )
+    elif run["job"] and run["job"]["state"] in WORKING:
+        mark, name = STATE_MARKS.get(run["job"]["state"], "?"), job_name(run["job"]["task"])
+        words += f", {mark} {name}{job_share(run['job'])}"
     group = "channel" if run["group_size"] == -1 else f"g{run['group_size']}"
     return [
         ("*", "strong") if marked else " ",
@@ -137,92 +137,21 @@ def details(run: Summary, width: int) -> list[Line]:
     return lines
 
 
-# -- comparing -----------------------------------------------------------------------------------------
-
-
-class Compared:
-    """A run as far as a comparison needs it."""
-
-    def __init__(self, run: RunDirectory, letter: str) -> None:
-        self.letter, self.id = letter, run.id
-        # Whatever a damaged file makes a parser raise: it is one empty column, and the others are shown.
-        try:
-            self.settings = flat(to_dict(run.config()))
-        except Exception:
-            self.settings = {}
-        try:
-            self.state = load_state(run, skip=BULK)
-        except Exception:
-            self.state = RunState(id=run.id)
-
-
-def differences(runs: Sequence[Compared], width: int) -> list[Line]:
-    """What came of each run, then the settings that are not the same in all of them."""
-    head: list[str | Span] = [
-        "",
-        *((f"{run.letter}", f"series{index % 4 + 1} strong") for index, run in enumerate(runs)),
+def freeing(name: str, found: Cleanable, *, over: bool) -> tuple[str, str]:
+    """The question before something of a run is freed, and what comes of it."""
+    parts = [
+        (found.activations, "stored activations"),
+        (found.checkpoints, "checkpoints before the newest ones"),
+        (found.unfinished, "half-written files and replaced exports"),
     ]
-    table: list[list[str | Span]] = [head]
-    measured = [run.state.perplexity() for run in runs]
-    for stage in versions(name for found in measured for name in found):
-        values = [found.get(stage) for found in measured]
-        if any(value is not None for value in values):
-            words = f"perplexity, {stage_label(stage)}" if stage == full_precision() else stage_label(stage)
-            table.append([(words, "muted"), *_best(values, format_number)])
-    exports = [next(reversed(run.state.exports.values()), None) for run in runs]
-    table.append([("size", "muted"), *_best([e.bytes if e else None for e in exports], format_bytes)])
-    table.append(
-        [
-            ("bits per weight", "muted"),
-            *_best([e.bits_per_weight if e else None for e in exports], lambda v: format_number(v, 3)),
-        ]
-    )
-    table.append([("time", "muted"), *_best([elapsed(run.state) or None for run in runs], format_seconds)])
-    table.append(["", *("" for _ in runs)])
-    before = len(table)
-    for name in field_names():
-        values = [run.settings.get(name, "?") for run in runs]
-        if name not in ("name", "description") and any(value != values[0] for value in values):
-            table.append([(name, "muted"), *map(_value, values)])
-    if len(table) == before:
-        table.append([("settings", "muted"), *("the same" for _ in runs)])
-    sizes = widths_of(table)
-    room = max(8, (width - sizes[0] - 2 * len(runs)) // max(1, len(runs)))
-    sizes = [sizes[0], *(min(size, room) for size in sizes[1:])]
-    lines = [line((f"{run.letter} ", f"series{i % 4 + 1} strong"), run.id) for i, run in enumerate(runs)]
-    return [*lines, line(), *(cut(row, width) for row in columns(table, sizes))]
-
-
-def _best(values: Sequence[Any], words: Any) -> list[str | Span]:
-    """Each value; the smallest one is marked, unless all are the same."""
-    known = [value for value in values if value is not None]
-    best = min(known) if len(known) > 1 and len(set(known)) > 1 else None
-    return [
-        (f"{words(value)} ◂", "good") if value is not None and value == best else words(value)
-        for value in values
-    ]
-
-
-def overlaid(runs: Sequence[Compared]) -> list[Series]:
-    """Final loss per block of every run."""
-    return [
-        Series(
-            run.letter,
-            [(row.index, row.final_loss) for row in run.state.trained_blocks() if row.finished],
-            f"series{index % 4 + 1}",
+    goes = "; ".join(f"{words} ({format_bytes(size)})" for size, words in parts if size)
+    consequence = f"This deletes: {goes}. Nothing trained is lost."
+    if found.activations and not over:
+        consequence += (
+            " Going on will take longer, though: the activations that lead up to the next block are computed "
+            "again, through all finished ones."
         )
-        for index, run in enumerate(runs)
-    ]
-
-
-def _value(value: Any) -> str:
-    return (
-        "none"
-        if value is None
-        else ",".join(map(str, value))
-        if isinstance(value, list | tuple)
-        else str(value)
-    )
+    return f"Free {format_bytes(found.total)} of {name}?", consequence
 
 
 def nothing_here(place: str, width: int) -> list[Line]:

@@ -73,7 +73,7 @@ class KeyBar(Panel):
                 continue
             made = self._key(key, why_not(key.action))
             if width_of(spans) + width_of(made) > room:
-                break
+                continue  # a shorter one may still find room
             spans += made
             self._places.append((width_of(spans), key.action))
         blank = max(0, room - width_of(spans))

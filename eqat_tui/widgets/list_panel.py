@@ -44,8 +44,8 @@ class ListPanel(ScrollView, can_focus=True):
         Binding("down,j", "move(1)", "Down", show=False),
         Binding("pageup", "page(-1)", "Page up", show=False),
         Binding("pagedown", "page(1)", "Page down", show=False),
-        Binding("home", "end(False)", "First", show=False),
-        Binding("end", "end(True)", "Last", show=False),
+        Binding("home,g", "end(False)", "First", show=False),
+        Binding("end,G", "end(True)", "Last", show=False),
         Binding("enter", "choose", "Choose", show=False),
     ]
 
@@ -110,9 +110,20 @@ class ListPanel(ScrollView, can_focus=True):
         room = max(1, self.size.height - self._top())
         first = self.scroll_offset.y
         if self.cursor < first:
-            self.scroll_to(y=self.cursor, animate=False, force=True)
+            self._scroll(self.cursor)
         elif self.cursor >= first + room:
-            self.scroll_to(y=self.cursor - room + 1, animate=False, force=True)
+            self._scroll(self.cursor - room + 1)
+
+    def _scroll(self, y: int) -> None:
+        """At once: the next key of a burst starts from here."""
+        self.scroll_to(y=y, animate=False, force=True, immediate=True)
+
+    def reveal_after(self, count: int) -> None:
+        """Bring ``count`` rows after the cursor into view, as far as its own row stays there."""
+        room = max(1, self.size.height - self._top())
+        last = min(self.cursor + count, self.cursor + room - 1, len(self.rows) - 1)
+        if last >= self.scroll_offset.y + room:
+            self._scroll(last - room + 1)
 
     def render_line(self, y: int) -> Strip:
         base, theme, width = self.visual_style.rich_style, self.app.theme, self.size.width

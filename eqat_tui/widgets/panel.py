@@ -7,10 +7,11 @@ Over SSH every byte counts: a widget that is replaced as a whole costs 1 to 4 KB
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.segment import Segment
 from textual import events
+from textual.binding import BindingType
 from textual.geometry import Region, Size
 from textual.message import Message
 from textual.scroll_view import ScrollView
@@ -19,6 +20,7 @@ from textual.widget import Widget
 
 from eqat_tui.lines import Line, Span, fit, line
 from eqat_tui.palette import content, style_of
+from eqat_tui.widgets.scrolling import SCROLL_KEYS, Scrolling
 
 
 def paint(spans: Line, width: int, theme: str, base: Any, role: str = "") -> Strip:
@@ -77,9 +79,10 @@ class Panel(Widget):
         self.post_message(self.Resized(self))
 
 
-class ScrollPanel(ScrollView, can_focus=True):
+class ScrollPanel(ScrollView, Scrolling, can_focus=True):
     """Lines that scroll, for texts longer than the screen."""
 
+    BINDINGS: ClassVar[list[BindingType]] = SCROLL_KEYS
     DEFAULT_CSS = "ScrollPanel { height: 1fr; overflow-x: hidden; scrollbar-size-vertical: 1; }"
 
     def __init__(self, *, id: str | None = None, classes: str | None = None, title: str = "") -> None:

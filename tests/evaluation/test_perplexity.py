@@ -102,9 +102,11 @@ def test_each_block_is_loaded_once_and_progress_is_told(tmp_path: Path) -> None:
         asked.append(index)
         return lm.load_block(index)
 
-    perplexity(lm, block_for, windows(), on_progress=lambda done, blocks: told.append((done, blocks)))
+    count = len(windows())
+    perplexity(lm, block_for, windows(), on_progress=lambda done, every: told.append((done, every)))
     assert asked == [0, 1, 2]
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    # Every window passes three blocks and the head.
+    assert told == [(done, 4 * count) for done in range(1, 4 * count + 1)]
 
 
 def test_a_stop_request_ends_the_evaluation(tmp_path: Path) -> None:

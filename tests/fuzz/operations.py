@@ -156,7 +156,8 @@ def look_at_run(path: Path) -> None:
     from engine.run.status import read_status
     from eqat_tui import feed
     from eqat_tui.views import monitor, result, run_charts, run_machine
-    from eqat_tui.views.runs import Compared, details, differences
+    from eqat_tui.views.comparison import Compared, differences
+    from eqat_tui.views.runs import details
 
     run = RunDirectory.open(path)
     load_state(run)

@@ -14,4 +14,5 @@ $pip threadpoolctl device-smi pypcre tokenicer logbar datasets dill defuser matu
 $pip --no-deps torchao==0.18.0
 # An older transformers beside this one, in a folder of its own: test_older_transformers.py reads exports by it.
 $pip --no-deps --target "$1/transformers-4" transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2
-$pip --editable "$repository" pytest pytest-timeout
+# What tests/conftest.py and these tests import; tests/test_rare_workflows.py compares the two.
+$pip --editable "$repository" pytest pytest-timeout hypothesis

@@ -295,7 +295,9 @@ def test_what_is_done_with_a_finished_run_leaves_it_done_when_it_is_killed(
     assert run.events_path.stat().st_size > 1 << 17, "the beginning lies before the end that is read"
     assert run_state(run) == "done"
     assert load_state(run).outcome == "done"
-    assert load_state(run).task == task
+    job = load_state(run).job
+    assert job is not None
+    assert (job.task, job.outcome) == (task, None)
 
 
 def test_one_that_died_before_its_first_word_leaves_the_run_done_too(run: RunDirectory) -> None:

@@ -331,13 +331,13 @@ def test_run_that_was_launched_and_died_before_its_first_event_has_crashed(run: 
     here, me, now = socket.gethostname(), os.getpid(), time.time()
     born = psutil.Process(me).create_time()
     launched(me, here, born, now)
-    assert run_state(run) == "created"  # still importing
+    assert run_state(run) == "starting"  # still importing
     launched(me, here, born - 1000, now)
     assert run_state(run) == "crashed"  # its pid belongs to another process now
     launched(2**22 + 1, here, born, now)
     assert run_state(run) == "crashed"
     launched(1, "elsewhere", born, now)
-    assert run_state(run) == "created"
+    assert run_state(run) == "starting"
     launched(1, "elsewhere", born, now - 1000)
     assert run_state(run) == "crashed"
     with EventWriter(run.events_path, 1) as writer:
@@ -400,3 +400,45 @@ def test_a_status_of_an_attempt_that_the_log_does_not_know_counts(run: RunDirect
 def begin(run: RunDirectory, attempt: int) -> None:
     with EventWriter(run.events_path, attempt) as writer:
         writer.emit(RunStarted(id=run.id, pid=1, host="h", device="cpu", versions={}, argv=[]))
+
+
+# -- any part of an id or a name -----------------------------------------------------------------------
+
+
+def test_a_run_is_found_by_any_part_of_its_id_or_name_that_no_other_has(runs: Path) -> None:
+    small = RunDirectory.create(runs, apply_overrides(CONFIG, {"grid.bits": 2, "name": "Nightly"}), now=1e9)
+    other = RunDirectory.create(runs, apply_overrides(CONFIG, {"grid.bits": 3}), now=2e9)
+    for ref, found in {
+        "w2": small,
+        "llama-w3g32": other,
+        "W3G": other,
+        "night": small,
+        "NIGHTLY": small,
+    }.items():
+        assert find_run(runs, ref).id == found.id, ref
+    for ref in ("tiny", "llama", "g32", "20"):
+        with pytest.raises(UsageError, match="means 2 runs") as caught:
+            find_run(runs, ref)
+        assert small.id in caught.value.hint
+        assert other.id in caught.value.hint
+
+
+def test_a_whole_id_a_beginning_and_an_end_count_for_more_than_another_part(runs: Path) -> None:
+    for name in ("a-demo", "demo-b", "c-demo-d", "demo"):
+        RunDirectory.create(runs, CONFIG).path.rename(runs / name)
+    assert find_run(runs, "demo").id == "demo"
+    (runs / "demo").rename(runs / "x")
+    assert find_run(runs, "demo").id == "demo-b"
+    (runs / "demo-b").rename(runs / "y")
+    assert find_run(runs, "demo").id == "a-demo"
+    (runs / "a-demo").rename(runs / "z")
+    assert find_run(runs, "demo").id == "c-demo-d"
+
+
+def test_messages_name_the_folder_that_was_looked_in(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for ref in ("latest", "nothing"):
+        with pytest.raises(UsageError, match=str(tmp_path / "runs")):
+            find_run(Path("runs"), ref)

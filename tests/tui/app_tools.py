@@ -35,11 +35,11 @@ def picture(app: App[Any]) -> str:
     return "\n".join("".join(segment.text for segment in row).rstrip() for row in rows)
 
 
-def drive(app: EqatApp, script: Script, size: tuple[int, int] = (80, 24)) -> None:
-    """Run ``app`` without a terminal and do what ``script`` says."""
+def drive(app: EqatApp, script: Script, size: tuple[int, int] = (80, 24), *, notes: bool = False) -> None:
+    """Run ``app`` without a terminal and do what ``script`` says; ``notes`` draws what it tells."""
 
     async def run() -> None:
-        async with app.run_test(size=size) as pilot:
+        async with app.run_test(size=size, notifications=notes) as pilot:
             await pilot.pause()
             await script(pilot, app)
 

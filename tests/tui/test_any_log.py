@@ -25,7 +25,7 @@ from eqat_tui.charts import chart
 from eqat_tui.feed import Journal, LiveFeed, Replay, ReplayFeed, RunView
 from eqat_tui.lines import Line, width_of
 from eqat_tui.plan_text import plan_text
-from eqat_tui.views import monitor, result, run_charts, run_machine, runs, setup
+from eqat_tui.views import comparison, monitor, result, run_charts, run_machine, runs, setup
 
 LIVENESS = (
     "created",
@@ -158,9 +158,9 @@ def test_any_runs_are_listed_shown_compared_and_replayed(
     for sort in runs.SORTS:
         header, listed = runs.rows(runs.chosen(rows, "x", sort), frozenset(), 80, 0.0)
         check_lines([header, *listed], 80)
-    compared = [runs.Compared(run, "ABC"[index]) for index, run in enumerate(found)]
-    check_lines(runs.differences(compared, 80), 80)
-    check_lines(chart(runs.overlaid(compared), 80, 10, log=True), 80)
+    compared = [comparison.Compared(run, "ABC"[index]) for index, run in enumerate(found)]
+    check_lines(comparison.differences(compared, 80), 80)
+    check_lines(chart(comparison.overlaid(compared), 80, 10, log=True), 80)
 
 
 # -- sizes ---------------------------------------------------------------------------------------------

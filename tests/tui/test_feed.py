@@ -206,7 +206,10 @@ def test_what_was_done_with_a_finished_run_is_not_replayed(recorded: Recorded, c
     clock.now += feed.duration
     assert feed.poll().state.error is None
     live = LiveFeed(run).poll()
-    assert (live.liveness, live.state.task) == ("done", "export")
+    assert (live.liveness, live.state.attempt, live.state.error) == ("done", 1, None)
+    job = live.state.job
+    assert job is not None
+    assert (job.task, job.outcome, job.error and job.error.message) == ("export", "failed", "no room")
     assert sum(row.seconds for row in live.state.phases) == sum(
         row.seconds for row in feed.poll().state.phases
     )

@@ -25,8 +25,7 @@ from eqat_tui.feed import RunView
 from eqat_tui.housekeeping import what_is_in
 from eqat_tui.lines import plain
 from eqat_tui.measured import colour_of, newest
-from eqat_tui.views import methods, monitor, result
-from eqat_tui.views import runs as run_views
+from eqat_tui.views import comparison, methods, monitor, result
 
 FOREIGN = {"block_ap": "toy", "e2e_qp": "polish"}
 TOY = Stage(name="toy", label="Toy method", scope="block", doing="playing")
@@ -156,7 +155,7 @@ def test_a_running_phase_that_is_unknown_shows_the_block_it_is_at(
 ) -> None:
     run = made("running")
     view = view_of(run, "running", eta=300.0)
-    assert plain(monitor.progress(view, 100)[0]).startswith("toy 3/8  block 4/6  step 17/40")
+    assert plain(monitor.progress(view, 100)[0]).startswith("toy 3/8  block 3 of 0–5  step 17/40")
     _, rows = monitor.block_table(view, 60)
     assert "now" in plain(rows[3])
     assert "loss of block 3" in drawn(run, "running")
@@ -164,8 +163,8 @@ def test_a_running_phase_that_is_unknown_shows_the_block_it_is_at(
 
 def test_unknown_stages_are_compared(made: Callable[[str], RunDirectory]) -> None:
     run = made("finished")
-    compared = [run_views.Compared(run, letter) for letter in "AB"]
-    lines = [plain(row).split() for row in run_views.differences(compared, 100)]
+    compared = [comparison.Compared(run, letter) for letter in "AB"]
+    lines = [plain(row).split() for row in comparison.differences(compared, 100)]
     assert ["polish", "17.44", "17.44"] in lines
     assert ["perplexity,", "full", "precision", "13.76", "13.76"] in lines
 
@@ -181,7 +180,7 @@ def test_a_registered_stage_is_drawn_with_its_own_label(made: Callable[[str], Ru
     assert "perplexity 17.44, full precision 13.76" in drawn(run, "done")
     assert "Polish" in printed(run)
     going = view_of(made("running"), "running", eta=300.0)
-    assert plain(monitor.progress(going, 100)[0]).startswith("playing 3/8  block 4/6")
+    assert plain(monitor.progress(going, 100)[0]).startswith("playing 3/8  block 3 of 0–5")
     assert "now" in plain(monitor.block_table(going, 60)[1][3])
 
 

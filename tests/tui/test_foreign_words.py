@@ -255,7 +255,7 @@ def test_a_damaged_run_is_a_row_that_says_so(recorded: Recorded, monkeypatch: py
         assert is_clean(shown)
         assert "1 cannot be read" in shown
         assert "✗ cannot be read" in shown
-        for key in ("o", "space", "down", "space", "c", "escape", "enter"):
+        for key in ("o", "space", "down", "space", "equals_sign", "escape", "enter"):
             await press(pilot, key)
             assert is_clean(await settled(pilot))
         assert good.path.is_dir()

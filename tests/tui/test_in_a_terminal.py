@@ -7,16 +7,13 @@ without any of it.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pty_app import NOT_OURS, REPOSITORY
+from tmux_app import Tmux
 from waiting import PATIENCE, wait_until
 
 from engine.config.derived import resolve
@@ -30,88 +27,6 @@ from engine.run.state import load_state
 
 pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
 EPOCHS = 24
-
-
-class Tmux:
-    """A tmux server of our own with one session."""
-
-    def __init__(self, cwd: Path) -> None:
-        self.cwd = cwd
-        self.socket = f"eqat-keyboard-{os.getpid()}"
-
-    def __call__(self, *arguments: str) -> str:
-        kept = {name: value for name, value in os.environ.items() if name not in NOT_OURS}
-        environment = {**kept, "PYTHONPATH": str(REPOSITORY), "LC_ALL": "C.UTF-8", "LANG": "C.UTF-8"}
-        return subprocess.run(
-            ["tmux", "-L", self.socket, "-f", "/dev/null", *arguments],
-            cwd=self.cwd,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        ).stdout
-
-    def open(self, *arguments: str) -> None:
-        """A new terminal of 80×24 that runs ``eqat``."""
-        self(
-            "new-session",
-            "-d",
-            "-s",
-            "one",
-            "-x",
-            "80",
-            "-y",
-            "24",
-            sys.executable,
-            "-m",
-            "eqat_tui",
-            *arguments,
-        )
-
-    def lose(self) -> None:
-        """The terminal is gone, as when a connection is lost."""
-        self("kill-session", "-t", "one")
-
-    def is_gone(self) -> None:
-        """The session has ended, and with it whatever ran in it."""
-        wait_until(lambda: "one" not in self("list-sessions"))
-
-    def press(self, *keys: str) -> None:
-        for key in keys:
-            self("send-keys", "-t", "one", key)
-            time.sleep(0.15)
-
-    def type(self, text: str) -> None:
-        """Letters, which are on the screen before the next key."""
-        self("send-keys", "-t", "one", "-l", text)
-        self.sees(text)
-
-    def press_until(self, key: str, words: str) -> None:
-        """Press ``key`` until it has its effect: the one before it may still have been at work."""
-        for _ in range(5):
-            self.press(key)
-            deadline = time.monotonic() + PATIENCE / 6
-            while time.monotonic() < deadline:
-                if words in self.screen():
-                    return
-                time.sleep(0.1)
-        self.sees(words, 0.0)
-
-    def screen(self) -> str:
-        return self("capture-pane", "-t", "one", "-p")
-
-    def until(self, condition: Callable[[str], bool], seconds: float = PATIENCE) -> str:
-        """The screen, once ``condition`` holds for it."""
-        deadline = time.monotonic() + seconds
-        while True:
-            screen = self.screen()
-            if condition(screen):
-                return screen
-            assert time.monotonic() < deadline, f"did not happen in time; the screen shows\n{screen}"
-            time.sleep(0.1)
-
-    def sees(self, words: str, seconds: float = PATIENCE) -> str:
-        return self.until(lambda screen: words in screen, seconds)
 
 
 @pytest.fixture
@@ -174,7 +89,9 @@ def test_a_run_from_setup_to_export_with_the_keyboard_only(tmux: Tmux, tmp_path:
     tmux.open("attach", "latest")
     tmux.sees("loss of block")
     tmux.sees("▶ running")
-    tmux.press("p")
+    tmux.press("x")
+    tmux.sees("Stop the run?")
+    tmux.press("y")
     tmux.sees("■ stopped")
     assert load_state(run).exit_code == 75
     assert any(row.finished for row in load_state(run).phases if row.name == "evaluate_fp")

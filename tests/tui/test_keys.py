@@ -38,42 +38,45 @@ def running(recorded: Recorded, **options: Any) -> tuple[RunDirectory, EqatApp]:
     return run, app_of(run, view_of(run, "running", eta=300.0), **options)
 
 
-def test_pause_asks_the_engine_to_stop(recorded: Recorded) -> None:
-    run, app = running(recorded)
+def test_killing_asks_first(recorded: Recorded) -> None:
+    run = recorded("running")
 
     async def script(pilot: Play, app: EqatApp) -> None:
         await shown(pilot)
-        await press(pilot, "p")
-        await until(pilot, lambda: len(control.pending(run)) == 1)
+        await press(pilot, "K")
+        await until(pilot, lambda: isinstance(app.screen, Confirm))
+        await until(pilot, lambda: "Kill the engine?" in picture(app))
+        await press(pilot, "n")
+        assert told(app) == []
 
-    drive(app, script)
-    assert [request.request for request in control.pending(run)] == ["stop"]
+    drive(app_of(run, view_of(run, "hung")), script)
 
 
-@pytest.mark.parametrize(("answer", "requests"), [("y", ["abort"]), ("n", []), ("enter", []), ("escape", [])])
-def test_abort_asks_first_and_enter_alone_does_not_agree(
-    answer: str, requests: list[str], recorded: Recorded
+@pytest.mark.parametrize(("key", "request_"), [("x", "stop"), ("a", "abort")])
+@pytest.mark.parametrize(("answer", "agreed"), [("y", 1), ("n", 0), ("enter", 0), ("escape", 0)])
+def test_what_ends_a_run_asks_first_and_enter_alone_does_not_agree(
+    key: str, request_: str, answer: str, agreed: int, recorded: Recorded
 ) -> None:
     run, app = running(recorded)
 
     async def script(pilot: Play, app: EqatApp) -> None:
         await shown(pilot)
-        await press(pilot, "a")
+        await press(pilot, key)
         await until(pilot, lambda: isinstance(app.screen, Confirm))
         await press(pilot, answer)
         await until(pilot, lambda: isinstance(app.screen, Confirm) == (answer == "enter"))
 
     drive(app, script)
-    assert [request.request for request in control.pending(run)] == requests
+    assert [request.request for request in control.pending(run)] == [request_] * agreed
 
 
 @pytest.mark.parametrize(
     ("name", "liveness", "key", "reason"),
     [
-        ("finished", "done", "p", "the run is done: no engine works on it"),
+        ("finished", "done", "x", "the run is done: no engine works on it"),
         ("finished", "done", "r", "the run is done: 3 shows its result"),
         ("running", "running", "r", "the run is running"),
-        ("running", "running", "K", "the engine answers: p pauses it, a aborts it"),
+        ("running", "running", "K", "the engine answers: x stops it, a aborts it"),
         ("running", "running", "f", "it does already"),
         ("stopped", "stopped", "a", "the run is stopped: no engine works on it"),
     ],
@@ -97,7 +100,7 @@ def test_disabled_keys_stay_in_the_footer_in_brackets(recorded: Recorded) -> Non
     run = recorded("finished")
 
     async def script(pilot: Play, app: EqatApp) -> None:
-        await until(pilot, lambda: "(p pause)" in picture(app))
+        await until(pilot, lambda: "(x stop)" in picture(app))
         bar = words_of(app.screen.query_one(KeyBar))
         assert "(r resume)" in bar
         assert "d detach" in bar
@@ -111,9 +114,9 @@ def test_a_read_only_viewer_changes_nothing(recorded: Recorded) -> None:
 
     async def script(pilot: Play, app: EqatApp) -> None:
         await shown(pilot)
-        await press(pilot, "p", "a", "K", "3", "e", "4")
+        await press(pilot, "x", "a", "K", "3", "e", "4")
         await until(pilot, lambda: "1 of 1" in picture(app))
-        await press(pilot, "D", "r", "g", "1", "r", "w")
+        await press(pilot, "D", "r", "F", "1", "r", "w")
         await until(pilot, lambda: len(told(app)) == 9)
         assert set(told(app)) == {READ_ONLY}
         await until(pilot, lambda: "read-only" in picture(app).splitlines()[0])
@@ -232,17 +235,17 @@ def test_a_screen_that_comes_back_shows_what_is_true_now(recorded: Recorded) -> 
         await shown(pilot)
         await press(pilot, "3")
         feed.goes_on(18, 3)
-        await shows("step 18/40", "now", "block 4 of 6, step 18 of 40")
+        await shows("step 18/40", "now", "block 3 of 0–5, step 18 of 40")
         feed.goes_on(21, 4)
-        await shows("block 5/6", "block 5 of 6, step 21 of 40")
+        await shows("block 4 of 0–5", "block 4 of 0–5, step 21 of 40")
         await press(pilot, "2")
-        await shows("block 5/6", "step 21/40")
+        await shows("block 4 of 0–5", "step 21/40")
         await press(pilot, "3")
         feed.goes_on(33, 5)
         await press(pilot, "2")
-        await shows("block 6/6", "step 33/40")
+        await shows("block 5 of 0–5", "step 33/40")
         await press(pilot, "3")
-        await shows("block 6/6", "block 6 of 6, step 33 of 40")
+        await shows("block 5 of 0–5", "block 5 of 0–5, step 33 of 40")
 
     app = app_of(mode="monitor")
     feed = Moving(run, before)
@@ -263,8 +266,8 @@ def test_a_finished_run_is_replayed_at_any_speed(recorded: Recorded) -> None:
         await press(pilot, "space")
         await until(pilot, lambda: "replay, held" in picture(app))
         await press(pilot, *["left"] * 20, *["right"] * 10)
-        await until(pilot, lambda: "block 4/6" in picture(app) or "block 3/6" in picture(app))
-        await press(pilot, "p")
+        await until(pilot, lambda: "block 3 of 0–5" in picture(app) or "block 2 of 0–5" in picture(app))
+        await press(pilot, "x")
         assert told(app) == []  # no key of a replay
         await press(pilot, "space", *["plus"] * 10)
         await until(pilot, lambda: "replay, at its end" in picture(app))
@@ -310,9 +313,9 @@ def test_two_marked_runs_are_compared_and_one_is_not_enough(recorded: Recorded) 
 
     async def script(pilot: Play, app: EqatApp) -> None:
         await until(pilot, lambda: "2 of 2" in picture(app))
-        await press(pilot, "space", "c")
+        await press(pilot, "space", "equals_sign")
         await until(pilot, lambda: told(app) == ["mark two or more runs with space first"])
-        await press(pilot, "space", "c")
+        await press(pilot, "space", "equals_sign")
         await until(pilot, lambda: isinstance(app.screen, CompareScreen))
         await until(pilot, lambda: "perplexity" in picture(app))
         await press(pilot, "escape")
@@ -382,7 +385,7 @@ def test_a_run_that_an_engine_works_on_is_not_deleted(recorded: Recorded) -> Non
     async def script(pilot: Play, app: EqatApp) -> None:
         await until(pilot, lambda: "running Block-AP" in picture(app))
         await press(pilot, "delete")
-        await until(pilot, lambda: told(app) == ["an engine works on it: open it and pause it first"])
+        await until(pilot, lambda: told(app) == ["an engine works on it: open it and stop it first"])
 
     with RunLock(run.lock_path):
         drive(app_of(mode="runs"), script)
@@ -390,28 +393,49 @@ def test_a_run_that_an_engine_works_on_is_not_deleted(recorded: Recorded) -> Non
 
 def test_the_monitor_screen_without_a_run_says_where_to_go() -> None:
     async def script(pilot: Play, app: EqatApp) -> None:
-        await until(pilot, lambda: "No run is open" in picture(app))
-        await press(pilot, "p")
-        await until(pilot, lambda: told(app) == ["no run is open: 1 sets one up, 4 lists those there are"])
+        await until(pilot, lambda: "There is no run in runs yet: 1 sets one up" in picture(app))
+        await press(pilot, "x")
+        await until(pilot, lambda: told(app) == ["there is no run yet: 1 sets one up"])
         assert isinstance(app.screen, MonitorScreen)
 
     drive(app_of(mode="monitor"), script)
 
 
-@pytest.mark.parametrize(("name", "asks"), [("stopped", True), ("finished", False)])
-def test_freeing_asks_only_where_going_on_would_take_longer(
-    name: str, asks: bool, recorded: Recorded
+@pytest.mark.parametrize(("name", "longer"), [("stopped", True), ("finished", False)])
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_freeing_asks_and_names_what_goes_and_how_many_bytes(
+    name: str, longer: bool, answer: str, recorded: Recorded
 ) -> None:
     run = recorded(name)
-    run.cache_dir.joinpath("streams-003-full.raw").write_bytes(b"x" * 1000)
+    stored = run.cache_dir / "streams-003-full.raw"
+    stored.write_bytes(b"x" * 3000)
 
     async def script(pilot: Play, app: EqatApp) -> None:
         await until(pilot, lambda: "1 of 1" in picture(app))
-        await press(pilot, "g")
-        if asks:
-            await until(pilot, lambda: isinstance(app.screen, Confirm))
-            await press(pilot, "y")
-        await until(pilot, lambda: not run.cache_dir.joinpath("streams-003-full.raw").exists())
+        await press(pilot, "g", "G")  # top and bottom of the list, and nothing else
+        assert not isinstance(app.screen, Confirm)
+        await press(pilot, "F")
+        await until(pilot, lambda: isinstance(app.screen, Confirm))
+        words = " ".join(picture(app).replace("│", " ").split())
+        assert f"Free 2.93 KiB of {run.id}?" in words
+        assert "deletes: stored activations (2.93 KiB)" in words
+        assert ("Going on will take longer" in words) == longer
+        assert stored.exists()
+        await press(pilot, answer)
+        if answer == "y":
+            await until(pilot, lambda: told(app) == [f"freed 2.93 KiB of {run.id}"])
+
+    drive(app_of(mode="runs"), script)
+    assert stored.exists() == (answer == "n")
+
+
+def test_a_run_that_holds_nothing_to_free_says_so(recorded: Recorded) -> None:
+    run = recorded("finished")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: "1 of 1" in picture(app))
+        await press(pilot, "F")
+        await until(pilot, lambda: told(app) == [f"{run.id} holds nothing that it could make again"])
 
     drive(app_of(mode="runs"), script)
 

@@ -10,6 +10,7 @@ from logs import RECORDED, Log
 
 from engine.run import events
 from engine.run.directory import RunDirectory
+from engine.run.liveness import Work
 from engine.run.lock import RunLock
 from engine.run.state import RunState
 from engine.run.status import Launched, Status
@@ -39,33 +40,43 @@ def test_what_is_done_never_becomes_less(name: str) -> None:
     assert found[-1] == pytest.approx(1.0) if name == "finished" else 0.0 < found[-1] < 1.0
 
 
-def test_before_anything_is_measured_the_time_left_is_the_plans_and_says_so() -> None:
-    log = Log()
-    log.attempt_begins("run")
-    state = RunState().apply_all(log.events)
-    view = RunView(id="run", path="/run", state=state, liveness="running", now=log.t)
-    left, guess = monitor.remaining(view)
-    assert guess
-    assert left == pytest.approx(900.0, abs=5)
-    assert "about 15:00 left by the plan" in plain(monitor.progress(view, 100)[1])
-
-
-def test_the_first_steps_of_a_block_are_no_measurement() -> None:
-    """An engine that has done one step of hundreds knows nothing; a finished block counts."""
+def at_work(status: Status | None) -> RunView:
+    """A run that works, and what its engine says of itself."""
     log = Log()
     log.until_block_ap("run")
-    log.add(events.BlockStarted(phase="block_ap", block=0, blocks=6))
-    log.metric(1, 0, 0.1)
-    state = msgspec.structs.replace(RunState().apply_all(log.events), status=Status(eta_s=90_000.0))
+    state = RunState().apply_all(log.events).with_status(status)
+    return RunView(id="run", path="/run", state=state, liveness="running", now=log.t)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (Status(eta_s=900.0, eta_measured=False), "about 15:00 left by the plan"),
+        (Status(eta_s=500.0), "8:20 left"),
+        (Status(eta_s=0.0, eta_measured=False, over_s=42.0), "0:42 longer than planned"),
+        (Status(eta_s=65.0, over_s=42.0), "0:42 longer than planned, then about 1:05"),
+        (Status(), ""),
+        (None, ""),
+    ],
+)
+def test_the_time_left_is_the_engines_and_says_what_it_goes_by(status: Status | None, words: str) -> None:
+    view = at_work(status)
+    assert monitor.remaining(view) == words
+    assert words in plain(monitor.progress(view, 120)[1])
+    ended = msgspec.structs.replace(view, liveness="stopped")
+    assert monitor.remaining(ended) == ""
+
+
+def test_an_evaluation_has_a_bar_although_it_has_no_steps_of_a_training() -> None:
+    log = Log()
+    log.attempt_begins("run")
+    log.add(events.PhaseStarted(phase="evaluate_fp", index=1, phases=8))
+    state = RunState().apply_all(log.events).with_status(Status(phase="evaluate_fp", step=30, steps=120))
     view = RunView(id="run", path="/run", state=state, liveness="running", now=log.t)
-    left, guess = monitor.remaining(view)
-    assert guess
-    assert left is not None
-    assert left < 900.0
-    log.add(events.BlockFinished(phase="block_ap", block=0, seconds=12.0, initial_loss=0.1, final_loss=0.05))
-    state = msgspec.structs.replace(RunState().apply_all(log.events), status=Status(eta_s=500.0))
-    view = msgspec.structs.replace(view, state=state)
-    assert monitor.remaining(view) == (500.0, False)
+    shown = plain(monitor.progress(view, 100)[0])
+    assert " 25%" in shown
+    assert "█" in shown
+    assert "step" not in shown
 
 
 def test_a_gpu_that_was_not_read_yet_is_not_called_unused() -> None:
@@ -105,9 +116,12 @@ def test_an_export_made_later_leaves_the_run_its_phases() -> None:
     log.events[-2] = msgspec.structs.replace(log.events[-2], task="export")  # type: ignore[call-arg]
     log.add(events.PhaseStarted(phase="export", index=1, phases=2))
     later = RunState().apply_all(log.events)
-    view = RunView(id="run", path="/run", state=later, liveness="running", now=log.t)
+    work = Work("export", later.newest_attempt, "running")
+    view = RunView(id="run", path="/run", state=later, liveness="done", job=work, now=log.t)
     assert plain(monitor.progress(view, 80)[0]).startswith("export  ")
-    done = msgspec.structs.replace(view, liveness="done")
+    assert plain([monitor.state_span(view)]) == "✓ done, ▶ export"
+    assert "attempt" not in plain(monitor.title(view, 80)), "the run had one"
+    done = msgspec.structs.replace(view, job=None)
     assert plain(monitor.progress(done, 80)[1]) == f"{len(state.phases)} phases"
 
 

@@ -88,13 +88,13 @@ def test_a_request_is_shown_as_asked_and_then_as_accepted(recorded: Recorded, sa
     text = shot(
         app_of(run, msgspec.structs.replace(view, requests=(asked,))), (80, 24), lambda text: "asked" in text
     )
-    assert "pause: asked ✓ → accepted … → done …" in text
+    assert "stop: asked ✓ → accepted … → done …" in text
     ack = events.ControlAck(attempt=1, request="stop", id=asked.id)
     state = msgspec.structs.replace(view.state, acknowledged=(ack,))
     text = shot(
         app_of(run, msgspec.structs.replace(view, state=state)), (80, 24), lambda text: "asked" in text
     )
-    assert "pause: asked ✓ → accepted ✓ → done …" in text
+    assert "stop: asked ✓ → accepted ✓ → done …" in text
     same_picture("monitor-accepted-80x24", text)
 
 
@@ -177,7 +177,13 @@ def test_the_list_of_runs(size: tuple[int, int], some_runs: list[RunDirectory], 
 @pytest.mark.parametrize("size", [*SIZES, (60, 20)], ids=lambda size: f"{size[0]}x{size[1]}")
 def test_a_comparison(size: tuple[int, int], some_runs: list[RunDirectory], same_picture: Same) -> None:
     text = shot(
-        app_of(mode="runs"), size, lambda text: "4 of 4" in text, "space", "space", "c", then="what differs"
+        app_of(mode="runs"),
+        size,
+        lambda text: "4 of 4" in text,
+        "space",
+        "space",
+        "equals_sign",
+        then="what differs",
     )
     same_picture(f"compare-{size[0]}x{size[1]}", text)
 

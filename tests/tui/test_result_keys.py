@@ -43,7 +43,7 @@ def test_the_result_stops_what_it_started_and_not_the_training(recorded: Recorde
     async def script(pilot: Play, app: EqatApp) -> None:
         await shown(pilot)
         await press(pilot, "x")
-        assert told(app) == ["the run itself is at work: p on 2 pauses it"]
+        assert told(app) == ["the run itself is at work: x on 2 stops it"]
 
     drive(app_of(run, view_of(run, "running"), mode="result"), script)
     assert control.pending(run) == []
@@ -72,7 +72,7 @@ def test_where_the_directory_is_gone_nothing_is_started_in_it(recorded: Recorded
 
     async def script(pilot: Play, app: EqatApp) -> None:
         await shown(pilot)
-        for count, key in enumerate("gevt", 1):
+        for count, key in enumerate("ievt", 1):
             await press(pilot, key)
             await until(pilot, lambda count=count: len(told(app)) == count)  # type: ignore[misc]
         assert set(told(app)) == {"the run's directory is gone"}

@@ -41,7 +41,7 @@ def test_a_run_that_was_read_before_its_screen_stood_is_shown(recorded: Recorded
     drive(app, script)
 
 
-@pytest.mark.parametrize("key", ["enter", "r", "t", "n", "D", "g"])
+@pytest.mark.parametrize("key", ["enter", "r", "t", "n", "D", "F"])
 def test_a_run_that_somebody_else_deletes_meanwhile_is_an_error_in_words(
     key: str, recorded: Recorded
 ) -> None:
@@ -96,7 +96,7 @@ def test_the_number_of_the_screen_one_is_on_leaves_what_lies_over_it(recorded: R
 
     async def script(pilot: Play, app: EqatApp) -> None:
         await until(pilot, lambda: "2 of 2" in picture(app))
-        await press(pilot, "space", "space", "c")
+        await press(pilot, "space", "space", "equals_sign")
         await until(pilot, lambda: "2 runs" in picture(app))
         await press(pilot, "5")
         await until(pilot, lambda: "[5 Memory]" in picture(app))

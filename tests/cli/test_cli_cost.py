@@ -1,0 +1,58 @@
+"""What a command costs before it does anything: it is typed a hundred times a day, over SSH, where something
+trains."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_tools import environment
+
+TRIES = 12
+"""The cheapest of so many counts: what else runs on this machine can only make a process dearer."""
+EQAT = "from eqat_tui.__main__ import main; main()"
+"""What the program ``eqat`` consists of once it is installed."""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of commands whose modules are compiled and kept, as on every machine of a user's."""
+    known = environment(PYTHONPYCACHEPREFIX=str(tmp_path_factory.mktemp("bytecode")))
+    known.pop("PYTHONDONTWRITEBYTECODE", None)
+    return known
+
+
+def processor_seconds(arguments: list[str], where: Path, environment: dict[str, str]) -> float:
+    """Of one process, its own and the system's on its behalf."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", EQAT, *arguments],
+        cwd=where,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _, status, used = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0
+    return used.ru_utime + used.ru_stime
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize(
+    ("arguments", "most"),
+    [(["--help"], 0.15), (["runs", "--json"], 0.25), (["presets"], 0.25)],
+    ids=lambda given: " ".join(given) if isinstance(given, list) else "",
+)
+def test_a_command_that_only_looks_costs_little(
+    arguments: list[str], most: float, tmp_path: Path, compiled: dict[str, str]
+) -> None:
+    cheapest = float("inf")
+    for _ in range(TRIES):
+        cheapest = min(cheapest, processor_seconds(arguments, tmp_path, compiled))
+        if cheapest <= most:
+            return
+    pytest.fail(f"{cheapest:.3f} s of a processor, and {most} s are the most")
