@@ -35,6 +35,8 @@ Tree = Mapping[str, Any]
 LONGEST_SAMPLE = 100_000
 MOST_TASKS = 100
 LONGEST_TASK = 60
+LONGEST_BEGIN = 200
+"""Characters of how sequences begin."""
 UNREADABLE = "unreadable"
 """In place of the state of a run that is damaged."""
 
@@ -47,7 +49,7 @@ def report(run: Tree, *, with_error: bool = True) -> str:
         parts.append(perplexities)
     begin = (run.get("evaluation") or {}).get("begin")
     if perplexities and begin:
-        parts.append(f"  {one_line(begin)}")
+        parts.append(f"  {one_line(begin[:LONGEST_BEGIN])}")
     if run.get("accuracy"):
         parts.append(accuracy_table(run["accuracy"]))
     parts.append(key_values(facts(run)))
