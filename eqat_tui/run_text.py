@@ -39,6 +39,8 @@ MOST_TASKS = 100
 LONGEST_TASK = 60
 WORKING = ("starting", "running", "hung")
 """States of a run, or of a job, that an engine works on."""
+LONGEST_BEGIN = 200
+"""Characters of how sequences begin."""
 UNREADABLE = "unreadable"
 """In place of the state of a run that is damaged."""
 
@@ -51,7 +53,7 @@ def report(run: Tree, *, with_error: bool = True) -> str:
         parts.append(perplexities)
     begin = (run.get("evaluation") or {}).get("begin")
     if perplexities and begin:
-        parts.append(f"  {one_line(begin)}")
+        parts.append(f"  {one_line(begin[:LONGEST_BEGIN])}")
     if run.get("accuracy"):
         parts.append(accuracy_table(run["accuracy"]))
     parts.append(key_values(facts(run)))

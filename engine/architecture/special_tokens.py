@@ -72,16 +72,26 @@ def refuse_special_tokens(folder: ModelFolder, rows: int, bos: BeginOfText, *, t
         raise beyond_embedding("sequences begin with", ascii(name)[1:-1], begin, rows, hint)
 
 
-def unused_tokens(config: Mapping[str, Any], text: Mapping[str, Any], rows: int) -> Iterator[str]:
-    """A sentence for each special token of config.json that the embedding has no row for."""
-    for field in ("bos_token_id", "eos_token_id"):
-        value = text.get(field, config.get(field))
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int) and not isinstance(number, bool) and number >= rows > 0:
-                yield (
-                    f"config.json names {field} {number}, and the embedding has only {rows} rows: "
-                    "it is left out of account"
-                )
+def unused_tokens(settings: Mapping[str, Mapping[str, Any]], rows: int) -> Iterator[str]:
+    """A sentence for each special token to which a configuration, named by its file, gives a number that the
+    embedding has no row for."""
+    for file, fields in settings.items():
+        for field in ("bos_token_id", "eos_token_id"):
+            value = fields.get(field)
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int) and not isinstance(number, bool) and number >= rows > 0:
+                    yield (
+                        f"{file} names {field} {number}, and the embedding has only {rows} rows: "
+                        "it is left out of account"
+                    )
+
+
+def generation_settings(folder: ModelFolder) -> Mapping[str, Any]:
+    """generation_config.json; empty where there is none, and for a broken one, which is worth no failure."""
+    try:
+        return folder.read_object("generation_config.json")
+    except EqatError:
+        return {}
 
 
 def _names(value: Any) -> Iterator[str]:

@@ -1,10 +1,10 @@
 """Where text becomes tokens: what a sequence begins with, and that the model knows every token.
 
-Many models were always shown a begin-of-text token (BOS) first and read nothing well without it: Gemma 3 270M
-has a perplexity of 225 on windows that lack it and of 28 on those that have it. Whether a model is one of
-them is asked of its tokenizer: what it puts before a text, whether by its post-processor, by
-``add_bos_token`` or by the class it is of, is what every sequence begins with, unless ``model.bos`` decides
-otherwise:
+Many models were always shown a begin-of-text token (BOS) first and read nothing well without it: on
+12 windows of 512 tokens of WikiText-2, Gemma 3 270M has a perplexity of 66.5 where they lack it and of 26.9
+where they have it. Whether a model is one of them is asked of its tokenizer: what it puts before a text,
+whether by its post-processor, by ``add_bos_token`` or by the class it is of, is what every sequence begins
+with, unless ``model.bos`` decides otherwise:
 
 =========  ===============================================================================================
 auto       every window, prompt and question begins with what the tokenizer begins a text with

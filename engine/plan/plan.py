@@ -12,7 +12,7 @@ of them into the error a run ends with.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,11 @@ from engine.architecture.description import ModelDescription, describe
 from engine.architecture.families import Architecture, text_config
 from engine.architecture.model_folder import ModelFolder
 from engine.architecture.refusals import refuse
-from engine.architecture.special_tokens import refuse_special_tokens, unused_tokens
+from engine.architecture.special_tokens import (
+    generation_settings,
+    refuse_special_tokens,
+    unused_tokens,
+)
 from engine.config.corpora import evaluation_characters, is_path, local_path, origin
 from engine.config.run import RunConfig
 from engine.config.runtime import StoreKind
@@ -217,10 +221,16 @@ def _check_local_text(config: RunConfig) -> None:
 
 def _refuse_tokens(config: RunConfig, model: ModelDescription) -> None:
     """What the engine would say of the tokenizer once it has loaded everything."""
-    if model.kind in ("safetensors", "config"):
-        folder = ModelFolder.judge(local_path(config.model.source))
+    folder = _folder(config, model)
+    if folder is not None:
         rows, trains = model.architecture.vocab, bool(_texts(config))
         refuse_special_tokens(folder, rows, config.model.bos, trains=trains)
+
+
+def _folder(config: RunConfig, model: ModelDescription) -> ModelFolder | None:
+    """The model's folder, where it lies in one on this machine."""
+    local = model.kind in ("safetensors", "config")
+    return ModelFolder.judge(local_path(config.model.source)) if local else None
 
 
 def check(plan: Plan, *, waits_for_room: bool = False) -> None:
@@ -319,7 +329,10 @@ def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> It
         yield f"sizes of model type {arch.model_type!r} are estimated as if it were a Llama"
     if model.kind == "config":
         yield "no weight files were found beside config.json: planned from config.json alone"
-    yield from unused_tokens(model.config, text_config(model.config), arch.vocab)
+    settings: dict[str, Mapping[str, Any]] = {"config.json": text_config(model.config)}
+    if (folder := _folder(config, model)) is not None:
+        settings["generation_config.json"] = generation_settings(folder)
+    yield from unused_tokens(settings, arch.vocab)
     yield from longer_than_trained(config, arch)
     if unknown_text:
         yield (

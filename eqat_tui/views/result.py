@@ -14,7 +14,7 @@ from eqat_tui.lines import Line, Span, columns, cut, few, fit, line, widths_of, 
 from eqat_tui.measured import colour_of, newest
 from eqat_tui.output import format_bits, format_bytes, format_count, format_number, format_seconds, share
 from eqat_tui.planned import known
-from eqat_tui.run_text import MOST_TASKS, accuracy_rows, facts, shorten
+from eqat_tui.run_text import LONGEST_BEGIN, MOST_TASKS, accuracy_rows, facts, shorten
 from eqat_tui.views.monitor import MOST_LINES, what
 
 
@@ -60,7 +60,7 @@ def _conditions(state: RunState, width: int) -> list[Line]:
         words = f"{found.corpus}, {format_count(found.tokens)} tokens at context {found.sequence_length}"
         lines.append(cut(line((words, "muted")), width))
         if found.begin:
-            lines += wrap(found.begin, width, "muted")
+            lines += wrap(found.begin[:LONGEST_BEGIN], width, "muted")
     paper = known(state.plan)["published"]
     if paper:
         lines += wrap(

@@ -18,6 +18,9 @@ from engine.run import events, generations
 from engine.run.directory import RunDirectory
 from engine.run.redo import make_redo
 from engine.run.shown import show_run
+from engine.run.state import load_state
+from eqat_tui.run_text import report
+from eqat_tui.views.result import perplexities
 
 Make = Callable[..., RunDirectory]
 BEGIN = SPECIAL[1]
@@ -61,6 +64,9 @@ def test_how_sequences_begin_is_said_and_a_run_from_before_goes_on_as_it_began(
     said = f"each sequence begins with {BEGIN}"
     assert {e.begin for e in of(now, events.Eval)} == {said}
     assert show_run(now)["evaluation"]["begin"] == said
+    assert said in report(show_run(now))
+    shown = perplexities(load_state(now), 80)
+    assert any(said in "".join(text for text, _ in words) for words in shown)
     assert said in (now.export_dir / "gptq_v2" / "README.md").read_text()
     assert (now.manifest() or {})["data"]["begin"] == said
 

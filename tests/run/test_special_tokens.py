@@ -94,10 +94,13 @@ def test_a_tokenizer_that_cannot_be_read_is_left_to_the_engine(content: str, tmp
 
 
 def test_what_the_configuration_names_beside_the_embedding_is_said(tmp_path: Path) -> None:
-    found = planned(
-        folder(tmp_path / "a", eos_token_id=[2, ROWS], bos_token_id=ROWS + 1, pad_token_id=-1)
-    ).warnings
+    named = {"eos_token_id": [2, ROWS], "bos_token_id": ROWS + 1, "pad_token_id": -1}
+    (folder(tmp_path / "a", **named) / "generation_config.json").write_text('{"eos_token_id": [1, 400]}')
+    found = planned(tmp_path / "a").warnings
+    assert [line for line in found if line.startswith("generation_config.json names eos_token_id 400,")]
     assert [line for line in found if f"eos_token_id {ROWS}, and the embedding has only {ROWS} rows" in line]
     assert [line for line in found if f"bos_token_id {ROWS + 1}" in line]
-    assert not list(unused_tokens(CONFIG, CONFIG, ROWS))
-    assert not list(unused_tokens({"eos_token_id": True}, {"eos_token_id": "x"}, ROWS))
+    (tmp_path / "a" / "generation_config.json").write_text("[half a li")
+    assert len(planned(tmp_path / "a").warnings) == len(found) - 1
+    assert not list(unused_tokens({"config.json": CONFIG, "b": {"eos_token_id": True}}, ROWS))
+    assert not list(unused_tokens({"config.json": {"eos_token_id": "x", "bos_token_id": None}}, ROWS))
