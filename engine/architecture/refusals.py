@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.architecture.families import Architecture, LinearShape, text_config, unfit_weight
+from engine.architecture.family_table import FAMILIES
 from engine.architecture.headers import FLOATS, TensorInfo
 from engine.architecture.layers import STRUCTURES, depth, expected_unfit
 from engine.architecture.unfit import Unfit
@@ -15,7 +16,7 @@ from engine.errors import PreflightError
 
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 MULTIMODAL_ENDINGS = ("ForConditionalGeneration", "ForCausalLM")
-"""Of models that also see or hear, whose language model has a configuration of its own."""
+"""Of models that also see or hear, and have a language model of a family that is known to work alone."""
 
 
 def refuse(
@@ -73,13 +74,14 @@ def refuse_model(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 def _refuse_class(config: Mapping[str, Any]) -> None:
     """What a model was saved as says what it is for."""
     names = [str(name) for name in config.get("architectures") or []]
-    nested = isinstance(config.get("text_config"), Mapping)
-    endings = MULTIMODAL_ENDINGS if nested else CAUSAL_ENDINGS
+    text = text_config(config)
+    part = isinstance(config.get("text_config"), Mapping) and str(text.get("model_type")) in FAMILIES
+    endings = MULTIMODAL_ENDINGS if part else CAUSAL_ENDINGS
     # Others derive classes of their own from these: "MyForCausalLMWithCache".
     if names and not any(name.endswith(endings) or "ForCausalLM" in name for name in names):
         raise PreflightError(
             f"{names[0]} is not a causal language model",
-            where=str(text_config(config).get("model_type") or "model.source"),
+            where=str(text.get("model_type") or "model.source"),
             hint="give an AutoModelForCausalLM checkpoint",
         )
 
