@@ -298,7 +298,7 @@ def _with_headers(
         head_params=0 if tied else _elements(counted.head),
         final_norm_params=_elements(norms),
         other_outer_params=_elements(tables),
-        carried=tuple((name, info.nbytes) for name, info in counted.carried.items()),
+        carried=tuple((name, info.nbytes) for name, info in sorted(counted.carried.items())),
         dtype_bytes=STORED_BYTES.get(largest.dtype, formula.dtype_bytes),
         exact=bool(linears),
         unfit=_unfit(counted),

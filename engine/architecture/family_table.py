@@ -117,6 +117,7 @@ FAMILIES: dict[str, Family] = {
     "youtu": _alike("128256 2048 6144 32 16 16", tied=True),
     # Their positions come from a table; that of XGLM, above, grows.
     "biogpt": _of_table("max_position_embeddings", 1024, "42384 1024 4096 24 16 -", tied=True, stored_rows=2),
+    "ctrl": _of_table("n_positions", 256, "246534 1280 8192 48 16 -", tied=True),
     "codegen": _of_table("n_positions", 2048, "50400 4096 - 28 16 -"),
     "gpt_bigcode": _of_table("n_positions", 1024, "50257 768 - 12 12 1", tied=True, stored_rows=0),
     "gpt_neo": _of_table("max_position_embeddings", 2048, "50257 2048 - 24 16 -", tied=True, stored_rows=0),
@@ -130,7 +131,7 @@ ALIASES = {
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
     "num_attention_heads": ("n_head", "n_heads", "num_heads", "attention_heads"),
     "num_key_value_heads": ("num_kv_heads",),
-    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
+    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size", "dff"),
     "max_position_embeddings": ("n_positions", "max_seq_len", "max_sequence_length"),
 }
 """Names that families have for what most call by the first."""

@@ -82,7 +82,7 @@ def _has_experts(text: Mapping[str, Any]) -> bool:
 def _sparse_layers(text: Mapping[str, Any]) -> int:
     """How many layers have experts, in a model that has some."""
     if _is_list(text.get("mlp_layer_types")):
-        return list(text["mlp_layer_types"]).count("sparse")
+        return sum(kind != "dense" for kind in text["mlp_layer_types"])
     dense = set()
     if _is_list(text.get("mlp_only_layers")):
         dense = {index for index in text["mlp_only_layers"] if isinstance(index, int)}

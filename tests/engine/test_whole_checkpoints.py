@@ -58,7 +58,9 @@ def test_a_run_says_what_it_carries_and_skips_and_keeps_it(
         assert torch.equal(written[name], tensor)
     assert "embed_out.weight" in written
     assert not computed.keys() & written.keys()
-    assert make_plan(run.config()).export_bytes == sum(tensor.nbytes for tensor in written.values())
+    plan = make_plan(run.config())
+    assert plan.export_bytes == sum(tensor.nbytes for tensor in written.values())
+    assert any("besides the model" in warning and layer in warning for warning in plan.warnings)
 
 
 def test_a_plain_checkpoint_is_nothing_to_speak_of(make: Callable[..., RunDirectory], tmp_path: Path) -> None:

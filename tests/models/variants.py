@@ -187,6 +187,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "gpt_bigcode": {"n_inner": 128},
     "gpt2": {},
+    "ctrl": {"dff": 128},
     "xglm": {"ffn_dim": 128},
     "biogpt": {},
     # mixtures of experts
