@@ -34,6 +34,8 @@ class Counted(msgspec.Struct, frozen=True):
     """What the list of blocks is called, such as ``model.layers``."""
     blocks: dict[int, Tensors]
     """Those of each block, by their names in it."""
+    missing: str
+    """A weight that has to be in a block and is not; empty where there is none."""
     outer: Tensors
     """The language model's other weights, the head not among them."""
     head: Tensors
@@ -78,16 +80,17 @@ def count(
     chosen = max(lists, key=lambda each: (set(range(depth)) <= lists[each].keys(), _weight(lists[each])))
     around = chosen.rpartition(".")[0]
     blocks = {index: block for index, block in lists[chosen].items() if index < depth}
-    if not all(asked <= block.keys() for block in blocks.values()):
+    missing = _missing(chosen, blocks, depth, asked)
+    if missing:
         asked = frozenset()
-    counted = Counted(chosen, {index: {} for index in blocks}, {}, {}, {})
+    counted = Counted(chosen, {index: {} for index in blocks}, missing, {}, {}, {})
     for name, info in weights.items():
         match = IN_BLOCK.match(name)
         if match and match["list"] == chosen and int(match["block"]) < depth:
             part = match["name"]
             if not asked or part in asked or is_norm(part):
                 counted.blocks[int(match["block"])][part] = info
-            else:
+            elif info.listed:
                 counted.carried[name] = info
             continue
         inside = not around or name.startswith(f"{around}.")
@@ -95,9 +98,20 @@ def count(
             counted.head[name] = info
         elif inside and not match and not _BESIDE.search(name):
             counted.outer[name] = info
-        elif inside or not is_part:
+        elif (inside or not is_part) and info.listed:
             counted.carried[name] = info
     return counted
+
+
+def _missing(list_name: str, blocks: Mapping[int, Tensors], depth: int, asked: Set[str]) -> str:
+    """The first weight of a block that the checkpoint lacks. What a block has is known of few families, but
+    every block has something, and the blocks of others have the same names."""
+    names = asked or {name for block in blocks.values() for name in block if name.endswith(".weight")}
+    for index in range(depth):
+        lacking = sorted((names if asked or index not in blocks else set()) - blocks.get(index, {}).keys())
+        if lacking:
+            return f"{list_name}.{index}.{lacking[0]}"
+    return ""
 
 
 def _weight(blocks: Mapping[int, Tensors]) -> int:

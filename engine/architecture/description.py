@@ -160,7 +160,8 @@ def describe(source: str, revision: str | None = None) -> ModelDescription:
 
 def stored_tensors(folder: ModelFolder) -> dict[str, TensorInfo]:
     """The tensors of a folder's safetensors checkpoint; empty where there is none."""
-    return {name: stored.info for name, stored in checkpoint(folder).tensors.items()}
+    found = checkpoint(folder)
+    return {name: stored.info for name, stored in {**found.unlisted, **found.tensors}.items()}
 
 
 def _sizes(config: dict[str, Any], tensors: dict[str, TensorInfo]) -> Architecture:

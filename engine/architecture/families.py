@@ -83,6 +83,8 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
     """Learned positions and projections outside the blocks."""
     carried: tuple[tuple[str, int], ...] = ()
     """Names and bytes of what the checkpoint holds besides the model, and an export takes over as it is."""
+    missing: str = ""
+    """A weight that the model has to have and the files do not hold."""
     coded: tuple[tuple[str, str], ...] = ()
     """The first weight that is not stored as floating-point numbers, and its type."""
     block_prefix: str = "model.layers"
@@ -296,11 +298,13 @@ def _with_headers(
         head_params=0 if tied else _elements(counted.head),
         final_norm_params=_elements(norms),
         other_outer_params=_elements(tables),
-        carried=tuple((name, info.nbytes) for name, info in counted.carried.items()),
+        carried=tuple((name, info.nbytes) for name, info in sorted(counted.carried.items())),
         dtype_bytes=STORED_BYTES.get(largest.dtype, formula.dtype_bytes),
         exact=bool(linears),
         unfit=_unfit(counted),
         from_files=True,
+        # Whether a head may be absent is known where the family's defaults are.
+        missing=counted.missing or ("lm_head.weight" if asked and tied and not formula.tied else ""),
         coded=tuple(itertools.islice(counted.coded(), 1)),
         block_prefix=counted.list_name,
     )

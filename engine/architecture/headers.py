@@ -75,6 +75,8 @@ class TensorInfo(msgspec.Struct, frozen=True):
     nbytes: int
     start: int = 0
     """First byte, counted from the beginning of the file."""
+    listed: bool = True
+    """Whether the index, where there is one, names it."""
 
     @property
     def elements(self) -> int:
@@ -160,7 +162,7 @@ def _indexed(folder: ModelFolder, weight_map: Mapping[str, str]) -> Checkpoint:
             )
         tensors[tensor] = StoredTensor(file, header[tensor])
     unlisted = {
-        tensor: StoredTensor(file, info)
+        tensor: StoredTensor(file, msgspec.structs.replace(info, listed=False))
         for file, header in headers.values()
         for tensor, info in header.items()
         if tensor not in weight_map

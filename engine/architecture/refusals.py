@@ -28,6 +28,8 @@ def refuse(
 ) -> None:
     """Raise PreflightError, in one sentence with a remedy, for what the engine cannot quantize."""
     refuse_kind(config, arch.unfit, from_files=arch.from_files, prefix=arch.block_prefix)
+    if arch.missing:
+        raise missing_tensor(arch.missing, arch.model_type or "model.source")
     for name, stored in arch.coded:
         refuse_stored_type(name, stored, arch.model_type or "model.source")
     _refuse_group_size(arch, grid)
@@ -101,6 +103,15 @@ def already_quantized(method: object, where: str) -> PreflightError:
         f"the model is already quantized{f' ({str(method)[:80]})' if method else ''}",
         where=where,
         hint="give the original 16-bit checkpoint",
+    )
+
+
+def missing_tensor(name: str, where: str) -> PreflightError:
+    """What is said of a checkpoint that lacks a weight of its model."""
+    return PreflightError(
+        f"tensor {name!r} is missing from the checkpoint",
+        where=where,
+        hint="download the model again, or check that config.json belongs to these weights",
     )
 
 

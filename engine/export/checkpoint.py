@@ -226,15 +226,30 @@ def _write_assets(
         tie_word_embeddings=lm.tied,
         quantization_config=quantization,
     )
-    config["architectures"] = config.get("architectures") or [type(lm.model).__name__]
+    config["architectures"] = _architectures(config.get("architectures"), type(lm.model).__name__)
     write_json(directory / "config.json", config)
     return tuple(sorted(set(dropped)))
+
+
+def _architectures(said: object, ours: str) -> list[str]:
+    """Classes that can read the export: those of the original, unless it was saved from one without a head
+    for text, or names none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    names = [name for name in said if isinstance(name, str)] if isinstance(said, list) else []
+    return names if ours in names or set(names) & set(CAUSAL.values()) else [ours]
 
 
 def _write_card(directory: Path, text: str) -> None:
     temporary = directory / "README.md.writing"
     write_durably(temporary, text.encode())
     temporary.replace(directory / "README.md")
+
+
+def add_to_card(directory: Path, note: str) -> None:
+    """A sentence that only became known when the files were read again; below everything else."""
+    text = (directory / "README.md").read_text()
+    _write_card(directory, f"{text.rstrip()}\n\n{note[:1].upper()}{note[1:]}.\n")
 
 
 def _blocks_name(lm: CausalLM) -> str:

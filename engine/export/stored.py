@@ -27,6 +27,8 @@ from engine.quant.packed import PackedBlock
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
 
+CPU_TOKENS, GPU_TOKENS = 16, 128
+"""That pass through the original before training; on a CPU, arithmetic of 16 bits is slow."""
 WIDER = torch.bfloat16
 """What becomes of an original in float32 or wider."""
 
@@ -77,11 +79,10 @@ def stored_form(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return value
 
 
-def as_stored(block: PackedBlock, dtype: torch.dtype) -> PackedBlock:
-    """The block with its norms and biases rounded as they are stored."""
-    return replace(
-        block, others={name: stored_form(name, value, dtype) for name, value in block.others.items()}
-    )
+def as_stored(block: PackedBlock, dtype: torch.dtype, prefix: str) -> PackedBlock:
+    """The block with norms and biases rounded as they are stored; ``prefix`` is its name, for messages."""
+    others = {name: stored_form(f"{prefix}.{name}", value, dtype) for name, value in block.others.items()}
+    return replace(block, others=others)
 
 
 @contextmanager
@@ -100,8 +101,45 @@ def outer_as_stored(lm: CausalLM, dtype: torch.dtype) -> Iterator[None]:
             parameters[name].data = original
 
 
+def check_activations(
+    lm: CausalLM, dtype: torch.dtype, tokens_NT: Tensor, poll: Callable[[], None] = lambda: None
+) -> None:
+    """The original itself can be computed with in ``dtype``, as a reader of its export will.
+
+    Asked for float16 alone: the others reach as far as float32 does. The original is read once, and a few
+    tokens pass through it.
+
+    Raises:
+        PreflightError: where its predictions are no numbers.
+    """
+    if dtype != torch.float16 or lm.dtype == dtype or not tokens_NT.numel():
+        return
+    from engine.models.causal_lm import CausalLM
+
+    few_1T = tokens_NT[:1, : GPU_TOKENS if lm.device.type == "cuda" else CPU_TOKENS].to(lm.device)
+    original = CausalLM(lm.source, lm.device, dtype)
+    try:
+        with torch.inference_mode():
+            hidden = original.embed(few_1T)
+            for index in range(original.blocks):
+                poll()
+                hidden = original.run_block(original.load_block(index), index, hidden)
+            finite = bool(original.head(hidden).isfinite().all())
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "not implemented for" not in str(error):
+            raise
+        return  # no such arithmetic on this machine: nothing is known
+    if not finite:
+        raise PreflightError(
+            f"its activations exceed {torch.finfo(dtype).max:.0f}, so an export that declares "
+            f"{dtype_name(dtype)} would be of no use",
+            where=lm.source.name,
+            hint="--set export.dtype=bfloat16",
+        )
+
+
 def check_values(lm: CausalLM, dtype: torch.dtype, poll: Callable[[], None] = lambda: None) -> None:
-    """Every parameter that stays as it is fits into ``dtype``; those that certainly do are not read.
+    """Everything that stays as it is fits into ``dtype``; those that certainly do are not read.
 
     Raises:
         PreflightError: names the first that does not, its largest value, and what to do.
@@ -113,8 +151,11 @@ def check_values(lm: CausalLM, dtype: torch.dtype, poll: Callable[[], None] = la
         for name in lm.linear_names(index)
     }
     outer = lm.outer_state()
-    for name, _ in lm.model.named_parameters():
-        if name in linears or torch.finfo(lm.weights.dtype(name)).max <= reach:
+    for name in lm.model.state_dict():
+        if name in linears or name not in lm.weights:
+            continue
+        kept = lm.weights.dtype(name)
+        if not kept.is_floating_point or torch.finfo(kept).max <= reach:
             continue
         # What is in memory is rounded already, hence the margin.
         if name in outer and max(abs(end.item()) for end in outer[name].aminmax()) < 0.98 * reach:

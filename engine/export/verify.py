@@ -35,6 +35,7 @@ from torch import Tensor
 from engine.errors import EqatError, ExitCode, StopRequested
 from engine.evaluation.perplexity import token_nll
 from engine.export.checkpoint import block_buffers, outer_names
+from engine.export.declared import read_as_declared
 from engine.export.layout import Layout, Linear
 from engine.export.reader import CheckpointReader, PackedSource, packed_model, read_json
 from engine.export.stored import as_stored, dtype_name, export_dtype, outer_as_stored, stored_form
@@ -49,13 +50,6 @@ TOLERANCE = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.25}
 """Largest allowed difference of two logits, in units of the logits' standard deviation, by compute dtype."""
 
 MAX_PROBLEMS = 20
-
-CPU_TOKENS = 128
-"""Of the first window, that are read as declared on a CPU, where arithmetic of 16 bits takes five times as
-long."""
-NOISE, ERRORS = 0.01, 3
-"""Other arithmetic changes the loss; more than so much of a nat, and more than so many standard errors of the
-tokens' differences, is no noise."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +172,7 @@ def _verify(
             for name in block.linears:
                 expected.update(layout.names(lm.names.exported_linear(f"{prefix}.{name}")))
             expected.update(_check_block(reader, lm, index, block, dtype, problems))
-            trained_block = as_stored(block, dtype).install(lm.load_block(index))
+            trained_block = as_stored(block, dtype, prefix).install(lm.load_block(index))
             trained_hidden = lm.run_block(trained_block, index, trained_hidden)
             packed_hidden = packed.run_block(packed.load_block(index), index, packed_hidden)
             if on_block is not None:
@@ -189,72 +183,30 @@ def _verify(
         difference, spread = _logit_difference(lm, packed, trained_hidden, packed_hidden)
         trained_nll = token_nll(lm, trained_hidden, tokens_NT)
         packed_nll = token_nll(packed, packed_hidden, tokens_NT)
-        declared = packed.source.config.dtype or torch.float32
+        declared: torch.dtype = packed.source.config.dtype or torch.float32
         if declared != dtype:
             stored = f"the tensors are {dtype_name(dtype)}"
             problems.add(f"config.json declares {dtype_name(declared)}, and {stored}")
-        if declared != lm.dtype:
-            if lm.device.type == "cpu":
-                tokens_NT = tokens_NT[:1, :CPU_TOKENS]
-                trained_nll = trained_nll[:1, : tokens_NT.shape[1] - 1]
-            packed_nll = _declared_nll(out_dir, layout, lm, declared, tokens_NT, on_block)
+        del packed, packed_hidden, reader  # another reading of the files wants their memory
+        read = read_as_declared(out_dir, layout, lm, declared, tokens_NT, trained_nll, packed_nll, on_block)
     allowed = TOLERANCE[lm.dtype] * spread
     if not difference <= allowed:  # also when it is NaN
         problems.add(f"logits differ by {difference:.4g}, allowed is {allowed:.4g}")
-    overflow = ""
-    if not problems.found and not bool(packed_nll.isfinite().all()):
-        overflow = dtype_name(declared)
-        problems.add(
-            f"read as {overflow}, its predictions are no numbers: activations exceed "
-            f"{torch.finfo(declared).max:.4g}"
-        )
+    overflow = "" if problems.found else read.overflow
+    if overflow:
+        most = torch.finfo(declared).max
+        problems.add(f"read as {overflow}, its predictions are no numbers: activations exceed {most:.4g}")
     return VerifyResult(
         format=layout.format.name,
         verified=not problems.found,
         max_logit_diff=difference,
         tolerance=allowed,
-        perplexity_trained=_perplexity(trained_nll.mean().item()),
-        perplexity_packed=_perplexity(packed_nll.mean().item()),
-        tokens=tokens_NT.numel(),
+        perplexity_trained=read.trained,
+        perplexity_packed=read.packed,
+        tokens=read.tokens,
         problems=tuple(problems.found),
         overflow=overflow,
-        note="" if problems.found else _beyond_noise(trained_nll, packed_nll, declared),
-    )
-
-
-def _declared_nll(
-    out_dir: Path,
-    layout: Layout,
-    lm: CausalLM,
-    declared: torch.dtype,
-    tokens_NT: Tensor,
-    on_block: Callable[[int, int], None] | None,
-) -> Tensor:
-    """-log p of each token by the files alone, in the arithmetic that they declare."""
-    alone = packed_model(
-        out_dir, layout.reader, lm.device, declared, trust_remote_code=lm.source.trust_remote_code
-    )
-    hidden = alone.embed(tokens_NT)
-    for index in range(alone.blocks):
-        hidden = alone.run_block(alone.load_block(index), index, hidden)
-        if on_block is not None:
-            on_block(index + 1, alone.blocks)
-    return token_nll(alone, hidden, tokens_NT)
-
-
-def _beyond_noise(trained_NT: Tensor, packed_NT: Tensor, declared: torch.dtype) -> str:
-    """In words, how much the files read as declared differ from the trained model; empty for noise."""
-    difference = (packed_NT - trained_NT).flatten()
-    mean = difference.mean().item()
-    error = difference.std().item() / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
-    if abs(mean) <= max(NOISE, ERRORS * error):
-        return ""
-    trained, packed = _perplexity(trained_NT.mean().item()), _perplexity(packed_NT.mean().item())
-    if trained is None or packed is None:
-        return ""
-    return (
-        f"read as {dtype_name(declared)}, as it declares itself, the export has a perplexity of {packed:.4g} "
-        f"on {len(difference)} tokens, the trained model {trained:.4g}"
+        note="" if problems.found else read.note,
     )
 
 
@@ -295,7 +247,7 @@ def _check_block(
     for name, tensor in block.others.items():
         stored = lm.names.exported(f"{prefix}.{name}")
         yield stored
-        _check_same(stored, stored_form(name, tensor, dtype), reader, problems)
+        _check_same(stored, stored_form(f"{prefix}.{name}", tensor, dtype), reader, problems)
     for name in block_buffers(lm, index):
         stored = lm.names.exported(name)
         yield stored
@@ -381,7 +333,3 @@ def _logit_difference(
             )
     mean = total / count
     return largest, math.sqrt(max(0.0, squares / count - mean * mean))
-
-
-def _perplexity(nll: float) -> float | None:
-    return math.exp(nll) if math.isfinite(nll) and nll < 700 else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from engine.architecture.refusals import refuse_stored_type
+from engine.architecture.refusals import missing_tensor, refuse_stored_type
 from engine.errors import PreflightError
 from engine.models.gguf import GGUFReader
 from engine.models.names import TensorNames
@@ -26,11 +26,7 @@ def check_checkpoint(
                 "model.save_pretrained(folder, save_original_format=False)",
             )
         if name not in weights:
-            raise PreflightError(
-                f"tensor {name!r} is missing from the checkpoint",
-                where=source.name,
-                hint="download the model again, or check that config.json belongs to these weights",
-            )
+            raise missing_tensor(name, source.name)
         stored, wanted = list(weights.shape(name)), list(parameter.shape)
         if stored != wanted:
             raise PreflightError(

@@ -29,7 +29,7 @@ from engine.architecture.headers import (
     damaged,
 )
 from engine.architecture.model_folder import ModelFolder
-from engine.architecture.refusals import refuse_stored_type
+from engine.architecture.refusals import missing_tensor, refuse_stored_type
 from engine.errors import PreflightError
 from engine.system.guarded import bad_file
 from engine.system.stamps import StampedFile
@@ -160,11 +160,7 @@ class SafetensorsReader:
     def _entry(self, name: str) -> StoredTensor:
         entry = self._checkpoint.find(name)
         if entry is None:
-            raise PreflightError(
-                f"tensor {name!r} is missing from the checkpoint",
-                where=str(self.directory),
-                hint="download the model again, or check that config.json belongs to these weights",
-            )
+            raise missing_tensor(name, str(self.directory))
         return entry
 
 

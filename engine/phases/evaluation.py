@@ -83,7 +83,7 @@ def rounded_block(job: Job, index: int) -> nn.Module:
     block = job.lm.load_block(index)
     plain = msgspec.structs.replace(job.config.grid, range="minmax")
     packed = round_to_nearest(block, job.lm.linear_names(index), plain)
-    return as_stored(packed, job.export_dtype).install(block)
+    return as_stored(packed, job.export_dtype, job.lm.block_prefix(index)).install(block)
 
 
 # -- measuring -----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from engine.config.formats import FORMATS
 from engine.config.runtime import RuntimeConfig
 from engine.config.sameness import equivalent_command
 from engine.config.writing import to_toml
-from engine.export.checkpoint import Export, room_beside_tensors
+from engine.export.checkpoint import Export, add_to_card, room_beside_tensors
 from engine.export.layout import Layout, layout_of
 from engine.export.place import ExportPlace
 from engine.export.result import ExportResult
@@ -89,6 +89,8 @@ def _write(job: Job, path: Path, layout: Layout) -> tuple[ExportResult, VerifyRe
 
     def is_trained(folder: Path) -> bool:
         verified.append(_verify(job, layout, folder))
+        if verified[0].note:
+            add_to_card(folder, verified[0].note)
         return verified[0].verified
 
     export = Export(

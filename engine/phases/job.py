@@ -108,7 +108,7 @@ class Job:
 
     def exported(self, index: int) -> PackedBlock:
         """Block ``index`` as quantized so far, with the values that an export has."""
-        return as_stored(self.packed(index), self.export_dtype)
+        return as_stored(self.packed(index), self.export_dtype, self.lm.block_prefix(index))
 
     def packed_block(self, index: int) -> nn.Module:
         """The same as a module, on the device."""

@@ -14,7 +14,7 @@ from engine.config.tasks import task_name
 from engine.data.tasks import questions
 from engine.errors import DamagedRun, UsageError
 from engine.evaluation.tasks import TokenizedTask, tokenize
-from engine.export.stored import check_values
+from engine.export.stored import check_activations, check_values
 from engine.gpu.compiled import SWITCH_HINT
 from engine.models.carried import in_words
 from engine.models.causal_lm import CausalLM
@@ -79,6 +79,8 @@ def prepare(
     else:
         # An export that cannot be written, or that nobody could read, must not wait until all is trained.
         check_values(lm, job.export_dtype, report.leave_if_asked)
+        if config.export.formats and not job.is_finished(0):
+            check_activations(lm, job.export_dtype, tokens.any(), report.leave_if_asked)
     for stage in versions():
         recall(job, stage)
     return job

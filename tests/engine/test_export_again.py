@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_runs import (
     Child,
     exported,
+    failure,
     local_model,
     make_run,
     of,
@@ -25,12 +27,21 @@ from engine_runs import (
     start,
     wait_until,
 )
+from safetensors.torch import load_file, save_file
 
+from engine.config.derived import resolve
+from engine.evaluation.perplexity import perplexity
 from engine.export import place
+from engine.export.layout import layout_of
+from engine.export.reader import packed_model
+from engine.pipeline import Pipeline
+from engine.plan.plan import make_plan
+from engine.reporter import Reporter
 from engine.run import control, events
 from engine.run.directory import RunDirectory
 from engine.run.liveness import run_state
 from engine.run.status import read_status
+from engine.run.task import Asked
 
 Engine = Callable[..., Child]
 EXPORT = ("--task", "export")
@@ -123,6 +134,91 @@ def test_an_export_that_is_not_what_was_trained_leaves_the_old_one(
     assert len(of(done, events.Export)) == told
     monkeypatch.undo()
     shutil.rmtree(done.export_dir / "gptq_v2.failed")
+    assert run_here(done, *EXPORT) == 0
+    assert exported(done) == before
+
+
+def test_a_run_whose_verification_fails_keeps_what_it_wrote_and_is_exported_without_training(
+    tmp_path: Path, done: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All training is done when it happens: nothing of it is lost, and what differs is said."""
+    from engine.export import gptq_v2
+
+    real = gptq_v2.GPTQv2.tensors
+
+    def wrong(self: Any, prefix: str, weight: Any) -> Iterator[Any]:
+        for name, tensor in real(self, prefix, weight):
+            if name.endswith("layers.2.mlp.up_proj.scales"):
+                tensor[0, 3] *= 2
+            yield name, tensor
+
+    monkeypatch.setattr(gptq_v2.GPTQv2, "tensors", wrong)
+    run = make_run(tmp_path / "runs", {"runtime.activation_store": "disk"})
+    assert run_here(run) == 1
+    error = of(run, events.Error)[-1]
+    assert "model.layers.2.mlp.up_proj: 1 scales differ, by up to " in error.message
+    assert str(run.export_dir / "gptq_v2.failed") in error.hint
+    assert names(run) == ["gptq_v2.failed"]
+    assert (run.export_dir / "gptq_v2.failed" / "model.safetensors").is_file()
+    monkeypatch.undo()
+    assert run_here(run, *EXPORT) == 0
+    assert exported(run) == exported(done)
+    assert of(run, events.BlockFinished, attempt=2) == [], "nothing is trained again"
+
+
+# -- the type it is stored in ------------------------------------------------------------------------
+
+
+def float16_model(folder: Path, name: str, value: float) -> Path:
+    """One that declares float16, with a tensor that is full of one value and stored as float32."""
+    local_model(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].fill_(value)
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    return folder
+
+
+def test_a_value_that_the_export_cannot_hold_ends_a_run_before_it_trains_and_may_be_widened(
+    tmp_path: Path,
+) -> None:
+    norm = "model.layers.3.post_attention_layernorm.weight"
+    model = float16_model(tmp_path / "model", norm, 7e4)
+    run = make_run(tmp_path / "runs", {"model.source": str(model), "e2e_qp.enabled": False})
+    assert run_here(run) == 3
+    error = failure(run, 3)
+    assert (error.where, error.hint) == (norm, "--set export.dtype=bfloat16")
+    assert "7e+04" in error.message
+    assert not of(run, events.BlockStarted)
+    assert run_here(run, "--set", "export.dtype=bfloat16") == 0
+    assert json.loads((run.export_dir / "gptq_v2" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_figure_in_report_and_card_is_that_of_the_files_alone(done: RunDirectory) -> None:
+    """What is not quantized is rounded on its way into them, and measured so."""
+    config = resolve(done.config())
+    report = Reporter(done, 9, torch.device("cpu"))
+    try:
+        plan = make_plan(config, device="cpu")
+        pipeline = Pipeline(done, config, plan, report, torch.device("cpu"), Asked(task="export"))
+        pipeline.prepare()
+        tokens = pipeline.job.tokens.evaluation
+    finally:
+        report.close()
+    folder = done.export_dir / "gptq_v2"
+    alone = packed_model(folder, layout_of("gptq_v2").reader, torch.device("cpu"), torch.float32)
+    measured = perplexity(alone, alone.load_block, tokens, batch_size=2).perplexity
+    (told,) = [e.perplexity for e in of(done, events.Eval) if e.stage == "e2e_qp"]
+    assert measured == pytest.approx(told, rel=1e-6)
+    assert f"{measured:,.3f}" in (folder / "README.md").read_text()
+
+
+def test_a_finished_run_is_exported_in_another_type_and_back(done: RunDirectory) -> None:
+    before = exported(done)
+    assert run_here(done, *EXPORT, "--set", "export.dtype=float32") == 0
+    config = json.loads((done.export_dir / "gptq_v2" / "config.json").read_text())
+    assert config["dtype"] == "float32"
     assert run_here(done, *EXPORT) == 0
     assert exported(done) == before
 

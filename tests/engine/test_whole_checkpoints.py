@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,7 +58,9 @@ def test_a_run_says_what_it_carries_and_skips_and_keeps_it(
         assert torch.equal(written[name], tensor)
     assert "embed_out.weight" in written
     assert not computed.keys() & written.keys()
-    assert make_plan(run.config()).export_bytes == sum(tensor.nbytes for tensor in written.values())
+    plan = make_plan(run.config())
+    assert plan.export_bytes == sum(tensor.nbytes for tensor in written.values())
+    assert any("besides the model" in warning and layer in warning for warning in plan.warnings)
 
 
 def test_a_plain_checkpoint_is_nothing_to_speak_of(make: Callable[..., RunDirectory], tmp_path: Path) -> None:
@@ -82,3 +85,43 @@ def test_the_plan_refuses_coded_weights_in_the_words_of_the_run(
         CausalLM(ModelSource.open(ModelConfig(source=str(folder))), torch.device("cpu"), torch.float32)
     assert name in str(of_the_plan.value)
     assert of_the_plan.value.message == of_the_run.value.message
+
+
+@pytest.mark.parametrize(
+    "lost", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.layers.2.", "model.layers.0."]
+)
+def test_the_plan_misses_the_weights_that_the_run_would_miss(tmp_path: Path, lost: str) -> None:
+    folder = tiny.build(tmp_path / "model", "llama2")
+    file = folder / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(file).items() if not name.startswith(lost)}
+    save_file(kept, file, metadata={"format": "pt"})
+    model = describe(str(folder))
+    with pytest.raises(PreflightError, match=f"tensor '{lost}.*missing from the checkpoint"):
+        refuse(model.architecture, model.config, GridConfig())
+    with pytest.raises(PreflightError, match=f"tensor '{lost}.*missing from the checkpoint"):
+        CausalLM(ModelSource.open(ModelConfig(source=str(folder))), torch.device("cpu"), torch.float32)
+
+
+def test_fewer_layers_than_config_json_counts_are_missed_in_any_family(tmp_path: Path) -> None:
+    folder = more_families.build(tmp_path / "model", "gpt_neox")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    model = describe(str(folder))
+    for ask in (
+        lambda: refuse(model.architecture, model.config, GridConfig()),
+        lambda: CausalLM(
+            ModelSource.open(ModelConfig(source=str(folder))), torch.device("cpu"), torch.float32
+        ),
+    ):
+        with pytest.raises(PreflightError, match=r"gpt_neox\.layers\.3\..*missing from the checkpoint"):
+            ask()
+
+
+def test_a_weight_in_the_files_but_not_in_their_index_is_planned_as_it_is_run(tmp_path: Path) -> None:
+    folder = tiny.build(tmp_path / "model", "llama2", shard_size="100KB")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    before = describe(str(folder)).architecture
+    del content["weight_map"]["model.layers.1.mlp.up_proj.weight"]
+    index.write_text(json.dumps(content))
+    assert describe(str(folder)).architecture == before

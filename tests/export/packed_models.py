@@ -175,8 +175,12 @@ def logits(lm: CausalLM, block_for: Callable[[int], nn.Module], ids_BT: torch.Te
 def trained_logits(lm: CausalLM, blocks: list[PackedBlock], ids_BT: torch.Tensor) -> torch.Tensor:
     """With the values that an export has of what is not quantized."""
     dtype = export_dtype("auto", lm)
+
+    def stored(index: int) -> PackedBlock:
+        return as_stored(blocks[index], dtype, lm.block_prefix(index))
+
     with outer_as_stored(lm, dtype):
-        return logits(lm, lambda index: as_stored(blocks[index], dtype).install(lm.load_block(index)), ids_BT)
+        return logits(lm, lambda index: stored(index).install(lm.load_block(index)), ids_BT)
 
 
 def some_ids(batch: int = 2, length: int = 24) -> torch.Tensor:

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from engine.config.model import ModelConfig
+from engine.export.checkpoint import _architectures
 from engine.export.model_config import export_config
 from engine.models.source import ModelSource
 
@@ -189,6 +190,21 @@ def test_a_default_that_changed_between_versions_is_written_down() -> None:
     bare = {key: value for key, value in content.items() if key != "rope_parameters"}
     read, filled_in = understood(bare)
     assert export_config(bare, filled_in)["rope_theta"] == read.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize(
+    ("said", "written"),
+    [
+        (None, ["LlamaForCausalLM"]),
+        ([], ["LlamaForCausalLM"]),
+        (["LlamaModel"], ["LlamaForCausalLM"]),
+        (["LlamaForSequenceClassification"], ["LlamaForCausalLM"]),
+        (["MistralForCausalLM"], ["MistralForCausalLM"]),
+        (["LlamaForCausalLM", "Other"], ["LlamaForCausalLM", "Other"]),
+    ],
+)
+def test_the_class_named_is_one_that_writes_text(said: list[str] | None, written: list[str]) -> None:
+    assert _architectures(said, "LlamaForCausalLM") == written
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """Logits of a gptq_v2 export by code that is not ours: numpy unpacks, the transformers there is computes.
 
-``python plain_logits.py EXPORT IDS.json OUT.json`` in a process of its own, so that the release of
-transformers is the caller's choice (PYTHONPATH).
+``python plain_logits.py IDS.json OUT EXPORT...`` in a process of its own, so that the release of transformers
+is the caller's choice (PYTHONPATH). Each export gets ``OUT/<its name>.json``: logits, or what went wrong.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +43,10 @@ def weights(folder: Path, bits: int) -> dict[str, torch.Tensor]:
     return plain
 
 
-def main(folder: Path, ids: Path, out: Path) -> None:
+def logits_of(folder: Path, ids: torch.Tensor, plain: Path) -> torch.Tensor:
+    """Those of the dequantized model, which is written to ``plain`` first."""
     said = json.loads((folder / "config.json").read_text())
     bits = said.pop("quantization_config")["bits"]
-    plain = out.with_suffix(".plain")
     plain.mkdir()
     (plain / "config.json").write_text(json.dumps(said))
     save_file(weights(folder, bits), plain / "model.safetensors", {"format": "pt"})
@@ -55,8 +56,18 @@ def main(folder: Path, ids: Path, out: Path) -> None:
     )
     assert not any(loading.values()), loading
     with torch.no_grad():
-        logits = model(torch.tensor(json.loads(ids.read_text()))).logits
-    out.write_text(json.dumps({"version": transformers.__version__, "logits": logits.tolist()}))
+        return model(ids).logits
+
+
+def main(ids: Path, out: Path, *folders: Path) -> None:
+    tokens = torch.tensor(json.loads(ids.read_text()))
+    for folder in folders:
+        found: dict[str, object] = {"version": transformers.__version__}
+        try:
+            found["logits"] = logits_of(folder, tokens, out / f"{folder.name}-plain").tolist()
+        except Exception:  # of this export; the others are read all the same
+            found["error"] = traceback.format_exc()
+        (out / f"{folder.name}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from engine.methods.network.network import NetworkData
 from engine.methods.network.teacher import Teacher
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
-from engine.quant.packed import PackedBlock, PackedLinear, PackedWeight
+from engine.quant.packed import LARGEST_STORED_SCALE, PackedBlock, PackedLinear, PackedWeight
 from engine.quant.slots import slot
 from engine.training.schedule import cosine_factor
 
@@ -256,6 +256,17 @@ def test_early_stopping_counts_epochs_without_improvement(lm: CausalLM) -> None:
 def test_scales_stay_positive_under_a_ruinous_learning_rate(lm: CausalLM) -> None:
     for layer in packed_linears(train(lm, settings(lr=5.0))).values():
         assert (layer.scale > 0).all()
+
+
+def test_what_is_trained_is_what_is_saved_also_where_float16_ends(lm: CausalLM) -> None:
+    """A rate that drives scales far beyond it: they stop at its border, and no infinity is written."""
+    seen = 0
+    for layer in packed_linears(train(lm, settings(lr=1e6, epochs=1))).values():
+        assert layer.scale.max() <= LARGEST_STORED_SCALE
+        saved = layer.packed().scale.float()
+        torch.testing.assert_close(saved, layer.scale.detach(), rtol=1e-3, atol=2.0**-25)
+        seen += int((layer.scale == LARGEST_STORED_SCALE).sum())
+    assert seen, "none came to the border"
 
 
 def test_divergence_ends_with_exit_code_5_naming_the_phase(lm: CausalLM) -> None:

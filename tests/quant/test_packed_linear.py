@@ -12,7 +12,15 @@ from torch.nn import functional
 from engine.config.grid import Grid, GridConfig
 from engine.quant.fake_linear import FakeQuantLinear, freeze_block, wrap_linears
 from engine.quant.grid import dequantize
-from engine.quant.packed import PackedBlock, PackedLinear, PackedWeight, overlaid, unpacked
+from engine.quant.packed import (
+    LARGEST_STORED_SCALE,
+    SMALLEST_STORED_SCALE,
+    PackedBlock,
+    PackedLinear,
+    PackedWeight,
+    overlaid,
+    unpacked,
+)
 
 
 def random_packed(bits: int, groups: int, out: int = 32, inputs: int = 96, seed: int = 0) -> PackedWeight:
@@ -242,3 +250,43 @@ def test_an_unpacked_layer_still_learns_from_its_packed_weight() -> None:
     with unpacked(nn.Sequential(layer), torch.float32):
         layer(x).square().sum().backward()
     assert torch.equal(layer.scale.grad, expected)
+
+
+def test_training_keeps_scales_where_a_file_can_hold_them() -> None:
+    """One rule for a scale on its way into a file, however it comes there."""
+    fake = FakeQuantLinear(nn.Linear(64, 8, bias=False), Grid(2, 32))
+    with torch.no_grad():
+        fake.scale.fill_(1e6)
+    fake.project()
+    assert fake.scale.unique().tolist() == [LARGEST_STORED_SCALE]
+    assert torch.equal(fake.freeze().scale.float(), fake.scale)
+
+
+def test_a_grid_begins_where_a_file_can_hold_it() -> None:
+    """Weights beyond what float16 reaches, and weights too small for it."""
+    linear = nn.Linear(64, 8, bias=False)
+    with torch.no_grad():
+        linear.weight[:4] *= 1e7
+        linear.weight[4:] *= 1e-12
+    fake = FakeQuantLinear(linear, Grid(2, 32), method="minmax")
+    assert fake.scale.max() <= LARGEST_STORED_SCALE
+    assert fake.scale_floor.min() >= SMALLEST_STORED_SCALE
+    with torch.no_grad():
+        fake.scale.zero_()
+    fake.project()
+    assert (fake.freeze().scale > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("trained", "saved"), [(1e6, LARGEST_STORED_SCALE), (1e-9, SMALLEST_STORED_SCALE), (0.0, 2.0**-24)]
+)
+def test_a_scale_out_of_range_is_saved_by_the_same_rule_from_codes_and_from_a_layer(
+    trained: float, saved: float
+) -> None:
+    layer = PackedLinear(random_packed(3, 3))
+    with torch.no_grad():
+        layer.scale.fill_(trained)
+    assert layer.packed().scale.unique().tolist() == [saved]
+    codes, zero = torch.zeros(8, 64, dtype=torch.uint8), torch.zeros(8, 2)
+    weight = PackedWeight.from_codes(codes, torch.full((8, 2), trained), zero, Grid(3, 32))
+    assert weight.scale.unique().tolist() == [saved]

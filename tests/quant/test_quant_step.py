@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from engine.config.grid import Grid
 from engine.quant.grid import fake_quantize, initial_range
+from engine.quant.packed import LARGEST_STORED_SCALE
 from engine.quant.quant_step import CONTROLS, SKIP, Moments, QuantStep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -147,6 +148,15 @@ def test_quantizing_alone_gives_the_bits_of_the_plain_form(
     both.kernel.requantize(torch.zeros(CONTROLS, device=DEVICE), both.squares)
     assert torch.equal(both.quantized, fake_quantize(*both.masters, bits).to(both.quantized.dtype))
     assert all(torch.equal(a, b) for a, b in zip(before, both.values(), strict=True))
+
+
+@pytest.mark.parametrize("shape", [(6, 64), (3, 1024)], ids=["held", "walked"])
+def test_scales_stay_where_a_file_can_hold_them(shape: tuple[int, int]) -> None:
+    both = Both(shape, 32 if shape[1] == 64 else -1, 2, trains=(False, True, False))
+    both.kernel.scale.value.fill_(1e6)
+    both.step_number = 1
+    both.kernel.apply(both.normal(), both.controls(0.0), both.squares)
+    assert both.kernel.scale.value.unique().tolist() == [LARGEST_STORED_SCALE]
 
 
 def test_a_skipped_step_changes_nothing() -> None:
