@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from engine_runs import of, output, start
 from engine.architecture.families import Architecture, unfit_weight
 from engine.architecture.family_table import FAMILIES
 from engine.architecture.headers import TensorInfo
+from engine.architecture.layers import STRUCTURES
 from engine.architecture.positions import PositionTable, position_table
 from engine.architecture.refusals import refuse_model
 from engine.architecture.unfit import CONVOLUTION, EXPERTS
@@ -172,10 +174,17 @@ def test_a_weight_is_known_by_its_name_and_shape(
         assert unfit_weight({**plain, **beyond}, 1) is None
 
 
+@pytest.mark.parametrize("name", sorted(STRUCTURES))
+def test_a_structure_is_refused_by_both_for_the_same_reason(name: str, tmp_path: Path) -> None:
+    """Whatever else its configuration has or lacks."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": name}))
+    for found in (families.asked(tmp_path), families.opened(tmp_path)):
+        assert isinstance(found, PreflightError)
+        assert found.message == STRUCTURES[name]
+
+
 def test_blocks_are_looked_at_also_where_nobody_says_how_many_there_are() -> None:
-    tensors = stored(
-        **{"model.layers.5.mixer.conv1d.weight": (96, 1, 4), "model.layers.5.norm.weight": (64,)}
-    )
+    shapes = {"model.layers.5.mixer.conv1d.weight": (96, 1, 4), "model.layers.5.norm.weight": (64,)}
     with pytest.raises(PreflightError, match=r"model\.layers\.5\.mixer\.conv1d\.weight.*convolutions"):
         refuse_model({"model_type": "nemotron_h", "layers_block_type": ["mamba"] * 6}, stored(**shapes))
 
