@@ -36,12 +36,19 @@ HYBRID_TYPES = {
 CONV1D_TYPES = {"gpt2", "gpt-sw3", "imagegpt", "openai-gpt"}
 _STREAMS = "its blocks work on several streams of hidden states at once, not one after another on one"
 _NO_LIST = "it is not one list of decoder blocks"
+_ENCODER = "its blocks are an encoder's, of BERT's kind, which are not called one after another"
+_HALF = "it is the decoder of an encoder-decoder model"
 STRUCTURES = {
+    **dict.fromkeys(("bert", "big_bird", "camembert", "cpmant", "data2vec-text", "ernie"), _ENCODER),
+    **dict.fromkeys(("megatron-bert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"), _ENCODER),
+    **dict.fromkeys(("xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod"), _ENCODER),
+    **dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian"), _HALF),
+    **dict.fromkeys(("mbart", "mvp", "pegasus", "prophetnet"), _HALF),
     "blt": f"{_NO_LIST}: patches of bytes pass through models of their own before and after it",
     "gemma3n_text": _STREAMS,
     "hrm_text": f"{_NO_LIST}: the same blocks are passed several times",
     "longcat_flash": f"{_NO_LIST}: each has two attentions, and experts beside them",
-    "xlstm": "its blocks are recurrences, which are not trained in this way",
+    "xlstm": "its blocks are recurrences, which are called in another way than decoder blocks",
 }
 """Why the blocks of these cannot be trained one after another, whatever their weights are."""
 

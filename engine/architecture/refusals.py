@@ -9,6 +9,7 @@ from engine.architecture.families import Architecture, LinearShape, text_config,
 from engine.architecture.family_table import FAMILIES
 from engine.architecture.headers import FLOATS, TensorInfo
 from engine.architecture.layers import STRUCTURES, depth, expected_unfit
+from engine.architecture.limits import MOST_BLOCKS
 from engine.architecture.unfit import Unfit
 from engine.config.formats import FORMATS
 from engine.config.grid import BITS, GROUP_SIZES, GridConfig
@@ -67,7 +68,8 @@ def refuse_kind(
 def refuse_model(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
     """:func:`refuse_kind` of a model's files, or of its configuration alone where there are no tensors."""
     text = text_config(config)
-    unfit = unfit_weight(tensors, depth(text), text)
+    # Of a family that counts its blocks in another way, all that are stored are looked at.
+    unfit = unfit_weight(tensors, depth(text) or MOST_BLOCKS, text)
     refuse_kind(config, unfit, from_files=bool(tensors))
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import tiny
 import torch
 import variants
+from engine_runs import SMALL, make_run, of, run_here
 from transformers import AutoModelForCausalLM
 
 from engine.architecture.description import describe
@@ -30,6 +31,8 @@ from engine.config.model import ModelConfig
 from engine.errors import PreflightError
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
+from engine.run.directory import RunDirectory
+from engine.run.events import Error
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 GRID = GridConfig(bits=4, group_size=32)
@@ -122,18 +125,18 @@ def written_rows() -> dict[str, str]:
     return {"|".join(line.split("|")[1:3]): line for line in lines}
 
 
+def small_run(folder: Path, **changes: object) -> RunDirectory:
+    """A run of it that takes a second."""
+    options = {**SMALL, "grid.bits": GRID.bits, "grid.group_size": GRID.group_size}
+    return make_run(folder.parent / "runs", {**options, "model.source": str(folder), **changes})
+
+
 def goes_through(folder: Path) -> str:
     """A whole run of it; empty when it ends with a verified export, else what its one error says."""
-    from engine_runs import SMALL, log, make_run, run_here
-
-    from engine.run import events
-
-    run = make_run(
-        folder.parent / "runs", {"model.source": str(folder), **SMALL, "grid.bits": 4, "grid.group_size": 32}
-    )
+    run = small_run(folder)
     if run_here(run) == 0:
         return ""
-    return "; ".join(str(event.message) for event in log(run) if isinstance(event, events.Error))
+    return "; ".join(error.message for error in of(run, Error))
 
 
 def main() -> int:
