@@ -118,9 +118,7 @@ def freeze_block(block: nn.Module, linears: dict[str, FakeQuantLinear]) -> Packe
 
 def _kept(parameter: nn.Parameter) -> Tensor:
     """A parameter in float16 where that loses nothing, or where it was trained and fits."""
-    value = parameter.detach()
+    value, trained = parameter.detach(), parameter.requires_grad
     half = value.to(torch.float16)
-    fits = (
-        bool(half.isfinite().all()) if parameter.requires_grad else torch.equal(half.to(value.dtype), value)
-    )
+    fits = bool(half.isfinite().all()) if trained else torch.equal(half.to(value.dtype), value)
     return half if fits else value
