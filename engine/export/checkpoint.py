@@ -224,10 +224,9 @@ def _write_assets(
         torch_dtype=dtype_name(dtype),
         # A checkpoint that holds two different matrices is not tied, whatever its configuration said.
         tie_word_embeddings=lm.tied,
-        quantization_config=quantization,
     )
     config["architectures"] = _architectures(config.get("architectures"), type(lm.model).__name__)
-    write_json(directory / "config.json", config)
+    write_json(directory / "config.json", {**config, "quantization_config": quantization})
     return tuple(sorted(set(dropped)))
 
 

@@ -46,11 +46,11 @@ def export_config(
     (GGUF files, random weights, the text part of a multimodal model); ``understood`` is what transformers
     made of it, with the defaults filled in; ``ours`` lies over both.
     """
-    config = dict(understood if original is None else original)
+    config = {**(understood if original is None else original), **ours}
     for name, value in _older_names(config, understood):
         if config.get(name) is None:
             config[name] = value
-    return {**config, **ours}
+    return config
 
 
 def _older_names(config: Mapping[str, Any], understood: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -94,10 +94,10 @@ def _packed(arch: Architecture, grid: GridConfig) -> Iterator[Tensor]:
 
 def _others(arch: Architecture) -> Iterator[Tensor]:
     for name, width in norms(arch):
-        yield Tensor(f"other.{name}.weight", "F32", (width,))
+        yield Tensor(f"other.{name}.weight", "F16", (width,))
     for linear in arch.linears:
         if linear.bias:
-            yield Tensor(f"other.{linear.name}.bias", "F32", (linear.out_features,))
+            yield Tensor(f"other.{linear.name}.bias", "F16", (linear.out_features,))
 
 
 @lru_cache

@@ -109,8 +109,16 @@ def wrap_linears(
 
 
 def freeze_block(block: nn.Module, linears: dict[str, FakeQuantLinear]) -> PackedBlock:
-    """Round a trained block to the grid; its other parameters stay as they are, to be rounded by whoever
-    knows to what (:mod:`engine.export.stored`)."""
+    """Round a trained block to the grid; its other parameters stay as they are (an export rounds them to what
+    it stores, :mod:`engine.export.stored`), but for trained ones, which go to float16 with the scales."""
     inner = {f"{name}.{part}" for name in linears for part in TRAINED}
-    others = {name: parameter.detach() for name, parameter in block.named_parameters() if name not in inner}
+    others = {name: _kept(parameter) for name, parameter in block.named_parameters() if name not in inner}
     return PackedBlock({name: linear.freeze() for name, linear in linears.items()}, others)
+
+
+def _kept(parameter: nn.Parameter) -> Tensor:
+    """A parameter in float16 where that loses nothing, or where it was trained and fits."""
+    value, trained = parameter.detach(), parameter.requires_grad
+    half = value.to(torch.float16)
+    fits = bool(half.isfinite().all()) if trained else torch.equal(half.to(value.dtype), value)
+    return half if fits else value

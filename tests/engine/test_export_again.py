@@ -209,7 +209,7 @@ def test_the_figure_in_report_and_card_is_that_of_the_files_alone(done: RunDirec
     folder = done.export_dir / "gptq_v2"
     alone = packed_model(folder, layout_of("gptq_v2").reader, torch.device("cpu"), torch.float32)
     measured = perplexity(alone, alone.load_block, tokens, batch_size=2).perplexity
-    (told,) = [e.perplexity for e in of(done, events.Eval) if e.stage == "e2e_qp"]
+    told = [e.perplexity for e in of(done, events.Eval) if e.stage == "e2e_qp"][-1]
     assert measured == pytest.approx(told, rel=1e-6)
     assert f"{measured:,.3f}" in (folder / "README.md").read_text()
 

@@ -290,3 +290,21 @@ def test_a_scale_out_of_range_is_saved_by_the_same_rule_from_codes_and_from_a_la
     codes, zero = torch.zeros(8, 64, dtype=torch.uint8), torch.zeros(8, 2)
     weight = PackedWeight.from_codes(codes, torch.full((8, 2), trained), zero, Grid(3, 32))
     assert weight.scale.unique().tolist() == [saved]
+
+
+def test_what_is_not_quantized_is_frozen_without_loss_unless_it_was_trained() -> None:
+    """A norm that float16 cannot hold, a bias that it would round, and a trained one, which it does round."""
+    block = TwoLinears().requires_grad_(False)
+    with torch.no_grad():
+        block.norm.weight.fill_(7e4)
+        block.first.bias.copy_(torch.full_like(block.first.bias, 2.0**-30 + 0.1))
+    exact = {name: value.clone() for name, value in block.named_parameters() if "linear" not in name}
+    packed = freeze_block(block, wrap_linears(block, {name: Grid(4, 32) for name in ("first", "second")}))
+    assert torch.equal(packed.others["norm.weight"], exact["norm.weight"])
+    assert torch.equal(packed.others["first.bias"], exact["first.bias"])
+    again = TwoLinears().requires_grad_(False)
+    again.norm.weight.requires_grad_(True)
+    with torch.no_grad():
+        again.norm.weight.fill_(0.1)
+    packed = freeze_block(again, wrap_linears(again, {name: Grid(4, 32) for name in ("first", "second")}))
+    assert packed.others["norm.weight"].dtype == torch.float16
