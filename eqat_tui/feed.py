@@ -150,9 +150,9 @@ class Feed(Protocol):
 
 
 class Journal:
-    """The lines that stay, as events come in."""
+    """The lines that stay, as events come in; the logs of ``run`` say why an attempt died."""
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunDirectory | None = None) -> None:
         self.run = run
         self.entries: deque[Entry] = deque(maxlen=JOURNAL_LINES)
         self._open: events.RunStarted | events.AttemptStarting | None = None
@@ -164,7 +164,8 @@ class Journal:
         for event in new:
             if isinstance(event, events.RunStarted | events.AttemptStarting):
                 if self._open is not None and self._open.attempt != event.attempt:
-                    why = why_gone(self.run, self._open.attempt, latest=False)
+                    run, attempt = self.run, self._open.attempt
+                    why = KILLED if run is None else why_gone(run, attempt, latest=False)
                     self.entries.append(died(self._open, self._last_t, why))
                 silent = _silent(self._attempt + 1, event.attempt - 1)
                 if silent:

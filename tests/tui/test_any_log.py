@@ -55,7 +55,7 @@ def view_of(log: Sequence[Event], liveness: Any, config: Any = None, **status: A
         liveness=liveness,
         now=1_764_000_000.0,
         config=config,
-        journal=journal.told(liveness),
+        journal=journal.told("killed" if liveness == "crashed" else ""),
         replay=replay,
     )
 
