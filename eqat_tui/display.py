@@ -136,11 +136,13 @@ def left_words(state: RunState) -> str:
 
 
 def doing(state: RunState) -> list[str]:
-    """What an engine does that counts nothing, and for how long: ``loading torch``, ``0:12``."""
+    """What an engine does beside what it counts, and for how long where it counts nothing: ``loading torch``,
+    ``0:12``."""
     status = state.status
-    if status is None or fraction(state) is not None or status.outcome is not None:
+    if status is None or status.outcome is not None:
         return []
-    spent = [] if status.phase_s is None else [format_clock(status.phase_s)]
+    counted = fraction(state) is not None or status.phase_s is None
+    spent = [] if counted else [format_clock(status.phase_s or 0.0)]
     return [*([status.doing] if status.doing else []), *spent]
 
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import msgspec
 
@@ -29,24 +28,15 @@ from engine.run.liveness import State, Work, look
 from engine.run.lock import holder
 from engine.run.state import RunState
 from engine.run.status import Status, read_launched, read_status
-from engine.run.task import is_job, job_name
-from eqat_tui.display import lasting_line
+from engine.run.task import is_job
+from eqat_tui.journal import Entry, Journal, silent_words
 from eqat_tui.log_tail import log_tail
 from eqat_tui.output import error_words, one_line
 
 Liveness = State | Literal["gone"]
 """A run's state, and one that only whoever looks sees: its folder is gone."""
-JOURNAL_LINES = 1000
 LONGEST_PAUSE_S = 2.0
 """A replay passes over longer silences: a run that was resumed the next day need not be waited for."""
-
-
-class Entry(NamedTuple):
-    """One line of the journal: what happened when."""
-
-    t: float
-    text: str
-    role: str = ""
 
 
 class RunView(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,86 +139,6 @@ class Feed(Protocol):
         """The run now."""
 
 
-class Journal:
-    """The lines that stay, as events come in."""
-
-    def __init__(self, run: RunDirectory) -> None:
-        self.run = run
-        self.entries: deque[Entry] = deque(maxlen=JOURNAL_LINES)
-        self._open: events.RunStarted | events.AttemptStarting | None = None
-        self._attempt = 0
-        self._last_t = 0.0
-
-    def take(self, new: Iterable[AnyEvent]) -> None:
-        """Add what ``new`` has to tell."""
-        for event in new:
-            if isinstance(event, events.RunStarted | events.AttemptStarting):
-                if self._open is not None and self._open.attempt != event.attempt:
-                    why = why_gone(self.run, self._open.attempt, latest=False)
-                    self.entries.append(died(self._open, self._last_t, why))
-                silent = _silent(self._attempt + 1, event.attempt - 1)
-                if silent:
-                    self.entries.append(Entry(event.t, silent, "bad"))
-                self._open, self._attempt = event, event.attempt
-            elif isinstance(event, events.RunFinished):
-                self._open = None
-            self._last_t = event.t
-            text, role = _words(event)
-            if text:
-                self.entries.append(Entry(event.t, one_line(text), role))
-
-    @property
-    def cut_off(self) -> bool:
-        """Whether the last attempt that spoke has had no last word."""
-        return self._open is not None
-
-    def told(self, why: str = "") -> tuple[Entry, ...]:
-        """All entries; that an engine died is one, although it could not write it."""
-        if not why or self._open is None:
-            return tuple(self.entries)
-        return (*self.entries, died(self._open, self._last_t, why))
-
-
-def died(begun: events.RunStarted | events.AttemptStarting, t: float, why: str) -> Entry:
-    """An attempt that ended without a last word."""
-    return Entry(t, one_line(f"{_who(begun)} died without a word: {why}"), "bad")
-
-
-def _who(begun: events.RunStarted | events.AttemptStarting) -> str:
-    """``attempt 2``, or what else is done by it."""
-    return f"{job_name(begun.task)} {begun.attempt}" if is_job(begun.task) else f"attempt {begun.attempt}"
-
-
-def _silent(first: int, last: int) -> str:
-    """Of attempts that no event speaks of: their engines ended before they could write one."""
-    if last < first:
-        return ""
-    which = f"attempt {first}" if first == last else f"attempts {first} to {last}"
-    return f"{which} ended before the first word"
-
-
-def _words(event: AnyEvent) -> tuple[str, str]:
-    match event:
-        case events.Metric() | events.Memory():
-            return "", ""
-        case events.AttemptStarting():
-            return f"{_who(event)} starts ({event.host}, process {event.pid})", "strong"
-        case events.RunStarted():
-            return f"{_who(event)} on {event.device} ({event.host}, process {event.pid})", "strong"
-        case events.CheckpointCommitted():
-            place = f"block {event.block}" if event.block is not None else event.phase
-            step = f", step {event.step}" if event.step is not None else ""
-            return f"checkpoint {event.generation}: {place}{step}", "muted"
-        case events.RunFinished():
-            what = f"{job_name(event.task)} " if is_job(event.task) else ""
-            return f"{what}{event.outcome} (exit code {event.exit_code})", "strong"
-        case events.Error():
-            return lasting_line(event) or "", "bad"
-        case events.Warning() | events.ControlAck():
-            return lasting_line(event) or "", "warn"
-    return (lasting_line(event) or "").strip(), ""
-
-
 class LiveFeed:
     """A run on disk."""
 
@@ -315,7 +225,7 @@ class LiveFeed:
             return told
         launched = read_launched(self.run)
         began = launched.t if launched is not None else 0.0
-        return (*told, Entry(began, one_line(f"{_silent(heard + 1, newest)}: {why}"), "bad"))
+        return (*told, Entry(began, one_line(f"{silent_words(heard + 1, newest)}: {why}"), "bad"))
 
     def _newest(self) -> int:
         """The attempt that was started last."""

@@ -7,6 +7,9 @@ from typing import Any
 from engine.errors import EqatError
 from eqat_tui.output import format_clock
 
+OVER = 0.1
+"""A phase that has taken longer than planned is worth a word from this part of what is left on."""
+
 
 def model_name(source: Any) -> str:
     """The last part of a model's source, as people say it."""
@@ -25,7 +28,7 @@ def block_place(block: int, blocks: int) -> str:
 def time_left(eta_s: float | None, over_s: float | None, *, measured: bool = True) -> str:
     """``1:23 left``, and what that goes by where nothing is measured. A phase that outlasts its plan says so
     and counts up."""
-    if over_s is not None and over_s >= 1:
+    if over_s is not None and over_s >= max(1.0, OVER * (eta_s or 0.0)):
         rest = f", then about {format_clock(eta_s)}" if eta_s is not None and eta_s >= 1 else ""
         return f"{format_clock(over_s)} longer than planned{rest}"
     if eta_s is None:

@@ -102,7 +102,7 @@ def _reserve(run: RunDirectory, attempt: int, now: float) -> None:
         EqatError: where not even that has room; an engine could not say so.
     """
     if not os.path.lexists(run.status_path):
-        atomic_write_json(run.status_path, Status(doing="starting", heartbeat=now, attempt=attempt))
+        atomic_write_json(run.status_path, Status(doing="starting Python", heartbeat=now, attempt=attempt))
 
 
 def refuse_second(run: RunDirectory, *, but: int = 0) -> None:

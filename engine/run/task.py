@@ -20,13 +20,15 @@ JOBS: Mapping[str, tuple[str, str]] = {
 }
 """What is done with a finished run, each a job of its own beside it: its name, and the command that does
 it."""
+LONGEST_NAME = 16
+"""Letters of a task that is not known here."""
 NEW_TOKENS = 64
 """A sample has at most so many, where nobody says how many."""
 
 
 def job_name(task: str) -> str:
     """What a task is called in a sentence; one that is not known here by its own name."""
-    return JOBS[task][0] if task in JOBS else task[:40]
+    return JOBS[task][0] if task in JOBS else task[:LONGEST_NAME]
 
 
 def is_job(task: str) -> bool:

@@ -54,8 +54,16 @@ class Difference:
         models = {str(run.model) for run in runs}
         self.models = len(models) > 1
         measured = [_measured(run) for run in runs]
-        self.texts = _differ([(e.corpus, e.tokens) if e else None for e in measured])
-        self.contexts = _differ([e.sequence_length if e else None for e in measured])
+        self.measures = [
+            name
+            for name, values in (
+                ("texts", [e.corpus if e else None for e in measured]),
+                ("contexts", [e.sequence_length if e else None for e in measured]),
+            )
+            if _differ(values)
+        ]
+        if not self.measures and _differ([e.tokens if e else None for e in measured]):
+            self.measures = ["numbers of tokens"]  # which follow from the others
         self.places = _differ([run.place for run in runs])
         self.unfinished = [run.letter for run in runs if run.state.outcome != "done"]
 
@@ -65,10 +73,10 @@ class Difference:
         if self.models:
             of = self._each(lambda run: model_name(run.settings.get("model.source")))
             said.append(f"These are different models ({of}): no number of one is better than one of another.")
-        what = [word for word, differs in (("texts", self.texts), ("contexts", self.contexts)) if differs]
-        if what:
-            on = self._each(lambda run: _conditions(_measured(run)))
-            said.append(f"Perplexity was measured on different {' and '.join(what)}, none is marked: {on}.")
+        if self.measures:
+            how = self._each(lambda run: _conditions(_measured(run)))
+            what = " and ".join(self.measures)
+            said.append(f"Perplexity was measured with different {what}, none is marked: {how}.")
         if self.places and not self.models:
             said.append("They worked on different machines or devices: no time is marked.")
         if self.unfinished and not self.models:
@@ -113,7 +121,7 @@ def _results(runs: Sequence[Compared], found: Difference) -> list[list[str | Spa
     """What came of each run; the smallest number is marked where they are of one thing."""
     table: list[list[str | Span]] = []
     measured = [run.state.perplexity() for run in runs]
-    alike = not (found.models or found.texts or found.contexts)
+    alike = not (found.models or found.measures)
     for stage in versions(name for one in measured for name in one):
         values = [one.get(stage) for one in measured]
         if any(value is not None for value in values):

@@ -11,7 +11,8 @@ from engine.run.deaths import KILLED
 from engine.run.state import MAX_BLOCKS, BlockRow, RunState
 from engine.run.task import job_name
 from eqat_tui.display import fraction, left_words
-from eqat_tui.feed import Entry, RunView
+from eqat_tui.feed import RunView
+from eqat_tui.journal import Entry
 from eqat_tui.lines import Line, Span, bar, beside, columns, cut, few, line, width_of, wrap
 from eqat_tui.output import (
     cell,

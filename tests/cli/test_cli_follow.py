@@ -354,7 +354,7 @@ def terminal_output(where: Path, **extra: str) -> str:
 
 def test_a_terminal_gets_a_live_display_that_restores_the_cursor(tmp_path: Path) -> None:
     seen = terminal_output(tmp_path, TERM="xterm-256color")
-    assert "block 1/4" in seen
+    assert "block 0 of 0–3" in seen
     assert "tokens/s" in seen
     assert "1:30 left" in seen
     assert seen.count("\x1b[?25l") == seen.count("\x1b[?25h") >= 1  # cursor hidden, cursor shown

@@ -14,7 +14,7 @@ from soak_runs import Whole
 from soak_tools import Row, die_before_change
 
 from engine.run.directory import RunDirectory
-from engine.run.liveness import run_state
+from engine.run.liveness import look, run_state
 
 MOST_CHANGES = 24
 """Of folders, that an export makes at most."""
@@ -55,7 +55,7 @@ def _undisturbed(run: RunDirectory, task: str) -> float:
 def _watch(run: RunDirectory, child: Child, kill_after: float | None) -> bool:
     """Until the process has ended or was killed: whether the export was missing at any moment."""
     weights = run.export_dir / "gptq_v2" / "model.safetensors"
-    wait_until(lambda: run_state(run) == "running" or not child.alive())
+    wait_until(lambda: look(run).work is not None or not child.alive())
     deadline = None if kill_after is None else time.monotonic() + kill_after
     missing = False
     while child.alive():

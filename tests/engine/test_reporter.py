@@ -216,11 +216,27 @@ def test_blocks_that_were_restored_do_not_make_the_rest_look_quick(clock: Clock,
             report.block_finished(restored=True)
         report.block_started(8, 10)
         assert report.time_left().measured is False
-        clock.now += 0.4
-        report.metric(step=2, steps=4, epoch=0, loss=1.0)
+        for step in (1, 2):
+            clock.now += 0.2
+            report.metric(step=step, steps=4, epoch=0, loss=1.0)
         eta = report.time_left().seconds
         # Half a block took 0.4 s, one and a half are left.
         assert eta == pytest.approx(1.2)
+
+
+def test_a_training_that_goes_on_inside_a_block_is_not_taken_for_a_quick_one(
+    clock: Clock, report: Reporter
+) -> None:
+    report.begin(["e2e_qp"], {"e2e_qp": 100.0})
+    with report.phase("e2e_qp"):
+        clock.now += 1.0
+        report.metric(step=801, steps=1000, epoch=0, loss=1.0)
+        assert not report.time_left().measured, "800 steps were there already"
+        for step in range(802, 862):
+            clock.now += 1.0
+            report.metric(step=step, steps=1000, epoch=0, loss=1.0)
+            report.time_left()
+        assert report.time_left().seconds == pytest.approx(139.0, rel=0.05)
 
 
 def test_the_estimate_never_fails_whatever_the_phases_do(report: Reporter) -> None:

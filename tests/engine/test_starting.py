@@ -27,7 +27,7 @@ def test_an_engine_says_at_once_that_it_starts_and_what_it_loads(make: Make, eng
     run = make()
     child = engine(run, module=True)
     child.until(lambda: of(run, events.AttemptStarting))
-    child.until(lambda: read_status(run) is not None)
+    child.until(lambda: (said := read_status(run)) is not None and said.pid == child.pid)
     child.send(signal.SIGSTOP)
     assert not of(run, events.RunStarted), "the libraries were faster than we"
     status = read_status(run)

@@ -22,7 +22,8 @@ from engine.run.status import Status
 from engine.system.printable import hides
 from eqat_tui import display, run_text
 from eqat_tui.charts import chart
-from eqat_tui.feed import Journal, LiveFeed, Replay, ReplayFeed, RunView
+from eqat_tui.feed import LiveFeed, Replay, ReplayFeed, RunView
+from eqat_tui.journal import Journal
 from eqat_tui.lines import Line, width_of
 from eqat_tui.plan_text import plan_text
 from eqat_tui.views import comparison, monitor, result, run_charts, run_machine, runs, setup
@@ -55,7 +56,7 @@ def view_of(log: Sequence[Event], liveness: Any, config: Any = None, **status: A
         liveness=liveness,
         now=1_764_000_000.0,
         config=config,
-        journal=journal.told(liveness),
+        journal=journal.told("killed" if liveness == "crashed" else ""),
         replay=replay,
     )
 

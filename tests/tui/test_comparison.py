@@ -63,7 +63,11 @@ def evaluated(run: Compared, **changes: Any) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "word"),
-    [({"corpus": "wikitext2"}, "texts"), ({"tokens": 99}, "texts"), ({"sequence_length": 512}, "contexts")],
+    [
+        ({"corpus": "wikitext2"}, "texts"),
+        ({"tokens": 99}, "numbers of tokens"),
+        ({"sequence_length": 512}, "contexts"),
+    ],
 )
 def test_another_text_or_context_crowns_no_perplexity(
     changes: dict[str, Any], word: str, recorded: Recorded
@@ -73,7 +77,7 @@ def test_another_text_or_context_crowns_no_perplexity(
     lines = rows(runs)
     assert crowned(lines) == {"size", "bits per weight", "time"}
     said = " ".join(line for line in lines if line.strip())
-    assert f"≠ Perplexity was measured on different {word}" in said
+    assert f"≠ Perplexity was measured with different {word}" in said
     assert all(str(value) in said for value in changes.values())
 
 

@@ -22,7 +22,7 @@ from engine.config.overrides import apply_overrides
 from engine.run.directory import RunDirectory
 from engine.run.finding import list_runs
 from engine.run.launch import launch
-from engine.run.liveness import run_state
+from engine.run.liveness import look, run_state
 from engine.run.state import load_state
 
 pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
@@ -36,7 +36,7 @@ def tmux(tmp_path: Path) -> Iterator[Tmux]:
     terminal("kill-server")
     for run in list_runs(tmp_path / "runs"):
         for _ in range(200):
-            if run_state(run) not in ("running", "created"):
+            if look(run).work is None:
                 break
             time.sleep(0.1)
 
@@ -53,7 +53,7 @@ def headless(folder: Path) -> RunDirectory:
     config = resolve(apply_overrides(load("smoke"), changes))
     run = RunDirectory.create(folder, config)
     launch(run)
-    wait_until(lambda: run_state(run) not in ("created", "running"), seconds=2 * PATIENCE)
+    wait_until(lambda: look(run).work is None, seconds=2 * PATIENCE)
     assert run_state(run) == "done"
     return run
 

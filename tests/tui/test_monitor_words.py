@@ -55,6 +55,7 @@ def at_work(status: Status | None) -> RunView:
         (Status(eta_s=500.0), "8:20 left"),
         (Status(eta_s=0.0, eta_measured=False, over_s=42.0), "0:42 longer than planned"),
         (Status(eta_s=65.0, over_s=42.0), "0:42 longer than planned, then about 1:05"),
+        (Status(eta_s=900.0, eta_measured=False, over_s=4.0), "about 15:00 left by the plan"),
         (Status(), ""),
         (None, ""),
     ],
