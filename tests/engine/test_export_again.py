@@ -410,8 +410,7 @@ def test_a_copy_for_which_a_disk_has_no_room_ends_with_7_and_leaves_nothing_ther
     assert run_here(done, *EXPORT, "--to", str(disk / "copy")) == 7
     assert os.listdir(disk) == []
     assert exported(done) == before
-    new = of(done, events.Export)[told:]
-    assert [event.copied_to for event in new] == [""], "the export in the run is there, and told"
+    assert len(of(done, events.Export)) == told, "the export in the run is there, told and not made again"
     mount(disk, "4m")
     assert run_here(done, *EXPORT, "--to", str(disk / "copy")) == 0
     assert sorted(os.listdir(disk / "copy")) == sorted(before)
