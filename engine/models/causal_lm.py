@@ -35,13 +35,10 @@ from engine.architecture.positions import PositionTable, position_table
 from engine.errors import PreflightError
 from engine.gpu.compiled import Compiled, P, T
 from engine.models.foreign import foreign
-from engine.models.gguf import GGUFReader
-from engine.models.names import TensorNames
-from engine.models.parameters import check_checkpoint, load_buffers, load_parameter
-from engine.models.random_weights import RandomReader
+from engine.models.parameters import check_checkpoint, load_buffers, load_parameter, named
 from engine.models.skeleton import build_skeleton, find_blocks, linear_names, refuse_block, text_config
 from engine.models.source import ModelSource
-from engine.models.weights import NamedReader, SafetensorsReader, WeightReader
+from engine.models.weights import NamedReader
 
 KEPT_SHAPES = 4
 """Batch shapes whose block arguments are kept; masks of long sequences are not small."""
@@ -70,7 +67,7 @@ class CausalLM:
             self._prefix, self._blocks = find_blocks(self.model)
         for index, block in enumerate(self._blocks):
             refuse_block(block, self.block_prefix(index))
-        self.names, self.weights = self._named(source)
+        self.names, self.weights = named(self.model, source)
         with foreign(f"{type(self.model).__name__} has no usable embeddings", source.name):
             self.tied = self._tie_as_stored()
         check_checkpoint(self.model, self.names, self.weights, source)
@@ -227,17 +224,6 @@ class CausalLM:
                 self._blocks[index] = block
 
     # -- loading -----------------------------------------------------------------------------------
-
-    def _named(self, source: ModelSource) -> tuple[TensorNames, WeightReader]:
-        """The checkpoint under the model's names, and what they are in it."""
-        if isinstance(source.weights, GGUFReader | RandomReader):
-            return TensorNames(self.model, ()), source.weights
-        stored = source.weights.names()
-        if isinstance(source.weights, SafetensorsReader):
-            stored += source.weights.unlisted()
-        with foreign(f"the names of {type(self.model).__name__}'s tensors are not understood", source.name):
-            names = TensorNames(self.model, stored)
-        return names, NamedReader(source.weights, names.stored)
 
     def load_block(
         self, index: int, dtype: torch.dtype | None = None, device: torch.device | None = None

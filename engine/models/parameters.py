@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from engine.architecture.refusals import missing_tensor, refuse_stored_type
 from engine.errors import PreflightError
+from engine.models.foreign import foreign
 from engine.models.gguf import GGUFReader
 from engine.models.names import TensorNames
+from engine.models.random_weights import RandomReader
 from engine.models.source import ModelSource
-from engine.models.weights import TYPE_NAMES, WeightReader
+from engine.models.weights import TYPE_NAMES, NamedReader, SafetensorsReader, WeightReader
+
+
+def named(model: PreTrainedModel, source: ModelSource) -> tuple[TensorNames, WeightReader]:
+    """The names of a model's tensors in its checkpoint, and the checkpoint under the model's names."""
+    if isinstance(source.weights, GGUFReader | RandomReader):
+        return TensorNames(model, ()), source.weights
+    stored = source.weights.names()
+    if isinstance(source.weights, SafetensorsReader):
+        stored += source.weights.unlisted()
+    with foreign(f"the names of {type(model).__name__}'s tensors are not understood", source.name):
+        names = TensorNames(model, stored)
+    return names, NamedReader(source.weights, names.stored)
 
 
 def check_checkpoint(
