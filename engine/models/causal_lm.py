@@ -54,6 +54,9 @@ class _Enough(Exception):
 class CausalLM:
     """A model whose blocks are loaded, used and dropped one at a time."""
 
+    # Some families rewrite their rotary tables in place for longer texts, which tensors born in inference
+    # mode forbid: those of a model that is opened inside of it have to be like all others.
+    @torch.inference_mode(False)
     def __init__(self, source: ModelSource, device: torch.device, dtype: torch.dtype) -> None:
         self.source = source
         self.device = device

@@ -9,6 +9,7 @@ from typing import Any
 
 import families
 import pytest
+import torch
 import variants
 from engine_runs import of, output, start
 
@@ -75,6 +76,15 @@ def test_the_page_has_every_variant_and_nothing_else() -> None:
 def test_every_family_of_the_table_is_tried() -> None:
     tried = {settings.get("model_type", name) for name, settings in variants.VARIANTS.items()}
     assert set(FAMILIES) <= tried
+
+
+def test_a_model_that_is_opened_inside_of_inference_mode_is_like_any_other(tmp_path: Path) -> None:
+    """As a verification opens it; longrope rewrites its table in place."""
+    folder = variants.build(tmp_path / "model", "phi3_longrope")
+    with torch.inference_mode():
+        lm = families.opened(folder)
+    assert isinstance(lm, CausalLM), lm
+    assert families.difference(lm, folder) < 1e-5
 
 
 # -- texts that are longer than a table of positions ----------------------------------------------------
