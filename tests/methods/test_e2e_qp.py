@@ -259,9 +259,14 @@ def test_scales_stay_positive_under_a_ruinous_learning_rate(lm: CausalLM) -> Non
 
 
 def test_what_is_trained_is_what_is_saved_also_where_float16_ends(lm: CausalLM) -> None:
-    """A rate that drives scales far beyond it: they stop at its border, and no infinity is written."""
-    seen = 0
-    for layer in packed_linears(train(lm, settings(lr=1e6, epochs=1))).values():
+    """A rate that drives scales far beyond it: they stop at its border, no infinity is written, and the
+    training is refused."""
+    config, blocks, seen = settings(lr=1e6, epochs=1), installed(lm, rounded(lm)), 0
+    with pytest.raises(NonFiniteError, match="a scale has grown to 65504"):
+        train_scales(
+            lm, blocks, data(lm, config), config, seed=0, dtype=torch.float32, progress=Heard(due=True)
+        )
+    for layer in packed_linears(blocks).values():
         assert layer.scale.max() <= LARGEST_STORED_SCALE
         saved = layer.packed().scale.float()
         torch.testing.assert_close(saved, layer.scale.detach(), rtol=1e-3, atol=2.0**-25)

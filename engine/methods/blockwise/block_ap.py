@@ -33,6 +33,7 @@ from engine.config.grid import GridConfig
 from engine.errors import NonFiniteError
 from engine.gpu.compiled import SWITCH_HINT, Compiled
 from engine.methods.blockwise.reconstruction import Reconstruction, Streams, reconstruction_loss
+from engine.methods.runaway import refuse_runaway
 from engine.quant.fake_linear import freeze_block
 from engine.quant.packed import PackedBlock
 from engine.training.loop import NON_FINITE_HINT, Settings, Training
@@ -132,6 +133,9 @@ def _trained(reconstruction: Reconstruction, training: Training, *, trains: bool
             where=training.settings.where,
             hint=NON_FINITE_HINT,
         )
+    if trains:
+        scales = (linear.scale for linear in reconstruction.linears.values())
+        refuse_runaway(scales, position.steps_done, training.settings.where)
     reconstruction.close()  # rounding wants the memory
     return BlockResult(
         freeze_block(reconstruction.block, reconstruction.linears),

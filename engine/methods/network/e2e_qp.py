@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from engine.config.e2e_qp import E2EQPConfig
 from engine.methods.network.network import Network, NetworkData, NetworkResult, train_network
+from engine.methods.runaway import refuse_runaway
 from engine.quant.grid import RELATIVE_SCALE_FLOOR
 from engine.quant.packed import PackedLinear, into_domain, smallest_trained
 from engine.training.loop import Settings
@@ -75,7 +76,10 @@ def train_scales(
         warmup_fraction=config.warmup_fraction,
         world=world,
     )
-    return train_network(network, settings, progress, snapshot, keeper)
+    result = train_network(network, settings, progress, snapshot, keeper)
+    trained = (layer.scale for layer, floor in network.layers if floor is not None)
+    refuse_runaway(trained, result.steps, WHERE)
+    return result
 
 
 class _Scales(Network):
