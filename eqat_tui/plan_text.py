@@ -86,7 +86,7 @@ def at_a_time(plan: Mapping[str, Any]) -> dict[str, str]:
     found = {phase_label(name): count for name, count in plan["micro_batches"].items() if count}
     if not found:
         return {}
-    return {"sequences at a time": ", ".join(f"{count:g} in {label}" for label, count in found.items())}
+    return {"at a time": ", ".join(f"{count:g} sequences in {label}" for label, count in found.items())}
 
 
 def recovery(found: Mapping[str, Any]) -> dict[str, str]:

@@ -77,10 +77,10 @@ def export(job: Job, copy_to: Path | None = None) -> None:
             _tell(job, written, verified, files, copied)
 
 
-def _count(job: Job, index: int, formats: int, checking: bool, done: int, blocks: int) -> None:
-    """How far the phase is: each format is written block by block, and then read back so."""
+def _count(job: Job, index: int, formats: int, checking: bool, done: int, _: int) -> None:
+    """How far the phase is: each format is written block by block, and then read back twice so."""
     job.report.doing = "reading it back" if checking else "writing"
-    job.report.step((2 * index + checking) * blocks + done, 2 * formats * blocks)
+    job.report.step((3 * index + checking) * job.blocks + done, 3 * formats * job.blocks)
 
 
 def _needed(job: Job, layout: Layout) -> int:

@@ -119,7 +119,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": {"rope_type": "no_such"}}, "rope_type"),
     ({"layer_types": ["full_attention"]}, "layer_types"),
     ({"layer_types": ["no_such"] * 3}, "layer_types"),
-    ({"pad_token_id": 320}, "pad_token_id"),
     ({"dtype": "float33"}, "dtype"),
     ({"attention_bias": "false"}, "attention_bias"),
     ({"num_hidden_layers": 4}, "model.layers.3.self_attn.q_proj.weight"),
