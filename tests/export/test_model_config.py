@@ -138,7 +138,8 @@ SCALED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_scaled_partial_and_nested_settings_have_their_older_names(family: str) -> None:
     changes, wanted = SCALED[family]
     original = CONFIG_MAPPING[family](**{"max_position_embeddings": 256, **json.loads(json.dumps(changes))})
-    content = saved(original)
+    # Some versions of transformers write an older name beside it, with the default of its class.
+    content = {name: value for name, value in saved(original).items() if name not in wanted}
     written = export_config(content, content)
     for name, value in wanted.items():
         if isinstance(value, tuple):
