@@ -14,7 +14,7 @@ import msgspec
 from engine.architecture.headers import TensorInfo
 from engine.errors import PreflightError
 
-ONLY_LINEAR = "only blocks whose projections are nn.Linear work; choose a dense Transformer"
+ONLY_LINEAR = "only blocks whose projections are nn.Linear work; choose a dense Transformer of such"
 EXPERTS = "fused expert weights are not nn.Linear layers, so a mixture of experts cannot be quantized"
 CONVOLUTION = (
     "blocks with convolutions or recurrences (state spaces, linear attention) cannot be quantized: "

@@ -147,7 +147,7 @@ def exports(view: RunView, width: int) -> list[Line]:
         if done.perplexity is not None and done.perplexity_trained is not None:
             checks.append(
                 f"perplexity on {format_count(done.tokens or 0)} tokens {format_number(done.perplexity)} "
-                f"reloaded, {format_number(done.perplexity_trained)} trained"
+                f"read as declared, {format_number(done.perplexity_trained)} trained"
             )
         lines += [line("  ", *row) for row in wrap("; ".join(checks), width - 2, "muted") if checks]
         place = wrap(shorten(export_path(view.path, done.path)), width - 2)
