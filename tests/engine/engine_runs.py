@@ -7,6 +7,7 @@ what users get: ``python -m engine RUN_DIR``).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -142,6 +143,11 @@ class Child:
         os.kill(self.pid, number)
         if number == signal.SIGSTOP:
             wait_until(lambda: stands_still(self.pid))
+
+    def kill(self) -> None:
+        """SIGKILL, unless it has just ended by itself: asking before does not tell."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
 
     def alive(self) -> bool:
         if isinstance(self.process, subprocess.Popen):

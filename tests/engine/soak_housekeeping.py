@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import shutil
 import signal
@@ -48,7 +47,7 @@ def _crashed(folder: Path) -> RunDirectory:
     run = make_run(folder, {**SETTINGS, "runtime.streams": "stored"})
     child = start(run)
     child.until(lambda: len(of(run, events.CheckpointCommitted)) >= COMMITS)
-    os.kill(child.pid, signal.SIGKILL)
+    child.kill()
     child.code()
     # What kills inside a write leave behind.
     objects = run.checkpoints_dir / "objects"

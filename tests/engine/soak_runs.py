@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,7 +87,7 @@ def soak_run(run: RunDirectory, seed: int, whole: Whole, most: int) -> Soaked:
         wait_until(lambda child=child: run_state(run) == "running" or not child.alive())
         time.sleep(chance.uniform(0, LATEST_KILL * whole.seconds))
         if child.alive():
-            os.kill(child.pid, signal.SIGKILL)
+            child.kill()
             phases.append(last_phase(run))
         child.code()
     finish(run)

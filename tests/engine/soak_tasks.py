@@ -62,7 +62,7 @@ def _watch(run: RunDirectory, child: Child, kill_after: float | None) -> bool:
         for _ in range(200):  # asking whether it lives costs more than looking
             missing = missing or not _there(weights)
         if deadline is not None and time.monotonic() > deadline:
-            os.kill(child.pid, signal.SIGKILL)
+            child.kill()
             break
     return missing
 
