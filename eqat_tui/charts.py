@@ -73,7 +73,6 @@ def chart(
     ascii_only: bool = False,
     marks: bool = False,
     x_name: str = "",
-    y_format: Callable[[float], str] = format_number,
     x_range: tuple[float, float] | None = None,
     y_from_zero: bool = False,
     y_top: float | None = None,
@@ -110,7 +109,7 @@ def chart(
                 place = (x // 2, rows - 1 - y // 4)
                 bits = cells.get(place, (0, "", ""))[0] | _DOTS[x % 2][3 - y % 4]
                 cells[place] = (bits, "", one.role)
-    labels = _labels(y_axis, rows, y_format)
+    labels = _labels(y_axis, rows)
     lines = [_row(cells, labels.get(row, ""), row, inner) for row in range(rows)]
     broken = [x for one in series for x, y in one.points if _is_broken(y) and _drawn(x)]
     return [*lines, _x_line(x_axis, x_name, inner, broken)]
@@ -200,14 +199,20 @@ def _line(x0: int, y0: int, x1: int, y1: int) -> list[tuple[int, int]]:
     ]
 
 
-def _labels(axis: Axis, rows: int, y_format: Callable[[float], str]) -> dict[int, str]:
+def _labels(axis: Axis, rows: int) -> dict[int, str]:
     """Text of the y axis by row: top, bottom, and in between where there is room."""
     wanted = [0, rows - 1] if rows < 5 else [0, rows // 2, rows - 1]
-    return {row: y_format(axis.value(1 - row / (rows - 1))) for row in wanted}
+    return {row: _label(axis.value(1 - row / (rows - 1))) for row in wanted}
+
+
+def _label(value: float) -> str:
+    """A number with as many digits as its label has room for: one that is cut has lost its exponent."""
+    texts = (format_number(value, digits) for digits in (4, 3, 2, 1))
+    return next((text for text in texts if len(text) <= LABEL), "")
 
 
 def _row(cells: dict[tuple[int, int], tuple[int, str, str]], label: str, row: int, inner: int) -> Line:
-    spans: Line = [(label[:LABEL].rjust(LABEL), "muted"), ("┤" if label else "│", "muted")]
+    spans: Line = [(label.rjust(LABEL), "muted"), ("┤" if label else "│", "muted")]
     for column in range(inner):
         bits, mark, role = cells.get((column, row), (0, "", ""))
         text = mark or (chr(0x2800 + bits) if bits else " ")
@@ -222,6 +227,8 @@ def _row(cells: dict[tuple[int, int], tuple[int, str, str]], label: str, row: in
 def _x_line(axis: Axis, name: str, inner: int, broken: Sequence[float]) -> Line:
     """The x axis: its ends, its name, and where a number was not finite."""
     left, right = _whole(axis.low), _whole(axis.high)
+    if len(left) + len(right) >= inner:  # half a number is another number
+        left, right = "", right if len(right) <= inner else ""
     middle = f"{name}" if name else ""
     room = inner - len(left) - len(right)
     middle = middle.center(room) if len(middle) + 2 <= room else " " * max(0, room)

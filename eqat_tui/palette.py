@@ -9,8 +9,10 @@ alone.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -188,8 +190,34 @@ def to_ascii(text: str) -> str:
         return text
     from rich.cells import cell_len
 
-    text = text.translate(SIGNS)
+    text = _short(text).translate(SIGNS)
     return "".join(letter if letter.isascii() else "?" * cell_len(letter) for letter in text)
+
+
+_SPELLED = (("↑↓", "up/down"), ("→", "->"), ("←", "<-"))
+"""Signs of which one letter would be read as another key (``>``, ``^v``), and what they are in ASCII."""
+_SHORT = str.maketrans({"→": ">", "←": "<"})
+
+
+def _short(text: str) -> str:
+    """Arrows where a line has no room for more than one letter."""
+    return text.translate(_SHORT)
+
+
+def spelled(text: str) -> list[tuple[int, int, str]]:
+    """How a line's arrows are spelled out in ASCII: from where to where what takes their place, from the end
+    of the line to its beginning. The room comes from the next blanks that have some to spare, so the line
+    stays as wide; without such blanks before the next border an arrow stays one letter."""
+    changes: list[tuple[int, int, str]] = []
+    for sign, words in _SPELLED:
+        more = len(words) - len(sign)
+        for found in re.finditer(sign, text):
+            blanks = re.compile(f"[^│┃]*?( {{{more + 1},}})").match(text, found.end())
+            taken = blanks is not None and any(begin == blanks.start(1) for begin, _, _ in changes)
+            if blanks is not None and not taken:
+                changes.append((found.start(), found.end(), words))
+                changes.append((blanks.start(1), blanks.start(1) + more, ""))
+    return sorted(changes, reverse=True)
 
 
 class PrintableFilter(LineFilter):
@@ -224,5 +252,19 @@ class AsciiFilter(LineFilter):
     def apply(self, segments: list[Segment], background: Color) -> list[Segment]:
         return [
             segment if segment.control else Segment(to_ascii(segment.text), segment.style)
-            for segment in segments
+            for segment in _with_room(segments)
         ]
+
+
+def _with_room(segments: list[Segment]) -> list[Segment]:
+    """The line with its arrows spelled out."""
+    changes = spelled("".join(segment.text for segment in segments))
+    letters = [(letter, segment) for segment in segments for letter in segment.text] if changes else []
+    if not changes or any(segment.control for segment in segments):
+        return segments
+    for begin, end, words in changes:
+        letters[begin:end] = [(letter, letters[begin][1]) for letter in words]
+    return [
+        Segment("".join(letter for letter, _ in group), style)
+        for style, group in groupby(letters, key=lambda one: one[1].style)
+    ]

@@ -1,4 +1,5 @@
-"""Our own signs for terminals and files that have only ASCII: each becomes one that is as wide."""
+"""Our own signs for terminals and files that have only ASCII: each becomes one that is as wide, but arrows
+to the right and the left, which would be read as keys."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ SIGNS: dict[int, str] = str.maketrans(
         **dict.fromkeys("┌┐└┘├┤┬┴┼╭╮╰╯┏┓┗┛╔╗╚╝╠╣╦╩╬╇╈", "+"),
         **dict.fromkeys("█▉▊▋■●◉⬤▇▆▅▄▃▂", "#"),
         **dict.fromkeys("░▒▓·•∙○◌□", "."),
-        **dict.fromkeys("▸▶→❯➜›", ">"),
-        **dict.fromkeys("◂◀←❮‹", "<"),
-        **dict.fromkeys("▾▼↓", "v"),
+        **dict.fromkeys("►▶❯➜›", ">"),
+        **dict.fromkeys("◂◀❮‹", "<"),
+        **dict.fromkeys("▼↓", "v"),
         **dict.fromkeys("▴▲↑", "^"),
         **dict.fromkeys("✓✔", "+"),
         **dict.fromkeys("✗✘×", "x"),
@@ -19,6 +20,10 @@ SIGNS: dict[int, str] = str.maketrans(
         **dict.fromkeys("“”", '"'),
         **dict.fromkeys("‘’", "'"),
         **dict.fromkeys("▀", "="),
+        "→": "->",
+        "←": "<-",
+        "▸": "+",  # what can be unfolded
+        "▾": "-",  # what is unfolded
         "‖": "|",
         "…": "~",
         "°": " ",

@@ -37,7 +37,7 @@ def open_standard_streams() -> None:
     """Make the three standard streams usable.
 
     - Closed descriptors are opened on ``/dev/null``, and streams that are ``None`` stand for them.
-    - A letter that the encoding of output or error lacks becomes ASCII (``→`` is ``>``, others ``\\u4e2d``).
+    - A letter that the encoding of output or error lacks becomes ASCII (``→`` is ``->``, others ``\\u4e2d``).
     - A failed write to output is one :class:`OutputError`, to error it is passed over; both once.
 
     Streams that are something else already (a test's, another program's that called us) are left alone.

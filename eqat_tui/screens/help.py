@@ -9,7 +9,7 @@ from eqat_tui.screens.dialogs import Reader
 from eqat_tui.screens.table import SCREENS
 
 MOVING = (
-    ("↑ ↓ j k", "Move"),
+    ("↑↓ j k", "Move"),
     ("g G", "Top and bottom"),
     ("pgup pgdn", "A page up and down"),
     ("enter", "Choose"),

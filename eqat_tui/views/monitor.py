@@ -107,16 +107,30 @@ def remaining(view: RunView) -> str:
     return left_words(view.at_work) if view.live or view.replay is not None else ""
 
 
-def share_done(state: RunState) -> float | None:
-    """How much of the run is done, its phases weighed by the plan's seconds.
+def share_done(state: RunState, left_s: float | None = None) -> float | None:
+    """How much of the whole run is done.
 
-    What is finished stays finished, whatever the pace and however often the run was interrupted.
+    Where a time left is known the share is that of the work in it, so the two never contradict each other.
+    Otherwise the phases are weighed by the plan's seconds, those that are finished by what they really took.
     """
+    worked = elapsed(state)
+    if left_s is not None and worked + left_s > 0:
+        return share(worked, worked + left_s)
     plan = known(state.plan)
-    planned = {phase["name"]: phase["seconds"] or 0.0 for phase in plan["phases"]}
-    total = number(sum(planned.values()))
-    done = sum(seconds * _share_of(state, name, plan["blocks"]) for name, seconds in planned.items())
+    took = {row.name: row.seconds for row in state.accounted().phases if row.finished}
+    seconds = {phase["name"]: took.get(phase["name"], phase["seconds"] or 0.0) for phase in plan["phases"]}
+    total = number(sum(seconds.values()))
+    done = sum(of_phase * _share_of(state, name, plan["blocks"]) for name, of_phase in seconds.items())
     return share(done, total) if total else None
+
+
+def _known_left(view: RunView) -> float | None:
+    """Seconds left, where the screen shows them; none where a phase has outlasted its plan, whose own rest
+    nobody knows."""
+    status = view.at_work.status
+    if status is None or status.over_s is not None or not remaining(view):
+        return None
+    return number(status.eta_s)
 
 
 def _share_of(state: RunState, phase: str, planned: int | None) -> float:
@@ -168,7 +182,7 @@ def _run_line(view: RunView, width: int) -> Line:
     state = view.state
     left = remaining(view)
     worked = elapsed(state)
-    whole = share_done(state)
+    whole = share_done(state, _known_left(view))
     clock = line(f"{whole:4.0%}  " if whole is not None else "", (f"{format_clock(worked)} done", "muted"))
     if left:
         clock += line("  ", (left, "strong"))

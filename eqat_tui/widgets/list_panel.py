@@ -19,7 +19,7 @@ from textual.strip import Strip
 from eqat_tui.lines import Line, line
 from eqat_tui.widgets.panel import entitle, paint
 
-CURSOR = "▸"
+CURSOR = "►"
 
 
 class RowMessage(Message):

@@ -57,8 +57,8 @@ def test_a_child_has_all_three_streams_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("encoding", "shown"),
     [
-        ("ascii", rb"1 > 2 x + - ~ \xe9 \u4e2d \udcff"),
-        ("latin-1", b"1 > 2 \xd7 + - ~ \xe9 \\u4e2d \\udcff"),
+        ("ascii", rb"1 -> 2 x + - ~ \xe9 \u4e2d \udcff"),
+        ("latin-1", b"1 -> 2 \xd7 + - ~ \xe9 \\u4e2d \\udcff"),
         ("utf-8", "1 → 2 × ✓ – … é 中 ".encode() + rb"\udcff"),
     ],
 )

@@ -48,6 +48,23 @@ def test_a_logarithmic_scale_makes_an_exponential_straight() -> None:
     assert max(steps) - min(steps) <= 1
 
 
+@pytest.mark.parametrize("width", [24, 40, 60])
+@pytest.mark.parametrize(
+    "scale", [1.0, 2.7391e-5, -2.7391e-5, 1.8702e-120, -9.9999e-250, 4.5678e12, -3.21e280]
+)
+def test_labels_of_an_axis_are_whole_numbers_with_their_exponent(scale: float, width: int) -> None:
+    made = [plain(row) for row in chart([Series("loss", [(1, scale), (9, scale * 3)])], width, 10)]
+    labels = [float(row.split("┤")[0]) for row in made if "┤" in row]
+    assert labels == pytest.approx(sorted([scale, 2 * scale, 3 * scale], reverse=True), rel=0.1)
+
+
+def test_an_x_axis_without_room_has_no_half_numbers() -> None:
+    points: list[tuple[float, float | None]] = [(1_234_567.0, 1.0), (7_654_321.0, 2.0)]
+    for width in range(14, 60):
+        words = plain(chart([Series("loss", points)], width, 5)[-1]).split()
+        assert set(words) <= {"1234567", "7654321"}
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_marked_on_the_axis(value: float) -> None:
     points = [(0.0, 1.0), (1.0, 0.9), (2.0, value), (3.0, 0.7), (4.0, 0.6)]

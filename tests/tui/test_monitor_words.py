@@ -1,7 +1,8 @@
-"""Numbers that a person plans the day by: they never go backwards and say what they rest on."""
+"""Numbers that a person plans the day by: they agree with each other and say what they rest on."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import msgspec
@@ -22,22 +23,52 @@ from eqat_tui.views import monitor, run_machine
 Recorded = Callable[[str], RunDirectory]
 
 
-def shares(log: Log) -> list[float]:
-    """The part of the run that is shown as done, after each event."""
+def shares(log: Log) -> list[tuple[bool, float]]:
+    """The part of the run that is shown as done, after each event, and whether a phase ended with it."""
     state, found = RunState(), []
     for event in log.events:
         state = state.apply(event)
         share = monitor.share_done(state)
         if share is not None:
-            found.append(share)
+            found.append((isinstance(event, events.PhaseFinished), share))
     return found
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_what_is_done_never_becomes_less(name: str) -> None:
+def test_what_is_done_never_becomes_less_before_a_phase_is_measured(name: str) -> None:
+    """At the end of a phase what it took replaces what was planned; in between there is only more."""
     found = shares(RECORDED[name]("run"))
-    assert found == sorted(found)
-    assert found[-1] == pytest.approx(1.0) if name == "finished" else 0.0 < found[-1] < 1.0
+    steps = itertools.pairwise(found)
+    assert all(after >= before for (_, before), (ends, after) in steps if not ends)
+    last = found[-1][1]
+    assert last == pytest.approx(1.0) if name == "finished" else 0.0 < last < 1.0
+
+
+def test_the_share_of_the_run_agrees_with_the_time_left() -> None:
+    """Whatever the plan promised: 9 s of work with 131 s to come is no 84 %."""
+    view = at_work(Status(eta_s=131.0))
+    worked = monitor.elapsed(view.state)
+    share = worked / (worked + 131.0)
+    assert f" {share:.0%}  " in plain(monitor.progress(view, 120)[1])
+    assert monitor.share_done(view.state, 131.0) == pytest.approx(share)
+    assert monitor.share_done(view.state, 0.0) == 1.0
+    beyond = at_work(Status(eta_s=0.0, eta_measured=False, over_s=42.0))
+    assert "100%" not in plain(monitor.progress(beyond, 120)[1]), "what is left is not known"
+
+
+def test_without_a_time_left_a_finished_phase_weighs_what_it_took() -> None:
+    """Stopped: 12 s were planned for a phase that took half a second, and the training has just begun."""
+    log = Log()
+    log.attempt_begins("run")
+    plan = {
+        "blocks": 4,
+        "phases": [{"name": "prepare", "seconds": 12.0}, {"name": "block_ap", "seconds": 2.0}],
+    }
+    log.add(events.PhaseStarted(phase="prepare", index=0, phases=2))
+    log.add(events.PhaseFinished(phase="prepare", seconds=0.5))
+    log.add(events.PhaseStarted(phase="block_ap", index=1, phases=2))
+    state = msgspec.structs.replace(RunState().apply_all(log.events), plan=plan)
+    assert monitor.share_done(state) == pytest.approx(0.5 / 2.5)
 
 
 def at_work(status: Status | None) -> RunView:

@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.color import Color
+from rich.segment import Segment
+from textual.color import BLACK
 
-from eqat_tui.palette import OUR_THEMES, STYLES, look_at_terminal, style_of, to_ascii
+from eqat_tui.palette import OUR_THEMES, STYLES, AsciiFilter, look_at_terminal, style_of, to_ascii
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,21 @@ def test_ascii_is_as_wide_as_what_it_stands_for(text: str) -> None:
     made = to_ascii(text)
     assert made.isascii()
     assert cell_len(made) == cell_len(text)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "shown"),
+    [
+        (" → change  y copy  ", " -> change y copy  "),
+        ("size 257 MiB → 96.4 MiB  2.67x", "size 257 MiB -> 96.4 MiB 2.67x"),
+        (" ↑↓ move   esc leave it          ", " up/down move   esc leave it     "),
+        ("│ a → b│  c  ", "| a > b|  c  "),
+        ("► ▸ Model  ▾ Grid", "> + Model  - Grid"),
+    ],
+)
+def test_an_arrow_in_ascii_is_no_other_key(drawn: str, shown: str) -> None:
+    made = AsciiFilter().apply([Segment(drawn[:7]), Segment(drawn[7:])], BLACK)
+    assert "".join(segment.text for segment in made) == shown
 
 
 def luminance(colour: str) -> float:
