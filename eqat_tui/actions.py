@@ -18,7 +18,7 @@ from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run import control
 from engine.run.directory import RunDirectory
 from engine.run.events import BULK
-from engine.run.finding import default_runs_dir, find_run
+from engine.run.finding import check_runs_dir, default_runs_dir, find_run
 from engine.run.launch import launch, log_path
 from engine.run.liveness import look, run_state
 from engine.run.lock import holder, is_held, opened_by
@@ -29,6 +29,7 @@ from engine.run.state import RunState, load_state
 from engine.run.status import read_launched
 from engine.run.task import JOBS, is_job, job_name
 from engine.run.usable import is_damaged
+from engine.system.files import existing, is_virtual
 from eqat_tui.display import open_display
 from eqat_tui.follow import Follower, Left
 from eqat_tui.output import cell, error_words, one_line, print_json, say, show
@@ -71,6 +72,8 @@ def print_plan(config: RunConfig, runs_dir: Path, *, as_json: bool) -> int:
     from engine.plan.plan import check, make_plan
     from eqat_tui.plan_text import plan_text
 
+    if is_virtual(existing(runs_dir)):
+        check_runs_dir(runs_dir)  # its room would be the wrong thing to speak of
     plan = make_plan(config, runs_dir=runs_dir)
     if any(problem.where == "runtime.device" for problem in plan.problems):
         check(plan)  # without the device there is nothing to plan

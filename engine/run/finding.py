@@ -15,7 +15,7 @@ from pathlib import Path
 from engine.errors import EqatError, PreflightError, UsageError
 from engine.run.directory import RunDirectory
 from engine.run.proof import is_run
-from engine.system.files import existing
+from engine.system.files import existing, is_virtual
 
 MOST_LISTED = 12
 """Of the runs that something may mean, so many are named."""
@@ -30,6 +30,8 @@ def check_runs_dir(runs_dir: Path) -> Path:
     """``runs_dir``, or the folder above it that exists; :class:`PreflightError` where no runs can be made."""
     place = existing(runs_dir)
     what = "" if os.access(place, os.W_OK | os.X_OK) else "cannot be written"
+    if is_virtual(place):
+        what = "holds no files, so no run can be made in it"
     if not os.path.isdir(place):
         what = "is a file, not a folder"
     if what:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.errors import EqatError, UsageError
-from engine.system.files import disk_error, sync_folder
+from engine.system.files import disk_error, is_virtual, sync_folder
 from engine.system.guarded import opened_folder, opened_inner, require_regular
 from engine.system.temporary import unique
 
@@ -36,7 +36,7 @@ def check_target(folder: Path, run: Path | None = None) -> None:
     except (OSError, ValueError) as error:  # ValueError for a name with a zero byte
         what = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"cannot be read: {what}", where=str(folder), hint=ANOTHER) from error
-    if not writable or _is_virtual(above):
+    if not writable or is_virtual(above):
         raise UsageError(f"cannot be made in {above}", where=str(folder), hint=ANOTHER)
 
 
@@ -45,14 +45,6 @@ def _mode(folder: Path) -> int | None:
         return os.lstat(folder).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return None
-
-
-def _is_virtual(folder: Path) -> bool:
-    """A place that says it can be written and holds no files, such as /proc."""
-    try:
-        return shutil.disk_usage(folder).total == 0
-    except OSError:
-        return True
 
 
 def copy_whole(export: Path, folder: Path, *, run: Path, poll: Callable[[], None] = lambda: None) -> None:

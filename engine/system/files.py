@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -170,3 +171,11 @@ def disk_error(error: OSError, path: Path) -> EqatError:
     what = error.strerror or str(error)
     hint = "choose another place with --runs-dir" if error.errno in _NO_ACCESS else ""
     return PreflightError(f"cannot be written: {what}", where=str(path), hint=hint)
+
+
+def is_virtual(folder: Path) -> bool:
+    """A place that says it can be written and holds no files, such as /proc."""
+    try:
+        return shutil.disk_usage(folder).total == 0
+    except OSError:
+        return True

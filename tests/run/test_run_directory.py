@@ -358,6 +358,12 @@ def test_a_place_for_runs_need_not_exist_yet(tmp_path: Path) -> None:
             check_runs_dir(tmp_path / place)
 
 
+def test_a_place_that_holds_no_files_is_refused_as_such() -> None:
+    """It says that it can be written and that it has no room: the second is true, and not the reason."""
+    with pytest.raises(PreflightError, match="/proc: holds no files, so no run can be made in it"):
+        check_runs_dir(Path("/proc/x/runs"))
+
+
 def test_a_place_without_permission_is_refused(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
     child = os.fork()
