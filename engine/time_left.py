@@ -10,6 +10,7 @@ Seconds come from a monotonic clock that the caller reads; nothing here waits or
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 
@@ -113,7 +114,8 @@ class TimeLeft:
         prior = PLAN_COUNTS * sum(self._planned.values())
         taken += prior + sum(self._taken.values())
         planned += prior + sum(self._planned.get(name, 0.0) for name in self._taken)
-        return taken / planned if planned > 0 else 1.0
+        pace = taken / planned if planned > 0 else 1.0
+        return pace if math.isfinite(pace) else 1.0  # a plan of next to no time says nothing
 
     def _later(self) -> float:
         """Planned seconds of the phases to come."""

@@ -181,7 +181,7 @@ def test_a_terminal_without_our_letters_gets_ascii(
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"23.67" in done.stdout
     assert b"50.0 MiB" in done.stdout
-    assert b"200 MiB > 50.0 MiB" in done.stdout
+    assert b"200 MiB -> 50.0 MiB" in done.stdout
 
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly(finished_run: RunDirectory, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engine.time_left import Estimate, TimeLeft
@@ -101,6 +101,7 @@ def test_without_a_plan_there_is_nothing_to_say_until_something_is_counted() -> 
     assert left.estimate(10.0) == Estimate(pytest.approx(10.0), measured=True)
 
 
+@example([(1.0, 1.0)], "prepare", {"prepare": 2.225073858507e-311})
 @given(
     st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1e6)), max_size=30),
     st.sampled_from([*PLAN, "unknown"]),
