@@ -81,12 +81,14 @@ def missing(model: CausalLM) -> list[str]:
 def in_words(model: CausalLM) -> str:
     """One line that counts what is carried, skipped or missing and names the first; empty where the
     checkpoint is the model, no more and no less."""
-    said = []
-    if found := carried(model):
-        said.append(f"{_counted([each.stored for each in found])} carried over as stored")
+    said: list[str] = []
+    taken: list[str] = []
     reasons: dict[str, list[str]] = {}
-    for each in skipped(model):
-        reasons.setdefault(each.why, []).append(each.stored)
+    for each in _sorted_out(model):
+        names = taken if isinstance(each, CarriedTensor) else reasons.setdefault(each.why, [])
+        names.append(each.stored)
+    if taken:
+        said.append(f"{_counted(taken)} carried over as stored")
     said += [f"{_counted(names)} skipped: {why}" for why, names in reasons.items()]
     if lacking := missing(model):
         said.append(f"{_counted(lacking)} missing, which keep the values that the model is built with")

@@ -103,7 +103,7 @@ class CausalLM:
     def vocab_size(self) -> int:
         return int(text_config(self.model.config).vocab_size)
 
-    @property
+    @functools.cached_property
     def position_table(self) -> PositionTable | None:
         """The table of positions, after whose last row no text goes on; None where there is none."""
         shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}

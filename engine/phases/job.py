@@ -80,11 +80,7 @@ class Job:
     def micro_batch(self, stage: Stage) -> int:
         """Sequences that pass at a time where ``stage`` trains the whole network: as asked for, else as the
         plan of the first attempt chose."""
-        asked = costs_of(stage).micro_batch(self.config)
-        if asked:
-            return asked
-        chosen: int = self.store.fact(micro_batch_fact(stage)) or self.plan.micro_batches[stage.name]
-        return chosen
+        return costs_of(stage).micro_batch(self.config) or int(self.store.fact(micro_batch_fact(stage)))
 
     # What is trained so far
 

@@ -6,7 +6,6 @@ What is wrong with somebody's config.json, or their chat template, is never call
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,16 +28,6 @@ from engine.run.events import Error
 
 NEWER = ("rope_parameters", "dtype")
 """Fields that files of older releases do not have."""
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build(tmp_path_factory.mktemp("pristine") / "model", "llama2")
-
-
-@pytest.fixture
-def folder(pristine: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(pristine, tmp_path / "model")
 
 
 def written(folder: Path, changes: dict[str, Any], without: tuple[str, ...] = NEWER) -> Path:

@@ -6,7 +6,6 @@ The refusal of the plan and that of the engine may come at different places; nei
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -28,16 +27,6 @@ from engine.models.foreign import memory_headroom
 from engine.models.source import ModelSource
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build(tmp_path_factory.mktemp("pristine") / "model", "llama2")
-
-
-@pytest.fixture
-def folder(pristine: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(pristine, tmp_path / "model")
 
 
 def logits(folder: Path) -> torch.Tensor:

@@ -85,14 +85,20 @@ def config(name: str, **changes: Any) -> PreTrainedConfig:
 
 def model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """The whole tiny model in memory, every parameter random."""
+    return with_soft_cap(random_model(config(name, **changes), seed))
+
+
+def random_model(of: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A model of that configuration, every parameter random."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        result = AutoModelForCausalLM.from_config(config(name, **changes), dtype=torch.float32)
+        result = AutoModelForCausalLM.from_config(of, dtype=torch.float32)
         with torch.no_grad():
             for parameter in result.parameters():
                 spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.2
                 parameter.add_(torch.randn_like(parameter) * spread)
-    return with_soft_cap(result.eval())
+    whole: PreTrainedModel = result.eval()
+    return whole
 
 
 def with_soft_cap(whole: PreTrainedModel) -> PreTrainedModel:

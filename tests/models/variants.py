@@ -12,7 +12,7 @@ from typing import Any
 
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from engine.models.tokenizer import byte_tokenizer
@@ -240,7 +240,7 @@ class Unknown(Exception):
     """This transformers has no such family, or a configuration class of it that cannot be made from these."""
 
 
-def settings(name: str) -> dict[str, Any]:
+def settings(name: str, layers: int = LAYERS) -> dict[str, Any]:
     """A variant's fields, those that every tiny model shares under the names that its class gives them."""
     own = {"model_type": name, **VARIANTS[name]}
     if own["model_type"] not in CONFIG_MAPPING:
@@ -248,32 +248,37 @@ def settings(name: str) -> dict[str, Any]:
     kind = CONFIG_MAPPING[own["model_type"]]
     names, fields = kind.attribute_map, vars(kind())
     common: dict[str, Any] = {}
-    for key, value in (tiny.SIZES | {"num_hidden_layers": LAYERS}).items():
+    for key, value in (tiny.SIZES | {"num_hidden_layers": layers}).items():
         if (field := names.get(key, key)) in fields:
             common[field] = value
     return common | own
 
 
-def config(name: str, **changes: Any) -> PreTrainedConfig:
-    options = settings(name) | changes
+def config(name: str, layers: int = LAYERS, **changes: Any) -> PreTrainedConfig:
+    options = settings(name, layers) | changes
     return CONFIG_MAPPING[options.pop("model_type")](**options)
 
 
+def model(name: str, layers: int = LAYERS, **changes: Any) -> PreTrainedModel:
+    """The whole variant in memory, every parameter random."""
+    whole = tiny.random_model(config(name, layers, **changes))
+    with torch.no_grad():
+        for module in whole.modules():
+            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx] = 0  # as some classes have it when they load a model
+    return whole
+
+
 def build(folder: Path, name: str, **changes: Any) -> Path:
-    """Save a variant with every parameter random, and its tokenizer."""
+    """Save a variant and its tokenizer."""
     if name in UNBUILT:
         config(name, **changes).save_pretrained(folder)
         return folder
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        whole = AutoModelForCausalLM.from_config(config(name, **changes), dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in whole.parameters():
-                spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.2
-                parameter.add_(torch.randn_like(parameter) * spread)
-            for module in whole.modules():
-                if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
-                    module.weight[module.padding_idx] = 0  # as some classes have it when they load a model
-    whole.save_pretrained(folder)
+    return save(model(name, **changes), folder)
+
+
+def save(whole: PreTrainedModel, folder: Path, **saving: Any) -> Path:
+    """Save a model and the tokenizer that is every variant's."""
+    whole.save_pretrained(folder, **saving)
     byte_tokenizer(tiny.SIZES["vocab_size"]).save_pretrained(folder)
     return folder
