@@ -24,7 +24,7 @@ from engine.run.deaths import KILLED, why_gone
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventFollower, read_events
 from engine.run.events import AnyEvent
-from engine.run.liveness import State, Work, look
+from engine.run.liveness import WORKING, State, Work, look
 from engine.run.lock import holder
 from engine.run.state import RunState
 from engine.run.status import Status, read_launched, read_status
@@ -70,7 +70,7 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def live(self) -> bool:
         """Whether an engine works on it or with it, or is about to."""
-        return self.job is not None or self.liveness in ("running", "hung", "starting")
+        return self.job is not None or self.liveness in WORKING
 
     @property
     def at_work(self) -> RunState:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.stages import full_precision, phase_label, stage_label, versions
+from engine.run.liveness import WORKING
 from engine.run.task import job_name
 from eqat_tui.measured import newest
 from eqat_tui.output import (
@@ -37,8 +38,6 @@ Tree = Mapping[str, Any]
 LONGEST_SAMPLE = 100_000
 MOST_TASKS = 100
 LONGEST_TASK = 60
-WORKING = ("starting", "running", "hung")
-"""States of a run, or of a job, that an engine works on."""
 LONGEST_BEGIN = 200
 """Characters of how sequences begin."""
 UNREADABLE = "unreadable"

@@ -30,6 +30,8 @@ from engine.run.task import RUN, is_job
 from engine.system.guarded import bad_file
 
 State = Literal["created", "starting", "running", "hung", "crashed", "done", "stopped", "failed", "aborted"]
+WORKING: tuple[State, ...] = ("starting", "running", "hung")
+"""States of a run, or of what is done with it, that an engine works on."""
 
 
 class Work(NamedTuple):
