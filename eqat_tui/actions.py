@@ -14,6 +14,7 @@ from engine.config.fields import field_names, is_operational
 from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
 from engine.config.validation import validate
+from engine.config.writing import to_dict
 from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run import control
 from engine.run.directory import RunDirectory
@@ -28,6 +29,7 @@ from engine.run.shown import show_run, summarize
 from engine.run.state import RunState, load_state
 from engine.run.status import read_launched
 from engine.run.task import JOBS, is_job, job_name
+from engine.run.trained import refuse_untrained
 from engine.run.usable import is_damaged
 from engine.system.files import existing, is_virtual
 from eqat_tui.display import open_display
@@ -45,6 +47,13 @@ KILL_SECONDS = 10.0
 def find(ref: str, runs_dir: Path | None) -> RunDirectory:
     """The run that was meant on the command line."""
     return find_run(default_runs_dir(runs_dir), ref)
+
+
+def find_trained(ref: str, runs_dir: Path | None) -> RunDirectory:
+    """The run that was meant, of which something is wanted that only a finished one has."""
+    run = find(ref, runs_dir)
+    refuse_untrained(run, to_dict(run.config()))
+    return run
 
 
 def summaries(runs: Sequence[RunDirectory]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ an object on stdout.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -67,6 +68,31 @@ def overview(
     show(overview_text())
 
 
+MEANT: Mapping[str, str] = {
+    "status": "show",
+    "info": "show",
+    "report": "show",
+    "list": "runs",
+    "ls": "runs",
+    "sample": "generate",
+    "evaluate": "eval",
+    "start": "run",
+    "quantize": "run",
+    "train": "run",
+    "follow": "attach",
+    "logs": "attach",
+    "watch": "attach",
+    "delete": "rm",
+    "remove": "rm",
+    "clean": "gc",
+    "kill": "stop",
+    "abort": "stop",
+    "continue": "resume",
+    "estimate": "plan",
+}
+"""Commands by what other programs call them; none of these is one of ours."""
+
+
 COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "run": running.run,
     "plan": running.plan,
@@ -125,8 +151,17 @@ def _run_command(arguments: list[str]) -> int:
                 return ExitCode.ABORTED
             say(traceback.format_exc())  # what a bug's traceback quotes may be foreign words too
             return ExitCode.BUG
-        problem = UsageError(words().rstrip("."), hint="eqat --help")
+        problem = UsageError(words().rstrip("."), hint=_help_of(error))
     else:
         return int(code or 0)
     print_error(problem, as_json="--json" in arguments)
     return int(problem.exit_code)
+
+
+def _help_of(error: Exception) -> str:
+    """Where to read on after a mistake in typing: the help of the command that it was made in."""
+    context = getattr(error, "ctx", None)
+    wrong = re.match(r"No such command '(.*)'", error.format_message())  # type: ignore[attr-defined]
+    if wrong and wrong.group(1) in MEANT:
+        return f"eqat {MEANT[wrong.group(1)]} is meant, perhaps; eqat --help"
+    return f"{context.command_path if context is not None else 'eqat'} --help"

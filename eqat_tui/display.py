@@ -50,6 +50,9 @@ class Display(Protocol):
     def update(self, state: RunState, new: Sequence[Event]) -> None:
         """Show ``state``, and the events in ``new`` that are worth a line."""
 
+    def join(self, state: RunState) -> None:
+        """What is followed was at work before: show where it is."""
+
     def note(self, text: str) -> None:
         """A line from the program itself."""
 
@@ -187,8 +190,12 @@ class PlainDisplay:
             line = lasting_line(event)
             if line is not None:
                 self._print(line)
+        if time.monotonic() - self._last >= self._interval:
+            self.join(state)
+
+    def join(self, state: RunState) -> None:
         now = state.at_work
-        if time.monotonic() - self._last >= self._interval and (now.phase is not None or doing(now)):
+        if now.phase is not None or doing(now):
             done, left = fraction(now), left_words(now)
             parts = [position(now), *([f"{done:.0%}"] if done is not None and now.epoch is None else [])]
             parts += [*measurements(now), *([left] if left else [])]
@@ -246,6 +253,9 @@ class LiveDisplay:
             self._drawn = now
             self._live.start()
             self._live.update(self._lines(state.at_work), refresh=True)
+
+    def join(self, state: RunState) -> None:
+        pass  # it draws at every update
 
     def note(self, text: str) -> None:
         self._print(text, "yellow")

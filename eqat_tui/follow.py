@@ -74,6 +74,9 @@ class Follower:
         with _taking_signals(self):
             try:
                 pid = start() if start is not None else None
+                if pid is None and look(self.run).work is not None:
+                    self._take()
+                    self.display.join(self.state)
                 code = self._until_gone(pid)
                 self._take()
             finally:

@@ -31,6 +31,7 @@ from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
 from engine.run.facts import done_fact, eval_fact, micro_batch_fact
 from engine.run.task import Task
+from engine.run.trained import UNTRAINED
 from engine.training.world import ALONE, World
 
 
@@ -149,7 +150,7 @@ def _require_finished(job: Job, task: Task) -> None:
             where=run.id,
             hint=f"eqat resume {run.id} trains what is damaged again",
         )
-    raise UsageError("the run has not finished training", where=run.id, hint=f"eqat resume {run.id}")
+    raise UsageError(UNTRAINED, where=run.id, hint=f"eqat resume {run.id}")
 
 
 def _lost_figures(job: Job) -> bool:

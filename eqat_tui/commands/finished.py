@@ -11,7 +11,7 @@ import typer
 from engine.config.formats import DEFAULT_FORMAT, FORMATS
 from engine.errors import UsageError
 from engine.run.task import NEW_TOKENS, check_prompt
-from eqat_tui.commands.options import Detach, Json, Run, RunsDir
+from eqat_tui.commands.options import Detach, Json, Run, RunsDir, folder_of
 
 
 def evaluate(
@@ -23,7 +23,7 @@ def evaluate(
     """Measure the perplexity of a run's quantized model again."""
     from eqat_tui import actions
 
-    found = actions.find(actions.run_of(run), runs_dir)
+    found = actions.find_trained(actions.run_of(run), runs_dir)
     return actions.start(found, args=("--task", "eval"), detach=detach, as_json=as_json)
 
 
@@ -31,7 +31,13 @@ def export(
     run: Run,
     format: Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS.names())}.")] = DEFAULT_FORMAT,
     to: Annotated[
-        Path | None, typer.Option("--to", metavar="FOLDER", help="Copy the verified checkpoint here as well.")
+        Path | None,
+        typer.Option(
+            "--to",
+            parser=folder_of("--to"),
+            metavar="FOLDER",
+            help="Copy the verified checkpoint here as well.",
+        ),
     ] = None,
     runs_dir: RunsDir = None,
     detach: Detach = False,
@@ -44,7 +50,7 @@ def export(
     if format not in FORMATS:
         raise UsageError(f"there is no format {format!r}", where="--format", hint=", ".join(FORMATS.names()))
     args = ["--task", "export", "--format", format]
-    found = actions.find(run, runs_dir)
+    found = actions.find_trained(run, runs_dir)
     if to is not None:
         to = Path(os.path.expanduser(to)).absolute()
         check_target(to, found.path)
@@ -65,5 +71,5 @@ def generate(
 
     check_prompt(prompt, new_tokens)
     args = ("--task", "generate", f"--prompt={prompt}", "--new-tokens", str(new_tokens))
-    found = actions.find(run, runs_dir)
+    found = actions.find_trained(run, runs_dir)
     return actions.start(found, args=args, detach=False, as_json=as_json, told=samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,18 +11,22 @@ import typer
 from engine.errors import UsageError
 
 
-def _folder(text: str) -> Path:
-    """A variable that is not set must not mean the current folder."""
-    if not text:
-        raise UsageError("is empty", where="--runs-dir", hint="name a folder, or leave it out")
-    return Path(text)
+def folder_of(option: str) -> Callable[[str], Path]:
+    """Reads the folder that ``option`` names. A variable that is not set must not mean the current one."""
+
+    def read(text: str) -> Path:
+        if not text:
+            raise UsageError("is empty", where=option, hint="name a folder, or leave it out")
+        return Path(text)
+
+    return read
 
 
 RunsDir = Annotated[
     Path | None,
     typer.Option(
         "--runs-dir",
-        parser=_folder,
+        parser=folder_of("--runs-dir"),
         metavar="FOLDER",
         help="Where runs are kept; else $EQAT_RUNS_DIR, else ./runs.",
     ),

@@ -15,16 +15,15 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from engine.config.formats import FORMATS
-from engine.config.stages import STAGES
 from engine.errors import EqatError
 from engine.run.launch import launch
 from engine.run.shown import origin, render
+from engine.run.trained import UNTRAINED, has_trained
 from engine.system.copying import check_target
 from engine.system.guarded import read_bytes
 from eqat_tui.feed import RunView
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import Line, line, wrap
-from eqat_tui.planned import branch
 from eqat_tui.run_text import shorten
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Ask, MarkdownReader
@@ -176,8 +175,8 @@ class ResultScreen(WorkScreen):
         if action in ("sample", "export", "evaluate"):
             if view.live:
                 return "an engine works on the run already"
-            if not self._trained(view):
-                return f"the run has not finished training: r on {key_of('monitor')} goes on with it"
+            if not has_trained(view.state, view.config):
+                return f"{UNTRAINED}: r on {key_of('monitor')} goes on with it"
         if action in ("card", "copy") and self._export_path(view) is None:
             return "there is no verified packed checkpoint yet"
         if action == "stop":
@@ -186,14 +185,6 @@ class ResultScreen(WorkScreen):
             if view.job is None:
                 return f"the run itself is at work: x on {key_of('monitor')} stops it"
         return ""
-
-    @staticmethod
-    def _trained(view: RunView) -> bool:
-        """Whether all phases that train are finished."""
-        finished = {row.name for row in view.state.phases if row.finished}
-        config = view.config
-        wanted = {stage.name for stage in STAGES if branch(config, stage.name, "enabled")}
-        return bool(view.state.trained_blocks()) and wanted <= finished
 
     def do_sample(self) -> None:
         def begin(prompt: str | None) -> None:

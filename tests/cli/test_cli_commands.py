@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_tools import Eqat, environment
+from cli_tools import Eqat, environment, story
 from waiting import PATIENCE
 
 from engine.config.loading import preset_names
 from engine.run.directory import RunDirectory
+from engine.run.event_log import EventWriter
 
 
 def error_of(result: subprocess.CompletedProcess[str]) -> str:
@@ -144,9 +145,11 @@ MISTAKES = [
     (("stop", "nothing"), 2, "nothing"),
     (("resume", "nothing"), 2, "nothing"),
     (("export", "latest", "--format", "zip"), 2, "zip"),
-    (("frobnicate",), 2, "frobnicate"),
-    (("run",), 2, "PRESET|FILE"),
-    (("runs", "--wrong"), 2, "--wrong"),
+    (("frobnicate",), 2, "frobnicate' (eqat --help)"),
+    (("sample", "latest"), 2, "eqat generate is meant"),
+    (("run",), 2, "PRESET|FILE' (eqat run --help)"),
+    (("runs", "--wrong"), 2, "(eqat runs --help)"),
+    (("export", "latest", "--to", ""), 2, "--to: is empty"),
 ]
 
 
@@ -190,6 +193,24 @@ def test_stop_and_resume_refuse_a_run_in_the_wrong_state(eqat: Eqat, finished_ru
     assert (stopped.returncode, "done" in error_of(stopped)) == (2, True)
     resumed = eqat("resume", "latest")
     assert (resumed.returncode, "done" in error_of(resumed)) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "command", [("eval",), ("export",), ("generate", "--prompt", "a")], ids=lambda x: x[0]
+)
+def test_what_only_a_finished_run_has_is_refused_before_an_engine_starts(
+    eqat: Eqat, new_run: Callable[[], RunDirectory], command: tuple[str, ...]
+) -> None:
+    run = new_run()
+    with EventWriter(run.events_path, 1) as writer:
+        for event in story(run)[:-5]:  # it wants E2E-QP, and was cut off behind Block-AP
+            writer.emit(event)
+    result = eqat(command[0], run.id, *command[1:])
+    assert result.returncode == 2
+    assert error_of(result) == (
+        f"error: {run.id}: the run has not finished training (it is crashed) (eqat resume {run.id})"
+    )
+    assert not run.lock_path.exists()
 
 
 def test_attach_refuses_a_run_that_was_never_started(eqat: Eqat, new_run: Callable[[], RunDirectory]) -> None:

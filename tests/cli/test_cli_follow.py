@@ -146,6 +146,7 @@ def test_attach_follows_and_its_interrupt_leaves_the_run_alone(tmp_path: Path) -
     process.send_signal(signal.SIGINT)
     _, err = ended(process)
     assert process.returncode == 0
+    assert re.match(r"  Block-AP \[1/1\]  block 0 of .*  step \d+/12000  loss ", err)  # where it is, at once
     assert "the engine goes on" in err
     assert run_state(run) == "running"
 

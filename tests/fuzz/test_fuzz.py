@@ -22,7 +22,7 @@ from oracles import Rules, Surroundings, of_ending
 from sandbox import Ended, run_limited
 from world import NEIGHBOUR, TOKEN, World, furnish
 
-CASES = 2
+CASES = 1
 """Of each target."""
 
 
