@@ -45,13 +45,16 @@ class Clock(Marks):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.device, self.waiting, self.committed = device, "", []
+        self.device, self.committed = device, []
         self.times: list[float] = []
 
     def stop_asked(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.times.append(time.perf_counter())
+
+    def go_on(self) -> float:
+        return 0.0
 
     def emit(self, event: Any) -> None:
         self.committed.append((len(self.times), event))

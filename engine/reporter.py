@@ -67,6 +67,7 @@ class Reporter:
         """What is done where nothing can be counted, in words."""
         self.waiting = ""
         """Why nothing happens at the moment; shown by whoever follows the run."""
+        self._waits_since = 0.0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._keep_status, name="status", daemon=True)
         self._thread.start()
@@ -197,6 +198,22 @@ class Reporter:
     def warning(self, code: str, message: str, hint: str = "") -> None:
         self.emit(events.Warning(code=code, message=message, hint=hint))
 
+    def pause(self, why: str) -> None:
+        """Nothing happens from now on, and why; whoever follows the run is told."""
+        self._waits_since = time.monotonic()
+        self.waiting = why
+
+    def go_on(self) -> float:
+        """Something happens again. Returns the seconds that nothing did, which count for no phase."""
+        if not self.waiting:
+            return 0.0
+        with self._estimating:
+            waited = time.monotonic() - self._waits_since
+            self._estimate.paused(waited)
+            self._phase_began += waited
+            self.waiting = ""
+        return waited
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Bracket a phase with events; its peaks are its own."""
@@ -256,12 +273,16 @@ class Reporter:
 
     def time_left(self) -> Estimate:
         """How long the attempt still takes, as far as that can be said."""
-        now = time.monotonic()
         with self._estimating:
+            now = self._now()
             fraction = self._fraction_done()
             if fraction is not None:
                 self._estimate.at(fraction, now)
             return self._estimate.estimate(now)
+
+    def _now(self) -> float:
+        """The clock that phases are measured by, which stands still while nothing happens."""
+        return self._waits_since if self.waiting else time.monotonic()
 
     def _fraction_done(self) -> float | None:
         # Each read once: the main thread goes on to the next phase meanwhile.
@@ -280,7 +301,7 @@ class Reporter:
             step=self._step,
             steps=self._steps,
             doing=self.doing,
-            phase_s=time.monotonic() - self._phase_began,
+            phase_s=self._now() - self._phase_began,
             eta_s=left.seconds,
             eta_measured=left.measured,
             over_s=left.over,

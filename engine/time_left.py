@@ -64,6 +64,11 @@ class TimeLeft:
         self._base = fraction
         self._marks = deque([(now, fraction)])
 
+    def paused(self, seconds: float) -> None:
+        """So long, until now, nothing was done: that is part of no phase and of no pace."""
+        self._began += seconds
+        self._marks = deque((t + seconds, fraction) for t, fraction in self._marks)
+
     def at(self, fraction: float, now: float) -> None:
         """So much of the phase is done."""
         marks = self._marks

@@ -32,6 +32,7 @@ T = TypeVar("T")
 WAIT_SECONDS = 1.0
 TRY_AGAIN_SECONDS = 60.0
 """Room may come back without showing (a quota), so the write is tried again after this long anyway."""
+WORTH_TELLING_SECONDS = 1.0
 NOTICEABLE_BYTES = 1 << 20
 """Free space that came back, not the ups and downs of logs."""
 
@@ -122,20 +123,28 @@ class Checkpoints:
         try:
             while True:
                 try:
-                    return work()
+                    done = work()
                 except Exception as error:
                     if not _disk_is_full(error):
                         raise
+                else:
+                    self._tell_of_pause(self.report.go_on())
+                    return done
                 self._wait_for_room(needed, what, place or self.store.directory)
         finally:
-            self.report.waiting = ""
+            self.report.go_on()
+
+    def _tell_of_pause(self, seconds: float) -> None:
+        """What was said when it began may have had no room in the log."""
+        if seconds >= WORTH_TELLING_SECONDS:
+            self.report.warning("disk_full", f"there is room again, after a pause of {round(seconds)} s")
 
     def _wait_for_room(self, needed: int, what: str, place: Path) -> None:
         place = existing(place)
         free = _free_bytes(place)
         if not self.report.waiting:
             size = f" of {size_text(needed)}" if needed else ""
-            self.report.waiting = (
+            self.report.pause(
                 f"the disk is full: {what}{size} does not fit into the {size_text(free)} free at {place}; "
                 "what was written before is whole, and the run goes on by itself once there is room"
             )

@@ -224,6 +224,24 @@ def test_blocks_that_were_restored_do_not_make_the_rest_look_quick(clock: Clock,
         assert eta == pytest.approx(1.2)
 
 
+def test_while_nothing_happens_the_clock_of_a_phase_stands_still(
+    clock: Clock, run: RunDirectory, report: Reporter
+) -> None:
+    report.begin(["block_ap"], {"block_ap": 40.0})
+    with report.phase("block_ap"):
+        for step in range(1, 5):
+            clock.now += 1.0
+            report.metric(step=step, steps=10, epoch=0, loss=1.0)
+            before = report.time_left()
+        report.pause("the disk is full")
+        clock.now += 3600.0
+        assert report.time_left() == before
+        assert report.go_on() == pytest.approx(3600.0)
+        assert report.time_left() == before
+        assert report.go_on() == 0.0, "it did not wait again"
+    assert [event.seconds for event in of(run, events.PhaseFinished)] == [pytest.approx(4.0)]
+
+
 def test_a_training_that_goes_on_inside_a_block_is_not_taken_for_a_quick_one(
     clock: Clock, report: Reporter
 ) -> None:

@@ -92,6 +92,18 @@ def test_what_an_earlier_attempt_did_is_no_pace() -> None:
     assert left.estimate(10.8).seconds == pytest.approx(10.0 + 190 * (10 + 120) / (100 + 120), rel=0.02)
 
 
+def test_a_pause_is_no_part_of_a_phase_and_no_pace() -> None:
+    left, undisturbed = begun("block_ap"), begun("block_ap")
+    for now in range(0, 300, 10):
+        left.at(now / 1000, float(now))
+        undisturbed.at(now / 1000, float(now))
+    left.paused(3600.0)
+    assert left.estimate(3900.0).seconds == pytest.approx(undisturbed.estimate(300.0).seconds)
+    unmeasured = begun("export")
+    unmeasured.paused(3600.0)
+    assert unmeasured.estimate(3640.0) == begun("export").estimate(40.0)
+
+
 def test_without_a_plan_there_is_nothing_to_say_until_something_is_counted() -> None:
     left = TimeLeft(["generate"], {})
     left.phase_begins("generate", 0.0)
