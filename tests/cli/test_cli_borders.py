@@ -111,6 +111,9 @@ def test_json_says_the_same_words_in_escapes(evil_run: RunDirectory, tmp_path: P
 
 
 def test_what_a_model_writes_is_printed_as_words_on_lines(evil_run: RunDirectory, tmp_path: Path) -> None:
+    with EventWriter(evil_run.events_path, 2) as writer:  # only a run that is done is asked to write
+        writer.emit(events.RunStarted(id=EVIL, pid=1, host=EVIL, device=EVIL, versions={}, argv=[]))
+        writer.emit(events.RunFinished(outcome="done", exit_code=0, seconds=1.0))
     done = redirected("", tmp_path, "generate", "latest", "--prompt", "x", script="finishes")
     assert b"first\n\tsecond \\x1b]0;owned\\x07" in done.stdout
     assert is_clean(done.stdout, done.stderr)
