@@ -11,7 +11,7 @@ from engine.architecture.headers import FLOATS, TensorInfo
 from engine.architecture.layers import STRUCTURES, depth, expected_unfit
 from engine.architecture.limits import MOST_BLOCKS
 from engine.architecture.unfit import Unfit
-from engine.config.formats import FORMATS
+from engine.config.formats import FORMATS, nearest
 from engine.config.grid import BITS, GROUP_SIZES, GridConfig
 from engine.errors import PreflightError
 
@@ -148,10 +148,12 @@ def _refuse_packing(arch: Architecture, grid: GridConfig, export_formats: Sequen
     wanted = [FORMATS[name] for name in export_formats if name in FORMATS]
     for row in wanted:
         if row.lacks(grid.shared):
+            other = nearest(row, grid.shared)
             raise PreflightError(
                 f"{row.label} cannot hold {row.lacks(grid.shared)}",
                 where="export.formats",
-                hint=f"choose a grid that it holds, or leave {row.name} out of export.formats",
+                hint=(f"{other} can; or " if other else "")
+                + f"choose a grid that it holds, or leave {row.name} out of export.formats",
             )
     along_outputs = [row.name for row in wanted if row.words_along_outputs]
 
@@ -169,9 +171,9 @@ def _refuse_packing(arch: Architecture, grid: GridConfig, export_formats: Sequen
         fitting = [bits for bits in BITS if all(fits(each, bits) for each in arch.linears)]
         remedy = f"bits that work for every layer: {', '.join(map(str, fitting))}" if fitting else ""
         if side == "output":
-            remedy = "; or ".join(
-                filter(None, (remedy, f"leave {' and '.join(along_outputs)} out of export.formats"))
-            )
+            other = nearest(FORMATS[along_outputs[0]], grid.shared, any_outputs=True)
+            leave = f"leave {' and '.join(along_outputs)} out of export.formats"
+            remedy = "; or ".join(filter(None, (remedy, leave + (f", {other} fits" if other else ""))))
         raise PreflightError(
             f"{count} {side} features of {grid.bits} bits do not fill whole 32-bit words",
             where=f"{arch.block_prefix}.0.{linear.name}",

@@ -11,8 +11,21 @@ from collections.abc import Sequence
 import msgspec
 
 from engine.config.grid import BITS, GROUP_SIZES, Grid
-from engine.config.tables import Table, load_named
+from engine.config.tables import Table, is_folder_name, load_named
 from engine.errors import UsageError
+
+
+class Caution(msgspec.Struct, frozen=True, kw_only=True):
+    """What some loader of today cannot do with an export of these grids, and what to choose instead."""
+
+    text: str
+    """A clause that follows the format's label and a colon."""
+    bits: tuple[int, ...] = BITS
+    symmetric: tuple[bool, ...] = (False, True)
+
+    def concerns(self, grid: Grid) -> bool:
+        """Whether an export of that grid is one of these."""
+        return grid.bits in self.bits and grid.symmetric in self.symmetric
 
 
 class Format(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,16 +47,29 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
     """``module:class`` of the heavy half: its :class:`~engine.export.layout.Layout`."""
     tensors: tuple[str, ...]
     """What stands for ``<linear>.weight``, each named ``<linear>.<one of these>``."""
+    asymmetric_tensors: tuple[str, ...] = ()
+    """Those of ``tensors`` that a linear with a symmetric grid does not have."""
     costs: str = ""
     """``module:function``: bytes of these tensors for so many outputs, inputs, bits and group size; empty for
     integers, zero points and scales without a gap."""
+    symmetric_costs: str = ""
+    """The same for a symmetric grid; empty where it costs as much as an asymmetric one."""
+    cautions: tuple[Caution, ...] = ()
+    """What loaders of today cannot do with it."""
+    instead: tuple[str, ...] = ()
+    """Names of formats to choose where this one does not fit, the nearest first."""
     loading: str
     """Python lines that load an export whose folder, a literal, takes the place of ``{path}``."""
 
     def linear_bytes(self, outputs: int, inputs: int, grid: Grid) -> int:
         """Bytes of a linear's tensors."""
-        cost = load_named(self.costs) if self.costs else packed_bytes
+        named = (grid.symmetric and self.symmetric_costs) or self.costs
+        cost = load_named(named) if named else packed_bytes
         return int(cost(outputs, inputs, grid.bits, grid.group_size))
+
+    def warnings(self, grid: Grid) -> list[str]:
+        """What whoever chooses it for that grid should know, each in a sentence."""
+        return [f"{self.label}: {each.text}" for each in self.cautions if each.concerns(grid)]
 
     def lacks(self, grid: Grid) -> str:
         """What of a grid it cannot hold, in words; empty where it holds all of it."""
@@ -72,6 +98,23 @@ def gptq_bytes(outputs: int, inputs: int, bits: int, group_size: int) -> int:
     return packed_bytes(outputs, inputs, bits, group_size) + 4 * inputs
 
 
+def compressed_tensors_bytes(outputs: int, inputs: int, bits: int, group_size: int) -> int:
+    """Words of integers and of zero points, whose last one may be half empty, scales, and the shape."""
+    zero_words = Grid(bits, group_size).groups(inputs) * -(-outputs * bits // 32)
+    return symmetric_compressed_tensors_bytes(outputs, inputs, bits, group_size) + 4 * zero_words
+
+
+def symmetric_compressed_tensors_bytes(outputs: int, inputs: int, bits: int, group_size: int) -> int:
+    """The same without zero points."""
+    groups = Grid(bits, group_size).groups(inputs)
+    return 4 * outputs * -(-inputs * bits // 32) + 2 * outputs * groups + 16
+
+
+SERVERS_WANT_OTHERS = (
+    "choose compressed-tensors for vLLM (from 0.22 on) and SGLang, which read GPTQ files of symmetric 4 and "
+    "8 bits only"
+)
+
 FORMATS = Table(
     "format",
     Format(
@@ -87,8 +130,58 @@ FORMATS = Table(
             'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")  # pip install gptqmodel\n'
             "tokenizer = AutoTokenizer.from_pretrained(path)"
         ),
+        cautions=(
+            Caution(text=SERVERS_WANT_OTHERS, symmetric=(False,)),
+            Caution(text=SERVERS_WANT_OTHERS, symmetric=(True,), bits=(2, 3)),
+        ),
+        instead=("compressed-tensors",),
     ),
+    Format(
+        name="compressed-tensors",
+        label="compressed-tensors",
+        code="engine.export.compressed_tensors:CompressedTensors",
+        tensors=("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"),
+        asymmetric_tensors=("weight_zero_point",),
+        costs="engine.config.formats:compressed_tensors_bytes",
+        symmetric_costs="engine.config.formats:symmetric_compressed_tensors_bytes",
+        loading=(
+            "from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig\n"
+            "path = {path}\n"
+            "config = CompressedTensorsConfig(dequantize=True)  # pip install compressed-tensors\n"
+            "model = AutoModelForCausalLM.from_pretrained(path, quantization_config=config)\n"
+            "tokenizer = AutoTokenizer.from_pretrained(path)"
+        ),
+        cautions=(
+            Caution(
+                text="transformers 5.23 and 5.24 load asymmetric files only with "
+                "quantization_config=CompressedTensorsConfig(dequantize=True), which unpacks them to 16 bits",
+                symmetric=(False,),
+            ),
+            Caution(
+                text="vLLM reads 2 and 3 bits from 0.31 on, SGLang 4 and 8 bits only; the library itself "
+                "packs 3 bits in this way from 0.18 on",
+                bits=(2, 3),
+            ),
+        ),
+        instead=("gptq_v2",),
+    ),
+    named=is_folder_name,
 )
+
+
+def nearest(row: Format, grid: Grid, *, any_outputs: bool = False) -> str:
+    """Name of the format to choose where ``row`` does not fit, and which holds the grid; empty for none.
+
+    ``any_outputs``: where the outputs do not fill whole words.
+    """
+    for name in (*row.instead, *FORMATS.names()):
+        other = FORMATS.get(name)
+        if other is None or other.name == row.name or other.lacks(grid):
+            continue
+        if not (any_outputs and other.words_along_outputs):
+            return name
+    return ""
+
 
 DEFAULT_FORMAT = FORMATS.names()[0]
 """What is written where nothing else is asked for."""

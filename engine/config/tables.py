@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -22,6 +22,11 @@ EXTENSIONS = "EQAT_EXTENSIONS"
 def is_name(text: str) -> bool:
     """Whether a row, or a section of the configuration, can be called so: a plain word in lower case."""
     return re.fullmatch("[a-z][a-z0-9_]{0,39}", text) is not None
+
+
+def is_folder_name(text: str) -> bool:
+    """Whether a row can be called so that also names a folder: hyphens may stand between its words."""
+    return is_name(text.replace("-", "_")) and not text.endswith("-")
 
 
 class Named(Protocol):
@@ -37,9 +42,10 @@ Row = TypeVar("Row", bound=Named)
 class Table(Generic[Row]):
     """Rows in the order in which they are to be asked, each with a name of its own."""
 
-    def __init__(self, what: str, *rows: Row) -> None:
-        """``what`` a row is, for messages: ``stage``."""
+    def __init__(self, what: str, *rows: Row, named: Callable[[str], bool] = is_name) -> None:
+        """``what`` a row is, for messages: ``stage``; ``named`` says what one may be called."""
         self.what = what
+        self._may_be_called = named
         self._rows: dict[str, Row] = {}
         for row in rows:
             self.register(row)
@@ -50,7 +56,7 @@ class Table(Generic[Row]):
         Raises:
             ValueError: for a name that is taken, or that is no plain word in lower case.
         """
-        if not is_name(row.name):
+        if not self._may_be_called(row.name):
             raise ValueError(f"{row.name!r} is no name for a {self.what}")
         if row.name in self._rows:
             raise ValueError(f"there is a {self.what} {row.name!r} already")

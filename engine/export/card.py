@@ -22,23 +22,22 @@ from collections.abc import Iterable
 from typing import Any
 
 from engine.config.stages import STAGES
-from engine.export.layout import Linears, group_sizes
+from engine.export.layout import Layout, Linears, group_sizes
 from engine.export.result import ExportResult
 
 
 def model_card(
-    card: dict[str, Any], result: ExportResult, linears: Linears, *, tags: Iterable[str], loading: str
+    card: dict[str, Any], result: ExportResult, linears: Linears, *, layout: Layout, loading: str
 ) -> str:
-    """README.md of an exported directory; ``tags`` and the section ``loading`` are the format's."""
+    """README.md of an exported directory; the section ``loading`` is the format's."""
     widths = sorted({linear.grid.bits for linear in linears.values()})
     bits, sizes = _list(widths), group_sizes(linears)
     base = card.get("base_model") or "unnamed model"
     groups = "one group per row" if sizes == (-1,) else f"groups of {_list(sizes)}"
     parts = [
-        _front_matter(card, [*tags, *(f"{width}-bit" for width in widths)]),
+        _front_matter(card, layout.library, [*layout.tags, *(f"{width}-bit" for width in widths)]),
         f"# {base.rstrip('/').rpartition('/')[2]}, {bits} bits, {groups}\n",
-        f"`{base}`, quantized with eqat. The linear layers of the decoder blocks are {bits}-bit integers; "
-        f"embeddings, head and norms are {result.dtype}.\n",
+        f"`{base}`, quantized with eqat. {layout.sentence(bits, result.dtype)}\n",
         _size_table(result),
         _perplexity_table(card),
         _accuracy_table(card),
@@ -53,6 +52,10 @@ def model_card(
         versions = ", ".join(f"{name} {version}" for name, version in sorted(card["versions"].items()))
         parts.append(f"Versions: {versions}.\n")
     parts.append(loading)
+    grids = dict.fromkeys(linear.grid for linear in linears.values())
+    cautions = dict.fromkeys(text for grid in grids for text in layout.format.warnings(grid))
+    if cautions:
+        parts.append("\n".join(f"- {text[:1].upper()}{text[1:]}." for text in cautions) + "\n")
     return "\n".join(part for part in parts if part)
 
 
@@ -60,8 +63,8 @@ def _list(numbers: Iterable[int]) -> str:
     return " and ".join(map(str, numbers))
 
 
-def _front_matter(card: dict[str, Any], tags: list[str]) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+def _front_matter(card: dict[str, Any], library: str, tags: list[str]) -> str:
+    lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
     base = card.get("base_model") or ""
     # The hub links a card to its base model; a local path would be a broken link.
     if base.count("/") == 1 and not base.startswith((".", "/", "~")):

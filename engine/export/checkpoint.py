@@ -14,7 +14,7 @@ Left out: quantized heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,13 +48,14 @@ SMALL_FILES = 64 << 10
 class _Written:
     """The quantized linears that were written so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
         self.linears: dict[str, Linear] = {}
         self._packed_bits = 0
 
     def add(self, name: str, weight: PackedWeight) -> None:
         self.linears[name] = Linear.of(weight)
-        self._packed_bits += weight.words.numel() * 32 + weight.scale.numel() * (16 + weight.bits)
+        self._packed_bits += self.layout.bits_of(weight)
 
     @property
     def bits_per_weight(self) -> float:
@@ -101,6 +102,8 @@ class Export:
             EqatError: above all when the disk is full; nothing is left behind then.
         """
         out_dir = Path(out_dir)
+        if refused := self.layout.refusal(map(self.block_for, range(self.lm.blocks))):
+            raise refused
         place = ExportPlace(out_dir, root)
         with place.being_made() as partial:
             result = self._write(partial)
@@ -112,23 +115,30 @@ class Export:
 
     def _write(self, directory: Path) -> ExportResult:
         """Every file of the export, into the empty ``directory``."""
-        room = header_room(tensor_names(self.layout, self.lm))
-        writer = ShardWriter(directory, shard_bytes=self.shard_bytes, header_bytes=room)
+        layout = self.layout.of(self.lm, self.stored_as)
+        room = header_room(tensor_names(layout, self.lm))
+        writer = ShardWriter(
+            directory, shard_bytes=self.shard_bytes, header_bytes=room, container=layout.container
+        )
         try:
-            written = self._write_tensors(writer)
+            written = self._write_tensors(writer, layout)
             files = writer.close()
         except BaseException:
             writer.abandon()
             raise
-        quantization = self.layout.config(written.linears)
+        quantization = layout.config(written.linears)
         dropped = _write_assets(
-            directory, self.lm, self.source, dtype=self.stored_as, quantization=quantization
+            directory,
+            self.lm,
+            self.source,
+            dtype=self.stored_as,
+            quantization=layout.described(quantization),
         )
-        for name, content in self.layout.files(quantization).items():
+        for name, content in layout.files(quantization).items():
             write_json(directory / name, content)
         result = ExportResult(
             path=directory,
-            format=self.layout.format.name,
+            format=layout.format.name,
             bytes=sum(path.stat().st_size for path in files),
             fp_bytes=self.lm.fp_bytes(),
             bits_per_weight=written.bits_per_weight,
@@ -137,15 +147,12 @@ class Export:
             dropped_code=dropped,
             dtype=dtype_name(self.stored_as),
         )
-        loading = self.layout.loading(quantization, result.blocks_name)
-        _write_card(
-            directory,
-            model_card(self.card, result, written.linears, tags=self.layout.tags, loading=loading),
-        )
+        loading = layout.loading(quantization, result.blocks_name)
+        _write_card(directory, model_card(self.card, result, written.linears, layout=layout, loading=loading))
         return result
 
-    def _write_tensors(self, writer: ShardWriter) -> _Written:
-        lm, dtype, written = self.lm, self.stored_as, _Written()
+    def _write_tensors(self, writer: ShardWriter, layout: Layout) -> _Written:
+        lm, dtype, written = self.lm, self.stored_as, _Written(layout)
         for name in outer_names(lm):
             writer.add(lm.names.exported(name), stored_form(name, lm.weights.load(name), dtype))
         for index in range(lm.blocks):
@@ -155,10 +162,10 @@ class Export:
                 raise PreflightError("linears are not all quantized", where=f"{prefix}.{sorted(missing)[0]}")
             for name, weight in block.linears.items():
                 written.add(f"{prefix}.{name}", weight)
-            self.layout.config(written.linears)  # what does not fit is refused before it is written
+            layout.config(written.linears)  # what does not fit is refused before it is written
             for name, weight in block.linears.items():
                 linear = lm.names.exported_linear(f"{prefix}.{name}")
-                for key, tensor in self.layout.tensors(linear, weight):
+                for key, tensor in layout.tensors(linear, weight):
                     writer.add(key, tensor)
             for name, tensor in block.others.items():
                 full = f"{prefix}.{name}"
@@ -207,7 +214,7 @@ def _write_assets(
     source: ModelSource,
     *,
     dtype: torch.dtype,
-    quantization: dict[str, Any],
+    quantization: Mapping[str, Any],
 ) -> tuple[str, ...]:
     """Configuration and tokenizer; returns the names of code that were left out of them."""
     # What writes the assets makes missing folders: a run that was deleted meanwhile must not come back so.
@@ -226,7 +233,7 @@ def _write_assets(
         tie_word_embeddings=lm.tied,
     )
     config["architectures"] = _architectures(config.get("architectures"), type(lm.model).__name__)
-    write_json(directory / "config.json", {**config, "quantization_config": quantization})
+    write_json(directory / "config.json", {**config, **quantization})
     return tuple(sorted(set(dropped)))
 
 

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from engine import __version__
 from engine.errors import PreflightError
-from engine.export.layout import Layout, Linears, group_sizes
-from engine.export.reader import CheckpointReader, PlainLinear, damaged, unpack_rows
+from engine.export.layout import Layout, Linears, finite_scale, group_sizes, require_one_grid
+from engine.export.reader import CheckpointReader, PlainLinear, number_of_bits, unpack_rows
 from engine.quant.packed import PackedWeight
 from engine.quant.packing import bitpack
 
@@ -78,17 +78,14 @@ class GPTQv2(Layout):
                 where=prefix,
                 hint="choose 8 bits, or 4 when the outputs are a multiple of 8",
             )
-        scale_GO = weight.scale.t().to(torch.float16)
-        if not torch.isfinite(scale_GO).all():
-            raise PreflightError("a scale does not fit float16", where=prefix)
+        scale_GO = finite_scale(prefix, weight).t()
         yield f"{prefix}.qweight", weight.words.t().contiguous()
         yield f"{prefix}.qzeros", bitpack(weight.zero_point.t().contiguous(), weight.bits, dim=1)
         yield f"{prefix}.scales", scale_GO.contiguous()
         yield f"{prefix}.g_idx", torch.arange(weight.in_features, dtype=torch.int32) // weight.group_size
 
     def config(self, linears: Linears) -> dict[str, Any]:
-        _require_one_grid(linears)
-        grid = next(iter(linears.values())).grid
+        grid = require_one_grid(linears, "gptq_v2")
         return {
             "quant_method": "gptq",
             "bits": grid.bits,
@@ -111,26 +108,6 @@ class GPTQv2(Layout):
 
     def reader(self, directory: Path) -> GPTQv2Reader:
         return GPTQv2Reader(directory)
-
-
-def _require_one_grid(linears: Linears) -> None:
-    first = next(iter(linears.values())).grid
-    sizes, whole_rows = set(), True
-    for name, linear in linears.items():
-        grid = linear.grid
-        if (grid.bits, grid.symmetric) != (first.bits, first.symmetric):
-            raise PreflightError(
-                f"has {grid.bits} bits, symmetric={grid.symmetric}, other layers {first.bits} bits, "
-                f"symmetric={first.symmetric}; gptq_v2 holds one grid for the whole model",
-                where=name,
-            )
-        sizes.add(linear.group_size)
-        whole_rows = whole_rows and linear.group_size == linear.in_features
-        if len(sizes) > 1 and not whole_rows:
-            raise PreflightError(
-                f"group sizes {tuple(sorted(sizes))} are mixed; gptq_v2 holds one for the whole model",
-                where=name,
-            )
 
 
 def auto_round_config(quantization: Mapping[str, Any], blocks_name: str) -> dict[str, Any]:
@@ -161,10 +138,7 @@ class GPTQv2Reader(CheckpointReader):
                 where=str(self.directory),
                 hint="open an export/gptq_v2 directory of a run",
             )
-        bits = self.quantization.get("bits")
-        if not isinstance(bits, int) or bits not in (2, 3, 4, 8):
-            raise damaged(self.directory / "config.json", f"{str(bits)[:40]} is no number of bits")
-        self.bits = bits
+        self.bits = number_of_bits(self.directory, self.quantization.get("bits"))
 
     def linear(self, prefix: str) -> PlainLinear:
         codes = unpack_rows(self.stored(f"{prefix}.qweight").numpy().T, self.bits)

@@ -7,18 +7,24 @@ they are to be read. A :class:`Layout` knows these two things, and who reads the
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 from engine.config.formats import FORMATS, Format
 from engine.config.grid import Grid
 from engine.config.tables import load_named
+from engine.errors import PreflightError
 from engine.export.reader import CheckpointReader
-from engine.quant.packed import PackedWeight
+from engine.quant.packed import PackedBlock, PackedWeight
+
+if TYPE_CHECKING:
+    from engine.models.causal_lm import CausalLM
 
 
 class Linear(NamedTuple):
@@ -50,18 +56,75 @@ def group_sizes(linears: Linears) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def require_one_grid(linears: Linears, name: str) -> Grid:
+    """The grid of all linears, as a format wants it that is called ``name`` and describes no more than one.
+
+    Raises:
+        PreflightError: names the first linear that has another.
+    """
+    first = next(iter(linears.values())).grid
+    sizes, whole_rows = set(), True
+    for linear_name, linear in linears.items():
+        grid = linear.grid
+        if (grid.bits, grid.symmetric) != (first.bits, first.symmetric):
+            raise PreflightError(
+                f"has {grid.bits} bits, symmetric={grid.symmetric}, other layers {first.bits} bits, "
+                f"symmetric={first.symmetric}; {name} holds one grid for the whole model",
+                where=linear_name,
+            )
+        sizes.add(linear.group_size)
+        whole_rows = whole_rows and linear.group_size == linear.in_features
+        if len(sizes) > 1 and not whole_rows:
+            raise PreflightError(
+                f"group sizes {tuple(sorted(sizes))} are mixed; {name} holds one for the whole model",
+                where=linear_name,
+            )
+    return first
+
+
+def blocks_of(linears: Linears) -> str:
+    """Where the blocks of these linears are, as ``model.layers``."""
+    return re.split(r"\.\d+\.", next(iter(linears)), maxsplit=1)[0]
+
+
+def finite_scale(prefix: str, weight: PackedWeight) -> Tensor:
+    """The scales ``[O, G]`` in float16, which most formats keep them in.
+
+    Raises:
+        PreflightError: for one that float16 cannot hold.
+    """
+    scale = weight.scale.to(torch.float16)
+    if not torch.isfinite(scale).all():
+        raise PreflightError("a scale does not fit float16", where=prefix)
+    return scale
+
+
 class Layout(ABC):
     """How one format keeps quantized linears."""
 
     tags: tuple[str, ...] = ()
     """What the hub's index calls the format."""
+    library: ClassVar[str] = "transformers"
+    """The library that the hub's index names for it."""
+    container: ClassVar[str] = "pt"
+    """What the header of a safetensors file calls its ``format``."""
 
     def __init__(self, row: Format) -> None:
         self.format = row
 
-    def names(self, prefix: str) -> tuple[str, ...]:
-        """Full names of the tensors that replace ``<prefix>.weight``."""
-        return tuple(f"{prefix}.{tensor}" for tensor in self.format.tensors)
+    def of(self, lm: CausalLM, dtype: torch.dtype) -> Self:
+        """The layout for one model, of which everything that is not quantized is stored in ``dtype``."""
+        return self
+
+    def names(self, prefix: str, grid: Grid | None = None) -> tuple[str, ...]:
+        """Full names of the tensors that replace ``<prefix>.weight``; without a ``grid``, all that may."""
+        left_out = self.format.asymmetric_tensors if grid is not None and grid.symmetric else ()
+        return tuple(f"{prefix}.{tensor}" for tensor in self.format.tensors if tensor not in left_out)
+
+    def refusal(self, blocks: Iterable[PackedBlock]) -> PreflightError | None:
+        """What of the trained values does not fit, counted, and the nearest format that holds them; asked
+        before anything is written. Formats that hold every value do not look at the blocks."""
+        return None
 
     @abstractmethod
     def tensors(self, prefix: str, weight: PackedWeight) -> Iterator[tuple[str, Tensor]]:
@@ -78,6 +141,30 @@ class Layout(ABC):
         Raises:
             PreflightError: names the first linear that does not fit to those before it.
         """
+
+    def described(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What stands in ``config.json``, given :meth:`config`."""
+        return {"quantization_config": config}
+
+    def parts(self, weight: PackedWeight) -> Mapping[str, Tensor]:
+        """What a reader has to find of a linear, bit for bit; see ``StoredLinear.parts``."""
+        return {
+            "integers": weight.codes(),
+            "zero points": weight.zero_point,
+            "scales": weight.scale.to(torch.float16),
+            "group indices": torch.arange(weight.in_features, dtype=torch.int32) // weight.group_size,
+        }
+
+    def bits_of(self, weight: PackedWeight) -> int:
+        """Bits of a linear's integers, scales and zero points in the file."""
+        return weight.words.numel() * 32 + weight.scale.numel() * (16 + weight.bits)
+
+    def sentence(self, bits: str, dtype: str) -> str:
+        """What the card says of the weights: ``bits`` as "2" or "2 and 3", ``dtype`` that of all else."""
+        return (
+            f"The linear layers of the decoder blocks are {bits}-bit integers; embeddings, head and norms "
+            f"are {dtype}."
+        )
 
     def files(self, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
         """JSON files that stand beside ``config.json``, by name."""

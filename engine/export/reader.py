@@ -17,10 +17,10 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, cast
 
 import msgspec
 import numpy as np
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
+from engine.config.grid import BITS
 from engine.errors import PreflightError
 from engine.system.guarded import (
     LARGE,
@@ -78,6 +79,16 @@ def unpack_rows(words_RK: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
     return out
 
 
+class StoredLinear(Protocol):
+    """One quantized linear of a file."""
+
+    def parts(self) -> Mapping[str, Tensor]:
+        """What is in the file, by what it is called in messages."""
+
+    def weight(self) -> Tensor:
+        """float32 ``[O, I]``."""
+
+
 @dataclass(frozen=True)
 class PlainLinear:
     """One quantized linear of a file: codes uint8 ``[O, I]``, zeros uint8 and scales float16 ``[O, G]``."""
@@ -86,6 +97,14 @@ class PlainLinear:
     zero_OG: Tensor
     scale_OG: Tensor
     group_of_I: Tensor
+
+    def parts(self) -> Mapping[str, Tensor]:
+        return {
+            "integers": self.codes_OI,
+            "zero points": self.zero_OG,
+            "scales": self.scale_OG,
+            "group indices": self.group_of_I,
+        }
 
     def weight(self) -> Tensor:
         """float32 ``[O, I]``."""
@@ -150,8 +169,8 @@ class CheckpointReader(ABC):
         """
 
     @abstractmethod
-    def linear(self, prefix: str) -> PlainLinear:
-        """The integers, zero points and scales of one quantized linear."""
+    def linear(self, prefix: str) -> StoredLinear:
+        """One quantized linear: its integers, zero points and scales, or what stands for them."""
 
     @abstractmethod
     def linear_shape(self, prefix: str) -> tuple[int, int]:
@@ -288,7 +307,8 @@ class PackedSource:
             "configuration of a model",
         )
         # What is opened here is the dequantized network; transformers would look for a quantizer.
-        del self.config.quantization_config
+        if hasattr(self.config, "quantization_config"):
+            del self.config.quantization_config
         self.name = self.directory.name
 
     def tokenizer(self) -> Any:
@@ -356,6 +376,13 @@ def packed_model(
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint; BadFile for anything else."""
     return read_object(path, SMALL)
+
+
+def number_of_bits(directory: Path, said: object) -> int:
+    """Bits an integer, as a configuration says; PreflightError for what is no such number."""
+    if not isinstance(said, int) or said not in BITS:
+        raise damaged(directory / "config.json", f"{str(said)[:40]} is no number of bits")
+    return said
 
 
 def damaged(path: Path, why: object) -> PreflightError:

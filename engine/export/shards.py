@@ -76,8 +76,12 @@ class _OpenShard:
 class ShardWriter:
     """Appends tensors to safetensors files of at most ``shard_bytes`` each (one tensor may be larger)."""
 
-    def __init__(self, directory: Path, *, shard_bytes: int, header_bytes: int) -> None:
+    def __init__(
+        self, directory: Path, *, shard_bytes: int, header_bytes: int, container: str = "pt"
+    ) -> None:
+        """``container`` is what the header calls the file's format."""
         self.directory = directory
+        self.container = container
         self.shard_bytes = shard_bytes
         self.header_bytes = header_bytes
         self._open: _OpenShard | None = None
@@ -132,7 +136,7 @@ class ShardWriter:
     def _start_shard(self) -> _OpenShard:
         path = self.directory / f"model-{len(self._finished) + 1:05d}.safetensors.writing"
         shard = _OpenShard(path=path, file=path.open("wb"))
-        shard.header["__metadata__"] = {"format": "pt"}
+        shard.header["__metadata__"] = {"format": self.container}
         shard.file.write(bytes(8 + self.header_bytes))
         self._open = shard
         return shard

@@ -158,6 +158,7 @@ def _verify(
     on_block: Callable[[int, int], None] | None,
 ) -> VerifyResult:
     tokens_NT = tokens_NT.to(device=lm.device, dtype=torch.long)
+    layout = layout.of(lm, dtype)
     packed = packed_model(
         out_dir, layout.reader, lm.device, lm.dtype, trust_remote_code=lm.source.trust_remote_code
     )
@@ -170,9 +171,7 @@ def _verify(
             block = block_for(index)
             prefix = lm.block_prefix(index)
             linears |= {f"{prefix}.{name}": Linear.of(weight) for name, weight in block.linears.items()}
-            for name in block.linears:
-                expected.update(layout.names(lm.names.exported_linear(f"{prefix}.{name}")))
-            expected.update(_check_block(reader, lm, index, block, dtype, problems))
+            expected.update(_check_block(reader, layout, lm, index, block, dtype, problems))
             trained_block = as_stored(block, dtype, prefix).install(lm.load_block(index))
             trained_hidden = lm.run_block(trained_block, index, trained_hidden)
             packed_hidden = packed.run_block(packed.load_block(index), index, packed_hidden)
@@ -225,8 +224,8 @@ def _second_half(on_block: Callable[[int, int], None] | None) -> Callable[[int, 
 def _misdescribed(out_dir: Path, layout: Layout, linears: Mapping[str, Linear]) -> Iterator[str]:
     """What the JSON files say of the grids that is not so."""
     wanted = layout.config(linears)
-    in_config = read_json(out_dir / "config.json").get("quantization_config")
-    if in_config != wanted:
+    described, found = layout.described(wanted), read_json(out_dir / "config.json")
+    if any(found.get(key) != described.get(key) for key in {"quantization_config", *described}):
         yield "config.json does not describe the trained grid"
     for name, content in layout.files(wanted).items():
         if read_json(out_dir / name) != content:
@@ -247,6 +246,7 @@ def _check_outer(
 
 def _check_block(
     reader: CheckpointReader,
+    layout: Layout,
     lm: CausalLM,
     index: int,
     block: PackedBlock,
@@ -255,7 +255,9 @@ def _check_block(
 ) -> Iterator[str]:
     prefix = lm.block_prefix(index)
     for name, weight in block.linears.items():
-        _check_linear(reader, lm.names.exported_linear(f"{prefix}.{name}"), weight, problems)
+        linear = lm.names.exported_linear(f"{prefix}.{name}")
+        yield from layout.names(linear, weight.grid)
+        _check_linear(reader, layout, linear, weight, problems)
     for name, tensor in block.others.items():
         stored = lm.names.exported(f"{prefix}.{name}")
         yield stored
@@ -266,21 +268,16 @@ def _check_block(
         _check_same(stored, stored_form(name, lm.weights.load(name), dtype), reader, problems)
 
 
-def _check_linear(reader: CheckpointReader, name: str, weight: PackedWeight, problems: _Problems) -> None:
+def _check_linear(
+    reader: CheckpointReader, layout: Layout, name: str, weight: PackedWeight, problems: _Problems
+) -> None:
     try:
-        found = reader.linear(name)
+        found = reader.linear(name).parts()
     except EqatError as error:
         problems.add(str(error))
         return
-    groups = torch.arange(weight.in_features, dtype=torch.int32) // weight.group_size
-    pairs: list[tuple[str, Tensor, Tensor]] = [
-        ("integers", found.codes_OI, weight.codes()),
-        ("zero points", found.zero_OG, weight.zero_point),
-        ("scales", found.scale_OG, weight.scale.to(torch.float16)),
-        ("group indices", found.group_of_I, groups),
-    ]
-    for what, have, want in pairs:
-        if difference := _difference(have, want, what):
+    for what, want in layout.parts(weight).items():
+        if difference := _difference(found[what], want, what):
             problems.add(f"{name}: {difference}")
 
 

@@ -28,6 +28,7 @@ from engine.architecture.special_tokens import (
     unused_tokens,
 )
 from engine.config.corpora import evaluation_characters, is_path, local_path, origin
+from engine.config.formats import FORMATS
 from engine.config.run import RunConfig
 from engine.config.runtime import StoreKind
 from engine.config.stages import Scope
@@ -325,6 +326,8 @@ def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> It
         yield (
             "the GGUF file holds quantized weights already: full precision here means as good as this file"
         )
+    for name in config.export.formats:
+        yield from FORMATS[name].warnings(config.grid.shared)
     if not arch.exact:
         yield f"sizes of model type {arch.model_type!r} are estimated as if it were a Llama"
     if arch.carried:

@@ -172,9 +172,11 @@ def logits(lm: CausalLM, block_for: Callable[[int], nn.Module], ids_BT: torch.Te
         return lm.head(hidden)
 
 
-def trained_logits(lm: CausalLM, blocks: list[PackedBlock], ids_BT: torch.Tensor) -> torch.Tensor:
-    """With the values that an export has of what is not quantized."""
-    dtype = export_dtype("auto", lm)
+def trained_logits(
+    lm: CausalLM, blocks: list[PackedBlock], ids_BT: torch.Tensor, asked: str = "auto"
+) -> torch.Tensor:
+    """With the values that an export has of what is not quantized; ``asked`` is ``export.dtype``."""
+    dtype = export_dtype(asked, lm)
 
     def stored(index: int) -> PackedBlock:
         return as_stored(blocks[index], dtype, lm.block_prefix(index))

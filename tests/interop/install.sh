@@ -12,6 +12,7 @@ $pip setuptools wheel transformers==5.23.0 accelerate==1.15.0
 $pip --no-deps --no-build-isolation gptqmodel==7.7.0
 $pip threadpoolctl device-smi pypcre tokenicer logbar datasets dill defuser maturin ninja pillow xxhash optimum
 $pip --no-deps torchao==0.18.0
+$pip compressed-tensors==0.20.0
 # An older transformers beside this one, in a folder of its own: test_older_transformers.py reads exports by it.
 $pip --no-deps --target "$1/transformers-4" transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2
 # What tests/conftest.py and these tests import; tests/test_rare_workflows.py compares the two.

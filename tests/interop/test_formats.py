@@ -1,0 +1,88 @@
+"""Every format is loaded by the loader it is meant for, which computes what was trained.
+
+Models of three shapes (Llama with biases, Qwen3 with norms of queries and keys, Gemma 3 with two kinds of
+attention), heads tied and not. ``make interop`` runs this in an environment of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from loaders import LOADERS
+from packed_models import open_model, packed_blocks, save_model, some_ids, trained_logits, write
+
+from engine.config.formats import FORMATS
+from engine.config.grid import Grid
+from engine.export.layout import layout_of
+
+pytest.importorskip("gptqmodel", reason="run by `make interop` in an environment of its own")
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": True, "head_dim": 64}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "head_dim": 64,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 64,
+        },
+    ),
+}
+GRIDS = [Grid(2, 64), Grid(3, 64), Grid(4, 128), Grid(8, 32), Grid(4, -1), Grid(3, 32, True)]
+NO_ZERO = ("gptq",)
+
+
+class Case(NamedTuple):
+    format: str
+    model: str
+    grid: Grid
+
+    def __str__(self) -> str:
+        grid = f"w{self.grid.bits}g{self.grid.group_size}{'s' * self.grid.symmetric}"
+        return f"{self.format}-{self.model}-{grid}"
+
+
+CASES = [
+    Case(name, model, grid)
+    for name in LOADERS
+    for index, model in enumerate(MODELS)
+    for number, grid in enumerate(grid for grid in GRIDS if not FORMATS[name].lacks(grid))
+    # Each model with the three widths that are trained, the first with every grid.
+    if index == 0 or number < 3
+]
+
+
+def test_every_format_of_the_table_has_a_loader_here() -> None:
+    assert set(LOADERS) == set(FORMATS.names())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_loader_computes_what_was_trained(tmp_path: Path, case: Case) -> None:
+    model_type, changes = MODELS[case.model]
+    source, lm = open_model(save_model(tmp_path / "fp", model_type, **changes))
+    blocks = packed_blocks(lm, case.grid.bits, case.grid.group_size, case.grid.symmetric)
+    if case.format in NO_ZERO:
+        for block in blocks:
+            for weight in block.linears.values():
+                weight.zero_point.clamp_(min=1)
+    layout, ids = layout_of(case.format), some_ids(4, 96)
+    result = write(
+        tmp_path / "out", lm, source, blocks.__getitem__, layout=layout, dtype="float16", shard_bytes=300_000
+    )
+    have, weights = LOADERS[case.format][1](result.path, ids)
+    want = trained_logits(lm, blocks, ids, "float16")
+    agree = (have.argmax(-1) == want.argmax(-1)).float().mean().item()
+    worst = ((have - want).abs().max() / want.std()).item()
+    print(f"{case}: top-1 {agree:.4f}, largest difference {worst:.2g} standard deviations")
+    for index, block in enumerate(blocks):
+        for name, weight in block.linears.items():
+            if weights:
+                read = weights[f"{lm.block_prefix(index)}.{name}.weight"]
+                assert torch.equal(read, weight.dequantize(torch.float16).to(read.dtype)), name
+    assert worst < 0.1
+    assert agree >= 0.99
