@@ -31,7 +31,9 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
     words_along_outputs: bool = False
     """Outputs, too, are packed in whole 32-bit words."""
     code: str
-    """``module:class`` of the heavy half: its :class:`~engine.export.layout.Layout`."""
+    """``module:class`` of the heavy half: its :class:`~engine.export.layout.Form`."""
+    writer: str = "engine.export.checkpoint:write_folder"
+    """``module:function`` of the heavy half: what writes the files of an export."""
     tensors: tuple[str, ...]
     """What stands for ``<linear>.weight``, each named ``<linear>.<one of these>``."""
     costs: str = ""
