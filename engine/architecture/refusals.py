@@ -33,7 +33,7 @@ def refuse(
     for name, stored in arch.coded:
         refuse_stored_type(name, stored, arch.model_type or "model.source")
     _refuse_group_size(arch, grid)
-    _refuse_packing(arch, grid, export_formats)
+    _refuse_packing(arch, config, grid, export_formats)
 
 
 def refuse_kind(
@@ -142,16 +142,20 @@ def _refuse_group_size(arch: Architecture, grid: GridConfig) -> None:
             )
 
 
-def _refuse_packing(arch: Architecture, grid: GridConfig, export_formats: Sequence[str]) -> None:
+def _refuse_packing(
+    arch: Architecture, config: Mapping[str, Any], grid: GridConfig, export_formats: Sequence[str]
+) -> None:
     """What the formats' rows say they cannot hold. Codes lie along the input in whole 32-bit words; in some
     formats something lies so along the output, too."""
     wanted = [FORMATS[name] for name in export_formats if name in FORMATS]
     for row in wanted:
-        if row.lacks(grid.shared):
+        if why := row.refusal(arch, config, grid):
+            others = [each.name for each in FORMATS if not each.refusal(arch, config, grid)]
             raise PreflightError(
-                f"{row.label} cannot hold {row.lacks(grid.shared)}",
+                f"{row.label} cannot hold {why}",
                 where="export.formats",
-                hint=f"choose a grid that it holds, or leave {row.name} out of export.formats",
+                hint=f"choose a grid that it holds, or leave {row.name} out of export.formats"
+                + (f"; {others[0]} holds this one" if others else ""),
             )
     along_outputs = [row.name for row in wanted if row.words_along_outputs]
 

@@ -6,11 +6,12 @@ back is the layout's that it names (:mod:`engine.export.layout`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
-from engine.config.grid import BITS, GROUP_SIZES, Grid
+from engine.config.grid import BITS, GROUP_SIZES, Grid, GridConfig
 from engine.config.tables import Table, load_named
 from engine.errors import UsageError
 
@@ -39,6 +40,15 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
     costs: str = ""
     """``module:function``: bytes of these tensors for so many outputs, inputs, bits and group size; empty for
     integers, zero points and scales without a gap."""
+    sizes: str = ""
+    """``module:function`` of the light half: bytes of all tensors of an export, for an architecture, a
+    :class:`~engine.config.grid.GridConfig` and the bytes of a number that is not quantized; empty where
+    ``costs`` of every linear and so many bytes of every other number are all there is."""
+    refuses: str = ""
+    """``module:function`` of the light half: what of a model it cannot hold, in words, for an architecture,
+    config.json and a :class:`~engine.config.grid.GridConfig`; empty for formats that hold every model."""
+    carries: bool = True
+    """It takes over what the checkpoint holds besides the model."""
     loading: str
     """Python lines that load an export whose folder, a literal, takes the place of ``{path}``."""
 
@@ -56,6 +66,12 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
         if grid.symmetric not in self.symmetric:
             return "a symmetric grid" if grid.symmetric else "an asymmetric grid"
         return ""
+
+    def refusal(self, architecture: object, config: Mapping[str, Any], grid: GridConfig) -> str:
+        """What of a grid or a model it cannot hold, in words; empty where it holds all of it."""
+        return self.lacks(grid.shared) or (
+            load_named(self.refuses)(architecture, config, grid) if self.refuses else ""
+        )
 
 
 def packed_bits(outputs: int, inputs: int, bits: int, group_size: int) -> int:
@@ -88,6 +104,22 @@ FORMATS = Table(
             "path = {path}\n"
             'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")  # pip install gptqmodel\n'
             "tokenizer = AutoTokenizer.from_pretrained(path)"
+        ),
+    ),
+    Format(
+        name="gguf",
+        label="GGUF",
+        code="engine.export.gguf_form:GGUF",
+        writer="engine.export.gguf_file:write_file",
+        tensors=("weight",),
+        sizes="engine.architecture.gguf_writing:tensor_bytes",
+        refuses="engine.architecture.gguf_writing:refusal",
+        carries=False,
+        loading=(
+            "from pathlib import Path\n"
+            "from llama_cpp import Llama\n"
+            'file = next(Path({path}).glob("*.gguf"))\n'
+            "model = Llama(str(file), n_ctx=4096)  # pip install llama-cpp-python; or llama-cli -m FILE"
         ),
     ),
 )

@@ -98,8 +98,8 @@ def _write(
 
     def is_trained(folder: Path) -> bool:
         verified.append(_verify(job, form, folder, partial(count, True)))
-        if verified[0].note:
-            add_to_card(folder, verified[0].note)
+        for said in filter(None, (verified[0].rounded, verified[0].note)):
+            add_to_card(folder, said)
         return verified[0].verified
 
     export = Export(
@@ -149,6 +149,7 @@ def _tell(
             perplexity=verified.perplexity_packed,
             perplexity_trained=verified.perplexity_trained,
             tokens=verified.tokens,
+            rounded=verified.rounded,
             copied_to=copied_to,
             files=files,
         )

@@ -150,11 +150,11 @@ def test_only_names_of_the_table_are_formats() -> None:
     with pytest.raises(UsageError) as caught:
         validate(resolve(load("smoke", overrides={"export.formats": ["toy", "x"]})))
     assert str(caught.value) == (
-        "export.formats[1]: Invalid enum value 'x' (a list, each one of gptq_v2, toy)"
+        "export.formats[1]: Invalid enum value 'x' (a list, each one of gptq_v2, gguf, toy)"
     )
     refused = CliRunner().invoke(app, ["export", "no-run", "--format", "x"])
     assert isinstance(refused.exception, UsageError)
-    assert str(refused.exception) == "--format: there is no format 'x' (gptq_v2, toy)"
+    assert str(refused.exception) == "--format: there is no format 'x' (gptq_v2, gguf, toy)"
 
 
 def test_folders_of_every_format_belong_in_a_run() -> None:
