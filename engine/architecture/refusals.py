@@ -11,7 +11,7 @@ from engine.architecture.headers import FLOATS, TensorInfo
 from engine.architecture.layers import STRUCTURES, depth, expected_unfit
 from engine.architecture.limits import MOST_BLOCKS
 from engine.architecture.unfit import Unfit
-from engine.config.formats import FORMATS, nearest
+from engine.config.formats import FORMATS, Format, nearest
 from engine.config.grid import BITS, GROUP_SIZES, GridConfig
 from engine.errors import PreflightError
 
@@ -33,7 +33,7 @@ def refuse(
     for name, stored in arch.coded:
         refuse_stored_type(name, stored, arch.model_type or "model.source")
     _refuse_group_size(arch, grid)
-    _refuse_packing(arch, grid, export_formats)
+    _refuse_packing(arch, config, grid, export_formats)
 
 
 def refuse_kind(
@@ -142,15 +142,21 @@ def _refuse_group_size(arch: Architecture, grid: GridConfig) -> None:
             )
 
 
-def _refuse_packing(arch: Architecture, grid: GridConfig, export_formats: Sequence[str]) -> None:
+def _refuse_packing(
+    arch: Architecture, config: Mapping[str, Any], grid: GridConfig, export_formats: Sequence[str]
+) -> None:
     """What the formats' rows say they cannot hold. Codes lie along the input in whole 32-bit words; in some
     formats something lies so along the output, too."""
     wanted = [FORMATS[name] for name in export_formats if name in FORMATS]
+
+    def holds(row: Format) -> bool:
+        return not row.refusal(arch, config, grid)
+
     for row in wanted:
-        if row.lacks(grid.shared):
-            other = nearest(row, grid.shared)
+        if why := row.refusal(arch, config, grid):
+            other = nearest(row, grid.shared, fits=holds)
             raise PreflightError(
-                f"{row.label} cannot hold {row.lacks(grid.shared)}",
+                f"{row.label} cannot hold {why}",
                 where="export.formats",
                 hint=(f"{other} can; or " if other else "")
                 + f"choose a grid that it holds, or leave {row.name} out of export.formats",
@@ -171,7 +177,11 @@ def _refuse_packing(arch: Architecture, grid: GridConfig, export_formats: Sequen
         fitting = [bits for bits in BITS if all(fits(each, bits) for each in arch.linears)]
         remedy = f"bits that work for every layer: {', '.join(map(str, fitting))}" if fitting else ""
         if side == "output":
-            other = nearest(FORMATS[along_outputs[0]], grid.shared, any_outputs=True)
+            other = nearest(
+                FORMATS[along_outputs[0]],
+                grid.shared,
+                fits=lambda each: not each.words_along_outputs and holds(each),
+            )
             leave = f"leave {' and '.join(along_outputs)} out of export.formats"
             remedy = "; or ".join(filter(None, (remedy, leave + (f", {other} fits" if other else ""))))
         raise PreflightError(

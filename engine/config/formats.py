@@ -6,11 +6,12 @@ back is the layout's that it names (:mod:`engine.export.layout`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
-from engine.config.grid import BITS, GROUP_SIZES, Grid
+from engine.config.grid import BITS, GROUP_SIZES, Grid, GridConfig
 from engine.config.tables import Table, is_folder_name, load_named
 from engine.errors import UsageError
 
@@ -44,7 +45,9 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
     words_along_outputs: bool = False
     """Outputs, too, are packed in whole 32-bit words."""
     code: str
-    """``module:class`` of the heavy half: its :class:`~engine.export.layout.Layout`."""
+    """``module:class`` of the heavy half: its :class:`~engine.export.layout.Form`."""
+    writer: str = "engine.export.checkpoint:write_folder"
+    """``module:function`` of the heavy half: what writes the files of an export."""
     tensors: tuple[str, ...]
     """What stands for ``<linear>.weight``, each named ``<linear>.<one of these>``."""
     asymmetric_tensors: tuple[str, ...] = ()
@@ -58,6 +61,15 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
     """What loaders of today cannot do with it."""
     instead: tuple[str, ...] = ()
     """Names of formats to choose where this one does not fit, the nearest first."""
+    sizes: str = ""
+    """``module:function`` of the light half: bytes of all tensors of an export, for an architecture, a
+    :class:`~engine.config.grid.GridConfig` and the bytes of a number that is not quantized; empty where
+    ``costs`` of every linear and so many bytes of every other number are all there is."""
+    refuses: str = ""
+    """``module:function`` of the light half: what of a model it cannot hold, in words, for an architecture,
+    config.json and a :class:`~engine.config.grid.GridConfig`; empty for formats that hold every model."""
+    carries: bool = True
+    """It takes over what the checkpoint holds besides the model."""
     loading: str
     """Python lines that load an export whose folder, a literal, takes the place of ``{path}``."""
 
@@ -80,6 +92,12 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
         if grid.symmetric not in self.symmetric:
             return "a symmetric grid" if grid.symmetric else "an asymmetric grid"
         return ""
+
+    def refusal(self, architecture: object, config: Mapping[str, Any], grid: GridConfig) -> str:
+        """What of a grid or a model it cannot hold, in words; empty where it holds all of it."""
+        return self.lacks(grid.shared) or (
+            load_named(self.refuses)(architecture, config, grid) if self.refuses else ""
+        )
 
 
 def packed_bits(outputs: int, inputs: int, bits: int, group_size: int) -> int:
@@ -165,20 +183,32 @@ FORMATS = Table(
         ),
         instead=("gptq_v2",),
     ),
+    Format(
+        name="gguf",
+        label="GGUF",
+        code="engine.export.gguf_form:GGUF",
+        writer="engine.export.gguf_file:write_file",
+        tensors=("weight",),
+        sizes="engine.architecture.gguf_writing:tensor_bytes",
+        refuses="engine.architecture.gguf_writing:refusal",
+        carries=False,
+        loading=(
+            "from pathlib import Path\n"
+            "from llama_cpp import Llama\n"
+            'file = next(Path({path}).glob("*.gguf"))\n'
+            "model = Llama(str(file), n_ctx=4096)  # pip install llama-cpp-python; or llama-cli -m FILE"
+        ),
+    ),
     named=is_folder_name,
 )
 
 
-def nearest(row: Format, grid: Grid, *, any_outputs: bool = False) -> str:
-    """Name of the format to choose where ``row`` does not fit, and which holds the grid; empty for none.
-
-    ``any_outputs``: where the outputs do not fill whole words.
-    """
+def nearest(row: Format, grid: Grid, *, fits: Callable[[Format], bool] = lambda other: True) -> str:
+    """Name of the format to choose where ``row`` does not fit: one that holds the grid, and that ``fits``
+    whatever else is asked of it; empty for none."""
     for name in (*row.instead, *FORMATS.names()):
         other = FORMATS.get(name)
-        if other is None or other.name == row.name or other.lacks(grid):
-            continue
-        if not (any_outputs and other.words_along_outputs):
+        if other is not None and other.name != row.name and not other.lacks(grid) and fits(other):
             return name
     return ""
 

@@ -1,11 +1,7 @@
 """Reading a GGUF file one tensor at a time, as the float weights that its quantized blocks stand for.
 
-A GGUF file names and orders weights as llama.cpp does. Three things differ from transformers and are
-undone here, tensor by tensor:
-
-* names (``blk.3.attn_q.weight`` is ``model.layers.3.self_attn.q_proj.weight``);
-* Llama's query and key rows, which llama.cpp permutes for its interleaved rotary embedding;
-* Gemma's norm weights, which llama.cpp stores with the 1 added that transformers adds when computing.
+A GGUF file names and orders weights as llama.cpp does; what differs from transformers
+(:mod:`engine.models.gguf_names`) is undone here, tensor by tensor.
 
 A tensor is read from its place in the file and dequantized in slices, so the memory needed is that of
 the float tensor and one slice. The file's own quantization error is part of the model from then on:
@@ -26,11 +22,13 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from engine.architecture.description import gguf_config as described
-from engine.architecture.gguf_header import GGUF_MODEL_TYPES, gguf_header, supported_gguf
+from engine.architecture.gguf_header import GGML_TYPES, GGUF_MODEL_TYPES, gguf_header, supported_gguf
+from engine.architecture.gguf_writing import GEMMA3_LOCAL_THETA, GEMMA_27B, TYPE_IDS, attention_scale
 from engine.architecture.limits import LARGEST_SIZE, MOST_BLOCKS, MOST_HEADS, MOST_POSITIONS, WIDEST
 from engine.architecture.refusals import refuse_model
 from engine.errors import PreflightError
 from engine.models.foreign import foreign
+from engine.models.gguf_names import ROPE_DIVISORS, GGUFNames, unpermute_rotary
 from engine.models.weights import read_exactly
 from engine.system.stamps import StampedFile
 
@@ -46,16 +44,9 @@ BOUNDS = {
     "context_length": MOST_POSITIONS,
 }
 """The largest value of each whole number that is used; the smallest is 1."""
-ROPE_DIVISORS = "rope_freqs.weight"
 
 LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT = 1.0, 4.0, 8192
 """Frequency limits (turns within the original context) and that context, the same in all Llama 3.1 to 3.3."""
-
-GEMMA_27B = {"gemma2": 46, "gemma3": 62}
-"""Layers of the two Gemmas whose attention is scaled by hidden/heads rather than by the head's size."""
-
-GEMMA3_LOCAL_THETA = 10000.0
-"""Rotary base of Gemma 3's sliding-window layers; the same in all sizes and not stored in the file."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +55,8 @@ class GGUFTensor:
 
     start: int
     nbytes: int
-    type: Any
+    type: str
+    """GGML's name of it."""
     shape: tuple[int, ...]
 
 
@@ -72,15 +64,13 @@ class GGUFReader:
     """Float32 weights of a GGUF file under the names that transformers uses."""
 
     def __init__(self, file: Path) -> None:
-        import gguf
-
         self.file = file
         self._stamped = StampedFile.of(file)
         header = gguf_header(self._stamped)
         self.architecture = supported_gguf(header, file)
         refuse_model(described(header), header.tensors)
         self._tensors = {
-            name: GGUFTensor(info.start, info.nbytes, _kind(info.dtype, file), info.shape)
+            name: GGUFTensor(info.start, info.nbytes, info.dtype, info.shape)
             for name, info in header.tensors.items()
         }
         self.metadata = {
@@ -93,8 +83,7 @@ class GGUFReader:
             for token in ("bos", "eos", "padding")
             if _is_token(value := header.metadata.get(f"tokenizer.ggml.{token}_token_id"))
         }
-        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
-        self._map = gguf.get_tensor_name_map(arch, self.number("block_count"))
+        self._gguf = GGUFNames(self.architecture, self.number("block_count"))
 
     # -- WeightReader ------------------------------------------------------------------------------
 
@@ -117,21 +106,20 @@ class GGUFReader:
         return [self._stamped]
 
     def inventory(self) -> list[str]:
-        return [f"{name} {t.type.name} {t.shape} {t.start}" for name, t in sorted(self._tensors.items())]
+        return [f"{name} {t.type} {t.shape} {t.start}" for name, t in sorted(self._tensors.items())]
 
     def load(self, name: str) -> Tensor:
         stored, tensor = self._stored(name), self._tensor(name)
         weight = self._dequantize(tensor)
-        if self.architecture == "llama" and (".attn_q." in stored or ".attn_k." in stored):
-            heads = self.number("attention.head_count")
-            if ".attn_k." in stored:
-                heads = self.number("attention.head_count_kv", heads)
+        all_heads = self.number("attention.head_count")
+        heads = self._gguf.permuted_heads(
+            stored, all_heads, self.number("attention.head_count_kv", all_heads)
+        )
+        if heads:
             if not weight.ndim or weight.shape[0] % (2 * heads):
                 raise self._unusable(f"tensor {stored} has not a whole number of rows for {heads} heads")
             weight = unpermute_rotary(weight, heads)
-        elif self.architecture in ("gemma2", "gemma3") and stored.endswith("norm.weight"):
-            weight -= 1.0
-        return weight
+        return weight.sub_(self._gguf.added(stored))
 
     def leftover(self, wanted: Iterable[str]) -> list[str]:
         """Stored tensors that none of the wanted names refers to.
@@ -180,9 +168,7 @@ class GGUFReader:
 
     def _stored(self, name: str) -> str:
         """GGUF name of a transformers parameter; empty when there is none."""
-        base, _, suffix = name.rpartition(".")
-        mapped = self._map.get_name(base) if suffix in ("weight", "bias") else None
-        return f"{mapped}.{suffix}" if mapped is not None else ""
+        return self._gguf.stored(name)
 
     def _tensor(self, name: str) -> GGUFTensor:
         try:
@@ -195,9 +181,7 @@ class GGUFReader:
             ) from None
 
     def _dequantize(self, tensor: GGUFTensor) -> Tensor:
-        import gguf
-
-        block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.type]
+        _, block, block_bytes = GGML_TYPES[TYPE_IDS[tensor.type]]
         result = torch.empty(tensor.shape, dtype=torch.float32)
         flat = result.view(-1)
         blocks_in_slice = max(1, SLICE_BYTES // block_bytes)
@@ -210,55 +194,47 @@ class GGUFReader:
         return result
 
 
-def _kind(name: str, file: Path) -> Any:
-    """The gguf package's name for a type; its older releases lack the newest types."""
-    import gguf
-
-    try:
-        return gguf.GGMLQuantizationType[name]
-    except KeyError as error:
-        raise PreflightError(
-            f"GGUF quantization {name} cannot be read by this version of the gguf package",
-            where=str(file),
-            hint="update gguf, or use the model's safetensors checkpoint",
-        ) from error
+_PLAIN = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
 
 
-def _to_float(raw: np.ndarray, kind: Any, file: Path) -> np.ndarray:
+def _to_float(raw: np.ndarray, kind: str, file: Path) -> np.ndarray:
     """Floats that a row of whole quantization blocks stands for."""
     import gguf
 
-    plain = {
-        gguf.GGMLQuantizationType.F32: np.float32,
-        gguf.GGMLQuantizationType.F16: np.float16,
-        gguf.GGMLQuantizationType.F64: np.float64,
-    }
+    if kind in _PLAIN:
+        return raw.view(_PLAIN[kind]).astype(np.float32)
+    if kind == "Q2_0":
+        return _two_bits(raw)
     try:
-        if kind in plain:
-            return raw.view(plain[kind]).astype(np.float32)
-        return gguf.dequantize(raw, kind)
+        known = gguf.GGMLQuantizationType[kind]
+    except KeyError as error:  # older releases of the package lack the newest types
+        raise PreflightError(
+            f"GGUF quantization {kind} cannot be read by this version of the gguf package",
+            where=str(file),
+            hint="update gguf, or use the model's safetensors checkpoint",
+        ) from error
+    try:
+        return gguf.dequantize(raw, known)
     except (NotImplementedError, KeyError) as error:
         raise PreflightError(
-            f"GGUF quantization {kind.name} cannot be read",
+            f"GGUF quantization {kind} cannot be read",
             where=str(file),
             hint="use a file of type F16, BF16, Q8_0, Q6_K or Q4_K, or the safetensors checkpoint",
         ) from error
 
 
+def _two_bits(raw: np.ndarray) -> np.ndarray:
+    """Q2_0, which the gguf package does not know yet: a float16 and 64 numbers q of two bits, which stand for
+    ``(q - 1) * d``; four in a byte, the first in its low bits."""
+    blocks = raw.reshape(-1, 18)
+    scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    codes = (blocks[:, 2:, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3
+    return scale * (codes.reshape(len(blocks), 64).astype(np.float32) - 1)
+
+
 def _is_token(value: Any) -> bool:
     """Whether it is the number of a token; files carry others where they have none."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST_SIZE
-
-
-def unpermute_rotary(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a query or key projection in transformers' order.
-
-    llama.cpp rotates neighbouring rows of a head (0 with 1), transformers those half a head apart
-    (0 with d/2); llama.cpp's converter moved the rows accordingly, here they move back.
-    """
-    rest = weight.shape[1:]
-    half = weight.shape[0] // heads // 2
-    return weight.reshape(heads, half, 2, *rest).transpose(1, 2).reshape(weight.shape).contiguous()
 
 
 def gguf_config(reader: GGUFReader) -> PreTrainedConfig:
@@ -295,8 +271,16 @@ def gguf_config(reader: GGUFReader) -> PreTrainedConfig:
         options["head_dim"] = reader.number("attention.key_length", hidden // heads)
     if reader.architecture in ("gemma2", "gemma3", "phi3") and "attention.sliding_window" in stored:
         options["sliding_window"] = reader.number("attention.sliding_window")
-    if GEMMA_27B.get(reader.architecture) == options["num_hidden_layers"]:
-        options["query_pre_attn_scalar"] = hidden // heads
+    if reader.architecture in GEMMA_27B:
+        options["query_pre_attn_scalar"] = attention_scale(
+            reader.architecture, options["num_hidden_layers"], hidden, heads, options["head_dim"]
+        )
+        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if key in stored:
+                options[key] = reader.positive(key, 1e6)
+    if reader.architecture == "llama":
+        options["attention_bias"] = "blk.0.attn_output.bias" in reader.names()
+        options["mlp_bias"] = "blk.0.ffn_down.bias" in reader.names()
     with foreign("transformers does not understand the file's metadata", str(reader.file)):
         return AutoConfig.for_model(GGUF_MODEL_TYPES[reader.architecture], **options)
 

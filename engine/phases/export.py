@@ -20,7 +20,7 @@ from engine.config.runtime import RuntimeConfig
 from engine.config.sameness import equivalent_command
 from engine.config.writing import to_toml
 from engine.export.checkpoint import Export, add_to_card, room_beside_tensors
-from engine.export.layout import Layout, layout_of
+from engine.export.layout import Form, form_of
 from engine.export.place import ExportPlace
 from engine.export.result import ExportResult
 from engine.export.verify import VerifyResult, verify
@@ -49,10 +49,10 @@ def export(job: Job, copy_to: Path | None = None) -> None:
     for target in targets.values():
         check_target(target, job.run.path)
     for index, name in enumerate(names):
-        path, layout = job.run.export_dir / name, layout_of(name)
+        path, form = job.run.export_dir / name, form_of(name)
         count = partial(_count, job, index, len(names))
         written, verified = job.checkpoints.patiently(
-            partial(_write, job, path, layout, count), _needed(job, layout), "an export", path.parent
+            partial(_write, job, path, form, count), _needed(job, form), "an export", path.parent
         )
         if written.dropped_code and job.source.trust_remote_code:
             job.report.warning(
@@ -83,27 +83,27 @@ def _count(job: Job, index: int, formats: int, checking: bool, done: int, _: int
     job.report.step((3 * index + checking) * job.blocks + done, 3 * formats * job.blocks)
 
 
-def _needed(job: Job, layout: Layout) -> int:
+def _needed(job: Job, form: Form) -> int:
     """Bytes of one export."""
     tensors = job.plan.export_bytes // max(1, len(job.config.export.formats))
     shards = 1 + int(tensors / (job.config.export.shard_gib * 2**30))
-    return tensors + room_beside_tensors(layout, job.lm, job.source, shards)
+    return tensors + room_beside_tensors(form, job.lm, job.source, shards)
 
 
 def _write(
-    job: Job, path: Path, layout: Layout, count: Callable[[bool, int, int], None]
+    job: Job, path: Path, form: Form, count: Callable[[bool, int, int], None]
 ) -> tuple[ExportResult, VerifyResult]:
     """A new export at ``path``, verified; an EqatError, and the old one, when it is not what was trained."""
     verified: list[VerifyResult] = []
 
     def is_trained(folder: Path) -> bool:
-        verified.append(_verify(job, layout, folder, partial(count, True)))
-        if verified[0].note:
-            add_to_card(folder, verified[0].note)
+        verified.append(_verify(job, form, folder, partial(count, True)))
+        for said in filter(None, (verified[0].rounded, verified[0].note)):
+            add_to_card(folder, said)
         return verified[0].verified
 
     export = Export(
-        layout=layout,
+        form=form,
         lm=job.lm,
         source=job.source,
         block_for=job.packed,
@@ -117,14 +117,14 @@ def _write(
     return written, verified[0]
 
 
-def _verify(job: Job, layout: Layout, folder: Path, on_block: Callable[[int, int], None]) -> VerifyResult:
+def _verify(job: Job, form: Form, folder: Path, on_block: Callable[[int, int], None]) -> VerifyResult:
     """Read the files back and compare bits and logits."""
     tokens = job.tokens.any()
     if not len(tokens):
         tokens = torch.arange(VERIFY_TOKENS).remainder(job.lm.vocab_size).unsqueeze(0)
     return verify(
         folder,
-        layout,
+        form,
         job.lm,
         job.packed,
         tokens[:VERIFY_WINDOWS, :VERIFY_TOKENS],
@@ -149,6 +149,7 @@ def _tell(
             perplexity=verified.perplexity_packed,
             perplexity_trained=verified.perplexity_trained,
             tokens=verified.tokens,
+            rounded=verified.rounded,
             copied_to=copied_to,
             files=files,
         )

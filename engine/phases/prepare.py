@@ -15,6 +15,7 @@ from engine.data.encoding import Encoder
 from engine.data.tasks import questions
 from engine.errors import DamagedRun, UsageError
 from engine.evaluation.tasks import TokenizedTask, tokenize
+from engine.export.layout import form_of
 from engine.export.stored import check_activations, check_values
 from engine.gpu.compiled import SWITCH_HINT
 from engine.models.carried import in_words
@@ -87,6 +88,8 @@ def prepare(
         # An export that cannot be written, or that nobody could read, must not wait until all is trained.
         check_values(lm, job.export_dtype, report.leave_if_asked)
         if config.export.formats and not job.is_finished(0):
+            for name in config.export.formats:
+                form_of(name).check(lm, job.export_dtype)
             check_activations(lm, job.export_dtype, tokens.any(), report.leave_if_asked)
     for stage in versions():
         recall(job, stage)

@@ -13,14 +13,17 @@ from engine.architecture.families import Architecture
 from engine.config.dtypes import DTYPE_BYTES
 from engine.config.formats import DEFAULT_FORMAT, FORMATS, packed_bits
 from engine.config.grid import GridConfig
+from engine.config.tables import load_named
 
 
 def exported_bytes(arch: Architecture, grid: GridConfig, name: str, number: int = 2) -> int:
     """The tensors of an export in the format called ``name``; ``number`` bytes each number that is not
     quantized."""
+    row = FORMATS[name]
+    if row.sizes:
+        return int(load_named(row.sizes)(arch, grid, number))
     linears = sum(
-        FORMATS[name].linear_bytes(linear.out_features, linear.in_features, grid.shared)
-        for linear in arch.linears
+        row.linear_bytes(linear.out_features, linear.in_features, grid.shared) for linear in arch.linears
     )
     others = number * (arch.bias_params_per_block + arch.norm_params_per_block)
     return arch.blocks * (linears + others) + number * arch.rest_params + arch.carried_bytes

@@ -184,6 +184,8 @@ class Export(Event, frozen=True, kw_only=True, tag="export"):
     tokens: int | None = None
     """The two perplexities are those of the reloaded and of the trained model on this many tokens only: their
     difference counts, not their size."""
+    rounded: str = ""
+    """What the format cannot hold and rounds, and by how much, in words; empty where it holds everything."""
     files: dict[str, str] = {}
     """SHA-256 of every file of it, by its path in the folder, as it was verified."""
 

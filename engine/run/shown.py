@@ -151,6 +151,7 @@ _EXPORT = (
     "perplexity",
     "perplexity_trained",
     "tokens",
+    "rounded",
 )
 _CHECKPOINT = ("generation", "bytes", "phase", "block", "t")
 

@@ -149,6 +149,8 @@ def exports(view: RunView, width: int) -> list[Line]:
                 f"perplexity on {format_count(done.tokens or 0)} tokens {format_number(done.perplexity)} "
                 f"read as declared, {format_number(done.perplexity_trained)} trained"
             )
+        if done.rounded:
+            checks.append(done.rounded)
         lines += [line("  ", *row) for row in wrap("; ".join(checks), width - 2, "muted") if checks]
         place = wrap(shorten(export_path(view.path, done.path)), width - 2)
         if done.copied_to:

@@ -27,11 +27,11 @@ CHANGES = {
     "qwen2": {},
     "qwen3": {},
     # What llama.cpp's converter has no field for stays at the architecture's default.
-    "gemma2": {"query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-    "gemma3": {"query_pre_attn_scalar": 256, "layer_types": ["sliding_attention"] * 3},
+    "gemma2": {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3": {"query_pre_attn_scalar": 16, "layer_types": ["sliding_attention"] * 3},
     "phi3": {},
 }
-READABLE = [name for name in CHANGES if name != "llama_biases"]
+READABLE = list(CHANGES)
 
 
 def open_file(file: Path) -> CausalLM:
@@ -133,7 +133,7 @@ def test_rotary_scaling_that_is_not_known_is_refused(tmp_path: Path) -> None:
 
 def test_weights_that_the_configuration_has_no_place_for_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PreflightError, match=r"bias.*no place"):
-        open_file(gguf_files.write(tmp_path / "model.gguf", "llama_biases"))
+        open_file(gguf_files.write(tmp_path / "model.gguf", "qwen3", attention_bias=True))
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, 3000, -100])
