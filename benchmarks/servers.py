@@ -98,6 +98,7 @@ def measured(format: str, weight: PackedWeight, rows: Sequence[int], copies: int
         return [[*head, str(count), "not run", "-", "-"] for count in rows]
     try:
         served = [server(format, weight) for _ in range(copies)]
+        served[0](torch.zeros(1, weight.in_features, device=DEVICE, dtype=torch.float16))  # it refuses late
     except Exception as error:  # of whatever kind: what it refuses is a result
         return [[*head, "-", f"refused: {type(error).__name__} {str(error).strip()[:60]}", "-", "-"]]
     halves = [dense.half().clone() for _ in range(copies)]

@@ -6,7 +6,7 @@ back is the layout's that it names (:mod:`engine.export.layout`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -23,10 +23,17 @@ class Caution(msgspec.Struct, frozen=True, kw_only=True):
     """A clause that follows the format's label and a colon."""
     bits: tuple[int, ...] = BITS
     symmetric: tuple[bool, ...] = (False, True)
+    outputs: int = 1
+    """Only of linears whose outputs are no multiple of so many; ``{outputs}`` in the text is the first."""
 
-    def concerns(self, grid: Grid) -> bool:
-        """Whether an export of that grid is one of these."""
-        return grid.bits in self.bits and grid.symmetric in self.symmetric
+    def about(self, grid: Grid, outputs: Iterable[int]) -> str:
+        """The text, if an export of that grid and of linears with so many outputs is one of these."""
+        if grid.bits not in self.bits or grid.symmetric not in self.symmetric:
+            return ""
+        if self.outputs == 1:
+            return self.text
+        odd = next((count for count in outputs if count % self.outputs), None)
+        return "" if odd is None else self.text.format(outputs=odd)
 
 
 class Format(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,9 +86,11 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
         cost = load_named(named) if named else packed_bytes
         return int(cost(outputs, inputs, grid.bits, grid.group_size))
 
-    def warnings(self, grid: Grid) -> list[str]:
-        """What whoever chooses it for that grid should know, each in a sentence."""
-        return [f"{self.label}: {each.text}" for each in self.cautions if each.concerns(grid)]
+    def warnings(self, grid: Grid, outputs: Iterable[int] = ()) -> list[str]:
+        """What whoever chooses it for that grid, and linears with so many ``outputs``, should know, each in a
+        sentence."""
+        counts = tuple(outputs)
+        return [f"{self.label}: {text}" for each in self.cautions if (text := each.about(grid, counts))]
 
     def lacks(self, grid: Grid) -> str:
         """What of a grid it cannot hold, in words; empty where it holds all of it."""
@@ -133,6 +142,14 @@ SERVERS_WANT_OTHERS = (
     "8 bits only"
 )
 
+# Seen with humming-kernels 0.1.19 on an H100 (benchmarks/README.md).
+HUMMING = Caution(
+    text="vLLM's kernel for 2 and 3 bits, Humming, refuses linears whose outputs are no multiple of 128, and "
+    "this model has some with {outputs}",
+    bits=(2, 3),
+    outputs=128,
+)
+
 FORMATS = Table(
     "format",
     Format(
@@ -180,6 +197,7 @@ FORMATS = Table(
                 "packs 3 bits in this way from 0.18 on",
                 bits=(2, 3),
             ),
+            HUMMING,
         ),
         instead=("gptq_v2",),
     ),

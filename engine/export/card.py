@@ -53,7 +53,8 @@ def model_card(
         parts.append(f"Versions: {versions}.\n")
     parts.append(loading)
     grids = dict.fromkeys(linear.grid for linear in linears.values())
-    cautions = dict.fromkeys(text for grid in grids for text in form.format.warnings(grid))
+    outputs = [linear.out_features for linear in linears.values()]
+    cautions = dict.fromkeys(text for grid in grids for text in form.format.warnings(grid, outputs))
     if cautions:
         parts.append("\n".join(f"- {text[:1].upper()}{text[1:]}." for text in cautions) + "\n")
     return "\n".join(part for part in parts if part)

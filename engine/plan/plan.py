@@ -327,7 +327,8 @@ def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> It
             "the GGUF file holds quantized weights already: full precision here means as good as this file"
         )
     for name in config.export.formats:
-        yield from FORMATS[name].warnings(config.grid.shared)
+        outputs = (linear.out_features for linear in arch.linears)
+        yield from FORMATS[name].warnings(config.grid.shared, outputs)
     if not arch.exact:
         yield f"sizes of model type {arch.model_type!r} are estimated as if it were a Llama"
     if arch.carried:

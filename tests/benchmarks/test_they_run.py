@@ -20,6 +20,7 @@ COMMANDS = [
     " --e2e-length 16 --profile",
     "evaluation tiny --blocks 2 --windows 5 --length 16 --vocabulary 300 --repeat 1",
     "telemetry tiny --steps 16 --repeat 1",
+    "servers tiny --rows 1 --bits 3 --groups 64",
     "startup tiny --blocks 2 --vocabulary 700 --words 4000 --preset smoke",
 ]
 

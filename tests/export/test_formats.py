@@ -185,3 +185,13 @@ def test_the_bytes_of_a_linear_are_those_in_the_file(
     assert set(names) == {name for name in stored if name.startswith("model.layers.1.mlp.down_proj.")}
     found = sum(stored[name].numel() * stored[name].element_size() for name in names)
     assert layout.format.linear_bytes(weight.out_features, weight.in_features, Grid(bits, group)) == found
+
+
+def test_a_caution_that_counts_outputs_names_the_first_that_is_odd() -> None:
+    row = FORMATS["compressed-tensors"]
+    two, four = Grid(2, 64), Grid(4, 64)
+    (said,) = set(row.warnings(two, [128, 576, 192])) - set(row.warnings(two, [128, 256]))
+    assert said.endswith(
+        "refuses linears whose outputs are no multiple of 128, and this model has some with 576"
+    )
+    assert row.warnings(four, [576]) == row.warnings(four)
