@@ -108,6 +108,7 @@ COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "eval": finished.evaluate,
     "export": finished.export,
     "generate": finished.generate,
+    "verify": looking.verify,
     "rm": tidying.rm,
     "gc": tidying.gc,
 }

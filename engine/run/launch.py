@@ -170,8 +170,12 @@ def _new_log(run: RunDirectory) -> tuple[int, int]:
 
 def engine_environment(attempt: int) -> dict[str, str]:
     """The environment an engine is started in."""
+    return {**python_environment(), ATTEMPT_VARIABLE: str(attempt)}
+
+
+def python_environment() -> dict[str, str]:
+    """The environment for a process of this program's heavy half."""
     environment = dict(os.environ)
-    environment[ATTEMPT_VARIABLE] = str(attempt)
     # A log that is read while it is written, and that holds the last words of a crash.
     environment["PYTHONUNBUFFERED"] = "1"
     environment["PYTHONFAULTHANDLER"] = "1"

@@ -46,6 +46,38 @@ def show(run: Run, runs_dir: RunsDir = None, as_json: Json = False) -> None:
         show_text(report(shown))
 
 
+def verify(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="The folder of a quantized checkpoint.")],
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", metavar="MODEL", help="Measure each linear's error against this model."),
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Look at a quantized checkpoint, of a run or of anybody: layout, shapes, scales, missing tensors."""
+    import os
+    import sys
+    from pathlib import Path
+
+    from eqat_tui.judging import judged, judgement_text
+    from eqat_tui.output import colour_wanted, print_json, say
+    from eqat_tui.output import show as show_text
+
+    moving = colour_wanted(sys.stderr) and not as_json
+    found = judged(
+        Path(os.path.expanduser(path)),
+        reference,
+        lambda done, of: say(f"\r  block {done + 1} of {of}", end="") if moving else None,
+    )
+    if moving:
+        say("\r\033[K", end="")
+    if as_json:
+        print_json(found)
+    else:
+        show_text(judgement_text(found))
+    return ExitCode.DONE if found["sound"] else ExitCode.DATA
+
+
 def presets(as_json: Json = False) -> None:
     """List the presets: complete configurations to start from."""
     from eqat_tui.output import print_json, show, table

@@ -16,6 +16,7 @@ PUBLIC = {
     "replay": {"--runs-dir", "--speed", "--ascii"},
     "memory": {"--runs-dir", "--ascii"},
     "monitor": {"--runs-dir", "--ascii"},
+    "verify": {"--reference", "--json"},
     "generate": {"--prompt", "--new-tokens", "--runs-dir", "--json"},
     "stop": {"--runs-dir", "--abort", "--kill", "--wait"},
     "runs": {"--runs-dir", "--limit", "-n", "--json"},

@@ -1,0 +1,310 @@
+"""Whether a quantized checkpoint is sound, whoever wrote it: ``python -m engine.export.judging PATH``.
+
+It is opened by the reader of the format that it describes itself as, block by block, so that a large model
+needs the memory of one block. Looked at are: whether every tensor of the model is there and has its shape,
+whether the tensors of a linear fit each other and the described grid, and whether every scale and every other
+number is finite. Against a reference model, the error of each linear is measured:
+``||W_q - W|| / ||W||``, Frobenius norms over all its weights.
+
+What it has to say are lines of JSON on stdout: ``{"done": .., "of": ..}`` while it works, and at the end one
+object, either a :class:`Judgement` or ``{"error": ..}`` in the words of an EqatError.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from engine.config.formats import FORMATS
+from engine.config.model import ModelConfig
+from engine.config.tables import load_extensions
+from engine.errors import EqatError, ExitCode, PreflightError
+from engine.export.layout import Form, Layout, form_of
+from engine.export.reader import CheckpointReader, read_json
+from engine.models.causal_lm import CausalLM
+from engine.models.source import ModelSource
+from engine.system.guarded import NoFile
+
+MOST_PROBLEMS = 200
+"""So many are told; a file of noise has one in every tensor."""
+CPU = torch.device("cpu")
+
+
+class Judgement(msgspec.Struct, kw_only=True):
+    """What was found."""
+
+    path: str
+    format: str
+    label: str
+    """Of the format, in words."""
+    model_type: str = ""
+    blocks: int = 0
+    """Zero, and no model type, for files that no model can be made of."""
+    linears: int = 0
+    """Quantized ones."""
+    tensors: int
+    """All that are stored."""
+    bytes: int
+    """Of the files that hold them."""
+    grids: dict[str, int] = {}
+    """Quantized linears by grid: ``w3g128``, ``w4g64 symmetric``; of formats that keep integers and zero
+    points."""
+    problems: list[str] = []
+    """In words, each with the tensor or file that it is about; none for a sound checkpoint."""
+    more_problems: int = 0
+    """Those beyond the ones that are listed."""
+    reference: str | None = None
+    errors: dict[str, float] = {}
+    """Against the reference: each linear's relative error."""
+
+    @property
+    def sound(self) -> bool:
+        return not self.problems
+
+    def tell(self, problem: str) -> None:
+        """Note a problem."""
+        if len(self.problems) < MOST_PROBLEMS:
+            self.problems.append(problem)
+        else:
+            self.more_problems += 1
+
+
+def judge(
+    path: Path, reference: str | None = None, on_block: Callable[[int, int], None] = lambda done, of: None
+) -> Judgement:
+    """Look at every tensor of the checkpoint in the folder ``path``.
+
+    Raises:
+        PreflightError: where there is no checkpoint of a format that is known, or no such reference.
+    """
+    form = form_of(format_in(path))
+    source = None if reference is None else ModelSource.open(ModelConfig(source=reference))
+    try:
+        lm = form.open(path, CPU, torch.float32)
+    except EqatError as error:
+        if not isinstance(form, Layout):
+            raise
+        # What no model can be made of may have more wrong with it than the first thing.
+        return _judge_files(form, path, error)
+    found = _begun(form, path, lm.source.weights)
+    found.model_type, found.blocks, found.reference = str(lm.source.config.model_type), lm.blocks, reference
+    other = None if source is None else CausalLM(source, CPU, torch.float32)
+    if other is not None:
+        _require_alike(lm, other, str(reference))
+    for index in range(lm.blocks):
+        on_block(index, lm.blocks)
+        _judge_block(form, lm, index, other, found)
+    return found
+
+
+def _begun(form: Form, path: Path, weights: Any) -> Judgement:
+    return Judgement(
+        path=str(path),
+        format=form.format.name,
+        label=form.format.label,
+        tensors=len(weights.stored_names()),
+        bytes=sum(file.stat().st_size for file in weights.files()),
+    )
+
+
+def _judge_files(form: Layout, path: Path, opening: EqatError) -> Judgement:
+    """Every tensor by itself, of files that ``opening`` as a model has failed for.
+
+    Raises:
+        PreflightError: for files that cannot be read.
+    """
+    reader = form.reader(path)
+    found = _begun(form, path, reader)
+    found.tell(_words(opening))
+    stored = set(reader.stored_names())
+    for name in reader.names():
+        if name not in stored:
+            _judge_linear(reader, name.removesuffix(".weight"), found)
+    suffixes = tuple(f".{suffix}" for suffix in reader.suffixes)
+    for name in sorted(stored):
+        if not name.endswith(suffixes):
+            _judge_numbers(name, reader.stored(name), found)
+    return found
+
+
+def _words(error: EqatError) -> str:
+    """An error as a problem: what is wrong and where, without the remedy, which is for models to train."""
+    return f"{error.where}: {error.message}" if error.where else error.message
+
+
+def format_in(path: Path) -> str:
+    """The format that the checkpoint in ``path`` describes itself as.
+
+    Raises:
+        PreflightError: for a folder that is none of a format in the table.
+    """
+    if not path.is_dir():
+        what = "is a file; name its folder" if path.exists() else "is not there"
+        raise PreflightError(what, where=str(path))
+    if "gguf" in FORMATS and any(path.glob("*.gguf")):
+        return "gguf"
+    try:
+        config = read_json(path / "config.json")
+    except NoFile as error:
+        hint = "a run's are in its folder export/" if (path / "export").is_dir() else ""
+        raise PreflightError(
+            "holds no checkpoint: config.json is missing", where=str(path), hint=hint
+        ) from error
+    said = config.get("quantization_config")
+    said = said if isinstance(said, dict) else {}
+    kinds = ["mlx"] if isinstance(config.get("quantization"), dict) else []
+    kinds += [str(said[key]) for key in ("checkpoint_format", "quant_method", "format") if said.get(key)]
+    known = next((kind for kind in kinds if kind in FORMATS), None)
+    if known is not None:
+        return known
+    raise PreflightError(
+        f"its quantization is {kinds[0][:40]!r}" if kinds else "its config.json speaks of no quantization",
+        where=str(path),
+        hint=f"what can be verified: {', '.join(FORMATS.names())}",
+    )
+
+
+def _require_alike(lm: CausalLM, other: CausalLM, name: str) -> None:
+    one, two = (lm.blocks, lm.linear_names(0)), (other.blocks, other.linear_names(0))
+    if one != two:
+        raise PreflightError(
+            f"it has {other.blocks} blocks of {len(two[1])} linears, and the checkpoint {lm.blocks} of "
+            f"{len(one[1])}",
+            where=name,
+            hint="name the model that the checkpoint was made from",
+        )
+
+
+def _judge_block(form: Form, lm: CausalLM, index: int, other: CausalLM | None, found: Judgement) -> None:
+    """Its tensors one by one; what cannot be loaded is a problem of that tensor's."""
+    prefix = lm.block_prefix(index)
+    reader: Any = lm.source.weights
+    for name in lm.linear_names(index):
+        full = f"{prefix}.{name}"
+        if f"{full}.weight" not in reader:
+            found.tell(f"{full}.weight is missing")
+            continue
+        if isinstance(form, Layout) and f"{full}.weight" not in reader.stored_names():
+            _judge_linear(reader, full, found)
+        else:
+            found.linears += not isinstance(form, Layout)
+    try:
+        block = lm.load_block(index)
+    except EqatError as error:
+        found.tell(_words(error))
+        return
+    state = block.state_dict()
+    for name, tensor in state.items():
+        _judge_numbers(f"{prefix}.{name}", tensor, found)
+    if other is None:
+        return
+    reference = other.load_block(index).state_dict()
+    for name in lm.linear_names(index):
+        have, want = state[f"{name}.weight"], reference[f"{name}.weight"]
+        full = f"{prefix}.{name}"
+        if have.shape != want.shape:
+            found.tell(f"{full} is {list(have.shape)}, of the reference {list(want.shape)}")
+            continue
+        found.errors[full] = float((have - want).norm() / want.norm().clamp(min=1e-30))
+
+
+def _judge_linear(reader: CheckpointReader, name: str, found: Judgement) -> None:
+    """The tensors of one quantized linear, against each other."""
+    found.linears += 1
+    try:
+        parts = dict(reader.linear(name).parts())
+    except EqatError as error:
+        found.tell(_words(error))
+        return
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # shapes that do not fit each other
+        found.tell(f"the tensors of {name} do not fit each other: {str(error).splitlines()[0][:120]}")
+        return
+    for problem in _faults(parts):
+        found.tell(f"{name}: {problem}")
+    if "integers" in parts and "zero points" in parts:
+        grid = _grid(reader, parts)
+        found.grids[grid] = found.grids.get(grid, 0) + 1
+
+
+def _faults(parts: dict[str, Tensor]) -> Iterator[str]:
+    """What is wrong with a linear's integers ``[O, I]``, zero points and scales ``[O, G]``, and groups."""
+    scales = parts.get("scales")
+    if scales is not None:
+        if count := int((~torch.isfinite(scales)).sum()):
+            yield f"{count} of {scales.numel()} scales are not finite"
+        if count := int((scales == 0).sum()):
+            yield f"{count} of {scales.numel()} scales are zero"
+    codes, zeros, groups = (parts.get(part) for part in ("integers", "zero points", "group indices"))
+    if codes is None or scales is None or scales.ndim != 2:
+        return
+    (outputs, inputs), (rows, count) = codes.shape, scales.shape
+    if rows != outputs or not count or inputs % count:
+        yield f"scales {list(scales.shape)} do not fit integers {list(codes.shape)}"
+    if zeros is not None and zeros.shape != scales.shape:
+        yield f"zero points {list(zeros.shape)} do not fit scales {list(scales.shape)}"
+    if groups is not None and (len(groups) != inputs or int(groups.min()) < 0 or int(groups.max()) >= count):
+        yield f"its inputs are in groups up to {int(groups.max())}, and there are {count}"
+
+
+def _grid(reader: CheckpointReader, parts: dict[str, Tensor]) -> str:
+    """``w3g128``, as far as the numbers say."""
+    bits = getattr(reader, "bits", None) or max(1, int(parts["integers"].max()).bit_length())
+    inputs, groups = parts["integers"].shape[1], parts["zero points"].shape[-1]
+    middle = bool((parts["zero points"] == 1 << (int(bits) - 1)).all())
+    return f"w{bits}g{inputs // max(1, groups)}{' symmetric' if middle else ''}"
+
+
+def _judge_numbers(name: str, tensor: Tensor, found: Judgement) -> None:
+    if tensor.is_floating_point() and (count := int((~torch.isfinite(tensor)).sum())):
+        found.tell(f"{name}: {count} of {tensor.numel()} values are not finite")
+
+
+# -- a process of its own ------------------------------------------------------------------------------
+
+
+def _say(tree: dict[str, Any]) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps(tree), flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0 for a sound checkpoint, 4 for one with problems."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # who asked is told by whoever started this
+    parser = argparse.ArgumentParser(prog="python -m engine.export.judging")
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--reference")
+    given = parser.parse_args(arguments)
+    try:
+        load_extensions()
+        found = judge(given.path, given.reference, lambda done, of: _say({"done": done, "of": of}))
+    except EqatError as error:
+        _say(
+            {
+                "error": {
+                    "message": error.message,
+                    "where": error.where,
+                    "hint": error.hint,
+                    "exit_code": int(error.exit_code),
+                }
+            }
+        )
+        return int(error.exit_code)
+    tree = msgspec.to_builtins(found)
+    tree["errors"] = {name: error if math.isfinite(error) else None for name, error in found.errors.items()}
+    _say({**tree, "sound": found.sound})
+    return int(ExitCode.DONE if found.sound else ExitCode.DATA)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

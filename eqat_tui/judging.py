@@ -1,0 +1,103 @@
+"""``eqat verify``: a quantized checkpoint is looked at by a process that may load torch, and told of here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from engine.errors import EqatError, ExitCode
+from engine.run.launch import python_environment
+from eqat_tui.output import cell, format_bytes, table
+
+WORST = 5
+"""Linears whose error is told one by one."""
+MOST_LINES = 20
+"""Problems that a person is told; the JSON has more of them."""
+
+
+def judged(path: Path, reference: str | None, heard: Callable[[int, int], None]) -> dict[str, Any]:
+    """What ``engine.export.judging`` says of the checkpoint in ``path``; ``heard`` is told how far it is.
+
+    Raises:
+        EqatError: for what is no checkpoint that can be looked at.
+    """
+    more = [] if reference is None else ["--reference", reference]
+    last: dict[str, Any] = {}
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "engine.export.judging", *more, "--", str(path)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=python_environment(),
+        text=True,
+        errors="replace",
+    ) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        for line in child.stdout:
+            last = _object(line) or last
+            if "done" in last:
+                heard(int(last["done"]), int(last["of"]))
+        words = child.stderr.read().strip().splitlines()
+    if "error" in last:
+        said = last["error"]
+        raise EqatError(
+            said["message"], exit_code=ExitCode(said["exit_code"]), where=said["where"], hint=said["hint"]
+        )
+    if "sound" not in last:
+        why = words[-1][:200] if words else f"its process ended with {child.returncode}"
+        raise EqatError(f"cannot be judged: {why}", exit_code=ExitCode.BUG, where=str(path))
+    return last
+
+
+def _object(line: str) -> dict[str, Any]:
+    """What the line says; nothing for one that a library printed."""
+    try:
+        tree = json.loads(line)
+    except ValueError:
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def judgement_text(found: Mapping[str, Any]) -> str:
+    """For a person."""
+    several = len(found["grids"]) > 1
+    grids = ", ".join(f"{count} of {name}" if several else name for name, count in found["grids"].items())
+    grids = f" ({grids})" if grids else ""
+    model = f"{cell(found['model_type'])} with {found['blocks']} blocks"
+    model = model if found["blocks"] else "no model can be made of it"
+    lines = [
+        f"{cell(found['path'], 200)}: {found['label']}, {model}",
+        f"  {found['linears']} quantized linears{grids}, {found['tensors']} tensors, "
+        f"{format_bytes(found['bytes'])}",
+    ]
+    errors = {name: _or_infinite(error) for name, error in found["errors"].items()}
+    if errors:
+        lines.append(
+            f"  relative error of a linear against {cell(found['reference'], 200)}: median "
+            f"{median(errors.values()):.4f}, largest {max(errors.values()):.4f}"
+        )
+        worst = sorted(errors.items(), key=lambda item: -item[1])[:WORST]
+        lines += [
+            "    " + line for line in table([(name, f"{error:.4f}") for name, error in worst]).splitlines()
+        ]
+    problems = found["problems"]
+    if not problems:
+        lines.append("  sound: every tensor is there, fits the others and is finite")
+        return "\n".join(lines)
+    count = len(problems) + found["more_problems"]
+    lines.append(f"  {count} problem{'s' if count > 1 else ''}:")
+    lines += [f"    {cell(problem, 300)}" for problem in problems[:MOST_LINES]]
+    if count > MOST_LINES:
+        lines.append(f"    and {count - min(len(problems), MOST_LINES)} more")
+    return "\n".join(lines)
+
+
+def _or_infinite(error: float | None) -> float:
+    """JSON has no infinity."""
+    return float("inf") if error is None else error

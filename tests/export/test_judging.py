@@ -1,0 +1,183 @@
+"""Whether a checkpoint is sound: what is wrong with one is named, and one that is whole has nothing wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from packed_models import open_model, packed_blocks, save_model, write
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.config.formats import FORMATS
+from engine.errors import PreflightError
+from engine.export.judging import Judgement, format_in, judge
+from engine.export.layout import form_of
+from eqat_tui.judging import judgement_text
+
+PACKED = ["gptq_v2", "compressed-tensors"]
+FILE = "model.safetensors"
+LINEAR = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model") / "fp", "llama", tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def written(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """An export in a format, made once."""
+    made: dict[str, Path] = {}
+    source, lm = open_model(model)
+    blocks = packed_blocks(lm, 3, 32)
+
+    def of(name: str) -> Path:
+        if name not in made:
+            place = tmp_path_factory.mktemp(name) / name
+            made[name] = write(place, lm, source, blocks.__getitem__, layout=form_of(name)).path
+        return made[name]
+
+    return of
+
+
+def changed(export: Path, place: Path, change: Callable[[dict[str, Tensor]], object]) -> Judgement:
+    """What is found in a copy of ``export`` whose tensors are changed."""
+    place.mkdir()
+    for file in export.iterdir():
+        os.link(file, place / file.name)
+    tensors = load_file(export / FILE)
+    change(tensors)
+    (place / FILE).unlink()
+    save_file(tensors, place / FILE, {"format": "pt"})
+    return judge(place)
+
+
+@pytest.mark.parametrize("name", [*PACKED, "gguf"])
+def test_an_export_of_ours_is_sound(written: Callable[[str], Path], name: str) -> None:
+    found = judge(written(name))
+    assert (found.problems, found.sound, found.format) == ([], True, name)
+    assert found.linears == 7 * found.blocks
+    assert found.bytes == sum(f.stat().st_size for f in written(name).glob("*.[gs][ga][uf]*"))
+    if name != "gguf":
+        assert found.grids == {"w3g32": found.linears}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_against_the_model_that_it_was_made_from_the_error_of_every_linear_is_told(
+    model: Path, written: Callable[[str], Path], name: str
+) -> None:
+    found = judge(written(name), str(model))
+    assert len(found.errors) == found.linears
+    _, lm = open_model(model)
+    want = lm.load_block(1).get_submodule("mlp.up_proj").weight
+    have = packed_blocks(lm, 3, 32)[1].linears["mlp.up_proj"].dequantize()
+    assert found.errors[LINEAR] == pytest.approx(float((have - want).norm() / want.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_scale_that_is_not_finite_and_one_of_zero_are_counted(
+    written: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    scales = f"{LINEAR}.{'scales' if name == 'gptq_v2' else 'weight_scale'}"
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        flat = tensors[scales].view(-1)
+        flat[0], flat[1], flat[2] = torch.nan, torch.inf, 0.0
+
+    found = changed(written(name), tmp_path / "out", damage)
+    count = load_file(written(name) / FILE)[scales].numel()
+    assert f"{LINEAR}: 2 of {count} scales are not finite" in found.problems
+    assert f"{LINEAR}: 1 of {count} scales are zero" in found.problems
+    assert any("NaN or infinity" in problem for problem in found.problems)
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_missing_tensor_is_named(
+    written: Callable[[str], Path], tmp_path: Path, name: str, which: int
+) -> None:
+    tensor = f"{LINEAR}.{FORMATS[name].tensors[which]}"
+    found = changed(written(name), tmp_path / "out", lambda tensors: tensors.pop(tensor))
+    assert any(LINEAR in problem for problem in found.problems)
+    assert not found.sound
+
+
+def test_scales_of_another_shape_and_a_norm_that_is_not_finite_are_named(
+    written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def damage(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{LINEAR}.scales"] = tensors[f"{LINEAR}.scales"][:1].clone()
+        tensors["model.layers.0.input_layernorm.weight"][3] = torch.inf
+        tensors["model.norm.weight"][0] = torch.nan
+
+    problems = changed(written("gptq_v2"), tmp_path / "out", damage).problems
+    for words in (LINEAR, "model.layers.0.input_layernorm.weight: 1 of ", "model.norm.weight: 1 of "):
+        assert any(words in problem for problem in problems), (words, problems)
+
+
+def test_what_is_no_checkpoint_of_a_known_format_is_refused_by_name(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    (tmp_path / "run" / "export").mkdir(parents=True)
+    for place, words in (
+        (tmp_path / "nothing", "is not there"),
+        (file, "is a file"),
+        (tmp_path / "run", "config.json is missing"),
+    ):
+        with pytest.raises(PreflightError, match=words):
+            format_in(place)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "nobody"}}))
+    with pytest.raises(PreflightError, match="its quantization is 'nobody'"):
+        format_in(other)
+
+
+def test_what_a_person_is_told(written: Callable[[str], Path]) -> None:
+    found = judge(written("gptq_v2"))
+    text = judgement_text({**msgspec.to_builtins(found), "sound": True})
+    assert "GPTQ v2, llama with 2 blocks" in text
+    assert "14 quantized linears (w3g32), " in text
+    assert "sound: every tensor is there" in text
+    found.errors, found.reference = {"a": 0.25, "b": 0.5}, "somewhere"
+    for number in range(30):
+        found.tell(f"\x1b]0;problem {number}")
+    text = judgement_text(msgspec.to_builtins(found))
+    assert "median 0.3750, largest 0.5000" in text
+    assert "30 problems:" in text
+    assert "and 10 more" in text
+    assert "\x1b" not in text
+
+
+def eqat_verify(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "eqat_tui", "verify", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_command_tells_what_was_found_and_exits_by_it(
+    written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    changed(written("gptq_v2"), broken, lambda tensors: tensors.pop(f"{LINEAR}.scales"))
+    result = eqat_verify(str(broken), "--json")
+    assert result.returncode == 4
+    told = json.loads(result.stdout)
+    assert not told["sound"]
+    assert any(LINEAR in problem for problem in told["problems"])
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "config.json").write_bytes((broken / "config.json").read_bytes())
+    (cut / FILE).write_bytes((broken / FILE).read_bytes()[:-100])
+    refused = eqat_verify(str(cut))
+    assert refused.returncode == 3
+    assert refused.stderr.startswith("error: ")
+    assert len(refused.stderr.splitlines()) == 1
