@@ -30,13 +30,16 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from engine.architecture.description import describe
 from engine.architecture.refusals import refuse
+from engine.config.derived import resolve
 from engine.config.grid import GridConfig
+from engine.config.loading import load
 from engine.errors import PreflightError
 from engine.export.gguf_file import file_name
 from engine.export.gguf_reader import GGUFContent
 from engine.export.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_metadata
 from engine.export.layout import form_of
 from engine.plan.export_sizes import exported_bytes
+from engine.plan.plan import make_plan
 from engine.quant.packed import PackedBlock, PackedWeight
 
 PLAIN = (0, 1, 30)
@@ -263,6 +266,33 @@ def test_what_a_file_cannot_hold_is_refused_by_the_plan_with_a_format_that_does(
     assert words in str(caught.value)
     assert caught.value.where == "export.formats"
     assert "leave gguf out of export.formats; gptq_v2 holds this one" in caught.value.hint
+
+
+EXPECTATIONS: dict[str, tuple[str, GridConfig]] = {
+    "at 4.5 bits a weight; grid.symmetric = true": ("llama2", GridConfig(bits=2, group_size=64)),
+    "loads in llama.cpp from mid-2026 on": ("llama2", GridConfig(bits=2, group_size=64, symmetric=True)),
+    "no type of 3 bits": ("qwen3", GridConfig(bits=3, group_size=32)),
+    "whose biases are rounded": ("qwen2", GridConfig(bits=4)),
+    "without its window of 8 tokens": ("phi3", GridConfig(bits=4, symmetric=True)),
+}
+
+
+@pytest.mark.parametrize("words", EXPECTATIONS)
+def test_the_plan_says_what_somebody_might_not_expect_of_a_file(words: str, tmp_path: Path) -> None:
+    name, grid = EXPECTATIONS[words]
+    folder = tiny.build(tmp_path / "model", name)
+    settings = {
+        "model.source": str(folder),
+        "grid.bits": grid.bits,
+        "grid.group_size": grid.group_size,
+        "grid.symmetric": grid.symmetric,
+    }
+    said = {
+        format: make_plan(resolve(load("smoke", overrides={**settings, "export.formats": [format]})))
+        for format in ("gguf", "gptq_v2")
+    }
+    assert [warning for warning in said["gguf"].warnings if words in warning]
+    assert not [warning for warning in said["gptq_v2"].warnings if words in warning]
 
 
 def test_what_the_checkpoint_holds_besides_has_no_place(tmp_path: Path) -> None:
