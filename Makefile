@@ -4,7 +4,7 @@
 # make fuzz      mutate every file that is read, and look for harm (SECONDS=300, SEED=0)
 # make families  try a tiny model of every family, and write docs/families.md (2 min)
 # make screenshot  the app's pictures in README.md, from a run (RUN=latest)
-# make interop   load our exports with gptqmodel and transformers 4, in an environment of its own
+# make interop   load our exports with gptqmodel, llama.cpp and transformers 4, in an environment of its own
 #
 # PYTHON=python3.12      which Python makes the environment (3.11 or newer)
 # PIP_FLAGS='...'        extra flags for pip, such as --extra-index-url for another build of PyTorch

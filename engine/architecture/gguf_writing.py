@@ -89,6 +89,29 @@ def refusal(arch: Architecture, config: Mapping[str, Any], grid: GridConfig) -> 
     return next(_unknown_to(ARCHITECTURES[model_type], text), "")
 
 
+def warnings(arch: Architecture, config: Mapping[str, Any], grid: GridConfig) -> Iterator[str]:
+    """What becomes of a model in a GGUF file that somebody might not expect, in sentences."""
+    kinds = {block_type(grid.shared, linear.in_features) for linear in arch.linears}
+    if grid.bits == 2 and kinds == {"Q4_0"}:
+        yield (
+            "GGUF holds 2 bits with zero points of their own, or in groups of 32, as Q4_0: exact, at 4.5 "
+            "bits a weight; grid.symmetric = true in groups that 64 divides makes it Q2_0, at 2.25"
+        )
+    elif grid.bits == 2:
+        yield "Q2_0 is new: a GGUF file of 2 bits loads in llama.cpp from mid-2026 on"
+    elif grid.bits == 3:
+        yield "GGUF has no type of 3 bits for free scales: Q4_0 holds them exactly, at 4.5 bits a weight"
+    elif kinds == {"Q4_1"}:
+        yield (
+            "GGUF holds 4 bits with zero points of their own as Q4_1, whose biases are rounded to float16; "
+            "grid.symmetric = true makes it Q4_0, which is exact and takes 4.5 bits a weight in place of 5"
+        )
+    text = text_config(config)
+    window, positions = text.get("sliding_window"), text.get("max_position_embeddings") or 0
+    if text.get("model_type") == "phi3" and window and window < positions:
+        yield f"llama.cpp computes phi3 without its window of {window} tokens: longer texts differ there"
+
+
 def full_rotary(text: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary parameters of the layers that see the whole context, whichever version of transformers wrote the
     configuration."""

@@ -75,6 +75,9 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
     refuses: str = ""
     """``module:function`` of the light half: what of a model it cannot hold, in words, for an architecture,
     config.json and a :class:`~engine.config.grid.GridConfig`; empty for formats that hold every model."""
+    warns: str = ""
+    """``module:function`` of the light half: sentences on what becomes of a grid or a model in this format
+    that somebody might not expect, for the same three; empty for none."""
     carries: bool = True
     """It takes over what the checkpoint holds besides the model."""
     loading: str
@@ -107,6 +110,10 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
         return self.lacks(grid.shared) or (
             load_named(self.refuses)(architecture, config, grid) if self.refuses else ""
         )
+
+    def warnings(self, architecture: object, config: Mapping[str, Any], grid: GridConfig) -> tuple[str, ...]:
+        """What somebody might not expect of this format for a grid and a model, in sentences."""
+        return tuple(load_named(self.warns)(architecture, config, grid)) if self.warns else ()
 
 
 def packed_bits(outputs: int, inputs: int, bits: int, group_size: int) -> int:
@@ -209,6 +216,7 @@ FORMATS = Table(
         tensors=("weight",),
         sizes="engine.architecture.gguf_writing:tensor_bytes",
         refuses="engine.architecture.gguf_writing:refusal",
+        warns="engine.architecture.gguf_writing:warnings",
         carries=False,
         loading=(
             "from pathlib import Path\n"

@@ -87,10 +87,14 @@ def described(lm: CausalLM) -> dict[str, Value]:
 
     Raises:
         PreflightError: for a tokenizer that it cannot hold.
+        IdentityError: when a GGUF file is no longer the one that was opened.
     """
     if lm.source.file is not None:
         with foreign("the GGUF file's metadata cannot be read", str(lm.source.file)):
-            return kept(lm.source.file)
+            said = kept(lm.source.file)
+        for stamped in lm.source.weights.files():
+            stamped.check()
+        return said
     tokenizer = tokenizer_metadata(lm.source.tokenizer(), lm.vocab_size, lm.source.config)
     return network(architecture_of(lm), lm) | tokenizer
 

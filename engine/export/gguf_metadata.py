@@ -41,11 +41,16 @@ def general(kind: str, name: str, base: str, license_: str) -> dict[str, Value]:
         "general.name": name,
         "general.quantized_by": f"eqat {__version__}",
         "general.license": license_,
-        "general.base_model.0.name": base.rpartition("/")[2],
-        "general.base_model.0.repo_url": f"https://huggingface.co/{base}" if base.count("/") == 1 else "",
         "general.file_type": FILE_TYPES[kind],
         "general.quantization_version": QUANTIZATION_VERSION,
     }
+    if base.count("/") == 1 and not base.startswith((".", "/", "~")):  # of the hub, and no path
+        said |= {
+            "general.base_model.count": 1,
+            "general.base_model.0.name": base.rpartition("/")[2],
+            "general.base_model.0.organization": base.partition("/")[0],
+            "general.base_model.0.repo_url": f"https://huggingface.co/{base}",
+        }
     return {key: Value(value) for key, value in said.items() if value != ""}
 
 

@@ -188,6 +188,11 @@ class Form(ABC):
         """What the format rounds, in words, once linears were compared; empty where it holds everything."""
         return ""
 
+    def tolerance(self, of_arithmetic: float) -> float:
+        """Largest allowed difference of two logits, in units of their standard deviation, where other
+        arithmetic alone explains ``of_arithmetic``; asked once linears were compared."""
+        return of_arithmetic
+
 
 class Layout(Form):
     """How one format keeps quantized linears in a folder in Hugging Face's form."""

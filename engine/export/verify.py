@@ -36,7 +36,7 @@ from engine.errors import EqatError, ExitCode, StopRequested
 from engine.evaluation.perplexity import token_nll
 from engine.export.checkpoint import block_buffers, outer_names
 from engine.export.comparing import carried_differences
-from engine.export.declared import read_as_declared
+from engine.export.declared import AsDeclared, read_as_declared
 from engine.export.layout import Form, Linear
 from engine.export.stored import as_stored, export_dtype, outer_as_stored, stored_form
 from engine.quant.packed import PackedBlock
@@ -193,7 +193,7 @@ def _verify(
         )
         if on_block is not None:
             on_block(2 * lm.blocks, 2 * lm.blocks)  # the second reading may not have been needed
-    allowed = TOLERANCE[lm.dtype] * spread
+    allowed = form.tolerance(TOLERANCE[lm.dtype]) * spread
     if not difference <= allowed:  # also when it is NaN
         problems.add(f"logits differ by {difference:.4g}, allowed is {allowed:.4g}")
     overflow = "" if problems.found else read.overflow
@@ -211,8 +211,15 @@ def _verify(
         problems=tuple(problems.found),
         overflow=overflow,
         note="" if problems.found else read.note,
-        rounded="" if problems.found else form.rounded(),
+        rounded="" if problems.found else _loss(form.rounded(), read),
     )
+
+
+def _loss(rounded: str, read: AsDeclared) -> str:
+    """What the format rounds, and what that costs of the predictions of a few tokens."""
+    if not rounded or read.packed is None or read.trained is None:
+        return rounded
+    return f"{rounded}; perplexity on {read.tokens} tokens is {read.packed:.5g}, trained {read.trained:.5g}"
 
 
 def _second_half(on_block: Callable[[int, int], None] | None) -> Callable[[int, int], None] | None:

@@ -338,6 +338,8 @@ def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> It
             f"the checkpoint holds {arch.carried_bytes / 2**20:.1f} MiB besides the model ({first}{more}): "
             "exports carry it over as it is" + (f", but for {', '.join(without)}" if without else "")
         )
+    for name in config.export.formats:
+        yield from FORMATS[name].warnings(arch, model.config, config.grid)
     if model.kind == "config":
         yield "no weight files were found beside config.json: planned from config.json alone"
     settings: dict[str, Mapping[str, Any]] = {"config.json": text_config(model.config)}

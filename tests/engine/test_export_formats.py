@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-from engine_runs import exported, of, run_here
+from engine_runs import exported, failure, local_model, of, run_here
 from toy_format import ROW
 
 from engine.checkpoints.store import CheckpointStore
 from engine.config.formats import FORMATS
+from engine.export.gguf_reader import GGUFContent
 from engine.export.place import ExportPlace
 from engine.phases.export import recover_exports
 from engine.run import events
@@ -64,3 +67,40 @@ def test_a_run_of_an_earlier_version_whose_entries_have_no_grids_exports_the_sam
     shutil.rmtree(run.export_dir / "gptq_v2")
     assert run_here(run, "--task", "export") == 0
     assert exported(run) == before
+
+
+def test_a_run_writes_a_gguf_file_and_another_one_is_written_after_the_fact(
+    make: Callable[..., RunDirectory],
+) -> None:
+    run = make(**{"export.formats": ["gguf"], "grid.bits": 4})
+    assert run_here(run) == 0
+    (told,) = of(run, events.Export)
+    assert (told.format, told.path, told.verified) == ("gguf", "export/gguf", True)
+    (name,) = (name for name in told.files if name != "README.md")
+    assert name == "tiny-llama-Q4_1.gguf"
+    assert told.bits_per_weight == 5.0
+    assert "bias in float16" in told.rounded
+    assert told.rounded[1:] in (run.export_dir / "gguf" / "README.md").read_text()
+    plan = of(run, events.Plan)[0].plan
+    content = GGUFContent(run.export_dir / "gguf" / name)
+    assert plan["export_bytes"] == sum(place.nbytes for place in content.tensors.values())
+    before = told.files
+    shutil.rmtree(run.export_dir / "gguf")
+    assert run_here(run, "--task", "export", "--format", "gguf") == 0
+    assert of(run, events.Export)[-1].files == before
+
+
+def test_a_tokenizer_that_a_gguf_file_cannot_hold_is_refused_before_anything_is_trained(
+    make: Callable[..., RunDirectory], tmp_path: Path
+) -> None:
+    folder = local_model(tmp_path / "model")
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["normalizer"] = {"type": "Lowercase"}
+    file.write_text(json.dumps(content))
+    run = make(**{"model.source": str(folder), "export.formats": ["gptq_v2", "gguf"]})
+    assert run_here(run) == 3
+    error = failure(run, 3)
+    assert error.message == "a GGUF file cannot hold the tokenizer: it normalizes text (Lowercase)"
+    assert "leave gguf out of export.formats" in error.hint
+    assert not of(run, events.BlockStarted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,20 @@ from packed_models import (
     write,
 )
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from engine.architecture.description import describe
 from engine.architecture.refusals import refuse
+from engine.config.derived import resolve
 from engine.config.grid import GridConfig
+from engine.config.loading import load
 from engine.errors import PreflightError
 from engine.export.gguf_file import file_name
 from engine.export.gguf_reader import GGUFContent
 from engine.export.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_metadata
 from engine.export.layout import form_of
 from engine.plan.export_sizes import exported_bytes
+from engine.plan.plan import make_plan
 from engine.quant.packed import PackedBlock, PackedWeight
 
 PLAIN = (0, 1, 30)
@@ -268,6 +272,33 @@ def test_what_a_file_cannot_hold_is_refused_by_the_plan_with_a_format_that_does(
     )
 
 
+EXPECTATIONS: dict[str, tuple[str, GridConfig]] = {
+    "at 4.5 bits a weight; grid.symmetric = true": ("llama2", GridConfig(bits=2, group_size=64)),
+    "loads in llama.cpp from mid-2026 on": ("llama2", GridConfig(bits=2, group_size=64, symmetric=True)),
+    "no type of 3 bits": ("qwen3", GridConfig(bits=3, group_size=32)),
+    "whose biases are rounded": ("qwen2", GridConfig(bits=4)),
+    "without its window of 8 tokens": ("phi3", GridConfig(bits=4, symmetric=True)),
+}
+
+
+@pytest.mark.parametrize("words", EXPECTATIONS)
+def test_the_plan_says_what_somebody_might_not_expect_of_a_file(words: str, tmp_path: Path) -> None:
+    name, grid = EXPECTATIONS[words]
+    folder = tiny.build(tmp_path / "model", name)
+    settings = {
+        "model.source": str(folder),
+        "grid.bits": grid.bits,
+        "grid.group_size": grid.group_size,
+        "grid.symmetric": grid.symmetric,
+    }
+    said = {
+        format: make_plan(resolve(load("smoke", overrides={**settings, "export.formats": [format]})))
+        for format in ("gguf", "gptq_v2")
+    }
+    assert [warning for warning in said["gguf"].warnings if words in warning]
+    assert not [warning for warning in said["gptq_v2"].warnings if words in warning]
+
+
 def test_what_the_checkpoint_holds_besides_has_no_place(tmp_path: Path) -> None:
     """llama.cpp counts tensors: one more, and it refuses the file."""
     from safetensors.torch import load_file, save_file
@@ -296,6 +327,64 @@ def test_a_model_of_a_gguf_file_keeps_what_that_file_said(tmp_path: Path) -> Non
     before, after = (GGUFContent(file).metadata for file in (first.file, result.path / result.files[0]))
     changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
     assert changed == {"general.file_type"}
+
+
+def test_every_linear_has_the_type_of_its_own_grid(tmp_path: Path) -> None:
+    source, lm = open_model(save_model(tmp_path / "fp", "llama"))
+    grids = [(2, 64, True), (3, 32, False), (4, 64, False), (8, 128, True)]
+    kinds = [packed_blocks(lm, *grid) for grid in grids]
+    names = lm.linear_names(0)
+    blocks = [
+        PackedBlock(
+            {name: kinds[number % 4][index].linears[name] for number, name in enumerate(names)},
+            kinds[0][index].others,
+        )
+        for index in range(lm.blocks)
+    ]
+    result = write(tmp_path / "out", lm, source, blocks.__getitem__, layout=form_of("gguf"))
+    check = compare(result.path, lm, blocks.__getitem__, some_ids(), layout=form_of("gguf"))
+    assert (check.problems, check.verified) == ((), True)
+    stored = GGUFContent(result.path / result.files[0]).tensors
+    types = {place.type for name, place in stored.items() if name.startswith("blk.0.") and place.type > 1}
+    assert types == {42, 2, 3, 8}
+
+
+@pytest.mark.parametrize(("dtype", "number"), [("float32", 0), ("float16", 1), ("bfloat16", 30)])
+def test_embeddings_have_the_type_that_was_asked_for_and_vectors_are_float32(
+    dtype: str, number: int, tmp_path: Path
+) -> None:
+    source, lm = open_model(save_model(tmp_path / "fp", "gemma2", **gguf_models.GEMMA))
+    blocks, form = packed_blocks(lm, 4, 64, True), form_of("gguf")
+    result = write(tmp_path / "out", lm, source, blocks.__getitem__, layout=form, dtype=dtype)
+    check = compare(result.path, lm, blocks.__getitem__, some_ids(), layout=form, dtype=dtype)
+    assert (check.problems, check.verified) == ((), True)
+    stored = GGUFContent(result.path / result.files[0]).tensors
+    assert stored["token_embd.weight"].type == number
+    assert {place.type for place in stored.values() if len(place.shape) == 1} == {0}
+    arch = describe(str(tmp_path / "fp")).architecture
+    planned = exported_bytes(arch, GridConfig(bits=4, symmetric=True), "gguf", {0: 4}.get(number, 2))
+    assert planned == sum(place.nbytes for place in stored.values())
+
+
+def test_the_language_model_of_a_larger_one_is_written_alone(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save_model(tmp_path / "fp", "gemma3_text", **gguf_models.GEMMA)
+    config = json.loads((folder / "config.json").read_text())
+    AutoConfig.for_model("gemma3", text_config=config).save_pretrained(folder)
+    stored = load_file(folder / "model.safetensors")
+    inside = {f"language_model.{name}": tensor for name, tensor in stored.items()}
+    sees = {"vision_tower.encoder.layers.0.mlp.weight": torch.ones(9, 9)}
+    save_file({**inside, **sees}, folder / "model.safetensors", metadata={"format": "pt"})
+    described = describe(str(folder))
+    refuse(described.architecture, described.config, GridConfig(bits=3), ["gguf"])
+    source, lm = open_model(folder)
+    blocks, form = packed_blocks(lm, 3, 64), form_of("gguf")
+    form.check(lm, torch.bfloat16)
+    result = write(tmp_path / "out", lm, source, blocks.__getitem__, layout=form)
+    check = compare(result.path, lm, blocks.__getitem__, some_ids(), layout=form)
+    assert (check.problems, check.verified) == ((), True)
+    assert "blk.1.post_ffw_norm.weight" in GGUFContent(result.path / result.files[0]).tensors
 
 
 def test_names_of_files_say_the_type_and_hold_no_odd_letters() -> None:

@@ -1,0 +1,99 @@
+"""llama.cpp loads our GGUF files, predicts as well as the trained model, and cuts text into the same tokens.
+
+Not in the normal suite: llama-cpp-python has no wheel, and install.sh builds it. llama.cpp rounds activations
+to 8 bits, so logits differ by more than the files do; perplexity has to agree within 1 %.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf_models
+import made_tokenizers
+import numpy as np
+import pytest
+import torch
+from gguf_models import CASES, Case
+from packed_models import open_model, packed_blocks, save_model, some_ids, trained_logits, write
+
+from engine.export.layout import form_of
+
+if place := os.environ.get("EQAT_LLAMA_CPP"):  # a folder that has it, beside an environment that has not
+    import sys
+
+    sys.path.append(place)
+llama_cpp = pytest.importorskip("llama_cpp", reason="run by `make interop` in an environment of its own")
+
+LENGTH = 200
+QUIET = llama_cpp.llama_log_callback(lambda level, text, user: None)
+TOKENIZERS = made_tokenizers.every()
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    llama_cpp.llama_log_set(QUIET, ctypes.c_void_p(0))
+
+
+def written(place: Path, case: Case, tokenizer: Any = None, **changes: Any) -> tuple[Path, Any, Any, Any]:
+    """The file of a model with random integers, and the model."""
+    folder = save_model(place / "fp", case.model_type, **case.changes, **changes)
+    if tokenizer is not None:
+        for old in folder.glob("tokenizer*"):
+            old.unlink()
+        tokenizer.save_pretrained(folder)
+    source, lm = open_model(folder)
+    blocks, form = packed_blocks(lm, case.bits, case.group, case.symmetric), form_of("gguf")
+    form.check(lm, torch.bfloat16)
+    result = write(place / "out", lm, source, blocks.__getitem__, layout=form)
+    return result.path / result.files[0], source, lm, blocks
+
+
+@pytest.fixture
+def opened() -> Iterator[Any]:
+    made: list[Any] = []
+
+    def load(file: Path, **options: Any) -> Any:
+        made.append(llama_cpp.Llama(str(file), n_threads=1, verbose=False, **options))
+        return made[-1]
+
+    yield load
+    for model in made:
+        model.close()
+
+
+def perplexity(logits_TV: torch.Tensor, ids_T: torch.Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(logits_TV[:-1], ids_T[1:]).exp())
+
+
+@pytest.mark.parametrize("case", CASES, ids=gguf_models.NAMES)
+def test_llama_cpp_predicts_as_the_trained_model(case: Case, tmp_path: Path, opened: Any) -> None:
+    file, _, lm, blocks = written(tmp_path, case)
+    ids = some_ids(1, LENGTH)
+    model = opened(file, n_ctx=256, n_batch=256, logits_all=True)
+    model.eval(ids[0].tolist())
+    have, want = torch.tensor(np.array(model.scores[:LENGTH])), trained_logits(lm, blocks, ids)[0]
+    assert perplexity(have, ids[0]) == pytest.approx(perplexity(want, ids[0]), rel=0.01)
+    assert (have - want).abs().mean() < 0.2 * want.std()
+    best = want.topk(2).values
+    lead = best[:, 0] - best[:, 1]
+    clear = lead >= lead.quantile(0.75)  # a random model is mostly undecided
+    assert (have.argmax(-1) == want.argmax(-1))[clear].float().mean() >= 0.9
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_llama_cpp_cuts_text_into_the_same_tokens(name: str, tmp_path: Path, opened: Any) -> None:
+    case = Case("llama", {"num_hidden_layers": 1}, 2, 64, False, "Q4_0")
+    file, source, _, _ = written(tmp_path, case, TOKENIZERS[name], vocab_size=1000)
+    model = opened(file, vocab_only=True)
+    tokenizer = source.tokenizer()
+    for text in made_tokenizers.SAMPLES:
+        # `add_bos` asks for the rule of the file, and no other.
+        have = model.tokenize(text.encode(), add_bos=True, special=True)
+        assert have == tokenizer(text)["input_ids"], text
+        assert model.detokenize(have, special=True).decode().strip() in tokenizer.decode(have)
+    assert model.metadata["tokenizer.chat_template"] == made_tokenizers.TEMPLATE
+    assert (model.token_bos(), model.token_eos()) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
