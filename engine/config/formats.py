@@ -44,7 +44,9 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
     words_along_outputs: bool = False
     """Outputs, too, are packed in whole 32-bit words."""
     code: str
-    """``module:class`` of the heavy half: its :class:`~engine.export.layout.Layout`."""
+    """``module:class`` of the heavy half: its :class:`~engine.export.layout.Form`."""
+    writer: str = "engine.export.checkpoint:write_folder"
+    """``module:function`` of the heavy half: what writes the files of an export."""
     tensors: tuple[str, ...]
     """What stands for ``<linear>.weight``, each named ``<linear>.<one of these>``."""
     asymmetric_tensors: tuple[str, ...] = ()
@@ -54,6 +56,10 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
     integers, zero points and scales without a gap."""
     symmetric_costs: str = ""
     """The same for a symmetric grid; empty where it costs as much as an asymmetric one."""
+    dense: bool = False
+    """The weight itself is written, as a number like all that is not quantized."""
+    carries: bool = True
+    """What a checkpoint holds besides the model is taken over; some loaders refuse it."""
     cautions: tuple[Caution, ...] = ()
     """What loaders of today cannot do with it."""
     instead: tuple[str, ...] = ()
@@ -61,8 +67,10 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
     loading: str
     """Python lines that load an export whose folder, a literal, takes the place of ``{path}``."""
 
-    def linear_bytes(self, outputs: int, inputs: int, grid: Grid) -> int:
-        """Bytes of a linear's tensors."""
+    def linear_bytes(self, outputs: int, inputs: int, grid: Grid, number: int = 2) -> int:
+        """Bytes of a linear's tensors; ``number`` are those of a number that is not quantized."""
+        if self.dense:
+            return number * outputs * inputs
         named = (grid.symmetric and self.symmetric_costs) or self.costs
         cost = load_named(named) if named else packed_bytes
         return int(cost(outputs, inputs, grid.bits, grid.group_size))
@@ -108,6 +116,11 @@ def symmetric_compressed_tensors_bytes(outputs: int, inputs: int, bits: int, gro
     """The same without zero points."""
     groups = Grid(bits, group_size).groups(inputs)
     return 4 * outputs * -(-inputs * bits // 32) + 2 * outputs * groups + 16
+
+
+def mlx_bytes(outputs: int, inputs: int, bits: int, group_size: int) -> int:
+    """Integers, and of each group a scale and a bias at 32 bits."""
+    return outputs * inputs * bits // 8 + 8 * outputs * Grid(bits, group_size).groups(inputs)
 
 
 SERVERS_WANT_OTHERS = (

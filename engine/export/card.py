@@ -22,12 +22,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from engine.config.stages import STAGES
-from engine.export.layout import Layout, Linears, group_sizes
+from engine.export.layout import Form, Linears, group_sizes
 from engine.export.result import ExportResult
 
 
 def model_card(
-    card: dict[str, Any], result: ExportResult, linears: Linears, *, layout: Layout, loading: str
+    card: dict[str, Any], result: ExportResult, linears: Linears, *, form: Form, loading: str
 ) -> str:
     """README.md of an exported directory; the section ``loading`` is the format's."""
     widths = sorted({linear.grid.bits for linear in linears.values()})
@@ -35,9 +35,9 @@ def model_card(
     base = card.get("base_model") or "unnamed model"
     groups = "one group per row" if sizes == (-1,) else f"groups of {_list(sizes)}"
     parts = [
-        _front_matter(card, layout.library, [*layout.tags, *(f"{width}-bit" for width in widths)]),
+        _front_matter(card, form.library, [*form.tags, *(f"{width}-bit" for width in widths)]),
         f"# {base.rstrip('/').rpartition('/')[2]}, {bits} bits, {groups}\n",
-        f"`{base}`, quantized with eqat. {layout.sentence(bits, result.dtype)}\n",
+        f"`{base}`, quantized with eqat. {form.sentence(bits, result.dtype)}\n",
         _size_table(result),
         _perplexity_table(card),
         _accuracy_table(card),
@@ -53,7 +53,7 @@ def model_card(
         parts.append(f"Versions: {versions}.\n")
     parts.append(loading)
     grids = dict.fromkeys(linear.grid for linear in linears.values())
-    cautions = dict.fromkeys(text for grid in grids for text in layout.format.warnings(grid))
+    cautions = dict.fromkeys(text for grid in grids for text in form.format.warnings(grid))
     if cautions:
         parts.append("\n".join(f"- {text[:1].upper()}{text[1:]}." for text in cautions) + "\n")
     return "\n".join(part for part in parts if part)

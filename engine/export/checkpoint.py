@@ -23,9 +23,10 @@ import torch
 
 from engine.architecture.headers import header_room
 from engine.architecture.model_folder import copied_bytes
+from engine.config.tables import load_named
 from engine.errors import PreflightError
 from engine.export.card import model_card
-from engine.export.layout import Layout, Linear
+from engine.export.layout import Form, Layout, Linear
 from engine.export.model_config import export_config
 from engine.export.named_code import drop_missing_code, modules_in, without_missing
 from engine.export.place import ExportPlace
@@ -33,7 +34,6 @@ from engine.export.reader import read_json
 from engine.export.result import ExportResult
 from engine.export.shards import ShardWriter, write_durably, write_json
 from engine.export.stored import dtype_name, export_dtype, stored_form
-from engine.models.carried import carried
 from engine.quant.packed import PackedBlock, PackedWeight
 from engine.system.guarded import opened_folder
 
@@ -65,9 +65,9 @@ class _Written:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """A trained model that is to be written in one layout."""
+    """A trained model that is to be written in one format."""
 
-    layout: Layout
+    form: Form
     lm: CausalLM
     source: ModelSource
     block_for: Callable[[int], PackedBlock]
@@ -102,104 +102,118 @@ class Export:
             EqatError: above all when the disk is full; nothing is left behind then.
         """
         out_dir = Path(out_dir)
-        if refused := self.layout.refusal(map(self.block_for, range(self.lm.blocks))):
+        form = self.form.of(self.lm, self.stored_as)
+        if refused := form.refusal(map(self.block_for, range(self.lm.blocks))):
             raise refused
         place = ExportPlace(out_dir, root)
         with place.being_made() as partial:
-            result = self._write(partial)
+            write: Callable[[Export, Path], ExportResult] = load_named(self.form.format.writer)
+            result = write(self, partial)
             if verify(partial):
                 place.publish()
             else:
                 place.keep_as_failed()
         return replace(result, path=out_dir)
 
-    def _write(self, directory: Path) -> ExportResult:
-        """Every file of the export, into the empty ``directory``."""
-        layout = self.layout.of(self.lm, self.stored_as)
-        room = header_room(tensor_names(layout, self.lm))
-        writer = ShardWriter(
-            directory, shard_bytes=self.shard_bytes, header_bytes=room, container=layout.container
-        )
-        try:
-            written = self._write_tensors(writer, layout)
-            files = writer.close()
-        except BaseException:
-            writer.abandon()
-            raise
-        quantization = layout.config(written.linears)
-        dropped = _write_assets(
-            directory,
-            self.lm,
-            self.source,
-            dtype=self.stored_as,
-            quantization=layout.described(quantization),
-        )
-        for name, content in layout.files(quantization).items():
-            write_json(directory / name, content)
-        result = ExportResult(
-            path=directory,
-            format=layout.format.name,
-            bytes=sum(path.stat().st_size for path in files),
-            fp_bytes=self.lm.fp_bytes(),
-            bits_per_weight=written.bits_per_weight,
-            files=tuple(path.name for path in files),
-            blocks_name=_blocks_name(self.lm),
-            dropped_code=dropped,
-            dtype=dtype_name(self.stored_as),
-        )
-        loading = layout.loading(quantization, result.blocks_name)
-        _write_card(directory, model_card(self.card, result, written.linears, layout=layout, loading=loading))
-        return result
 
-    def _write_tensors(self, writer: ShardWriter, layout: Layout) -> _Written:
-        lm, dtype, written = self.lm, self.stored_as, _Written(layout)
-        for name in outer_names(lm):
+def write_folder(export: Export, directory: Path) -> ExportResult:
+    """Every file of an export in Hugging Face's form, into the empty ``directory``."""
+    lm = export.lm
+    layout = export.form.of(lm, export.stored_as)
+    assert isinstance(layout, Layout)
+    room = header_room(tensor_names(layout, lm))
+    writer = ShardWriter(
+        directory, shard_bytes=export.shard_bytes, header_bytes=room, container=layout.container
+    )
+    try:
+        written = _write_tensors(export, layout, writer)
+        files = writer.close()
+    except BaseException:
+        writer.abandon()
+        raise
+    quantization = layout.config(written.linears)
+    described = layout.described(quantization)
+    dropped = _write_assets(directory, lm, export.source, dtype=export.stored_as, described=described)
+    for name, content in layout.files(quantization).items():
+        write_json(directory / name, content)
+    result = ExportResult(
+        path=directory,
+        format=layout.format.name,
+        bytes=sum(path.stat().st_size for path in files),
+        fp_bytes=lm.fp_bytes(),
+        bits_per_weight=written.bits_per_weight,
+        files=tuple(path.name for path in files),
+        blocks_name=blocks_name(lm),
+        dropped_code=dropped,
+        dtype=dtype_name(export.stored_as),
+    )
+    loading = layout.loading(quantization, result.blocks_name)
+    write_card(directory, model_card(export.card, result, written.linears, form=layout, loading=loading))
+    return result
+
+
+def _write_tensors(export: Export, layout: Layout, writer: ShardWriter) -> _Written:
+    lm, dtype, written = export.lm, export.stored_as, _Written(layout)
+    for name in outer_names(lm):
+        writer.add(lm.names.exported(name), stored_form(name, lm.weights.load(name), dtype))
+    for index, block in each_block(export):
+        prefix = lm.block_prefix(index)
+        for name, weight in block.linears.items():
+            written.add(f"{prefix}.{name}", weight)
+        layout.config(written.linears)  # what does not fit is refused before it is written
+        for name, weight in block.linears.items():
+            linear = lm.names.exported_linear(f"{prefix}.{name}")
+            for key, tensor in layout.tensors(linear, weight):
+                writer.add(key, tensor)
+        for name, tensor in block.others.items():
+            full = f"{prefix}.{name}"
+            writer.add(lm.names.exported(full), stored_form(full, tensor, dtype))
+        for name in block_buffers(lm, index):
             writer.add(lm.names.exported(name), stored_form(name, lm.weights.load(name), dtype))
-        for index in range(lm.blocks):
-            block, prefix = self.block_for(index), lm.block_prefix(index)
-            missing = set(lm.linear_names(index)) ^ set(block.linears)
-            if missing:
-                raise PreflightError("linears are not all quantized", where=f"{prefix}.{sorted(missing)[0]}")
-            for name, weight in block.linears.items():
-                written.add(f"{prefix}.{name}", weight)
-            layout.config(written.linears)  # what does not fit is refused before it is written
-            for name, weight in block.linears.items():
-                linear = lm.names.exported_linear(f"{prefix}.{name}")
-                for key, tensor in layout.tensors(linear, weight):
-                    writer.add(key, tensor)
-            for name, tensor in block.others.items():
-                full = f"{prefix}.{name}"
-                writer.add(lm.names.exported(full), stored_form(full, tensor, dtype))
-            for name in block_buffers(lm, index):
-                writer.add(lm.names.exported(name), stored_form(name, lm.weights.load(name), dtype))
-            if self.on_block is not None:
-                self.on_block(index + 1, lm.blocks)
-        for each in carried(lm):
-            writer.add_as(each.name, each.dtype, each.shape, each.raw())
-        return written
+    for each in layout.carried(lm):
+        writer.add_as(each.name, each.dtype, each.shape, each.raw())
+    return written
 
 
-def tensor_names(layout: Layout, lm: CausalLM) -> Iterator[str]:
+def each_block(export: Export) -> Iterator[tuple[int, PackedBlock]]:
+    """The trained blocks one at a time, in order; each counts as done when the next is asked for.
+
+    Raises:
+        PreflightError: for a block of which not every linear is quantized.
+    """
+    lm = export.lm
+    for index in range(lm.blocks):
+        block = export.block_for(index)
+        missing = set(lm.linear_names(index)) ^ set(block.linears)
+        if missing:
+            where = f"{lm.block_prefix(index)}.{sorted(missing)[0]}"
+            raise PreflightError("linears are not all quantized", where=where)
+        yield index, block
+        if export.on_block is not None:
+            export.on_block(index + 1, lm.blocks)
+
+
+def tensor_names(form: Form, lm: CausalLM) -> Iterator[str]:
     """Every tensor name that may be written, for the room the header needs; a few too many do no harm."""
     yield from map(lm.names.exported, lm.model.state_dict())
     for index in range(lm.blocks):
         for name in lm.linear_names(index):
-            linear = lm.names.exported_linear(f"{lm.block_prefix(index)}.{name}")
-            yield from layout.names(linear)
+            linear = form.linear_called(lm, f"{lm.block_prefix(index)}.{name}")
+            yield from form.names(linear)
             yield f"{linear}.bias"
-    for each in carried(lm):
+    for each in form.carried(lm):
         yield from (each.name, each.name)  # the second for a shape of more dimensions than weights have
 
 
-def room_beside_tensors(layout: Layout, lm: CausalLM, source: ModelSource, shards: int) -> int:
+def room_beside_tensors(form: Form, lm: CausalLM, source: ModelSource, shards: int) -> int:
     """Bytes of an export besides its tensors: headers of so many files, the tokenizer, the small files."""
     tokenizer = 0 if source.directory is None else copied_bytes(source.directory)
-    return shards * header_room(tensor_names(layout, lm)) + tokenizer + SMALL_FILES
+    return shards * header_room(tensor_names(form, lm)) + tokenizer + SMALL_FILES
 
 
 def outer_names(lm: CausalLM) -> list[str]:
     """Tensors outside the blocks (embedding, final norm, head) in sorted order; a tied head is left out."""
-    inside = _blocks_name(lm) + "."
+    inside = blocks_name(lm) + "."
     return sorted({*lm.outer_state(), *(n for n in _stored_buffers(lm) if not n.startswith(inside))})
 
 
@@ -214,7 +228,7 @@ def _write_assets(
     source: ModelSource,
     *,
     dtype: torch.dtype,
-    quantization: Mapping[str, Any],
+    described: Mapping[str, Any],
 ) -> tuple[str, ...]:
     """Configuration and tokenizer; returns the names of code that were left out of them."""
     # What writes the assets makes missing folders: a run that was deleted meanwhile must not come back so.
@@ -233,7 +247,7 @@ def _write_assets(
         tie_word_embeddings=lm.tied,
     )
     config["architectures"] = _architectures(config.get("architectures"), type(lm.model).__name__)
-    write_json(directory / "config.json", {**config, **quantization})
+    write_json(directory / "config.json", {**config, **described})
     return tuple(sorted(set(dropped)))
 
 
@@ -246,7 +260,8 @@ def _architectures(said: object, ours: str) -> list[str]:
     return names if ours in names or set(names) & set(CAUSAL.values()) else [ours]
 
 
-def _write_card(directory: Path, text: str) -> None:
+def write_card(directory: Path, text: str) -> None:
+    """README.md of an export."""
     temporary = directory / "README.md.writing"
     write_durably(temporary, text.encode())
     temporary.replace(directory / "README.md")
@@ -255,10 +270,11 @@ def _write_card(directory: Path, text: str) -> None:
 def add_to_card(directory: Path, note: str) -> None:
     """A sentence that only became known when the files were read again; below everything else."""
     text = (directory / "README.md").read_text()
-    _write_card(directory, f"{text.rstrip()}\n\n{note[:1].upper()}{note[1:]}.\n")
+    write_card(directory, f"{text.rstrip()}\n\n{note[:1].upper()}{note[1:]}.\n")
 
 
-def _blocks_name(lm: CausalLM) -> str:
+def blocks_name(lm: CausalLM) -> str:
+    """Where the decoder blocks are, as ``model.layers``."""
     return lm.block_prefix(0).rpartition(".")[0]
 
 

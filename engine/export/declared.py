@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.evaluation.perplexity import token_nll
-from engine.export.layout import Layout
-from engine.export.reader import packed_model
+from engine.export.layout import Form
 from engine.export.stored import dtype_name
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class AsDeclared:
 
 def read_as_declared(
     out_dir: Path,
-    layout: Layout,
+    form: Form,
     lm: CausalLM,
     declared: torch.dtype,
     tokens_NT: Tensor,
@@ -95,9 +94,7 @@ def read_as_declared(
     if lm.device.type == "cpu":
         tokens_NT = tokens_NT[:1, :CPU_TOKENS]
         trained_NT, packed_NT = (known[:1, : tokens_NT.shape[1] - 1] for known in (trained_NT, packed_NT))
-    alone = packed_model(
-        out_dir, layout.reader, lm.device, declared, trust_remote_code=lm.source.trust_remote_code
-    )
+    alone = form.open(out_dir, lm.device, declared, trust_remote_code=lm.source.trust_remote_code)
     try:
         hidden = alone.embed(tokens_NT)
         for index in range(alone.blocks):

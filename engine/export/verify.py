@@ -13,10 +13,10 @@ Three questions, because each finds errors that the others miss:
    that overflow end here, and what is worse beyond noise is said.
 
 In the second question the trained model takes part with its norms, biases and embeddings rounded to what they
-are stored in, which is how it was measured. All that may differ then is the order of sums, so the tolerance
-can be small: see :data:`TOLERANCE`. (Without that, it could not be: the 24 blocks of a bad 2-bit model turn
-the rounding of norms into entirely different logits, and an export of it would be refused although every bit
-is right.)
+are stored in, which is how it was measured, and with its weights as a format holds them that rounds them. All
+that may differ then is the order of sums, so the tolerance can be small: see :data:`TOLERANCE`. (Without
+that, it could not be: the 24 blocks of a bad 2-bit model turn the rounding of norms into entirely different
+logits, and an export of it would be refused although every bit is right.)
 
 Models are streamed block by block, so verifying needs two blocks and the hidden states of the tokens.
 """
@@ -24,23 +24,22 @@ Models are streamed block by block, so verifying needs two blocks and the hidden
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.errors import EqatError, ExitCode, StopRequested
 from engine.evaluation.perplexity import token_nll
 from engine.export.checkpoint import block_buffers, outer_names
+from engine.export.comparing import carried_differences
 from engine.export.declared import read_as_declared
-from engine.export.layout import Layout, Linear
-from engine.export.reader import CheckpointReader, PackedSource, packed_model, read_json
-from engine.export.stored import as_stored, dtype_name, export_dtype, outer_as_stored, stored_form
-from engine.models.carried import CarriedTensor, carried
-from engine.quant.packed import PackedBlock, PackedWeight
+from engine.export.layout import Form, Linear
+from engine.export.stored import as_stored, export_dtype, outer_as_stored, stored_form
+from engine.quant.packed import PackedBlock, PackedLinear
 from engine.system.files import full_disk
 
 if TYPE_CHECKING:
@@ -73,6 +72,8 @@ class VerifyResult:
     """The dtype that the files declare, where they hold what was trained and overflow when read in it."""
     note: str = ""
     """What a reader should know of an export that is right, in words."""
+    rounded: str = ""
+    """What the format cannot hold and rounds, and by how much, in words; empty where it holds everything."""
 
     def raise_if_failed(self, kept: str = "") -> None:
         """An export that differs from what was trained must not be handed out; ``kept`` is where it lies."""
@@ -109,6 +110,11 @@ class _Problems:
         if len(self.found) < MAX_PROBLEMS:
             self.found.append(text)
 
+    def extend(self, texts: Iterable[str]) -> None:
+        """Several."""
+        for text in texts:
+            self.add(text)
+
     def insert(self, place: int, texts: Iterable[str]) -> None:
         """Problems that are found late and say most."""
         self.found[place:place] = texts
@@ -117,7 +123,7 @@ class _Problems:
 
 def verify(
     out_dir: Path,
-    layout: Layout,
+    form: Form,
     lm: CausalLM,
     block_for: Callable[[int], PackedBlock],
     tokens_NT: Tensor,
@@ -133,7 +139,7 @@ def verify(
     problems = _Problems()
     try:
         stored = export_dtype(dtype, lm)
-        return _verify(Path(out_dir), layout, lm, block_for, tokens_NT, stored, problems, on_block)
+        return _verify(Path(out_dir), form, lm, block_for, tokens_NT, stored, problems, on_block)
     except (torch.OutOfMemoryError, MemoryError, StopRequested):
         raise  # says nothing about the files
     except Exception as error:
@@ -143,13 +149,13 @@ def verify(
         # raise on them is of no fixed list of types.
         problems.add(str(error) or type(error).__name__)
         return VerifyResult(
-            layout.format.name, False, None, None, None, None, tokens_NT.numel(), tuple(problems.found)
+            form.format.name, False, None, None, None, None, tokens_NT.numel(), tuple(problems.found)
         )
 
 
 def _verify(
     out_dir: Path,
-    layout: Layout,
+    form: Form,
     lm: CausalLM,
     block_for: Callable[[int], PackedBlock],
     tokens_NT: Tensor,
@@ -158,38 +164,35 @@ def _verify(
     on_block: Callable[[int, int], None] | None,
 ) -> VerifyResult:
     tokens_NT = tokens_NT.to(device=lm.device, dtype=torch.long)
-    layout = layout.of(lm, dtype)
-    packed = packed_model(
-        out_dir, layout.reader, lm.device, lm.dtype, trust_remote_code=lm.source.trust_remote_code
-    )
-    reader = cast("PackedSource", packed.source).weights
-    expected = set(_check_outer(reader, lm, dtype, problems))
+    form = form.of(lm, dtype)
+    packed = form.open(out_dir, lm.device, lm.dtype, trust_remote_code=lm.source.trust_remote_code)
+    expected = set(_compared_outer(form, packed, lm, dtype, problems))
     place, linears = len(problems.found), dict[str, Linear]()
     with torch.inference_mode(), outer_as_stored(lm, dtype):
         trained_hidden, packed_hidden = lm.embed(tokens_NT), packed.embed(tokens_NT)
+        stored_hidden, rounds = trained_hidden, False
         for index in range(lm.blocks):
             block = block_for(index)
             prefix = lm.block_prefix(index)
             linears |= {f"{prefix}.{name}": Linear.of(weight) for name, weight in block.linears.items()}
-            expected.update(_check_block(reader, layout, lm, index, block, dtype, problems))
+            expected.update(_compared_block(form, packed, lm, index, block, dtype, problems))
             trained_block = as_stored(block, dtype, prefix).install(lm.load_block(index))
             trained_hidden = lm.run_block(trained_block, index, trained_hidden)
+            rounds = _round_weights(form, block, trained_block, lm.dtype) or rounds
+            stored_hidden = lm.run_block(trained_block, index, stored_hidden) if rounds else trained_hidden
             packed_hidden = packed.run_block(packed.load_block(index), index, packed_hidden)
             if on_block is not None:
                 on_block(index + 1, 2 * lm.blocks)
-        for name in sorted(expected ^ set(reader.stored_names())):
+        for name in sorted(expected ^ set(packed.source.weights.stored_names())):  # type: ignore[attr-defined]
             problems.add(f"tensor {name} is {'missing from' if name in expected else 'only in'} the files")
-        problems.insert(place, _misdescribed(out_dir, layout, linears))
-        difference, spread = _logit_difference(lm, packed, trained_hidden, packed_hidden)
+        problems.insert(place, form.misdescribed(packed, lm, dtype, linears))
+        difference, spread = _logit_difference(lm, packed, stored_hidden, packed_hidden)
         trained_nll = token_nll(lm, trained_hidden, tokens_NT)
         packed_nll = token_nll(packed, packed_hidden, tokens_NT)
-        declared: torch.dtype = packed.source.config.dtype or torch.float32
-        if declared != dtype:
-            stored = f"the tensors are {dtype_name(dtype)}"
-            problems.add(f"config.json declares {dtype_name(declared)}, and {stored}")
-        del packed, packed_hidden, reader  # another reading of the files wants their memory
+        declared = form.declared(packed, lm.dtype)
+        del packed, packed_hidden, stored_hidden  # another reading of the files wants their memory
         read = read_as_declared(
-            out_dir, layout, lm, declared, tokens_NT, trained_nll, packed_nll, _second_half(on_block)
+            out_dir, form, lm, declared, tokens_NT, trained_nll, packed_nll, _second_half(on_block)
         )
         if on_block is not None:
             on_block(2 * lm.blocks, 2 * lm.blocks)  # the second reading may not have been needed
@@ -201,7 +204,7 @@ def _verify(
         most = torch.finfo(declared).max
         problems.add(f"read as {overflow}, its predictions are no numbers: activations exceed {most:.4g}")
     return VerifyResult(
-        format=layout.format.name,
+        format=form.format.name,
         verified=not problems.found,
         max_logit_diff=difference,
         tolerance=allowed,
@@ -211,7 +214,22 @@ def _verify(
         problems=tuple(problems.found),
         overflow=overflow,
         note="" if problems.found else read.note,
+        rounded="" if problems.found else form.rounded(),
     )
+
+
+def _round_weights(form: Form, block: PackedBlock, module: nn.Module, dtype: torch.dtype) -> bool:
+    """Let the linears of a block compute with the weights that the files hold, where those are rounded;
+    whether any is."""
+    rounds = False
+    for name, weight in block.linears.items():
+        stored = form.stored_weight(weight)
+        if stored is not None:
+            linear = module.get_submodule(name)
+            assert isinstance(linear, PackedLinear)
+            linear.unpacked = stored.to(linear.scale.device, dtype)
+            rounds = True
+    return rounds
 
 
 def _second_half(on_block: Callable[[int, int], None] | None) -> Callable[[int, int], None] | None:
@@ -221,104 +239,41 @@ def _second_half(on_block: Callable[[int, int], None] | None) -> Callable[[int, 
     return lambda done, blocks: on_block(blocks + done, 2 * blocks)
 
 
-def _misdescribed(out_dir: Path, layout: Layout, linears: Mapping[str, Linear]) -> Iterator[str]:
-    """What the JSON files say of the grids that is not so."""
-    wanted = layout.config(linears)
-    described, found = layout.described(wanted), read_json(out_dir / "config.json")
-    if any(found.get(key) != described.get(key) for key in {"quantization_config", *described}):
-        yield "config.json does not describe the trained grid"
-    for name, content in layout.files(wanted).items():
-        if read_json(out_dir / name) != content:
-            yield f"{name} does not describe the trained grid"
-
-
-def _check_outer(
-    reader: CheckpointReader, lm: CausalLM, dtype: torch.dtype, problems: _Problems
+def _compared_outer(
+    form: Form, packed: CausalLM, lm: CausalLM, dtype: torch.dtype, problems: _Problems
 ) -> Iterator[str]:
+    """The names of everything outside the blocks, each once it was compared."""
     for name in outer_names(lm):
-        stored = lm.names.exported(name)
-        _check_same(stored, stored_form(name, lm.weights.load(name), dtype), reader, problems)
-        yield stored
-    for each in carried(lm):
-        _check_carried(each, reader, problems)
+        called = form.called(lm, name)
+        want = stored_form(name, lm.weights.load(name), dtype)
+        problems.extend(form.value_differences(packed, called, want))
+        yield called
+    for each in form.carried(lm):
+        problems.extend(carried_differences(packed.source.weights, each))  # type: ignore[arg-type]
         yield each.name
 
 
-def _check_block(
-    reader: CheckpointReader,
-    layout: Layout,
+def _compared_block(
+    form: Form,
+    packed: CausalLM,
     lm: CausalLM,
     index: int,
     block: PackedBlock,
     dtype: torch.dtype,
     problems: _Problems,
 ) -> Iterator[str]:
+    """The names of a block's tensors, each once it was compared."""
     prefix = lm.block_prefix(index)
     for name, weight in block.linears.items():
-        linear = lm.names.exported_linear(f"{prefix}.{name}")
-        yield from layout.names(linear, weight.grid)
-        _check_linear(reader, layout, linear, weight, problems)
-    for name, tensor in block.others.items():
-        stored = lm.names.exported(f"{prefix}.{name}")
-        yield stored
-        _check_same(stored, stored_form(f"{prefix}.{name}", tensor, dtype), reader, problems)
-    for name in block_buffers(lm, index):
-        stored = lm.names.exported(name)
-        yield stored
-        _check_same(stored, stored_form(name, lm.weights.load(name), dtype), reader, problems)
-
-
-def _check_linear(
-    reader: CheckpointReader, layout: Layout, name: str, weight: PackedWeight, problems: _Problems
-) -> None:
-    try:
-        found = reader.linear(name).parts()
-    except EqatError as error:
-        problems.add(str(error))
-        return
-    for what, want in layout.parts(weight).items():
-        if difference := _difference(found[what], want, what):
-            problems.add(f"{name}: {difference}")
-
-
-def _check_same(name: str, want: Tensor, reader: CheckpointReader, problems: _Problems) -> None:
-    try:
-        difference = _difference(reader.stored(name), want, "values")
-    except EqatError as error:
-        problems.add(str(error))
-        return
-    if difference:
-        problems.add(f"{name}: {difference}")
-
-
-def _check_carried(want: CarriedTensor, reader: CheckpointReader, problems: _Problems) -> None:
-    try:
-        type_name, shape, data = reader.raw(want.name)
-    except EqatError as error:
-        problems.add(str(error))
-        return
-    if (type_name, shape) != (want.dtype, want.shape) or not torch.equal(data, want.raw()):
-        problems.add(f"{want.name} is not what was carried over")
-
-
-def _difference(have: Tensor, want: Tensor, what: str) -> str:
-    """In words, how many elements have other bits and by how much at most; empty where all are the same."""
-    want = want.detach().cpu().contiguous()
-    if have.shape != want.shape or have.dtype != want.dtype:
-        shapes = [f"{dtype_name(tensor.dtype)} {list(tensor.shape)}" for tensor in (have, want)]
-        return f"{max(1, want.numel())} {what} differ: {shapes[0]} in place of {shapes[1]}"
-    bits = _SAME_SIZE.get(want.dtype)
-    # Bits, not values: 0.0 == -0.0 and NaN != NaN would both mislead.
-    one, other = (have, want) if bits is None else (have.contiguous().view(bits), want.view(bits))
-    different = one != other
-    count = int(different.sum())
-    if not count:
-        return ""
-    most = (have[different].double() - want[different].double()).abs().max().item()
-    return f"{count} {what} differ, by up to {most:.3g}"
-
-
-_SAME_SIZE = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+        called = form.linear_called(lm, f"{prefix}.{name}")
+        problems.extend(form.linear_differences(packed, called, weight))
+        yield from form.names(called, weight.grid)
+    others = {f"{prefix}.{name}": tensor for name, tensor in block.others.items()}
+    others |= {name: lm.weights.load(name) for name in block_buffers(lm, index)}
+    for name, tensor in others.items():
+        called = form.called(lm, name)
+        problems.extend(form.value_differences(packed, called, stored_form(name, tensor, dtype)))
+        yield called
 
 
 def _logit_difference(

@@ -18,12 +18,14 @@ from engine.config.grid import GridConfig
 def exported_bytes(arch: Architecture, grid: GridConfig, name: str, number: int = 2) -> int:
     """The tensors of an export in the format called ``name``; ``number`` bytes each number that is not
     quantized."""
+    row = FORMATS[name]
     linears = sum(
-        FORMATS[name].linear_bytes(linear.out_features, linear.in_features, grid.shared)
+        row.linear_bytes(linear.out_features, linear.in_features, grid.shared, number)
         for linear in arch.linears
     )
+    carried = arch.carried_bytes if row.carries else 0
     others = number * (arch.bias_params_per_block + arch.norm_params_per_block)
-    return arch.blocks * (linears + others) + number * arch.rest_params + arch.carried_bytes
+    return arch.blocks * (linears + others) + number * arch.rest_params + carried
 
 
 def number_bytes(dtype: str) -> int:

@@ -332,9 +332,11 @@ def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> It
         yield f"sizes of model type {arch.model_type!r} are estimated as if it were a Llama"
     if arch.carried:
         first, more = arch.carried[0][0], ", …" if len(arch.carried) > 1 else ""
+        without = [name for name in config.export.formats if not FORMATS[name].carries]
         yield (
             f"the checkpoint holds {arch.carried_bytes / 2**20:.1f} MiB besides the model ({first}{more}): "
             "exports carry it over as it is"
+            + (f", but not {' and '.join(without)}, whose loaders refuse it" if without else "")
         )
     if model.kind == "config":
         yield "no weight files were found beside config.json: planned from config.json alone"

@@ -111,7 +111,7 @@ def write(
 ) -> ExportResult:
     """Export blocks of a model in one layout."""
     made = Export(
-        layout=layout,
+        form=layout,
         lm=lm,
         source=source,
         block_for=block_for,
