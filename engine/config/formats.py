@@ -178,6 +178,110 @@ FORMATS = Table(
         ),
         instead=("gptq_v2",),
     ),
+    Format(
+        name="awq",
+        label="AWQ",
+        bits=(4,),
+        group_sizes=(32, 64, 128, -1),
+        words_along_outputs=True,
+        code="engine.export.awq:AWQ",
+        tensors=("qweight", "qzeros", "scales"),
+        loading=(
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            "path = {path}\n"
+            'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")  # pip install gptqmodel\n'
+            "tokenizer = AutoTokenizer.from_pretrained(path)"
+        ),
+        instead=("compressed-tensors",),
+    ),
+    Format(
+        name="auto-round",
+        label="auto-round",
+        words_along_outputs=True,
+        code="engine.export.auto_round:AutoRound",
+        tensors=("qweight", "qzeros", "scales"),
+        loading=(
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            "path = {path}\n"
+            "# pip install auto-round\n"
+            'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")\n'
+            "tokenizer = AutoTokenizer.from_pretrained(path)"
+        ),
+        cautions=(
+            Caution(
+                text="choose awq for vLLM, which reads auto-round files of asymmetric 4 bits only where they "
+                "are packed as AWQ",
+                bits=(4,),
+                symmetric=(False,),
+            ),
+            Caution(
+                text="choose compressed-tensors for vLLM, which reads no auto-round files of asymmetric 8 "
+                "bits",
+                bits=(8,),
+                symmetric=(False,),
+            ),
+        ),
+        instead=("gptq_v2",),
+    ),
+    Format(
+        name="gptq",
+        label="GPTQ v1",
+        words_along_outputs=True,
+        code="engine.export.gptq:GPTQ",
+        tensors=("qweight", "qzeros", "scales", "g_idx"),
+        costs="engine.config.formats:gptq_bytes",
+        loading=(
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            "path = {path}\n"
+            'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")  # pip install gptqmodel\n'
+            "tokenizer = AutoTokenizer.from_pretrained(path)"
+        ),
+        cautions=(
+            Caution(
+                text="a zero point of 0 has no value in it, and training makes such: choose gptq_v2, which "
+                "holds every one, or the export may be refused when it is to be written",
+                symmetric=(False,),
+            ),
+            Caution(text=SERVERS_WANT_OTHERS, symmetric=(False,)),
+            Caution(text=SERVERS_WANT_OTHERS, symmetric=(True,), bits=(2, 3)),
+        ),
+        instead=("gptq_v2",),
+    ),
+    Format(
+        name="mlx",
+        label="MLX",
+        group_sizes=(32, 64, 128),
+        code="engine.export.mlx:MLX",
+        tensors=("weight", "scales", "biases"),
+        costs="engine.config.formats:mlx_bytes",
+        carries=False,
+        loading=(
+            "from mlx_lm import load  # pip install mlx-lm; on Linux with mlx[cpu]\n"
+            "path = {path}\n"
+            "model, tokenizer = load(path)"
+        ),
+        instead=("compressed-tensors",),
+    ),
+    Format(
+        name="hf",
+        label="Hugging Face",
+        dense=True,
+        code="engine.export.hf:HuggingFace",
+        tensors=("weight",),
+        loading=(
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            "path = {path}\n"
+            'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")\n'
+            "tokenizer = AutoTokenizer.from_pretrained(path)"
+        ),
+        cautions=(
+            Caution(
+                text="its weights take 16 bits again, so the files are as large as the original's: choose a "
+                "packed format for a small one"
+            ),
+        ),
+        instead=("compressed-tensors",),
+    ),
     named=is_folder_name,
 )
 

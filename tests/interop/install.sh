@@ -1,6 +1,6 @@
 #!/bin/sh
-# Fill the virtual environment $1 for the tests in this folder: gptqmodel on the CPU, and a transformers of
-# version 4.
+# Fill the virtual environment $1 for the tests in this folder: the loaders of every format, on the CPU, and a
+# transformers of version 4.
 #
 # gptqmodel declares a newer torch than it needs, and a plain install pulls several GB of CUDA libraries.
 # Installed without its dependencies, after a torch that suits the CPU, it works; what it imports is named here.
@@ -13,6 +13,8 @@ $pip --no-deps --no-build-isolation gptqmodel==7.7.0
 $pip threadpoolctl device-smi pypcre tokenicer logbar datasets dill defuser maturin ninja pillow xxhash optimum
 $pip --no-deps torchao==0.18.0
 $pip compressed-tensors==0.20.0
+$pip auto-round==0.16.1
+$pip "mlx[cpu]==0.32.4" mlx-lm==0.32.2
 # An older transformers beside this one, in a folder of its own: test_older_transformers.py reads exports by it.
 $pip --no-deps --target "$1/transformers-4" transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2
 # What tests/conftest.py and these tests import; tests/test_rare_workflows.py compares the two.
