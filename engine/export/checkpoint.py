@@ -102,7 +102,8 @@ class Export:
             EqatError: above all when the disk is full; nothing is left behind then.
         """
         out_dir = Path(out_dir)
-        if refused := self.form.refusal(map(self.block_for, range(self.lm.blocks))):
+        form = self.form.of(self.lm, self.stored_as)
+        if refused := form.refusal(map(self.block_for, range(self.lm.blocks))):
             raise refused
         place = ExportPlace(out_dir, root)
         with place.being_made() as partial:
@@ -117,7 +118,8 @@ class Export:
 
 def write_folder(export: Export, directory: Path) -> ExportResult:
     """Every file of an export in Hugging Face's form, into the empty ``directory``."""
-    lm, layout = export.lm, export.form.of(export.lm, export.stored_as)
+    lm = export.lm
+    layout = export.form.of(lm, export.stored_as)
     assert isinstance(layout, Layout)
     room = header_room(tensor_names(layout, lm))
     writer = ShardWriter(
@@ -130,13 +132,8 @@ def write_folder(export: Export, directory: Path) -> ExportResult:
         writer.abandon()
         raise
     quantization = layout.config(written.linears)
-    dropped = _write_assets(
-        directory,
-        lm,
-        export.source,
-        dtype=export.stored_as,
-        quantization=layout.described(quantization),
-    )
+    described = layout.described(quantization)
+    dropped = _write_assets(directory, lm, export.source, dtype=export.stored_as, described=described)
     for name, content in layout.files(quantization).items():
         write_json(directory / name, content)
     result = ExportResult(
@@ -231,7 +228,7 @@ def _write_assets(
     source: ModelSource,
     *,
     dtype: torch.dtype,
-    quantization: Mapping[str, Any],
+    described: Mapping[str, Any],
 ) -> tuple[str, ...]:
     """Configuration and tokenizer; returns the names of code that were left out of them."""
     # What writes the assets makes missing folders: a run that was deleted meanwhile must not come back so.
@@ -250,7 +247,7 @@ def _write_assets(
         tie_word_embeddings=lm.tied,
     )
     config["architectures"] = _architectures(config.get("architectures"), type(lm.model).__name__)
-    write_json(directory / "config.json", {**config, **quantization})
+    write_json(directory / "config.json", {**config, **described})
     return tuple(sorted(set(dropped)))
 
 

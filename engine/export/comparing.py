@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from engine.errors import EqatError
-from engine.export.reader import PlainLinear
+from engine.export.reader import StoredLinear
 from engine.export.stored import dtype_name
 from engine.models.carried import CarriedTensor
+from engine.quant.packed import PackedWeight
 
 
 class Stored(Protocol):
@@ -28,18 +29,32 @@ class Stored(Protocol):
 
 
 class StoredLinears(Stored, Protocol):
-    """Those of a format whose linears are integers, zero points and scales."""
+    """Those of a format whose linears are read back part by part."""
 
-    def linear(self, prefix: str) -> PlainLinear:
+    def linear(self, prefix: str) -> StoredLinear:
         """One quantized linear."""
 
 
-def linear_differences(reader: StoredLinears, name: str, wanted: Mapping[str, Tensor]) -> list[str]:
-    """In words, what of a quantized linear has other bits than the parts that are ``wanted``."""
+def parts_of(weight: PackedWeight) -> dict[str, Tensor]:
+    """What a reader has to find of a linear, where its format keeps what was trained as it is."""
+    return {
+        "integers": weight.codes(),
+        "zero points": weight.zero_point,
+        "scales": weight.scale.to(torch.float16),
+        "group indices": torch.arange(weight.in_features, dtype=torch.int32) // weight.group_size,
+    }
+
+
+def linear_differences(
+    reader: StoredLinears, name: str, weight: PackedWeight, parts: Mapping[str, Tensor] | None = None
+) -> list[str]:
+    """In words, what of a quantized linear has other bits; ``parts``, else :func:`parts_of`, are what has to
+    be there."""
     try:
         found = reader.linear(name).parts()
     except EqatError as error:
         return [str(error)]
+    wanted = parts_of(weight) if parts is None else parts
     differences = (difference(found[what], want, what) for what, want in wanted.items())
     return [f"{name}: {words}" for words in differences if words]
 

@@ -23,7 +23,6 @@ error of either is seen. Left out: activation order (``desc_act``), and version 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,12 +55,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
 ```
 
-The same tensors load through auto-round, also on a CPU, when
-`quantization_config` in `config.json` is replaced by
-
-```json
-{auto_round}
-```
+The format `auto-round` of eqat has the same words for auto-round, also on a CPU.
 """
 
 
@@ -71,17 +65,7 @@ class GPTQv2(Layout):
     tags = ("gptq",)
 
     def tensors(self, prefix: str, weight: PackedWeight) -> Iterator[tuple[str, Tensor]]:
-        if weight.out_features * weight.bits % 32:
-            raise PreflightError(
-                f"{weight.out_features} output channels of {weight.bits} bits do not fill whole 32-bit "
-                "words, which gptq_v2 needs for the zero points",
-                where=prefix,
-                hint="choose 8 bits, or 4 when the outputs are a multiple of 8",
-            )
-        scale_GO = finite_scale(prefix, weight).t()
-        yield f"{prefix}.qweight", weight.words.t().contiguous()
-        yield f"{prefix}.qzeros", bitpack(weight.zero_point.t().contiguous(), weight.bits, dim=1)
-        yield f"{prefix}.scales", scale_GO.contiguous()
+        yield from gptq_tensors("gptq_v2", prefix, weight, weight.zero_point)
         yield f"{prefix}.g_idx", torch.arange(weight.in_features, dtype=torch.int32) // weight.group_size
 
     def config(self, linears: Linears) -> dict[str, Any]:
@@ -103,25 +87,26 @@ class GPTQv2(Layout):
         return {"quantize_config.json": config}
 
     def loading(self, config: Mapping[str, Any], blocks_name: str) -> str:
-        auto_round = json.dumps(auto_round_config(config, blocks_name), indent=2)
-        return _LOADING.format(bits=config["bits"], auto_round=auto_round)
+        return _LOADING.format(bits=config["bits"])
 
     def reader(self, directory: Path) -> GPTQv2Reader:
         return GPTQv2Reader(directory)
 
 
-def auto_round_config(quantization: Mapping[str, Any], blocks_name: str) -> dict[str, Any]:
-    """What auto-round reads in ``config.json`` for the same tensors; ``blocks_name`` as ``model.layers``."""
-    return {
-        "quant_method": "auto-round",
-        "bits": quantization["bits"],
-        "group_size": quantization["group_size"],
-        "sym": quantization["sym"],
-        "data_type": "int",
-        "packing_format": "auto_round:gptqmodel",
-        "autoround_version": "0.16.1",
-        "block_name_to_quantize": blocks_name,
-    }
+def gptq_tensors(
+    format: str, prefix: str, weight: PackedWeight, zeros_OG: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """``qweight``, ``qzeros`` and ``scales``, for each format that has them; ``zeros_OG`` as stored."""
+    if weight.out_features * weight.bits % 32:
+        raise PreflightError(
+            f"{weight.out_features} output channels of {weight.bits} bits do not fill whole 32-bit "
+            f"words, which {format} needs for the zero points",
+            where=prefix,
+            hint="choose 8 bits, or 4 when the outputs are a multiple of 8",
+        )
+    yield f"{prefix}.qweight", weight.words.t().contiguous()
+    yield f"{prefix}.qzeros", bitpack(zeros_OG.t().contiguous(), weight.bits, dim=1)
+    yield f"{prefix}.scales", finite_scale(prefix, weight).t().contiguous()
 
 
 class GPTQv2Reader(CheckpointReader):

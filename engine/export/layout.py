@@ -23,7 +23,7 @@ from engine.config.formats import FORMATS, Format
 from engine.config.grid import Grid
 from engine.config.tables import load_named
 from engine.errors import PreflightError
-from engine.export.comparing import linear_differences, value_differences
+from engine.export.comparing import linear_differences, parts_of, value_differences
 from engine.export.reader import CheckpointReader, packed_model, read_json
 from engine.export.stored import dtype_name
 from engine.models.carried import CarriedTensor, carried
@@ -31,6 +31,10 @@ from engine.quant.packed import PackedBlock, PackedWeight
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
+
+
+class DoesNotFit(PreflightError):
+    """Trained values that a format has no place for; another format may hold them."""
 
 
 class Linear(NamedTuple):
@@ -117,8 +121,13 @@ class Form(ABC):
         self.format = row
 
     def of(self, lm: CausalLM, dtype: torch.dtype) -> Self:
-        """The format for one model, of which everything that is not quantized is stored in ``dtype``."""
+        """The form for one model, of which everything that is not quantized is stored in ``dtype``."""
         return self
+
+    def refusal(self, blocks: Iterable[PackedBlock]) -> DoesNotFit | None:
+        """What of the trained values does not fit, counted, and the nearest format that holds them; asked
+        before anything is written. Formats that hold every value do not look at the blocks."""
+        return None
 
     def check(self, lm: CausalLM, stored: torch.dtype) -> None:
         """Asked before anything is trained; ``stored`` is the type of what is not quantized.
@@ -126,11 +135,6 @@ class Form(ABC):
         Raises:
             PreflightError: for a model, or a tokenizer, that the format cannot hold.
         """
-        return None
-
-    def refusal(self, blocks: Iterable[PackedBlock]) -> PreflightError | None:
-        """What of the trained values does not fit, counted, and the nearest format that holds them; asked
-        before anything is written. Formats that hold every value do not look at the blocks."""
         return None
 
     def names(self, prefix: str, grid: Grid | None = None) -> tuple[str, ...]:
@@ -177,16 +181,20 @@ class Form(ABC):
         one."""
         return value_differences(packed.source.weights, name, want)  # type: ignore[arg-type]
 
+    def stored_weight(self, weight: PackedWeight) -> Tensor | None:
+        """A weight ``[O, I]`` as the files hold it, where that is not just what was trained; else none."""
+        return None
+
+    def rounded(self) -> str:
+        """What the format rounds, in words, once linears were compared; empty where it holds everything."""
+        return ""
+
     def sentence(self, bits: str, dtype: str) -> str:
         """What the card says of the weights: ``bits`` as "2" or "2 and 3", ``dtype`` that of all else."""
         return (
             f"The linear layers of the decoder blocks are {bits}-bit integers; embeddings, head and norms "
             f"are {dtype}."
         )
-
-    def rounded(self) -> str:
-        """What the format rounds, in words, once linears were compared; empty where it holds everything."""
-        return ""
 
     def tolerance(self, of_arithmetic: float) -> float:
         """Largest allowed difference of two logits, in units of their standard deviation, where other
@@ -199,6 +207,18 @@ class Layout(Form):
 
     container: ClassVar[str] = "pt"
     """What the header of a safetensors file calls its ``format``."""
+
+    def bits_of(self, weight: PackedWeight) -> int:
+        """Bits of a linear's integers, scales and zero points in the file."""
+        return weight.words.numel() * 32 + weight.scale.numel() * (16 + weight.bits)
+
+    def parts(self, weight: PackedWeight) -> Mapping[str, Tensor]:
+        """What a reader has to find of a linear, bit for bit; see ``StoredLinear.parts``."""
+        return parts_of(weight)
+
+    def linear_differences(self, packed: CausalLM, name: str, weight: PackedWeight) -> list[str]:
+        reader: Any = packed.source.weights
+        return linear_differences(reader, name, weight, self.parts(weight))
 
     @abstractmethod
     def tensors(self, prefix: str, weight: PackedWeight) -> Iterator[tuple[str, Tensor]]:
@@ -220,19 +240,6 @@ class Layout(Form):
         """What stands in ``config.json``, given :meth:`config`."""
         return {"quantization_config": config}
 
-    def parts(self, weight: PackedWeight) -> Mapping[str, Tensor]:
-        """What a reader has to find of a linear, bit for bit; see ``StoredLinear.parts``."""
-        return {
-            "integers": weight.codes(),
-            "zero points": weight.zero_point,
-            "scales": weight.scale.to(torch.float16),
-            "group indices": torch.arange(weight.in_features, dtype=torch.int32) // weight.group_size,
-        }
-
-    def bits_of(self, weight: PackedWeight) -> int:
-        """Bits of a linear's integers, scales and zero points in the file."""
-        return weight.words.numel() * 32 + weight.scale.numel() * (16 + weight.bits)
-
     def files(self, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
         """JSON files that stand beside ``config.json``, by name."""
         return {}
@@ -249,9 +256,6 @@ class Layout(Form):
         self, directory: Path, device: torch.device, dtype: torch.dtype, *, trust_remote_code: bool = False
     ) -> CausalLM:
         return packed_model(directory, self.reader, device, dtype, trust_remote_code=trust_remote_code)
-
-    def linear_differences(self, packed: CausalLM, name: str, weight: PackedWeight) -> list[str]:
-        return linear_differences(packed.source.weights, name, self.parts(weight))  # type: ignore[arg-type]
 
     def misdescribed(
         self, packed: CausalLM, lm: CausalLM, stored: torch.dtype, linears: Linears

@@ -13,10 +13,10 @@ Three questions, because each finds errors that the others miss:
    that overflow end here, and what is worse beyond noise is said.
 
 In the second question the trained model takes part with its norms, biases and embeddings rounded to what they
-are stored in, which is how it was measured. All that may differ then is the order of sums, so the tolerance
-can be small: see :data:`TOLERANCE`. (Without that, it could not be: the 24 blocks of a bad 2-bit model turn
-the rounding of norms into entirely different logits, and an export of it would be refused although every bit
-is right.)
+are stored in, which is how it was measured, and with its weights as a format holds them that rounds them. All
+that may differ then is the order of sums, so the tolerance can be small: see :data:`TOLERANCE`. (Without
+that, it could not be: the 24 blocks of a bad 2-bit model turn the rounding of norms into entirely different
+logits, and an export of it would be refused although every bit is right.)
 
 Models are streamed block by block, so verifying needs two blocks and the hidden states of the tokens.
 """
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.errors import EqatError, ExitCode, StopRequested
 from engine.evaluation.perplexity import token_nll
@@ -39,7 +39,7 @@ from engine.export.comparing import carried_differences
 from engine.export.declared import AsDeclared, read_as_declared
 from engine.export.layout import Form, Linear
 from engine.export.stored import as_stored, export_dtype, outer_as_stored, stored_form
-from engine.quant.packed import PackedBlock
+from engine.quant.packed import PackedBlock, PackedLinear
 from engine.system.files import full_disk
 
 if TYPE_CHECKING:
@@ -170,6 +170,7 @@ def _verify(
     place, linears = len(problems.found), dict[str, Linear]()
     with torch.inference_mode(), outer_as_stored(lm, dtype):
         trained_hidden, packed_hidden = lm.embed(tokens_NT), packed.embed(tokens_NT)
+        stored_hidden, rounds = trained_hidden, False
         for index in range(lm.blocks):
             block = block_for(index)
             prefix = lm.block_prefix(index)
@@ -177,17 +178,19 @@ def _verify(
             expected.update(_compared_block(form, packed, lm, index, block, dtype, problems))
             trained_block = as_stored(block, dtype, prefix).install(lm.load_block(index))
             trained_hidden = lm.run_block(trained_block, index, trained_hidden)
+            rounds = _round_weights(form, block, trained_block, lm.dtype) or rounds
+            stored_hidden = lm.run_block(trained_block, index, stored_hidden) if rounds else trained_hidden
             packed_hidden = packed.run_block(packed.load_block(index), index, packed_hidden)
             if on_block is not None:
                 on_block(index + 1, 2 * lm.blocks)
         for name in sorted(expected ^ set(packed.source.weights.stored_names())):  # type: ignore[attr-defined]
             problems.add(f"tensor {name} is {'missing from' if name in expected else 'only in'} the files")
         problems.insert(place, form.misdescribed(packed, lm, dtype, linears))
-        difference, spread = _logit_difference(lm, packed, trained_hidden, packed_hidden)
+        difference, spread = _logit_difference(lm, packed, stored_hidden, packed_hidden)
         trained_nll = token_nll(lm, trained_hidden, tokens_NT)
         packed_nll = token_nll(packed, packed_hidden, tokens_NT)
         declared = form.declared(packed, lm.dtype)
-        del packed, packed_hidden  # another reading of the files wants their memory
+        del packed, packed_hidden, stored_hidden  # another reading of the files wants their memory
         read = read_as_declared(
             out_dir, form, lm, declared, tokens_NT, trained_nll, packed_nll, _second_half(on_block)
         )
@@ -220,6 +223,20 @@ def _loss(rounded: str, read: AsDeclared) -> str:
     if not rounded or read.packed is None or read.trained is None:
         return rounded
     return f"{rounded}; perplexity on {read.tokens} tokens is {read.packed:.5g}, trained {read.trained:.5g}"
+
+
+def _round_weights(form: Form, block: PackedBlock, module: nn.Module, dtype: torch.dtype) -> bool:
+    """Let the linears of a block compute with the weights that the files hold, where those are rounded;
+    whether any is."""
+    rounds = False
+    for name, weight in block.linears.items():
+        stored = form.stored_weight(weight)
+        if stored is not None:
+            linear = module.get_submodule(name)
+            assert isinstance(linear, PackedLinear)
+            linear.unpacked = stored.to(linear.scale.device, dtype)
+            rounds = True
+    return rounds
 
 
 def _second_half(on_block: Callable[[int, int], None] | None) -> Callable[[int, int], None] | None:

@@ -20,12 +20,13 @@ from engine.config.runtime import RuntimeConfig
 from engine.config.sameness import equivalent_command
 from engine.config.writing import to_toml
 from engine.export.checkpoint import Export, add_to_card, room_beside_tensors
-from engine.export.layout import Form, form_of
+from engine.export.layout import DoesNotFit, Form, form_of
 from engine.export.place import ExportPlace
 from engine.export.result import ExportResult
 from engine.export.verify import VerifyResult, verify
 from engine.phases.copies import COPY_SILENCE, hear, require_same, targets_of
 from engine.phases.job import Job
+from engine.plan.export_sizes import number_bytes
 from engine.plan.phases import VERIFY_TOKENS, VERIFY_WINDOWS
 from engine.process import package_versions
 from engine.run import events
@@ -43,17 +44,26 @@ def recover_exports(run: RunDirectory) -> None:
 
 
 def export(job: Job, copy_to: Path | None = None) -> None:
-    """Write and verify every requested format; ``copy_to`` gets a copy, of several formats a folder each."""
+    """Write and verify every requested format; ``copy_to`` gets a copy, of several formats a folder each.
+
+    Raises:
+        DoesNotFit: for a format that does not hold the trained values, once the others are written.
+    """
     names = job.config.export.formats
     targets = targets_of(names, copy_to)
     for target in targets.values():
         check_target(target, job.run.path)
+    refused: list[DoesNotFit] = []
     for index, name in enumerate(names):
         path, form = job.run.export_dir / name, form_of(name)
         count = partial(_count, job, index, len(names))
-        written, verified = job.checkpoints.patiently(
-            partial(_write, job, path, form, count), _needed(job, form), "an export", path.parent
-        )
+        try:
+            written, verified = job.checkpoints.patiently(
+                partial(_write, job, path, form, count), _needed(job, form), "an export", path.parent
+            )
+        except DoesNotFit as error:  # of this format: the others are written all the same
+            refused.append(error)
+            continue
         if written.dropped_code and job.source.trust_remote_code:
             job.report.warning(
                 "auto_map",
@@ -75,6 +85,8 @@ def export(job: Job, copy_to: Path | None = None) -> None:
                 copied = str(targets[name])
         finally:  # the export in the run stands, whatever becomes of its copy
             _tell(job, written, verified, files, copied)
+    if refused:
+        raise refused[0]
 
 
 def _count(job: Job, index: int, formats: int, checking: bool, done: int, _: int) -> None:
@@ -85,7 +97,16 @@ def _count(job: Job, index: int, formats: int, checking: bool, done: int, _: int
 
 def _needed(job: Job, form: Form) -> int:
     """Bytes of one export."""
-    tensors = job.plan.export_bytes // max(1, len(job.config.export.formats))
+    lm, row, grid = job.lm, form.format, job.config.grid.shared
+    number = number_bytes(job.config.export.dtype)
+    shapes = [
+        lm.weights.shape(f"{lm.block_prefix(index)}.{name}.weight")
+        for index in range(lm.blocks)
+        for name in lm.linear_names(index)
+    ]
+    linears = sum(row.linear_bytes(outputs, inputs, grid, number) for outputs, inputs in shapes)
+    others = lm.parameters_count - sum(outputs * inputs for outputs, inputs in shapes)
+    tensors = linears + number * others + sum(each.nbytes for each in form.carried(lm))
     shards = 1 + int(tensors / (job.config.export.shard_gib * 2**30))
     return tensors + room_beside_tensors(form, job.lm, job.source, shards)
 

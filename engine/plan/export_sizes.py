@@ -23,10 +23,12 @@ def exported_bytes(arch: Architecture, grid: GridConfig, name: str, number: int 
     if row.sizes:
         return int(load_named(row.sizes)(arch, grid, number))
     linears = sum(
-        row.linear_bytes(linear.out_features, linear.in_features, grid.shared) for linear in arch.linears
+        row.linear_bytes(linear.out_features, linear.in_features, grid.shared, number)
+        for linear in arch.linears
     )
+    carried = arch.carried_bytes if row.carries else 0
     others = number * (arch.bias_params_per_block + arch.norm_params_per_block)
-    return arch.blocks * (linears + others) + number * arch.rest_params + arch.carried_bytes
+    return arch.blocks * (linears + others) + number * arch.rest_params + carried
 
 
 def number_bytes(dtype: str) -> int:

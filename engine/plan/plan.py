@@ -329,6 +329,7 @@ def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> It
     for name in config.export.formats:
         outputs = (linear.out_features for linear in arch.linears)
         yield from FORMATS[name].warnings(config.grid.shared, outputs)
+        yield from FORMATS[name].consequences(arch, model.config, config.grid)
     if not arch.exact:
         yield f"sizes of model type {arch.model_type!r} are estimated as if it were a Llama"
     if arch.carried:
@@ -336,10 +337,9 @@ def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> It
         without = [name for name in config.export.formats if not FORMATS[name].carries]
         yield (
             f"the checkpoint holds {arch.carried_bytes / 2**20:.1f} MiB besides the model ({first}{more}): "
-            "exports carry it over as it is" + (f", but for {', '.join(without)}" if without else "")
+            "exports carry it over as it is"
+            + (f", but not {' and '.join(without)}, whose loaders refuse it" if without else "")
         )
-    for name in config.export.formats:
-        yield from FORMATS[name].warnings(arch, model.config, config.grid)
     if model.kind == "config":
         yield "no weight files were found beside config.json: planned from config.json alone"
     settings: dict[str, Mapping[str, Any]] = {"config.json": text_config(model.config)}

@@ -99,7 +99,7 @@ def render(
     """Plain dicts, lists, strings and finite numbers; keys are stable, what is unknown is ``None``. ``state``
     and ``work`` come from the run's lock and heartbeat."""
     run = run.accounted()
-    export = next(reversed(run.exports.values()), None)
+    export = run.smallest_export()
     plan = run.plan or {}
     tree = {
         "id": run.id,

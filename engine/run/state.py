@@ -197,6 +197,10 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
         """Perplexity by stage; ``None`` for one that was not evaluated or was not finite."""
         return {stage: _perplexity(self.evaluations.get(stage)) for stage in versions(self.evaluations)}
 
+    def smallest_export(self) -> events.Export | None:
+        """The export whose size stands for the run's: some formats unpack what was quantized."""
+        return min(self.exports.values(), key=lambda done: done.bytes, default=None)
+
     def accuracy(self) -> dict[str, dict[str, float]]:
         """Share of right answers by stage and task, for stages that were asked."""
         return {

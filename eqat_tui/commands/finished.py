@@ -29,7 +29,14 @@ def evaluate(
 
 def export(
     run: Run,
-    format: Annotated[str, typer.Option("--format", help=f"{', '.join(FORMATS.names())}.")] = DEFAULT_FORMAT,
+    format: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            metavar="NAME,...",
+            help=f"{', '.join(FORMATS.names())}; several with commas, or again.",
+        ),
+    ] = None,
     to: Annotated[
         Path | None,
         typer.Option(
@@ -43,19 +50,34 @@ def export(
     detach: Detach = False,
     as_json: Json = False,
 ) -> int:
-    """Write a run's packed checkpoint again, and verify it."""
+    """Write a run's packed checkpoint again, in one format or several, and verify it."""
     from engine.system.copying import check_target
     from eqat_tui import actions
 
-    if format not in FORMATS:
-        raise UsageError(f"there is no format {format!r}", where="--format", hint=", ".join(FORMATS.names()))
-    args = ["--task", "export", "--format", format]
+    args = ["--task", "export"]
+    for name in _formats(format):
+        args += ["--format", name]
     found = actions.find_trained(run, runs_dir)
     if to is not None:
         to = Path(os.path.expanduser(to)).absolute()
         check_target(to, found.path)
         args += ["--to", str(to)]
     return actions.start(found, args=args, detach=detach, as_json=as_json)
+
+
+def _formats(typed: list[str] | None) -> list[str]:
+    """The formats that were asked for, each once, in order.
+
+    Raises:
+        UsageError: for one that is not in the table.
+    """
+    names = [name.strip() for text in typed or [DEFAULT_FORMAT] for name in text.split(",")]
+    for name in names:
+        if name not in FORMATS:
+            raise UsageError(
+                f"there is no format {name!r}", where="--format", hint=", ".join(FORMATS.names())
+            )
+    return list(dict.fromkeys(names))
 
 
 def generate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -218,7 +218,8 @@ class ResultScreen(WorkScreen):
             self._launch(*args)
 
         run = self.eqat.current()
-        self.app.push_screen(ExportDialog(FORMATS.names(), run.path), begin)
+        unfit = views.unfit_formats(self._view.config)
+        self.app.push_screen(ExportDialog(FORMATS.names(), unfit, run.path), begin)
 
     def _launch(self, *args: str) -> None:
         run = self.eqat.current()
@@ -256,9 +257,11 @@ class ExportDialog(ModalScreen[tuple[list[str], str] | None]):
         Binding("space", "switch", "Switch", show=False),
     ]
 
-    def __init__(self, formats: tuple[str, ...], run: Path) -> None:
+    def __init__(self, formats: tuple[str, ...], unfit: Mapping[str, str], run: Path) -> None:
+        """``unfit`` says of formats what they cannot hold of the run's grid."""
         super().__init__()
-        self._formats, self._chosen = formats, set(formats[:1])
+        self._formats, self._unfit = formats, unfit
+        self._chosen = {name for name in formats[:1] if name not in unfit}
         self._run = run
 
     def compose(self) -> ComposeResult:
@@ -295,12 +298,18 @@ class ExportDialog(ModalScreen[tuple[list[str], str] | None]):
         self._fill()
 
     def _fill(self) -> None:
-        self.query_one("#formats", ListPanel).show(
-            [line(f"[{'x' if name in self._chosen else ' '}] {name}") for name in self._formats]
-        )
+        self.query_one("#formats", ListPanel).show([self._row(name) for name in self._formats])
+
+    def _row(self, name: str) -> Line:
+        if name in self._unfit:
+            return line((f"    {name}  cannot hold {self._unfit[name]}", "muted"))
+        return line(f"[{'x' if name in self._chosen else ' '}] {name}")
 
     def action_switch(self) -> None:
         name = self._formats[self.query_one("#formats", ListPanel).cursor]
+        if name in self._unfit:
+            self.notify(f"{name} cannot hold {self._unfit[name]}", severity="warning")
+            return
         self._chosen ^= {name}
         self._fill()
 

@@ -127,7 +127,7 @@ def _results(runs: Sequence[Compared], found: Difference) -> list[list[str | Spa
         if any(value is not None for value in values):
             words = f"perplexity, {stage_label(stage)}" if stage == full_precision() else stage_label(stage)
             table.append([(words, "muted"), *_cells(values, format_number, marked=alike)])
-    exports = [next(reversed(run.state.exports.values()), None) for run in runs]
+    exports = [run.state.smallest_export() for run in runs]
     sizes = [export.bytes if export else None for export in exports]
     bits = [export.bits_per_weight if export else None for export in exports]
     times = [elapsed(run.state) or None for run in runs]

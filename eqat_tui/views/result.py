@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.formats import DEFAULT_FORMAT, FORMATS
+from engine.config.grid import Grid
 from engine.config.stages import full_precision, stage_label, versions
 from engine.run.state import RunState
 from eqat_tui.feed import RunView
 from eqat_tui.lines import Line, Span, columns, cut, few, fit, line, widths_of, wrap
 from eqat_tui.measured import colour_of, newest
 from eqat_tui.output import format_bits, format_bytes, format_count, format_number, format_seconds, share
-from eqat_tui.planned import known
+from eqat_tui.planned import branch, known
 from eqat_tui.run_text import LONGEST_BEGIN, MOST_TASKS, accuracy_rows, facts, shorten
 from eqat_tui.views.monitor import MOST_LINES, what
 
@@ -157,6 +158,18 @@ def exports(view: RunView, width: int) -> list[Line]:
             place += few(wrap(f"copied to {done.copied_to}", width - 2, "good"), MOST_LINES)
         lines += [line("  ", *row) for row in few(place, 2 * MOST_LINES)]
     return lines or [line(("no packed checkpoint yet: e writes one", "muted"))]
+
+
+def unfit_formats(config: Mapping[str, Any] | None) -> dict[str, str]:
+    """By format, what of a run's grid it cannot hold, in words; those that hold it are left out."""
+    grid = branch(config, "grid")
+    if not isinstance(grid, Mapping):
+        return {}
+    bits, size, symmetric = (grid.get(name) for name in ("bits", "group_size", "symmetric"))
+    if not isinstance(bits, int) or not isinstance(size, int):
+        return {}
+    found = {row.name: row.lacks(Grid(bits, size, symmetric is True)) for row in FORMATS}
+    return {name: lacks for name, lacks in found.items() if lacks}
 
 
 def loading_snippet(path: str | Path, name: str = DEFAULT_FORMAT) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +14,14 @@ from toy_format import ROW
 
 from engine.checkpoints.store import CheckpointStore
 from engine.config.formats import FORMATS
+from engine.config.stages import STAGES
 from engine.export.gguf_reader import GGUFContent
 from engine.export.place import ExportPlace
 from engine.phases.export import recover_exports
 from engine.run import events
 from engine.run.directory import RunDirectory
-from engine.run.facts import block_entry
+from engine.run.facts import block_entry, stage_entry
+from engine.run.state import load_state
 from engine.run.usable import newest_usable
 
 
@@ -104,3 +107,64 @@ def test_a_tokenizer_that_a_gguf_file_cannot_hold_is_refused_before_anything_is_
     assert error.message == "a GGUF file cannot hold the tokenizer: it normalizes text (Lowercase)"
     assert "leave gguf out of export.formats" in error.hint
     assert not of(run, events.BlockStarted)
+
+
+def test_formats_of_different_sizes_are_written_in_one_run_as_large_as_planned(
+    make: Callable[..., RunDirectory],
+) -> None:
+    run = make(**{"export.formats": ["compressed-tensors", "awq", "mlx", "hf"], "grid.bits": 4})
+    assert run_here(run) == 0
+    told = of(run, events.Export)
+    assert [(event.format, event.verified) for event in told] == [
+        (name, True) for name in ("compressed-tensors", "awq", "mlx", "hf")
+    ]
+    sizes = {event.format: event.bytes for event in told}
+    assert sizes["awq"] < sizes["mlx"] < sizes["hf"]
+    planned = of(run, events.Plan)[0].plan["export_bytes"]
+    headers = sum(map(header_bytes, run.export_dir.glob("*/*.safetensors")))
+    assert sum(sizes.values()) - headers == planned
+
+
+def header_bytes(path: Path) -> int:
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def test_a_format_that_does_not_hold_what_was_trained_is_told_of_once_the_others_are_written(
+    finished_copy: Callable[..., RunDirectory],
+) -> None:
+    run = finished_copy()
+    found = newest_usable(run.checkpoints_dir, lambda generation: None)
+    assert found is not None
+    store = CheckpointStore(run.checkpoints_dir, found.generation.identity)
+    entry = stage_entry(STAGES["e2e_qp"], 1)
+    tensors = store.get(entry)
+    tensors["mlp.up_proj.zero_point"][3, 0] = 0
+    points = [tensor for name, tensor in tensors.items() if name.endswith(".zero_point")]
+    store.put(entry, tensors)
+    store.commit()
+    told = len(of(run, events.Export))
+    formats = ("--format", "gptq", "--format", "auto-round")
+    assert run_here(run, "--task", "export", *formats) == 3
+    assert [(event.format, event.verified) for event in of(run, events.Export)[told:]] == [
+        ("auto-round", True)
+    ]
+    assert sorted(os.listdir(run.export_dir)) == ["auto-round", "gptq_v2"]
+    error = of(run, events.Error)[-1]
+    zeros = sum(int((tensor == 0).sum()) for tensor in points)
+    groups = sum(tensor.numel() for tensor in points)
+    assert error.message.startswith(f"{zeros} of {4 * groups} zero points are 0")
+    assert error.hint.startswith("choose gptq_v2")
+    assert load_state(run).outcome == "done"
+
+
+def test_what_a_format_cannot_hold_is_refused_before_an_export_after_the_fact(
+    finished_copy: Callable[..., RunDirectory],
+) -> None:
+    run = finished_copy()
+    before = exported(run)
+    assert run_here(run, "--task", "export", "--format", "awq") == 3
+    error = of(run, events.Error)[-1]
+    assert error.message == "AWQ cannot hold 3 bits"
+    assert error.hint.startswith("compressed-tensors can")
+    assert exported(run) == before

@@ -32,9 +32,11 @@ GRIDS = [
 
 
 def held(row: Format) -> list[Grid]:
-    """Grids to try a format with: every width that it holds, groups and whole rows, either symmetry."""
+    """Grids to try a format with: every width that it holds, of one also symmetric groups and whole rows."""
     fitting = [grid for grid in GRIDS if not row.lacks(grid)]
-    return [grid for number, grid in enumerate(fitting) if grid.group_size != 32 or number % 4 == 0]
+    widths = [grid for grid in fitting if grid.group_size == 64 and not grid.symmetric]
+    others = [grid for grid in fitting if grid.bits == row.bits[-1] and grid not in widths]
+    return widths + [grid for grid in others if grid.symmetric != (grid.group_size == -1)]
 
 
 CELLS = [(row, grid) for row in ROWS for grid in held(row)]
@@ -102,7 +104,7 @@ def test_what_is_written_is_verified_and_as_large_as_planned(
 
 
 @each_row
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_each_type_of_the_rest_is_planned_written_and_verified(
     model: Path, tmp_path: Path, row: Format, dtype: str
 ) -> None:
@@ -149,7 +151,9 @@ def test_a_missing_tensor_another_format_and_a_foreign_description_are_caught(
         assert all(problem and "\n" not in problem for problem in check.problems)
         return check.problems
 
-    for said in (None, [], row.name, {"quant_method": "somebody"}, {"bits": [3]}, {"config_groups": 3}):
+    if not row.dense:  # which a configuration without a description describes
+        assert problems({**config, "quantization": None, "quantization_config": None})
+    for said in ([], row.name, {"quant_method": "somebody"}, {"bits": [3]}, {"config_groups": 3}):
         said_twice = dict.fromkeys(("quantization", "quantization_config"), said)
         assert problems({**config, **said_twice})
     for name in layout_of(row.name).names("model.layers.0.self_attn.o_proj", grid):

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Fill the virtual environment $1 for the tests in this folder: gptqmodel on the CPU, llama.cpp, and a
+# Fill the virtual environment $1 for the tests in this folder: the loaders of every format, on the CPU, and a
 # transformers of version 4.
 #
 # gptqmodel declares a newer torch than it needs, and a plain install pulls several GB of CUDA libraries.
@@ -16,6 +16,8 @@ $pip compressed-tensors==0.20.0
 # It has no wheel: the compiler that is here builds it, in some 9 minutes of one core; it brings its own cmake.
 $pip --no-deps diskcache
 $pip --no-deps llama-cpp-python==0.3.36
+$pip auto-round==0.16.1
+$pip "mlx[cpu]==0.32.4" mlx-lm==0.32.2
 # An older transformers beside this one, in a folder of its own: test_older_transformers.py reads exports by it.
 $pip --no-deps --target "$1/transformers-4" transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2
 # What tests/conftest.py and these tests import; tests/test_rare_workflows.py compares the two.

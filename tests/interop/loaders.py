@@ -54,8 +54,50 @@ def compressed_tensors(folder: Path, ids: Tensor) -> Loaded:
     return run(model, ids), linears(model)
 
 
+def auto_round(folder: Path, ids: Tensor) -> Loaded:
+    model = transformers(folder, ids, dtype=torch.float16)
+    assert not linears(model), "the blocks' linears were not replaced"
+    return run(model, ids), {}
+
+
+def awq(folder: Path, ids: Tensor) -> Loaded:
+    from transformers import AwqConfig
+
+    plain = AwqConfig(backend="torch_awq")
+    return run(transformers(folder, ids, dtype=torch.float16, quantization_config=plain), ids), {}
+
+
+def plain(folder: Path, ids: Tensor) -> Loaded:
+    model = transformers(folder, ids, dtype=torch.float32)
+    return run(model, ids), linears(model)
+
+
+def mlx(folder: Path, ids: Tensor) -> Loaded:
+    import mlx.core as mx
+    import numpy as np
+    from mlx_lm import load
+
+    model, _ = load(str(folder))
+    weights = {
+        f"{name}.weight": torch.from_numpy(
+            np.array(
+                mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
+            )
+        )
+        for name, module in model.named_modules()
+        if hasattr(module, "scales")
+    }
+    logits = model(mx.array(ids.numpy())).astype(mx.float32)
+    return torch.from_numpy(np.array(logits)), weights
+
+
 LOADERS: dict[str, tuple[str, Callable[[Path, Tensor], Loaded]]] = {
     "gptq_v2": ("transformers with gptqmodel", gptqmodel),
     "compressed-tensors": ("transformers with compressed-tensors", compressed_tensors),
+    "awq": ("transformers with gptqmodel", awq),
+    "auto-round": ("transformers with auto-round", auto_round),
+    "gptq": ("transformers with gptqmodel", gptqmodel),
+    "mlx": ("mlx-lm", mlx),
+    "hf": ("transformers", plain),
 }
 """By format: the loader in words, and how it is asked."""

@@ -28,6 +28,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "head_dim": 64,
             "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window_pattern": 2,  # the same in the words that mlx-lm reads
             "sliding_window": 8,
             "query_pre_attn_scalar": 64,
         },
@@ -76,13 +77,19 @@ def test_the_loader_computes_what_was_trained(tmp_path: Path, case: Case) -> Non
     )
     have, weights = LOADERS[case.format][1](result.path, ids)
     want = trained_logits(lm, blocks, ids, "float16")
-    agree = (have.argmax(-1) == want.argmax(-1)).float().mean().item()
+    # The two best of a random model are often closer than arithmetic of 16 bits can tell.
+    best = want.topk(2).values
+    decided = best[..., 0] - best[..., 1] > 0.05 * want.std()
+    agree = (have.argmax(-1) == want.argmax(-1))[decided].float().mean().item()
     worst = ((have - want).abs().max() / want.std()).item()
     print(f"{case}: top-1 {agree:.4f}, largest difference {worst:.2g} standard deviations")
     for index, block in enumerate(blocks):
         for name, weight in block.linears.items():
             if weights:
                 read = weights[f"{lm.block_prefix(index)}.{name}.weight"]
-                assert torch.equal(read, weight.dequantize(torch.float16).to(read.dtype)), name
-    assert worst < 0.1
+                # mlx unpacks to float32; the others hand out, or hold, what float16 makes of a weight.
+                exact = torch.float32 if case.format == "mlx" else torch.float16
+                assert torch.equal(read, weight.dequantize(exact).to(read.dtype)), name
+    # Exact weights and arithmetic differ by the order of sums; kernels compute in float16.
+    assert worst < (0.1 if weights else 0.25)
     assert agree >= 0.99

@@ -66,6 +66,26 @@ def test_a_folder_that_is_taken_is_said_in_the_dialog(recorded: Recorded, tmp_pa
     assert not run.launch_path.exists()
 
 
+def test_the_dialog_says_which_formats_do_not_hold_the_grid(recorded: Recorded) -> None:
+    run = recorded("finished")
+    config = view_of(run, "done").config
+    assert config is not None
+    view = view_of(run, "done", config={**config, "grid": {**config["grid"], "bits": 3}})
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await shown(pilot)
+        await press(pilot, "e")
+        await until(pilot, lambda: "awq  cannot hold 3 bits" in picture(app))
+        assert "[x] gptq_v2" in picture(app)
+        await press(pilot, "down", "space")
+        await until(pilot, lambda: "[x] compressed-tensors" in picture(app))
+        await press(pilot, "down", "space")
+        assert told(app) == ["awq cannot hold 3 bits"]
+        await press(pilot, "escape")
+
+    drive(app_of(run, view, mode="result"), script)
+
+
 def test_where_the_directory_is_gone_nothing_is_started_in_it(recorded: Recorded) -> None:
     run = recorded("finished")
     view = view_of(run, "gone", problem="the run's directory is gone")

@@ -1,0 +1,146 @@
+"""GPTQ, version 1: what older loaders of GPTQ files read, for models without a zero point of zero.
+
+One quantized linear::
+
+    qweight  int32 [I*b/32, O]   integers q, a little-endian bit stream down each column (output channel)
+    qzeros   int32 [G, O*b/32]   zero points less one, z - 1, a little-endian bit stream along each row
+    scales   f16   [G, O]
+    g_idx    int32 [I]           the group of each input channel
+    bias           [O]           if the layer has one
+
+    w[o, i] = (q[o, i] - z[g_idx[i], o]) * scales[g_idx[i], o]
+
+In a stream, element ``j`` occupies bits ``[b*j, b*j + b)`` and word ``k`` holds bits ``[32k, 32k + 32)``.
+
+``z = 0`` has no field value: some loaders add one to a whole word, where it carries into the neighbour,
+others to each field, where it becomes ``2^b``. So a model with such zero points, which training makes often,
+is refused, with their number. gptqmodel reads asymmetric files of this version only where the configuration
+says that gptqmodel wrote them (in a release that knows both versions, and converts them as above): its name
+stands behind ours for that reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import __version__
+from engine.config.formats import nearest
+from engine.errors import PreflightError
+from engine.export.gptq_v2 import gptq_tensors
+from engine.export.layout import DoesNotFit, Layout, Linears, group_sizes, require_one_grid
+from engine.export.reader import CheckpointReader, PlainLinear, damaged, number_of_bits, unpack_rows
+from engine.quant.packed import PackedBlock, PackedWeight
+
+CONVENTION = "gptqmodel:7.7.0"
+"""Whose way of storing zero points this is; it asks for itself before it loads an asymmetric file."""
+
+_LOADING = """## Loading
+
+GPTQ version 1 (zero points are stored less one), {bits} bits. With gptqmodel:
+
+```python
+from gptqmodel import GPTQModel
+
+model = GPTQModel.load("path/to/this/directory")
+```
+
+With transformers and optimum plus gptqmodel installed:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory", device_map="auto")
+```
+"""
+
+
+class GPTQ(Layout):
+    """How ``gptq`` keeps quantized linears: one grid for the whole model, no zero point of zero."""
+
+    tags = ("gptq",)
+
+    def refusal(self, blocks: Iterable[PackedBlock]) -> DoesNotFit | None:
+        zeros = groups = 0
+        grid = None
+        for block in blocks:
+            for weight in block.linears.values():
+                grid = weight.grid
+                zeros += int((weight.zero_point == 0).sum())
+                groups += weight.zero_point.numel()
+        if not zeros or grid is None:
+            return None
+        return DoesNotFit(
+            f"{zeros} of {groups} zero points are 0, which GPTQ v1 has no value for",
+            where=f"export {self.format.name}",
+            hint=f"choose {nearest(self.format, grid)}, which holds them: nothing is trained again",
+        )
+
+    def tensors(self, prefix: str, weight: PackedWeight) -> Iterator[tuple[str, Tensor]]:
+        if not weight.zero_point.all():
+            raise PreflightError("a zero point is 0, which GPTQ v1 has no value for", where=prefix)
+        yield from gptq_tensors(self.format.name, prefix, weight, weight.zero_point - 1)
+        yield f"{prefix}.g_idx", torch.arange(weight.in_features, dtype=torch.int32) // weight.group_size
+
+    def config(self, linears: Linears) -> dict[str, Any]:
+        grid = require_one_grid(linears, self.format.name)
+        return {
+            "quant_method": "gptq",
+            "bits": grid.bits,
+            "group_size": group_sizes(linears)[0],
+            "desc_act": False,
+            "sym": grid.symmetric,
+            "lm_head": False,
+            "checkpoint_format": "gptq",
+            "format": "gptq",
+            "pack_dtype": "int32",
+            "meta": {"quantizer": [f"eqat:{__version__}", *([] if grid.symmetric else [CONVENTION])]},
+        }
+
+    def files(self, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+        return {"quantize_config.json": config}
+
+    def loading(self, config: Mapping[str, Any], blocks_name: str) -> str:
+        return _LOADING.format(bits=config["bits"])
+
+    def reader(self, directory: Path) -> GPTQReader:
+        return GPTQReader(directory)
+
+
+class GPTQReader(CheckpointReader):
+    """Reads a quantized linear, written from the description above alone."""
+
+    format = "gptq"
+    suffixes = ("qweight", "qzeros", "scales", "g_idx")
+
+    def understand(self) -> None:
+        if (
+            self.quantization.get("quant_method") != "gptq"
+            or self.quantization.get("checkpoint_format") != "gptq"
+        ):
+            raise PreflightError(
+                "it is no GPTQ file of version 1, and only such can be read back",
+                where=str(self.directory),
+                hint="open an export/gptq directory of a run",
+            )
+        self.bits = number_of_bits(self.directory, self.quantization.get("bits"))
+
+    def linear(self, prefix: str) -> PlainLinear:
+        codes = unpack_rows(self.stored(f"{prefix}.qweight").numpy().T, self.bits)
+        less_one = unpack_rows(self.stored(f"{prefix}.qzeros").numpy(), self.bits)
+        if (less_one == (1 << self.bits) - 1).any():
+            raise damaged(self.directory, f"{prefix}.qzeros holds a zero point beyond the grid")
+        return PlainLinear(
+            codes_OI=torch.from_numpy(codes),
+            zero_OG=torch.from_numpy(less_one + 1).t().contiguous(),
+            scale_OG=self.stored(f"{prefix}.scales").t().contiguous(),
+            group_of_I=self.stored(f"{prefix}.g_idx"),
+        )
+
+    def linear_shape(self, prefix: str) -> tuple[int, int]:
+        words, out_features = self.stored_shape(f"{prefix}.qweight")
+        return out_features, words * 32 // self.bits
