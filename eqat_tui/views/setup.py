@@ -318,6 +318,8 @@ def plan_lines(plan: Mapping[str, Any], width: int) -> list[Line]:
     ]
     lost = plan["recovery"]["lost_seconds"]
     lines.append(line(("a kill ", "muted"), f"loses at most {format_seconds(lost)}"))
+    if plan["zero_points"]:
+        lines += wrap(f"zero points {plan['zero_points']}", width)
     lines += _published(plan, width)
     for warning in plan["warnings"]:
         lines += wrap(f"! {warning}", width, "warn")
