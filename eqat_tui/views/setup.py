@@ -316,10 +316,10 @@ def plan_lines(plan: Mapping[str, Any], width: int) -> list[Line]:
         ),
         line(("bits   ", "muted"), f"{format_bits(plan['bits_per_weight'])} per weight"),
     ]
-    lost = plan["recovery"]["lost_seconds"]
-    lines.append(line(("a kill ", "muted"), f"loses at most {format_seconds(lost)}"))
     if plan["zero_points"]:
         lines += wrap(f"zero points {plan['zero_points']}", width)
+    lost = plan["recovery"]["lost_seconds"]
+    lines.append(line(("a kill ", "muted"), f"loses at most {format_seconds(lost)}"))
     lines += _published(plan, width)
     for warning in plan["warnings"]:
         lines += wrap(f"! {warning}", width, "warn")
