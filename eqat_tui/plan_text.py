@@ -72,6 +72,8 @@ def totals(plan: Mapping[str, Any]) -> dict[str, str]:
     lines |= recovery(plan["recovery"])
     lines["size"] = f"{format_bytes(plan['fp_bytes'])} → {format_bytes(plan['export_bytes'])}"
     lines["bits per weight"] = format_bits(plan["bits_per_weight"])
+    if plan["zero_points"]:
+        lines["zero points"] = one_line(plan["zero_points"])
     published = plan.get("published")
     if published:
         lines["published"] = (

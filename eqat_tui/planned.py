@@ -33,6 +33,7 @@ SHAPE: Mapping[str, Any] = {
     "export_bytes": None,
     "fp_bytes": None,
     "bits_per_weight": None,
+    "zero_points": "",
     "activation_store": "",
     "activation_store_reason": "",
     "micro_batches": Numbers,

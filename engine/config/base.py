@@ -36,6 +36,12 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return True
 
     @classmethod
+    def younger(cls) -> tuple[str, ...]:
+        """Fields that a hash leaves out where they have their default: it is that of versions without the
+        field, since nothing else is computed."""
+        return ()
+
+    @classmethod
     def as_written_now(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
         """The section's table of a file with what earlier versions spelt otherwise as this one spells it."""
         return tree

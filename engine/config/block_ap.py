@@ -25,7 +25,7 @@ class BlockAPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fiel
     enabled: bool = True
     """Block-AP trains block by block; without it the blocks are only rounded."""
     train: tuple[Trained, ...] = ("weights", "scales", "zero_points", "norms")
-    """Block-AP trains these; a symmetric grid has no zero points to train, so they are left out there."""
+    """Block-AP trains these, but for zero points where the grid fixes them."""
     sequences: int = 512
     """A block is trained on this many sequences."""
     val_sequences: int = 16
@@ -70,17 +70,18 @@ class BlockAPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fiel
         check_schedule(name, self)
 
     def resolved(self, grid: GridConfig) -> Self:
-        """Learning rates that were left out follow bits and scaling. A symmetric grid fixes its zero points,
-        so they leave the trained set, of which they are part by default."""
+        """Learning rates that were left out follow bits and scaling. Zero points that the grid fixes leave
+        the trained set, of which they are part by default; where nothing else is trained they stay, so that
+        a refusal can say why."""
         absolute = self.lr_scaling == "absolute"
         lr_weight = (2e-5 if grid.bits == 2 else 1e-5) if absolute else 0.02
         lr_quant = 1e-4 if absolute else 0.005
         return msgspec.structs.replace(
             self,
-            train=self._trainable(grid),
+            train=self._trainable(grid) or (self.train if self.enabled else ()),
             lr_weight=lr_weight if self.lr_weight is None else self.lr_weight,
             lr_quant=lr_quant if self.lr_quant is None else self.lr_quant,
         )
 
     def _trainable(self, grid: GridConfig) -> tuple[Trained, ...]:
-        return tuple(what for what in self.train if not (grid.symmetric and what == "zero_points"))
+        return tuple(what for what in self.train if not (grid.fixes_zero_points and what == "zero_points"))

@@ -11,6 +11,7 @@ from engine.config import checks
 from engine.config.base import ComputeDtype, LearningRateScaling
 from engine.config.grid import GridConfig
 from engine.config.stage_section import (
+    NO_ZERO_POINTS,
     StageSection,
     check_learning_rate,
     check_schedule,
@@ -65,11 +66,11 @@ class E2EQPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields
     """The forward pass computes in this type; auto takes bfloat16 on a GPU and float32 on the CPU."""
 
     def check_on(self, grid: GridConfig, name: str) -> None:
-        if grid.symmetric and "zero_points" in self.train and self.enabled:
+        if grid.fixes_zero_points and "zero_points" in self.train and self.enabled:
             raise UsageError(
-                "a symmetric grid has no zero points to train",
+                NO_ZERO_POINTS,
                 where=f"{name}.train",
-                hint='["scales"], or grid.symmetric = false',
+                hint='["scales"], or grid.symmetric = false and grid.zero_point = learned',
             )
         self.check(name)
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from engine.config import checks
 from engine.config.base import Section
+from engine.errors import UsageError
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, 256, -1)
@@ -23,6 +24,25 @@ class Grid:
     """Neighbours along the input that share a scale and a zero point; -1 is the whole row."""
     symmetric: bool = False
     """Every zero point is ``middle``."""
+    fixed_zero_point: int | None = None
+    """Every zero point is this number; none where each group has its own."""
+
+    def __post_init__(self) -> None:
+        """Symmetric and fixed in the middle are one grid, however it was asked for.
+
+        Raises:
+            ValueError: for a zero point that is not that of a symmetric grid, or leaves no integer on one of
+                its sides.
+        """
+        fixed = self.fixed_zero_point
+        if self.symmetric and fixed is None:
+            object.__setattr__(self, "fixed_zero_point", self.middle)
+        elif self.symmetric and fixed != self.middle:
+            raise ValueError(f"the zero point of a symmetric grid of {self.bits} bits is not {fixed}")
+        elif fixed is not None:
+            if not 0 < fixed < self.top:
+                raise ValueError(f"{fixed} is no zero point between 0 and {self.top}")
+            object.__setattr__(self, "symmetric", fixed == self.middle)
 
     @property
     def top(self) -> int:
@@ -47,6 +67,15 @@ class Grid:
         return in_features // self.group_size
 
 
+def held_zero_point(bits: int) -> int:
+    """The zero point that ``zero_point = "fixed"`` holds.
+
+    It is the one of the block types of GGUF, ``(q - 1) * d`` at 2 bits and ``(q - 8) * d`` at 4, and in all
+    widths but 2 that of a symmetric grid.
+    """
+    return 1 if bits == 2 else 2 ** (bits - 1)
+
+
 class GridConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The integer grid (uniform, group-wise)."""
 
@@ -55,7 +84,10 @@ class GridConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     group_size: int = 64
     """This many weights along the input dimension share a scale; -1 means the whole row."""
     symmetric: bool = False
-    """The zero point is fixed at 2^(bits-1) instead of being chosen per group."""
+    """The zero point is fixed at 2^(bits-1), at 2 bits too, instead of being chosen per group."""
+    zero_point: Literal["learned", "fixed"] = "learned"
+    """A zero point is ``learned`` for each group, or ``fixed``: at 1 (2 bits, exact in GGUF Q2_0) or at
+    2^(bits-1) (other widths: symmetric, exact in GGUF Q4_0 and Q8_0)."""
     range: Literal["minmax", "search"] = "search"
     """The initial scale and zero point come from the group's minimum and maximum (``minmax``) or from a
     search over shrunken ranges (``search``)."""
@@ -65,13 +97,30 @@ class GridConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     def check(self, name: str) -> None:
         checks.one_of(f"{name}.bits", self.bits, BITS)
         checks.one_of(f"{name}.group_size", self.group_size, GROUP_SIZES, hint=", where -1 is the whole row")
+        held = held_zero_point(self.bits)
+        if self.symmetric and self.zero_point == "fixed" and held != self.shared.middle:
+            raise UsageError(
+                f"is {held} where it is fixed at {self.bits} bits, on a symmetric grid {self.shared.middle}",
+                where=f"{name}.zero_point",
+                hint=f"{name}.symmetric = false, or {name}.zero_point = learned",
+            )
         # Far above 10 the largest error alone decides, and |error|^p leaves the range of float32.
         checks.between(f"{name}.search_norm", self.search_norm, 0.1, 10.0)
+
+    @classmethod
+    def younger(cls) -> tuple[str, ...]:
+        return ("zero_point",)
 
     @property
     def shared(self) -> Grid:
         """The grid of every linear."""
-        return Grid(self.bits, self.group_size, self.symmetric)
+        held = self.zero_point == "fixed" and not self.symmetric
+        return Grid(self.bits, self.group_size, self.symmetric, held_zero_point(self.bits) if held else None)
+
+    @property
+    def fixes_zero_points(self) -> bool:
+        """Whether there are no zero points to choose and to train."""
+        return self.symmetric or self.zero_point == "fixed"
 
     def of_each(self, linears: Iterable[str]) -> dict[str, Grid]:
         """The grid of each linear, by name."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import shlex
+from typing import Any
 
 import msgspec
 
+from engine.config.base import Section
 from engine.config.derived import resolve
 from engine.config.loading import load, preset_names
 from engine.config.run import LABELS, RunConfig
@@ -17,14 +19,28 @@ from engine.config.writing import essential, flat, to_dict
 def config_hash(config: RunConfig) -> str:
     """SHA-256 of everything that decides the result, learning rates resolved.
 
-    Left out: the labels, and ``runtime`` except its seed, since where a run computes is not what it
-    computes. Two configurations with the same hash may continue each other's checkpoints.
+    Left out: the labels, ``runtime`` except its seed, since where a run computes is not what it computes, and
+    what versions before did not know and did as it is done by default. Two configurations with the same hash
+    may continue each other's checkpoints.
     """
     tree = essential(resolve(config))
     for label in LABELS:
         del tree[label]
+    _leave_out_younger(tree, config)
     tree["runtime"] = {"seed": config.runtime.seed}
     return hashlib.sha256(msgspec.json.encode(tree, order="deterministic")).hexdigest()
+
+
+def _leave_out_younger(tree: dict[str, Any], section: Section) -> None:
+    """Take fields out of a section's tree that versions before did not have, where they have their
+    default."""
+    default = type(section)()
+    for name in section.younger():
+        if getattr(section, name) == getattr(default, name):
+            del tree[name]
+    for name, inner in tree.items():
+        if isinstance(value := getattr(section, name), Section):
+            _leave_out_younger(inner, value)
 
 
 def equivalent_command(config: RunConfig) -> str:

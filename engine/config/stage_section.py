@@ -13,6 +13,8 @@ from engine.config.base import Section
 from engine.config.grid import GridConfig
 from engine.errors import UsageError
 
+NO_ZERO_POINTS = "a grid whose zero points are fixed has none to train"
+
 
 class StageSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A section whose stage is made on the grid of the run. A field ``enabled`` says whether it is made."""
@@ -97,5 +99,5 @@ def check_trained(name: str, given: tuple[str, ...], effective: tuple[str, ...],
     checks.unique(name, given)
     if enabled and not effective:
         stage = name.split(".", 1)[0]
-        reason = "a symmetric grid has no zero points to train" if given else "trains nothing"
+        reason = NO_ZERO_POINTS if given else "trains nothing"
         raise UsageError(reason, where=name, hint=f"name what to train, or {stage}.enabled = false")

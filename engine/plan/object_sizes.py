@@ -152,7 +152,7 @@ def _trained(arch: Architecture, grid: GridConfig, train: tuple[str, ...]) -> It
             yield linear.out_features, linear.in_features
         if "scales" in train:
             yield grid_shape
-        if "zero_points" in train and not grid.symmetric:
+        if "zero_points" in train and not grid.fixes_zero_points:
             yield grid_shape
     if "norms" in train:
         for _, width in norms(arch):

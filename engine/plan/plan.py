@@ -49,6 +49,7 @@ from engine.plan.fit import (
 from engine.plan.lengths import longer_than_trained, too_long
 from engine.plan.machine import Machine, detect
 from engine.plan.memory_model import host_memory, phase_memory
+from engine.plan.opened import opened
 from engine.plan.paper import Published, published
 from engine.plan.passages import compiles_passages
 from engine.plan.rates import Speed, speed
@@ -89,6 +90,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     export_bytes: int
     fp_bytes: int
     bits_per_weight: float
+    zero_points: str
+    """Where all of them are fixed and what that opens; empty where each group has its own."""
     activation_store: StoreKind
     activation_store_reason: str
     stream_bytes: int
@@ -163,6 +166,7 @@ def make_plan(
         export_bytes=size.export,
         fp_bytes=size.fp,
         bits_per_weight=size.bits_per_weight,
+        zero_points=opened(config.grid.shared, (linear.in_features for linear in work.arch.linears)),
         activation_store=store,
         activation_store_reason=reason,
         stream_bytes=stream_bytes(work),

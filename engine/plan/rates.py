@@ -102,5 +102,5 @@ def unpacking(work: Workload, rates: Speed) -> float:
 def search_seconds(work: Workload, rates: Speed) -> float:
     """Choosing the initial ranges of a block."""
     grid = work.config.grid
-    candidates = 1 if grid.range == "minmax" else 121 if grid.bits == 2 and not grid.symmetric else 21
+    candidates = 1 if grid.range == "minmax" else 121 if grid.bits == 2 and not grid.fixes_zero_points else 21
     return candidates * work.arch.linear_params_per_block * rates.search_per_weight

@@ -4,8 +4,8 @@
     W^ = (q - z) * s                                           what the network computes with
 
 ``W`` is ``[O, I]`` (out features, in features); a group is ``group_size`` neighbours along ``I``, so ``s``
-and ``z`` are ``[O, G]`` with ``G = I / group_size``. A symmetric grid is the same with ``z = 2^(bits-1)``
-fixed.
+and ``z`` are ``[O, G]`` with ``G = I / group_size``. A zero point may be fixed: then a grid is the same with
+one ``z`` everywhere, ``2^(bits-1)`` where it is symmetric.
 
 Training sees this function through straight-through gradients: rounding passes its gradient unchanged,
 clamping is exact (EfficientQAT, arXiv 2407.11062, section 3.2; LSQ+, arXiv 2004.09576). With ``inside``
@@ -151,7 +151,7 @@ def _shrink_steps(grid: Grid) -> list[tuple[float, float]]:
     """Fractions of the span to try, the whole span first."""
     lowest = 0.3 if grid.bits <= 3 else 0.6
     steps = [1 - (1 - lowest) * i / 14 for i in range(15)]
-    if grid.bits > 2 or grid.symmetric:
+    if grid.bits > 2 or grid.fixed_zero_point is not None:
         return [(part, part) for part in steps]
     # Four levels are so few that the two ends deserve separate fractions.
     coarse = steps[::2]
@@ -159,11 +159,10 @@ def _shrink_steps(grid: Grid) -> list[tuple[float, float]]:
 
 
 def _range_to_grid(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    if grid.symmetric:
-        middle = grid.middle
-        # The grid reaches from -middle to middle - 1 steps: the positive side has one step less.
-        scale = torch.maximum(-low / middle, high / (middle - 1)).clamp_(min=SMALLEST_SCALE)
-        return scale, torch.full_like(scale, float(middle))
+    if (fixed := grid.fixed_zero_point) is not None:
+        # The two sides have different numbers of steps, and the one that needs the longer ones decides.
+        scale = torch.maximum(-low / fixed, high / (grid.top - fixed)).clamp_(min=SMALLEST_SCALE)
+        return scale, torch.full_like(scale, float(fixed))
     scale = ((high - low) / grid.top).clamp_(min=SMALLEST_SCALE)
     zero = torch.round(-low / scale).clamp_(0, grid.top)
     return scale, zero

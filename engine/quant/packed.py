@@ -210,7 +210,6 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.grid = weight.grid
         self.bits = weight.grid.bits
-        self.symmetric = weight.grid.symmetric
         self.in_features = weight.in_features
         self.out_features = weight.out_features
         self.register_buffer("words", weight.words)
@@ -357,11 +356,15 @@ def overlaid(block: Mapping[str, Tensor], later: Mapping[str, Tensor]) -> dict[s
 
 
 def _grid_tensor(grid: Grid) -> Tensor:
-    return torch.tensor([grid.bits, grid.group_size, int(grid.symmetric)], dtype=torch.int32)
+    """Bits, group size, and 0 where each group has a zero point of its own, 1 on a symmetric grid, and one
+    more than where all are fixed otherwise."""
+    fixed = grid.fixed_zero_point
+    held = 0 if fixed is None else 1 if grid.symmetric else 1 + fixed
+    return torch.tensor([grid.bits, grid.group_size, held], dtype=torch.int32)
 
 
 def _stored_grid(stored: Tensor | None, unsaid: Grid) -> Grid:
     if stored is None:
         return unsaid
-    bits, group_size, symmetric = stored.tolist()
-    return Grid(bits, group_size, bool(symmetric))
+    bits, group_size, held = stored.tolist()
+    return Grid(bits, group_size, held == 1, held - 1 if held > 1 else None)

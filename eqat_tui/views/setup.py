@@ -316,6 +316,8 @@ def plan_lines(plan: Mapping[str, Any], width: int) -> list[Line]:
         ),
         line(("bits   ", "muted"), f"{format_bits(plan['bits_per_weight'])} per weight"),
     ]
+    if plan["zero_points"]:
+        lines += wrap(f"zero points {plan['zero_points']}", width)
     lost = plan["recovery"]["lost_seconds"]
     lines.append(line(("a kill ", "muted"), f"loses at most {format_seconds(lost)}"))
     lines += _published(plan, width)

@@ -94,6 +94,7 @@ NOT_THERE_YET = (
     "e2e_qp.weight_decay",
     "evaluation.tasks",
     "evaluation.task_limit",
+    "grid.zero_point",
 )
 
 
@@ -133,7 +134,9 @@ def test_a_run_from_before_some_settings_goes_on_to_the_same_export(finished_cop
     assert {*NOT_THERE_YET} <= generations.read_generation(place, generations.newest(place)).identity.keys()
 
 
-@pytest.mark.parametrize(("field", "value"), [("block_ap.patience", 1), ("block_ap.lr_quant", 0.25)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("block_ap.patience", 1), ("block_ap.lr_quant", 0.25), ("grid.zero_point", "fixed")]
+)
 def test_a_run_from_before_a_setting_is_refused_where_it_is_set(
     finished_copy: Make, field: str, value: object
 ) -> None:

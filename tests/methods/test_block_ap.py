@@ -203,6 +203,23 @@ def test_training_reduces_the_reconstruction_loss(
     torch.testing.assert_close(streams.full.read(slice(0, 16)), original, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("bits", "fixed"), [(2, 1), (3, 4), (4, 8), (8, 128)])
+def test_a_fixed_zero_point_is_the_same_everywhere_after_training(
+    lm: CausalLM, bits: int, fixed: int
+) -> None:
+    grid = GridConfig(bits=bits, group_size=32, zero_point="fixed")
+    # A configuration made in Python that asks for zero points: the grid's say is the last.
+    config = settings(train=("weights", "scales", "zero_points", "norms"), val_sequences=0)
+    start = round_to_nearest(lm.load_block(0), lm.linear_names(0), grid)
+    streams = make_streams(lm, val=0)
+    result = one_block(lm, 0, streams, config, grid, seed=0, dtype=torch.float32, progress=Heard())
+    for packed in (start, result.packed):
+        for name, weight in packed.linears.items():
+            assert weight.zero_point.unique().tolist() == [fixed], name
+    assert SWITCHES["weights"](start, result.packed)
+    assert SWITCHES["scales"](start, result.packed)
+
+
 SWITCHES: dict[str, Callable[[PackedBlock, PackedBlock], bool]] = {
     "weights": lambda a, b: any(not torch.equal(a.linears[n].words, b.linears[n].words) for n in a.linears),
     "scales": lambda a, b: any(not torch.equal(a.linears[n].scale, b.linears[n].scale) for n in a.linears),

@@ -156,6 +156,7 @@ def same_training(one: tuple[BlockResult, Watch], other: tuple[BlockResult, Watc
         {"loss": "mse", "lr_scaling": "absolute", "lr_weight": 1e-3, "lr_quant": 1e-3},
         {"grid": GridConfig(bits=2, group_size=-1)},
         {"grid": GridConfig(bits=4, group_size=64, symmetric=True)},
+        {"grid": GridConfig(bits=2, group_size=-1, zero_point="fixed")},
         {"train": ("scales",)},
         {"train": ("norms",)},
         {"train": ("weights", "zero_points")},

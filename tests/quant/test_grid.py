@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -177,6 +178,54 @@ def test_symmetric_grid_has_its_zero_point_in_the_middle(bits: int) -> None:
     weight = torch.randn(4, 64)
     _, zero = initial_range(weight, Grid(bits, 32, symmetric=True), method="search")
     assert zero.unique().tolist() == [2 ** (bits - 1)]
+
+
+FIXED = [(2, 1), (2, 2), (3, 4), (4, 8), (8, 128), (4, 3), (8, 1)]
+
+
+@pytest.mark.parametrize("method", ["minmax", "search"])
+@pytest.mark.parametrize(("bits", "fixed"), FIXED)
+def test_where_the_zero_point_is_fixed_only_the_scale_is_chosen(
+    bits: int, fixed: int, method: Literal["minmax", "search"]
+) -> None:
+    weight = torch.randn(7, 96, generator=torch.Generator().manual_seed(bits)) ** 3
+    weight[0] = weight[0].abs()  # groups that lie on one side of zero
+    weight[1] = -weight[1].abs()
+    grid = Grid(bits, 32, fixed_zero_point=fixed)
+    scale, zero = initial_range(weight, grid, method=method, norm=2.5)
+    assert zero.unique().tolist() == [fixed]
+    assert (scale > 0).all()
+    codes = quantize(weight, scale, zero, bits)
+    assert torch.equal(dequantize(codes, scale, zero), fake_quantize(weight, scale, zero, bits))
+    if method == "minmax":  # no weight lies beyond the grid's ends
+        steps = weight.reshape(7, 3, 32) / scale.unsqueeze(-1)
+        assert steps.min() >= -fixed - 1e-4
+        assert steps.max() <= grid.top - fixed + 1e-4
+    else:  # no other fraction of the span that is tried does better
+        span = initial_range(weight, grid, method="minmax")[0]
+
+        def error(scale: torch.Tensor) -> torch.Tensor:
+            off = (fake_quantize(weight, scale, zero, bits) - weight).abs() ** 2.5
+            return off.reshape(7, 3, 32).sum(-1)
+
+        least = 0.3 if bits <= 3 else 0.6
+        for step in range(15):
+            assert (error(scale) <= error(span * (1 - (1 - least) * step / 14)) * 1.0001).all()
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_fixed_in_the_middle_is_the_symmetric_grid(bits: int) -> None:
+    middle = Grid(bits, 32, fixed_zero_point=2 ** (bits - 1))
+    assert middle == Grid(bits, 32, symmetric=True)
+    assert middle.symmetric
+    assert Grid(bits, 32).fixed_zero_point is None
+    assert not Grid(bits, 32, fixed_zero_point=1).symmetric
+
+
+@pytest.mark.parametrize(("symmetric", "fixed"), [(True, 1), (False, 0), (False, 3), (False, -1)])
+def test_a_zero_point_that_leaves_a_side_empty_or_contradicts_is_refused(symmetric: bool, fixed: int) -> None:
+    with pytest.raises(ValueError, match="zero point"):
+        Grid(2, 32, symmetric, fixed)
 
 
 def test_all_zero_and_tiny_weights_stay_finite_and_keep_their_precision() -> None:

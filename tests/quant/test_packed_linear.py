@@ -142,6 +142,24 @@ def test_an_entry_of_an_earlier_version_has_the_grid_of_the_configuration() -> N
         assert torch.equal(again.tensors()[name], tensor), name
 
 
+@pytest.mark.parametrize(
+    ("grid", "stored"),
+    [
+        (Grid(2, 32), [2, 32, 0]),
+        (Grid(4, 32, symmetric=True), [4, 32, 1]),
+        (Grid(2, 32, fixed_zero_point=2), [2, 32, 1]),
+        (Grid(2, 32, fixed_zero_point=1), [2, 32, 2]),
+        (Grid(8, -1, fixed_zero_point=1), [8, -1, 2]),
+    ],
+)
+def test_a_stored_linear_says_where_its_zero_points_are_fixed(grid: Grid, stored: list[int]) -> None:
+    """The first two as versions stored them that knew no other fixed zero point than a symmetric grid's."""
+    packed = FakeQuantLinear(nn.Linear(64, 32, bias=False), grid).freeze()
+    tensors = PackedBlock({"a": packed}).tensors()
+    assert tensors["linear.a.grid"].tolist() == stored
+    assert PackedBlock.from_tensors(tensors, Grid(3, 64)).linears["a"].grid == grid
+
+
 def test_a_grid_that_the_scales_do_not_have_is_refused() -> None:
     weight = random_packed(3, 3)
     with pytest.raises(ValueError, match="3 scales a row"):
@@ -178,11 +196,12 @@ class TwoLinears(nn.Module):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_a_frozen_block_computes_what_the_trained_one_did(bits: int, symmetric: bool) -> None:
+@pytest.mark.parametrize("fixed", ["", "middle", "one"])
+def test_a_frozen_block_computes_what_the_trained_one_did(bits: int, fixed: str) -> None:
     torch.manual_seed(bits)
     block = TwoLinears().requires_grad_(False)
-    grid = Grid(bits, 32, symmetric)
+    zero = {"": None, "middle": 2 ** (bits - 1), "one": 1}[fixed]
+    grid = Grid(bits, 32, fixed_zero_point=zero)
     linears = wrap_linears(block, {"first": grid, "second": grid})
     with torch.no_grad():
         for linear in linears.values():
@@ -194,8 +213,8 @@ def test_a_frozen_block_computes_what_the_trained_one_did(bits: int, symmetric: 
     trained = block(x)
     packed = freeze_block(block, linears)
     assert set(packed.others) == {"first.bias", "norm.weight"}
-    if symmetric:
-        assert packed.linears["second"].zero_point.unique().tolist() == [2 ** (bits - 1)]
+    if zero is not None:
+        assert packed.linears["second"].zero_point.unique().tolist() == [zero]
 
     fresh = packed.install(TwoLinears().requires_grad_(False))
     torch.testing.assert_close(fresh(x), trained, rtol=1e-5, atol=1e-5)

@@ -30,7 +30,7 @@ class Both:
         group_size: int,
         bits: int,
         *,
-        symmetric: bool = False,
+        fixed: int | None = None,
         trains: tuple[bool, bool, bool] = ALL,
         decay: float = 0.0,
         dtype: torch.dtype = torch.float32,
@@ -39,8 +39,8 @@ class Both:
         self.generator = torch.Generator().manual_seed(seed)
         self.bits, self.trains, self.shape = bits, trains, shape
         weight = self.normal()
-        scale, zero = initial_range(weight, Grid(bits, group_size, symmetric))
-        if not symmetric:  # trained ones are no whole numbers, and some lie at the ends
+        scale, zero = initial_range(weight, Grid(bits, group_size, fixed_zero_point=fixed))
+        if fixed is None:  # trained ones are no whole numbers, and some lie at the ends
             zero = (zero + 0.3 * torch.randn(zero.shape, generator=self.generator).to(DEVICE)).clamp_(
                 0, 2**bits - 1
             )
@@ -114,7 +114,10 @@ CASES: list[tuple[tuple[int, int], int, int, dict[str, Any]]] = [
     ((7, 1024), -1, 8, {}),  # rows too long to be held whole
     ((3, 5000), -1, 2, {}),
     ((2, 513), -1, 4, {}),
-    ((9, 256), 128, 2, {"symmetric": True, "trains": (True, True, False)}),
+    ((9, 256), 128, 2, {"fixed": 2, "trains": (True, True, False)}),
+    ((5, 172), 172, 2, {"fixed": 1, "trains": (True, True, False)}),
+    ((3, 1025), -1, 2, {"fixed": 1, "trains": (False, True, False)}),
+    ((7, 96), 32, 3, {"fixed": 4, "trains": (True, True, False)}),
     ((4, 64), 32, 3, {"decay": 0.1}),
     ((4, 64), 32, 3, {"trains": (False, True, False)}),
     ((4, 512), 256, 4, {"trains": (True, False, False)}),

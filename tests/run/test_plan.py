@@ -423,9 +423,39 @@ def test_nothing_is_quoted_for_what_was_not_published(llama: str, tmp_path: Path
     assert make_plan(paper(llama, grid=GridConfig(bits=4, group_size=64)), machine=H200).published is None
     symmetric = GridConfig(bits=2, group_size=64, symmetric=True)
     assert make_plan(paper(llama, grid=symmetric), machine=H200).published is None
+    fixed = GridConfig(bits=2, group_size=64, zero_point="fixed")
+    assert make_plan(paper(llama, grid=fixed), machine=H200).published is None
     chat = tmp_path / "Llama-2-7b-chat-hf"
     Path(llama).rename(chat)
     assert make_plan(paper(str(chat)), machine=H200).published is None
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        (GridConfig(bits=2), ""),
+        (GridConfig(bits=2, zero_point="fixed"), "all 1: exact in GGUF Q2_0"),
+        (GridConfig(bits=2, group_size=32, zero_point="fixed"), "all 1: GGUF Q2_0 wants groups of 64"),
+        (GridConfig(bits=2, group_size=-1, zero_point="fixed"), "all 1: exact in GGUF Q2_0"),
+        (GridConfig(bits=2, symmetric=True), "all 2: read by kernels for symmetric grids"),
+        (GridConfig(bits=3, zero_point="fixed"), "all 4: read by kernels for symmetric grids"),
+        (
+            GridConfig(bits=4, group_size=32, zero_point="fixed"),
+            "all 8: exact in GGUF Q4_0, read by kernels for symmetric grids",
+        ),
+        (
+            GridConfig(bits=4, symmetric=True),
+            "all 8: exact in GGUF Q4_0, read by kernels for symmetric grids",
+        ),
+        (
+            GridConfig(bits=8, zero_point="fixed"),
+            "all 128: exact in GGUF Q8_0, read by kernels for symmetric grids",
+        ),
+    ],
+    ids=str,
+)
+def test_the_plan_says_what_a_fixed_zero_point_opens(llama: str, grid: GridConfig, words: str) -> None:
+    assert make_plan(paper(llama, grid=grid), machine=H200).zero_points == words
 
 
 def test_published_figures_get_worse_with_fewer_bits() -> None:

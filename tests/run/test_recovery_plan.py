@@ -69,6 +69,7 @@ def snapshot_bytes(work: Workload, stage: str) -> int:
 # ------------------------------------------------------------------------------- sizes are those of files
 
 GRIDS = [GridConfig(bits=bits, group_size=group) for bits, group in ((2, 32), (3, 64), (4, -1), (8, 32))]
+GRIDS += [GridConfig(bits=bits, group_size=32, zero_point="fixed") for bits in (2, 3)]
 
 
 @cache
@@ -143,14 +144,16 @@ def snapshot_of_e2e_qp(config: RunConfig, progress: Any) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"val_sequences": "0"}, {"train": "scales,zero_points"}], ids=str)
 @pytest.mark.parametrize("phase", ["block_ap", "e2e_qp"])
-def test_a_snapshot_takes_what_was_planned(phase: str, changes: dict[str, str]) -> None:
+@pytest.mark.parametrize("zero_point", ["learned", "fixed"])
+def test_a_snapshot_takes_what_was_planned(zero_point: str, phase: str, changes: dict[str, str]) -> None:
     """Parameters, two moments and the best state: 16 bytes for each trained parameter, 12 without
     validation."""
     tiny()
     from engine.checkpoints.snapshots import random_state
     from engine.training.snapshot import Snapshot
 
-    config = resolve(apply_overrides(SMOKE, {f"{phase}.{name}": value for name, value in changes.items()}))
+    settings = {f"{phase}.{name}": value for name, value in changes.items()}
+    config = resolve(apply_overrides(SMOKE, {**settings, "grid.zero_point": zero_point}))
     states: list[Any] = []
 
     class Listener:

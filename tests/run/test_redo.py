@@ -76,6 +76,7 @@ def test_only_finished_blocks_can_be_shared(run: RunDirectory, from_block: int) 
         ("grid.bits", "3"),
         ("grid.group_size", "64"),
         ("grid.symmetric", "true"),
+        ("grid.zero_point", "fixed"),
         ("grid.range", "minmax"),
         ("grid.search_norm", "2"),
     ],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -268,6 +269,32 @@ def test_symmetric_grid_trains_no_zero_points() -> None:
     validate(config)
 
 
+@pytest.mark.parametrize(("bits", "held"), [(2, 1), (3, 4), (4, 8), (8, 128)])
+def test_a_fixed_zero_point_is_that_of_the_symmetric_grid_but_for_2_bits(bits: int, held: int) -> None:
+    config = resolve(apply_overrides(SMOKE, {"grid.zero_point": "fixed", "grid.bits": bits}))
+    assert config.block_ap.train == ("weights", "scales", "norms")
+    assert config.grid.shared.fixed_zero_point == held
+    assert config.grid.shared.symmetric == (bits > 2)
+    validate(config)
+
+
+def test_a_field_that_versions_before_did_not_have_changes_no_hash_where_it_has_its_default() -> None:
+    tree = msgspec.to_builtins(resolve(SMOKE))
+    for name in ("name", "description"):
+        del tree[name]
+    tree["runtime"] = {"seed": SMOKE.runtime.seed}
+    for name, section in tree.items():
+        for field in () if name == "runtime" else get(SMOKE, name).younger():
+            del section[field]
+    assert "zero_point" not in tree["grid"]
+    before = hashlib.sha256(msgspec.json.encode(tree, order="deterministic")).hexdigest()
+    assert config_hash(SMOKE) == before
+    assert config_hash(apply_overrides(SMOKE, {"grid.zero_point": "learned"})) == before
+    fixed = apply_overrides(SMOKE, {"grid.zero_point": "fixed", "grid.bits": 4})
+    symmetric = apply_overrides(SMOKE, {"grid.symmetric": "true", "grid.bits": 4})
+    assert len({config_hash(fixed), config_hash(symmetric), before}) == 3
+
+
 def test_local_sources_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text.txt").write_text("x")
     monkeypatch.chdir(tmp_path)
@@ -383,6 +410,9 @@ def test_no_count_may_be_negative_enormous_or_no_number(name: str, value: Any) -
         ({"e2e_qp.patience": "1", "e2e_qp.val_sequences": "0"}, "e2e_qp.patience"),
         ({"grid.symmetric": "true", "block_ap.train": "zero_points"}, "block_ap.train"),
         ({"grid.symmetric": "true", "e2e_qp.train": "zero_points"}, "e2e_qp.train"),
+        ({"grid.zero_point": "fixed", "block_ap.train": "zero_points"}, "block_ap.train"),
+        ({"grid.zero_point": "fixed", "e2e_qp.train": "scales,zero_points"}, "e2e_qp.train"),
+        ({"grid.zero_point": "fixed", "grid.symmetric": "true", "grid.bits": "2"}, "grid.zero_point"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(overrides: dict[str, str], where: str) -> None:
@@ -390,6 +420,9 @@ def test_fields_that_contradict_each_other_are_refused(overrides: dict[str, str]
         validate(apply_overrides(SMOKE, overrides))
     assert caught.value.where == where
     assert caught.value.hint
+    with pytest.raises(UsageError) as resolved:
+        validate(resolve(apply_overrides(SMOKE, overrides)))
+    assert str(resolved.value) == str(caught.value), "deriving what was left out hides no reason"
 
 
 @pytest.mark.parametrize(
@@ -403,6 +436,8 @@ def test_fields_that_contradict_each_other_are_refused(overrides: dict[str, str]
         {"runtime.device": "cuda:7"},
         {"grid.group_size": "-1", "grid.bits": "8"},
         {"e2e_qp.train": "scales,zero_points"},
+        {"grid.zero_point": "fixed", "grid.symmetric": "true", "grid.bits": "4"},  # both say the middle
+        {"grid.zero_point": "fixed", "e2e_qp.enabled": "false", "e2e_qp.train": "zero_points"},
     ],
 )
 def test_unusual_but_meaningful_configs_pass(overrides: dict[str, str]) -> None:

@@ -18,9 +18,11 @@ from engine.config.run import register_section, unregister_section
 from engine.config.stages import STAGES, Stage
 from engine.config.writing import to_dict
 from engine.errors import UsageError
+from engine.plan.plan import make_plan
 from eqat_tui.cli import app
 from eqat_tui.configure import build_config
 from eqat_tui.lines import plain
+from eqat_tui.plan_text import plan_text
 from eqat_tui.views import methods
 from eqat_tui.views import setup as views
 from eqat_tui.views.setup import Draft
@@ -30,6 +32,7 @@ SOME = {
     "grid.bits": (2, 3, 4, 8),
     "grid.group_size": (32, 64, -1),
     "grid.symmetric": (True, False),
+    "grid.zero_point": ("fixed", "learned"),
     "block_ap.epochs": ("1", "7"),
     "block_ap.lr_weight": ("1e-4", "none"),
     "block_ap.train": ("weights", "scales,zero_points"),
@@ -113,6 +116,18 @@ def test_a_wrong_value_is_marked_where_it_is() -> None:
     assert lines["block_ap.batch_size"].endswith("!")
     assert "!" in lines["block_ap"]
     assert not lines["grid.bits"].endswith("!")
+
+
+def test_a_fixed_zero_point_is_chosen_in_the_form_and_the_plan_says_what_it_opens() -> None:
+    assert views.choices("grid.zero_point") == ("learned", "fixed")
+    assert "grid.zero_point" in views.section_fields("grid")
+    for value, words in (("learned", ""), ("fixed", "all 1: exact in GGUF Q2_0")):
+        config = Draft(base="smoke").set("grid.bits", 2).set("grid.group_size", 64)
+        plan = make_plan(config.set("grid.zero_point", value).config()).to_dict()
+        form = " ".join(map(plain, views.plan_lines(plan, 40)))
+        assert [f"zero points {words}" in form, "zero points" in form] == [bool(words)] * 2
+        text = [line for line in plan_text(plan).splitlines() if "zero points" in line]
+        assert [line.split(None, 2)[2] for line in text] == ([words] if words else [])
 
 
 METHODS = {

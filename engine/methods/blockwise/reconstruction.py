@@ -163,7 +163,7 @@ def _parameter_groups(
             add("weights", linear.weight, config.lr_weight * unit)
         if "scales" in config.train:
             add("scales", linear.scale, config.lr_quant * unit)
-        if "zero_points" in config.train and not linear.grid.symmetric:
+        if "zero_points" in config.train and linear.grid.fixed_zero_point is None:
             # A zero point is counted in grid steps already.
             add("zero_points", linear.zero_point, config.lr_quant)
     if "norms" in config.train:

@@ -128,7 +128,7 @@ def _parameter_groups(blocks: list[nn.Module], config: E2EQPConfig) -> list[Para
             if "scales" in config.train:
                 module.scale.requires_grad_(True)
                 groups.append(ParameterGroup("scales", [module.scale], config.lr * unit))
-            if "zero_points" in config.train and not module.symmetric:
+            if "zero_points" in config.train and module.grid.fixed_zero_point is None:
                 lr = config.lr
                 groups.append(ParameterGroup("zero_points", [module.train_zero_points()], lr))
     return groups
