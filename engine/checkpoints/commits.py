@@ -137,7 +137,7 @@ class Checkpoints:
     def _tell_of_pause(self, seconds: float) -> None:
         """What was said when it began may have had no room in the log."""
         if seconds >= WORTH_TELLING_SECONDS:
-            self.report.warning("disk_full", f"there is room again, after a pause of {round(seconds)} s")
+            self.report.warning("disk_room", f"there is room again, after a pause of {round(seconds)} s")
 
     def _wait_for_room(self, needed: int, what: str, place: Path) -> None:
         place = existing(place)

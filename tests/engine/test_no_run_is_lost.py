@@ -380,7 +380,7 @@ def test_a_full_disk_during_a_checkpoint_pauses_the_run_and_room_lets_it_go_on(
     assert child.code() == 0, output(run)
     assert exported(run) == whole()
     assert [e.attempt for e in of(run, events.RunFinished)] == [1]
-    assert "there is room again, after a pause of" in warnings(run, "disk_full")[-1]
+    assert "there is room again, after a pause of" in warnings(run, "disk_room")[-1]
 
 
 def test_a_run_that_waits_for_room_says_so_and_can_be_stopped(make: Make, engine: Engine) -> None:
