@@ -6,6 +6,7 @@ attention), heads tied and not. ``make interop`` runs this in an environment of 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from packed_models import open_model, packed_blocks, save_model, some_ids, train
 from engine.config.formats import FORMATS
 from engine.config.grid import Grid
 from engine.export.layout import layout_of
+from eqat_tui.views.result import loading_snippet
 
 pytest.importorskip("gptqmodel", reason="run by `make interop` in an environment of its own")
 
@@ -93,3 +95,20 @@ def test_the_loader_computes_what_was_trained(tmp_path: Path, case: Case) -> Non
     # Exact weights and arithmetic differ by the order of sums; kernels compute in float16.
     assert worst < (0.1 if weights else 0.25)
     assert agree >= 0.99
+
+
+@pytest.mark.parametrize("name", FORMATS.names())
+def test_the_lines_that_screen_and_card_show_load_it(tmp_path: Path, name: str) -> None:
+    source, lm = open_model(save_model(tmp_path / "fp", tie_word_embeddings=True))
+    blocks = packed_blocks(lm, 4, 64, symmetric=name in NO_ZERO)
+    result = write(tmp_path / "out", lm, source, blocks.__getitem__, layout=layout_of(name))
+    found: dict[str, Any] = {}
+    exec(loading_snippet(result.path, name), found)
+    assert found["tokenizer"].encode("hello")
+    card = (result.path / "README.md").read_text().partition("## Loading")[2]
+    shown = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert shown
+    for lines in shown:
+        found = {}
+        exec(lines.replace("path/to/this/directory", str(result.path)), found)
+        assert found["model"] is not None
