@@ -7,8 +7,9 @@ the names that the original has for them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,13 +92,26 @@ def mlx(folder: Path, ids: Tensor) -> Loaded:
     return torch.from_numpy(np.array(logits)), weights
 
 
-LOADERS: dict[str, tuple[str, Callable[[Path, Tensor], Loaded]]] = {
-    "gptq_v2": ("transformers with gptqmodel", gptqmodel),
-    "compressed-tensors": ("transformers with compressed-tensors", compressed_tensors),
-    "awq": ("transformers with gptqmodel", awq),
-    "auto-round": ("transformers with auto-round", auto_round),
-    "gptq": ("transformers with gptqmodel", gptqmodel),
-    "mlx": ("mlx-lm", mlx),
-    "hf": ("transformers", plain),
+class Loader(NamedTuple):
+    """What loads a format."""
+
+    packages: tuple[str, ...]
+    """Whose releases a result is of, the one that matters last."""
+    load: Callable[[Path, Tensor], Loaded]
+
+    @property
+    def words(self) -> str:
+        """``transformers 5.23.0, gptqmodel 7.7.0``."""
+        return ", ".join(f"{name} {version(name)}" for name in self.packages)
+
+
+LOADERS = {
+    "gptq_v2": Loader(("transformers", "gptqmodel"), gptqmodel),
+    "compressed-tensors": Loader(("transformers", "compressed-tensors"), compressed_tensors),
+    "awq": Loader(("transformers", "gptqmodel"), awq),
+    "auto-round": Loader(("transformers", "auto-round"), auto_round),
+    "gptq": Loader(("transformers", "gptqmodel"), gptqmodel),
+    "mlx": Loader(("mlx", "mlx-lm"), mlx),
+    "hf": Loader(("transformers",), plain),
 }
-"""By format: the loader in words, and how it is asked."""
+"""By format."""

@@ -6,6 +6,8 @@ attention), heads tied and not. ``make interop`` runs this in an environment of 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +15,12 @@ import pytest
 import torch
 from loaders import LOADERS
 from packed_models import open_model, packed_blocks, save_model, some_ids, trained_logits, write
+from table import PAGE, Tried, page
 
 from engine.config.formats import FORMATS
 from engine.config.grid import Grid
 from engine.export.layout import layout_of
+from eqat_tui.views.result import loading_snippet
 
 pytest.importorskip("gptqmodel", reason="run by `make interop` in an environment of its own")
 
@@ -58,12 +62,21 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def tried() -> Iterator[list[Tried]]:
+    """What was loaded; once every case was, it becomes the page."""
+    found: list[Tried] = []
+    yield found
+    if len(found) == len(CASES):
+        PAGE.write_text(page(sorted(found, key=lambda each: list(LOADERS).index(each.format))))
+
+
 def test_every_format_of_the_table_has_a_loader_here() -> None:
     assert set(LOADERS) == set(FORMATS.names())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_loader_computes_what_was_trained(tmp_path: Path, case: Case) -> None:
+def test_the_loader_computes_what_was_trained(tmp_path: Path, tried: list[Tried], case: Case) -> None:
     model_type, changes = MODELS[case.model]
     source, lm = open_model(save_model(tmp_path / "fp", model_type, **changes))
     blocks = packed_blocks(lm, case.grid.bits, case.grid.group_size, case.grid.symmetric)
@@ -75,14 +88,13 @@ def test_the_loader_computes_what_was_trained(tmp_path: Path, case: Case) -> Non
     result = write(
         tmp_path / "out", lm, source, blocks.__getitem__, layout=layout, dtype="float16", shard_bytes=300_000
     )
-    have, weights = LOADERS[case.format][1](result.path, ids)
+    have, weights = LOADERS[case.format].load(result.path, ids)
     want = trained_logits(lm, blocks, ids, "float16")
     # The two best of a random model are often closer than arithmetic of 16 bits can tell.
     best = want.topk(2).values
     decided = best[..., 0] - best[..., 1] > 0.05 * want.std()
     agree = (have.argmax(-1) == want.argmax(-1))[decided].float().mean().item()
     worst = ((have - want).abs().max() / want.std()).item()
-    print(f"{case}: top-1 {agree:.4f}, largest difference {worst:.2g} standard deviations")
     for index, block in enumerate(blocks):
         for name, weight in block.linears.items():
             if weights:
@@ -93,3 +105,34 @@ def test_the_loader_computes_what_was_trained(tmp_path: Path, case: Case) -> Non
     # Exact weights and arithmetic differ by the order of sums; kernels compute in float16.
     assert worst < (0.1 if weights else 0.25)
     assert agree >= 0.99
+    grid, words = case.grid, LOADERS[case.format].words
+    tried.append(
+        Tried(
+            format=case.format,
+            model=case.model,
+            bits=grid.bits,
+            group_size=grid.group_size,
+            symmetric=grid.symmetric,
+            loader=words,
+            weights_equal=bool(weights),
+            agree=agree,
+            worst=worst,
+        )
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS.names())
+def test_the_lines_that_screen_and_card_show_load_it(tmp_path: Path, name: str) -> None:
+    source, lm = open_model(save_model(tmp_path / "fp", tie_word_embeddings=True))
+    blocks = packed_blocks(lm, 4, 64, symmetric=name in NO_ZERO)
+    result = write(tmp_path / "out", lm, source, blocks.__getitem__, layout=layout_of(name))
+    found: dict[str, Any] = {}
+    exec(loading_snippet(result.path, name), found)
+    assert found["tokenizer"].encode("hello")
+    card = (result.path / "README.md").read_text().partition("## Loading")[2]
+    shown = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert shown
+    for lines in shown:
+        found = {}
+        exec(lines.replace("path/to/this/directory", str(result.path)), found)
+        assert found["model"] is not None

@@ -19,6 +19,7 @@ from engine.architecture.families import architecture
 from engine.config.block_ap import BlockAPConfig
 from engine.config.data import DataConfig
 from engine.config.evaluation import EvaluationConfig
+from engine.config.formats import FORMATS
 from engine.config.grid import GridConfig
 from engine.config.loading import load
 from engine.config.model import ModelConfig
@@ -395,6 +396,32 @@ def test_a_sequence_longer_than_the_model_was_made_for_is_warned_of(llama: str) 
     section = msgspec.structs.replace(PAPER.e2e_qp, sequence_length=8192)
     plan = make_plan(paper(llama, e2e_qp=section), machine=H200)
     assert any("e2e_qp.sequence_length 8192" in warning for warning in plan.warnings)
+
+
+@pytest.mark.parametrize(
+    ("name", "symmetric", "bits", "says"),
+    [
+        ("gptq_v2", False, 4, "choose compressed-tensors for vLLM"),
+        ("gptq_v2", True, 3, "choose compressed-tensors for vLLM"),
+        ("gptq_v2", True, 4, ""),
+        ("gptq", False, 4, "choose gptq_v2, which holds every one"),
+        ("compressed-tensors", False, 2, "CompressedTensorsConfig(dequantize=True)"),
+        ("compressed-tensors", True, 2, "vLLM reads 2 and 3 bits from 0.31 on"),
+        ("compressed-tensors", True, 4, ""),
+        ("auto-round", False, 4, "choose awq for vLLM"),
+        ("auto-round", False, 3, ""),
+        ("awq", False, 4, ""),
+        ("mlx", False, 3, ""),
+        ("hf", False, 3, "as large as the original's"),
+    ],
+)
+def test_the_plan_says_what_loaders_cannot_do_with_a_format(
+    name: str, symmetric: bool, bits: int, says: str
+) -> None:
+    grid = {"grid.bits": bits, "grid.symmetric": symmetric, "export.formats": [name]}
+    plan = make_plan(load("smoke", overrides=grid), machine=H200)
+    of_format = [text for text in plan.warnings if text.startswith(f"{FORMATS[name].label}: ")]
+    assert any(says in text for text in of_format) if says else not of_format
 
 
 def test_evaluation_windows_are_bounded_by_the_configuration_and_the_text(llama: str) -> None:
