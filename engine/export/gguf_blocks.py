@@ -14,6 +14,8 @@ fixed zero point of 2 it runs from -2 to 1, and Q2_0 from -1 to 2: there ``d`` i
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,6 +26,7 @@ from engine.models.gguf_names import permute_rotary
 from engine.quant.packed import PackedWeight
 
 Bytes = NDArray[np.uint8]
+Steps = NDArray[np.int8] | NDArray[np.int16]
 
 
 def blocks_of(name: str, weight: PackedWeight, heads: int = 0) -> tuple[str, Bytes]:
@@ -41,12 +44,14 @@ def blocks_of(name: str, weight: PackedWeight, heads: int = 0) -> tuple[str, Byt
         codes, zero, scale = (permute_rotary(part, heads) for part in (codes, zero, scale))
     repeat = weight.group_size // each
     q = codes.numpy().reshape(codes.shape[0], -1, each)
-    z = zero.numpy().repeat(repeat, axis=1)[..., None].astype(np.int16)
+    z = zero.numpy().repeat(repeat, axis=1)[..., None]
     d = scale.numpy().repeat(repeat, axis=1)[..., None]
     if kind == "Q4_1":
         m = -(z.astype(np.float32) * d.astype(np.float32))
         return kind, _rows(_bytes(d), _bytes(m.astype(np.float16)), _halves(q))
-    steps = q.astype(np.int16) - z
+    wide = np.int8 if weight.bits < 8 else np.int16
+    steps: Any = q.astype(wide)
+    steps -= z.astype(wide)  # in place: of a large matrix each copy costs more than it computes
     if kind == "Q2_0":
         if steps.max() > 2 or steps.min() < -1:
             steps, d = -steps, -d
@@ -56,15 +61,16 @@ def blocks_of(name: str, weight: PackedWeight, heads: int = 0) -> tuple[str, Byt
     return kind, _rows(_bytes(d), _shifted(steps, 128, 255, name, kind) ^ np.uint8(128))
 
 
-def _shifted(steps: NDArray[np.int16], zero: int, top: int, name: str, kind: str) -> Bytes:
-    numbers = steps + zero
-    if numbers.min() < 0 or numbers.max() > top:
+def _shifted(steps: Steps, zero: int, top: int, name: str, kind: str) -> Bytes:
+    """``steps`` from the zero of the type on, in their own memory."""
+    if steps.min() < -zero or steps.max() > top - zero:
         raise PreflightError(
             f"its integers lie {steps.min()} to {steps.max()} from their zero points, "
             f"{kind} holds {-zero} to {top - zero}",
             where=name,
         )
-    return numbers.astype(np.uint8)
+    steps += zero
+    return steps.view(np.uint8) if steps.dtype == np.int8 else steps.astype(np.uint8)
 
 
 def _halves(q: Bytes) -> Bytes:

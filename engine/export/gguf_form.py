@@ -125,22 +125,20 @@ class GGUF(Form):
             exact = -zeros.double() * scales.double()
             self._moved = max(self._moved, _moved(found.m_OB, exact.numpy(), scales.double().numpy()))
             pairs = [
-                ("integers", numbers, codes.short()),
+                ("integers", numbers, codes.to(torch.int8)),
                 ("scales", d, scales),
                 ("biases", torch.from_numpy(found.m_OB.copy()) + 0.0, exact.half() + 0.0),
             ]
         else:
-            # A scale of the other sign and numbers of the other sign are the same weights.
-            turned = torch.where(d.signbit() == scales.signbit(), 1, -1)
             each = numbers.shape[1] // d.shape[1]
-            pairs = [
-                (
-                    "integers",
-                    numbers * turned.short().repeat_interleave(each, dim=1),
-                    codes.short() - zeros.short().repeat_interleave(each, dim=1),
-                ),
-                ("scales", d * turned, scales),
-            ]
+            wide = torch.int8 if weight.bits < 8 else torch.int16
+            numbers = numbers.to(wide)
+            turned = d.signbit() != scales.signbit()
+            if bool(turned.any()):  # a scale and numbers of the other sign are the same weights
+                sign = 1 - 2 * turned.to(wide)
+                numbers, d = numbers * sign.repeat_interleave(each, dim=1), d * sign
+            steps = codes.to(wide).sub_(zeros.to(wide).repeat_interleave(each, dim=1))
+            pairs = [("integers", numbers, steps), ("scales", d, scales)]
         differences = (difference(have, want, what) for what, have, want in pairs)
         return [f"{name}: {words}" for words in differences if words]
 

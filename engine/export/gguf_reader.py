@@ -85,7 +85,7 @@ class Blocks(NamedTuple):
     """A quantized linear: ``(number - zero) * d + m``, by blocks; rows as transformers has them."""
 
     type: int
-    numbers_OI: NDArray[np.int16]
+    numbers_OI: NDArray[np.int8]
     """Less the zero of the type."""
     d_OB: NDArray[np.float16]
     m_OB: NDArray[np.float16] | None
@@ -298,12 +298,16 @@ class GGUFSource:
         self.name = self.weights.path.name
 
 
-def _unpacked(kind: int, raw: NDArray[np.uint8]) -> NDArray[np.int16]:
+def _unpacked(kind: int, raw: NDArray[np.uint8]) -> NDArray[np.int8]:
     """The numbers of blocks ``[..., bytes]``, less the zero of the type."""
     if kind == 8:
-        return raw.view(np.int8).astype(np.int16)
+        return np.ascontiguousarray(raw).view(np.int8)
     if kind == 42:
         bits = np.unpackbits(raw, axis=-1, bitorder="little")
-        return (bits[..., 0::2] + 2 * bits[..., 1::2]).astype(np.int16) - 1
-    numbers = np.concatenate([raw % 16, raw // 16], axis=-1).astype(np.int16)
-    return numbers - 8 if kind == 2 else numbers
+        numbers = (bits[..., 0::2] + 2 * bits[..., 1::2]).view(np.int8)
+        numbers -= 1
+        return numbers
+    numbers = np.concatenate([raw % 16, raw // 16], axis=-1).view(np.int8)
+    if kind == 2:
+        numbers -= 8
+    return numbers

@@ -43,7 +43,7 @@ CASES = [
     Case("qwen3", {"head_dim": 64, "tie_word_embeddings": True}, 4, 64, True, "Q4_0", False),
     Case("qwen3", {"head_dim": 128}, 4, 32, False, "Q4_1"),
     Case("gemma2", GEMMA, 4, -1, False, "Q4_1", False),
-    Case("gemma3_text", {**GEMMA, "num_hidden_layers": 7}, 3, 64, False, "Q4_0", False),
+    Case("gemma3_text", {**GEMMA, "num_hidden_layers": 6}, 3, 64, False, "Q4_0", False),
     Case("phi3", {}, 4, 64, True, "Q4_0"),
 ]
 NAMES = [f"{case.model_type}-w{case.bits}g{case.group}{'s' * case.symmetric}-{case.kind}" for case in CASES]

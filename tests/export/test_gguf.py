@@ -88,7 +88,7 @@ def test_what_is_in_the_file_is_what_was_trained(case: Case, tmp_path: Path) -> 
     assert difference.abs().max() < 0.02
 
 
-@pytest.mark.parametrize("case", CASES, ids=gguf_models.NAMES)
+@pytest.mark.parametrize("case", CASES[1::2], ids=gguf_models.NAMES[1::2])
 def test_the_plan_knows_the_bytes_of_the_tensors(case: Case, tmp_path: Path) -> None:
     made = Written(case, tmp_path)
     described = describe(str(made.model))
