@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from engine.architecture.gguf_writing import block_type
 from engine.config.grid import Grid
-
-EXACT_BLOCKS = {(2, 1): ("Q2_0", 64), (4, 8): ("Q4_0", 32), (8, 128): ("Q8_0", 32)}
-"""By bits and zero point: GGUF's type, and how many weights of it share a scale."""
 
 
 def opened(grid: Grid, inputs: Iterable[int]) -> str:
@@ -22,11 +20,9 @@ def opened(grid: Grid, inputs: Iterable[int]) -> str:
     fixed = grid.fixed_zero_point
     if fixed is None:
         return ""
-    holders = []
-    if (grid.bits, fixed) in EXACT_BLOCKS:
-        kind, block = EXACT_BLOCKS[grid.bits, fixed]
-        whole = all((width if grid.group_size == -1 else grid.group_size) % block == 0 for width in inputs)
-        holders.append(f"exact in GGUF {kind}" if whole else f"GGUF {kind} wants groups of {block}")
+    learned = Grid(grid.bits, grid.group_size)
+    kinds = sorted({block_type(grid, width) for width in inputs} - {block_type(learned, 64)})
+    holders = [f"exact in GGUF {' and '.join(kinds)}"] if kinds else []
     if grid.symmetric:
         holders.append("read by kernels for symmetric grids")
-    return f"all {fixed}: {', '.join(holders)}"
+    return ": ".join(filter(None, (f"all {fixed}", ", ".join(holders))))

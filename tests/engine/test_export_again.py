@@ -115,10 +115,10 @@ def test_an_export_that_is_not_what_was_trained_leaves_the_old_one(
     done: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bit flips on the disk between writing and reading."""
-    from engine.export import verify
+    from engine.export import layout
 
     before, told = exported(done), len(of(done, events.Export))
-    real = verify.packed_model
+    real = layout.packed_model
 
     def flipped(folder: Path, *arguments: Any, **options: Any) -> Any:
         file = folder / "model.safetensors"
@@ -126,7 +126,7 @@ def test_an_export_that_is_not_what_was_trained_leaves_the_old_one(
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         return real(folder, *arguments, **options)
 
-    monkeypatch.setattr(verify, "packed_model", flipped)
+    monkeypatch.setattr(layout, "packed_model", flipped)
     assert run_here(done, *EXPORT) == 1
     assert "differs from the trained model" in of(done, events.Error)[-1].message
     assert exported(done) == before
