@@ -50,7 +50,7 @@ SLIDING_PATTERN = {"gemma2": 2, "gemma3": 6}
 def block_type(grid: Grid, inputs: int) -> str:
     """GGUF's name for the type that holds a linear; empty where none does."""
     group = inputs if grid.group_size == -1 else grid.group_size
-    if grid.bits == 2 and grid.symmetric and group % 64 == 0:
+    if grid.bits == 2 and grid.fixed_zero_point is not None and group % 64 == 0:
         return "Q2_0"
     if grid.bits in (2, 3) or (grid.bits == 4 and grid.symmetric):
         return "Q4_0"
