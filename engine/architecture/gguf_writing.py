@@ -85,7 +85,7 @@ def refusal(arch: Architecture, config: Mapping[str, Any], grid: GridConfig) -> 
         if linear.in_features % 32:
             return f"the {linear.in_features} inputs of {linear.name}, which 32 does not divide"
         if not block_type(grid.shared, linear.in_features):
-            return f"{grid.bits} bits with zero points of their own; grid.symmetric = true makes it Q8_0"
+            return f"{grid.bits} bits with zero points of their own; grid.zero_point = fixed makes it Q8_0"
     return next(_unknown_to(ARCHITECTURES[model_type], text), "")
 
 
@@ -95,7 +95,7 @@ def warnings(arch: Architecture, config: Mapping[str, Any], grid: GridConfig) ->
     if grid.bits == 2 and kinds == {"Q4_0"}:
         yield (
             "GGUF holds 2 bits with zero points of their own, or in groups of 32, as Q4_0: exact, at 4.5 "
-            "bits a weight; grid.symmetric = true in groups that 64 divides makes it Q2_0, at 2.25"
+            "bits a weight; fixed zero points (grid.zero_point) in groups that 64 divides make it Q2_0 (2.25)"
         )
     elif grid.bits == 2:
         yield "Q2_0 is new: a GGUF file of 2 bits loads in llama.cpp from mid-2026 on"
@@ -104,7 +104,7 @@ def warnings(arch: Architecture, config: Mapping[str, Any], grid: GridConfig) ->
     elif kinds == {"Q4_1"}:
         yield (
             "GGUF holds 4 bits with zero points of their own as Q4_1, whose biases are rounded to float16; "
-            "grid.symmetric = true makes it Q4_0, which is exact and takes 4.5 bits a weight in place of 5"
+            "grid.zero_point = fixed makes it Q4_0, which is exact and takes 4.5 bits a weight in place of 5"
         )
     text = text_config(config)
     window, positions = text.get("sliding_window"), text.get("max_position_embeddings") or 0

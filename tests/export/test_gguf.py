@@ -243,7 +243,11 @@ def test_integers_that_the_type_of_their_grid_does_not_reach_are_refused(tmp_pat
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], GridConfig]] = {
-    "8 bits with zero points of their own; grid.symmetric": ("llama2", {}, GridConfig(bits=8, group_size=32)),
+    "8 bits with zero points of their own; grid.zero_point": (
+        "llama2",
+        {},
+        GridConfig(bits=8, group_size=32),
+    ),
     "a model of type 'olmo2'": ("olmo2", {}, GridConfig()),
     "a window of 8 tokens": ("mistral", {}, GridConfig()),
     "a window of 8 tokens of": ("qwen2_sliding", {}, GridConfig()),
@@ -278,7 +282,7 @@ def test_what_a_file_cannot_hold_is_refused_by_the_plan_with_a_format_that_does(
 
 
 EXPECTATIONS: dict[str, tuple[str, GridConfig]] = {
-    "at 4.5 bits a weight; grid.symmetric = true": ("llama2", GridConfig(bits=2, group_size=64)),
+    "at 4.5 bits a weight; fixed zero points": ("llama2", GridConfig(bits=2, group_size=64)),
     "loads in llama.cpp from mid-2026 on": ("llama2", GridConfig(bits=2, group_size=64, symmetric=True)),
     "no type of 3 bits": ("qwen3", GridConfig(bits=3, group_size=32)),
     "whose biases are rounded": ("qwen2", GridConfig(bits=4)),
