@@ -50,7 +50,7 @@ SLIDING_PATTERN = {"gemma2": 2, "gemma3": 6}
 def block_type(grid: Grid, inputs: int) -> str:
     """GGUF's name for the type that holds a linear; empty where none does."""
     group = inputs if grid.group_size == -1 else grid.group_size
-    if grid.bits == 2 and grid.fixed_zero_point in (1, 2) and group % 64 == 0:
+    if grid.bits == 2 and grid.fixed_zero_point is not None and group % 64 == 0:
         return "Q2_0"
     if grid.bits in (2, 3) or (grid.bits == 4 and grid.symmetric):
         return "Q4_0"
@@ -95,7 +95,7 @@ def warnings(arch: Architecture, config: Mapping[str, Any], grid: GridConfig) ->
     if grid.bits == 2 and kinds == {"Q4_0"}:
         yield (
             "GGUF holds 2 bits with zero points of their own, or in groups of 32, as Q4_0: exact, at 4.5 "
-            "bits a weight; grid.zero_point = fixed in groups that 64 divides makes it Q2_0, at 2.25"
+            "bits a weight; fixed zero points (grid.zero_point) in groups that 64 divides make it Q2_0 (2.25)"
         )
     elif grid.bits == 2:
         yield "Q2_0 is new: a GGUF file of 2 bits loads in llama.cpp from mid-2026 on"

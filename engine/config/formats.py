@@ -23,12 +23,16 @@ class Caution(msgspec.Struct, frozen=True, kw_only=True):
     """A clause that follows the format's label and a colon."""
     bits: tuple[int, ...] = BITS
     symmetric: tuple[bool, ...] = (False, True)
+    free_zero_points: bool = False
+    """Only of grids whose groups have zero points of their own."""
     outputs: int = 1
     """Only of linears whose outputs are no multiple of so many; ``{outputs}`` in the text is the first."""
 
     def about(self, grid: Grid, outputs: Iterable[int]) -> str:
         """The text, if an export of that grid and of linears with so many outputs is one of these."""
         if grid.bits not in self.bits or grid.symmetric not in self.symmetric:
+            return ""
+        if self.free_zero_points and grid.fixed_zero_point is not None:
             return ""
         if self.outputs == 1:
             return self.text
@@ -298,7 +302,7 @@ FORMATS = Table(
             Caution(
                 text="a zero point of 0 has no value in it, and training makes such: choose gptq_v2, which "
                 "holds every one, or the export may be refused when it is to be written",
-                symmetric=(False,),
+                free_zero_points=True,
             ),
             Caution(text=SERVERS_WANT_OTHERS, symmetric=(False,)),
             Caution(text=SERVERS_WANT_OTHERS, symmetric=(True,), bits=(2, 3)),

@@ -16,6 +16,8 @@ from engine.run.directory import RunDirectory
 
 Make = Callable[..., RunDirectory]
 HELD = {2: 1, 3: 4, 4: 8, 8: 128}
+KINDS = {2: "Q2_0_g64", 3: "Q4_0", 4: "Q4_0", 8: "Q8_0"}
+"""GGUF's types for them."""
 LONG = {"block_ap.sequences": 8, "block_ap.epochs": 4, "e2e_qp.sequences": 12, "e2e_qp.epochs": 5}
 
 
@@ -43,27 +45,32 @@ def zero_points(run: RunDirectory) -> set[int]:
 
 @pytest.mark.parametrize("bits", HELD)
 def test_every_zero_point_is_the_fixed_one_after_both_trainings(make: Make, bits: int) -> None:
-    run = make(**fixed(bits))
+    formats = ["gptq_v2", "gguf", "gptq"] if bits == 2 else ["gptq_v2", "gguf"]
+    run = make(**{**fixed(bits), "grid.group_size": 64, "export.formats": formats})
     assert run_here(run) == 0, [e.message for e in of(run, events.Error)]
     assert zero_points(run) == {HELD[bits]}
-    (export,) = of(run, events.Export)
-    assert export.verified
+    assert {export.format: export.verified for export in of(run, events.Export)} == dict.fromkeys(
+        formats, True
+    )
+    (file,) = (run.export_dir / "gguf").glob("*.gguf")
+    assert file.stem.endswith(KINDS[bits]), "no bias is stored, and so none is rounded"
     stated = json.loads((run.export_dir / "gptq_v2" / "config.json").read_text())["quantization_config"]
     assert stated["sym"] is (bits > 2), "a symmetric grid of 2 bits has its zero points at 2"
     (plan,) = [event.plan for event in of(run, events.Plan)]
+    assert not [warning for warning in plan["warnings"] if "zero point of 0" in warning]
     assert plan["zero_points"].startswith(f"all {HELD[bits]}: ")
 
 
-@pytest.mark.parametrize("phase", ["block_ap", "e2e_qp"])
-def test_a_resumed_run_keeps_them_and_ends_with_the_same_bytes(
-    make: Make, engine: Callable[..., Child], finished_once: Make, phase: str
+def test_a_run_stopped_in_each_training_keeps_them_and_ends_with_the_same_bytes(
+    make: Make, engine: Callable[..., Child], finished_once: Make
 ) -> None:
-    settings = {**fixed(2), **LONG, "runtime.checkpoint_minutes": 0}
+    settings = {**fixed(2), **LONG}
     run = make(**settings)
-    child = engine(run)
-    child.until(lambda: any(e.phase == phase for e in of(run, events.Metric)))
-    child.send(signal.SIGTERM)
-    assert child.code() == 75, output(run)
+    for phase in ("block_ap", "e2e_qp"):
+        child = engine(run)
+        child.until(lambda phase=phase: any(e.phase == phase for e in of(run, events.Metric)))
+        child.send(signal.SIGTERM)
+        assert child.code() == 75, output(run)
     assert run_here(run) == 0
     assert zero_points(run) == {1}
     assert exported(run) == exported(finished_once(**settings))

@@ -27,12 +27,17 @@ class Case(NamedTuple):
     kind: str
     transformers: bool = True
     """transformers reads it from the file as it is: it leaves out biases, head sizes and scales."""
+    fixed: int | None = None
+    """Every zero point of a grid that is not symmetric."""
 
 
 CASES = [
     Case("llama", {}, 2, 64, False, "Q4_0"),
     Case("llama", {"tie_word_embeddings": True}, 2, 64, True, "Q2_0_g64", False),
     Case("llama", {"num_attention_heads": 8, "head_dim": 32}, 2, 128, True, "Q2_0_g64", False),
+    Case("llama", {}, 2, 64, False, "Q2_0_g64", False, fixed=1),
+    Case("qwen3", {"head_dim": 64}, 2, -1, False, "Q2_0_g64", False, fixed=1),
+    Case("llama", {}, 2, 32, False, "Q4_0", fixed=1),
     Case("llama", {}, 2, 32, True, "Q4_0"),
     Case("llama", {"attention_bias": True, "mlp_bias": True}, 3, 32, False, "Q4_0", False),
     Case("llama", {"rope_parameters": LLAMA31, "tie_word_embeddings": True}, 3, -1, True, "Q4_0", False),

@@ -59,23 +59,28 @@ def open_model(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[Mod
     return source, CausalLM(source, torch.device("cpu"), dtype)
 
 
-def random_weight(out: int, inp: int, bits: int, group: int, symmetric: bool, seed: int) -> PackedWeight:
+def random_weight(
+    out: int, inp: int, bits: int, group: int, symmetric: bool, seed: int, fixed: int | None = None
+) -> PackedWeight:
     """Random integers over the whole range, with a spread that keeps a network's activations alive."""
     draw = torch.Generator().manual_seed(seed)
     groups = 1 if group == -1 else inp // group
     top = 2**bits - 1
     codes = torch.randint(0, top + 1, (out, inp), generator=draw, dtype=torch.uint8)
-    if symmetric:
-        zero = torch.full((out, groups), 2 ** (bits - 1), dtype=torch.uint8)
+    grid = Grid(bits, group, symmetric, fixed)
+    if grid.fixed_zero_point is not None:
+        zero = torch.full((out, groups), grid.fixed_zero_point, dtype=torch.uint8)
     else:
         zero = torch.randint(0, top + 1, (out, groups), generator=draw, dtype=torch.uint8)
         zero[0, 0], zero[1, 0] = 0, top
         zero[2, -1], zero[3, -1] = top, 0
     scale = (0.5 + torch.rand(out, groups, generator=draw)) * (1.2 / (top * inp**0.5))
-    return PackedWeight.from_codes(codes, scale, zero, Grid(bits, group, symmetric))
+    return PackedWeight.from_codes(codes, scale, zero, grid)
 
 
-def packed_blocks(lm: CausalLM, bits: int, group: int, symmetric: bool = False) -> list[PackedBlock]:
+def packed_blocks(
+    lm: CausalLM, bits: int, group: int, symmetric: bool = False, fixed: int | None = None
+) -> list[PackedBlock]:
     """Every block with random integers, and norms that differ from the checkpoint's as after training."""
     blocks = []
     for index in range(lm.blocks):
@@ -86,7 +91,7 @@ def packed_blocks(lm: CausalLM, bits: int, group: int, symmetric: bool = False) 
             assert isinstance(linear, nn.Linear)
             seed = 100 * index + number
             linears[name] = random_weight(
-                linear.out_features, linear.in_features, bits, group, symmetric, seed
+                linear.out_features, linear.in_features, bits, group, symmetric, seed, fixed
             )
         own = {f"{name}.weight" for name in linears}
         others = {n: p.detach() * 1.01 for n, p in module.named_parameters() if n not in own}

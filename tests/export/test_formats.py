@@ -145,6 +145,12 @@ def test_what_a_format_cannot_hold_is_refused_before_the_run(model: Path) -> Non
     refuse(described.architecture, described.config, GridConfig(bits=4, group_size=32), ["toy"])
 
 
+@pytest.mark.parametrize(("fixed", "warned"), [(None, True), (1, False), (2, False)])
+def test_only_zero_points_that_may_become_0_are_warned_of(fixed: int | None, warned: bool) -> None:
+    said = FORMATS["gptq"].warnings(Grid(2, 64, fixed_zero_point=fixed))
+    assert any("zero point of 0" in sentence for sentence in said) == warned
+
+
 def test_only_names_of_the_table_are_formats() -> None:
     validate(resolve(load("smoke", overrides={"export.formats": ["toy"]})))
     with pytest.raises(UsageError) as caught:

@@ -53,7 +53,7 @@ class Written:
         self.case = case
         self.model = save_model(place / "fp", case.model_type, **case.changes)
         self.source, self.lm = open_model(self.model)
-        self.blocks = packed_blocks(self.lm, case.bits, case.group, case.symmetric)
+        self.blocks = packed_blocks(self.lm, case.bits, case.group, case.symmetric, case.fixed)
         self.form = form_of("gguf")
         self.form.check(self.lm, torch.bfloat16)
         card = {"base_model": "org/Mine-7B"}
@@ -92,7 +92,12 @@ def test_what_is_in_the_file_is_what_was_trained(case: Case, tmp_path: Path) -> 
 def test_the_plan_knows_the_bytes_of_the_tensors(case: Case, tmp_path: Path) -> None:
     made = Written(case, tmp_path)
     described = describe(str(made.model))
-    grid = GridConfig(bits=case.bits, group_size=case.group, symmetric=case.symmetric)
+    grid = GridConfig(
+        bits=case.bits,
+        group_size=case.group,
+        symmetric=case.symmetric,
+        zero_point="fixed" if case.fixed else "learned",
+    )
     refuse(described.architecture, described.config, grid, ["gguf"])
     stored = GGUFContent(made.file).tensors
     beside = sum(place.nbytes for name, place in stored.items() if name == "rope_freqs.weight")
@@ -277,7 +282,7 @@ def test_what_a_file_cannot_hold_is_refused_by_the_plan_with_a_format_that_does(
 
 
 EXPECTATIONS: dict[str, tuple[str, GridConfig]] = {
-    "at 4.5 bits a weight; grid.zero_point = fixed": ("llama2", GridConfig(bits=2, group_size=64)),
+    "at 4.5 bits a weight; fixed zero points": ("llama2", GridConfig(bits=2, group_size=64)),
     "loads in llama.cpp from mid-2026 on": ("llama2", GridConfig(bits=2, group_size=64, symmetric=True)),
     "no type of 3 bits": ("qwen3", GridConfig(bits=3, group_size=32)),
     "whose biases are rounded": ("qwen2", GridConfig(bits=4)),

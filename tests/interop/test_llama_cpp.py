@@ -46,7 +46,7 @@ def written(place: Path, case: Case, tokenizer: Any = None, **changes: Any) -> t
             old.unlink()
         tokenizer.save_pretrained(folder)
     source, lm = open_model(folder)
-    blocks, form = packed_blocks(lm, case.bits, case.group, case.symmetric), form_of("gguf")
+    blocks, form = packed_blocks(lm, case.bits, case.group, case.symmetric, case.fixed), form_of("gguf")
     form.check(lm, torch.bfloat16)
     result = write(place / "out", lm, source, blocks.__getitem__, layout=form)
     return result.path / result.files[0], source, lm, blocks

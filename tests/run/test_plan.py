@@ -462,7 +462,7 @@ def test_nothing_is_quoted_for_what_was_not_published(llama: str, tmp_path: Path
     [
         (GridConfig(bits=2), ""),
         (GridConfig(bits=2, zero_point="fixed"), "all 1: exact in GGUF Q2_0"),
-        (GridConfig(bits=2, group_size=32, zero_point="fixed"), "all 1"),
+        (GridConfig(bits=2, group_size=32, zero_point="fixed"), "all 1: exact in GGUF Q2_0 in groups of 64"),
         (GridConfig(bits=2, group_size=-1, zero_point="fixed"), "all 1: exact in GGUF Q2_0"),
         (
             GridConfig(bits=2, symmetric=True),
