@@ -164,6 +164,13 @@ SERVERS_WANT_OTHERS = (
     "8 bits only"
 )
 
+THROUGH_GPTQMODEL = (
+    "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+    "path = {path}\n"
+    'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")  # pip install gptqmodel\n'
+    "tokenizer = AutoTokenizer.from_pretrained(path)"
+)
+
 # Seen with humming-kernels 0.1.19 on an H100 (benchmarks/README.md).
 HUMMING = Caution(
     text="vLLM's kernel for 2 and 3 bits, Humming, refuses linears whose outputs are no multiple of 128, and "
@@ -181,12 +188,7 @@ FORMATS = Table(
         code="engine.export.gptq_v2:GPTQv2",
         tensors=("qweight", "qzeros", "scales", "g_idx"),
         costs="engine.config.formats:gptq_bytes",
-        loading=(
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-            "path = {path}\n"
-            'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")  # pip install gptqmodel\n'
-            "tokenizer = AutoTokenizer.from_pretrained(path)"
-        ),
+        loading=THROUGH_GPTQMODEL,
         cautions=(
             Caution(text=SERVERS_WANT_OTHERS, symmetric=(False,)),
             Caution(text=SERVERS_WANT_OTHERS, symmetric=(True,), bits=(2, 3)),
@@ -248,12 +250,7 @@ FORMATS = Table(
         words_along_outputs=True,
         code="engine.export.awq:AWQ",
         tensors=("qweight", "qzeros", "scales"),
-        loading=(
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-            "path = {path}\n"
-            'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")  # pip install gptqmodel\n'
-            "tokenizer = AutoTokenizer.from_pretrained(path)"
-        ),
+        loading=THROUGH_GPTQMODEL,
         instead=("compressed-tensors",),
     ),
     Format(
@@ -292,12 +289,7 @@ FORMATS = Table(
         code="engine.export.gptq:GPTQ",
         tensors=("qweight", "qzeros", "scales", "g_idx"),
         costs="engine.config.formats:gptq_bytes",
-        loading=(
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-            "path = {path}\n"
-            'model = AutoModelForCausalLM.from_pretrained(path, device_map="auto")  # pip install gptqmodel\n'
-            "tokenizer = AutoTokenizer.from_pretrained(path)"
-        ),
+        loading=THROUGH_GPTQMODEL,
         cautions=(
             Caution(
                 text="a zero point of 0 has no value in it, and training makes such: choose gptq_v2, which "

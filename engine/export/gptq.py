@@ -28,11 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import __version__
 from engine.config.formats import nearest
 from engine.errors import PreflightError
-from engine.export.gptq_v2 import gptq_tensors
-from engine.export.layout import DoesNotFit, Layout, Linears, group_sizes, require_one_grid
+from engine.export.gptq_v2 import GPTQv2, gptq_tensors
+from engine.export.layout import DoesNotFit, Linears
 from engine.export.reader import CheckpointReader, PlainLinear, damaged, number_of_bits, unpack_rows
 from engine.quant.packed import PackedBlock, PackedWeight
 
@@ -59,10 +58,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/directory", device_ma
 """
 
 
-class GPTQ(Layout):
+class GPTQ(GPTQv2):
     """How ``gptq`` keeps quantized linears: one grid for the whole model, no zero point of zero."""
-
-    tags = ("gptq",)
 
     def refusal(self, blocks: Iterable[PackedBlock]) -> DoesNotFit | None:
         zeros = groups = 0
@@ -87,22 +84,10 @@ class GPTQ(Layout):
         yield f"{prefix}.g_idx", torch.arange(weight.in_features, dtype=torch.int32) // weight.group_size
 
     def config(self, linears: Linears) -> dict[str, Any]:
-        grid = require_one_grid(linears, self.format.name)
-        return {
-            "quant_method": "gptq",
-            "bits": grid.bits,
-            "group_size": group_sizes(linears)[0],
-            "desc_act": False,
-            "sym": grid.symmetric,
-            "lm_head": False,
-            "checkpoint_format": "gptq",
-            "format": "gptq",
-            "pack_dtype": "int32",
-            "meta": {"quantizer": [f"eqat:{__version__}", *([] if grid.symmetric else [CONVENTION])]},
-        }
-
-    def files(self, config: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-        return {"quantize_config.json": config}
+        config = super().config(linears)
+        if not config["sym"]:
+            config["meta"]["quantizer"].append(CONVENTION)
+        return config
 
     def loading(self, config: Mapping[str, Any], blocks_name: str) -> str:
         return _LOADING.format(bits=config["bits"])

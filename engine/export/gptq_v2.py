@@ -65,11 +65,11 @@ class GPTQv2(Layout):
     tags = ("gptq",)
 
     def tensors(self, prefix: str, weight: PackedWeight) -> Iterator[tuple[str, Tensor]]:
-        yield from gptq_tensors("gptq_v2", prefix, weight, weight.zero_point)
+        yield from gptq_tensors(self.format.name, prefix, weight, weight.zero_point)
         yield f"{prefix}.g_idx", torch.arange(weight.in_features, dtype=torch.int32) // weight.group_size
 
     def config(self, linears: Linears) -> dict[str, Any]:
-        grid = require_one_grid(linears, "gptq_v2")
+        grid = require_one_grid(linears, self.format.name)
         return {
             "quant_method": "gptq",
             "bits": grid.bits,
@@ -77,8 +77,8 @@ class GPTQv2(Layout):
             "desc_act": False,
             "sym": grid.symmetric,
             "lm_head": False,
-            "checkpoint_format": "gptq_v2",
-            "format": "gptq_v2",
+            "checkpoint_format": self.format.name,
+            "format": self.format.name,
             "pack_dtype": "int32",
             "meta": {"quantizer": [f"eqat:{__version__}"]},
         }
@@ -89,7 +89,7 @@ class GPTQv2(Layout):
     def loading(self, config: Mapping[str, Any], blocks_name: str) -> str:
         return _LOADING.format(bits=config["bits"])
 
-    def reader(self, directory: Path) -> GPTQv2Reader:
+    def reader(self, directory: Path) -> CheckpointReader:
         return GPTQv2Reader(directory)
 
 
