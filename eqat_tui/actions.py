@@ -129,6 +129,15 @@ def resume(run: RunDirectory, overrides: Mapping[str, str], *, detach: bool, as_
         if not is_damaged(run.checkpoints_dir):
             raise UsageError("is done already", where=run.id, hint=f"eqat show {typed(run)} shows the result")
         say("it was done, and its checkpoint is damaged: what is damaged is trained again")
+    return start(run, args=operational(run, overrides), detach=detach, as_json=as_json)
+
+
+def operational(run: RunDirectory, overrides: Mapping[str, str]) -> list[str]:
+    """Arguments of an engine that works on ``run`` with other settings, this time.
+
+    Raises:
+        UsageError: for one that decides what is computed, or that the others do not fit.
+    """
     for name in overrides:
         if name in field_names() and not is_operational(name):
             raise UsageError(
@@ -138,8 +147,7 @@ def resume(run: RunDirectory, overrides: Mapping[str, str], *, detach: bool, as_
                 "run",
             )
     validate(resolve(apply_overrides(run.config(), overrides)))
-    args = [part for name, value in overrides.items() for part in ("--set", f"{name}={value}")]
-    return start(run, args=args, detach=detach, as_json=as_json)
+    return [part for name, value in overrides.items() for part in ("--set", f"{name}={value}")]
 
 
 def redo(

@@ -11,7 +11,7 @@ import typer
 from engine.config.formats import DEFAULT_FORMAT, FORMATS
 from engine.errors import UsageError
 from engine.run.task import NEW_TOKENS, check_prompt
-from eqat_tui.commands.options import Detach, Json, Run, RunsDir, folder_of
+from eqat_tui.commands.options import Detach, Json, Run, RunsDir, Settings, folder_of
 
 
 def evaluate(
@@ -34,7 +34,7 @@ def export(
         typer.Option(
             "--format",
             metavar="NAME,...",
-            help=f"{', '.join(FORMATS.names())}; several with commas, or again.",
+            help=f"{', '.join(FORMATS.names())}; several with commas, or again. Else the run's own.",
         ),
     ] = None,
     to: Annotated[
@@ -46,18 +46,24 @@ def export(
             help="Copy the verified checkpoint here as well.",
         ),
     ] = None,
+    settings: Settings = None,
     runs_dir: RunsDir = None,
     detach: Detach = False,
     as_json: Json = False,
 ) -> int:
-    """Write a run's packed checkpoint again, in one format or several, and verify it."""
+    """Write a run's packed checkpoint again, in one format or several, and verify it.
+
+    --set changes export.*, this time only: export.dtype=bfloat16.
+    """
     from engine.system.copying import check_target
     from eqat_tui import actions
+    from eqat_tui.configure import parse_settings
 
-    args = ["--task", "export"]
-    for name in _formats(format):
-        args += ["--format", name]
+    names = _formats(format)
     found = actions.find_trained(run, runs_dir)
+    args = ["--task", "export", *actions.operational(found, parse_settings(settings or ()))]
+    for name in names or found.config().export.formats or (DEFAULT_FORMAT,):
+        args += ["--format", name]
     if to is not None:
         to = Path(os.path.expanduser(to)).absolute()
         check_target(to, found.path)
@@ -66,12 +72,12 @@ def export(
 
 
 def _formats(typed: list[str] | None) -> list[str]:
-    """The formats that were asked for, each once, in order.
+    """The formats that were asked for, each once, in order; nothing where none was.
 
     Raises:
         UsageError: for one that is not in the table.
     """
-    names = [name.strip() for text in typed or [DEFAULT_FORMAT] for name in text.split(",")]
+    names = [name.strip() for text in typed or [] for name in text.split(",")]
     for name in names:
         if name not in FORMATS:
             raise UsageError(

@@ -150,6 +150,7 @@ MISTAKES = [
     (("run",), 2, "PRESET|FILE' (eqat run --help)"),
     (("runs", "--wrong"), 2, "(eqat runs --help)"),
     (("export", "latest", "--to", ""), 2, "--to: is empty"),
+    (("export", "latest", "--format", "gptq_v2,zip"), 2, "zip"),
 ]
 
 

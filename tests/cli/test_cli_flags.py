@@ -26,7 +26,7 @@ PUBLIC = {
     "eval": {"--runs-dir", "--detach", "--json"},
     "rm": {"--runs-dir", "--yes", "-y"},
     "gc": {"--runs-dir", "--tokens", "--dry-run", "--json"},
-    "export": {"--format", "--to", "--runs-dir", "--detach", "--json"},
+    "export": {"--format", "--to", "--set", "--runs-dir", "--detach", "--json"},
 }
 
 

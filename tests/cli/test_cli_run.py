@@ -31,13 +31,18 @@ def test_a_run_is_started_detached_attached_to_and_shown(eqat: Eqat, tmp_path: P
     (row,) = json.loads(eqat("runs", "--json").stdout)
     assert (row["id"], row["state"], row["exports"]) == (run_id, "done", ["gptq_v2"])
     # Several more, with commas and again, each once.
-    again = eqat("export", "latest", "--format", "compressed-tensors,hf", "--format", "hf, mlx", timeout=250)
+    wanted = ("--format", "compressed-tensors,hf", "--format", "hf, mlx", "--set", "export.dtype=float32")
+    again = eqat("export", "latest", *wanted, timeout=250)
     assert again.returncode == 0, again.stderr
     shown = json.loads(eqat("show", "latest", "--json").stdout)
     formats = ["gptq_v2", "compressed-tensors", "hf", "mlx"]
     assert [(each["format"], each["verified"]) for each in shown["exports"]] == [(f, True) for f in formats]
     sizes = {each["format"]: each["bytes"] for each in shown["exports"]}
     assert shown["size_bytes"]["quantized"] == min(sizes.values()) < sizes["hf"]
+    config = json.loads((files.parent / "compressed-tensors" / "config.json").read_text())
+    assert config["dtype"] == "float32"
+    deciding = eqat("export", "latest", "--set", "grid.bits=2")
+    assert (deciding.returncode, "grid.bits: decides what is computed" in deciding.stderr) == (2, True)
     refused = eqat("export", "latest", "--format", "mlx,zip")
     assert (refused.returncode, "no format 'zip'" in refused.stderr) == (2, True)
 
