@@ -70,7 +70,7 @@ def totals(plan: Mapping[str, Any]) -> dict[str, str]:
     lines["activations"] = f"{store}: {plan['activation_store_reason']}"
     lines |= at_a_time(plan)
     lines |= recovery(plan["recovery"])
-    lines["size"] = f"{format_bytes(plan['fp_bytes'])} → {format_bytes(plan['export_bytes'])}"
+    lines["size"] = f"{format_bytes(plan['fp_bytes'])} → {exports(plan)}"
     lines["bits per weight"] = format_bits(plan["bits_per_weight"])
     if plan["zero_points"]:
         lines["zero points"] = one_line(plan["zero_points"])
@@ -81,6 +81,14 @@ def totals(plan: Mapping[str, Any]) -> dict[str, str]:
             f"full precision {published['fp_perplexity']} ({published['conditions']})"
         )
     return lines
+
+
+def exports(plan: Mapping[str, Any]) -> str:
+    """What the exports take: each of several by its format."""
+    sizes = plan["export_sizes"]
+    if len(sizes) < 2:
+        return format_bytes(plan["export_bytes"])
+    return ", ".join(f"{format_bytes(size)} ({cell(name)})" for name, size in sizes.items())
 
 
 def at_a_time(plan: Mapping[str, Any]) -> dict[str, str]:

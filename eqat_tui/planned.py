@@ -31,6 +31,7 @@ SHAPE: Mapping[str, Any] = {
     "peak_host_bytes": None,
     "disk_bytes": None,
     "export_bytes": None,
+    "export_sizes": Numbers,
     "fp_bytes": None,
     "bits_per_weight": None,
     "zero_points": "",

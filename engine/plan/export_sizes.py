@@ -39,7 +39,8 @@ def number_bytes(dtype: str) -> int:
 class Sizes(msgspec.Struct, frozen=True):
     """Bytes of the tensors."""
 
-    export: int
+    exports: dict[str, int]
+    """Of each format."""
     fp: int
     bits_per_weight: float
 
@@ -52,7 +53,7 @@ def sizes(arch: Architecture, grid: GridConfig, formats: tuple[str, ...] = (), n
         for linear in arch.linears
     )
     return Sizes(
-        export=sum(exported_bytes(arch, grid, name, number) for name in formats or (DEFAULT_FORMAT,)),
+        exports={name: exported_bytes(arch, grid, name, number) for name in formats or (DEFAULT_FORMAT,)},
         fp=2 * arch.params,
         bits_per_weight=bits / arch.linear_params_per_block,
     )

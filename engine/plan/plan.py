@@ -88,6 +88,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     disk_bytes: int
     """What the run directory grows to at most: also where a stop adds a checkpoint to what there is."""
     export_bytes: int
+    """Of all exports together."""
+    export_sizes: dict[str, int]
+    """Of each format; of the default one where none is written."""
     fp_bytes: int
     bits_per_weight: float
     zero_points: str
@@ -163,7 +166,8 @@ def make_plan(
         peak_gpu_bytes=max(phase.peak_gpu_bytes or 0 for phase in phases) if work.cuda else None,
         peak_host_bytes=max(phase.peak_host_bytes for phase in phases),
         disk_bytes=place.disk_needed(work, store, recovery),
-        export_bytes=size.export,
+        export_bytes=sum(size.exports.values()),
+        export_sizes=size.exports,
         fp_bytes=size.fp,
         bits_per_weight=size.bits_per_weight,
         zero_points=opened(config.grid.shared, (linear.in_features for linear in work.arch.linears)),

@@ -306,12 +306,14 @@ def plan_lines(plan: Mapping[str, Any], width: int) -> list[Line]:
         lines += _need("GPU", plan["peak_gpu_bytes"], machine["gpu_free"], width)
     lines += _need("host", plan["peak_host_bytes"], machine["host_free"], width)
     lines += _need("disk", plan["disk_bytes"], machine["disk_free"], width)
-    ratio = (plan["fp_bytes"] or 0) / plan["export_bytes"] if plan["export_bytes"] else 0
+    # Of several exports the smallest is what was asked for; the others are for other readers.
+    smallest = min(filter(None, plan["export_sizes"].values()), default=plan["export_bytes"])
+    ratio = (plan["fp_bytes"] or 0) / smallest if smallest else 0
     lines += [
         line(("time   ", "muted"), (f"about {format_seconds(plan['seconds'])}", "strong")),
         line(
             ("size   ", "muted"),
-            f"{format_bytes(plan['fp_bytes'])} → {format_bytes(plan['export_bytes'])}",
+            f"{format_bytes(plan['fp_bytes'])} → {format_bytes(smallest)}",
             (f"  {format_bits(ratio)}×", "muted"),
         ),
         line(("bits   ", "muted"), f"{format_bits(plan['bits_per_weight'])} per weight"),

@@ -252,3 +252,14 @@ def test_doctor_checks_without_the_smoke_run(eqat: Eqat) -> None:
     checks = {check["name"]: check["status"] for check in answer["checks"]}
     assert set(checks) == {"python", "packages", "torch", "gpu", "host", "disk", "presets"}
     assert checks["python"] == checks["packages"] == checks["presets"] == "ok"
+
+
+def test_a_plan_of_several_formats_says_what_each_takes(eqat: Eqat) -> None:
+    formats = ("--set", 'export.formats=["gptq_v2","hf"]')
+    text = eqat("plan", "smoke", "--device", "cpu", *formats).stdout
+    sizes = next(line for line in text.splitlines() if line.startswith("  size "))
+    assert "(gptq_v2), " in sizes
+    assert sizes.endswith("(hf)")
+    planned = json.loads(eqat("plan", "smoke", "--device", "cpu", "--json", *formats).stdout)
+    assert set(planned["export_sizes"]) == {"gptq_v2", "hf"}
+    assert sum(planned["export_sizes"].values()) == planned["export_bytes"]

@@ -103,7 +103,7 @@ def test_export_size_is_the_sum_over_the_tensors_of_the_file(bits: int, group: i
         )  # codes, zeros, fp16 scales, int32 g_idx
     total += 4 * 2 * 64 * 2  # norms
     arch = architecture(TINY_LLAMA)
-    assert sizes(arch, GridConfig(bits=bits, group_size=group)).export == total
+    assert sizes(arch, GridConfig(bits=bits, group_size=group)).exports == {"gptq_v2": total}
     assert sizes(arch, GridConfig(bits=bits, group_size=group)).fp == 2 * arch.params
 
 
