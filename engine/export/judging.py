@@ -38,6 +38,8 @@ from engine.system.guarded import NoFile
 
 MOST_PROBLEMS = 200
 """So many are told; a file of noise has one in every tensor."""
+PLAIN = "hf"
+"""The format of a checkpoint that speaks of no quantization."""
 CPU = torch.device("cpu")
 
 
@@ -127,10 +129,11 @@ def _judge_files(form: Layout, path: Path, opening: EqatError) -> Judgement:
     reader = form.reader(path)
     found = _begun(form, path, reader)
     found.tell(_words(opening))
-    stored = set(reader.stored_names())
+    stored = reader.stored_names()
     for name in reader.names():
-        if name not in stored:
-            _judge_linear(reader, name.removesuffix(".weight"), found)
+        prefix = name.removesuffix(".weight")
+        if prefix != name and _is_packed(form, reader, prefix):
+            _judge_linear(reader, prefix, found)
     suffixes = tuple(f".{suffix}" for suffix in reader.suffixes)
     for name in sorted(stored):
         if not name.endswith(suffixes):
@@ -165,11 +168,11 @@ def format_in(path: Path) -> str:
     said = said if isinstance(said, dict) else {}
     kinds = ["mlx"] if isinstance(config.get("quantization"), dict) else []
     kinds += [str(said[key]) for key in ("checkpoint_format", "quant_method", "format") if said.get(key)]
-    known = next((kind for kind in kinds if kind in FORMATS), None)
+    known = next((kind for kind in kinds if kind in FORMATS), None if kinds else PLAIN)
     if known is not None:
         return known
     raise PreflightError(
-        f"its quantization is {kinds[0][:40]!r}" if kinds else "its config.json speaks of no quantization",
+        f"its quantization is {kinds[0][:40]!r}",
         where=str(path),
         hint=f"what can be verified: {', '.join(FORMATS.names())}",
     )
@@ -195,10 +198,10 @@ def _judge_block(form: Form, lm: CausalLM, index: int, other: CausalLM | None, f
         if f"{full}.weight" not in reader:
             found.tell(f"{full}.weight is missing")
             continue
-        if isinstance(form, Layout) and f"{full}.weight" not in reader.stored_names():
+        if not isinstance(form, Layout):
+            found.linears += 1
+        elif _is_packed(form, reader, full):
             _judge_linear(reader, full, found)
-        else:
-            found.linears += not isinstance(form, Layout)
     try:
         block = lm.load_block(index)
     except EqatError as error:
@@ -217,6 +220,12 @@ def _judge_block(form: Form, lm: CausalLM, index: int, other: CausalLM | None, f
             found.tell(f"{full} is {list(have.shape)}, of the reference {list(want.shape)}")
             continue
         found.errors[full] = float((have - want).norm() / want.norm().clamp(min=1e-30))
+
+
+def _is_packed(form: Layout, reader: CheckpointReader, linear: str) -> bool:
+    """Whether the files hold a linear as the format's tensors; what they call its weight may be one of
+    those, as in MLX."""
+    return any(name in reader.stored_names() for name in form.names(linear) if name != f"{linear}.weight")
 
 
 def _judge_linear(reader: CheckpointReader, name: str, found: Judgement) -> None:
