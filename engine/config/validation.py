@@ -22,6 +22,7 @@ from engine.errors import UsageError
 
 def convert(tree: Mapping[str, Any]) -> RunConfig:
     """A tree of plain values as a :class:`RunConfig`; a wrong type is a :class:`UsageError`."""
+    _refuse_endless(tree)
     try:
         return msgspec.convert(tree, run_config())
     except msgspec.ValidationError as error:
@@ -29,6 +30,17 @@ def convert(tree: Mapping[str, Any]) -> RunConfig:
         what, _, path = str(error).partition(" - at `$")
         where = path.strip(".`")
         raise UsageError(what.replace("`", ""), where=where or "config", hint=_takes(where)) from error
+
+
+def _refuse_endless(tree: Mapping[str, Any], where: str = "") -> None:
+    """TOML's integers have 64 bits; its reader takes longer ones, of more digits than Python prints."""
+    for name, value in tree.items():
+        place = f"{where}.{name}" if where else name
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, Mapping):
+                _refuse_endless(each, place)
+            elif isinstance(each, int) and each.bit_length() > 64:
+                raise UsageError(f"is a number of {each.bit_length()} bits", where=place, hint=_takes(place))
 
 
 def _takes(where: str) -> str:

@@ -172,6 +172,9 @@ def test_run_directory_loads_as_its_config(tmp_path: Path) -> None:
         ("extends = 3", "extends"),
         ("extends = 'smok'", "did you mean smoke"),
         ("grid = 3", "grid"),
+        (f"[evaluation]\nbatch_size = 0x{'f' * 5000}", "evaluation.batch_size: is a number of 20000 bits"),
+        (f"[export]\nformats = [1, 0x{'f' * 5000}]", "export.formats: is a number of 20000 bits"),
+        (f"extends = 0b{'1' * 20000}", "extends"),
     ],
 )
 def test_wrong_file_is_one_usage_line(tmp_path: Path, text: str, said: str) -> None:
