@@ -309,7 +309,7 @@ def drawn(planned: Callable[..., Plan], run: dict[str, Any]) -> Plan:
     return planned("paper", run["model"], machine, e2e_qp__sequence_length=2048, **settings_)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(run=RUNS)
 def test_checkpoints_take_no_more_than_their_share(planned: Callable[..., Plan], run: dict[str, Any]) -> None:
     """Finished blocks have to be written in any case."""
@@ -318,7 +318,7 @@ def test_checkpoints_take_no_more_than_their_share(planned: Callable[..., Plan],
     assert drawn(planned, run).recovery.share <= run["runtime__checkpoint_share"] + unavoidable
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(run=RUNS)
 def test_a_kill_loses_no_more_than_promised_or_the_plan_warns_of_it(
     planned: Callable[..., Plan], run: dict[str, Any]
@@ -332,7 +332,7 @@ def test_a_kill_loses_no_more_than_promised_or_the_plan_warns_of_it(
     assert not any("a kill can lose" in warning for warning in drawn(planned, run).warnings)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(run=RUNS)
 def test_streams_are_stored_only_where_there_is_room(
     planned: Callable[..., Plan], run: dict[str, Any]
@@ -343,7 +343,7 @@ def test_streams_are_stored_only_where_there_is_room(
         assert 1 <= plan.recovery.streams_every < plan.blocks / 2
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(run=RUNS, more=st.floats(1, 10))
 def test_rarer_checkpoints_lose_more_and_take_less(
     planned: Callable[..., Plan], run: dict[str, Any], more: float
