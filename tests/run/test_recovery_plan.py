@@ -398,15 +398,20 @@ def test_streams_are_gone_when_the_export_is_written(planned: Callable[..., Plan
 
 
 def test_what_a_run_has_written_does_not_stand_in_the_way_of_its_resumption(tmp_path: Path) -> None:
-    """It is part of the need, so it counts as free."""
-    run = tmp_path / "run"
-    for folder in ("control", "checkpoints"):
-        (run / folder).mkdir(parents=True)
-    before = detect(run, "cpu").disk_free
-    (run / "checkpoints" / "large").write_bytes(bytes(64 * MIB))
-    (run / "config.toml").write_text("")
-    assert detect(run, "cpu").disk_free == pytest.approx(before, abs=32 * MIB)
-    assert detect(tmp_path, "cpu").disk_free < before - 32 * MIB
+    """It is part of the need, so it counts as free. Others write to the same disk meanwhile, so it is tried
+    until they were quiet for a moment."""
+
+    def counts(number: int) -> bool:
+        run = tmp_path / f"run{number}"
+        for folder in ("control", "checkpoints"):
+            (run / folder).mkdir(parents=True)
+        before = detect(run, "cpu").disk_free
+        (run / "checkpoints" / "large").write_bytes(bytes(64 * MIB))
+        (run / "config.toml").write_text("")
+        with_run, beside_it = detect(run, "cpu").disk_free, detect(tmp_path, "cpu").disk_free
+        return abs(with_run - before) < 32 * MIB and beside_it < before - 32 * MIB
+
+    assert any(counts(number) for number in range(10))
 
 
 # --------------------------------------------------------------------------------------------- out of memory
