@@ -65,6 +65,12 @@ class GGUF(Form):
         super().__init__(row)
         self._moved = 0.0
 
+    def sentence(self, bits: str, dtype: str) -> str:
+        return (
+            f"The linear layers of the decoder blocks are {bits}-bit integers; embeddings and head are "
+            f"{dtype}, norms and biases float32."
+        )
+
     def check(self, lm: CausalLM, stored: torch.dtype) -> None:
         check_names(lm)
         described(lm)

@@ -31,13 +31,15 @@ from engine.config.model import ModelConfig
 from engine.config.tables import load_extensions
 from engine.errors import EqatError, ExitCode, PreflightError
 from engine.export.layout import Form, Layout, form_of
-from engine.export.reader import CheckpointReader, read_json
+from engine.export.reader import EXPORT_AGAIN, CheckpointReader, read_json
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.system.guarded import NoFile
 
 MOST_PROBLEMS = 200
 """So many are told; a file of noise has one in every tensor."""
+UNFIT = (RuntimeError, ValueError, IndexError, TypeError)
+"""What tensors raise whose shapes or types do not fit each other."""
 PLAIN = "hf"
 """The format of a checkpoint that speaks of no quantization."""
 CPU = torch.device("cpu")
@@ -75,7 +77,9 @@ class Judgement(msgspec.Struct, kw_only=True):
         return not self.problems
 
     def tell(self, problem: str) -> None:
-        """Note a problem."""
+        """Note a problem, once."""
+        if problem in self.problems:
+            return
         if len(self.problems) < MOST_PROBLEMS:
             self.problems.append(problem)
         else:
@@ -94,7 +98,7 @@ def judge(
     source = None if reference is None else ModelSource.open(ModelConfig(source=reference))
     try:
         lm = form.open(path, CPU, torch.float32)
-    except EqatError as error:
+    except (EqatError, *UNFIT) as error:
         if not isinstance(form, Layout):
             raise
         # What no model can be made of may have more wrong with it than the first thing.
@@ -120,7 +124,7 @@ def _begun(form: Form, path: Path, weights: Any) -> Judgement:
     )
 
 
-def _judge_files(form: Layout, path: Path, opening: EqatError) -> Judgement:
+def _judge_files(form: Layout, path: Path, opening: Exception) -> Judgement:
     """Every tensor by itself, of files that ``opening`` as a model has failed for.
 
     Raises:
@@ -141,9 +145,11 @@ def _judge_files(form: Layout, path: Path, opening: EqatError) -> Judgement:
     return found
 
 
-def _words(error: EqatError) -> str:
+def _words(error: Exception, what: str = "its tensors") -> str:
     """An error as a problem: what is wrong and where, without the remedy, which is for models to train."""
-    return f"{error.where}: {error.message}" if error.where else error.message
+    if isinstance(error, EqatError):
+        return f"{error.where}: {error.message}" if error.where else error.message
+    return f"{what} do not fit each other: {(str(error).splitlines() or [''])[0][:120]}"
 
 
 def format_in(path: Path) -> str:
@@ -160,7 +166,9 @@ def format_in(path: Path) -> str:
     try:
         config = read_json(path / "config.json")
     except NoFile as error:
-        hint = "a run's are in its folder export/" if (path / "export").is_dir() else ""
+        inside = sorted(file.parent.name for file in path.glob("*/config.json"))
+        hint = "a run's are in the folders of its export/" if (path / "export").is_dir() else ""
+        hint = f"there are some in {', '.join(inside[:8])}" if inside else hint
         raise PreflightError(
             "holds no checkpoint: config.json is missing", where=str(path), hint=hint
         ) from error
@@ -204,8 +212,9 @@ def _judge_block(form: Form, lm: CausalLM, index: int, other: CausalLM | None, f
             _judge_linear(reader, full, found)
     try:
         block = lm.load_block(index)
-    except EqatError as error:
-        found.tell(_words(error))
+    except (EqatError, *UNFIT) as error:
+        if not any(problem.startswith(f"the tensors of {prefix}.") for problem in found.problems):
+            found.tell(_words(error, f"the tensors of {prefix}"))
         return
     state = block.state_dict()
     for name, tensor in state.items():
@@ -233,23 +242,44 @@ def _judge_linear(reader: CheckpointReader, name: str, found: Judgement) -> None
     found.linears += 1
     try:
         parts = dict(reader.linear(name).parts())
-    except EqatError as error:
-        found.tell(_words(error))
-        return
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:  # shapes that do not fit each other
-        found.tell(f"the tensors of {name} do not fit each other: {str(error).splitlines()[0][:120]}")
+    except (EqatError, *UNFIT) as error:
+        found.tell(_words(error, f"the tensors of {name}"))
         return
     for problem in _faults(parts):
         found.tell(f"{name}: {problem}")
+    _judge_group_size(reader, parts, found)
     if "integers" in parts and "zero points" in parts:
         grid = _grid(reader, parts)
         found.grids[grid] = found.grids.get(grid, 0) + 1
 
 
+def _judge_group_size(reader: CheckpointReader, parts: dict[str, Tensor], found: Judgement) -> None:
+    """What config.json says of the groups has to be what the scales are for."""
+    described = reader.config.get("quantization_config") or reader.config.get("quantization")
+    said, scales, codes = _said_group(described), parts.get("scales"), parts.get("integers")
+    if said is None or scales is None or codes is None or not scales.ndim == codes.ndim == 2:
+        return
+    inputs, groups = codes.shape[1], scales.shape[1]
+    size = inputs // groups if groups else 0
+    if size not in (said, 0) and not (said == -1 and groups == 1):
+        found.tell(f"config.json: it says groups of {said}, and there are scales for groups of {size}")
+
+
+def _said_group(described: object) -> int | None:
+    """The first ``group_size`` of a description, however deep."""
+    if not isinstance(described, dict):
+        return None
+    if isinstance(size := described.get("group_size"), int):
+        return size
+    return next((size for each in described.values() if (size := _said_group(each)) is not None), None)
+
+
 def _faults(parts: dict[str, Tensor]) -> Iterator[str]:
     """What is wrong with a linear's integers ``[O, I]``, zero points and scales ``[O, G]``, and groups."""
     scales = parts.get("scales")
-    if scales is not None:
+    if scales is not None and not scales.is_floating_point():
+        yield f"its scales are {str(scales.dtype).removeprefix('torch.')}"
+    elif scales is not None:
         if count := int((~torch.isfinite(scales)).sum()):
             yield f"{count} of {scales.numel()} scales are not finite"
         if count := int((scales == 0).sum()):
@@ -303,7 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "error": {
                     "message": error.message,
                     "where": error.where,
-                    "hint": error.hint,
+                    "hint": "" if error.hint == EXPORT_AGAIN else error.hint,
                     "exit_code": int(error.exit_code),
                 }
             }

@@ -56,6 +56,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+EXPORT_AGAIN = "export the run again"
+"""The remedy for a file of ours; one of somebody else's has no run."""
 _CHUNK_VALUES = 1 << 24  # values unpacked at once; each costs `bits` bytes while its bits are apart
 
 
@@ -388,4 +390,4 @@ def number_of_bits(directory: Path, said: object) -> int:
 
 def damaged(path: Path, why: object) -> PreflightError:
     """A file of the export is not what was written."""
-    return PreflightError(f"cannot be read: {why}", where=str(path), hint="export the run again")
+    return PreflightError(f"cannot be read: {why}", where=str(path), hint=EXPORT_AGAIN)

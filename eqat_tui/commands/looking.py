@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from engine.errors import ExitCode
+from engine.errors import ExitCode, UsageError
 from eqat_tui.commands.options import Ascii, Json, Run, RunsDir
 
 
@@ -63,6 +63,8 @@ def verify(
     from eqat_tui.output import colour_wanted, print_json, say
     from eqat_tui.output import show as show_text
 
+    if not path:
+        raise UsageError("is empty", where="PATH", hint="name the folder of a checkpoint")
     moving = colour_wanted(sys.stderr) and not as_json
     found = judged(
         Path(os.path.expanduser(path)),

@@ -24,7 +24,7 @@ from engine.config.validation import validate
 from engine.errors import EqatError
 from eqat_tui.lines import Line, Span, bar, cut, line, wrap
 from eqat_tui.models import DEMO_PACKAGE
-from eqat_tui.output import format_bits, format_bytes, format_parameters, format_seconds, share
+from eqat_tui.output import cell, format_bits, format_bytes, format_parameters, format_seconds, share
 from eqat_tui.planned import known
 from eqat_tui.views import methods
 from eqat_tui.words import error_for_app, hint_for_app, model_name
@@ -309,11 +309,13 @@ def plan_lines(plan: Mapping[str, Any], width: int) -> list[Line]:
     # Of several exports the smallest is what was asked for; the others are for other readers.
     smallest = min(filter(None, plan["export_sizes"].values()), default=plan["export_bytes"])
     ratio = (plan["fp_bytes"] or 0) / smallest if smallest else 0
+    whose = next((name for name, size in plan["export_sizes"].items() if size == smallest), "")
+    whose = f" ({cell(whose)})" if len(plan["export_sizes"]) > 1 else ""
     lines += [
         line(("time   ", "muted"), (f"about {format_seconds(plan['seconds'])}", "strong")),
         line(
             ("size   ", "muted"),
-            f"{format_bytes(plan['fp_bytes'])} → {format_bytes(smallest)}",
+            f"{format_bytes(plan['fp_bytes'])} → {format_bytes(smallest)}{whose}",
             (f"  {format_bits(ratio)}×", "muted"),
         ),
         line(("bits   ", "muted"), f"{format_bits(plan['bits_per_weight'])} per weight"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -123,14 +124,58 @@ def test_scales_of_another_shape_and_a_norm_that_is_not_finite_are_named(
         assert any(words in problem for problem in problems), (words, problems)
 
 
+CUTS: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
+    "fewer scales": ("gptq_v2", "scales", lambda t: t[:, :-1]),
+    "fewer groups": ("gptq_v2", "scales", lambda t: t[:-1]),
+    "inputs in groups that are not there": ("gptq_v2", "g_idx", lambda t: t + 50),
+    "scales that are integers": ("gptq_v2", "scales", lambda t: t.to(torch.int32)),
+    "fewer integers": ("compressed-tensors", "weight_packed", lambda t: t[:, :-1]),
+    "fewer rows of scales": ("compressed-tensors", "weight_scale", lambda t: t[:-1]),
+    "fewer columns of zero points": ("compressed-tensors", "weight_zero_point", lambda t: t[:, :-1]),
+    "fewer zero points": ("compressed-tensors", "weight_zero_point", lambda t: t[:-1]),
+    "fewer packed zero points": ("auto-round", "qzeros", lambda t: t[:, :-1]),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_tensors_that_do_not_fit_each_other_are_a_problem_and_no_bug(
+    written: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    format, which, cut = CUTS[name]
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{LINEAR}.{which}"] = cut(tensors[f"{LINEAR}.{which}"]).contiguous()
+
+    problems = changed(written(format), tmp_path / "out", damage).problems
+    assert any(LINEAR in problem for problem in problems), problems
+    assert len(set(problems)) == len(problems)
+
+
+@pytest.mark.parametrize("name", [*PACKED, "mlx"])
+def test_groups_that_are_not_those_of_the_scales_are_a_problem(
+    written: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    place = tmp_path / "out"
+    shutil.copytree(written(name), place)
+    text = (place / "config.json").read_text()
+    assert '"group_size": 32' in text
+    (place / "config.json").write_text(text.replace('"group_size": 32', '"group_size": 64'))
+    assert any("groups of 64" in problem for problem in judge(place).problems)
+
+
 def test_what_is_no_checkpoint_of_a_known_format_is_refused_by_name(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     (tmp_path / "run" / "export").mkdir(parents=True)
+    many = tmp_path / "many"
+    for name in ("gguf", "hf"):
+        (many / name).mkdir(parents=True)
+        (many / name / "config.json").write_text("{}")
     for place, words in (
         (tmp_path / "nothing", "is not there"),
         (file, "is a file"),
-        (tmp_path / "run", "config.json is missing"),
+        (tmp_path / "run", r"config.json is missing \(a run's are in the folders of its export/\)"),
+        (many, r"there are some in gguf, hf"),
     ):
         with pytest.raises(PreflightError, match=words):
             format_in(place)
