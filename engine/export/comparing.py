@@ -45,16 +45,12 @@ def parts_of(weight: PackedWeight) -> dict[str, Tensor]:
     }
 
 
-def linear_differences(
-    reader: StoredLinears, name: str, weight: PackedWeight, parts: Mapping[str, Tensor] | None = None
-) -> list[str]:
-    """In words, what of a quantized linear has other bits; ``parts``, else :func:`parts_of`, are what has to
-    be there."""
+def linear_differences(reader: StoredLinears, name: str, wanted: Mapping[str, Tensor]) -> list[str]:
+    """In words, what of a quantized linear has other bits than the parts that are ``wanted``."""
     try:
         found = reader.linear(name).parts()
     except EqatError as error:
         return [str(error)]
-    wanted = parts_of(weight) if parts is None else parts
     differences = (difference(found[what], want, what) for what, want in wanted.items())
     return [f"{name}: {words}" for words in differences if words]
 

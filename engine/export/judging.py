@@ -234,7 +234,7 @@ def _judge_block(form: Form, lm: CausalLM, index: int, other: CausalLM | None, f
 def _is_packed(form: Layout, reader: CheckpointReader, linear: str) -> bool:
     """Whether the files hold a linear as the format's tensors; what they call its weight may be one of
     those, as in MLX."""
-    return any(name in reader.stored_names() for name in form.names(linear) if name != f"{linear}.weight")
+    return any(name in reader for name in form.names(linear) if name != f"{linear}.weight")
 
 
 def _judge_linear(reader: CheckpointReader, name: str, found: Judgement) -> None:

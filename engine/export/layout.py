@@ -218,7 +218,7 @@ class Layout(Form):
 
     def linear_differences(self, packed: CausalLM, name: str, weight: PackedWeight) -> list[str]:
         reader: Any = packed.source.weights
-        return linear_differences(reader, name, weight, self.parts(weight))
+        return linear_differences(reader, name, self.parts(weight))
 
     @abstractmethod
     def tensors(self, prefix: str, weight: PackedWeight) -> Iterator[tuple[str, Tensor]]:

@@ -26,7 +26,6 @@ from engine.export.result import ExportResult
 from engine.export.verify import VerifyResult, verify
 from engine.phases.copies import COPY_SILENCE, hear, require_same, targets_of
 from engine.phases.job import Job
-from engine.plan.export_sizes import number_bytes
 from engine.plan.phases import VERIFY_TOKENS, VERIFY_WINDOWS
 from engine.process import package_versions
 from engine.run import events
@@ -97,16 +96,7 @@ def _count(job: Job, index: int, formats: int, checking: bool, done: int, _: int
 
 def _needed(job: Job, form: Form) -> int:
     """Bytes of one export."""
-    lm, row, grid = job.lm, form.format, job.config.grid.shared
-    number = number_bytes(job.config.export.dtype)
-    shapes = [
-        lm.weights.shape(f"{lm.block_prefix(index)}.{name}.weight")
-        for index in range(lm.blocks)
-        for name in lm.linear_names(index)
-    ]
-    linears = sum(row.linear_bytes(outputs, inputs, grid, number) for outputs, inputs in shapes)
-    others = lm.parameters_count - sum(outputs * inputs for outputs, inputs in shapes)
-    tensors = linears + number * others + sum(each.nbytes for each in form.carried(lm))
+    tensors = job.plan.export_sizes[form.format.name]
     shards = 1 + int(tensors / (job.config.export.shard_gib * 2**30))
     return tensors + room_beside_tensors(form, job.lm, job.source, shards)
 
