@@ -14,6 +14,7 @@ from engine.config.stage_section import (
     NO_ZERO_POINTS,
     StageSection,
     check_learning_rate,
+    check_micro_batch,
     check_schedule,
     check_sequences,
     check_trained,
@@ -77,14 +78,7 @@ class E2EQPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields
     def check(self, name: str) -> None:
         check_trained(f"{name}.train", self.train, self.train, enabled=self.enabled)
         check_sequences(name, self)
-        checks.count(f"{name}.micro_batch_size", self.micro_batch_size, least=0)
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            divisors = [n for n in range(1, min(self.batch_size, 1024) + 1) if self.batch_size % n == 0]
-            raise UsageError(
-                f"{self.micro_batch_size} does not divide {name}.batch_size = {self.batch_size}",
-                where=f"{name}.micro_batch_size",
-                hint=f"one of {checks.listed(divisors)}",
-            )
+        check_micro_batch(name, self.micro_batch_size, self.batch_size)
         check_learning_rate(f"{name}.lr", self.lr)
         checks.between(f"{name}.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
         check_schedule(name, self)

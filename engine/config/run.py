@@ -9,6 +9,7 @@ import msgspec
 from engine.config.base import Section, field_types
 from engine.config.block_ap import BlockAPConfig
 from engine.config.data import DataConfig
+from engine.config.e2e_qat import E2EQATConfig
 from engine.config.e2e_qp import E2EQPConfig
 from engine.config.evaluation import EvaluationConfig
 from engine.config.export import ExportConfig
@@ -33,10 +34,14 @@ class RunConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     data: DataConfig = DataConfig()
     block_ap: BlockAPConfig = BlockAPConfig()
     e2e_qp: E2EQPConfig = E2EQPConfig()
+    e2e_qat: E2EQATConfig = E2EQATConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
+
+YOUNGER = ("e2e_qat",)
+"""Sections of ours that earlier versions did not have: a run that does not use one is the run that it was."""
 
 _registered: dict[str, type[Section]] = {}
 
@@ -89,9 +94,10 @@ def run_config() -> type[RunConfig]:
 
 
 def silent_sections(config: RunConfig) -> tuple[str, ...]:
-    """Sections of extensions that say nothing but their default.
+    """Sections of extensions, and younger ones of ours, that say nothing but their default.
 
     They are left out of files, hashes and identities, so that a run is the same with and without an extension
-    that it does not use.
+    that it does not use, and the same as an earlier version made it.
     """
-    return tuple(name for name, kind in _registered.items() if getattr(config, name, None) == kind())
+    kinds = {name: type(getattr(RunConfig(), name)) for name in YOUNGER} | _registered
+    return tuple(name for name, kind in kinds.items() if getattr(config, name, None) == kind())

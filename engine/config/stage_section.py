@@ -69,6 +69,18 @@ def check_sequences(name: str, training: TrainingSection) -> None:
         )
 
 
+def check_micro_batch(name: str, micro_batch: int, batch: int) -> None:
+    """Sequences of a forward and backward pass: 0, which the plan decides, or a divisor of the batch."""
+    checks.count(f"{name}.micro_batch_size", micro_batch, least=0)
+    if micro_batch and batch % micro_batch:
+        divisors = [n for n in range(1, min(batch, 1024) + 1) if batch % n == 0]
+        raise UsageError(
+            f"{micro_batch} does not divide {name}.batch_size = {batch}",
+            where=f"{name}.micro_batch_size",
+            hint=f"one of {checks.listed(divisors)}",
+        )
+
+
 def check_schedule(name: str, training: TrainingSection) -> None:
     """How the learning rate falls, what holds a step back, and what ends the training early."""
     checks.between(f"{name}.lr_final_fraction", training.lr_final_fraction, 0.0, 1.0)

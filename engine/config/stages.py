@@ -115,6 +115,17 @@ STAGES = Table(
         about="E2E-QP then trains the scales of the whole model.",
         part_of="EfficientQAT",
     ),
+    Stage(
+        name="e2e_qat",
+        label="E2E-QAT",
+        scope="network",
+        result="after E2E-QAT",
+        run="engine.phases.end_to_end:train_weights_end_to_end",
+        costs="engine.plan.stages.e2e_qat:E2EQATCosts",
+        reads_text=True,
+        entries_prefix="integers",
+        about="E2E-QAT then trains integers and scales of the whole model.",
+    ),
 )
 
 PACKED = "packed"

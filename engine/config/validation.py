@@ -62,6 +62,12 @@ def validate(config: RunConfig) -> None:
         elif isinstance(section, Section):
             section.check(name)
     _one_makes_the_blocks(config)
+    if config.e2e_qp.enabled and config.e2e_qat.enabled:
+        raise UsageError(
+            "E2E-QAT trains what E2E-QP does, and the integers beside it",
+            where="e2e_qat.enabled",
+            hint="e2e_qp.enabled = false, or e2e_qat.enabled = false",
+        )
 
 
 def _one_makes_the_blocks(config: RunConfig) -> None:

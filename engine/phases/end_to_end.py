@@ -1,21 +1,26 @@
-"""The stage ``e2e_qp``: the scales of all blocks together; the integers stay as Block-AP left them."""
+"""The stages that train all blocks together: ``e2e_qp``, scales on integers that stay, and ``e2e_qat``,
+integers and scales."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import msgspec
 from torch import Tensor, nn
 
 from engine import telemetry
-from engine.checkpoints.snapshots import resumable
-from engine.config.stages import STAGES
+from engine.checkpoints.snapshots import SnapshotKeeper, resumable
+from engine.config.stages import STAGES, Stage
+from engine.methods.network.e2e_qat import train_weights
 from engine.methods.network.e2e_qp import train_scales
 from engine.methods.network.network import NetworkData
 from engine.phases.job import Job, compute_dtype
 from engine.phases.passage import forget_streams
 from engine.phases.teacher import is_taught, teacher
-from engine.quant.packed import PackedLinear
+from engine.quant.fake_linear import FakeQuantLinear, latent_linears
+from engine.quant.packed import Kernels, PackedLinear
 from engine.quant.slots import slots
 from engine.run.facts import done_fact, stage_entry
 
@@ -27,41 +32,77 @@ def train_end_to_end(job: Job) -> None:
         return
     config = msgspec.structs.replace(job.config.e2e_qp, micro_batch_size=job.micro_batch(stage))
     dtype = compute_dtype(config.compute_dtype, job.device)
+    with _data(job, stage) as data:
+        blocks = []
+        for index in range(job.blocks):
+            blocks.append(job.packed(index).install(job.lm.load_block(index, dtype=dtype)))
+            job.report.leave_if_asked()
+        telemetry.release_memory()
+        with resumable(job.checkpoints, stage.name) as keeper:
+            train_scales(job.lm, blocks, data, config, dtype=dtype, **_arguments(job, stage, keeper))
+    _commit(job, stage, [_trained(block, job.lm.linear_names(i)) for i, block in enumerate(blocks)])
+
+
+def train_weights_end_to_end(job: Job) -> None:
+    """Train and commit integers and scales."""
+    stage = STAGES["e2e_qat"]
+    if job.is_done(stage):
+        return
+    config = msgspec.structs.replace(job.config.e2e_qat, micro_batch_size=job.micro_batch(stage))
+    dtype = compute_dtype(config.compute_dtype, job.device)
+    with _data(job, stage) as data:
+        blocks, linears = [], []
+        for index in range(job.blocks):
+            block = job.lm.load_block(index, dtype=dtype)
+            linears.append(latent_linears(block, job.packed(index)))
+            blocks.append(block)
+            job.report.leave_if_asked()
+        telemetry.release_memory()
+        fast = Kernels.on and _records(job) and not config.grad_clip
+        with resumable(job.checkpoints, stage.name) as keeper:
+            arguments = _arguments(job, stage, keeper)
+            train_weights(job.lm, blocks, data, config, dtype=dtype, fast=fast, **arguments)
+    _commit(job, stage, [_integers(of_block) for of_block in linears])
+
+
+@contextmanager
+def _data(job: Job, stage: Stage) -> Iterator[NetworkData]:
+    """The stage's text, and what teaches it, which is closed in the end."""
     text = job.tokens.of(stage.name)
     taught = teacher(job, stage) if is_taught(job, stage) else None
-    blocks = []
-    for index in range(job.blocks):
-        blocks.append(job.packed(index).install(job.lm.load_block(index, dtype=dtype)))
-        job.report.leave_if_asked()
-    telemetry.release_memory()
     try:
-        with resumable(job.checkpoints, stage.name) as keeper:
-            train_scales(
-                job.lm,
-                blocks,
-                NetworkData(text.tokens_NT, text.train, taught),
-                config,
-                seed=job.network_seed(stage),
-                dtype=dtype,
-                progress=job.report,
-                snapshot=keeper.snapshot,
-                keeper=keeper,
-                world=job.world,
-                recompute=job.plan.recomputes,
-                compiles=job.plan.compiles_e2e,
-            )
+        yield NetworkData(text.tokens_NT, text.train, taught)
     finally:
         if taught is not None:
             taught.close()
+
+
+def _arguments(job: Job, stage: Stage, keeper: SnapshotKeeper) -> dict[str, Any]:
+    """What every training of the whole network is told of the run."""
+    return {
+        "seed": job.network_seed(stage),
+        "progress": job.report,
+        "snapshot": keeper.snapshot,
+        "keeper": keeper,
+        "world": job.world,
+        "recompute": job.plan.recomputes,
+        "compiles": job.plan.compiles_e2e,
+        "records": _records(job),
+    }
+
+
+def _records(job: Job) -> bool:
+    """Deterministic kernels are the plain ones, launched one by one."""
+    runtime = job.config.runtime
+    return job.device.type == "cuda" and runtime.compile != "off" and not runtime.deterministic
+
+
+def _commit(job: Job, stage: Stage, blocks: Sequence[Mapping[str, Tensor]]) -> None:
+    """Publish what was trained, block by block."""
     forget_streams(job)
     job.store.remember(done_fact(stage), True)
-    job.checkpoints.commit(
-        stage.name,
-        entries={
-            stage_entry(stage, index): _trained(block, job.lm.linear_names(index))
-            for index, block in enumerate(blocks)
-        },
-    )
+    entries = {stage_entry(stage, index): trained for index, trained in enumerate(blocks)}
+    job.checkpoints.commit(stage.name, entries=entries)
 
 
 def _trained(block: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
@@ -72,4 +113,14 @@ def _trained(block: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
         assert isinstance(linear, PackedLinear), slot.name
         weight = linear.packed()
         tensors[f"{slot.name}.scale"], tensors[f"{slot.name}.zero_point"] = weight.scale, weight.zero_point
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _integers(linears: Mapping[str, FakeQuantLinear]) -> dict[str, Tensor]:
+    """Integers, scales and zero points of a block's linears, on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    for name, linear in linears.items():
+        weight = linear.freeze()
+        tensors |= {f"{name}.words": weight.words, f"{name}.scale": weight.scale}
+        tensors[f"{name}.zero_point"] = weight.zero_point
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.config.data import DataConfig
-from engine.config.run import RunConfig
+from engine.config.run import YOUNGER, RunConfig
 from engine.config.stages import STAGES
 from engine.data.encoding import Encoder
 from engine.data.parts import Part
@@ -112,9 +112,10 @@ def draw_tokens(config: RunConfig, encoder: Encoder, report: Reporter) -> Tokens
 
 
 def _reading(config: RunConfig) -> list[str]:
-    """The stages that have windows. Those of ours always do, empty ones where they are off: so the digest of
-    the text is the one that earlier versions wrote down. An extension changes nothing where it is off."""
-    ours = RunConfig.__struct_fields__
+    """The stages that have windows. The first ones of ours always do, empty ones where they are off: so the
+    digest of the text is the one that earlier versions wrote down. Another changes nothing where it is
+    off."""
+    ours = set(RunConfig.__struct_fields__) - set(YOUNGER)
     return [
         stage.name for stage in STAGES if stage.reads_text and (stage.name in ours or stage.wanted(config))
     ]

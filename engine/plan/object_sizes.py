@@ -113,6 +113,13 @@ def scales_bytes(arch: Architecture, grid: GridConfig) -> int:
     return file_bytes(tensors)
 
 
+@lru_cache
+def integers_bytes(arch: Architecture, grid: GridConfig) -> int:
+    """The same of a training that changes integers: all that is packed of each linear, but for its grid."""
+    renewed = (tensor for tensor in _packed(arch, grid) if not tensor.name.endswith(".grid"))
+    return file_bytes(tensor._replace(name=tensor.name.removeprefix("linear.")) for tensor in renewed)
+
+
 def generation_bytes(arch: Architecture) -> int:
     """A generation file."""
     return CONSTANTS.generation_base + arch.blocks * CONSTANTS.generation_per_block

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.config.grid import Grid
-from engine.quant.grid import RELATIVE_SCALE_FLOOR, fake_quantize, initial_range, quantize
+from engine.quant.grid import (
+    RELATIVE_SCALE_FLOOR,
+    dequantize,
+    fake_quantize,
+    fake_quantize_steps,
+    initial_range,
+    quantize,
+)
 from engine.quant.packed import PackedBlock, PackedWeight, into_domain, smallest_trained, stored_scale
 from engine.quant.slots import slots
 
@@ -27,33 +34,56 @@ TRAINED = ("weight", "scale", "zero_point", "quantized")
 class FakeQuantLinear(nn.Module):
     """``x @ fake_quantize(W)^T + bias`` with float32 master parameters.
 
-    ``weight`` ``[O, I]``, ``scale`` and ``zero_point`` ``[O, G]``; ``bias`` is not trained.
+    ``weight`` ``[O, I]``, ``scale`` and ``zero_point`` ``[O, G]``; ``bias`` is not trained. ``in_steps`` says
+    that the weight is counted in grid steps.
     """
 
     scale_floor: Tensor
 
     def __init__(
         self,
-        linear: nn.Linear,
+        weight: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
         grid: Grid,
+        bias: nn.Parameter | None = None,
         *,
-        method: Literal["minmax", "search"] = "search",
-        norm: float = 2.5,
+        in_steps: bool = False,
     ) -> None:
-        """``method`` and ``norm`` are those of :func:`~engine.quant.grid.initial_range`."""
+        """``weight`` ``[O, I]``, ``scale`` and ``zero_point`` ``[O, G]``, all float32, are taken over."""
         super().__init__()
-        self.grid = grid
-        self.weight = nn.Parameter(linear.weight.detach().float(), requires_grad=False)
-        self.bias = linear.bias
-        scale, zero_point = initial_range(self.weight.data, grid, method=method, norm=norm)
+        self.grid, self.in_steps = grid, in_steps
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = bias
         floor = smallest_trained(scale, RELATIVE_SCALE_FLOOR)
-        scale = into_domain(scale, floor)
-        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.scale = nn.Parameter(into_domain(scale, floor), requires_grad=False)
         self.zero_point = nn.Parameter(zero_point, requires_grad=False)
         self.register_buffer("scale_floor", floor)
         self.quantized: nn.Parameter | None
         """``[O, I]`` in the arithmetic's dtype; none in the plain form."""
         self.register_parameter("quantized", None)
+
+    @classmethod
+    def of_linear(
+        cls,
+        linear: nn.Linear,
+        grid: Grid,
+        *,
+        method: Literal["minmax", "search"] = "search",
+        norm: float = 2.5,
+    ) -> FakeQuantLinear:
+        """A linear on its initial grid; ``method`` and ``norm`` are those of
+        :func:`~engine.quant.grid.initial_range`."""
+        weight = linear.weight.detach().float()
+        return cls(weight, *initial_range(weight, grid, method=method, norm=norm), grid, linear.bias)
+
+    @classmethod
+    def of_packed(cls, packed: PackedWeight, bias: nn.Parameter | None = None) -> FakeQuantLinear:
+        """A linear whose weights are its integers, counted in grid steps: each lies in the middle of what is
+        rounded to it."""
+        zero = packed.zero_point.float()
+        steps = dequantize(packed.codes(), torch.ones_like(zero), zero)
+        return cls(steps, packed.scale.float(), zero, packed.grid, bias, in_steps=True)
 
     def keep_quantized(self, dtype: torch.dtype) -> nn.Parameter:
         """Make room for the quantized weight, which is the caller's to fill and to keep up to date."""
@@ -63,7 +93,8 @@ class FakeQuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor | None = self.quantized
         if weight is None:
-            weight = fake_quantize(self.weight, self.scale, self.zero_point, self.grid.bits)
+            function = fake_quantize_steps if self.in_steps else fake_quantize
+            weight = function(self.weight, self.scale, self.zero_point, self.grid.bits)
         bias = None if self.bias is None else self.bias.to(weight.dtype)
         if not torch.is_autocast_enabled(x.device.type):
             weight = weight.to(x.dtype)
@@ -85,7 +116,9 @@ class FakeQuantLinear(nn.Module):
         """
         scale = stored_scale(self.scale).float()
         zero = self.zero_point.round()
-        codes = quantize(self.weight, scale, zero, self.grid.bits)
+        # Counted in steps, a weight has the scale 1.
+        unit = torch.ones_like(scale) if self.in_steps else scale
+        codes = quantize(self.weight, unit, zero, self.grid.bits)
         return PackedWeight.from_codes(codes, scale, zero, self.grid)
 
 
@@ -102,10 +135,23 @@ def wrap_linears(
     """
     wrapped: dict[str, FakeQuantLinear] = {}
     for slot in slots(block, grids):
-        linear = FakeQuantLinear(slot.linear(), grids[slot.name], method=method, norm=norm)
+        linear = FakeQuantLinear.of_linear(slot.linear(), grids[slot.name], method=method, norm=norm)
         wrapped[slot.name] = linear
         slot.set(linear)
     return wrapped
+
+
+def latent_linears(block: nn.Module, packed: PackedBlock) -> dict[str, FakeQuantLinear]:
+    """Give a block what ``packed`` has, its linears as :meth:`FakeQuantLinear.of_packed`; returns
+    them by name."""
+    device = next(block.parameters()).device
+    packed.install_dense(block)
+    linears: dict[str, FakeQuantLinear] = {}
+    for slot in slots(block, packed.linears):
+        bias = slot.linear().bias
+        linears[slot.name] = FakeQuantLinear.of_packed(packed.linears[slot.name].to(device), bias)
+        slot.set(linears[slot.name])
+    return linears
 
 
 def freeze_block(block: nn.Module, linears: dict[str, FakeQuantLinear]) -> PackedBlock:

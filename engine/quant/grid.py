@@ -14,6 +14,12 @@ marking the weights whose integer was not clamped:
     dW^/dW = inside
     dW^/ds = (q - z) - inside * W / s
     dW^/dz = -(1 - inside) * s
+
+A weight may also be counted in grid steps, ``V = W / s`` (as LR-QAT has it, arXiv 2406.06385, equation 4), so
+that it moves with its scale, and no integer changes because a scale does:
+
+    W^ = (clamp(round(V) + z, 0, Q) - z) * s
+    dW^/dV = inside * s,  dW^/ds = q - z,  dW^/dz = -(1 - inside) * s
 """
 
 from __future__ import annotations
@@ -58,16 +64,19 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weight_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, bits: int) -> Tensor:
+    def forward(
+        ctx: Any, weight_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, bits: int, in_steps: bool
+    ) -> Tensor:
         ctx.save_for_backward(weight_OI, scale_OG, zero_point_OG)
-        ctx.bits = bits
+        ctx.bits, ctx.in_steps = bits, in_steps
         scale = scale_OG.unsqueeze(-1)
         zero = zero_point_OG.round().clamp_(0, 2**bits - 1).unsqueeze(-1)
-        q = (_grouped(weight_OI, scale_OG.shape[1]) / scale).round_().add_(zero).clamp_(0, 2**bits - 1)
+        ratio = _grouped(weight_OI, scale_OG.shape[1]) / (1 if in_steps else scale)
+        q = ratio.round_().add_(zero).clamp_(0, 2**bits - 1)
         return q.sub_(zero).mul_(scale).reshape(weight_OI.shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight_OI, scale_OG, zero_point_OG = ctx.saved_tensors
         top = 2**ctx.bits - 1
         scale = scale_OG.unsqueeze(-1)
@@ -75,21 +84,23 @@ class _FakeQuantize(torch.autograd.Function):
         zero = rounded_zero.clamp(0, top).unsqueeze(-1)
         grad_OGg = _grouped(grads[0], scale_OG.shape[1])
 
-        ratio = _grouped(weight_OI, scale_OG.shape[1]) / scale
+        ratio = _grouped(weight_OI, scale_OG.shape[1]) / (1 if ctx.in_steps else scale)
         unclamped = ratio.round().add_(zero)
         inside = (unclamped >= 0) & (unclamped <= top)
         inside_grad = grad_OGg * inside
         grad_weight = grad_scale = grad_zero = None
         if ctx.needs_input_grad[1]:
             centred = unclamped.clamp_(0, top).sub_(zero)
-            grad_scale = (grad_OGg * centred).sum(-1) - (inside_grad * ratio).sum(-1)
+            grad_scale = (grad_OGg * centred).sum(-1)
+            if not ctx.in_steps:
+                grad_scale = grad_scale - (inside_grad * ratio).sum(-1)
         if ctx.needs_input_grad[2]:
             # Straight through the rounding of z, exact through its clamp.
             moves = ((rounded_zero >= 0) & (rounded_zero <= top)).to(grad_OGg.dtype)
             grad_zero = -(grad_OGg.sum(-1) - inside_grad.sum(-1)) * scale_OG * moves
         if ctx.needs_input_grad[0]:
-            grad_weight = inside_grad.reshape(weight_OI.shape)
-        return grad_weight, grad_scale, grad_zero, None
+            grad_weight = (inside_grad * scale if ctx.in_steps else inside_grad).reshape(weight_OI.shape)
+        return grad_weight, grad_scale, grad_zero, None, None
 
 
 def fake_quantize(weight_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, bits: int) -> Tensor:
@@ -97,7 +108,13 @@ def fake_quantize(weight_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, bi
 
     All three tensors are floating point and may require gradients.
     """
-    result: Tensor = _FakeQuantize.apply(weight_OI, scale_OG, zero_point_OG, bits)
+    result: Tensor = _FakeQuantize.apply(weight_OI, scale_OG, zero_point_OG, bits, False)
+    return result
+
+
+def fake_quantize_steps(steps_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor, bits: int) -> Tensor:
+    """The same of weights that are counted in grid steps."""
+    result: Tensor = _FakeQuantize.apply(steps_OI, scale_OG, zero_point_OG, bits, True)
     return result
 
 

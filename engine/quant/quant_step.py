@@ -72,6 +72,8 @@ class QuantStep:
     betas: tuple[float, float]
     eps: float
     weight_decay: float
+    in_steps: bool = False
+    """Whether the weight is counted in grid steps (:func:`~engine.quant.grid.fake_quantize_steps`)."""
 
     @property
     def groups(self) -> int:
@@ -124,6 +126,7 @@ class QuantStep:
             TRAIN_W=self.trains[0],
             TRAIN_S=self.trains[1],
             TRAIN_Z=self.trains[2],
+            IN_STEPS=self.in_steps,
             UPDATES=updates,
             ROWS=rows,
             COLUMNS=columns,
@@ -165,9 +168,9 @@ def _round(x):
 
 
 @triton.jit
-def _levels(weight, scale, zero):
+def _levels(weight, scale, zero, IN_STEPS: tl.constexpr):
     """``round(W / s) + z``, and ``W / s``; far outside the grid any large number will do."""
-    ratio = tl.div_rn(weight, scale)
+    ratio = weight if IN_STEPS else tl.div_rn(weight, scale)
     return _round(tl.minimum(tl.maximum(ratio, -1024.0), 1024.0)) + zero, ratio
 
 
@@ -187,7 +190,8 @@ def _quant_step(
     groups, lr_w, lr_s, lr_z, decay,
     GROUP: tl.constexpr, TOP: tl.constexpr, LARGEST: tl.constexpr,
     BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
-    TRAIN_W: tl.constexpr, TRAIN_S: tl.constexpr, TRAIN_Z: tl.constexpr, UPDATES: tl.constexpr,
+    TRAIN_W: tl.constexpr, TRAIN_S: tl.constexpr, TRAIN_Z: tl.constexpr,
+    IN_STEPS: tl.constexpr, UPDATES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -237,13 +241,17 @@ def _quant_step(
             if TRAIN_W:
                 avg = tl.load(w_avg_ptr + at, mask=here, other=0.0)
                 square = tl.load(w_square_ptr + at, mask=here, other=0.0)
-            level, ratio = _levels(weight, scale[:, None], zero[:, None])
+            level, ratio = _levels(weight, scale[:, None], zero[:, None], IN_STEPS)
             inside = (level >= 0.0) & (level <= TOP)
             centred = tl.minimum(tl.maximum(level, 0.0), TOP) - zero[:, None]
-            scale_grad += tl.sum(gradient * (centred - tl.where(inside, ratio, 0.0)), axis=1)
+            # A weight that is counted in steps scales with its grid, another one stays where it is.
+            slope = centred if IN_STEPS else centred - tl.where(inside, ratio, 0.0)
+            scale_grad += tl.sum(gradient * slope, axis=1)
             zero_grad -= tl.sum(tl.where(inside, 0.0, gradient), axis=1)
             if TRAIN_W:
                 gradient = tl.where(inside, gradient, 0.0)
+                if IN_STEPS:
+                    gradient = gradient * scale[:, None]
                 squares += tl.sum(gradient * gradient, axis=1)
                 weight, avg, square = _adamw(
                     weight, gradient, avg, square, lr_w * factor, decay, correction1, root2, BETA1, BETA2, EPS
@@ -300,7 +308,7 @@ def _quant_step(
             here = present[:, None] & (start + column < GROUP)[None, :]
             if not UPDATES:
                 weight = tl.load(w_ptr + at, mask=here, other=0.0)
-            level, _ratio = _levels(weight, scale[:, None], zero[:, None])
+            level, _ratio = _levels(weight, scale[:, None], zero[:, None], IN_STEPS)
             value = (tl.minimum(tl.maximum(level, 0.0), TOP) - zero[:, None]) * scale[:, None]
             tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=here & changes[:, None])
 

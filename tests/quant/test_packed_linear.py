@@ -154,7 +154,7 @@ def test_an_entry_of_an_earlier_version_has_the_grid_of_the_configuration() -> N
 )
 def test_a_stored_linear_says_where_its_zero_points_are_fixed(grid: Grid, stored: list[int]) -> None:
     """The first two as versions stored them that knew no other fixed zero point than a symmetric grid's."""
-    packed = FakeQuantLinear(nn.Linear(64, 32, bias=False), grid).freeze()
+    packed = FakeQuantLinear.of_linear(nn.Linear(64, 32, bias=False), grid).freeze()
     tensors = PackedBlock({"a": packed}).tensors()
     assert tensors["linear.a.grid"].tolist() == stored
     assert PackedBlock.from_tensors(tensors, Grid(3, 64)).linears["a"].grid == grid
@@ -223,7 +223,7 @@ def test_a_frozen_block_computes_what_the_trained_one_did(bits: int, fixed: str)
 
 def test_freezing_chooses_integers_for_the_float16_scale_that_is_saved() -> None:
     linear = nn.Linear(64, 8, bias=False)
-    fake = FakeQuantLinear(linear, Grid(8, 64))
+    fake = FakeQuantLinear.of_linear(linear, Grid(8, 64))
     with torch.no_grad():
         fake.scale.mul_(1.0003)
     packed = fake.freeze()
@@ -234,7 +234,7 @@ def test_freezing_chooses_integers_for_the_float16_scale_that_is_saved() -> None
 
 
 def test_projection_keeps_scales_positive_and_zero_points_in_range() -> None:
-    fake = FakeQuantLinear(nn.Linear(64, 8, bias=False), Grid(2, 32))
+    fake = FakeQuantLinear.of_linear(nn.Linear(64, 8, bias=False), Grid(2, 32))
     floor = fake.scale_floor.clone()
     with torch.no_grad():
         fake.scale.fill_(-1.0)
@@ -273,7 +273,7 @@ def test_an_unpacked_layer_still_learns_from_its_packed_weight() -> None:
 
 def test_training_keeps_scales_where_a_file_can_hold_them() -> None:
     """One rule for a scale on its way into a file, however it comes there."""
-    fake = FakeQuantLinear(nn.Linear(64, 8, bias=False), Grid(2, 32))
+    fake = FakeQuantLinear.of_linear(nn.Linear(64, 8, bias=False), Grid(2, 32))
     with torch.no_grad():
         fake.scale.fill_(1e6)
     fake.project()
@@ -287,7 +287,7 @@ def test_a_grid_begins_where_a_file_can_hold_it() -> None:
     with torch.no_grad():
         linear.weight[:4] *= 1e7
         linear.weight[4:] *= 1e-12
-    fake = FakeQuantLinear(linear, Grid(2, 32), method="minmax")
+    fake = FakeQuantLinear.of_linear(linear, Grid(2, 32), method="minmax")
     assert fake.scale.max() <= LARGEST_STORED_SCALE
     assert fake.scale_floor.min() >= SMALLEST_STORED_SCALE
     with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 pytest.importorskip("triton")
 
 from engine.config.grid import Grid
-from engine.quant.grid import fake_quantize, initial_range
+from engine.quant.grid import fake_quantize, fake_quantize_steps, initial_range
 from engine.quant.packed import LARGEST_STORED_SCALE
 from engine.quant.quant_step import CONTROLS, SKIP, Moments, QuantStep
 
@@ -35,6 +35,7 @@ class Both:
         decay: float = 0.0,
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        in_steps: bool = False,
     ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.bits, self.trains, self.shape = bits, trains, shape
@@ -45,6 +46,9 @@ class Both:
                 0, 2**bits - 1
             )
         self.floor = 0.99 * scale
+        self.quantize = fake_quantize_steps if in_steps else fake_quantize
+        if in_steps:
+            weight = weight / scale.repeat_interleave(shape[1] // scale.shape[1], 1)
         self.masters = [nn.Parameter(value.clone(), requires_grad=False) for value in (weight, scale, zero)]
         trained = [
             {"params": [p.requires_grad_(True)], "lr": lr}
@@ -67,6 +71,7 @@ class Both:
             betas=BETAS,
             eps=1e-8,
             weight_decay=decay,
+            in_steps=in_steps,
         )
         self.squares = torch.full((self.kernel.programs(),), torch.nan, device=DEVICE)
         self.step_number = 0
@@ -90,7 +95,7 @@ class Both:
             group["lr"] = rate * factor
         self.optimizer.zero_grad()
         weight, scale, zero = self.masters
-        fake_quantize(weight, scale, zero, self.bits).backward(gradient.float() * grad_factor)
+        self.quantize(weight, scale, zero, self.bits).backward(gradient.float() * grad_factor)
         squared = sum(p.grad.double().square().sum() for p in self.masters if p.grad is not None)
         self.optimizer.step()
         with torch.no_grad():
@@ -123,6 +128,10 @@ CASES: list[tuple[tuple[int, int], int, int, dict[str, Any]]] = [
     ((4, 512), 256, 4, {"trains": (True, False, False)}),
     ((130, 96), 48, 2, {}),
     ((1, 32), 32, 8, {"trains": (False, False, True)}),
+    ((5, 64), 32, 2, {"in_steps": True}),
+    ((3, 172), 172, 3, {"in_steps": True, "trains": (True, True, False)}),
+    ((3, 1025), -1, 2, {"in_steps": True, "decay": 0.1}),
+    ((33, 128), 64, 4, {"in_steps": True, "dtype": torch.float16}),
 ]
 
 
@@ -138,7 +147,7 @@ def test_steps_are_those_of_torch(
             assert torch.allclose(value, wanted, rtol=1e-6, atol=(1e-2 if bits == 8 else 2e-4) * rate)
         assert torch.allclose(both.squares.double().sum(), squared, rtol=1e-3)
         both.follow()
-        expected = fake_quantize(*both.masters, bits).to(both.quantized.dtype)
+        expected = both.quantize(*both.masters, bits).to(both.quantized.dtype)
         assert torch.equal(both.quantized, expected), "the next forward pass sees these very weights"
 
 
@@ -149,7 +158,7 @@ def test_quantizing_alone_gives_the_bits_of_the_plain_form(
     both = Both(shape, group_size, bits, seed=1, **options)
     before = [value.clone() for value in both.values()]
     both.kernel.requantize(torch.zeros(CONTROLS, device=DEVICE), both.squares)
-    assert torch.equal(both.quantized, fake_quantize(*both.masters, bits).to(both.quantized.dtype))
+    assert torch.equal(both.quantized, both.quantize(*both.masters, bits).to(both.quantized.dtype))
     assert all(torch.equal(a, b) for a, b in zip(before, both.values(), strict=True))
 
 

@@ -100,6 +100,7 @@ class FusedStepper(Stepper):
             betas=BETAS,
             eps=self.optimizer.defaults["eps"],
             weight_decay=self._decay,
+            in_steps=linear.in_steps,
         )
 
     def _moments(self, parameter: nn.Parameter, lr: float | None) -> Moments:

@@ -46,18 +46,22 @@ def train_scales(
     world: World = ALONE,
     recompute: bool = True,
     compiles: bool = False,
+    records: bool = False,
 ) -> NetworkResult:
     """Train the quantization parameters inside ``blocks`` (packed decoder blocks, on the device), in place.
 
     ``snapshot`` is the state to continue from, ``keeper`` keeps such states; ``recompute`` computes each
     block's activations again in the backward pass instead of keeping them; ``compiles`` compiles the blocks'
-    forward and backward, and the losses.
+    forward and backward, and the losses; ``records`` records them on a GPU, so that a micro-step is one
+    launch.
 
     Raises:
         NonFiniteError: if training diverges and two restarts at lower learning rates do not help.
         StopRequested: at a step boundary, after a stop was asked for.
     """
     network = _Scales(lm, blocks, data, config, dtype, recompute=recompute)
+    if records:
+        network.record(progress, WHERE)
     if compiles:
         network.compile(progress, WHERE)
     settings = Settings(

@@ -23,12 +23,14 @@ from engine.data.prefetch import to_device
 from engine.errors import NonFiniteError
 from engine.evaluation.perplexity import NO_LABEL
 from engine.gpu.compiled import SWITCH_HINT, Compiled
+from engine.gpu.recorded import Graphed
 from engine.methods.network.head_loss import HeadLoss
 from engine.methods.network.teacher import Teacher
 from engine.models.causal_lm import block_forward
 from engine.training.loop import NON_FINITE_HINT, Method, Settings, Training
 from engine.training.progress import Keeper, Progress
 from engine.training.snapshot import Snapshot
+from engine.training.stepper import Stepper
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
@@ -53,11 +55,28 @@ class NetworkResult:
 
 
 class _Batch(NamedTuple):
-    tokens_BT: Tensor
+    hidden_BTH: Tensor
+    """What the first block receives."""
     labels_T: Tensor
     """Of all sequences one after the other; -100 where a sequence ends."""
     teacher_TH: Tensor | None
     predictions: int
+
+    def copied(self) -> _Batch:
+        """The same in memory of its own."""
+        teacher = None if self.teacher_TH is None else self.teacher_TH.clone()
+        return _Batch(self.hidden_BTH.clone(), self.labels_T.clone(), teacher, self.predictions)
+
+    def take(self, other: _Batch) -> None:
+        """Hold what ``other`` does, in the same memory as before."""
+        self.hidden_BTH.copy_(other.hidden_BTH)
+        self.labels_T.copy_(other.labels_T)
+        if self.teacher_TH is not None and other.teacher_TH is not None:
+            self.teacher_TH.copy_(other.teacher_TH)
+
+
+Result = tuple[Tensor, tuple[Tensor, ...]]
+"""Loss and gradients of a micro-batch."""
 
 
 class Network(Method):
@@ -80,6 +99,8 @@ class Network(Method):
         self.head = HeadLoss(lm)
         self._train_forward: Callable[..., Tensor] = block_forward
         """A block's forward pass in the steps; compiled where that pays. Validations stay plain."""
+        self._told: Callable[[str], None] | None = None
+        """Is told why micro-steps cannot be recorded; none where nobody wants them recorded."""
 
     def compile(self, progress: Progress, where: str) -> None:
         """Compile the blocks' steps and the losses; what cannot be is said and stays as it is."""
@@ -96,16 +117,51 @@ class Network(Method):
         )
         self.head.compile(expect_silence=progress.expect_silence, on_failure=slower("losses"))
 
-    def hidden(self, tokens_BT: Tensor) -> Tensor:
-        """Last hidden states (before the final norm), ``[B, T, H]``."""
-        hidden = self.lm.embed(tokens_BT).to(self.dtype)
+    def record(self, progress: Progress, where: str) -> None:
+        """Record a micro-step on a GPU and replay it; what cannot be is said and stays as it is."""
+        self._told = lambda why: progress.warning(
+            "compile", f"{where}: steps are slower, they cannot be recorded: {why}", hint=SWITCH_HINT
+        )
+
+    # Forward and backward
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What a micro-step differentiates by, in the order of its gradients."""
+        return [parameter for group in self.groups for parameter in group.parameters]
+
+    def stepper(self, settings: Settings) -> Stepper:
+        stepper = self.make_stepper(settings)
+        self._scale = stepper.scale
+        share = min(settings.batch_size, self.data.train) // settings.world.size
+        self._begin(settings.micro_batch, share)
+        return stepper
+
+    def make_stepper(self, settings: Settings) -> Stepper:
+        """The optimizer, new."""
+        return super().stepper(settings)
+
+    def _begin(self, micro_batch: int, share: int) -> None:
+        """Micro-batches of the usual size have fixed places from their first on; what was recorded is
+        void."""
+        count = min(micro_batch, share)
+        self._share, self._usual = share, (count, count / share)
+        self._fixed: _Batch | None = None
+        self._graph = Graphed(self._fixed_step, self.lm.device, self._told or (lambda why: None))
+
+    def _fixed_step(self) -> Result:
+        assert self._fixed is not None
+        return self._differentiate(self._fixed, self._usual[1])
+
+    def hidden(self, hidden: Tensor) -> Tensor:
+        """Last hidden states (before the final norm) of what the first block receives, both ``[B, T, H]``."""
         if not torch.is_grad_enabled():
             for index, block in enumerate(self.blocks):
                 hidden = self.lm.run_block(block, index, hidden)
             return hidden
         # So that the first block is compiled like the others.
         hidden = hidden.detach().requires_grad_(self._train_forward is not block_forward)
-        batch, length = tokens_BT.shape
+        batch, length = hidden.shape[:2]
         for index, block in enumerate(self.blocks):
             arguments = self.lm.block_kwargs(index, batch, length, hidden.dtype)
             if self.recompute:
@@ -127,21 +183,45 @@ class Network(Method):
         tokens = self.data.tokens[rows]
         labels = torch.full_like(tokens, NO_LABEL)
         labels[:, :-1] = tokens[:, 1:]
-        tokens, labels = to_device(tokens, self.lm.device), to_device(labels, self.lm.device)
+        tokens, labels = to_device(tokens, self.lm.device), to_device(labels, self.lm.device).flatten()
+        hidden = self.lm.embed(tokens).to(self.dtype)
         if self.data.teacher is None:
-            return _Batch(tokens, labels.flatten(), None, tokens.numel() - len(rows))
-        return _Batch(tokens, labels.flatten(), self.data.teacher.read(rows).flatten(0, 1), tokens.numel())
+            return _Batch(hidden, labels, None, tokens.numel() - len(rows))
+        return _Batch(hidden, labels, self.data.teacher.read(rows).flatten(0, 1), tokens.numel())
 
     def micro_step(self, rows: Tensor, weight: float, scale: Callable[[Tensor], Tensor]) -> Tensor:
         batch = self.batch(rows)
-        hidden_BTH = self.hidden(batch.tokens_BT)
+        if self._told is None or (len(rows), weight) != self._usual:
+            loss, gradients = self._differentiate(batch, weight)
+            self.add(gradients, weight, fixed=False)
+        elif self._fixed is None:
+            self._fixed = batch.copied()
+            loss, gradients = self._fixed_step()
+            self.add(gradients, weight, fixed=False)
+        else:
+            self._fixed.take(batch)
+            loss, gradients = self._graph()
+            self.add(gradients, weight, fixed=self._graph.recorded)
+        return loss
+
+    def _differentiate(self, batch: _Batch, weight: float) -> Result:
+        with torch.enable_grad():
+            hidden_BTH = self.hidden(batch.hidden_BTH)
         # Every position is predicted from its own hidden state alone: the batch is one row of tokens.
         flat_TH = hidden_BTH.detach().flatten(0, 1)
         loss, gradient_TH = self.head.gradient(
-            flat_TH, batch.labels_T, batch.teacher_TH, weight / batch.predictions, scale
+            flat_TH, batch.labels_T, batch.teacher_TH, weight / batch.predictions, self._scale
         )
-        hidden_BTH.backward(gradient_TH.view_as(hidden_BTH))
-        return loss
+        return loss, torch.autograd.grad(hidden_BTH, self.leaves, gradient_TH.view_as(hidden_BTH))
+
+    def add(self, gradients: tuple[Tensor, ...], weight: float, *, fixed: bool) -> None:
+        """Add a micro-batch's gradients, whose part of the batch is ``weight``, to those before it; ``fixed``
+        ones lie where the next ones will."""
+        for leaf, gradient in zip(self.leaves, gradients, strict=True):
+            if leaf.grad is not None:
+                leaf.grad += gradient
+            else:
+                leaf.grad = gradient.clone() if fixed and weight < 1 else gradient
 
     def upcoming(self, rows: Tensor) -> None:
         if self.data.teacher is not None:
@@ -151,7 +231,11 @@ class Network(Method):
         if self.recompute:
             return ""
         self.recompute = True
+        self._begin(self._usual[0], self._share)
         return "recomputing activations"
+
+    def memory_is_short(self, micro_batch: int) -> None:
+        self._begin(micro_batch, self._share)
 
     @torch.no_grad()
     def validate(self, micro_batch: int) -> float | None:
@@ -162,7 +246,7 @@ class Network(Method):
         for part in rows.split(micro_batch):
             self.poll()
             batch = self.batch(part)
-            flat_TH = self.hidden(batch.tokens_BT).flatten(0, 1)
+            flat_TH = self.hidden(batch.hidden_BTH).flatten(0, 1)
             loss = self.head.value(flat_TH, batch.labels_T, batch.teacher_TH)
             total += loss * (len(part) / len(rows) / batch.predictions)
         return total.item()

@@ -17,7 +17,7 @@ from engine.plan.costs import Steps, Text
 from engine.plan.estimate import CONSTANTS, Workload
 from engine.plan.memory_terms import Form, activation_bytes, largest_linear, logits
 from engine.plan.network_training import NetworkTraining
-from engine.plan.rates import COMPILING_PAYS, Speed, forward_flops, unpacking
+from engine.plan.rates import COMPILING_PAYS, PassageCost, Speed, forward_flops, unpacking
 
 
 class E2EQPCosts(NetworkTraining):
@@ -33,6 +33,14 @@ class E2EQPCosts(NetworkTraining):
     # Memory
 
     def network_memory(self, work: Workload) -> dict[str, int]:
+        return {
+            **self.blocks_and_optimizer(work),
+            "activations": self._activations(work),
+            **self._head_and_backward(work),
+        }
+
+    def blocks_and_optimizer(self, work: Workload) -> dict[str, int]:
+        """All blocks, and what training them keeps beside activations."""
         arch, grid = work.arch, work.config.grid
         scales = arch.blocks * arch.groups_per_block(grid.group_size)
         return {
@@ -40,8 +48,6 @@ class E2EQPCosts(NetworkTraining):
             + scales
             + arch.blocks * (arch.norm_params_per_block + arch.bias_params_per_block) * work.model_bytes,
             "scales and optimizer": 4 * scales + (4 + 8) * self.trained_parameters(work),
-            "activations": self._activations(work),
-            **self._head_and_backward(work),
         }
 
     def _block(self, work: Workload) -> int:
@@ -85,15 +91,21 @@ class E2EQPCosts(NetworkTraining):
     # Time
 
     def steps(self, work: Workload, rates: Speed) -> Steps:
-        """Compiled where that pays, judged by the matrix products: what compiling saves is a part of them."""
-        if not self.may_compile(work):
+        """Recorded on every GPU. Compiled where that pays: it saves most of the traffic between products."""
+        if not self.may_compile(work) or work.config.runtime.compile == "off":
             return Steps()
-        if work.config.runtime.compile != "auto":
-            return Steps(compiled=work.config.runtime.compile == "on")
-        section = self.section(work.config)
+        if work.config.runtime.compile == "on":
+            return Steps(recorded=True, compiled=True)
+        saved = self._traffic(work, rates.passage) - self._traffic(work, rates.compiled_passage)
+        return Steps(recorded=True, compiled=saved >= COMPILING_PAYS)
+
+    def _traffic(self, work: Workload, cost: PassageCost) -> float:
+        """Seconds of all that lies between the products of blocks."""
+        section, arch = self.section(work.config), work.arch
+        factor = 4 if self.recomputes(work) else 3
         tokens = section.epochs * section.sequences * section.sequence_length
-        products = 3 * tokens * work.arch.blocks * forward_flops(work.arch, section.sequence_length)
-        return Steps(compiled=products / rates.flops >= COMPILING_PAYS)
+        # A backward pass moves one and a half times what a forward pass does.
+        return (factor - 0.5) * tokens * arch.blocks * arch.hidden * cost.per_number
 
     def training_seconds(self, work: Workload, rates: Speed) -> float:
         section, arch = self.section(work.config), work.arch
@@ -107,9 +119,15 @@ class E2EQPCosts(NetworkTraining):
         flops = training * length * (factor * forward + 2 * head + teacher)
         flops += validation * length * (forward + head + teacher)
         micro_steps = math.ceil(training / section.micro_batch_size)
-        cost = rates.compiled_passage if self.steps(work, rates).compiled else rates.passage
-        # A backward pass moves one and a half times what a forward pass does.
-        traffic = (factor - 0.5) * training * length * arch.blocks * arch.hidden * cost.per_number
-        unpacked = micro_steps * arch.blocks * factor * unpacking(work, rates)
-        launches = micro_steps * arch.blocks * cost.launch * factor
+        steps = self.steps(work, rates)
+        cost = rates.compiled_passage if steps.compiled else rates.passage
+        traffic = self._traffic(work, cost)
+        unpacked = self.unpacked_seconds(work, rates, micro_steps)
+        # Recorded, a micro-step is one launch.
+        launches = 0.0 if steps.recorded else micro_steps * arch.blocks * cost.launch * factor
         return max(flops / rates.flops + traffic + unpacked, launches)
+
+    def unpacked_seconds(self, work: Workload, rates: Speed, micro_steps: int) -> float:
+        """What goes over the weights beside their products."""
+        factor = 4 if self.recomputes(work) else 3
+        return micro_steps * work.arch.blocks * factor * unpacking(work, rates)

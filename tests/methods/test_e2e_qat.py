@@ -1,0 +1,293 @@
+"""E2E-QAT against a loop written by hand over the whole transformers model, and what it promises."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import tiny
+import torch
+from quiet import Heard
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from engine.config.e2e_qat import E2EQATConfig
+from engine.config.grid import GridConfig
+from engine.config.model import ModelConfig
+from engine.data.activations import make_store
+from engine.data.sampler import BatchSampler
+from engine.errors import NonFiniteError, StopRequested
+from engine.methods.blockwise.rtn import round_to_nearest
+from engine.methods.network.e2e_qat import train_weights
+from engine.methods.network.network import NetworkData, NetworkResult
+from engine.methods.network.teacher import Teacher
+from engine.models.causal_lm import CausalLM
+from engine.models.source import ModelSource
+from engine.quant.fake_linear import FakeQuantLinear, latent_linears
+from engine.quant.packed import PackedBlock, PackedWeight
+from engine.quant.slots import slot
+from engine.training.schedule import cosine_factor
+from engine.training.snapshot import Snapshot
+
+CPU = torch.device("cpu")
+TRAIN, VAL, LENGTH = 8, 2, 16
+GRID = GridConfig(bits=2, group_size=32)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny.build(tmp_path / "model", "llama2", num_hidden_layers=2, tie_word_embeddings=True)
+
+
+@pytest.fixture
+def lm(folder: Path) -> CausalLM:
+    return CausalLM(ModelSource.open(ModelConfig(source=str(folder))), CPU, torch.float32)
+
+
+def settings(**changes: Any) -> E2EQATConfig:
+    config = E2EQATConfig(
+        enabled=True,
+        sequences=TRAIN,
+        val_sequences=0,
+        sequence_length=LENGTH,
+        batch_size=4,
+        micro_batch_size=2,
+        epochs=3,
+        loss="cross_entropy",
+        lr_weight=0.2,
+        lr_quant=0.02,
+        warmup_fraction=0.2,
+    )
+    return msgspec.structs.replace(config, **changes)
+
+
+def rounded(lm: CausalLM, grid: GridConfig = GRID) -> list[PackedBlock]:
+    return [round_to_nearest(lm.load_block(i), lm.linear_names(i), grid) for i in range(lm.blocks)]
+
+
+def data(lm: CausalLM, config: E2EQATConfig) -> NetworkData:
+    ids = tiny.tokens(TRAIN + config.val_sequences, LENGTH, seed=3)
+    if config.loss == "cross_entropy":
+        return NetworkData(ids, TRAIN, None)
+    hidden = lm.embed(ids)
+    for index in range(lm.blocks):
+        hidden = lm.run_block(lm.load_block(index), index, hidden)
+    store = make_store("device", (*ids.shape, lm.hidden_size), torch.float32, CPU)
+    store.write(0, hidden)
+    return NetworkData(ids, TRAIN, Teacher(store))
+
+
+class Trained:
+    """All linears of a model before and after."""
+
+    def __init__(self, lm: CausalLM, config: E2EQATConfig, grid: GridConfig = GRID, **options: Any) -> None:
+        self.before = rounded(lm, grid)
+        blocks = [lm.load_block(index) for index in range(lm.blocks)]
+        linears = [latent_linears(block, packed) for block, packed in zip(blocks, self.before, strict=True)]
+        self.linears: dict[str, FakeQuantLinear] = {
+            f"{index}.{name}": linear for index, named in enumerate(linears) for name, linear in named.items()
+        }
+        self.start = {name: linear.freeze() for name, linear in self.linears.items()}
+        options = {"progress": Heard(), "recompute": False} | options
+        self.result: NetworkResult = train_weights(
+            lm, blocks, data(lm, config), config.resolved(grid), seed=5, dtype=torch.float32, **options
+        )
+
+    def packed(self) -> dict[str, PackedWeight]:
+        return {name: linear.freeze() for name, linear in self.linears.items()}
+
+
+class ByHand(nn.Module):
+    """The same grid by plain operations, so that autograd derives its gradients."""
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        self.zero = weight.zero_point.float().unsqueeze(-1)
+        codes = weight.codes().float().reshape(*weight.scale.shape, -1)
+        self.steps = nn.Parameter(codes - self.zero)
+        self.scale = nn.Parameter(weight.scale.float())
+        self.top = 2**weight.bits - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        rounded = self.steps + (self.steps.round() - self.steps).detach()
+        q = (rounded + self.zero).clamp(0, self.top)
+        return functional.linear(x, ((q - self.zero) * self.scale.unsqueeze(-1)).flatten(1))
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
+def test_a_loop_written_by_hand_gives_the_same_weights_and_scales(
+    folder: Path, lm: CausalLM, loss: str
+) -> None:
+    config = settings(loss=loss)
+    ours = Trained(lm, config)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    teacher = AutoModelForCausalLM.from_pretrained(folder).eval()
+    by_hand = {name: ByHand(weight) for name, weight in ours.start.items()}
+    for name, linear in by_hand.items():
+        index, _, inner = name.partition(".")
+        slot(model, f"model.layers.{index}.{inner}").set(linear)
+    groups = [{"params": [linear.steps], "lr": 0.2} for linear in by_hand.values()]
+    groups += [
+        {"params": [linear.scale], "lr": 0.02 * linear.scale.mean().item()} for linear in by_hand.values()
+    ]
+    rates = [group["lr"] for group in groups]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0, fused=False)
+    sampler = BatchSampler(TRAIN, 4, 3, seed=5)
+    ids = tiny.tokens(TRAIN, LENGTH, seed=3)
+    for _, step, rows in sampler:
+        logits = model(ids[rows]).logits
+        if loss == "kl":
+            with torch.no_grad():
+                target = teacher(ids[rows]).logits.log_softmax(-1)
+            value = (target.exp() * (target - logits.log_softmax(-1))).sum(-1).mean()
+        else:
+            value = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[rows][:, 1:].flatten())
+        optimizer.zero_grad()
+        value.backward()
+        warmup = math.ceil(0.2 * sampler.steps)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * cosine_factor(step, sampler.steps, 0.0, warmup)
+        optimizer.step()
+    for name, linear in by_hand.items():
+        assert_same_but_for_few(ours.linears[name].weight.flatten(), linear.steps.flatten(), 2e-3)
+        assert_same_but_for_few(ours.linears[name].scale, linear.scale, 2e-5)
+
+
+def assert_same_but_for_few(one: Tensor, other: Tensor, tolerance: float) -> None:
+    """Adam divides a gradient by its own size: next to nothing, rounding decides its direction."""
+    off = ~torch.isclose(one, other, rtol=1e-3, atol=tolerance)
+    assert off.float().mean() < 0.02, f"{off.sum()} of {off.numel()} differ"
+
+
+def test_it_starts_as_the_very_model_that_was_packed(lm: CausalLM) -> None:
+    before = rounded(lm)
+    for index, packed in enumerate(before):
+        linears = latent_linears(lm.load_block(index), packed)
+        for name, linear in linears.items():
+            again = linear.freeze()
+            assert torch.equal(again.words, packed.linears[name].words)
+            assert torch.equal(again.scale, packed.linears[name].scale)
+            assert torch.equal(again.zero_point, packed.linears[name].zero_point)
+            x = torch.randn(3, again.in_features)
+            torch.testing.assert_close(linear(x), functional.linear(x, again.dequantize()))
+
+
+def test_integers_and_scales_move_and_zero_points_only_where_asked(lm: CausalLM) -> None:
+    trained = Trained(lm, settings(lr_weight=0.5))
+    moved = sum(
+        int((weight.codes() != trained.start[name].codes()).sum())
+        for name, weight in trained.packed().items()
+    )
+    assert moved > 0
+    for name, weight in trained.packed().items():
+        assert not torch.equal(weight.scale, trained.start[name].scale)
+        assert torch.equal(weight.zero_point, trained.start[name].zero_point)
+        assert weight.codes().max() <= 3
+    with_zero_points = Trained(
+        lm, settings(train=("weights", "zero_points"), lr_weight=1.0, lr_quant=0.6)
+    ).packed()
+    assert any(
+        not torch.equal(w.zero_point, trained.start[n].zero_point) for n, w in with_zero_points.items()
+    )
+    assert all(w.zero_point.max() <= 3 for w in with_zero_points.values())
+
+
+def test_a_scale_that_moves_changes_no_integer(lm: CausalLM) -> None:
+    for name, weight in (trained := Trained(lm, settings(train=("scales",), lr_quant=0.1))).packed().items():
+        assert torch.equal(weight.words, trained.start[name].words)
+        assert not torch.equal(weight.scale, trained.start[name].scale)
+
+
+@pytest.mark.parametrize("option", ["recompute", "micro_batch"])
+def test_memory_is_saved_without_other_numbers(lm: CausalLM, option: str) -> None:
+    one = Trained(lm, settings(micro_batch_size=4))
+    if option == "recompute":
+        other = Trained(lm, settings(micro_batch_size=4), recompute=True)
+    else:
+        other = Trained(lm, settings(micro_batch_size=1))
+    for name, linear in one.linears.items():
+        assert_same_but_for_few(linear.weight.flatten(), other.linears[name].weight.flatten(), 2e-3)
+
+
+@pytest.mark.parametrize("micro_batch", [4, 2, 3])
+def test_the_fast_form_takes_the_steps_of_the_plain_one(lm: CausalLM, micro_batch: int) -> None:
+    """One kernel a linear, by Triton's interpreter; with 3, micro-batches are of two sizes."""
+    pytest.importorskip("triton")
+    config = settings(batch_size=4, micro_batch_size=micro_batch, loss="kl", val_sequences=VAL, epochs=2)
+    plain, fast = Trained(lm, config), Trained(lm, config, fast=True)
+    assert fast.result.val_loss == pytest.approx(plain.result.val_loss, rel=1e-3)
+    for name, linear in plain.linears.items():
+        assert fast.linears[name].quantized is None, "the memory is given back"
+        assert_same_but_for_few(fast.linears[name].weight.flatten(), linear.weight.flatten(), 2e-3)
+        assert_same_but_for_few(fast.linears[name].scale, linear.scale, 2e-5)
+
+
+def test_fixed_zero_points_stay_and_leave_what_is_trained(lm: CausalLM) -> None:
+    grid = GridConfig(bits=2, group_size=32, zero_point="fixed")
+    config = settings(train=("weights", "scales", "zero_points"))
+    assert config.resolved(grid).train == ("weights", "scales")
+    for weight in Trained(lm, config, grid).packed().values():
+        assert weight.zero_point.unique().tolist() == [1]
+
+
+def test_the_best_validated_state_is_kept(lm: CausalLM) -> None:
+    trained = Trained(lm, settings(loss="kl", val_sequences=VAL, lr_weight=50.0, lr_quant=5.0))
+    for name, weight in trained.packed().items():
+        assert torch.equal(weight.words, trained.start[name].words)
+        assert torch.equal(weight.scale, trained.start[name].scale)
+
+
+def test_training_lowers_the_divergence_it_trains_on(lm: CausalLM) -> None:
+    result = Trained(lm, settings(loss="kl", val_sequences=VAL, epochs=12, lr_weight=0.05)).result
+    assert result.initial_loss is not None
+    assert result.val_loss is not None
+    assert result.val_loss < result.initial_loss
+
+
+def test_divergence_names_the_phase(lm: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned = lambda *_: NetworkData(  # noqa: E731
+        tiny.tokens(TRAIN, LENGTH, seed=3), TRAIN, Teacher(store)
+    )
+    store = make_store("device", (TRAIN, LENGTH, lm.hidden_size), torch.float32, CPU)
+    store.write(0, torch.full((TRAIN, LENGTH, lm.hidden_size), torch.nan))
+    monkeypatch.setitem(globals(), "data", poisoned)
+    with pytest.raises(NonFiniteError, match="e2e_qat"):
+        Trained(lm, settings(loss="kl"), progress=Heard(due=True))
+
+
+class Interrupter(Heard):
+    """Takes the state at one boundary, through what a file can hold, and ends the training there."""
+
+    def __init__(self, stop_at: int) -> None:
+        super().__init__()
+        self.at, self.seen = stop_at, 0
+        self.left: Snapshot | None = None
+
+    def step_boundary(self, state: Callable[[], Snapshot]) -> None:
+        self.seen += 1
+        if self.seen == self.at:
+            tensors, facts = state()
+            self.left = Snapshot(
+                {name: tensor.clone() for name, tensor in tensors.items()}, json.loads(json.dumps(facts))
+            )
+            raise StopRequested
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
+def test_a_training_that_was_interrupted_ends_with_the_same_bits(lm: CausalLM, stop_at: int) -> None:
+    config = settings(loss="kl", val_sequences=VAL)
+    whole = Trained(lm, config).packed()
+    keeper = Interrupter(stop_at)
+    with pytest.raises(StopRequested):
+        Trained(lm, config, keeper=keeper)
+    assert keeper.left is not None
+    continued = Trained(lm, config, snapshot=keeper.left).packed()
+    for name, weight in whole.items():
+        assert torch.equal(continued[name].words, weight.words)
+        assert torch.equal(continued[name].scale, weight.scale)
