@@ -93,6 +93,15 @@ STAGES = Table(
         about="Every weight goes to the nearest point of its group's grid.",
     ),
     Stage(
+        name="imported",
+        label="as imported",
+        scope="block",
+        doing="import",
+        run="engine.phases.imported:import_blocks",
+        costs="engine.plan.stages.imported:ImportCosts",
+        about="The blocks are those of a quantized checkpoint, integer by integer.",
+    ),
+    Stage(
         name="block_ap",
         label="Block-AP",
         scope="block",
@@ -141,11 +150,12 @@ def phases_of(config: RunConfig) -> list[str]:
 
     Full precision is measured before anything is trained: a model that is broken says so at once. What plain
     rounding gives is only there to be compared with the trained blocks, so training does not wait for it.
+    Both need the original model, which a run of imported blocks may not have.
     """
     made = stages_of(config)
-    measured = (
-        [stage for stage in STAGES if stage.baseline or stage in made] if config.evaluation.enabled else []
-    )
+    compares = not config.imported.lacks_original
+    measured = [stage for stage in STAGES if (stage.baseline and compares) or stage in made]
+    measured = measured if config.evaluation.enabled else []
 
     def evaluations(scope: Scope) -> list[str]:
         return [f"{EVALUATE}{stage.name}" for stage in measured if stage.scope == scope]
