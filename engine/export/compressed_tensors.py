@@ -189,6 +189,6 @@ class CompressedTensorsReader(CheckpointReader):
 
     def linear_shape(self, prefix: str) -> tuple[int, int]:
         shape = self.stored(f"{prefix}.weight_shape").flatten().tolist()
-        if len(shape) != 2 or min(shape) < 1:
+        if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
             raise damaged(self.directory, f"{prefix}.weight_shape is {str(shape)[:40]}")
-        return int(shape[0]), int(shape[1])
+        return shape[0], shape[1]

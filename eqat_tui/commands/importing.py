@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from engine.config.run import RunConfig
-from engine.errors import ExitCode, UsageError
+from engine.errors import UsageError
 from eqat_tui.commands.options import Data, Detach, Device, Json, RunsDir, Settings
 
 DECIDED = ("grid.bits", "grid.group_size", "grid.symmetric", "grid.zero_point", "model.source")
@@ -62,7 +62,7 @@ def import_checkpoint(
     wanted = _wanted(settings, data, device)
     place = default_runs_dir(runs_dir)
     moving = colour_wanted(sys.stderr) and not as_json
-    _config(preset, wanted)  # what was mistyped is told before anything is read
+    _config(preset, {**_made_of(folder), **wanted})  # what was mistyped is told before anything is read
     found = importable(folder, reference and os.path.expanduser(reference), told(moving))
     if moving:
         say("\r\033[K", end="")
@@ -74,7 +74,7 @@ def import_checkpoint(
         return actions.print_plan(config, place, as_json=as_json)
     check_runs_dir(place)
     check(make_plan(config, runs_dir=place))
-    return actions.start(RunDirectory.create(place, config), detach=detach, as_json=as_json) or ExitCode.DONE
+    return actions.start(RunDirectory.create(place, config), detach=detach, as_json=as_json)
 
 
 def _wanted(settings: list[str] | None, data: str | None, device: str | None) -> dict[str, object]:
@@ -93,16 +93,23 @@ def _wanted(settings: list[str] | None, data: str | None, device: str | None) ->
     return wanted
 
 
+def _made_of(folder: object) -> dict[str, object]:
+    """What makes a run one of imported blocks."""
+    return {
+        "model.source": str(folder),
+        "imported.enabled": True,
+        "block_ap.enabled": False,
+        "e2e_qp.enabled": False,
+    }
+
+
 def _imported(folder: object, found: Mapping[str, Any], wanted: Mapping[str, object]) -> dict[str, object]:
     """What follows from the checkpoint, and is not typed."""
     from eqat_tui.output import say
 
     settings: dict[str, object] = {
-        "model.source": str(folder),
-        "imported.enabled": True,
+        **_made_of(folder),
         "imported.reference": found["reference"],
-        "block_ap.enabled": False,
-        "e2e_qp.enabled": False,
         **{f"grid.{name}": found[name] for name in ("bits", "group_size", "symmetric", "zero_point")},
     }
     if not found["reference"] and str(wanted.get("e2e_qp.enabled")).lower() == "true":
@@ -124,6 +131,5 @@ def _config(preset: str | None, overrides: Mapping[str, object]) -> RunConfig:
         config = resolve(load(preset, overrides=overrides))
     else:
         config = resolve(apply_overrides(run_config()(name="imported"), overrides))
-    if config.model.source:
-        validate(config)
+    validate(config)
     return config

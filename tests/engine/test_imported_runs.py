@@ -1,4 +1,4 @@
-"""Runs that are made of somebody's quantized checkpoint: what is done with them is what is done with any run."""
+"""Runs that are made of a quantized checkpoint: what is done with them is what is done with any run."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_with_its_original_a_run_is_compared_and_taught_as_any_other(
     assert run_here(run) == 0, output(run)
     found = measured(run)
     before = measured(finished_once(**{"grid.bits": 3, "export.formats": list(FORMATS[3])}))
-    assert list(found) == ["fp", "imported", "rtn", "e2e_qp"]
+    assert list(found) == ["fp", "rtn", "imported", "e2e_qp"]
     assert found["fp"] == before["fp"]
     assert found["rtn"] == pytest.approx(before["rtn"], rel=0.01)
     assert run_here(run, "--task", "generate", "--prompt", "a b c", "--new-tokens", "3") == 0, output(run)
