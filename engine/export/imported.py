@@ -6,7 +6,8 @@ is the run's model, and where somebody asks for a weight, the dequantized one.
 
 What a run could not go on from is refused by its name: integers of other widths or in groups of other sizes,
 inputs in another order than their groups (``desc_act``), several grids, linears outside of the blocks that
-are quantized (a head), scales that float16 cannot hold or that are not above zero.
+are quantized (a head), scales that are zero or that float16 cannot hold. Scales below zero, which auto-round
+makes on symmetric grids, stay what they are.
 """
 
 from __future__ import annotations
@@ -262,8 +263,6 @@ def _unfit(parts: dict[str, Tensor], bits: int) -> str:
     listed = parts.get("group indices")
     if listed is not None and not torch.equal(listed.to(torch.int32), regular_groups(inputs, groups)):
         return "its inputs are in activation order (desc_act, g_idx), which a run cannot hold"
-    if count := int((scales < 0).sum()):
-        return f"{count} of {scales.numel()} scales are below zero"
     if count := int((scales.to(torch.float16).to(scales.dtype) != scales).sum()):
         return f"{count} of {scales.numel()} scales do not fit float16"
     return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_runs import Child, exported, failure, of, output, run_here
+from safetensors.torch import load_file, save_file
 
 from engine.checkpoints.store import CheckpointStore
 from engine.config.grid import Grid
@@ -94,6 +96,27 @@ def test_end_to_end_training_goes_on_from_an_import_and_makes_its_loss_smaller(
     assert of(run, events.Export)[-1].verified
 
 
+def test_scales_below_zero_are_trained_and_stay_below_it(
+    make: Make, checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    place = shutil.copytree(checkpoint(), tmp_path / "theirs")
+    tensors = load_file(place / WEIGHTS)
+    for name in [name for name in tensors if name.endswith(".scales")]:
+        # The same weights: (q - z) s = ((Q - q) - (Q - z)) (-s).
+        linear = name.removesuffix(".scales")
+        tensors[name] = -tensors[name]
+        for part in ("qweight", "qzeros"):
+            tensors[f"{linear}.{part}"] = ~tensors[f"{linear}.{part}"]
+    save_file(tensors, place / WEIGHTS, {"format": "pt"})
+    more = {"e2e_qp.enabled": True, "e2e_qp.loss": "cross_entropy", "e2e_qp.epochs": 4}
+    turned, plain = (make(**settings(path, **more)) for path in (place, checkpoint()))
+    assert (run_here(turned), run_here(plain)) == (0, 0), output(turned)
+    assert measured(turned) == pytest.approx(measured(plain), rel=1e-4)
+    assert measured(turned)["e2e_qp"] != measured(turned)["imported"]
+    scales = [t for name, t in load_file(turned.export_dir / "gptq_v2" / WEIGHTS).items() if "scales" in name]
+    assert all(bool((tensor < 0).all()) for tensor in scales)
+
+
 def test_with_its_original_a_run_is_compared_and_taught_as_any_other(
     make: Make, checkpoint: Callable[..., Path], finished_once: Make
 ) -> None:
@@ -157,8 +180,6 @@ def test_an_import_that_is_killed_goes_on_and_comes_out_the_same(
 def test_another_checkpoint_under_the_same_run_is_refused(
     make: Make, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    import shutil
-
     place = shutil.copytree(checkpoint(), tmp_path / "theirs")
     run = make(**settings(place, **{"export.formats": []}))
     assert run_here(run) == 0, output(run)
@@ -219,8 +240,6 @@ def test_what_the_command_refuses_leaves_nothing_behind(
 def test_a_checkpoint_that_cannot_be_imported_leaves_nothing_behind(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    import shutil
-
     place = shutil.copytree(checkpoint(), tmp_path / "theirs")
     os.truncate(place / WEIGHTS, (place / WEIGHTS).stat().st_size - 10)
     refused = eqat(tmp_path / "runs", "import", str(place))
