@@ -37,6 +37,8 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     """The published method that it is a part of, with the other stages that say the same."""
     baseline: bool = False
     """It is measured whether or not another stage makes the blocks; it makes them where none does."""
+    offered: bool = True
+    """It can be chosen for a model; false where a command of its own makes the runs that have it."""
     run: str = ""
     """``module:function`` that makes it: called with the run's :class:`~engine.phases.job.Job`."""
     block: str = "engine.phases.job:Job.packed_block"
@@ -97,6 +99,7 @@ STAGES = Table(
         label="as imported",
         scope="block",
         doing="import",
+        offered=False,
         run="engine.phases.imported:import_blocks",
         costs="engine.plan.stages.imported:ImportCosts",
         about="The blocks are those of a quantized checkpoint, integer by integer.",
