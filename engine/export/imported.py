@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,21 +103,16 @@ class PackedWeights(SafetensorsReader):
         return linear if linear != name and linear in self.linears else None
 
 
-class fitting:
+@contextmanager
+def fitting(linear: str, where: str) -> Iterator[None]:
     """What tensors raise that do not fit each other is told as the fault of the file that it is."""
-
-    def __init__(self, linear: str, where: str) -> None:
-        self.linear, self.where = linear, where
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, UNFIT) and not isinstance(error, EqatError | torch.OutOfMemoryError):
-            said = (str(error).splitlines() or [""])[0][:120]
-            raise PreflightError(
-                f"the tensors of {self.linear} do not fit each other: {said}", where=self.where
-            ) from error
+    try:
+        yield
+    except (EqatError, torch.OutOfMemoryError):
+        raise
+    except UNFIT as error:
+        said = (str(error).splitlines() or [""])[0][:120]
+        raise PreflightError(f"the tensors of {linear} do not fit each other: {said}", where=where) from error
 
 
 class ImportedSource(ModelSource):

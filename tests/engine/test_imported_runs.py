@@ -23,6 +23,7 @@ from engine.plan.plan import make_plan
 from engine.quant.packed import PackedBlock
 from engine.run import events
 from engine.run.directory import RunDirectory
+from engine.run.redo import make_redo
 from engine.run.usable import newest_usable
 
 FORMATS = {3: ("gptq_v2", "compressed-tensors", "auto-round"), 4: ("awq",)}
@@ -69,7 +70,8 @@ def test_an_export_that_is_imported_is_measured_the_same_and_exported_to_the_sam
     assert measured(run) == {"imported": measured(before)["e2e_qp"]}
     again, first = exported(run, name), exported(before, name)
     assert again.keys() == first.keys()
-    assert {file for file in again if again[file] != first[file]} <= {"README.md"}
+    assert {file for file in again if again[file] != first[file]} == {"README.md"}
+    assert "quantized by others and imported with eqat" in (run.export_dir / name / "README.md").read_text()
     found, reader = newest_usable(run.checkpoints_dir), layout_of(name).reader(path)
     assert found is not None
     store = CheckpointStore(run.checkpoints_dir, found.generation.identity)
@@ -175,6 +177,22 @@ def test_an_import_that_is_killed_goes_on_and_comes_out_the_same(
     assert of(cut, events.BlockFinished)
     assert {**exported(cut), "README.md": ""} == {**exported(whole), "README.md": ""}
     assert measured(cut) == measured(whole)
+
+
+def test_an_imported_run_is_trained_on_later_in_a_run_that_shares_its_blocks(
+    make: Make, checkpoint: Callable[..., Path]
+) -> None:
+    run = make(**settings(checkpoint(), **{"export.formats": []}))
+    assert run_here(run) == 0, output(run)
+    more = {"e2e_qp.enabled": "true", "imported.reference": ORIGINAL}
+    later = make_redo(run, 4, more)
+    assert run_here(later) == 0, output(later)
+    assert [event.restored for event in of(later, events.BlockFinished) if event.phase == "imported"] == [
+        True
+    ] * 4
+    assert measured(later)["imported"] == measured(run)["imported"]
+    assert measured(later)["e2e_qp"] != measured(later)["imported"]
+    assert measured(later)["fp"] is not None
 
 
 def test_another_checkpoint_under_the_same_run_is_refused(

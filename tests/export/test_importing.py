@@ -22,6 +22,7 @@ from engine.config.model import ModelConfig
 from engine.errors import EqatError, PreflightError
 from engine.export.imported import imported_block, imported_source
 from engine.export.importing import Importable, look_at
+from engine.export.judging import judge
 from engine.export.layout import form_of
 from engine.models.causal_lm import CausalLM
 from engine.quant.packed import PackedBlock
@@ -173,6 +174,7 @@ def test_files_of_efficientqat_are_read_although_nothing_says_how(
     rows = load_file(path / FILE)[f"{LINEAR}.qweight"].shape[0]
     assert rows == {2: 16, 3: 26, 4: 32}[bits]
     assert look_at(path).bits == bits
+    assert judge(path).problems == []
     require_same(blocks_in(path, Grid(bits, 64)), maker.blocks(bits))
 
 

@@ -14,6 +14,7 @@ from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter
 from eqat_tui.app import EqatApp
+from eqat_tui.models import known_models
 
 Play = Pilot[Any]
 
@@ -61,3 +62,14 @@ def test_it_is_in_the_list_of_runs_and_opens(run: RunDirectory) -> None:
         await until(pilot, lambda: "as imported" in picture(app))
 
     drive(app_of(mode="runs", runs_dir=run.path.parent), script)
+
+
+def test_what_it_was_made_of_is_not_offered_as_a_model_to_quantize(run: RunDirectory) -> None:
+    def offered() -> list[str]:
+        return [one.source for one in known_models(run.path.parent) if one.origin == "recent"]
+
+    assert offered() == []
+    settings = {"model.source": "/models/theirs-awq", "imported.enabled": True, "block_ap.enabled": False}
+    config = load("smoke", overrides={**settings, "imported.reference": "/models/fp"})
+    RunDirectory.create(run.path.parent, config)
+    assert offered() == ["/models/fp"]
