@@ -38,6 +38,7 @@ def everything_is_local(config: RunConfig) -> bool:
     evaluation = config.evaluation
     return (
         _model_is_local(config.model.source)
+        and (not config.imported.reference or _model_is_local(config.imported.reference))
         and (not trains or _text_is_local(config.data))
         and (not evaluation.enabled or _text_is_local(evaluation.data))
         and (not evaluation.enabled or not any(task in TASKS for task in evaluation.tasks))

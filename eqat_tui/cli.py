@@ -20,7 +20,7 @@ from engine import __version__
 from engine.config.tables import load_extensions
 from engine.errors import EqatError, ExitCode, UsageError
 from engine.system.standard_streams import open_standard_streams
-from eqat_tui.commands import finished, looking, running, tidying
+from eqat_tui.commands import finished, importing, looking, running, tidying
 from eqat_tui.commands.options import Ascii, ReadOnly
 
 app = typer.Typer(
@@ -89,6 +89,8 @@ MEANT: Mapping[str, str] = {
     "abort": "stop",
     "continue": "resume",
     "estimate": "plan",
+    "load": "import",
+    "convert": "import",
 }
 """Commands by what other programs call them; none of these is one of ours."""
 
@@ -105,6 +107,7 @@ COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "show": looking.show,
     "presets": looking.presets,
     "doctor": looking.doctor,
+    "import": importing.import_checkpoint,
     "eval": finished.evaluate,
     "export": finished.export,
     "generate": finished.generate,

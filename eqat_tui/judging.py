@@ -1,4 +1,5 @@
-"""``eqat verify``: a quantized checkpoint is looked at by a process that may load torch, and told of here."""
+"""``eqat verify`` and ``eqat import``: a quantized checkpoint is looked at by a process that may load torch,
+and told of here."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from typing import Any
 
 from engine.errors import EqatError, ExitCode
 from engine.run.launch import python_environment
-from eqat_tui.output import cell, format_bytes, table
+from eqat_tui.output import cell, format_bytes, say, table
 
 WORST = 5
 """Linears whose error is told one by one."""
@@ -26,10 +27,31 @@ def judged(path: Path, reference: str | None, heard: Callable[[int, int], None])
     Raises:
         EqatError: for what is no checkpoint that can be looked at.
     """
-    more = [] if reference is None else ["--reference", reference]
+    return said_by("engine.export.judging", "sound", path, reference, heard)
+
+
+def importable(path: Path, reference: str | None, heard: Callable[[int, int], None]) -> dict[str, Any]:
+    """What ``engine.export.importing`` says of it.
+
+    Raises:
+        EqatError: for what cannot be imported.
+    """
+    return said_by("engine.export.importing", "importable", path, reference, heard)
+
+
+def said_by(
+    module: str, answer: str, path: Path, reference: str | None, heard: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """What a module that looks at checkpoints says of the one in ``path``: its last line, which has the field
+    ``answer``.
+
+    Raises:
+        EqatError: what it refuses, in its words.
+    """
+    more = [] if reference is None else [f"--reference={reference}"]
     last: dict[str, Any] = {}
     with subprocess.Popen(
-        [sys.executable, "-P", "-m", "engine.export.judging", *more, "--", str(path)],
+        [sys.executable, "-P", "-m", module, *more, "--", str(path)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -49,10 +71,15 @@ def judged(path: Path, reference: str | None, heard: Callable[[int, int], None])
         raise EqatError(
             said["message"], exit_code=ExitCode(said["exit_code"]), where=said["where"], hint=said["hint"]
         )
-    if "sound" not in last:
+    if answer not in last:
         why = words[-1][:200] if words else f"its process ended with {child.returncode}"
         raise EqatError(f"cannot be judged: {why}", exit_code=ExitCode.BUG, where=str(path))
     return last
+
+
+def told(moving: bool) -> Callable[[int, int], None]:
+    """Says on the terminal how many blocks were looked at, where lines may be written over."""
+    return lambda done, of: say(f"\r  block {done + 1} of {of}", end="") if moving else None
 
 
 def _object(line: str) -> dict[str, Any]:

@@ -31,5 +31,7 @@ def colour_of(stage: str) -> str:
     """The role in which a version is drawn; none for one that is not known here."""
     if stage not in STAGES:
         return ""
-    quantized = [row.name for row in STAGES if row.scope != "nothing"]
+    if not STAGES[stage].offered:
+        return COLOURS[1]  # of the blocks, which nothing else makes in such a run
+    quantized = [row.name for row in STAGES if row.scope != "nothing" and row.offered]
     return COLOURS[quantized.index(stage) % len(COLOURS)] if stage in quantized else "muted"

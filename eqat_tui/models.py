@@ -70,8 +70,12 @@ def _recent(runs_dir: Path) -> Iterator[Found]:
         return
     for run in runs[:100]:
         try:
-            source = run.config().model.source
+            config = run.config()
         except Exception:  # a damaged run hides no other
+            continue
+        # What is quantized already is no model to quantize; what it was made from is.
+        source = config.imported.reference if config.imported.enabled else config.model.source
+        if not source:
             continue
         sources[source] = sources.get(source, 0) + 1
     for source, count in list(sources.items())[:MOST_RECENT]:

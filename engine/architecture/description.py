@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -50,6 +51,8 @@ TINY_LLAMA: dict[str, Any] = {
 }
 """The configuration of :data:`~engine.config.model.TINY_MODEL`."""
 
+QUANTIZATION = ("quantization_config", "quantization", "compression_config")
+"""Fields of a config.json that say how the weights are packed."""
 RANDOM_MODELS = {TINY_MODEL: TINY_LLAMA}
 """Configurations of models whose weights are made up, by their source."""
 
@@ -59,7 +62,8 @@ class ModelDescription(msgspec.Struct, frozen=True, kw_only=True):
 
     source: str
     kind: str
-    """``random``, ``gguf``, ``safetensors``, ``config`` (no weight files beside it) or ``hub``."""
+    """``random``, ``gguf``, ``safetensors``, ``config`` (no weight files beside it), ``packed`` (a quantized
+    checkpoint) or ``hub``."""
     config: dict[str, Any]
     architecture: Architecture
     stored_bytes: int | None
@@ -122,9 +126,15 @@ def read_model_config(source: str, revision: str | None = None) -> dict[str, Any
     return local_config(ModelFolder.judge(path))
 
 
-def describe(source: str, revision: str | None = None) -> ModelDescription:
-    """Configuration and sizes of a model, from headers where its files are local."""
+def describe(source: str, revision: str | None = None, *, packed: bool = False) -> ModelDescription:
+    """Configuration and sizes of a model, from headers where its files are local.
+
+    A ``packed`` one is the folder of a quantized checkpoint, whose blocks are imported: its headers show
+    words, so its sizes are those that the configuration asks for.
+    """
     path = resolve_source(source)
+    if packed:
+        return _packed(source, path)
     if isinstance(path, str):
         config = read_model_config(source, revision)
         kind = "random" if path in RANDOM_MODELS else "hub"
@@ -156,6 +166,34 @@ def describe(source: str, revision: str | None = None) -> ModelDescription:
         architecture=_sizes(config, tensors),
         stored_bytes=sum(info.nbytes for info in tensors.values()) if tensors else None,
     )
+
+
+def _packed(source: str, path: Path | str) -> ModelDescription:
+    """A quantized checkpoint, as what it would be with full weights."""
+    if isinstance(path, str) or not path.is_dir():
+        raise PreflightError(
+            "is no folder of a quantized checkpoint",
+            where=source,
+            hint="name the folder with its config.json",
+        )
+    folder = ModelFolder.judge(path)
+    config, tensors = without_quantization(local_config(folder)), stored_tensors(folder)
+    return ModelDescription(
+        source=source,
+        kind="packed",
+        config=config,
+        architecture=_sizes(config, {}),
+        stored_bytes=sum(info.nbytes for info in tensors.values()) if tensors else None,
+    )
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what it says of how the weights are packed, its parts included."""
+    return {
+        key: without_quantization(value) if key.endswith("_config") and isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in QUANTIZATION
+    }
 
 
 def stored_tensors(folder: ModelFolder) -> dict[str, TensorInfo]:

@@ -14,6 +14,7 @@ from engine.config.e2e_qp import E2EQPConfig
 from engine.config.evaluation import EvaluationConfig
 from engine.config.export import ExportConfig
 from engine.config.grid import GridConfig
+from engine.config.imported import ImportedConfig
 from engine.config.model import ModelConfig
 from engine.config.runtime import RuntimeConfig
 from engine.config.tables import is_name
@@ -32,12 +33,17 @@ class RunConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model: ModelConfig = ModelConfig()
     grid: GridConfig = GridConfig()
     data: DataConfig = DataConfig()
+    imported: ImportedConfig = ImportedConfig()
     block_ap: BlockAPConfig = BlockAPConfig()
     e2e_qp: E2EQPConfig = E2EQPConfig()
     e2e_qat: E2EQATConfig = E2EQATConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @classmethod
+    def younger(cls) -> tuple[str, ...]:
+        return ("imported",)
 
 
 YOUNGER = ("e2e_qat",)

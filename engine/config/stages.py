@@ -37,6 +37,8 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     """The published method that it is a part of, with the other stages that say the same."""
     baseline: bool = False
     """It is measured whether or not another stage makes the blocks; it makes them where none does."""
+    offered: bool = True
+    """It can be chosen for a model; false where a command of its own makes the runs that have it."""
     run: str = ""
     """``module:function`` that makes it: called with the run's :class:`~engine.phases.job.Job`."""
     block: str = "engine.phases.job:Job.packed_block"
@@ -91,6 +93,16 @@ STAGES = Table(
         block="engine.phases.evaluation:rounded_block",
         costs="engine.plan.stages.rtn:RoundingCosts",
         about="Every weight goes to the nearest point of its group's grid.",
+    ),
+    Stage(
+        name="imported",
+        label="as imported",
+        scope="block",
+        doing="import",
+        offered=False,
+        run="engine.phases.imported:import_blocks",
+        costs="engine.plan.stages.imported:ImportCosts",
+        about="The blocks are those of a quantized checkpoint, integer by integer.",
     ),
     Stage(
         name="block_ap",
@@ -152,11 +164,12 @@ def phases_of(config: RunConfig) -> list[str]:
 
     Full precision is measured before anything is trained: a model that is broken says so at once. What plain
     rounding gives is only there to be compared with the trained blocks, so training does not wait for it.
+    Both need the original model, which a run of imported blocks may not have.
     """
     made = stages_of(config)
-    measured = (
-        [stage for stage in STAGES if stage.baseline or stage in made] if config.evaluation.enabled else []
-    )
+    compares = not config.imported.lacks_original
+    measured = [stage for stage in STAGES if (stage.baseline and compares) or stage in made]
+    measured = measured if config.evaluation.enabled else []
 
     def evaluations(scope: Scope) -> list[str]:
         return [f"{EVALUATE}{stage.name}" for stage in measured if stage.scope == scope]

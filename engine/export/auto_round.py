@@ -11,7 +11,8 @@ One quantized linear::
 
 In a stream, element ``j`` occupies bits ``[b*j, b*j + b)`` and word ``k`` holds bits ``[32k, 32k + 32)``.
 That zero points are as they are, ``packing_format: auto_round:gptqmodel`` says; ``auto_round:auto_gptq``
-would be ``z - 1`` and is for symmetric grids. Unlike GPTQ files these have no list of the inputs' groups.
+would be ``z - 1`` and is for symmetric grids, ``auto_round:auto_awq`` has AWQ's words: others write these,
+and they are read. Unlike GPTQ files these have no list of the inputs' groups.
 """
 
 from __future__ import annotations
@@ -20,18 +21,27 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.errors import PreflightError
-from engine.export.gptq_v2 import gptq_tensors
+from engine.export.awq import awq_linear, awq_shape
+from engine.export.gptq import more_by_one
+from engine.export.gptq_v2 import GPTQv2Reader, gptq_tensors
 from engine.export.layout import Layout, Linears, blocks_of, group_sizes, require_one_grid
-from engine.export.reader import CheckpointReader, PlainLinear, damaged, number_of_bits, unpack_rows
+from engine.export.reader import PlainLinear, damaged, number_of_bits, regular_groups
 from engine.quant.packed import PackedWeight
 
 LIBRARY = "0.16.1"
 """The release of auto-round whose layout this is, as it writes it into what it saves."""
 PACKING = "auto_round:gptqmodel"
+METHODS = ("auto-round", "intel/auto-round")
+"""What the library has called itself."""
+AS_THEY_ARE = (PACKING, "auto_round")
+LESS_ONE = ("auto_round:auto_gptq", "auto_round:gptq")
+AS_IN_AWQ = ("auto_round:auto_awq", "auto_round:awq")
+"""Packings by how zero points are stored."""
 
 _LOADING = """## Loading
 
@@ -73,36 +83,36 @@ class AutoRound(Layout):
         return AutoRoundReader(directory)
 
 
-class AutoRoundReader(CheckpointReader):
-    """Reads a quantized linear, written from the description above alone."""
+class AutoRoundReader(GPTQv2Reader):
+    """Reads a quantized linear, written from the description above alone; and those of auto-round's other
+    packings, less one or as in AWQ, which it writes itself."""
 
     format = "auto-round"
     suffixes = ("qweight", "qzeros", "scales")
 
     def understand(self) -> None:
-        said = (self.quantization.get("quant_method"), self.quantization.get("packing_format"))
-        if said != ("auto-round", PACKING):
+        method = str(self.quantization.get("quant_method"))
+        packing = str(self.quantization.get("packing_format") or self.quantization.get("backend"))
+        if method not in METHODS or packing not in (*AS_THEY_ARE, *LESS_ONE, *AS_IN_AWQ):
             raise PreflightError(
-                f"it is {str(said[1] or said[0] or 'not stated')[:40]}, and only auto-round files packed as "
-                f"{PACKING} can be read back",
+                f"it is {packing[:40]} of {method[:40]}, and only auto-round files packed as {PACKING} and "
+                "the like can be read back",
                 where=str(self.directory),
                 hint="open an export/auto-round directory of a run",
             )
         self.bits = number_of_bits(self.directory, self.quantization.get("bits"))
+        self.packing = packing
+        if packing in AS_IN_AWQ and self.bits != 4:
+            raise damaged(self.directory / "config.json", f"{packing} of {self.bits} bits is no packing")
 
     def linear(self, prefix: str) -> PlainLinear:
-        codes = unpack_rows(self.stored(f"{prefix}.qweight").numpy().T, self.bits)
-        zeros = unpack_rows(self.stored(f"{prefix}.qzeros").numpy(), self.bits).T
-        inputs, groups = codes.shape[1], zeros.shape[1]
-        if not groups or inputs % groups:
-            raise damaged(self.directory, f"the tensors of {prefix} do not fit together")
-        return PlainLinear(
-            codes_OI=torch.from_numpy(codes),
-            zero_OG=torch.from_numpy(zeros).contiguous(),
-            scale_OG=self.stored(f"{prefix}.scales").t().contiguous(),
-            group_of_I=torch.arange(inputs, dtype=torch.int32) // (inputs // groups),
-        )
+        return awq_linear(self, prefix) if self.packing in AS_IN_AWQ else super().linear(prefix)
+
+    def true_zeros(self, prefix: str, stored: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+        return more_by_one(self, prefix, stored, bits) if self.packing in LESS_ONE else stored
+
+    def groups(self, prefix: str) -> Tensor:
+        return regular_groups(self.linear_shape(prefix)[1], self.stored_shape(f"{prefix}.scales")[0])
 
     def linear_shape(self, prefix: str) -> tuple[int, int]:
-        words, out_features = self.stored_shape(f"{prefix}.qweight")
-        return out_features, words * 32 // self.bits
+        return awq_shape(self, prefix) if self.packing in AS_IN_AWQ else super().linear_shape(prefix)

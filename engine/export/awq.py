@@ -28,7 +28,8 @@ from torch import Tensor
 
 from engine.errors import PreflightError
 from engine.export.layout import Layout, Linears, finite_scale, group_sizes, require_one_grid
-from engine.export.reader import CheckpointReader, PlainLinear, damaged
+from engine.export.reader import CheckpointReader, PlainLinear, damaged, regular_groups
+from engine.export.unpacking import as_words
 from engine.quant.packed import PackedWeight
 from engine.quant.packing import bitpack
 
@@ -93,33 +94,47 @@ class AWQReader(CheckpointReader):
 
     format = "awq"
     suffixes = ("qweight", "qzeros", "scales")
+    bits = 4
 
     def understand(self) -> None:
-        said = (self.quantization.get("quant_method"), self.quantization.get("version"))
-        if said != ("awq", "gemm") or self.quantization.get("bits") != 4:
+        said = self.quantization
+        version = str(said.get("version") or said.get("format") or said.get("checkpoint_format")).lower()
+        if (said.get("quant_method"), version) != ("awq", "gemm") or said.get("bits") != 4:
             raise PreflightError(
-                f"it is {str(said[0] or 'not stated')[:40]}, and only 4-bit awq files of the version gemm "
-                "can be read back",
+                f"it is {version[:40]} of {str(said.get('quant_method') or 'nobody')[:40]} with "
+                f"{str(said.get('bits'))[:8]} bits, and only 4-bit awq files of the version gemm can be read "
+                "back",
                 where=str(self.directory),
                 hint="open an export/awq directory of a run",
             )
 
     def linear(self, prefix: str) -> PlainLinear:
-        codes, zeros = self._fields(f"{prefix}.qweight"), self._fields(f"{prefix}.qzeros")
-        scale = self.stored(f"{prefix}.scales").t().contiguous()
-        inputs, groups = codes.shape[1], zeros.shape[1]
-        if scale.shape != zeros.shape or not groups or inputs % groups:
-            raise damaged(self.directory, f"the tensors of {prefix} do not fit together")
-        return PlainLinear(codes, zeros, scale, torch.arange(inputs, dtype=torch.int32) // (inputs // groups))
+        return awq_linear(self, prefix)
 
     def linear_shape(self, prefix: str) -> tuple[int, int]:
-        inputs, words = self.stored_shape(f"{prefix}.qweight")
-        return 8 * words, inputs
+        return awq_shape(self, prefix)
 
-    def _fields(self, name: str) -> Tensor:
-        """uint8 ``[O, X]`` of words ``[X, O/8]``."""
-        words = self.stored(name).numpy().view(np.uint32)
-        fields = np.empty((8 * words.shape[1], words.shape[0]), dtype=np.uint8)
-        for place, output in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
-            fields[output::8] = ((words >> np.uint32(4 * place)) & np.uint32(15)).T
-        return torch.from_numpy(fields)
+
+def awq_linear(reader: CheckpointReader, prefix: str) -> PlainLinear:
+    """A linear in AWQ's words."""
+    codes, zeros = (_fields(reader, f"{prefix}.{part}") for part in ("qweight", "qzeros"))
+    scale = reader.stored(f"{prefix}.scales").t().contiguous()
+    inputs, groups = codes.shape[1], zeros.shape[1]
+    if scale.shape != zeros.shape or not groups or inputs % groups:
+        raise damaged(reader.directory, f"the tensors of {prefix} do not fit together")
+    return PlainLinear(codes, zeros, scale, regular_groups(inputs, groups))
+
+
+def awq_shape(reader: CheckpointReader, prefix: str) -> tuple[int, int]:
+    """Outputs and inputs of a linear in AWQ's words."""
+    inputs, words = reader.stored_shape(f"{prefix}.qweight")
+    return 8 * words, inputs
+
+
+def _fields(reader: CheckpointReader, name: str) -> Tensor:
+    """uint8 ``[O, X]`` of words ``[X, O/8]``."""
+    words = as_words(reader.stored(name).numpy())
+    fields = np.empty((8 * words.shape[1], words.shape[0]), dtype=np.uint8)
+    for place, output in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+        fields[output::8] = ((words >> np.uint32(4 * place)) & np.uint32(15)).T
+    return torch.from_numpy(fields)

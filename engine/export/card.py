@@ -6,6 +6,7 @@ bytes: no dates, durations or machine names.
 ``card`` may hold (all optional):
 
 - ``base_model``: hub id or name of the quantized model
+- ``imported``: whether somebody else has quantized it
 - ``license``: licence identifier of the base model, passed on
 - ``command``: the exact command that made the run
 - ``perplexity``: of each stage by its name, absent or None where not measured
@@ -37,7 +38,7 @@ def model_card(
     parts = [
         _front_matter(card, form.library, [*form.tags, *(f"{width}-bit" for width in widths)]),
         f"# {base.rstrip('/').rpartition('/')[2]}, {bits} bits, {groups}\n",
-        f"`{base}`, quantized with eqat. {form.sentence(bits, result.dtype)}\n",
+        f"`{base}`, {_made(card)}. {form.sentence(bits, result.dtype)}\n",
         _size_table(result),
         _perplexity_table(card),
         _accuracy_table(card),
@@ -58,6 +59,10 @@ def model_card(
     if cautions:
         parts.append("\n".join(f"- {text[:1].upper()}{text[1:]}." for text in cautions) + "\n")
     return "\n".join(part for part in parts if part)
+
+
+def _made(card: dict[str, Any]) -> str:
+    return "quantized by others and imported with eqat" if card.get("imported") else "quantized with eqat"
 
 
 def _list(numbers: Iterable[int]) -> str:

@@ -17,7 +17,7 @@ grid has ``z = 2^(b-1)``, which is not stored. Our own packed words run along th
 so they are ``weight_packed``.
 
 Releases before 0.18 pack ten values a word at 3 bits, under the same name: the configuration's ``version``
-tells the two apart, and ``weight_shape`` says how many values there are.
+tells the two apart, and so do ``weight_shape``, which says how many values there are, and the words.
 
 Left out: activation order, and configurations of several groups of layers.
 """
@@ -35,7 +35,8 @@ from torch.nn import functional
 from engine.config.formats import Format
 from engine.errors import PreflightError
 from engine.export.layout import Layout, Linears, finite_scale, group_sizes, require_one_grid
-from engine.export.reader import CheckpointReader, PlainLinear, damaged, number_of_bits, unpack_rows
+from engine.export.reader import CheckpointReader, PlainLinear, damaged, number_of_bits, regular_groups
+from engine.export.unpacking import unpack_values
 from engine.quant.packed import PackedWeight
 from engine.quant.packing import bitpack
 
@@ -135,7 +136,8 @@ class CompressedTensorsReader(CheckpointReader):
     """Reads a quantized linear, written from the description above alone."""
 
     format = "compressed-tensors"
-    suffixes = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+    bits: int
+    suffixes = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
     def understand(self) -> None:
         said = (self.quantization.get("quant_method"), self.quantization.get("format"))
@@ -146,11 +148,18 @@ class CompressedTensorsReader(CheckpointReader):
                 where=str(self.directory),
                 hint="open an export/compressed-tensors directory of a run",
             )
+        groups = self.quantization.get("config_groups")
+        named = list(groups.values()) if isinstance(groups, dict) else []
         try:
-            weights = self.quantization["config_groups"]["group_0"]["weights"]
+            weights = named[0]["weights"]
             bits, self.symmetric = weights["num_bits"], bool(weights["symmetric"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, IndexError) as error:
             raise damaged(self.directory / "config.json", "it describes no group of layers") from error
+        if any(each.get("weights") != weights for each in named if isinstance(each, dict)):
+            raise PreflightError(
+                f"it describes {len(named)} groups of layers, each on its own grid, and only one can be read",
+                where=str(self.directory / "config.json"),
+            )
         self.bits = number_of_bits(self.directory, bits)
 
     def linear(self, prefix: str) -> PlainLinear:
@@ -160,21 +169,26 @@ class CompressedTensorsReader(CheckpointReader):
         groups = scale.shape[1] if scale.ndim == 2 else 0
         if words.shape[:1] != (outputs,) or not groups or inputs % groups:
             raise damaged(self.directory, f"the tensors of {prefix} do not fit its weight_shape")
-        codes = unpack_rows(words.numpy(), self.bits)[:, :inputs]
+        codes = unpack_values(words.numpy(), self.bits, inputs)
         if self.symmetric:
             zeros = torch.full(tuple(scale.shape), 1 << (self.bits - 1), dtype=torch.uint8)
         else:
             columns = self.stored(f"{prefix}.weight_zero_point").numpy().T
-            zeros = torch.from_numpy(unpack_rows(columns, self.bits)[:, :outputs]).t().contiguous()
+            zeros = torch.from_numpy(unpack_values(columns, self.bits, outputs)).t().contiguous()
         return PlainLinear(
             codes_OI=torch.from_numpy(codes).contiguous(),
             zero_OG=zeros,
             scale_OG=scale,
-            group_of_I=torch.arange(inputs, dtype=torch.int32) // (inputs // groups),
+            group_of_I=self._groups(prefix, inputs, groups),
         )
+
+    def _groups(self, prefix: str, inputs: int, groups: int) -> Tensor:
+        """The group of each input; in activation order the file lists them."""
+        listed = f"{prefix}.weight_g_idx"
+        return self.stored(listed) if listed in self else regular_groups(inputs, groups)
 
     def linear_shape(self, prefix: str) -> tuple[int, int]:
         shape = self.stored(f"{prefix}.weight_shape").flatten().tolist()
-        if len(shape) != 2 or min(shape) < 1:
+        if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
             raise damaged(self.directory, f"{prefix}.weight_shape is {str(shape)[:40]}")
-        return int(shape[0]), int(shape[1])
+        return shape[0], shape[1]

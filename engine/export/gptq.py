@@ -25,14 +25,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.config.formats import nearest
 from engine.errors import PreflightError
-from engine.export.gptq_v2 import GPTQv2, gptq_tensors
+from engine.export.gptq_v2 import GPTQv2, GPTQv2Reader, gptq_tensors, version_in
 from engine.export.layout import DoesNotFit, Linears
-from engine.export.reader import CheckpointReader, PlainLinear, damaged, number_of_bits, unpack_rows
+from engine.export.reader import CheckpointReader, damaged, number_of_bits
 from engine.quant.packed import PackedBlock, PackedWeight
 
 CONVENTION = "gptqmodel:7.7.0"
@@ -96,36 +98,29 @@ class GPTQ(GPTQv2):
         return GPTQReader(directory)
 
 
-class GPTQReader(CheckpointReader):
+class GPTQReader(GPTQv2Reader):
     """Reads a quantized linear, written from the description above alone."""
 
     format = "gptq"
-    suffixes = ("qweight", "qzeros", "scales", "g_idx")
 
     def understand(self) -> None:
-        if (
-            self.quantization.get("quant_method") != "gptq"
-            or self.quantization.get("checkpoint_format") != "gptq"
-        ):
+        found = version_in(self.quantization)
+        if self.quantization.get("quant_method", "gptq") != "gptq" or found not in ("gptq", ""):
             raise PreflightError(
-                "it is no GPTQ file of version 1, and only such can be read back",
+                f"it is no GPTQ file of version 1 but {found[:40]!r}, and only such can be read back",
                 where=str(self.directory),
                 hint="open an export/gptq directory of a run",
             )
         self.bits = number_of_bits(self.directory, self.quantization.get("bits"))
 
-    def linear(self, prefix: str) -> PlainLinear:
-        codes = unpack_rows(self.stored(f"{prefix}.qweight").numpy().T, self.bits)
-        less_one = unpack_rows(self.stored(f"{prefix}.qzeros").numpy(), self.bits)
-        if (less_one == (1 << self.bits) - 1).any():
-            raise damaged(self.directory, f"{prefix}.qzeros holds a zero point beyond the grid")
-        return PlainLinear(
-            codes_OI=torch.from_numpy(codes),
-            zero_OG=torch.from_numpy(less_one + 1).t().contiguous(),
-            scale_OG=self.stored(f"{prefix}.scales").t().contiguous(),
-            group_of_I=self.stored(f"{prefix}.g_idx"),
-        )
+    def true_zeros(self, prefix: str, stored: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+        return more_by_one(self, prefix, stored, bits)
 
-    def linear_shape(self, prefix: str) -> tuple[int, int]:
-        words, out_features = self.stored_shape(f"{prefix}.qweight")
-        return out_features, words * 32 // self.bits
+
+def more_by_one(
+    reader: CheckpointReader, prefix: str, stored: NDArray[np.uint8], bits: int
+) -> NDArray[np.uint8]:
+    """Zero points that were stored less one."""
+    if (stored == (1 << bits) - 1).any():
+        raise damaged(reader.directory, f"{prefix}.qzeros holds a zero point beyond the grid")
+    return stored + np.uint8(1)

@@ -18,24 +18,33 @@ What makes it version 2 is that zero points are stored as they are. Version 1 st
 field value for ``z = 0``, and training produces ``z = 0`` often.
 
 :class:`GPTQv2` writes and :class:`GPTQv2Reader` reads; the one shares no code with the other, so that an
-error of either is seen. Left out: activation order (``desc_act``), and version 1.
+error of either is seen. EfficientQAT's own files are of this version too, but that their words hold whole
+integers (ten of 3 bits) and that their config.json says nothing of it: there the shapes tell the bits. Left
+out: activation order (``desc_act``), and version 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine import __version__
+from engine.config.grid import BITS
 from engine.errors import PreflightError
 from engine.export.layout import Layout, Linears, finite_scale, group_sizes, require_one_grid
-from engine.export.reader import CheckpointReader, PlainLinear, number_of_bits, unpack_rows
+from engine.export.reader import CheckpointReader, PlainLinear, damaged, number_of_bits
+from engine.export.unpacking import unpack_values, words_of
 from engine.quant.packed import PackedWeight
 from engine.quant.packing import bitpack
+
+VERSION_KEYS = ("checkpoint_format", "format", "quant_method")
+"""Where a description says of which version a file is; the first that is there counts."""
 
 _LOADING = """## Loading
 
@@ -113,28 +122,62 @@ class GPTQv2Reader(CheckpointReader):
     """Reads a quantized linear, written from the description above alone."""
 
     format = "gptq_v2"
-    suffixes = ("qweight", "qzeros", "scales", "g_idx")
+    suffixes: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
 
     def understand(self) -> None:
-        found = self.quantization.get("checkpoint_format") or self.quantization.get("quant_method")
+        if not self.quantization:
+            self.bits = None
+            return
+        found = version_in(self.quantization)
         if found != "gptq_v2":
             raise PreflightError(
-                f"checkpoint format is {found or 'not stated'}, only gptq_v2 can be read back",
+                f"checkpoint format is {found[:40] or 'not stated'}, only gptq_v2 can be read back",
                 where=str(self.directory),
                 hint="open an export/gptq_v2 directory of a run",
             )
         self.bits = number_of_bits(self.directory, self.quantization.get("bits"))
 
     def linear(self, prefix: str) -> PlainLinear:
-        codes = unpack_rows(self.stored(f"{prefix}.qweight").numpy().T, self.bits)
-        zeros = unpack_rows(self.stored(f"{prefix}.qzeros").numpy(), self.bits)
+        bits = self.bits_of(prefix)
+        outputs, inputs = self.linear_shape(prefix)
+        codes = unpack_values(self.stored(f"{prefix}.qweight").numpy().T, bits, inputs)
+        zeros = unpack_values(self.stored(f"{prefix}.qzeros").numpy(), bits, outputs)
         return PlainLinear(
             codes_OI=torch.from_numpy(codes),
-            zero_OG=torch.from_numpy(zeros).t().contiguous(),
+            zero_OG=torch.from_numpy(self.true_zeros(prefix, zeros, bits)).t().contiguous(),
             scale_OG=self.stored(f"{prefix}.scales").t().contiguous(),
-            group_of_I=self.stored(f"{prefix}.g_idx"),
+            group_of_I=self.groups(prefix),
         )
 
+    def true_zeros(self, prefix: str, stored: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+        """Zero points, where the file holds ``stored``."""
+        return stored
+
+    def groups(self, prefix: str) -> Tensor:
+        """The group of each input."""
+        return self.stored(f"{prefix}.g_idx")
+
     def linear_shape(self, prefix: str) -> tuple[int, int]:
-        words, out_features = self.stored_shape(f"{prefix}.qweight")
-        return out_features, words * 32 // self.bits
+        rows, outputs = self.stored_shape(f"{prefix}.qweight")
+        inputs = rows * 32 // self.bits_of(prefix)
+        if f"{prefix}.g_idx" in self:  # which tells it where words have gaps, too
+            (count,) = self.stored_shape(f"{prefix}.g_idx")
+            inputs = count if rows in words_of(count, self.bits_of(prefix)) else inputs
+        return outputs, inputs
+
+    def bits_of(self, prefix: str) -> int:
+        if self.bits is not None:
+            return self.bits
+        (rows, outputs), (inputs,) = (self.stored_shape(f"{prefix}.{part}") for part in ("qweight", "g_idx"))
+        columns = self.stored_shape(f"{prefix}.qzeros")[-1]
+        found = [
+            bits for bits in BITS if rows in words_of(inputs, bits) and columns in words_of(outputs, bits)
+        ]
+        if len(found) != 1:
+            raise damaged(self.directory, f"the shapes of {prefix} do not tell the bits of its integers")
+        return found[0]
+
+
+def version_in(quantization: Mapping[str, Any]) -> str:
+    """What a GPTQ file says of its version; those that say nothing are of the first."""
+    return str(next((quantization[key] for key in VERSION_KEYS if quantization.get(key)), ""))

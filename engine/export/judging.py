@@ -26,22 +26,19 @@ import msgspec
 import torch
 from torch import Tensor
 
-from engine.config.formats import FORMATS
 from engine.config.model import ModelConfig
 from engine.config.tables import load_extensions
 from engine.errors import EqatError, ExitCode, PreflightError
+from engine.export.described import format_in
 from engine.export.layout import Form, Layout, form_of
-from engine.export.reader import EXPORT_AGAIN, CheckpointReader, read_json
+from engine.export.reader import EXPORT_AGAIN, CheckpointReader
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
-from engine.system.guarded import NoFile
 
 MOST_PROBLEMS = 200
 """So many are told; a file of noise has one in every tensor."""
 UNFIT = (RuntimeError, ValueError, IndexError, TypeError)
 """What tensors raise whose shapes or types do not fit each other."""
-PLAIN = "hf"
-"""The format of a checkpoint that speaks of no quantization."""
 CPU = torch.device("cpu")
 
 
@@ -107,7 +104,7 @@ def judge(
     found.model_type, found.blocks, found.reference = str(lm.source.config.model_type), lm.blocks, reference
     other = None if source is None else CausalLM(source, CPU, torch.float32)
     if other is not None:
-        _require_alike(lm, other, str(reference))
+        require_alike(lm, other, str(reference))
     for index in range(lm.blocks):
         on_block(index, lm.blocks)
         _judge_block(form, lm, index, other, found)
@@ -152,41 +149,8 @@ def _words(error: Exception, what: str = "its tensors") -> str:
     return f"{what} do not fit each other: {(str(error).splitlines() or [''])[0][:120]}"
 
 
-def format_in(path: Path) -> str:
-    """The format that the checkpoint in ``path`` describes itself as.
-
-    Raises:
-        PreflightError: for a folder that is none of a format in the table.
-    """
-    if not path.is_dir():
-        what = "is a file; name its folder" if path.exists() else "is not there"
-        raise PreflightError(what, where=str(path))
-    if "gguf" in FORMATS and any(path.glob("*.gguf")):
-        return "gguf"
-    try:
-        config = read_json(path / "config.json")
-    except NoFile as error:
-        inside = sorted(file.parent.name for file in path.glob("*/config.json"))
-        hint = "a run's are in the folders of its export/" if (path / "export").is_dir() else ""
-        hint = f"there are some in {', '.join(inside[:8])}" if inside else hint
-        raise PreflightError(
-            "holds no checkpoint: config.json is missing", where=str(path), hint=hint
-        ) from error
-    said = config.get("quantization_config")
-    said = said if isinstance(said, dict) else {}
-    kinds = ["mlx"] if isinstance(config.get("quantization"), dict) else []
-    kinds += [str(said[key]) for key in ("checkpoint_format", "quant_method", "format") if said.get(key)]
-    known = next((kind for kind in kinds if kind in FORMATS), None if kinds else PLAIN)
-    if known is not None:
-        return known
-    raise PreflightError(
-        f"its quantization is {kinds[0][:40]!r}",
-        where=str(path),
-        hint=f"what can be verified: {', '.join(FORMATS.names())}",
-    )
-
-
-def _require_alike(lm: CausalLM, other: CausalLM, name: str) -> None:
+def require_alike(lm: CausalLM, other: CausalLM, name: str) -> None:
+    """PreflightError unless ``other``, a model called ``name``, has the blocks and the linears of ``lm``."""
     one, two = (lm.blocks, lm.linear_names(0)), (other.blocks, other.linear_names(0))
     if one != two:
         raise PreflightError(
@@ -245,7 +209,7 @@ def _judge_linear(reader: CheckpointReader, name: str, found: Judgement) -> None
     except (EqatError, *UNFIT) as error:
         found.tell(_words(error, f"the tensors of {name}"))
         return
-    for problem in _faults(parts):
+    for problem in faults(parts):
         found.tell(f"{name}: {problem}")
     _judge_group_size(reader, parts, found)
     if "integers" in parts and "zero points" in parts:
@@ -274,7 +238,7 @@ def _said_group(described: object) -> int | None:
     return next((size for each in described.values() if (size := _said_group(each)) is not None), None)
 
 
-def _faults(parts: dict[str, Tensor]) -> Iterator[str]:
+def faults(parts: dict[str, Tensor]) -> Iterator[str]:
     """What is wrong with a linear's integers ``[O, I]``, zero points and scales ``[O, G]``, and groups."""
     scales = parts.get("scales")
     if scales is not None and not scales.is_floating_point():
@@ -312,7 +276,15 @@ def _judge_numbers(name: str, tensor: Tensor, found: Judgement) -> None:
 # -- a process of its own ------------------------------------------------------------------------------
 
 
-def _say(tree: dict[str, Any]) -> None:
+def say_error(error: EqatError) -> int:
+    """Tell what was refused; its exit code. A file of somebody else's cannot be exported again."""
+    said = {"message": error.message, "where": error.where, "exit_code": int(error.exit_code)}
+    say({"error": {**said, "hint": "" if error.hint == EXPORT_AGAIN else error.hint}})
+    return int(error.exit_code)
+
+
+def say(tree: dict[str, Any]) -> None:
+    """A line for whoever started this."""
     with contextlib.suppress(BrokenPipeError):
         print(json.dumps(tree), flush=True)
 
@@ -326,22 +298,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         load_extensions()
-        found = judge(given.path, given.reference, lambda done, of: _say({"done": done, "of": of}))
+        found = judge(given.path, given.reference, lambda done, of: say({"done": done, "of": of}))
     except EqatError as error:
-        _say(
-            {
-                "error": {
-                    "message": error.message,
-                    "where": error.where,
-                    "hint": "" if error.hint == EXPORT_AGAIN else error.hint,
-                    "exit_code": int(error.exit_code),
-                }
-            }
-        )
-        return int(error.exit_code)
+        return say_error(error)
     tree = msgspec.to_builtins(found)
     tree["errors"] = {name: error if math.isfinite(error) else None for name, error in found.errors.items()}
-    _say({**tree, "sound": found.sound})
+    say({**tree, "sound": found.sound})
     return int(ExitCode.DONE if found.sound else ExitCode.DATA)
 
 

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from engine.errors import PreflightError
 from engine.export.layout import Layout, Linears, group_sizes, require_one_grid
-from engine.export.reader import CheckpointReader, damaged, number_of_bits, unpack_rows
+from engine.export.reader import CheckpointReader, damaged, number_of_bits
+from engine.export.unpacking import unpack_rows
 from engine.models.carried import CarriedTensor
 from engine.quant.packed import PackedWeight
 
@@ -111,6 +112,7 @@ class MLXReader(CheckpointReader):
     """Reads a quantized linear, written from the description above alone."""
 
     format = "mlx"
+    bits: int
     suffixes = ("scales", "biases", "weight")
 
     def understand(self) -> None:

@@ -2,8 +2,8 @@
 twice would otherwise pass unseen.
 
 Here is what every format has in common: safetensors files, found by their index and read one tensor at a
-time, and the little-endian bit stream that most formats pack integers into. How a quantized linear lies in
-the files is the format's (:meth:`CheckpointReader.linear`).
+time (:mod:`engine.export.unpacking` has the words that integers lie in). How a quantized linear lies in the
+files is the format's (:meth:`CheckpointReader.linear`).
 
 :class:`CheckpointReader` serves the same questions as the readers of full-precision checkpoints (``names``,
 ``shape``, ``load``), answering with dequantized float32 weights, so that a packed directory can be opened
@@ -23,9 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, cast
 
 import msgspec
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
@@ -58,28 +56,6 @@ _DTYPES = {
 }
 EXPORT_AGAIN = "export the run again"
 """The remedy for a file of ours; one of somebody else's has no run."""
-_CHUNK_VALUES = 1 << 24  # values unpacked at once; each costs `bits` bytes while its bits are apart
-
-
-def unpack_rows(words_RK: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
-    """Read each row of words as a little-endian stream of ``bits``-wide integers: ``[R, K*32/bits]``.
-
-    Element ``j`` occupies bits ``[bits*j, bits*j + bits)`` and word ``k`` holds bits ``[32k, 32k + 32)``; at
-    3 bits elements straddle words.
-    """
-    rows, words = words_RK.shape
-    length = words * 32 // bits
-    out = np.empty((rows, length), dtype=np.uint8)
-    step = max(1, _CHUNK_VALUES // max(1, length))
-    for start in range(0, rows, step):
-        part = np.ascontiguousarray(words_RK[start : start + step]).astype("<i4", copy=False)
-        stream = np.unpackbits(part.view(np.uint8), axis=1, bitorder="little")
-        fields = stream[:, : length * bits].reshape(len(part), length, bits)
-        value = np.zeros((len(part), length), dtype=np.uint8)
-        for position in range(bits):
-            value |= fields[:, :, position] << position
-        out[start : start + step] = value
-    return out
 
 
 class StoredLinear(Protocol):
@@ -158,10 +134,12 @@ class CheckpointReader(ABC):
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         self.config = read_json(self.directory / "config.json")
-        said = self.config.get("quantization_config")
-        self.quantization: dict[str, Any] = said if isinstance(said, dict) else {}
+        self.quantization = quantization_of(self.directory, self.config)
         self.understand()
         self._entries = self._list_tensors()
+
+    bits: int | None = None
+    """Of an integer, where one number holds for all linears."""
 
     @abstractmethod
     def understand(self) -> None:
@@ -178,6 +156,12 @@ class CheckpointReader(ABC):
     @abstractmethod
     def linear_shape(self, prefix: str) -> tuple[int, int]:
         """Outputs and inputs of one quantized linear."""
+
+    def bits_of(self, prefix: str) -> int:
+        """Bits of the integers of one quantized linear."""
+        if self.bits is None:
+            raise damaged(self.directory, f"nothing says how many bits the integers of {prefix} have")
+        return self.bits
 
     def stored_names(self) -> list[str]:
         """Names as they are in the files."""
@@ -379,6 +363,29 @@ def packed_model(
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint; BadFile for anything else."""
     return read_object(path, SMALL)
+
+
+def quantization_of(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the checkpoint in ``directory``, whose configuration is ``config``, says of how it is packed: in
+    its ``config.json``, or as older GPTQ files do, in a file of its own. Empty where nothing is said."""
+    said = config.get("quantization_config")
+    if said is None:
+        try:
+            return read_json(directory / "quantize_config.json")
+        except NoFile:
+            return {}
+    return said if isinstance(said, dict) else {}
+
+
+def regular_groups(inputs: int, groups: int) -> Tensor:
+    """The group of each input where groups are neighbours of one size: int32 ``[I]``.
+
+    Raises:
+        ValueError: where they cannot be of one size.
+    """
+    if not groups or inputs % groups:
+        raise ValueError(f"{inputs} inputs cannot be {groups} groups of one size")
+    return torch.arange(inputs, dtype=torch.int32) // (inputs // groups)
 
 
 def number_of_bits(directory: Path, said: object) -> int:

@@ -16,7 +16,7 @@ from engine.training.loop import NON_FINITE_HINT
 @torch.no_grad()
 def refuse_runaway(scales: Iterable[Tensor], steps: int, where: str) -> None:
     """NonFiniteError when one of the trained ``scales`` has reached the largest that a file can hold."""
-    largest = max((scale.max().item() for scale in scales), default=0.0)
+    largest = max((scale.abs().max().item() for scale in scales), default=0.0)
     if largest >= LARGEST_STORED_SCALE:
         raise NonFiniteError(
             f"a scale has grown to {LARGEST_STORED_SCALE:g}, beyond which no file can hold it, "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from engine.architecture.leftovers import COMPUTED, why_no_weight
+from engine.architecture.leftovers import COMPUTED
 from engine.models.weights import SafetensorsReader
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _sorted_out(model: CausalLM) -> Iterator[CarriedTensor | SkippedTensor]:
             yield SkippedTensor(each.stored, f"{each.place} is read from {model.names.stored[each.place]}")
         elif each.place in computed:
             yield SkippedTensor(each.stored, COMPUTED)
-        elif why := why_no_weight(each.place, shape):
+        elif why := reader.why_left(each.stored, each.place):
             yield SkippedTensor(each.stored, why)
         elif model.source.is_part and not each.inside:
             yield SkippedTensor(each.stored, "not of the language model")

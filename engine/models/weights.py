@@ -28,6 +28,7 @@ from engine.architecture.headers import (
     checkpoint,
     damaged,
 )
+from engine.architecture.leftovers import why_no_weight
 from engine.architecture.model_folder import ModelFolder
 from engine.architecture.refusals import missing_tensor, refuse_stored_type
 from engine.errors import PreflightError
@@ -153,6 +154,11 @@ class SafetensorsReader:
         raw = torch.empty(entry.info.nbytes, dtype=torch.uint8)
         read_exactly(entry.file, entry.info.start, raw)
         return raw
+
+    def why_left(self, name: str, place: str) -> str:
+        """Why a stored tensor that no parameter is read from is left behind, where transformers would look
+        for it at ``place``; empty where it is carried along."""
+        return why_no_weight(place, self.shape(name))
 
     def _all(self) -> Mapping[str, StoredTensor]:
         return {**self._checkpoint.unlisted, **self._checkpoint.tensors}

@@ -19,6 +19,7 @@ from engine.evaluation.perplexity import PerplexityResult, perplexity
 from engine.evaluation.tasks import Accuracy, accuracies, hidden_bytes
 from engine.export.stored import as_stored, outer_as_stored
 from engine.methods.blockwise.rtn import round_to_nearest
+from engine.phases.imported import original
 from engine.phases.job import Job
 from engine.plan.fit import host_budget
 from engine.run import events
@@ -36,14 +37,15 @@ def evaluate(job: Job, stage: Stage, *, again: bool = False) -> None:
     name = eval_fact(stage.name)
     known = job.store.fact(name)
     if known is None or again:
-        block_for: BlockFor = partial(load_named(stage.block), job)
-        with _values_of(job, stage):
-            result = _measure(job, block_for)
+        of = original(job) if stage.baseline else job
+        block_for: BlockFor = partial(load_named(stage.block), of)
+        with _values_of(of, stage):
+            result = _measure(of, block_for)
             known = {
                 "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
                 "tokens": result.tokens,
                 "seconds": result.seconds,
-                **_ask(job, block_for),
+                **_ask(of, block_for),
             }
         job.store.remember(name, known)
         job.checkpoints.commit(job.report.phase_name)

@@ -172,7 +172,8 @@ def _card(job: Job) -> dict[str, Any]:
     config = job.config
     evaluation, begin = job.tokens.evaluation, job.encoder.words()
     return {
-        "base_model": config.model.source,
+        "base_model": config.imported.reference or config.model.source,
+        "imported": config.imported.enabled,
         "command": equivalent_command(config),
         "config": to_toml(msgspec.structs.replace(config, runtime=RuntimeConfig(seed=config.runtime.seed))),
         "perplexity": job.perplexities,

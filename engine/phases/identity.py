@@ -116,7 +116,7 @@ def share_origin(run: RunDirectory, store: CheckpointStore, report: Reporter) ->
     names = {name(index) for index in shared for name in (block_entry, losses_fact)}
     for stage in STAGES:
         # What a method trained is measured anew; the baselines follow from the model, and from the grid.
-        fields = ("model", "evaluation", *(() if stage.scope == "nothing" else ("grid.",)))
+        fields = ("model", "reference", "evaluation", *(() if stage.scope == "nothing" else ("grid.",)))
         same = differing_field(there.identity, store.identity, store.defaults, beginning=fields) is None
         if stage.baseline and same:
             names.add(eval_fact(stage.name))

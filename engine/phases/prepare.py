@@ -20,9 +20,9 @@ from engine.export.stored import check_activations, check_values
 from engine.gpu.compiled import SWITCH_HINT
 from engine.models.carried import in_words
 from engine.models.causal_lm import CausalLM
-from engine.models.source import ModelSource
 from engine.phases.evaluation import recall
 from engine.phases.identity import digest, share_origin, warn_of_changes, write_manifest
+from engine.phases.imported import open_reference, open_source
 from engine.phases.job import Job, compute_dtype
 from engine.phases.text import PREPARE_SILENCE, draw_tokens
 from engine.plan.lengths import too_long
@@ -54,7 +54,7 @@ def prepare(
     report.expect_silence(PREPARE_SILENCE)
     _switch_on_kernels(config, device, report)
     report.doing = "opening the model"
-    source = ModelSource.open(config.model)
+    source = open_source(config)
     lm = CausalLM(source, device, compute_dtype("auto", device))
     for refusal in too_long(config, lm.position_table):  # of a model whose files the plan had not seen
         raise refusal
@@ -67,6 +67,8 @@ def prepare(
     tokens = draw_tokens(config, encoder, report)
     identity = {name: value for name, value in source.identity().items() if name not in ("path", "name")}
     made_from = {"model": digest(identity), "tokenizer": source.assets_identity(), **tokens.digests()}
+    if (reference := open_reference(config)) is not None:
+        made_from["reference"] = digest(reference.identity()["sha256"])
     report.expect_silence(PREPARE_SILENCE)
     report.doing = "opening the checkpoint"
     store = CheckpointStore(

@@ -14,6 +14,7 @@ from engine.config.stages import full_precision
 from engine.errors import UsageError
 from engine.evaluation.continuation import continuation, prompt_ids
 from engine.models.skeleton import text_config
+from engine.phases.imported import original
 from engine.phases.job import Job
 from engine.plan.fit import GPU_RESERVE, host_budget
 from engine.plan.machine import host_free
@@ -37,18 +38,20 @@ def write_samples(
     ids_1T = prompt_ids(job.encoder, prompt)
     new_tokens = _room_after(job, ids_1T.shape[1], new_tokens)
     # Two models one after the other, each with all of its blocks.
-    models: list[tuple[str, Callable[[int], nn.Module]]] = [
-        (full_precision(), job.lm.load_block),
-        (job.newest_stage().name, job.dense_block),
+    models: list[tuple[str, Job, Callable[[int], nn.Module]]] = [
+        (job.newest_stage().name, job, job.dense_block)
     ]
+    if not job.config.imported.lacks_original:
+        full = original(job)
+        models.insert(0, (full_precision(), full, full.lm.load_block))
     count = _Count(job, len(models), new_tokens)
-    for position, (stage, block_for) in enumerate(models):
+    for position, (stage, of, block_for) in enumerate(models):
         count.at(position, 0)
         problem = _too_large(job, budget_bytes)
         sample = events.Sample(stage=stage, prompt=prompt, problem=problem)
         if not problem:
             load = _told(job, block_for, position, count)
-            sample = _written(job, sample, load, ids_1T, new_tokens, position, count)
+            sample = _written(of, sample, load, ids_1T, new_tokens, position, count)
         job.report.emit(sample)
         telemetry.release_memory()
 

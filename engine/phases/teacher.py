@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.config.stages import Stage
 from engine.data.activations import ActivationStore
 from engine.methods.network.teacher import Teacher, positions
+from engine.phases.imported import original
 from engine.phases.job import Job, compute_dtype
 from engine.phases.passage import pass_through, store_at, stored_at
 from engine.plan.streams import may_share_teacher, streamed_stage, taught, taught_stage
@@ -74,10 +75,11 @@ def teacher(job: Job, stage: Stage) -> Teacher:
         return Teacher(full, text.rows)
     stream = job.activations("teacher", text.tokens, _dtype(job))
     if stored_at(job, {"teacher": stream}) is None:
-        job.embed(text.tokens, stream)
+        teaching = original(job)
+        teaching.embed(text.tokens, stream)
         for index in range(job.blocks):
-            block = job.lm.load_block(index, dtype=torch.float32)
-            pass_through(job, index, block, text.name, stream, _dtype(job))
+            block = teaching.lm.load_block(index, dtype=torch.float32)
+            pass_through(teaching, index, block, text.name, stream, _dtype(job))
             job.report.leave_if_asked()
         _store(job, stream)
     return Teacher(stream, text.rows)

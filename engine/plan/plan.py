@@ -54,7 +54,7 @@ from engine.plan.paper import Published, published
 from engine.plan.passages import compiles_passages
 from engine.plan.rates import Speed, speed
 from engine.plan.recovery_model import Recovery, broken_promise
-from engine.plan.streams import stream_bytes
+from engine.plan.streams import refuse_unknown_teacher, stream_bytes
 
 
 class PhasePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,9 +140,11 @@ def make_plan(
     Raises:
         PreflightError: for a model that is missing or cannot be quantized in this way.
         DataError: for a local text file or folder that is not there.
+        UsageError: for a training that would learn from an original model which is not known.
     """
     _check_local_text(config)
-    model = describe(config.model.source, config.model.revision)
+    refuse_unknown_teacher(config)
+    model = described(config)
     refuse(model.architecture, model.config, config.grid, config.export.formats)
     _refuse_tokens(config, model)
     wanted = device or config.runtime.device
@@ -228,6 +230,11 @@ def _check_local_text(config: RunConfig) -> None:
             raise DataError("the file is empty", where=data.source, hint=f"check {name}")
 
 
+def described(config: RunConfig) -> ModelDescription:
+    """The model of a run."""
+    return describe(config.model.source, config.model.revision, packed=config.imported.enabled)
+
+
 def _refuse_tokens(config: RunConfig, model: ModelDescription) -> None:
     """What the engine would say of the tokenizer once it has loaded everything."""
     folder = _folder(config, model)
@@ -238,7 +245,7 @@ def _refuse_tokens(config: RunConfig, model: ModelDescription) -> None:
 
 def _folder(config: RunConfig, model: ModelDescription) -> ModelFolder | None:
     """The model's folder, where it lies in one on this machine."""
-    local = model.kind in ("safetensors", "config")
+    local = model.kind in ("safetensors", "config", "packed")
     return ModelFolder.judge(local_path(config.model.source)) if local else None
 
 
@@ -257,7 +264,7 @@ def out_of_memory_remedy(config: RunConfig, machine: Machine) -> str:
     and what this process has reserved.
     """
     try:
-        model = describe(config.model.source, config.model.revision)
+        model = described(config)
         work, _ = _workload(config, model, machine, "cuda")
         return gpu_remedy(work, _place(work, model, machine))
     except EqatError:  # the model's files are gone, of all moments now: the failure at hand is the other one

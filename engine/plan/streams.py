@@ -10,6 +10,7 @@ from __future__ import annotations
 from engine.config.dtypes import resolved_dtype
 from engine.config.run import RunConfig
 from engine.config.stages import Stage
+from engine.errors import UsageError
 from engine.plan.costs import Text, costs_of, made_costs
 from engine.plan.estimate import Workload
 
@@ -23,6 +24,21 @@ def streamed(config: RunConfig) -> Text | None:
 def taught_stage(config: RunConfig) -> Stage | None:
     """The stage that learns from a teacher; none where nothing does."""
     return next((costs.stage for costs in made_costs(config) if costs.teacher_text(config) is not None), None)
+
+
+def refuse_unknown_teacher(config: RunConfig) -> None:
+    """Imported blocks may be all there is of a model: then nothing can learn from the original.
+
+    Raises:
+        UsageError: names the setting that asks for it.
+    """
+    stage = taught_stage(config)
+    if stage is not None and config.imported.lacks_original:
+        raise UsageError(
+            f"{stage.label} would learn from the original model, and none is named",
+            where=f"{stage.name}.loss",
+            hint=f"{stage.name}.loss=cross_entropy, or name the model: imported.reference (--reference)",
+        )
 
 
 def taught(config: RunConfig) -> Text | None:

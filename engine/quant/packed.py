@@ -28,19 +28,22 @@ SMALLEST_STORED_SCALE, LARGEST_STORED_SCALE = 2.0**-24, 65504.0
 
 def stored_scale(scale: Tensor) -> Tensor:
     """The scale as a file holds it: float16, and neither zero nor infinite where rounding would make it
-    so."""
-    return scale.clamp(SMALLEST_STORED_SCALE, LARGEST_STORED_SCALE).to(torch.float16)
+    so. What others have quantized may have scales below zero."""
+    held = scale.abs().clamp_(SMALLEST_STORED_SCALE, LARGEST_STORED_SCALE)
+    return torch.copysign(held, scale).to(torch.float16)
 
 
 def smallest_trained(initial: Tensor, fraction: float) -> Tensor:
-    """The floor of each scale while it is trained: a fraction of what it was, that a file can hold."""
-    return (initial * fraction).clamp_(min=SMALLEST_STORED_SCALE)
+    """The floor of each scale while it is trained: a fraction of what it was, that a file can hold. It has
+    the scale's sign, on whose side of zero the scale stays."""
+    return torch.copysign((initial.abs() * fraction).clamp_(min=SMALLEST_STORED_SCALE), initial)
 
 
 def into_domain(scale: Tensor, floor: Tensor) -> Tensor:
-    """Scales after a step of training, none below its floor and none beyond what a file can hold: so that
-    what is trained is what is saved."""
-    return torch.maximum(scale, floor).clamp_(max=LARGEST_STORED_SCALE)
+    """Scales after a step of training, none nearer to zero than its floor and none beyond what a file can
+    hold: so that what is trained is what is saved."""
+    side = floor.sign()
+    return torch.maximum(scale * side, floor * side).clamp_(max=LARGEST_STORED_SCALE).mul_(side)
 
 
 @dataclass(frozen=True)

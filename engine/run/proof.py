@@ -26,7 +26,11 @@ from engine.system.printable import printable
 
 MADE_WITH_A_RUN = tuple(name for name in contents.FOLDERS if name != "cache")
 """Folders that every version made with a run, and that nothing removes from it."""
-SECTIONS = tuple(name for name, kind in field_types(RunConfig).items() if is_section(kind))
+SECTIONS = tuple(
+    name
+    for name, kind in field_types(RunConfig).items()
+    if is_section(kind) and name not in RunConfig.younger()
+)
 """Sections that every version wrote into a run's configuration."""
 
 _BY_HAND = "if it is a run all the same, delete the folder by hand"

@@ -59,18 +59,14 @@ def verify(
     import sys
     from pathlib import Path
 
-    from eqat_tui.judging import judged, judgement_text
+    from eqat_tui.judging import judged, judgement_text, told
     from eqat_tui.output import colour_wanted, print_json, say
     from eqat_tui.output import show as show_text
 
     if not path:
         raise UsageError("is empty", where="PATH", hint="name the folder of a checkpoint")
     moving = colour_wanted(sys.stderr) and not as_json
-    found = judged(
-        Path(os.path.expanduser(path)),
-        reference,
-        lambda done, of: say(f"\r  block {done + 1} of {of}", end="") if moving else None,
-    )
+    found = judged(Path(os.path.expanduser(path)), reference, told(moving))
     if moving:
         say("\r\033[K", end="")
     if as_json:

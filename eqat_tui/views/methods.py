@@ -23,7 +23,12 @@ TITLES = {
 def choosable(*scopes: Scope) -> list[Stage]:
     """The stages of such a scope that a configuration can switch on and off."""
     names = field_names()
-    return [stage for scope in scopes for stage in STAGES if stage.scope == scope and switch(stage) in names]
+    return [
+        stage
+        for scope in scopes
+        for stage in STAGES
+        if stage.scope == scope and stage.offered and switch(stage) in names
+    ]
 
 
 def switch(stage: Stage) -> str:
@@ -44,8 +49,11 @@ def methods() -> Mapping[str, Sequence[Stage]]:
 
 
 def method_of(config: RunConfig) -> str:
-    """What a configuration has chosen, in words; it may enable more than can be chosen at once."""
-    return words_of([stage for stage in choosable("block", "network") if stage.wanted(config)])
+    """What a configuration has chosen, in words; it may enable more than can be chosen, at once or at all."""
+    scopes: tuple[Scope, ...] = ("block", "network")
+    return words_of(
+        [stage for scope in scopes for stage in STAGES if stage.scope == scope and stage.wanted(config)]
+    )
 
 
 def words_of(stages: Sequence[Stage]) -> str:
@@ -68,7 +76,9 @@ def about() -> str:
 
 def sections() -> dict[str, str]:
     """The sections of the form and their titles; those of the stages stand together, called as they are."""
-    names = list(dict.fromkeys(name.partition(".")[0] for name in field_names() if "." in name))
+    hidden = {stage.name for stage in STAGES if not stage.offered}
+    every = dict.fromkeys(name.partition(".")[0] for name in field_names() if "." in name)
+    names = [name for name in every if name not in hidden]
     of_stages = {stage.name: stage.label for stage in STAGES if stage.name in names}
     others = [name for name in names if name not in of_stages]
     first = next((place for place, name in enumerate(names) if name in of_stages), len(others))

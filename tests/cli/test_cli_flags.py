@@ -17,6 +17,10 @@ PUBLIC = {
     "memory": {"--runs-dir", "--ascii"},
     "monitor": {"--runs-dir", "--ascii"},
     "verify": {"--reference", "--json"},
+    "import": {
+        *("--reference", "--preset", "--data", "--device", "--set"),
+        *("--runs-dir", "--dry-run", "--detach", "--json"),
+    },
     "generate": {"--prompt", "--new-tokens", "--runs-dir", "--json"},
     "stop": {"--runs-dir", "--abort", "--kill", "--wait"},
     "runs": {"--runs-dir", "--limit", "-n", "--json"},

@@ -28,7 +28,7 @@ from transformers import AutoConfig
 
 from engine.config.grid import Grid
 from engine.errors import PreflightError
-from engine.export.reader import unpack_rows
+from engine.export.unpacking import unpack_rows
 from engine.quant.grid import initial_range, quantize
 from engine.quant.packed import PackedBlock, PackedWeight
 

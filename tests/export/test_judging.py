@@ -19,7 +19,8 @@ from torch import Tensor
 
 from engine.config.formats import FORMATS
 from engine.errors import PreflightError
-from engine.export.judging import Judgement, format_in, judge
+from engine.export.described import format_in
+from engine.export.judging import Judgement, judge
 from engine.export.layout import form_of
 from eqat_tui.judging import judgement_text
 

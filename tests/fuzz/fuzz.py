@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-TARGETS = ("run", "links", "model", "gguf", "toml", "text", "log")
+TARGETS = ("run", "links", "model", "packed", "gguf", "toml", "text", "log")
 Case = tuple[str, int, int]
 """Target, seed, number."""
 

@@ -229,6 +229,20 @@ def open_model(source: Path) -> None:
         found.weights.load(name)
 
 
+def import_checkpoint(source: Path) -> None:
+    """What an import reads of a quantized checkpoint: every linear."""
+    from engine.export.importing import look_at
+
+    look_at(source)
+
+
+def judge_checkpoint(source: Path) -> None:
+    """What ``eqat verify`` reads of it."""
+    from engine.export.judging import judge
+
+    judge(source)
+
+
 def read_texts(source: Path) -> None:
     """All documents of every part, and what the text is identified by."""
     from engine.config.data import DataConfig

@@ -32,6 +32,7 @@ import target_links
 import target_log
 import target_model
 import target_nothing
+import target_packed
 import target_run
 import target_text
 import target_toml
@@ -46,6 +47,7 @@ TARGETS: dict[str, Target] = {
         target_run,
         target_links,
         target_model,
+        target_packed,
         target_gguf,
         target_toml,
         target_text,

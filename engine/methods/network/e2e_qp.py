@@ -128,7 +128,7 @@ def _parameter_groups(blocks: list[nn.Module], config: E2EQPConfig) -> list[Para
         for module in block.modules():
             if not isinstance(module, PackedLinear):
                 continue
-            unit = module.scale.mean().item() if config.lr_scaling == "relative" else 1.0
+            unit = module.scale.abs().mean().item() if config.lr_scaling == "relative" else 1.0
             if "scales" in config.train:
                 module.scale.requires_grad_(True)
                 groups.append(ParameterGroup("scales", [module.scale], config.lr * unit))

@@ -1,0 +1,70 @@
+"""Which format a quantized checkpoint is in, as it describes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.architecture.description import stored_tensors
+from engine.architecture.model_folder import ModelFolder
+from engine.config.formats import FORMATS
+from engine.errors import EqatError, PreflightError
+from engine.export.reader import quantization_of, read_json
+from engine.system.guarded import NoFile
+
+PLAIN = "hf"
+"""The format of a checkpoint that speaks of no quantization."""
+UNDESCRIBED = "gptq_v2"
+"""The format of files with GPTQ's tensors that speak of no quantization, as EfficientQAT writes them."""
+ALIASES = {"intel/auto-round": "auto-round"}
+"""What formats were called before."""
+
+
+def format_in(path: Path) -> str:
+    """The format that the checkpoint in ``path`` describes itself as.
+
+    Raises:
+        PreflightError: for a folder that is none of a format in the table.
+    """
+    if not path.is_dir():
+        what = "is a file; name its folder" if path.exists() else "is not there"
+        raise PreflightError(what, where=str(path))
+    if "gguf" in FORMATS and any(path.glob("*.gguf")):
+        return "gguf"
+    try:
+        config = read_json(path / "config.json")
+    except NoFile as error:
+        inside = sorted(file.parent.name for file in path.glob("*/config.json"))
+        hint = "a run's are in the folders of its export/" if (path / "export").is_dir() else ""
+        hint = f"there are some in {', '.join(inside[:8])}" if inside else hint
+        raise PreflightError(
+            "holds no checkpoint: config.json is missing", where=str(path), hint=hint
+        ) from error
+    kinds = _kinds(config, quantization_of(path, config))
+    if not kinds and _has_words(path):
+        return UNDESCRIBED
+    known = next((kind for kind in kinds if kind in FORMATS), None if kinds else PLAIN)
+    if known is not None:
+        return known
+    raise PreflightError(
+        f"its quantization is {kinds[0][:40]!r}",
+        where=str(path),
+        hint=f"what can be read: {', '.join(FORMATS.names())}",
+    )
+
+
+def _kinds(config: Mapping[str, Any], said: Mapping[str, Any]) -> list[str]:
+    """Names that may be those of a format, the most telling first."""
+    kinds = ["mlx"] if isinstance(config.get("quantization"), dict) else []
+    kinds += [str(said[key]) for key in ("checkpoint_format", "format", "quant_method") if said.get(key)]
+    if not kinds and said.get("bits"):
+        kinds = ["gptq"]  # the first of its kind did not say so
+    return [ALIASES.get(kind, kind) for kind in kinds]
+
+
+def _has_words(path: Path) -> bool:
+    try:
+        return any(name.endswith(".qweight") for name in stored_tensors(ModelFolder.judge(path)))
+    except EqatError:  # whoever opens it says what is wrong
+        return False
