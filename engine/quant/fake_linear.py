@@ -80,10 +80,16 @@ class FakeQuantLinear(nn.Module):
     @classmethod
     def of_packed(cls, packed: PackedWeight, bias: nn.Parameter | None = None) -> FakeQuantLinear:
         """A linear whose weights are its integers, counted in grid steps: each lies in the middle of what is
-        rounded to it."""
-        zero = packed.zero_point.float()
-        steps = dequantize(packed.codes(), torch.ones_like(zero), zero)
-        return cls(steps, packed.scale.float(), zero, packed.grid, bias, in_steps=True)
+        rounded to it.
+
+        A group whose scale is below zero, as others make them, is turned around, which changes no weight:
+        ``(q - z) s`` is ``((Q - q) - (Q - z)) (-s)``.
+        """
+        scale, zero = packed.scale.float(), packed.zero_point.float()
+        sign = torch.where(scale < 0, -1.0, 1.0)
+        steps = dequantize(packed.codes(), sign, zero)
+        zero = torch.where(scale < 0, packed.grid.top - zero, zero)
+        return cls(steps, scale * sign, zero, packed.grid, bias, in_steps=True)
 
     def keep_quantized(self, dtype: torch.dtype) -> nn.Parameter:
         """Make room for the quantized weight, which is the caller's to fill and to keep up to date."""

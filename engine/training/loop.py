@@ -29,7 +29,7 @@ from engine.training.best_state import BestState
 from engine.training.progress import Keeper, Progress
 from engine.training.schedule import cosine_factor
 from engine.training.snapshot import Snapshot
-from engine.training.stepper import Diverged, ParameterGroup, Stepper
+from engine.training.stepper import BETAS, Diverged, ParameterGroup, Stepper
 from engine.training.world import ALONE, World
 
 MAX_ROLLBACKS = 2
@@ -60,6 +60,8 @@ class Settings:
     """For messages: ``block 3``."""
     tokens_per_sequence: int
     warmup_fraction: float = 0.0
+    betas: tuple[float, float] = BETAS
+    """AdamW's rates of forgetting."""
     world: World = ALONE
 
 
@@ -76,6 +78,7 @@ class Method:
             grad_clip=settings.grad_clip,
             device=settings.device,
             dtype=settings.dtype,
+            betas=settings.betas,
         )
 
     def micro_step(self, rows: Tensor, weight: float, scale: Callable[[Tensor], Tensor]) -> Tensor:

@@ -58,7 +58,9 @@ class Stepper:
         grad_clip: float,
         device: torch.device,
         dtype: torch.dtype,
+        betas: tuple[float, float] = BETAS,
     ) -> None:
+        self.betas = betas
         self.groups = [g for g in groups if g.parameters]
         self.parameters = [p for g in self.groups for p in g.parameters]
         self.grad_clip = grad_clip
@@ -66,7 +68,7 @@ class Stepper:
         """Called with a loss: the loss as the backward pass should see it."""
         self.optimizer = AdamW(
             [{"params": g.parameters, "lr": g.lr} for g in self.groups],
-            betas=BETAS,
+            betas=betas,
             weight_decay=weight_decay,
             fused=True,
             capturable=device.type == "cuda",

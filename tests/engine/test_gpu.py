@@ -13,6 +13,7 @@ from engine_runs import of, run_here
 from torch import Tensor
 
 from engine.config.derived import resolve
+from engine.config.e2e_qat import E2EQATConfig
 from engine.config.grid import Grid, GridConfig
 from engine.config.loading import load
 from engine.config.model import ModelConfig
@@ -23,11 +24,13 @@ from engine.methods.advance import Portions, advance
 from engine.methods.blockwise.block_ap import BlockResult, train_block
 from engine.methods.blockwise.reconstruction import Streams
 from engine.methods.blockwise.rtn import round_to_nearest
+from engine.methods.network.e2e_qat import train_weights
 from engine.methods.network.e2e_qp import train_scales
 from engine.methods.network.network import NetworkData
 from engine.methods.network.teacher import Teacher
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
+from engine.quant.fake_linear import FakeQuantLinear, latent_linears
 from engine.quant.grid import fake_quantize, initial_range, quantize
 from engine.quant.packed import Kernels, PackedLinear, PackedWeight
 from engine.quant.packing import bitpack, bitunpack
@@ -277,6 +280,7 @@ def trained_scales(
             progress=heard,
             recompute=recompute,
             compiles=compiles,
+            records=compiles,
         )
     finally:
         Kernels.on = before
@@ -294,6 +298,59 @@ def test_end_to_end_training_is_the_same_with_kernels_and_compiled(
 ) -> None:
     plain, losses = trained_scales(False, False, True, "device", tmp_path, dtype)
     fast, fast_losses = trained_scales(True, True, recompute, kind, tmp_path, dtype)
+    tolerance = 1e-3 if dtype == torch.float32 else 2e-2
+    assert fast_losses == pytest.approx(losses, rel=tolerance)
+    assert (fast - plain).norm() < 10 * tolerance * plain.norm()
+
+
+def trained_weights(
+    fast: bool, recompute: bool, micro_batch: int, folder: Path, dtype: torch.dtype
+) -> tuple[Tensor, list[float]]:
+    """The same of weights and scales: their quantized weights in a row, and the losses."""
+    config = E2EQATConfig(
+        sequences=16,
+        val_sequences=4,
+        sequence_length=32,
+        batch_size=4,
+        micro_batch_size=micro_batch,
+        epochs=3,
+        lr_weight=0.02,
+        lr_quant=0.005,
+    )
+    lm = CausalLM(ModelSource.open(ModelConfig(source="random://tiny-llama")), GPU, torch.float32)
+    grid = GridConfig(bits=2, group_size=32)
+    blocks = [lm.load_block(i, dtype=dtype) for i in range(lm.blocks)]
+    linears: list[FakeQuantLinear] = []
+    for index, block in enumerate(blocks):
+        packed = round_to_nearest(lm.load_block(index), lm.linear_names(index), grid)
+        linears += latent_linears(block, packed).values()
+    ids = torch.randint(0, lm.vocab_size, (20, 32), generator=torch.Generator().manual_seed(0))
+    store = make_store("device", (20, 32, lm.hidden_size), dtype, GPU, path=folder / "teacher.bin")
+    store.write(0, torch.randn(20, 32, lm.hidden_size, generator=torch.Generator().manual_seed(1)))
+    heard = Listening()
+    train_weights(
+        *(lm, blocks, NetworkData(ids, 16, Teacher(store)), config),
+        seed=0,
+        dtype=dtype,
+        progress=heard,
+        recompute=recompute,
+        compiles=fast,
+        records=fast,
+        fast=fast,
+    )
+    store.close()
+    assert not heard.warnings
+    return torch.cat([linear.freeze().dequantize().flatten() for linear in linears]), heard.losses
+
+
+@pytest.mark.parametrize("micro_batch", [4, 2])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_trained_end_to_end_are_the_same_recorded_and_compiled(
+    dtype: torch.dtype, recompute: bool, micro_batch: int, tmp_path: Path
+) -> None:
+    plain, losses = trained_weights(False, True, 4, tmp_path, dtype)
+    fast, fast_losses = trained_weights(True, recompute, micro_batch, tmp_path, dtype)
     tolerance = 1e-3 if dtype == torch.float32 else 2e-2
     assert fast_losses == pytest.approx(losses, rel=tolerance)
     assert (fast - plain).norm() < 10 * tolerance * plain.norm()

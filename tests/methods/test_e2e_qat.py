@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from engine.config.e2e_qat import E2EQATConfig
-from engine.config.grid import GridConfig
+from engine.config.grid import Grid, GridConfig
 from engine.config.model import ModelConfig
 from engine.data.activations import make_store
 from engine.data.sampler import BatchSampler
@@ -137,7 +137,7 @@ def test_a_loop_written_by_hand_gives_the_same_weights_and_scales(
         {"params": [linear.scale], "lr": 0.02 * linear.scale.mean().item()} for linear in by_hand.values()
     ]
     rates = [group["lr"] for group in groups]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0, fused=False)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0, fused=False)
     sampler = BatchSampler(TRAIN, 4, 3, seed=5)
     ids = tiny.tokens(TRAIN, LENGTH, seed=3)
     for _, step, rows in sampler:
@@ -176,6 +176,18 @@ def test_it_starts_as_the_very_model_that_was_packed(lm: CausalLM) -> None:
             assert torch.equal(again.zero_point, packed.linears[name].zero_point)
             x = torch.randn(3, again.in_features)
             torch.testing.assert_close(linear(x), functional.linear(x, again.dequantize()))
+
+
+def test_groups_with_scales_below_zero_are_turned_around() -> None:
+    grid = Grid(2, 32)
+    codes = torch.randint(0, 4, (6, 64), dtype=torch.uint8)
+    scale = torch.where(torch.rand(6, 2) < 0.5, -0.25, 0.5)
+    weight = PackedWeight.from_codes(codes, scale, torch.randint(0, 4, (6, 2)).float(), grid)
+    assert (weight.scale < 0).any()
+    linear = FakeQuantLinear.of_packed(weight)
+    again = linear.freeze()
+    assert (again.scale > 0).all()
+    assert torch.equal(again.dequantize(), weight.dequantize())
 
 
 def test_integers_and_scales_move_and_zero_points_only_where_asked(lm: CausalLM) -> None:

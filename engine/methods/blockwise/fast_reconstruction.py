@@ -62,6 +62,7 @@ class FastReconstruction(Reconstruction):
             device=settings.device,
             dtype=settings.dtype,
             on_failure=self.on_failure,
+            betas=settings.betas,
         )
         self._stepper.requantize()
         quantized = any(set(self.config.train) & {"weights", "scales", "zero_points"})

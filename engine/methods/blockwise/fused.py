@@ -51,8 +51,11 @@ class FusedStepper(Stepper):
         device: torch.device,
         dtype: torch.dtype,
         on_failure: Callable[[str], None],
+        betas: tuple[float, float] = BETAS,
     ) -> None:
-        super().__init__(groups, weight_decay=weight_decay, grad_clip=0.0, device=device, dtype=dtype)
+        super().__init__(
+            groups, weight_decay=weight_decay, grad_clip=0.0, device=device, dtype=dtype, betas=betas
+        )
         self.linears = list(linears)
         self.gradients: Sequence[Tensor] = ()
         self.fixed = self.sums_up = False
@@ -97,7 +100,7 @@ class FusedStepper(Stepper):
             quantized=linear.quantized.data,
             bits=linear.grid.bits,
             trains=tuple(id(p) in rates for p in parameters),
-            betas=BETAS,
+            betas=self.betas,
             eps=self.optimizer.defaults["eps"],
             weight_decay=self._decay,
             in_steps=linear.in_steps,
@@ -145,8 +148,8 @@ class FusedStepper(Stepper):
         self._count.add_(1 - skip)
         controls[SKIP].copy_(skip)
         controls[LR_FACTOR].copy_(factor)
-        controls[CORRECTION1].copy_(1 - BETAS[0] ** self._count)
-        controls[ROOT_CORRECTION2].copy_((1 - BETAS[1] ** self._count).sqrt())
+        controls[CORRECTION1].copy_(1 - self.betas[0] ** self._count)
+        controls[ROOT_CORRECTION2].copy_((1 - self.betas[1] ** self._count).sqrt())
         controls[GRAD_FACTOR].copy_(1 / self.scale.factor)
         own = gradients[: len(self.linears)] if len(gradients) > len(self.others) else ()
         for kernel, gradient, squares in zip(self._kernels, own, self._parts, strict=bool(own)):

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 WHERE = "e2e_qat"
 """For messages."""
+BETAS = (0.9, 0.95)
+"""AdamW's rates of forgetting: a second moment of the last twenty steps rather than of a thousand, which a
+training of some hundred steps never gets to know."""
 
 
 def train_weights(
@@ -87,6 +90,7 @@ def train_weights(
         where=WHERE,
         tokens_per_sequence=data.tokens.shape[1],
         warmup_fraction=config.warmup_fraction,
+        betas=BETAS,
         world=world,
     )
     result = train_network(network, settings, progress, snapshot, keeper)
@@ -140,6 +144,7 @@ class _FastWeights(_Weights):
             device=settings.device,
             dtype=settings.dtype,
             on_failure=self._told or (lambda why: None),
+            betas=settings.betas,
         )
         self._stepper.requantize()
         self._sums: list[Tensor] = []
