@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 
+from engine.config.calibration import texts_of
 from engine.config.corpora import CORPORA
 from engine.config.data import BUILTIN, DataConfig
 from engine.config.model import PACKAGE, RANDOM
@@ -39,7 +40,7 @@ def everything_is_local(config: RunConfig) -> bool:
     return (
         _model_is_local(config.model.source)
         and (not config.imported.reference or _model_is_local(config.imported.reference))
-        and (not trains or _text_is_local(config.data))
+        and (not trains or all(_text_is_local(text.data) for text in texts_of(config.data)))
         and (not evaluation.enabled or _text_is_local(evaluation.data))
         and (not evaluation.enabled or not any(task in TASKS for task in evaluation.tasks))
     )

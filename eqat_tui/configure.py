@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from engine.config.calibration import text_setting
 from engine.config.derived import resolve
 from engine.config.loading import configuration_file, load, presets_dir
 from engine.config.origins import located
@@ -29,7 +30,7 @@ def build_config(
         "model.source": model,
         "grid.bits": bits,
         "grid.group_size": group_size,
-        "data.source": data,
+        **(dict([text_setting(data)]) if data is not None else {}),
         "runtime.device": device,
         "model.trust_remote_code": True if trust_remote_code else None,
     }

@@ -66,6 +66,10 @@ def totals(plan: Mapping[str, Any]) -> dict[str, str]:
         f"{format_bytes(plan['peak_host_bytes'])} of {format_bytes(machine['host_free'])} free"
     )
     lines["disk"] = f"{format_bytes(plan['disk_bytes'])} of {format_bytes(machine['disk_free'])} free"
+    if plan["calibration"]:
+        lines["text"] = one_line(plan["calibration"])
+    if plan["begin"]:
+        lines["sequences"] = one_line(plan["begin"])
     store = STORES.get(plan["activation_store"], plan["activation_store"])
     lines["activations"] = f"{store}: {plan['activation_store_reason']}"
     lines |= at_a_time(plan)

@@ -35,6 +35,8 @@ SHAPE: Mapping[str, Any] = {
     "fp_bytes": None,
     "bits_per_weight": None,
     "zero_points": "",
+    "calibration": "",
+    "begin": "",
     "activation_store": "",
     "activation_store_reason": "",
     "micro_batches": Numbers,

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.config.stages import full_precision, phase_label, stage_label, versions
+from engine.run.events import MEASUREMENT
 from engine.run.liveness import WORKING
 from engine.run.task import job_name
 from eqat_tui.measured import newest
@@ -38,6 +39,7 @@ Tree = Mapping[str, Any]
 LONGEST_SAMPLE = 100_000
 MOST_TASKS = 100
 LONGEST_TASK = 60
+MOST_DOUBTS = 10
 LONGEST_BEGIN = 200
 """Characters of how sequences begin."""
 UNREADABLE = "unreadable"
@@ -53,6 +55,7 @@ def report(run: Tree, *, with_error: bool = True) -> str:
     begin = (run.get("evaluation") or {}).get("begin")
     if perplexities and begin:
         parts.append(f"  {one_line(begin[:LONGEST_BEGIN])}")
+    parts += [f"  {line}" for line in doubts(run)]
     if run.get("accuracy"):
         parts.append(accuracy_table(run["accuracy"]))
     parts.append(key_values(facts(run)))
@@ -60,6 +63,22 @@ def report(run: Tree, *, with_error: bool = True) -> str:
     if problem and with_error:
         parts.append(problem)
     return "\n\n".join(parts)
+
+
+def doubts(run: Tree) -> list[str]:
+    """Why its perplexities cannot be believed, each sentence once."""
+    warnings = run.get("warnings") or ()
+    return measurement_doubts((one["code"], one["message"], one["hint"]) for one in warnings)
+
+
+def measurement_doubts(warnings: Iterable[tuple[str, str, str]]) -> list[str]:
+    """The same of warnings as code, message and hint."""
+    said = [
+        one_line(f"{message} ({hint})" if hint else message)
+        for code, message, hint in warnings
+        if code == MEASUREMENT
+    ]
+    return list(dict.fromkeys(said))[:MOST_DOUBTS]
 
 
 def title(run: Tree) -> str:
@@ -133,6 +152,8 @@ def facts(run: Tree) -> dict[str, str]:
         lines["engine died"] = one_line(run["why_gone"])
     if run.get("origin"):
         lines["shares"] = origin_words(run["origin"])
+    if run.get("calibration"):
+        lines["trained on"] = one_line(run["calibration"])
     size = run["size_bytes"]
     original, quantized = number(size["fp"]), number(size["quantized"])
     if original and quantized:

@@ -20,6 +20,7 @@ from engine.system.guarded import LARGE
 
 OTHER_MODEL = "check that tokenizer and config.json belong to the same model"
 """What to do about a tokenizer that does not fit."""
+_LONGEST_NAME = 60
 
 
 class _Added(msgspec.Struct):
@@ -50,11 +51,7 @@ def refuse_special_tokens(folder: ModelFolder, rows: int, bos: BeginOfText, *, t
     """
     if not rows:
         return
-    try:
-        settings = folder.read_object("tokenizer_config.json")
-        found = msgspec.json.decode(folder.file("tokenizer.json").read(LARGE), type=_Tokenizer)
-    except (EqatError, msgspec.MsgspecError, UnicodeDecodeError):
-        return
+    settings, found = _tokenizer_of(folder)
     numbers = {token.content: token.id for token in found.added_tokens}
 
     def token(field: str) -> tuple[str, int | None]:
@@ -70,6 +67,38 @@ def refuse_special_tokens(folder: ModelFolder, rows: int, bos: BeginOfText, *, t
     if writes and begin is not None and begin >= rows:
         hint = f"{OTHER_MODEL}, or set model.bos=never"
         raise beyond_embedding("sequences begin with", ascii(name)[1:-1], begin, rows, hint)
+
+
+def begin_of_text(folder: ModelFolder, bos: BeginOfText) -> str:
+    """The begin-of-text token that is written before sequences, or before the text, as far as the files show
+    it; empty where they do not."""
+    settings, found = _tokenizer_of(folder)
+    value = settings.get("bos_token")
+    name = value.get("content") if isinstance(value, Mapping) else value
+    if not isinstance(name, str) or bos == "never":
+        return ""
+    return ascii(name)[1:-1] if bos == "always" or name in _names(found.post_processor) else ""
+
+
+def begin_words(bos: BeginOfText, token: str) -> str:
+    """How sequences begin where ``model.bos`` is this and the token is known, or is not (empty)."""
+    token = token[:_LONGEST_NAME]
+    return {
+        "auto": f"each begins with {token}" if token else "each begins as the tokenizer begins a text",
+        "text": f"{token or 'the begin-of-text token'} begins the whole text once, which is then cut",
+        "always": f"each begins with {token or 'the begin-of-text token'}",
+        "never": "no begin-of-text token is written",
+    }[bos]
+
+
+def _tokenizer_of(folder: ModelFolder) -> tuple[Mapping[str, Any], _Tokenizer]:
+    """tokenizer_config.json and tokenizer.json; both empty where one of them cannot be read."""
+    try:
+        settings = folder.read_object("tokenizer_config.json")
+        found = msgspec.json.decode(folder.file("tokenizer.json").read(LARGE), type=_Tokenizer)
+    except (EqatError, msgspec.MsgspecError, UnicodeDecodeError):
+        return {}, _Tokenizer()
+    return settings, found
 
 
 def unused_tokens(settings: Mapping[str, Mapping[str, Any]], rows: int) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Where text comes from."""
+"""Where one text comes from."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from engine.config.base import Section
 
 BUILTIN = "builtin"
 """The text that comes with Python (:mod:`engine.data.builtin`): no network, no file."""
+OPTIONS = ("subset", "split", "column", "revision")
+"""Fields that belong to the source they were written for."""
 
 
 class DataConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,5 +29,5 @@ class DataConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     def check(self, name: str) -> None:
         checks.text(f"{name}.source", self.source, hint="builtin, a shortcut such as c4, a hub id, or a path")
-        for field in ("subset", "split", "column", "revision"):
+        for field in OPTIONS:
             checks.optional_text(f"{name}.{field}", getattr(self, field))

@@ -11,6 +11,7 @@ import os
 import msgspec
 
 from engine.config.base import field_types
+from engine.config.calibration import mixture, with_source
 from engine.config.fields import value_of
 from engine.config.run import RunConfig, silent_sections
 from engine.config.stage_section import StageSection
@@ -50,6 +51,8 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         for section in sections:
             node = node[section]
         node[field] = absolute(source)
+    if mix := mixture(config.data):
+        tree["data"]["mix"] = [with_source(part, absolute) for part in mix]
     evaluation = tree["evaluation"]
     evaluation["tasks"] = [name if name in TASKS else absolute(name) for name in evaluation["tasks"]]
     return convert(tree)

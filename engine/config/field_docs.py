@@ -39,7 +39,16 @@ def _walk(section: type[Section], prefix: str) -> list[tuple[str, str]]:
 
 @functools.cache
 def _texts(section: type[Section]) -> Mapping[str, str]:
-    """The string that follows each annotated field of a section, of one without a source none."""
+    """The string that follows each annotated field of a section and of what it extends."""
+    texts: dict[str, str] = {}
+    for kind in reversed(section.__mro__):
+        if is_section(kind):
+            texts |= _own_texts(kind)
+    return texts
+
+
+def _own_texts(section: type[Section]) -> Mapping[str, str]:
+    """Those that a class names itself, of one without a source none."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(section)))
     except (OSError, TypeError):

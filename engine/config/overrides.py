@@ -10,7 +10,9 @@ from typing import Any
 import msgspec
 
 from engine.config.base import describe
+from engine.config.data import OPTIONS
 from engine.config.fields import field_type
+from engine.config.lists import members
 from engine.config.run import RunConfig
 from engine.config.validation import convert
 from engine.config.writing import to_dict
@@ -19,7 +21,7 @@ from engine.errors import UsageError
 # A revision, split or column, and above all the trust in its code, belongs to the source it was written
 # for. Where a layer (a file that extends another, a flag) names another source, these go back to their
 # defaults unless the layer gives them too.
-_BELONGS_TO_SOURCE = ("revision", "trust_remote_code", "subset", "split", "column")
+_BELONGS_TO_SOURCE = ("trust_remote_code", *OPTIONS)
 
 
 def apply_overrides(config: RunConfig, overrides: Mapping[str, object]) -> RunConfig:
@@ -27,7 +29,8 @@ def apply_overrides(config: RunConfig, overrides: Mapping[str, object]) -> RunCo
 
     Strings are read as the field's type wants them (``none`` for a field that may be left out, commas
     between the members of a list); other values are taken as they are. Giving ``data.source`` another
-    value drops the split, column and revision that belonged to the old one, unless given as well.
+    value drops the split, column and revision that belonged to the old one, unless given as well; giving
+    ``data.mix`` drops the source, and giving a source drops the mixture.
     """
     layer: dict[str, Any] = {}
     for name, value in overrides.items():
@@ -46,6 +49,12 @@ def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
     if "source" in layer and layer["source"] != base.get("source"):
         for key in _BELONGS_TO_SOURCE:
             merged.pop(key, None)
+    # A mixture stands in the place of a source: the layer that names one of them speaks last.
+    if "source" in layer and not layer.get("mix"):
+        merged.pop("mix", None)
+    elif layer.get("mix"):
+        for key in ("source", *OPTIONS):
+            merged.pop(key, None)
     for key, value in layer.items():
         below = merged.get(key)
         merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
@@ -55,13 +64,14 @@ def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
 def _read_value(name: str, kind: Any, text: str) -> Any:
     """``text`` as typed after ``--set name=``, as a value for a field of type ``kind``."""
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if type(None) in options and text.strip().lower() in ("none", "null", ""):
+    is_list = any(typing.get_origin(option) is tuple for option in options)
+    # Nothing at all is a list without members.
+    if type(None) in options and text.strip().lower() in ("none", "null", *(() if is_list else ("",))):
         return None
     if str in options:
         return text
-    if typing.get_origin(kind) is tuple:
-        members = text.strip().removeprefix("[").removesuffix("]").split(",")
-        return [member.strip().strip("\"'") for member in members if member.strip()]
+    if is_list:
+        return members(text)
     try:
         # strict=False is msgspec's reading of text: "3" is an integer, "1e-4" a float, "true" a bool.
         return msgspec.convert(text.strip(), kind, strict=False)

@@ -8,7 +8,7 @@ import msgspec
 
 from engine.config.base import Section, field_types
 from engine.config.block_ap import BlockAPConfig
-from engine.config.data import DataConfig
+from engine.config.calibration import CalibrationConfig
 from engine.config.e2e_qat import E2EQATConfig
 from engine.config.e2e_qp import E2EQPConfig
 from engine.config.evaluation import EvaluationConfig
@@ -32,7 +32,7 @@ class RunConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A sentence says what the preset or file is for; a label too."""
     model: ModelConfig = ModelConfig()
     grid: GridConfig = GridConfig()
-    data: DataConfig = DataConfig()
+    data: CalibrationConfig = CalibrationConfig()
     imported: ImportedConfig = ImportedConfig()
     block_ap: BlockAPConfig = BlockAPConfig()
     e2e_qp: E2EQPConfig = E2EQPConfig()

@@ -10,7 +10,9 @@ from typing import Any
 import msgspec
 
 from engine.config.base import Section
+from engine.config.calibration import mixture
 from engine.config.derived import resolve
+from engine.config.lists import list_words
 from engine.config.loading import load, preset_names
 from engine.config.run import LABELS, RunConfig
 from engine.config.writing import essential, flat, to_dict
@@ -57,6 +59,7 @@ def equivalent_command(config: RunConfig) -> str:
         for key, value in flat(to_dict(resolve(config))).items()
         if base.get(key) != value
         and key not in LABELS
+        and not (key == "data.source" and mixture(config.data))  # the mixture stands in its place
         and (not key.startswith("runtime.") or key == "runtime.seed")
     ]
     return shlex.join(shlex.split(" ".join(["eqat run", config.name, *changes])))
@@ -64,5 +67,5 @@ def equivalent_command(config: RunConfig) -> str:
 
 def _flag_value(value: object) -> str:
     if isinstance(value, (list, tuple)):
-        return shlex.quote(",".join(map(str, value)))
+        return shlex.quote(list_words(value))
     return shlex.quote(str(value).lower() if isinstance(value, bool) else str(value))

@@ -30,7 +30,7 @@ import os
 import random
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,16 @@ def token_windows(
     return windows.to(torch.int64)
 
 
+def mixed_up(windows: Sequence[Tensor], *, seed: int, part: Part) -> Tensor:
+    """The windows of several texts in an order that the seed decides; those of one text as they are."""
+    if len(windows) == 1:
+        return windows[0]
+    together = torch.cat(list(windows))
+    order = list(range(len(together)))
+    random.Random(f"mixture/{seed}/{part}").shuffle(order)
+    return together[order]
+
+
 # --- drawing ----------------------------------------------------------------------------------------
 
 
@@ -125,12 +135,14 @@ def _drawn_windows(
     enough = needed + length + (0 if source.streams else min(needed, _LOCAL_SURPLUS))
     documents = list(_tokenized(encoder, source, part, enough, length, seed))
     available = sum(map(len, documents))
-    if needed > available * MAX_PASSES or available < step:
+    # Four times over, but never less than one window of it.
+    missing = max(-(-needed // MAX_PASSES), step) - available
+    if missing > 0:
         raise DataError(
             f"too little {part} text: {available:,} tokens, but {sequences} sequences of {length} need "
-            f"{needed:,} (a text is read at most {MAX_PASSES} times)",
+            f"{needed:,} (a text is read at most {MAX_PASSES} times): {missing:,} tokens are missing",
             where=source.corpus,
-            hint="use more text, fewer sequences or shorter ones",
+            hint="use more text, fewer sequences or shorter ones, or a smaller share of it in data.mix",
         )
     draw = random.Random(f"order/{seed}/{part}")
     passes: list[Tensor] = []

@@ -55,6 +55,8 @@ class PerplexityResult:
     tokens: int
     """Tokens predicted: windows times (length - given)."""
     seconds: float
+    window_nll: tuple[float, ...] = ()
+    """Mean negative log-likelihood of a token of each window, in nats."""
 
 
 def perplexity(
@@ -88,6 +90,7 @@ def perplexity(
     store = make_store(store_kind, shape, dtype or lm.dtype, lm.device, store_path, store_budget_bytes)
     blocks = one_ahead(block_for, lm.blocks, lm.device)
     total = torch.zeros((), dtype=torch.float64, device=lm.device)
+    each: list[Tensor] = []
     # Not inference_mode: threads write into these tensors.
     with store, closing(blocks), torch.no_grad():
         for batch in batches:
@@ -106,11 +109,14 @@ def perplexity(
             on_batch()
             rows = slice(batch.start, batch.stop)
             often = len(batch) == batch_size
-            total += token_nll(lm, store.read(rows), windows_NT[rows], often=often)[:, given - 1 :].sum()
+            nll_BT = token_nll(lm, store.read(rows), windows_NT[rows], often=often)[:, given - 1 :]
+            total += nll_BT.sum()
+            each.append(nll_BT.mean(1))
             on_progress(lm.blocks * windows + batch.stop, (lm.blocks + 1) * windows)
     tokens = windows * (length - given)
     mean = total.item() / tokens
-    return PerplexityResult(_exp(mean), mean, tokens, time.monotonic() - begin)
+    of_windows = tuple(torch.cat(each).tolist())
+    return PerplexityResult(_exp(mean), mean, tokens, time.monotonic() - begin, of_windows)
 
 
 def token_nll(lm: CausalLM, hidden_BTH: Tensor, ids_BT: Tensor, *, often: bool = False) -> Tensor:

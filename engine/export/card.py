@@ -12,6 +12,7 @@ bytes: no dates, durations or machine names.
 - ``perplexity``: of each stage by its name, absent or None where not measured
 - ``accuracy``: of each stage by its name, of each task by its name
 - ``evaluation``: one line: corpus, tokens, window length
+- ``doubts``: why the perplexities cannot be believed, a sentence each
 - ``method``: list of lines that say what was trained on what
 - ``config``: the run's configuration as TOML text
 - ``versions``: ``{"torch": "...", ...}``
@@ -23,6 +24,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from engine.config.stages import STAGES
+from engine.evaluation.plausible import CHECK
 from engine.export.layout import Form, Linears, group_sizes
 from engine.export.result import ExportResult
 
@@ -102,6 +104,7 @@ def _perplexity_table(card: dict[str, Any]) -> str:
     if not rows:
         return ""
     note = f"Perplexity on {card['evaluation']}.\n" if card.get("evaluation") else ""
+    note += "".join(f"\n**{text[:1].upper()}{text[1:]}** ({CHECK}).\n" for text in card.get("doubts") or ())
     return "## Perplexity\n\n" + note + "\n| model | perplexity |\n|---|---|\n" + "\n".join(rows) + "\n"
 
 

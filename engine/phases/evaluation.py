@@ -13,9 +13,11 @@ from torch import nn
 
 from engine import telemetry
 from engine.config.corpora import corpus_name
-from engine.config.stages import Stage
+from engine.config.model import RANDOM
+from engine.config.stages import Stage, full_precision
 from engine.config.tables import load_named
 from engine.evaluation.perplexity import PerplexityResult, perplexity
+from engine.evaluation.plausible import CHECK, doubt, grouped
 from engine.evaluation.tasks import Accuracy, accuracies, hidden_bytes
 from engine.export.stored import as_stored, outer_as_stored
 from engine.methods.blockwise.rtn import round_to_nearest
@@ -23,6 +25,7 @@ from engine.phases.imported import original
 from engine.phases.job import Job
 from engine.plan.fit import host_budget
 from engine.run import events
+from engine.run.events import MEASUREMENT
 from engine.run.facts import eval_fact
 
 ACTIVATIONS = "the file of an evaluation's activations"
@@ -45,6 +48,7 @@ def evaluate(job: Job, stage: Stage, *, again: bool = False) -> None:
                 "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
                 "tokens": result.tokens,
                 "seconds": result.seconds,
+                "nll": grouped(result.window_nll) if math.isfinite(result.perplexity) else [],
                 **_ask(of, block_for),
             }
         job.store.remember(name, known)
@@ -56,9 +60,20 @@ def evaluate(job: Job, stage: Stage, *, again: bool = False) -> None:
             sequence_length=job.config.evaluation.sequence_length,
             corpus=corpus_name(job.config.evaluation.data),
             begin=job.encoder.words(),
-            **known,
+            **{name: value for name, value in known.items() if name != "nll"},
         )
     )
+    if said := doubted(job, stage):
+        job.report.warning(MEASUREMENT, said, hint=CHECK)
+
+
+def doubted(job: Job, stage: Stage) -> str:
+    """In words, that a version of the model is better than can be; empty where it is not. A model that is
+    made up is worse than anything that was trained."""
+    if stage.name == full_precision() or job.config.model.source.startswith(RANDOM):
+        return ""
+    full, other = (job.store.fact(eval_fact(name)) for name in (full_precision(), stage.name))
+    return doubt(stage.label, full, other)
 
 
 def _values_of(job: Job, stage: Stage) -> AbstractContextManager[None]:

@@ -14,10 +14,12 @@ from typing import Any
 import msgspec
 import torch
 
+from engine.config.calibration import mixture, text_words
 from engine.config.corpora import corpus_name
 from engine.config.formats import FORMATS
 from engine.config.runtime import RuntimeConfig
 from engine.config.sameness import equivalent_command
+from engine.config.stages import STAGES
 from engine.config.writing import to_toml
 from engine.export.checkpoint import Export, add_to_card, room_beside_tensors
 from engine.export.layout import DoesNotFit, Form, form_of
@@ -25,6 +27,7 @@ from engine.export.place import ExportPlace
 from engine.export.result import ExportResult
 from engine.export.verify import VerifyResult, verify
 from engine.phases.copies import COPY_SILENCE, hear, require_same, targets_of
+from engine.phases.evaluation import doubted
 from engine.phases.job import Job
 from engine.plan.phases import VERIFY_TOKENS, VERIFY_WINDOWS
 from engine.process import package_versions
@@ -178,6 +181,9 @@ def _card(job: Job) -> dict[str, Any]:
         "config": to_toml(msgspec.structs.replace(config, runtime=RuntimeConfig(seed=config.runtime.seed))),
         "perplexity": job.perplexities,
         "accuracy": job.accuracies,
+        # The configuration below the list names a single text.
+        "method": [f"trained on {text_words(config.data)}"] if mixture(config.data) else [],
+        "doubts": [said for stage in STAGES if (said := doubted(job, stage))],
         "versions": package_versions(),
         "evaluation": f"{corpus_name(config.evaluation.data)}, {evaluation.shape[0]} windows of "
         f"{evaluation.shape[1]} tokens" + (f"; {begin}" if begin else ""),

@@ -15,6 +15,7 @@ import torch
 
 from engine.checkpoints.identity import counts_as, differing_field
 from engine.checkpoints.store import CheckpointStore
+from engine.config.calibration import text_words
 from engine.config.corpora import corpus_name
 from engine.config.run import RunConfig
 from engine.config.sameness import config_hash, equivalent_command
@@ -56,7 +57,7 @@ def write_manifest(
             "identity": {"config": config_hash(config), **made_from},
             "model": source.identity(),
             "data": {
-                "calibration": corpus_name(config.data),
+                "calibration": text_words(config.data),
                 "evaluation": corpus_name(config.evaluation.data),
                 "begin": encoder.words(),
             },

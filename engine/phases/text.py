@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.config.calibration import shared_out, texts_of
 from engine.config.data import DataConfig
 from engine.config.run import YOUNGER, RunConfig
 from engine.config.stages import STAGES
 from engine.data.encoding import Encoder
 from engine.data.parts import Part
-from engine.data.tokens import token_windows
+from engine.data.tokens import mixed_up, token_windows
 from engine.reporter import Reporter
 
 PREPARE_SILENCE = 600
@@ -73,6 +74,7 @@ def draw_tokens(config: RunConfig, encoder: Encoder, report: Reporter) -> Tokens
         DataError: for text that is missing, empty, too short or of the wrong form.
     """
     said: set[tuple[str, str]] = set()
+    texts = texts_of(config.data)
 
     def warn(code: str, message: str) -> None:
         # Stages draw from one text, and what is wrong with it is told once.
@@ -93,13 +95,20 @@ def draw_tokens(config: RunConfig, encoder: Encoder, report: Reporter) -> Tokens
             warn=warn,
         )
 
+    def mixed(part: Part, sequences: int, length: int) -> Tensor:
+        counts = shared_out(texts, sequences)
+        drawn = [
+            draw(text.data, part, count, length) for text, count in zip(texts, counts, strict=True) if count
+        ]
+        return mixed_up(drawn, seed=config.runtime.seed, part=part)
+
     def both(section: Any) -> Windows:
         length = section.sequence_length
         parts = [torch.zeros((0, length), dtype=torch.long)]
         if section.enabled:
-            parts.append(draw(config.data, "train", section.sequences, length))
+            parts.append(mixed("train", section.sequences, length))
             if section.val_sequences:
-                parts.append(draw(config.data, "validation", section.val_sequences, length))
+                parts.append(mixed("validation", section.val_sequences, length))
         return Windows(torch.cat(parts), section.sequences)
 
     # Stages draw before the evaluation does: an empty or unfit calibration text is named first.

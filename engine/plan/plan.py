@@ -23,9 +23,20 @@ from engine.architecture.families import Architecture, text_config
 from engine.architecture.model_folder import ModelFolder
 from engine.architecture.refusals import refuse
 from engine.architecture.special_tokens import (
+    begin_of_text,
+    begin_words,
     generation_settings,
     refuse_special_tokens,
     unused_tokens,
+)
+from engine.config.calibration import (
+    evaluated_share,
+    mixture,
+    part_name,
+    percent,
+    shared_out,
+    text_words,
+    texts_of,
 )
 from engine.config.corpora import evaluation_characters, is_path, local_path, origin
 from engine.config.formats import FORMATS
@@ -100,6 +111,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     stream_bytes: int
     """One of the two activation streams that blocks are trained on."""
     recovery: Recovery
+    calibration: str
+    """The text that is learned from, several with their shares; empty where nothing is."""
+    begin: str
+    """How sequences begin."""
     evaluation_windows: int
     seconds: float
     time_basis: str
@@ -177,6 +192,8 @@ def make_plan(
         activation_store_reason=reason,
         stream_bytes=stream_bytes(work),
         recovery=recovery,
+        calibration=text_words(config.data) if _texts(config) else "",
+        begin=_begin(config, model),
         evaluation_windows=work.windows,
         seconds=sum(phase.seconds for phase in phases),
         time_basis=f"estimate: operations and memory traffic counted, at {place.rates.basis}",
@@ -218,7 +235,8 @@ def _texts(config: RunConfig) -> list[Text]:
 
 def _check_local_text(config: RunConfig) -> None:
     """A mistyped path should not cost a run; what is in the files is for the engine to judge."""
-    used = [("data.source", config.data, bool(_texts(config)))]
+    name = "data.mix" if mixture(config.data) else "data.source"
+    used = [(name, text.data, bool(_texts(config))) for text in texts_of(config.data)]
     used.append(("evaluation.data.source", config.evaluation.data, config.evaluation.enabled))
     for name, data, wanted in used:
         path = local_path(data.source)
@@ -241,6 +259,13 @@ def _refuse_tokens(config: RunConfig, model: ModelDescription) -> None:
     if folder is not None:
         rows, trains = model.architecture.vocab, bool(_texts(config))
         refuse_special_tokens(folder, rows, config.model.bos, trains=trains)
+
+
+def _begin(config: RunConfig, model: ModelDescription) -> str:
+    """How sequences begin, by what is asked for and by what the tokenizer's files show."""
+    folder = _folder(config, model)
+    token = begin_of_text(folder, config.model.bos) if folder is not None else ""
+    return begin_words(config.model.bos, token)
 
 
 def _folder(config: RunConfig, model: ModelDescription) -> ModelFolder | None:
@@ -332,11 +357,14 @@ def _phases(work: Workload, store: StoreKind, place: Place, recovery: Recovery) 
 def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> Iterator[str]:
     config, arch = work.config, work.arch
     texts = _texts(config)
-    if texts and config.evaluation.enabled and origin(config.data) == origin(config.evaluation.data):
+    share = evaluated_share(config.data, config.evaluation.data)
+    if texts and config.evaluation.enabled and share:
+        part = "" if share == 1 else f"{percent(share)} of "
         yield (
-            f"calibration and evaluation both use {origin(config.data)}: the result will look better than "
-            "on other text; evaluate on another corpus to compare models"
+            f"{part}calibration and evaluation both use {origin(config.evaluation.data)}: the result will "
+            "look better than on other text; evaluate on another corpus to compare models"
         )
+    yield from _unread(config)
     if model.kind == "gguf" and model.stored_bytes and model.stored_bytes < 1.5 * arch.params:
         yield (
             "the GGUF file holds quantized weights already: full precision here means as good as this file"
@@ -367,6 +395,18 @@ def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> It
             f"the size of the evaluation text is not known: {work.windows} windows are assumed; "
             "set evaluation.windows to bound it"
         )
+
+
+def _unread(config: RunConfig) -> Iterator[str]:
+    """Texts of a mixture that are left without a sequence to train on, because there are so few."""
+    parts = texts_of(config.data)
+    for text in _texts(config):
+        for part, count in zip(parts, shared_out(parts, text.sequences), strict=True):
+            if not count:
+                yield (
+                    f"{part_name(part.data)} gives no sequence: {percent(part.share)} of "
+                    f"{text.section}.sequences = {text.sequences} is less than one"
+                )
 
 
 # --------------------------------------------------------------------------------------------- windows

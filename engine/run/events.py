@@ -212,6 +212,10 @@ class ControlAck(Event, frozen=True, kw_only=True, tag="control.ack"):
     id: str
 
 
+MEASUREMENT = "measurement"
+"""Code of the warning that a version of the model is measured better than it can be."""
+
+
 class Warning(Event, frozen=True, kw_only=True, tag="warning"):
     """Something the user should know; the run goes on."""
 

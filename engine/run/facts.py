@@ -88,9 +88,11 @@ class Evaluated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seconds: Annotated[float, msgspec.Meta(ge=0)]
     accuracy: dict[str, Share] = {}
     questions: dict[str, Count] = {}
+    nll: list[float] = []
+    """Mean loss of a token in groups of windows: how far the perplexity may be off by chance."""
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.seconds) or not math.isfinite(self.perplexity or 0.0):
+        if not all(map(math.isfinite, (self.seconds, self.perplexity or 0.0, *self.nll))):
             raise ValueError("a number is not finite")
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from engine.config.calibration import text_words
+from engine.config.stages import stages_of
 from engine.config.writing import to_dict
 from engine.errors import EqatError
 from engine.run import events
@@ -30,6 +32,7 @@ def show_run(run: RunDirectory) -> dict[str, Any]:
         state = state.apply(metrics[-1])
     found = look(run)
     tree = render(state, state=found.state, work=found.work, config=_config(run))
+    tree["calibration"] = _calibration(run)
     tree["why_gone"] = _why_gone(run, state, found)
     return {**tree, "path": str(run.path), "origin": origin(run)}
 
@@ -86,6 +89,15 @@ def _config(run: RunDirectory) -> dict[str, Any] | None:
     """The run's configuration; none for one that this version cannot read, which must not hide the run."""
     try:
         return to_dict(run.config())
+    except EqatError:
+        return None
+
+
+def _calibration(run: RunDirectory) -> str | None:
+    """The text that the run learns from, several with their shares; none where it learns from none."""
+    try:
+        config = run.config()
+        return text_words(config.data) if any(stage.reads_text for stage in stages_of(config)) else None
     except EqatError:
         return None
 

@@ -42,7 +42,12 @@ GroupSize = Annotated[
     int | None, typer.Option("--group-size", help="Weights that share a scale; -1 for the whole row.")
 ]
 Data = Annotated[
-    str | None, typer.Option("--data", help="Calibration text: builtin, a shortcut, a hub id, or a path.")
+    str | None,
+    typer.Option(
+        "--data",
+        help="Calibration text: builtin, a shortcut, a hub id, a path, or several with shares, "
+        "c4:0.8,wikitext2:0.2.",
+    ),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 Settings = Annotated[

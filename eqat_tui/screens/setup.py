@@ -270,9 +270,7 @@ class SetupScreen(WorkScreen):
 
     def _names(self, row: Row) -> set[str]:
         """The fields that a line of the form stands for."""
-        if row.kind == "method":
-            return set(methods.switches())
-        return set(views.section_fields(row.name)) if row.kind == "section" else {row.name}
+        return views.names_of(row)
 
     def do_run(self) -> None:
         config = self.draft.config()
@@ -312,7 +310,7 @@ class SetupScreen(WorkScreen):
         self._change(self.draft.with_method(name))
 
     def _ask(self, row: Row) -> None:
-        value = views.value_words(value_of(self._config, row.name))
+        value = views.value_words(views.shown_value(row, self._config))
 
         def answered(text: str | None) -> None:
             if text is not None:
@@ -401,7 +399,7 @@ class SetupScreen(WorkScreen):
         elif row.kind == "model":
             self._choose_model()
         elif choices := views.choices(row.name, self._devices_for(row)):
-            self._set(row.name, _beside(list(choices), value_of(self._config, row.name), by))
+            self._set(row.name, _beside(list(choices), views.shown_value(row, self._config), by))
         else:
             self._ask(row)
 

@@ -15,7 +15,7 @@ from eqat_tui.lines import Line, Span, columns, cut, few, fit, line, widths_of, 
 from eqat_tui.measured import colour_of, newest
 from eqat_tui.output import format_bits, format_bytes, format_count, format_number, format_seconds, share
 from eqat_tui.planned import branch, known
-from eqat_tui.run_text import LONGEST_BEGIN, MOST_TASKS, accuracy_rows, facts, shorten
+from eqat_tui.run_text import LONGEST_BEGIN, MOST_TASKS, accuracy_rows, facts, measurement_doubts, shorten
 from eqat_tui.views.monitor import MOST_LINES, what
 
 
@@ -62,6 +62,8 @@ def _conditions(state: RunState, width: int) -> list[Line]:
         lines.append(cut(line((words, "muted")), width))
         if found.begin:
             lines += wrap(found.begin[:LONGEST_BEGIN], width, "muted")
+    for text in measurement_doubts((w.code, w.message, w.hint) for w in state.warnings):
+        lines += wrap(text, width, "warn")
     paper = known(state.plan)["published"]
     if paper:
         lines += wrap(

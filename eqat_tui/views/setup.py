@@ -13,11 +13,13 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from engine.config.base import describe
+from engine.config.calibration import mixture, text_setting
 from engine.config.corpora import CORPORA
-from engine.config.data import BUILTIN
+from engine.config.data import BUILTIN, OPTIONS
 from engine.config.derived import resolve
 from engine.config.fields import field_names, field_type, value_of
 from engine.config.grid import BITS, GROUP_SIZES
+from engine.config.lists import list_words
 from engine.config.loading import load, preset_names
 from engine.config.run import RunConfig
 from engine.config.validation import validate
@@ -51,6 +53,11 @@ FLAGS = {
 }
 
 
+TEXT, MIXTURE = "data.source", "data.mix"
+_INSTEAD = {TEXT: (MIXTURE,), MIXTURE: (TEXT, *(f"data.{option}" for option in OPTIONS))}
+"""Of the two fields that say which text is learned from, one stands in the place of the other."""
+
+
 class Draft(msgspec.Struct, frozen=True, kw_only=True):
     """What has been chosen so far."""
 
@@ -61,10 +68,13 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
 
     def set(self, name: str, value: object) -> Draft:
         """With another value of a field; the one that the base has anyway is no change."""
-        changes = {key: old for key, old in self.changes.items() if key != name}
+        if name == TEXT and isinstance(value, str):
+            name, value = text_setting(value)
+        gone = (name, *_INSTEAD.get(name, ()))
+        changes = {key: old for key, old in self.changes.items() if key not in gone}
         bare = Draft(base=self.base, changes=changes)
         changed = Draft(base=self.base, changes={**changes, name: value})
-        if value_of(bare.loaded(), name) != value_of(changed.loaded(), name):
+        if bare.loaded() != changed.loaded():
             return changed
         return Draft(base=self.base, changes=changes)
 
@@ -124,7 +134,7 @@ def value_words(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
+        return list_words(value)
     return str(value)
 
 
@@ -140,13 +150,14 @@ class Row(NamedTuple):
     label: str
 
 
+_TEXT_ROW = Row("field", TEXT, "Text")
 HEAD = (
     Row("model", "model.source", "Model"),
     Row("base", "", "Preset"),
     Row("method", "", "Method"),
     Row("field", "grid.bits", "Bits"),
     Row("field", "grid.group_size", "Group size"),
-    Row("field", "data.source", "Text"),
+    _TEXT_ROW,
     Row("field", "runtime.device", "Device"),
 )
 _IN_HEAD = frozenset(row.name for row in HEAD if row.name)
@@ -214,7 +225,7 @@ def complaint(draft: Draft, name: str, text: str) -> str:
     try:
         draft.set(name, text).config()
     except EqatError as error:
-        if error.where == name:
+        if error.where in (name, *_INSTEAD.get(name, ())):
             return f"{error.message}{hint_for_app(error.hint)}"
     return ""
 
@@ -234,15 +245,30 @@ def form_line(
         )
     size = 11 if row.kind != "field" or row.name in _IN_HEAD else max(18, len(row.label) + 4)
     indent = "" if row in HEAD else "  "
-    changed_here = row.name in draft.changes or (
-        row.kind == "method" and set(methods.switches()) & set(draft.changes)
-    )
+    changed_here = bool(names_of(row) & set(draft.changes)) and row.kind != "base"
     mark = "*" if changed_here else " "
-    is_wrong = bool(wrong) and (wrong == row.name or (row.kind == "base" and wrong == "preset"))
+    is_wrong = bool(wrong) and (wrong in names_of(row) or (row.kind == "base" and wrong == "preset"))
     spans = line(
         indent, (mark, "warn"), (row.label.ljust(size - len(indent)), "muted"), *_value(row, draft, config)
     )
     return cut([*spans, *line(("  !" if is_wrong else "", "bad"))], width)
+
+
+def names_of(row: Row) -> set[str]:
+    """The fields that a line of the form stands for."""
+    if row.kind == "method":
+        return set(methods.switches())
+    if row.kind == "section":
+        return set(section_fields(row.name))
+    # The line of the text has the mixture too, if there is one.
+    return {TEXT, MIXTURE} if row is _TEXT_ROW else {row.name}
+
+
+def shown_value(row: Row, config: RunConfig) -> object:
+    """What a line of the form shows and lets edit."""
+    if row is _TEXT_ROW and (parts := mixture(config.data)):
+        return parts
+    return value_of(config, row.name)
 
 
 def _value(row: Row, draft: Draft, config: RunConfig) -> Line:
@@ -253,7 +279,7 @@ def _value(row: Row, draft: Draft, config: RunConfig) -> Line:
         return line(draft.base if len(draft.base) < 40 else f"…{draft.base[-38:]}")
     if row.kind == "method":
         return line(methods.method_of(config))
-    value = value_of(config, row.name)
+    value = shown_value(row, config)
     if row.name in ("grid.bits", "grid.group_size"):
         spans: Line = []
         for option in choices(row.name):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -17,12 +17,13 @@ from plan_tools import H200, LLAMA_2, LLAMA_2_7B, PAPER, SHAPES, machine, paper
 from engine.architecture.description import TINY_LLAMA
 from engine.architecture.families import architecture
 from engine.config.block_ap import BlockAPConfig
+from engine.config.calibration import CalibrationConfig
 from engine.config.data import DataConfig
 from engine.config.evaluation import EvaluationConfig
 from engine.config.formats import FORMATS
 from engine.config.grid import GridConfig
-from engine.config.loading import load
-from engine.config.model import ModelConfig
+from engine.config.loading import load, preset_names
+from engine.config.model import BeginOfText, ModelConfig
 from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
 from engine.config.runtime import RuntimeConfig
@@ -557,3 +558,43 @@ def test_a_disk_that_is_too_small_is_answered_by_what_helps_and_nothing_else() -
     problems = make_plan(config, machine=tight, device="cpu").problems
     assert [problem.where for problem in problems] == ["disk"]
     assert problems[0].hint == "block_ap.sequences = 2048 would fit"
+
+
+@pytest.mark.parametrize(
+    ("mix", "says"),
+    [
+        (("c4:4", "wikitext2:1"), "20 % of calibration and evaluation both use wikitext2:"),
+        (("c4:1", "Salesforce/wikitext?split=train:1"), "50 % of calibration and evaluation both use"),
+        (("c4:4", "builtin:1"), ""),
+        (("wikitext2:1", "c4:1000000"), "wikitext2 gives no sequence: 0.0001 % of block_ap.sequences"),
+    ],
+)
+def test_each_part_of_a_mixture_is_compared_with_the_evaluated_text(
+    llama: str, mix: tuple[str, ...], says: str
+) -> None:
+    warnings = make_plan(paper(llama, data=CalibrationConfig(mix=mix)), machine=H200).warnings
+    found = [text for text in warnings if "both use" in text or "gives no" in text]
+    assert any(says in text for text in found) if says else not found
+
+
+def test_the_plan_says_how_sequences_begin(llama: str) -> None:
+    def begin(bos: str) -> str:
+        model = ModelConfig(source=llama, bos=cast(BeginOfText, bos))
+        return make_plan(msgspec.structs.replace(paper(llama), model=model), machine=H200).begin
+
+    assert begin("auto") == "each begins as the tokenizer begins a text"
+    assert begin("text") == "the begin-of-text token begins the whole text once, which is then cut"
+    settings = {"bos_token": "<s>", "eos_token": "</s>"}
+    Path(llama, "tokenizer_config.json").write_text(json.dumps(settings))
+    template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}]}
+    Path(llama, "tokenizer.json").write_text(json.dumps({"added_tokens": [], "post_processor": template}))
+    assert begin("auto") == "each begins with <s>"
+    assert begin("text") == "<s> begins the whole text once, which is then cut"
+    assert begin("never") == "no begin-of-text token is written"
+    assert begin("always") == "each begins with <s>"
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.startswith(("paper", "llama-"))])
+def test_the_published_protocol_writes_the_begin_of_text_token_once(name: str) -> None:
+    assert load(name).model.bos == "text"
+    assert load(name).data.mix is None

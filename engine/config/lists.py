@@ -1,0 +1,29 @@
+"""Lists as they are typed after ``--set field=`` and shown: with commas between the members, and where a
+member holds a comma or a quote itself, as TOML and JSON write a list of texts."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable
+
+
+def members(text: str) -> list[str]:
+    """The members of a list that was typed."""
+    text = text.strip()
+    if text.startswith("["):
+        try:
+            written = tomllib.loads(f"list = {text}")["list"]
+        except (tomllib.TOMLDecodeError, RecursionError):
+            written = None  # brackets around members without quotes
+        if isinstance(written, list) and all(isinstance(member, str) for member in written):
+            return written
+    parts = text.removeprefix("[").removesuffix("]").split(",")
+    return [part.strip().strip("\"'") for part in parts if part.strip()]
+
+
+def list_words(values: Iterable[object]) -> str:
+    """A list as :func:`members` reads it."""
+    texts = [str(value) for value in values]
+    plain = ",".join(texts)
+    return plain if members(plain) == texts else json.dumps(texts, ensure_ascii=False)
