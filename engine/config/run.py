@@ -43,7 +43,7 @@ class RunConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @classmethod
     def younger(cls) -> tuple[str, ...]:
-        return ("imported",)
+        return ("imported", *YOUNGER)
 
 
 YOUNGER = ("e2e_qat",)

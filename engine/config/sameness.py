@@ -39,7 +39,7 @@ def _leave_out_younger(tree: dict[str, Any], section: Section) -> None:
     default = type(section)()
     for name in section.younger():
         if getattr(section, name) == getattr(default, name):
-            del tree[name]
+            tree.pop(name, None)
     for name, inner in tree.items():
         if isinstance(value := getattr(section, name), Section):
             _leave_out_younger(inner, value)

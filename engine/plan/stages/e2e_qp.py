@@ -123,8 +123,9 @@ class E2EQPCosts(NetworkTraining):
         cost = rates.compiled_passage if steps.compiled else rates.passage
         traffic = self._traffic(work, cost)
         unpacked = self.unpacked_seconds(work, rates, micro_steps)
-        # Recorded, a micro-step is one launch.
-        launches = 0.0 if steps.recorded else micro_steps * arch.blocks * cost.launch * factor
+        # Recorded, a micro-step is one launch, and its kernels still follow each other.
+        recorded = (rates.fast if steps.compiled else rates.recorded).launch
+        launches = micro_steps * arch.blocks * (recorded if steps.recorded else cost.launch * factor)
         return max(flops / rates.flops + traffic + unpacked, launches)
 
     def unpacked_seconds(self, work: Workload, rates: Speed, micro_steps: int) -> float:
