@@ -1,0 +1,272 @@
+"""What training all blocks together brings, in many settings, each from the same blocks of one Block-AP.
+
+    python benchmarks/end_to_end.py MODEL --data TEXT --held-out TEXT --bits 2 \\
+        --try "e2e_qp" --try "e2e_qat lr_weight=0.01 epochs=8" --try "e2e_qat lr_weight=0.02 epochs=8"
+
+MODEL is what ``model.source`` takes, TEXT what ``data.source`` takes: its part for training is trained on,
+its part for evaluation measured. ``--tokens FILE`` takes windows of a safetensors file instead (``train``,
+``e2e`` and ``val`` of one length, ``test`` in one row). The streams lie on the device, and no run directory
+is made: what is measured is the methods alone, by the engine's own code. ``--block-ap`` and ``--try`` set
+fields of the sections of the same name. Seconds include installing the blocks and compiling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import (
+    DEVICE,
+    GIB,
+    Marks,
+    compile_passages,
+    dtype,
+    peak_gib,
+    reset_peak,
+    synchronize,
+    table,
+    where,
+)
+from safetensors.torch import load_file
+
+from engine.config.block_ap import BlockAPConfig
+from engine.config.data import DataConfig
+from engine.config.e2e_qat import E2EQATConfig
+from engine.config.e2e_qp import E2EQPConfig
+from engine.config.grid import GridConfig
+from engine.config.model import ModelConfig
+from engine.data.activations import ActivationStore, make_store
+from engine.data.encoding import Encoder
+from engine.data.tokens import token_windows
+from engine.evaluation.perplexity import perplexity
+from engine.methods.advance import Portions, advance
+from engine.methods.blockwise.block_ap import train_block
+from engine.methods.blockwise.reconstruction import Streams
+from engine.methods.network.e2e_qat import train_weights
+from engine.methods.network.e2e_qp import train_scales
+from engine.methods.network.network import NetworkData
+from engine.methods.network.teacher import Teacher
+from engine.models.causal_lm import CausalLM
+from engine.models.source import ModelSource
+from engine.quant.fake_linear import latent_linears
+from engine.quant.packed import Kernels, PackedBlock
+
+FAST = DEVICE.type == "cuda"
+AT_A_TIME = 16
+"""Sequences that pass through blocks together."""
+
+
+class Lab:
+    """A model, its text, and what is done with them."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.grid = args, GridConfig(bits=args.bits, group_size=args.group_size)
+        source = ModelSource.open(ModelConfig(source=args.model))
+        self.lm = CausalLM(source, DEVICE, dtype())
+        if FAST:
+            Kernels.switch_on(DEVICE)
+            compile_passages(self.lm)
+        self.encoder = Encoder(source.tokenizer(), rows=self.lm.vocab_size)
+        self.blocks, self.network, self.val = self._text()
+        self.measured = self._measured()
+
+    def _windows(self, name: str, part: Any, count: int) -> Tensor:
+        return token_windows(
+            self.encoder,
+            DataConfig(source=name),
+            part,
+            sequences=count,
+            length=self.args.length,
+            seed=self.args.seed,
+        )
+
+    def _text(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What blocks are trained on, what the network is, and what validates both."""
+        args = self.args
+        if args.tokens:
+            found = load_file(args.tokens)
+            train, more, val = (found[name].long() for name in ("train", "e2e", "val"))
+        else:
+            both = self._windows(args.data, "train", 2 * args.sequences)
+            train, more = both[: args.sequences], both[args.sequences :]
+            val = self._windows(args.data, "validation", args.val_sequences)
+        return train, torch.cat([train, more]), val
+
+    def _measured(self) -> dict[str, Tensor]:
+        args = self.args
+        if args.tokens:
+            flat = load_file(args.tokens)["test"].long()
+            own = flat[: len(flat) // args.length * args.length].view(-1, args.length)
+        else:
+            own = self._windows(args.data, "evaluation", args.windows)
+        others = {Path(name).stem: self._windows(name, "evaluation", args.windows) for name in args.held_out}
+        return {"own text": own, **others}
+
+    def perplexities(self, packed: list[PackedBlock] | None = None) -> list[float]:
+        """Of the model as it came, or with these blocks."""
+
+        def block(index: int) -> nn.Module:
+            loaded = self.lm.load_block(index)
+            return loaded if packed is None else packed[index].install(loaded)
+
+        given = max(1, len(self.encoder.begin))
+        return [
+            perplexity(self.lm, block, windows, given=given, batch_size=AT_A_TIME).perplexity
+            for windows in self.measured.values()
+        ]
+
+    def _store(self, tokens: Tensor) -> ActivationStore:
+        store = make_store("device", (*tokens.shape, self.lm.hidden_size), dtype(), DEVICE)
+        for start in range(0, len(tokens), AT_A_TIME):
+            store.write(start, self.lm.embed(tokens[start : start + AT_A_TIME].to(DEVICE)))
+        return store
+
+    def _advance(self, index: int, block: nn.Module, store: ActivationStore) -> None:
+        advance(self.lm, index, block, store, Portions(AT_A_TIME), dtype(), Marks())
+
+    def block_ap(self, changes: dict[str, Any]) -> list[PackedBlock]:
+        """All blocks, trained one after the other."""
+        config = BlockAPConfig(**changes).resolved(self.grid)
+        tokens = torch.cat([self.blocks, self.val])
+        streams = Streams(self._store(tokens), self._store(tokens), len(self.blocks))
+        packed = []
+        for index in range(self.lm.blocks):
+            block = self.lm.load_block(index, dtype=torch.float32)
+            self._advance(index, block, streams.full)
+            arguments = (self.lm, index, block, streams, config, self.grid)
+            seed = self.args.seed * 1_000_003 + index
+            result = train_block(
+                *arguments, seed=seed, dtype=dtype(), progress=Marks(), fast=FAST, compiles=FAST
+            )
+            self._advance(index, block, streams.quantized)
+            packed.append(result.packed)
+        return packed
+
+    def teacher(self) -> Teacher:
+        """The full-precision model's last hidden states on the network's text."""
+        store = self._store(torch.cat([self.network, self.val]))
+        for index in range(self.lm.blocks):
+            self._advance(index, self.lm.load_block(index), store)
+        return Teacher(store)
+
+    def trained(
+        self, kind: str, changes: dict[str, Any], packed: list[PackedBlock], teacher: Teacher
+    ) -> tuple[list[PackedBlock], int]:
+        """The blocks after ``e2e_qp`` or ``e2e_qat``, and its steps."""
+        data = NetworkData(torch.cat([self.network, self.val]), len(self.network), teacher)
+        common: dict[str, Any] = {
+            "seed": self.args.seed,
+            "dtype": dtype(),
+            "progress": Marks(),
+            "recompute": False,
+            "compiles": FAST,
+            "records": FAST,
+        }
+        sizes = {"sequences": len(self.network), "val_sequences": len(self.val)}
+        sizes["sequence_length"] = self.args.length
+        blocks = [self.lm.load_block(index, dtype=dtype()) for index in range(self.lm.blocks)]
+        if kind == "e2e_qp":
+            for block, of_block in zip(blocks, packed, strict=True):
+                of_block.install(block)
+            scales = E2EQPConfig(**sizes, **changes).resolved(self.grid)
+            result = train_scales(self.lm, blocks, data, scales, **common)
+            made = [
+                {name: block.get_submodule(name).packed() for name in of_block.linears}  # type: ignore[operator]
+                for block, of_block in zip(blocks, packed, strict=True)
+            ]
+        else:
+            linears = [latent_linears(*both) for both in zip(blocks, packed, strict=True)]
+            weights = E2EQATConfig(enabled=True, **sizes, **changes).resolved(self.grid)
+            result = train_weights(self.lm, blocks, data, weights, fast=FAST, **common)
+            made = [{name: linear.freeze() for name, linear in named.items()} for named in linears]
+        together = zip(made, packed, strict=True)
+        return [PackedBlock(new, old.others) for new, old in together], result.steps
+
+
+def moved(before: list[PackedBlock], after: list[PackedBlock]) -> float:
+    """Fraction of integers that are others."""
+    pairs = [
+        (one.linears[name].codes(), other.linears[name].codes())
+        for one, other in zip(before, after, strict=True)
+        for name in one.linears
+    ]
+    return sum(int((a.cpu() != b.cpu()).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
+
+
+def settings(words: list[str]) -> dict[str, Any]:
+    """``lr=0.01`` as a field of a section."""
+    found: dict[str, Any] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name == "train":
+            found[name] = tuple(value.split(","))
+        else:
+            found[name] = value if value.isalpha() else float(value) if "." in value else int(value)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("model")
+    parser.add_argument("--data", default="builtin")
+    parser.add_argument("--tokens")
+    parser.add_argument("--held-out", nargs="*", default=[])
+    parser.add_argument("--bits", type=int, default=2)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--sequences", type=int, default=512)
+    parser.add_argument("--val-sequences", type=int, default=16)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--windows", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--block-ap", default="", help='such as "epochs=1"')
+    parser.add_argument("--try", action="append", dest="tried", default=[])
+    args = parser.parse_args()
+    lab = Lab(args)
+    rows: list[list[str]] = []
+
+    def add(name: str, values: list[float], begun: float, rest: list[str]) -> None:
+        seconds = time.monotonic() - begun
+        rows.append([name, *(f"{value:,.2f}" for value in values), f"{seconds:.1f}", *rest])
+        print(rows[-1], file=sys.stderr, flush=True)
+
+    begun = time.monotonic()
+    add("full precision", lab.perplexities(), begun, ["", "", ""])
+    begun = time.monotonic()
+    packed = lab.block_ap(settings(args.block_ap.split()))
+    synchronize()
+    end = time.monotonic()
+    add(
+        f"Block-AP {args.block_ap}".strip(),
+        lab.perplexities(packed),
+        begun + time.monotonic() - end,
+        [""] * 3,
+    )
+    teacher = lab.teacher()
+    for variant in args.tried:
+        kind, *words = variant.split()
+        reset_peak()
+        begun = time.monotonic()
+        after, steps = lab.trained(kind, settings(words), packed, teacher)
+        synchronize()
+        took = time.monotonic() - begun
+        peak = peak_gib()
+        values = lab.perplexities(after)
+        rest = [f"{1e3 * took / steps:.0f}", f"{100 * moved(packed, after):.2f} %", f"{peak:.1f}"]
+        add(variant, values, time.monotonic() - took, rest)
+    table(" | ".join(["trained", *lab.measured, "seconds", "ms a step", "moved", "peak GiB"]), rows)
+    weights = sum(w.words.numel() * 32 // w.bits for block in packed for w in block.linears.values())
+    print(
+        f"{args.model}, w{args.bits}g{args.group_size}, {2 * weights / GIB:.2f} GiB of weights at 16 bits, "
+        f"seed {args.seed}; {where()}"
+    )
+
+
+if __name__ == "__main__":
+    main()
