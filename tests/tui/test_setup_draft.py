@@ -78,7 +78,7 @@ def test_every_setting_is_in_the_form_with_its_meaning() -> None:
     everything = views.rows(frozenset(methods.sections()))
     shown = {row.name for row in everything if row.kind in ("field", "model")}
     of_imports = {name for name in FIELDS if name.startswith("imported.")}  # eqat import sets them
-    assert shown | {"block_ap.enabled", "e2e_qp.enabled"} | of_imports == set(FIELDS)
+    assert shown | {"block_ap.enabled", "e2e_qp.enabled", "e2e_qat.enabled"} | of_imports == set(FIELDS)
     draft = Draft(base="smoke")
     for row in everything:
         assert views.meaning(row, draft, draft.shown()).strip()
@@ -132,17 +132,20 @@ def test_a_fixed_zero_point_is_chosen_in_the_form_and_the_plan_says_what_it_open
 
 
 METHODS = {
-    "EfficientQAT: Block-AP, then E2E-QP": (True, True),
-    "Block-AP only": (True, False),
-    "E2E-QP only, on rounded weights": (False, True),
-    "rounding only, nothing is trained": (False, False),
+    "EfficientQAT: Block-AP, then E2E-QP": (True, True, False),
+    "Block-AP, then E2E-QAT": (True, False, True),
+    "Block-AP only": (True, False, False),
+    "E2E-QP only, on rounded weights": (False, True, False),
+    "E2E-QAT only, on rounded weights": (False, False, True),
+    "rounding only, nothing is trained": (False, False, False),
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_are_what_they_say(name: str) -> None:
-    block_ap, e2e_qp = METHODS[name]
-    draft = Draft(base="smoke").set("block_ap.enabled", block_ap).set("e2e_qp.enabled", e2e_qp)
+    draft = Draft(base="smoke")
+    for stage, wanted in zip(("block_ap", "e2e_qp", "e2e_qat"), METHODS[name], strict=True):
+        draft = draft.set(f"{stage}.enabled", wanted)
     assert methods.method_of(draft.shown()) == name
     assert Draft(base="smoke").with_method(name) == draft
 
@@ -158,6 +161,7 @@ def test_sections_are_called_as_their_stages_are() -> None:
         "data": "Calibration text",
         "block_ap": "Block-AP",
         "e2e_qp": "E2E-QP",
+        "e2e_qat": "E2E-QAT",
         "evaluation": "Evaluation",
         "export": "Export",
         "runtime": "Where and how it runs",
@@ -192,10 +196,13 @@ def toy() -> Iterator[None]:
 def test_an_extensions_stage_is_chosen_as_a_method_and_its_section_is_edited() -> None:
     assert list(methods.methods()) == [
         "EfficientQAT: Block-AP, then E2E-QP",
+        "Block-AP, then E2E-QAT",
         "Block-AP only",
         "Toy method, then E2E-QP",
+        "Toy method, then E2E-QAT",
         "Toy method only",
         "E2E-QP only, on rounded weights",
+        "E2E-QAT only, on rounded weights",
         "rounding only, nothing is trained",
     ]
     draft = Draft(base="smoke").with_method("Toy method only").set("toy.turns", "5")
@@ -204,7 +211,7 @@ def test_an_extensions_stage_is_chosen_as_a_method_and_its_section_is_edited() -
     assert methods.method_of(draft.with_method("Block-AP only").shown()) == "Block-AP only"
     rows = views.rows(frozenset(["toy"]))
     folded = [row.label for row in rows if row.kind == "section"]
-    assert folded[3:6] == ["Block-AP", "E2E-QP", "Toy method"]
+    assert folded[3:7] == ["Block-AP", "E2E-QP", "E2E-QAT", "Toy method"]
     (turns,) = [row for row in rows if row.name == "toy.turns"]
     shown = plain(views.form_line(turns, draft, draft.shown(), frozenset(["toy"]), "", 60))
     assert shown.split() == ["*turns", "5"]
