@@ -25,7 +25,7 @@ from engine.data.sampler import BatchSampler
 from engine.errors import NonFiniteError, StopRequested
 from engine.methods.blockwise.rtn import round_to_nearest
 from engine.methods.network.e2e_qat import train_weights
-from engine.methods.network.network import NetworkData, NetworkResult
+from engine.methods.network.network import Network, NetworkData, NetworkResult
 from engine.methods.network.teacher import Teacher
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
@@ -238,6 +238,32 @@ def test_the_fast_form_takes_the_steps_of_the_plain_one(lm: CausalLM, micro_batc
         assert fast.linears[name].quantized is None, "the memory is given back"
         assert_same_but_for_few(fast.linears[name].weight.flatten(), linear.weight.flatten(), 2e-3)
         assert_same_but_for_few(fast.linears[name].scale, linear.scale, 2e-5)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_out_of_memory_again_and_again_it_takes_the_same_steps(
+    lm: CausalLM, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First activations are recomputed, then half as many sequences pass at a time, in the middle of a batch
+    too; no gradient of an attempt that failed is left over."""
+    pytest.importorskip("triton")
+    config = settings(batch_size=4, micro_batch_size=4)
+    whole = Trained(lm, config)
+    plain_step, calls = Network.micro_step, [0]
+
+    def short(network: Network, rows: Tensor, *rest: Any) -> Tensor:
+        calls[0] += 1
+        if calls[0] in (2, 4, 6, 9) and (len(rows) > 1 or not network.recompute):
+            raise torch.OutOfMemoryError
+        return plain_step(network, rows, *rest)
+
+    monkeypatch.setattr(Network, "micro_step", short)
+    heard = Heard()
+    tight = Trained(lm, config, fast=fast, progress=heard)
+    assert [code for code, _ in heard.warnings] == ["memory", "micro_batch", "micro_batch"]
+    for name, linear in whole.linears.items():
+        assert_same_but_for_few(tight.linears[name].weight.flatten(), linear.weight.flatten(), 2e-3)
+        assert_same_but_for_few(tight.linears[name].scale, linear.scale, 2e-5)
 
 
 def test_fixed_zero_points_stay_and_leave_what_is_trained(lm: CausalLM) -> None:

@@ -147,9 +147,12 @@ class _FastWeights(_Weights):
             betas=settings.betas,
         )
         self._stepper.requantize()
+        return self._stepper
+
+    def _begin(self, micro_batch: int, share: int) -> None:
+        super()._begin(micro_batch, share)
         self._sums: list[Tensor] = []
         """Gradients of the micro-batches so far, float32; empty where a batch passes at once."""
-        return self._stepper
 
     @property
     def leaves(self) -> list[Tensor]:
