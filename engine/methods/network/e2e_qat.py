@@ -23,7 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from engine.config.e2e_qat import E2EQATConfig
-from engine.methods.network.network import Network, NetworkData, NetworkResult, train_network
+from engine.methods.network.network import (
+    Network,
+    NetworkData,
+    NetworkResult,
+    network_settings,
+    train_network,
+)
 from engine.methods.runaway import refuse_runaway
 from engine.quant.fake_linear import FakeQuantLinear
 from engine.training.loop import Settings
@@ -76,22 +82,8 @@ def train_weights(
         network.record(progress, WHERE)
     if compiles:
         network.compile(progress, WHERE)
-    settings = Settings(
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        micro_batch=config.micro_batch_size or config.batch_size,
-        weight_decay=config.weight_decay,
-        grad_clip=config.grad_clip,
-        lr_final_fraction=config.lr_final_fraction,
-        patience=config.patience,
-        seed=seed,
-        device=lm.device,
-        dtype=dtype,
-        where=WHERE,
-        tokens_per_sequence=data.tokens.shape[1],
-        warmup_fraction=config.warmup_fraction,
-        betas=BETAS,
-        world=world,
+    settings = network_settings(
+        config, lm.device, seed=seed, dtype=dtype, where=WHERE, world=world, betas=BETAS
     )
     result = train_network(network, settings, progress, snapshot, keeper)
     refuse_runaway((linear.scale for linear in network.linears), result.steps, WHERE)

@@ -15,11 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from engine.config.e2e_qp import E2EQPConfig
-from engine.methods.network.network import Network, NetworkData, NetworkResult, train_network
+from engine.methods.network.network import (
+    Network,
+    NetworkData,
+    NetworkResult,
+    network_settings,
+    train_network,
+)
 from engine.methods.runaway import refuse_runaway
 from engine.quant.grid import RELATIVE_SCALE_FLOOR
 from engine.quant.packed import PackedLinear, into_domain, smallest_trained
-from engine.training.loop import Settings
 from engine.training.progress import Keeper, Progress
 from engine.training.snapshot import Snapshot
 from engine.training.stepper import ParameterGroup
@@ -64,22 +69,7 @@ def train_scales(
         network.record(progress, WHERE)
     if compiles:
         network.compile(progress, WHERE)
-    settings = Settings(
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        micro_batch=config.micro_batch_size or config.batch_size,
-        weight_decay=config.weight_decay,
-        grad_clip=config.grad_clip,
-        lr_final_fraction=config.lr_final_fraction,
-        patience=config.patience,
-        seed=seed,
-        device=lm.device,
-        dtype=dtype,
-        where=WHERE,
-        tokens_per_sequence=data.tokens.shape[1],
-        warmup_fraction=config.warmup_fraction,
-        world=world,
-    )
+    settings = network_settings(config, lm.device, seed=seed, dtype=dtype, where=WHERE, world=world)
     result = train_network(network, settings, progress, snapshot, keeper)
     trained = (layer.scale for layer, floor in network.layers if floor is not None)
     refuse_runaway(trained, result.steps, WHERE)

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from engine.config.stage_section import TrainingSection
 from engine.data.prefetch import to_device
 from engine.errors import NonFiniteError
 from engine.evaluation.perplexity import NO_LABEL
@@ -30,7 +31,8 @@ from engine.models.causal_lm import block_forward
 from engine.training.loop import NON_FINITE_HINT, Method, Settings, Training
 from engine.training.progress import Keeper, Progress
 from engine.training.snapshot import Snapshot
-from engine.training.stepper import Stepper
+from engine.training.stepper import BETAS, Stepper
+from engine.training.world import World
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
@@ -250,6 +252,45 @@ class Network(Method):
             loss = self.head.value(flat_TH, batch.labels_T, batch.teacher_TH)
             total += loss * (len(part) / len(rows) / batch.predictions)
         return total.item()
+
+
+class NetworkSection(TrainingSection, Protocol):
+    """The fields of a section whose stage trains the whole network."""
+
+    @property
+    def micro_batch_size(self) -> int: ...
+    @property
+    def warmup_fraction(self) -> float: ...
+
+
+def network_settings(
+    config: NetworkSection,
+    device: torch.device,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    where: str,
+    world: World,
+    betas: tuple[float, float] = BETAS,
+) -> Settings:
+    """How a stage of the whole network is trained, as its section of the configuration says."""
+    return Settings(
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        micro_batch=config.micro_batch_size or config.batch_size,
+        weight_decay=config.weight_decay,
+        grad_clip=config.grad_clip,
+        lr_final_fraction=config.lr_final_fraction,
+        patience=config.patience,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        where=where,
+        tokens_per_sequence=config.sequence_length,
+        warmup_fraction=config.warmup_fraction,
+        betas=betas,
+        world=world,
+    )
 
 
 def train_network(
