@@ -46,13 +46,19 @@ def row(preset: str, device: str, seed: int, shown: dict[str, Any], plan: dict[s
     measured = max(phase[kind] or 0 for phase in shown["phases"])
     predicted = max(phase[kind] or 0 for phase in plan["phases"])
     seconds = {phase["name"]: phase["seconds"] for phase in shown["phases"]}
+    last = next(name for name in ("e2e_qat", "e2e_qp", "block_ap", "rtn") if perplexity.get(name))
+    made = [f"{seconds[name]:.0f}" for name in ("block_ap", "e2e_qp", "e2e_qat") if name in seconds]
     return [
         preset,
         device,
         str(seed),
-        *(f"{perplexity[stage]:,.2f}" for stage in ("fp", "rtn", "block_ap", "e2e_qp")),
-        f"{perplexity['e2e_qp'] / perplexity['fp']:.3f}",
-        f"{seconds['block_ap']:.0f} + {seconds['e2e_qp']:.0f}",
+        *(
+            f"{perplexity[stage]:,.2f}" if perplexity.get(stage) else ""
+            for stage in ("fp", "rtn", "block_ap")
+        ),
+        f"{perplexity[last]:,.2f} ({last})",
+        f"{perplexity[last] / perplexity['fp']:.3f}",
+        " + ".join(made),
         f"{sum(seconds.values()):.0f}",
         f"{measured / MIB:,.0f}",
         f"{predicted / MIB:,.0f} ({predicted / measured - 1:+.0%})",
@@ -61,7 +67,7 @@ def row(preset: str, device: str, seed: int, shown: dict[str, Any], plan: dict[s
 
 
 HEADER = [
-    *("preset", "device", "seed", "fp", "rtn", "Block-AP", "E2E-QP", "÷ fp"),
+    *("preset", "device", "seed", "fp", "rtn", "Block-AP", "end", "÷ fp"),
     *("training s", "total s", "peak MiB", "planned MiB", "verified"),
 ]
 
