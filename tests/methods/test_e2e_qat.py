@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -38,6 +39,15 @@ from engine.training.snapshot import Snapshot
 CPU = torch.device("cpu")
 TRAIN, VAL, LENGTH = 8, 2, 16
 GRID = GridConfig(bits=2, group_size=32)
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter takes as long for a few values as for many."""
+    if importlib.util.find_spec("triton"):
+        from engine.quant import quant_step
+
+        monkeypatch.setattr(quant_step, "HELD_VALUES", 1 << 14)
 
 
 @pytest.fixture
@@ -227,7 +237,7 @@ def test_memory_is_saved_without_other_numbers(lm: CausalLM, option: str) -> Non
         assert_same_but_for_few(linear.weight.flatten(), other.linears[name].weight.flatten(), 2e-3)
 
 
-@pytest.mark.parametrize("micro_batch", [4, 2, 3])
+@pytest.mark.parametrize("micro_batch", [4, 3])
 def test_the_fast_form_takes_the_steps_of_the_plain_one(lm: CausalLM, micro_batch: int) -> None:
     """One kernel a linear, by Triton's interpreter; with 3, micro-batches are of two sizes."""
     pytest.importorskip("triton")
