@@ -14,6 +14,7 @@ from engine.config.stage_section import (
     check_schedule,
     check_sequences,
     check_trained,
+    trainable,
 )
 
 Trained = Literal["weights", "scales", "zero_points", "norms"]
@@ -60,7 +61,7 @@ class BlockAPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fiel
     """The forward pass computes in this type; auto takes bfloat16 on a GPU and float32 on the CPU."""
 
     def check_on(self, grid: GridConfig, name: str) -> None:
-        check_trained(f"{name}.train", self.train, self._trainable(grid), enabled=self.enabled)
+        check_trained(f"{name}.train", self.train, trainable(self.train, grid), enabled=self.enabled)
         self.check(name)
 
     def check(self, name: str) -> None:
@@ -78,10 +79,7 @@ class BlockAPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fiel
         lr_quant = 1e-4 if absolute else 0.005
         return msgspec.structs.replace(
             self,
-            train=self._trainable(grid) or (self.train if self.enabled else ()),
+            train=trainable(self.train, grid) or (self.train if self.enabled else ()),
             lr_weight=lr_weight if self.lr_weight is None else self.lr_weight,
             lr_quant=lr_quant if self.lr_quant is None else self.lr_quant,
         )
-
-    def _trainable(self, grid: GridConfig) -> tuple[Trained, ...]:
-        return tuple(what for what in self.train if not (grid.fixes_zero_points and what == "zero_points"))

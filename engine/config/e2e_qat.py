@@ -16,6 +16,7 @@ from engine.config.stage_section import (
     check_schedule,
     check_sequences,
     check_trained,
+    trainable,
 )
 
 Trained = Literal["weights", "scales", "zero_points"]
@@ -48,7 +49,8 @@ class E2EQATConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_field
     lr_scaling: LearningRateScaling = "relative"
     """``relative`` multiplies a learning rate by each linear's mean initial scale; ``absolute`` does not."""
     lr_weight: float | None = None
-    """Weights learn at this rate; none takes 2e-5 when absolute, 0.01 when relative."""
+    """Weights, which are counted in grid steps, learn at this rate; none takes 2e-5 when absolute, 0.01 when
+    relative."""
     lr_quant: float | None = None
     """Scales and zero points learn at this rate; none takes 2e-5 when absolute, 0.005 when relative."""
     lr_final_fraction: float = 0.0
@@ -68,7 +70,7 @@ class E2EQATConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_field
     """The forward pass computes in this type; auto takes bfloat16 on a GPU and float32 on the CPU."""
 
     def check_on(self, grid: GridConfig, name: str) -> None:
-        check_trained(f"{name}.train", self.train, self._trainable(grid), enabled=self.enabled)
+        check_trained(f"{name}.train", self.train, trainable(self.train, grid), enabled=self.enabled)
         self.check(name)
 
     def check(self, name: str) -> None:
@@ -85,7 +87,7 @@ class E2EQATConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_field
         absolute = self.lr_scaling == "absolute"
         return msgspec.structs.replace(
             self,
-            train=self._trainable(grid) or (self.train if self.enabled else ()),
+            train=trainable(self.train, grid) or (self.train if self.enabled else ()),
             lr_weight=(2e-5 if absolute else 0.01) if self.lr_weight is None else self.lr_weight,
             lr_quant=(2e-5 if absolute else 0.005) if self.lr_quant is None else self.lr_quant,
         )
@@ -93,6 +95,3 @@ class E2EQATConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_field
     @classmethod
     def decides(cls, field: str) -> bool:
         return field not in ("micro_batch_size", "activation_checkpointing")
-
-    def _trainable(self, grid: GridConfig) -> tuple[Trained, ...]:
-        return tuple(what for what in self.train if not (grid.fixes_zero_points and what == "zero_points"))

@@ -6,13 +6,14 @@ A stage's section is called like the stage (:mod:`engine.config.stages`).
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 from engine.config import checks
 from engine.config.base import Section
 from engine.config.grid import GridConfig
 from engine.errors import UsageError
 
+T = TypeVar("T", bound=str)
 NO_ZERO_POINTS = "a grid whose zero points are fixed has none to train"
 
 
@@ -104,6 +105,11 @@ def check_learning_rate(name: str, value: float | None) -> None:
         raise UsageError(
             f"cannot be {value:g}", where=name, hint="above 0; what is not to move is left out of `train`"
         )
+
+
+def trainable(train: tuple[T, ...], grid: GridConfig) -> tuple[T, ...]:
+    """What of ``train`` there is to train on a grid: zero points that it fixes are none."""
+    return tuple(what for what in train if not (grid.fixes_zero_points and what == "zero_points"))
 
 
 def check_trained(name: str, given: tuple[str, ...], effective: tuple[str, ...], *, enabled: bool) -> None:

@@ -19,8 +19,8 @@ from engine.methods.network.network import NetworkData
 from engine.phases.job import Job, compute_dtype
 from engine.phases.passage import forget_streams
 from engine.phases.teacher import is_taught, teacher
-from engine.quant.fake_linear import FakeQuantLinear, latent_linears
-from engine.quant.packed import Kernels, PackedLinear
+from engine.quant.fake_linear import latent_linears
+from engine.quant.packed import Kernels, PackedLinear, PackedWeight
 from engine.quant.slots import slots
 from engine.run.facts import done_fact, stage_entry
 
@@ -40,7 +40,8 @@ def train_end_to_end(job: Job) -> None:
         telemetry.release_memory()
         with resumable(job.checkpoints, stage.name) as keeper:
             train_scales(job.lm, blocks, data, config, dtype=dtype, **_arguments(job, stage, keeper))
-    _commit(job, stage, [_trained(block, job.lm.linear_names(i)) for i, block in enumerate(blocks)])
+    trained = [_packed(block, job.lm.linear_names(index)) for index, block in enumerate(blocks)]
+    _commit(job, stage, [_entry(weights, "scale", "zero_point") for weights in trained])
 
 
 def train_weights_end_to_end(job: Job) -> None:
@@ -62,7 +63,8 @@ def train_weights_end_to_end(job: Job) -> None:
         with resumable(job.checkpoints, stage.name) as keeper:
             arguments = _arguments(job, stage, keeper)
             train_weights(job.lm, blocks, data, config, dtype=dtype, fast=fast, **arguments)
-    _commit(job, stage, [_integers(of_block) for of_block in linears])
+    trained = [{name: linear.freeze() for name, linear in of_block.items()} for of_block in linears]
+    _commit(job, stage, [_entry(weights, "words", "scale", "zero_point") for weights in trained])
 
 
 @contextmanager
@@ -105,22 +107,17 @@ def _commit(job: Job, stage: Stage, blocks: Sequence[Mapping[str, Tensor]]) -> N
     job.checkpoints.commit(stage.name, entries=entries)
 
 
-def _trained(block: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The scales and zero points of a block's linears, on the CPU."""
-    tensors: dict[str, Tensor] = {}
+def _packed(block: nn.Module, names: Iterable[str]) -> dict[str, PackedWeight]:
+    """The weights of a block's packed linears as they are now."""
+    found: dict[str, PackedWeight] = {}
     for slot in slots(block, names):
         linear = slot.get()
         assert isinstance(linear, PackedLinear), slot.name
-        weight = linear.packed()
-        tensors[f"{slot.name}.scale"], tensors[f"{slot.name}.zero_point"] = weight.scale, weight.zero_point
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        found[slot.name] = linear.packed()
+    return found
 
 
-def _integers(linears: Mapping[str, FakeQuantLinear]) -> dict[str, Tensor]:
-    """Integers, scales and zero points of a block's linears, on the CPU."""
-    tensors: dict[str, Tensor] = {}
-    for name, linear in linears.items():
-        weight = linear.freeze()
-        tensors |= {f"{name}.words": weight.words, f"{name}.scale": weight.scale}
-        tensors[f"{name}.zero_point"] = weight.zero_point
+def _entry(weights: Mapping[str, PackedWeight], *parts: str) -> dict[str, Tensor]:
+    """What was trained of a block's linears, on the CPU."""
+    tensors = {f"{name}.{part}": getattr(weight, part) for name, weight in weights.items() for part in parts}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -24,7 +24,14 @@ from engine.quant.grid import (
     initial_range,
     quantize,
 )
-from engine.quant.packed import PackedBlock, PackedWeight, into_domain, smallest_trained, stored_scale
+from engine.quant.packed import (
+    PackedBlock,
+    PackedLinear,
+    PackedWeight,
+    into_domain,
+    smallest_trained,
+    stored_scale,
+)
 from engine.quant.slots import slots
 
 TRAINED = ("weight", "scale", "zero_point", "quantized")
@@ -150,12 +157,12 @@ def wrap_linears(
 def latent_linears(block: nn.Module, packed: PackedBlock) -> dict[str, FakeQuantLinear]:
     """Give a block what ``packed`` has, its linears as :meth:`FakeQuantLinear.of_packed`; returns
     them by name."""
-    device = next(block.parameters()).device
-    packed.install_dense(block)
+    packed.install(block)
     linears: dict[str, FakeQuantLinear] = {}
     for slot in slots(block, packed.linears):
-        bias = slot.linear().bias
-        linears[slot.name] = FakeQuantLinear.of_packed(packed.linears[slot.name].to(device), bias)
+        linear = slot.get()
+        assert isinstance(linear, PackedLinear), slot.name
+        linears[slot.name] = FakeQuantLinear.of_packed(linear.packed(), linear.bias)
         slot.set(linears[slot.name])
     return linears
 
