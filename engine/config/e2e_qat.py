@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 import msgspec
 
@@ -46,6 +47,9 @@ class E2EQATConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_field
     """The model is trained for this many passes over the training sequences."""
     loss: Literal["cross_entropy", "kl"] = "kl"
     """The loss is next-token cross-entropy, or KL divergence to the full-precision model's prediction."""
+    text_weight: float = 0.1
+    """Beside the KL divergence, next-token cross-entropy counts this much: what the text says, not only what
+    the model made of it."""
     lr_scaling: LearningRateScaling = "relative"
     """``relative`` multiplies a learning rate by each linear's mean initial scale; ``absolute`` does not."""
     lr_weight: float | None = None
@@ -76,6 +80,7 @@ class E2EQATConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_field
     def check(self, name: str) -> None:
         check_sequences(name, self)
         check_micro_batch(name, self.micro_batch_size, self.batch_size)
+        checks.between(f"{name}.text_weight", self.text_weight, 0.0, 10.0)
         check_learning_rate(f"{name}.lr_weight", self.lr_weight)
         check_learning_rate(f"{name}.lr_quant", self.lr_quant)
         checks.between(f"{name}.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
@@ -91,6 +96,10 @@ class E2EQATConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_field
             lr_weight=(2e-5 if absolute else 0.01) if self.lr_weight is None else self.lr_weight,
             lr_quant=(2e-5 if absolute else 0.005) if self.lr_quant is None else self.lr_quant,
         )
+
+    @classmethod
+    def earlier(cls) -> Mapping[str, Any]:
+        return {"text_weight": 0.0}
 
     @classmethod
     def decides(cls, field: str) -> bool:

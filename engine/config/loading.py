@@ -16,7 +16,7 @@ from engine.config.base import Section, field_types, is_section
 from engine.config.fields import suggest, suggest_field
 from engine.config.origins import located
 from engine.config.overrides import apply_overrides, merge
-from engine.config.run import RunConfig, run_config
+from engine.config.run import YOUNGER, RunConfig, run_config
 from engine.config.tables import EXTENSIONS
 from engine.config.validation import convert
 from engine.errors import UsageError
@@ -81,12 +81,14 @@ def load_run(run: Path) -> RunConfig:
 
 def as_earlier(config: RunConfig, tree: Mapping[str, Any] | None = None) -> RunConfig:
     """``config`` with what versions without a field did in the place of each field that ``tree``, what a
-    run's file says, lacks; without a ``tree`` of every field."""
+    run's file says, lacks; without a ``tree`` of every field. A younger section that the file does not have
+    is as it is where nobody asks for it."""
     given = tree or {}
+    unknown = {name for name in YOUNGER if tree is not None and name not in tree}
     changes = {
         f"{name}.{field}": value
         for name, kind in field_types(type(config)).items()
-        if is_section(kind)
+        if is_section(kind) and name not in unknown
         for field, value in kind.earlier().items()
         if field not in given.get(name, {})
     }

@@ -152,12 +152,14 @@ def test_a_loop_written_by_hand_gives_the_same_weights_and_scales(
     ids = tiny.tokens(TRAIN, LENGTH, seed=3)
     for _, step, rows in sampler:
         logits = model(ids[rows]).logits
+        said = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[rows][:, 1:].flatten())
         if loss == "kl":
             with torch.no_grad():
                 target = teacher(ids[rows]).logits.log_softmax(-1)
             value = (target.exp() * (target - logits.log_softmax(-1))).sum(-1).mean()
+            value = value + config.text_weight * said * (LENGTH - 1) / LENGTH
         else:
-            value = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[rows][:, 1:].flatten())
+            value = said
         optimizer.zero_grad()
         value.backward()
         warmup = math.ceil(0.2 * sampler.steps)

@@ -34,33 +34,36 @@ def inputs(lm: CausalLM, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return hidden.to(DEVICE), labels.to(DEVICE), teacher.to(DEVICE)
 
 
-def by_hand(lm: CausalLM, hidden_TH: Tensor, labels_T: Tensor, teacher_TH: Tensor | None) -> Tensor:
+def by_hand(
+    lm: CausalLM, hidden_TH: Tensor, labels_T: Tensor, teacher_TH: Tensor | None, text_weight: float = 0.0
+) -> Tensor:
     """From the model's own forward behind its last block, all logits at once."""
     logits = lm._forward_head(hidden_TH[None])[0].float().log_softmax(-1)
+    kept = labels_T != NO_LABEL
+    said = -logits[kept].gather(1, labels_T[kept, None]).sum()
     if teacher_TH is None:
-        kept = labels_T != NO_LABEL
-        return -logits[kept].gather(1, labels_T[kept, None]).sum()
+        return said
     target = lm._forward_head(teacher_TH[None])[0].float().log_softmax(-1).detach()
-    return (target.exp() * (target - logits)).sum()
+    return (target.exp() * (target - logits)).sum() + text_weight * said
 
 
 @pytest.mark.parametrize("values", [1, 700, 1 << 25])
-@pytest.mark.parametrize("taught", [False, True])
+@pytest.mark.parametrize(("taught", "text_weight"), [(False, 0.3), (True, 0.0), (True, 0.3)])
 @pytest.mark.parametrize("name", ["llama2", "smollm2", "gemma2", "olmo2"])
 def test_loss_and_gradient_are_those_of_all_logits(
-    tmp_path: Path, name: str, taught: bool, values: int
+    tmp_path: Path, name: str, taught: bool, text_weight: float, values: int
 ) -> None:
     lm = open_model(tmp_path, name)
     assert (lm.tail is None) == (name == "gemma2"), "a cap on the logits is more than norm and embeddings"
     hidden, labels, teacher = inputs(lm)
     teacher_TH = teacher if taught else None
     leaf = hidden.clone().requires_grad_(True)
-    expected = by_hand(lm, leaf, labels, teacher_TH)
+    expected = by_hand(lm, leaf, labels, teacher_TH, text_weight)
     expected.backward()
     assert leaf.grad is not None
 
     lm.head_values = values
-    head = HeadLoss(lm)
+    head = HeadLoss(lm, text_weight)
     assert torch.allclose(head.value(hidden, labels, teacher_TH), expected, rtol=1e-4)
     loss, gradient = head.gradient(hidden, labels, teacher_TH, 0.25, lambda loss: loss * 8)
     assert torch.allclose(loss, expected / 4, rtol=1e-4)
@@ -89,7 +92,7 @@ def test_compiled_it_is_one_piece_and_the_same(tmp_path: Path) -> None:
     results = []
     for function in (tail_loss, whole):
         leaf = hidden.clone().requires_grad_(True)
-        loss = function(*lm.tail, leaf, labels, teacher)
+        loss = function(*lm.tail, leaf, labels, teacher, 0.1)
         results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0].float()))
     (plain, slope), (compiled, other) = results
     assert torch.allclose(plain, compiled, rtol=1e-2)

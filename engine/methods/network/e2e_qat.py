@@ -104,7 +104,7 @@ class _Weights(Network):
         *,
         recompute: bool,
     ) -> None:
-        super().__init__(lm, blocks, data, dtype, recompute=recompute)
+        super().__init__(lm, blocks, data, dtype, recompute=recompute, text_weight=config.text_weight)
         self.linears = [m for block in blocks for m in block.modules() if isinstance(m, FakeQuantLinear)]
         self.groups = _parameter_groups(self.linears, config)
 

@@ -16,44 +16,62 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from engine.evaluation.perplexity import logits_nll
+from engine.evaluation.perplexity import NO_LABEL, logits_nll
 from engine.gpu.compiled import Compiled
 from engine.models.causal_lm import CausalLM
 
 
-def token_loss(logits_TV: Tensor, labels_T: Tensor, teacher_TV: Tensor | None) -> Tensor:
+def token_loss(
+    logits_TV: Tensor, labels_T: Tensor, teacher_TV: Tensor | None, text_weight: float = 0.0
+) -> Tensor:
     """Summed over tokens, float32: cross-entropy to ``labels`` (their successors, -100 where there is none),
-    or the Kullback-Leibler divergence to the prediction that ``teacher`` makes."""
+    or the Kullback-Leibler divergence to the prediction that ``teacher`` makes, and ``text_weight`` times the
+    cross-entropy."""
     if teacher_TV is None:
         return logits_nll(logits_TV, labels_T).sum()
     target = teacher_TV.float().log_softmax(-1)
-    return functional.kl_div(logits_TV.float().log_softmax(-1), target, reduction="sum", log_target=True)
+    predicted = logits_TV.float().log_softmax(-1)
+    loss = functional.kl_div(predicted, target, reduction="sum", log_target=True)
+    if text_weight:
+        loss = loss + text_weight * functional.nll_loss(
+            predicted, labels_T, reduction="sum", ignore_index=NO_LABEL
+        )
+    return loss
 
 
 def tail_loss(
-    norm: nn.Module, output: nn.Module, hidden_TH: Tensor, labels_T: Tensor, teacher_TH: Tensor | None
+    norm: nn.Module,
+    output: nn.Module,
+    hidden_TH: Tensor,
+    labels_T: Tensor,
+    teacher_TH: Tensor | None,
+    text_weight: float = 0.0,
 ) -> Tensor:
     """The same from hidden states, for models that end with a norm and the output embeddings: in one piece,
     so that it can be compiled."""
-    return _loss(lambda hidden: output(norm(hidden)), hidden_TH, labels_T, teacher_TH)
+    return _loss(lambda hidden: output(norm(hidden)), hidden_TH, labels_T, teacher_TH, text_weight)
 
 
 def _loss(
-    head: Callable[[Tensor], Tensor], hidden_TH: Tensor, labels_T: Tensor, teacher_TH: Tensor | None
+    head: Callable[[Tensor], Tensor],
+    hidden_TH: Tensor,
+    labels_T: Tensor,
+    teacher_TH: Tensor | None,
+    text_weight: float,
 ) -> Tensor:
     """The same where ``head`` makes logits ``[T, V]`` of hidden states."""
     teacher_TV = None
     if teacher_TH is not None:
         with torch.no_grad():
             teacher_TV = head(teacher_TH)
-    return token_loss(head(hidden_TH), labels_T, teacher_TV)
+    return token_loss(head(hidden_TH), labels_T, teacher_TV, text_weight)
 
 
 class HeadLoss:
-    """The loss of the last block's output."""
+    """The loss of the last block's output; ``text_weight`` is that of :func:`token_loss`."""
 
-    def __init__(self, lm: CausalLM) -> None:
-        self.lm = lm
+    def __init__(self, lm: CausalLM, text_weight: float = 0.0) -> None:
+        self.lm, self.text_weight = lm, text_weight
         self._tail: Callable[..., Tensor] = tail_loss
 
     def compile(self, *, expect_silence: Callable[[float], None], on_failure: Callable[[str], None]) -> None:
@@ -95,8 +113,9 @@ class HeadLoss:
         if modules is not None:
             dtype = self.lm.dtype
             teacher = None if teacher_TH is None else teacher_TH.to(dtype)
-            return tail(*modules, hidden_TH.to(dtype), labels_T, teacher)
-        return _loss(lambda hidden: self.lm.head(hidden[None])[0], hidden_TH, labels_T, teacher_TH)
+            return tail(*modules, hidden_TH.to(dtype), labels_T, teacher, self.text_weight)
+        head = self.lm.head
+        return _loss(lambda hidden: head(hidden[None])[0], hidden_TH, labels_T, teacher_TH, self.text_weight)
 
 
 def _part(tensor: Tensor | None, part: slice) -> Tensor | None:

@@ -92,13 +92,14 @@ class Network(Method):
         dtype: torch.dtype,
         *,
         recompute: bool = True,
+        text_weight: float = 0.0,
     ) -> None:
         """``blocks`` are on the device; ``recompute`` computes each block's activations again in the backward
-        pass instead of keeping them."""
+        pass instead of keeping them; ``text_weight`` adds cross-entropy to the divergence from a teacher."""
         self.lm, self.blocks, self.data, self.dtype = lm, blocks, data, dtype
         self.recompute = recompute
         self.poll: Callable[[], None] = lambda: None
-        self.head = HeadLoss(lm)
+        self.head = HeadLoss(lm, text_weight)
         self._train_forward: Callable[..., Tensor] = block_forward
         """A block's forward pass in the steps; compiled where that pays. Validations stay plain."""
         self._told: Callable[[str], None] | None = None
