@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from engine.config.calibration import texts_of
 from engine.config.corpora import CORPORA
-from engine.config.data import BUILTIN, DataConfig
+from engine.config.data import BUILTIN, OWN, DataConfig
 from engine.config.model import PACKAGE, RANDOM
 from engine.config.run import RunConfig
 from engine.config.stages import stages_of
@@ -53,7 +53,7 @@ def _model_is_local(source: str) -> bool:
 def _text_is_local(data: DataConfig) -> bool:
     name = data.source.strip()
     # `open_source` takes a corpus' name for what it stands for before it looks for a file.
-    return name == BUILTIN or (name not in CORPORA and _exists(name))
+    return name in (BUILTIN, OWN) or (name not in CORPORA and _exists(name))
 
 
 def _exists(name: str) -> bool:

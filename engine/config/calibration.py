@@ -21,7 +21,7 @@ import msgspec
 
 from engine.config import checks
 from engine.config.corpora import by_repository, corpus_name, local_path, origin
-from engine.config.data import BUILTIN, OPTIONS, DataConfig
+from engine.config.data import BUILTIN, NOT_READ, OPTIONS, OTHER_TEXT, DataConfig
 from engine.config.lists import members
 from engine.errors import UsageError
 
@@ -175,6 +175,8 @@ def _check_mixture(where: str, mix: Sequence[str]) -> None:
         checks.text(where, data.source, hint=_FORM)
         for option in OPTIONS:
             checks.optional_text(where, getattr(data, option))
+            if data.is_own and getattr(data, option) is not None:
+                raise UsageError(f"{part!r} has {option}, which {NOT_READ}", where=where, hint=OTHER_TEXT)
         first = seen.setdefault(_same_text(data), part)
         if first is not part:
             raise UsageError(

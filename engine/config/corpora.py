@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from engine.config.data import BUILTIN, DataConfig
+from engine.config.data import BUILTIN, OWN, DataConfig
 
 ENDINGS = (".txt", ".jsonl", ".json", ".parquet", ".arrow")
 """Endings of files that text is read from."""
@@ -153,7 +153,7 @@ def corpus_name(data: DataConfig) -> str:
     Nothing is opened: a report names the text long after it was read, whether or not it is still there.
     """
     name = data.source.strip()
-    if name == BUILTIN or name in CORPORA:
+    if name in (BUILTIN, OWN) or name in CORPORA:
         return name
     path = local_path(name)
     if os.path.exists(path) or not is_hub_id(name):

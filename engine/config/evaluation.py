@@ -29,6 +29,12 @@ class EvaluationConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields
 
     def check(self, name: str) -> None:
         self.data.check(f"{name}.data")
+        if self.data.is_own:
+            raise UsageError(
+                "a model is not measured on what it writes itself",
+                where=f"{name}.data.source",
+                hint="name another text, such as wikitext2 or builtin",
+            )
         checks.count(f"{name}.sequence_length", self.sequence_length, least=2)
         checks.count(f"{name}.windows", self.windows, least=0)
         checks.count(f"{name}.batch_size", self.batch_size)

@@ -14,6 +14,7 @@ import msgspec
 
 from engine.config import checks
 from engine.config.base import Section, describe, field_types, is_section
+from engine.config.calibration import mixture, texts_of
 from engine.config.run import RunConfig, run_config
 from engine.config.stage_section import StageSection
 from engine.config.stages import STAGES
@@ -62,6 +63,12 @@ def validate(config: RunConfig) -> None:
         elif isinstance(section, Section):
             section.check(name)
     _one_makes_the_blocks(config)
+    if config.imported.enabled and any(text.data.is_own for text in texts_of(config.data)):
+        raise UsageError(
+            "the model's own text is written by the model as it came, which an imported run is not",
+            where="data.mix" if mixture(config.data) else "data.source",
+            hint="name another text, such as builtin or c4",
+        )
     if config.e2e_qp.enabled and config.e2e_qat.enabled:
         raise UsageError(
             "E2E-QAT trains what E2E-QP does, and the integers beside it",

@@ -95,7 +95,7 @@ def token_windows(
     source = open_source(data)
     key = _cache_key(encoder, source, part, sequences, length, seed)
     path = (cache_dir or token_cache()) / f"{key}.safetensors"
-    found = _load(path, length, warn)
+    found = load_windows(path, length, warn)
     if found is None:
         said: Said = []
         if part == "evaluation":
@@ -104,7 +104,7 @@ def token_windows(
             windows = _drawn_windows(encoder, source, part, sequences, length, seed, said)
         encoder.known(windows.numpy(), source.corpus)
         said += [("text-rows", line) for line in source.skipped()]
-        _store(path, windows, source.identity(part), said, warn)
+        store_windows(path, windows, source.identity(part), said, warn)
     else:
         windows, said = found
         encoder.known(windows.numpy(), source.corpus)
@@ -328,7 +328,7 @@ def _cache_key(
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:40]
 
 
-def _load(path: Path, length: int, warn: Warn) -> tuple[Tensor, Said] | None:
+def load_windows(path: Path, length: int, warn: Warn) -> tuple[Tensor, Said] | None:
     """The cached windows and what was said about their text; none if there are none, or if they are not what
     was stored."""
     from safetensors import safe_open
@@ -349,24 +349,17 @@ def _load(path: Path, length: int, warn: Warn) -> tuple[Tensor, Said] | None:
     return None
 
 
-def _store(path: Path, windows: Tensor, identity: dict[str, str], said: Said, warn: Warn) -> None:
+def store_windows(path: Path, windows: Tensor, identity: dict[str, str], said: Said, warn: Warn) -> None:
     """Publish atomically: a reader, or another run writing the same entry, sees all of a file or none.
 
     A cache that cannot be written costs the next run some time, not this one its result.
     """
-    from safetensors.torch import save
-
-    # one entry only: safetensors writes several in random order, and equal tokens make equal files
-    about: dict[str, Any] = {"sha256": _checksum(windows), "text": identity}
-    if said:
-        about["said"] = said
-    metadata = {"eqat": json.dumps(about, sort_keys=True)}
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:12]}-")
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(save({"windows": windows.contiguous()}, metadata))
+                file.write(windows_file(windows, identity, said))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -376,6 +369,17 @@ def _store(path: Path, windows: Tensor, identity: dict[str, str], said: Said, wa
             raise
     except OSError as error:
         warn("token-cache", f"the tokens could not be cached in {path.parent}: {error}")
+
+
+def windows_file(windows: Tensor, identity: dict[str, str], said: Said) -> bytes:
+    """What :func:`load_windows` reads: int32 windows, what text they are of, and what was said about it."""
+    from safetensors.torch import save
+
+    # one entry only: safetensors writes several in random order, and equal tokens make equal files
+    about: dict[str, Any] = {"sha256": _checksum(windows), "text": identity}
+    if said:
+        about["said"] = said
+    return save({"windows": windows.contiguous()}, {"eqat": json.dumps(about, sort_keys=True)})
 
 
 def _checksum(windows: Tensor) -> str:

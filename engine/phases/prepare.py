@@ -24,6 +24,7 @@ from engine.phases.evaluation import recall
 from engine.phases.identity import digest, share_origin, warn_of_changes, write_manifest
 from engine.phases.imported import open_reference, open_source
 from engine.phases.job import Job, compute_dtype
+from engine.phases.own_text import OwnText
 from engine.phases.text import PREPARE_SILENCE, draw_tokens
 from engine.plan.lengths import too_long
 from engine.plan.plan import Plan
@@ -64,9 +65,11 @@ def prepare(
         lm.compile(expect_silence=report.expect_silence, on_failure=lambda why: _slower(report, why))
     encoder = Encoder(source.tokenizer(), rows=lm.vocab_size, bos=config.model.bos)
     report.doing = "reading the text"
-    tokens = draw_tokens(config, encoder, report)
     identity = {name: value for name, value in source.identity().items() if name not in ("path", "name")}
-    made_from = {"model": digest(identity), "tokenizer": source.assets_identity(), **tokens.digests()}
+    model = digest(identity)
+    own = OwnText(run, config, lm, encoder, model, plan.machine, report)
+    tokens = draw_tokens(config, encoder, report, own.windows)
+    made_from = {"model": model, "tokenizer": source.assets_identity(), **tokens.digests()}
     if (reference := open_reference(config)) is not None:
         made_from["reference"] = digest(reference.identity()["sha256"])
     report.expect_silence(PREPARE_SILENCE)

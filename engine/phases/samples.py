@@ -16,8 +16,7 @@ from engine.evaluation.continuation import continuation, prompt_ids
 from engine.models.skeleton import text_config
 from engine.phases.imported import original
 from engine.phases.job import Job
-from engine.plan.fit import GPU_RESERVE, host_budget
-from engine.plan.machine import host_free
+from engine.phases.room import free_for_blocks
 from engine.run import events
 from engine.run.task import NEW_TOKENS
 
@@ -126,18 +125,11 @@ def _written(
 def _too_large(job: Job, budget_bytes: int | None) -> str:
     """Why not all blocks can be in memory at once; empty when they can."""
     needed = job.lm.blocks_bytes()
-    free, place = _free(job) if budget_bytes is None else (budget_bytes, "the budget")
+    if budget_bytes is None:
+        free, place = free_for_blocks(job.config, job.device, job.plan.machine)
+    else:
+        free, place = budget_bytes, "the budget"
     if needed <= free:
         return ""
     room = f"{place} has room for {max(0, free) / 2**30:.2f}"
     return f"all blocks together take {needed / 2**30:.2f} GiB, and {room}"
-
-
-def _free(job: Job) -> tuple[int, str]:
-    """Bytes that blocks may take, less a reserve for the cache of keys and values, and of what."""
-    if job.device.type == "cuda":
-        # What torch keeps for its next tensor is not free to others, but it is to us.
-        kept = torch.cuda.memory_reserved(job.device) - torch.cuda.memory_allocated(job.device)
-        return int((torch.cuda.mem_get_info(job.device)[0] + kept) * (1 - GPU_RESERVE)), "the GPU"
-    machine = msgspec.structs.replace(job.plan.machine, host_free=host_free())
-    return host_budget(job.config, machine), "this machine"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +67,11 @@ def _token_digest(*windows: Tensor) -> str:
     return digest.hexdigest()
 
 
-def draw_tokens(config: RunConfig, encoder: Encoder, report: Reporter) -> Tokens:
+def draw_tokens(
+    config: RunConfig, encoder: Encoder, report: Reporter, own: Callable[[Part, int, int], Tensor]
+) -> Tokens:
     """Token windows for every stage that learns from text, and for the evaluation; what is off gets none.
+    ``own`` gives those of the model's own text: of a part, so many, of so many tokens.
 
     Raises:
         DataError: for text that is missing, empty, too short or of the wrong form.
@@ -85,6 +88,8 @@ def draw_tokens(config: RunConfig, encoder: Encoder, report: Reporter) -> Tokens
     def draw(data: DataConfig, part: Part, sequences: int, length: int) -> Tensor:
         report.leave_if_asked()
         report.expect_silence(PREPARE_SILENCE)
+        if data.is_own:
+            return own(part, sequences, length)
         return token_windows(
             encoder,
             data,

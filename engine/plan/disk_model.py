@@ -30,6 +30,7 @@ from engine.plan.estimate import CONSTANTS, GIB, Workload
 from engine.plan.export_sizes import exported_bytes, number_bytes
 from engine.plan.memory_model import phase_memory
 from engine.plan.object_sizes import generation_bytes, norms
+from engine.plan.own_text import own_text_bytes
 from engine.plan.recovery_model import Recovery
 from engine.plan.streams import shares_teacher, teacher_bytes
 
@@ -56,7 +57,7 @@ def disk_peaks(
     log = float(CONSTANTS.events_per_block * work.arch.blocks)
     for phase, kept in _kept(work, recovery.streams_every, snapshots, assets).items():
         log += CONSTANTS.events_rate * seconds[phase] if phase != "prepare" else 0.0
-        files = CONSTANTS.run_files + int(log) + 3 * generation_bytes(work.arch)
+        files = CONSTANTS.run_files + own_text_bytes(work.config) + int(log) + 3 * generation_bytes(work.arch)
         nameless = phase_memory(work, phase).stored if store == "disk" else 0
         peaks[phase] = files + nameless + kept
     return peaks

@@ -20,6 +20,7 @@ from engine.plan.disk_model import disk_peaks
 from engine.plan.estimate import CONSTANTS, GIB, Workload, size_text
 from engine.plan.machine import Machine
 from engine.plan.memory_model import host_memory, phase_memory
+from engine.plan.own_text import writing_memory
 from engine.plan.rates import Speed
 from engine.plan.recovery_model import Recovery, recovery
 from engine.plan.time_model import phase_seconds
@@ -28,6 +29,9 @@ GPU_RESERVE = 0.10
 """Part of the free GPU memory that the choice of the activation store leaves alone."""
 HOST_RESERVE = 0.10
 """Part of the free host memory that a run leaves to others, unless a budget is given."""
+
+
+OTHER_TEXT = "train on text that the model need not write: data.source or data.mix without self"
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
@@ -187,7 +191,8 @@ def problems(work: Workload, store: StoreKind, place: Place) -> Iterator[Problem
             where=phase,
             message=f"{size_text(peak_gpu(work, store))} of GPU memory are needed and "
             f"{size_text(limits.gpu)} are free on this {machine.gpu_name}",
-            hint=_remedy(work, store, place) or "use a GPU with more memory, or --device cpu",
+            hint=_remedy(work, store, place)
+            or (OTHER_TEXT if phase == "prepare" else "use a GPU with more memory, or --device cpu"),
         )
     if peak_host(work, store) > limits.host:
         phase = max(work.phases(), key=lambda name: host_memory(work, phase_memory(work, name), store))
@@ -196,7 +201,12 @@ def problems(work: Workload, store: StoreKind, place: Place) -> Iterator[Problem
             where=phase,
             message=f"{size_text(peak_host(work, store))} of host memory are needed and {stated} "
             f"{size_text(limits.host)}",
-            hint=_remedy(work, store, place) or "use a machine with more memory",
+            hint=_remedy(work, store, place)
+            or (
+                OTHER_TEXT
+                if phase == "prepare" and writing_memory(work)
+                else "use a machine with more memory"
+            ),
         )
     needed = place.disk_needed(work, store)
     if needed > limits.disk:

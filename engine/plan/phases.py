@@ -11,6 +11,7 @@ from engine.config.stages import STAGES, Stage, measured_stage
 from engine.plan.costs import costs_of
 from engine.plan.estimate import CONSTANTS, Workload
 from engine.plan.memory_terms import Memory, largest_linear, largest_tensor, logits
+from engine.plan.own_text import writing_memory
 from engine.plan.passages import compiling_form, passing
 from engine.plan.rates import Speed, load_seconds, unpacking
 from engine.plan.streams import shares_teacher, teacher_bytes
@@ -22,9 +23,13 @@ VERIFY_WINDOWS, VERIFY_TOKENS = 2, 512
 
 
 def prepare_memory(work: Workload) -> Memory:
-    """Outer tensors are read and checked; a GPU is not where that happens."""
+    """Outer tensors are read and checked; a GPU is not where that happens. Then text is written, if the model
+    does that."""
     loading = int(largest_tensor(work.arch) * 4 * (CONSTANTS.load_factor - 1))
-    return Memory({} if work.cuda else {"loading": loading})
+    writing = writing_memory(work)
+    if work.cuda or sum(writing.values()) > loading:
+        return Memory(writing)
+    return Memory({"loading": loading})
 
 
 # -------------------------------------------------------------------------------------------- evaluation

@@ -39,6 +39,9 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     unpack_per_weight: float
     kernel_unpack_per_weight: float
     search_per_weight: float
+    writing_launch: float = 0.0
+    writing_per_byte: float = 0.0
+    """Of keys and values, for every token of a text that is written."""
     basis: str
 
 
@@ -66,6 +69,8 @@ def speed(cuda: bool, gpu_name: str, cpus: int, avx512: bool) -> Speed:
             unpack_per_weight=CONSTANTS.gpu_unpack_bytes / traffic,
             kernel_unpack_per_weight=CONSTANTS.gpu_kernel_unpack_bytes / traffic,
             search_per_weight=CONSTANTS.gpu_search_bytes / traffic,
+            writing_launch=CONSTANTS.gpu_writing_launch,
+            writing_per_byte=CONSTANTS.gpu_writing_traffic / traffic,
             basis=f"{how} {flops / 1e12:.0f} TFLOP/s in matrix products, {traffic / 1e12:.1f} TB/s elsewhere",
         )
     cores = 1 + (max(1, cpus) - 1) * CONSTANTS.parallel_efficiency

@@ -10,6 +10,7 @@ from __future__ import annotations
 from engine.config.stages import STAGES, measured_stage
 from engine.plan.costs import costs_of
 from engine.plan.estimate import CONSTANTS, Workload
+from engine.plan.own_text import writing_seconds
 from engine.plan.phases import evaluation_seconds, export_seconds
 from engine.plan.rates import Speed
 
@@ -17,7 +18,7 @@ from engine.plan.rates import Speed
 def phase_seconds(work: Workload, phase: str, rates: Speed, stored_bytes: int) -> float:
     """Estimated duration of one phase."""
     if phase == "prepare":
-        return CONSTANTS.prepare
+        return CONSTANTS.prepare + writing_seconds(work, rates, stored_bytes)
     if phase == "export":
         return export_seconds(work, rates, stored_bytes)
     if measured_stage(phase):

@@ -47,6 +47,8 @@ OBJECT = re.compile(rf"({DIGEST.pattern})\.safetensors")
 """Tensors of a checkpoint; their digest."""
 # A folder that had a checkpoint file's name and was set aside (engine.run.objects).
 _ASIDE = re.compile(r"(.+)\.aside-[0-9a-f]{8}", re.DOTALL)
+# What the model wrote for a run, in windows of so many tokens.
+_OWN_TEXT = re.compile(r"own-text-[0-9]{1,9}\.safetensors")
 # Tokenized text, and such a file that is being written.
 _TEXT = re.compile(r"[0-9a-f]{40}\.safetensors")
 _UNFINISHED_TEXT = re.compile(r"\.[0-9a-f]{12}-[a-z0-9_]{8}")
@@ -55,12 +57,23 @@ _UNFINISHED_TEXT = re.compile(r"\.[0-9a-f]{12}-[a-z0-9_]{8}")
 def is_unfinished_at_top(name: str) -> bool:
     """A file at the top of a run that was being written, or that was made to see whose files are made there
     (``engine.system.ownership``)."""
-    return temporary_of(name) in (*FILES, "owner")
+    of = temporary_of(name)
+    return of in (*FILES, "owner") or is_own_text(of)
 
 
 def belongs_at_top(name: str) -> bool:
     """Whether a run has this at its top, or a half-written file for it."""
-    return name in FILES or name in FOLDERS or is_unfinished_at_top(name)
+    return name in FILES or name in FOLDERS or is_own_text(name) or is_unfinished_at_top(name)
+
+
+def own_text_name(length: int) -> str:
+    """Of the file with the model's own text, in windows of so many tokens (``engine.phases.own_text``)."""
+    return f"own-text-{length}.safetensors"
+
+
+def is_own_text(name: str) -> bool:
+    """Whether a run keeps the model's own text in a file of this name."""
+    return _OWN_TEXT.fullmatch(name) is not None
 
 
 def is_removed_run(name: str) -> bool:

@@ -54,6 +54,10 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EQAT_CACHE_DIR", str(tmp_path / "cache"))
 
 
+def nobodys(part: Any, sequences: int, length: int) -> Tensor:
+    raise AssertionError("no text of the model's own is asked for")
+
+
 def config(mix: tuple[str, ...] | None, sequences: int = 20, seed: int = 0, **data: Any) -> RunConfig:
     text = {"mix": list(mix)} if mix else data
     stage = {"sequences": sequences, "val_sequences": 10, "sequence_length": LENGTH}
@@ -69,7 +73,7 @@ def config(mix: tuple[str, ...] | None, sequences: int = 20, seed: int = 0, **da
 
 
 def drawn(tokenizer: Any, asked: RunConfig, heard: Heard | None = None) -> Tokens:
-    return draw_tokens(asked, Encoder(tokenizer), cast(Reporter, heard or Heard()))
+    return draw_tokens(asked, Encoder(tokenizer), cast(Reporter, heard or Heard()), nobodys)
 
 
 def names(tokenizer: Any, windows: Tensor) -> list[str]:

@@ -1,0 +1,20 @@
+"""Room for a whole model, in the phases that have all of its blocks in memory for once."""
+
+from __future__ import annotations
+
+import msgspec
+import torch
+
+from engine.config.run import RunConfig
+from engine.plan.fit import GPU_RESERVE, host_budget
+from engine.plan.machine import Machine, host_free
+
+
+def free_for_blocks(config: RunConfig, device: torch.device, machine: Machine) -> tuple[int, str]:
+    """Bytes that blocks may take, less a reserve for the cache of keys and values, and of what."""
+    if device.type == "cuda":
+        # What torch keeps for its next tensor is not free to others, but it is to us.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int((torch.cuda.mem_get_info(device)[0] + kept) * (1 - GPU_RESERVE)), "the GPU"
+    now = msgspec.structs.replace(machine, host_free=host_free())
+    return host_budget(config, now), "this machine"
