@@ -7,7 +7,8 @@ MODEL is what ``model.source`` takes, TEXT what ``data.source`` takes: its part 
 its part for evaluation measured. ``--tokens FILE`` takes windows of a safetensors file instead (``train``,
 ``e2e`` and ``val`` of one length, ``test`` in one row). The streams lie on the device, and no run directory
 is made: what is measured is the methods alone, by the engine's own code. ``--block-ap`` and ``--try`` set
-fields of the sections of the same name. Seconds include installing the blocks and compiling.
+fields of the sections of the same name; of several ``--block-ap`` each is followed by every ``--try``.
+Seconds include installing the blocks and compiling.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ from engine.config.e2e_qat import E2EQATConfig
 from engine.config.e2e_qp import E2EQPConfig
 from engine.config.grid import GridConfig
 from engine.config.model import ModelConfig
+from engine.config.overrides import apply_overrides
+from engine.config.run import RunConfig
 from engine.data.activations import ActivationStore, make_store
 from engine.data.encoding import Encoder
 from engine.data.tokens import token_windows
@@ -134,6 +137,7 @@ class Lab:
     def block_ap(self, changes: dict[str, Any]) -> list[PackedBlock]:
         """All blocks, trained one after the other."""
         config = BlockAPConfig(**changes).resolved(self.grid)
+        config.check_on(self.grid, "block_ap")
         tokens = torch.cat([self.blocks, self.val])
         streams = Streams(self._store(tokens), self._store(tokens), len(self.blocks))
         packed = []
@@ -200,16 +204,11 @@ def moved(before: list[PackedBlock], after: list[PackedBlock]) -> float:
     return sum(int((a.cpu() != b.cpu()).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
 
 
-def settings(words: list[str]) -> dict[str, Any]:
-    """``lr=0.01`` as a field of a section."""
-    found: dict[str, Any] = {}
-    for word in words:
-        name, _, value = word.partition("=")
-        if name == "train":
-            found[name] = tuple(value.split(","))
-        else:
-            found[name] = value if value.isalpha() else float(value) if "." in value else int(value)
-    return found
+def settings(section: str, words: list[str]) -> dict[str, Any]:
+    """``lr_weight=0.01`` as a field of a section, read as ``--set`` reads it."""
+    given = {f"{section}.{name}": value for name, _, value in (word.partition("=") for word in words)}
+    changed = getattr(apply_overrides(RunConfig(), given), section)
+    return {name: getattr(changed, name) for name in (word.partition("=")[0] for word in words)}
 
 
 def main() -> None:
@@ -225,7 +224,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--block-ap", default="", help='such as "epochs=1"')
+    parser.add_argument("--block-ap", action="append", default=[], help='such as "epochs=1"; repeatable')
     parser.add_argument("--try", action="append", dest="tried", default=[])
     args = parser.parse_args()
     lab = Lab(args)
@@ -238,30 +237,30 @@ def main() -> None:
 
     begun = time.monotonic()
     add("full precision", lab.perplexities(), begun, ["", "", ""])
-    begun = time.monotonic()
-    packed = lab.block_ap(settings(args.block_ap.split()))
-    synchronize()
-    end = time.monotonic()
-    add(
-        f"Block-AP {args.block_ap}".strip(),
-        lab.perplexities(packed),
-        begun + time.monotonic() - end,
-        [""] * 3,
-    )
-    teacher = lab.teacher()
-    for variant in args.tried:
-        kind, *words = variant.split()
+    teacher = lab.teacher() if args.tried else None
+    weights = 0
+    for changes in args.block_ap or [""]:
         reset_peak()
         begun = time.monotonic()
-        after, steps = lab.trained(kind, settings(words), packed, teacher)
+        packed = lab.block_ap(settings("block_ap", changes.split()))
         synchronize()
-        took = time.monotonic() - begun
-        peak = peak_gib()
-        values = lab.perplexities(after)
-        rest = [f"{1e3 * took / steps:.0f}", f"{100 * moved(packed, after):.2f} %", f"{peak:.1f}"]
-        add(variant, values, time.monotonic() - took, rest)
+        took, peak = time.monotonic() - begun, peak_gib()
+        values = lab.perplexities(packed)
+        rest = ["", "", f"{peak:.1f}"]
+        add(f"Block-AP {changes}".strip(), values, time.monotonic() - took, rest)
+        weights = sum(w.words.numel() * 32 // w.bits for block in packed for w in block.linears.values())
+        for variant in args.tried:
+            kind, *words = variant.split()
+            reset_peak()
+            begun = time.monotonic()
+            assert teacher is not None
+            after, steps = lab.trained(kind, settings(kind, words), packed, teacher)
+            synchronize()
+            took, peak = time.monotonic() - begun, peak_gib()
+            values = lab.perplexities(after)
+            rest = [f"{1e3 * took / steps:.0f}", f"{100 * moved(packed, after):.2f} %", f"{peak:.1f}"]
+            add(variant, values, time.monotonic() - took, rest)
     table(" | ".join(["trained", *lab.measured, "seconds", "ms a step", "moved", "peak GiB"]), rows)
-    weights = sum(w.words.numel() * 32 // w.bits for block in packed for w in block.linears.values())
     print(
         f"{args.model}, w{args.bits}g{args.group_size}, {2 * weights / GIB:.2f} GiB of weights at 16 bits, "
         f"seed {args.seed}; {where()}"
