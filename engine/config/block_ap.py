@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 import msgspec
 
+from engine.config import checks
 from engine.config.base import ComputeDtype, LearningRateScaling
 from engine.config.grid import GridConfig
 from engine.config.stage_section import (
@@ -57,6 +58,14 @@ class BlockAPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fiel
     """A gradient's norm is clipped to this; 0 turns clipping off."""
     patience: int = 0
     """A block stops after this many epochs without a better validation loss; 0 trains all epochs."""
+    start: Literal["range", "search", "mse", "clip"] = "range"
+    """Scales and zero points start where ``grid.range`` puts them; ``search`` chooses both together by the
+    error that the channels' activations weigh, ``mse`` without weights, ``clip`` only shrinks the range."""
+    search_power: float = 2.0
+    """``start`` minimises |error|^p where it searches, and this is p."""
+    search_tokens: Literal["plain", "relative"] = "plain"
+    """A channel weighs the sum of its squared activations; ``relative`` first divides each token's by its
+    mean."""
     compute_dtype: ComputeDtype = "auto"
     """The forward pass computes in this type; auto takes bfloat16 on a GPU and float32 on the CPU."""
 
@@ -69,6 +78,11 @@ class BlockAPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fiel
         check_learning_rate(f"{name}.lr_weight", self.lr_weight)
         check_learning_rate(f"{name}.lr_quant", self.lr_quant)
         check_schedule(name, self)
+        checks.between(f"{name}.search_power", self.search_power, 0.1, 10.0)
+
+    @classmethod
+    def younger(cls) -> tuple[str, ...]:
+        return ("start", "search_power", "search_tokens")
 
     def resolved(self, grid: GridConfig) -> Self:
         """Learning rates that were left out follow bits and scaling. Zero points that the grid fixes leave

@@ -141,14 +141,20 @@ def wrap_linears(
     *,
     method: Literal["minmax", "search"] = "search",
     norm: float = 2.5,
+    ranges: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, FakeQuantLinear]:
     """Replace the named linears of a block by fake-quantized ones, each on its grid; returns them by name.
 
-    ``method`` and ``norm`` are those of :func:`~engine.quant.grid.initial_range`.
+    ``method`` and ``norm`` are those of :func:`~engine.quant.grid.initial_range`; ``ranges`` are each
+    linear's scale and zero point instead.
     """
     wrapped: dict[str, FakeQuantLinear] = {}
     for slot in slots(block, grids):
-        linear = FakeQuantLinear.of_linear(slot.linear(), grids[slot.name], method=method, norm=norm)
+        grid, found = grids[slot.name], slot.linear()
+        if ranges is None:
+            linear = FakeQuantLinear.of_linear(found, grid, method=method, norm=norm)
+        else:
+            linear = FakeQuantLinear(found.weight.detach().float(), *ranges[slot.name], grid, found.bias)
         wrapped[slot.name] = linear
         slot.set(linear)
     return wrapped

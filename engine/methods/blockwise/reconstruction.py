@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -19,33 +18,22 @@ from torch import Tensor, nn
 from engine.config.block_ap import BlockAPConfig
 from engine.config.grid import GridConfig
 from engine.data.prefetch import Prefetcher, Rows
+from engine.methods.blockwise.start import starting_ranges
+from engine.methods.blockwise.streams import Streams
 from engine.quant.fake_linear import FakeQuantLinear, wrap_linears
 from engine.training.loop import Method
 from engine.training.precision import autocast
 from engine.training.stepper import ParameterGroup
 
+__all__ = ["Reconstruction", "Streams", "distance", "reconstruction_loss"]
+
 if TYPE_CHECKING:
-    from engine.data.activations import ActivationStore
     from engine.models.causal_lm import CausalLM
 
 # Training sequences on which a block's loss is reported before and after: enough to be steady, few enough to
 # be free, so fewer where few are trained on.
 REPORT_SEQUENCES = 16
 REPORT_SHARE = 8
-
-
-@dataclass(frozen=True)
-class Streams:
-    """The two activation streams ``[N, T, H]``: ``train`` training sequences, then the validation
-    sequences."""
-
-    full: ActivationStore
-    quantized: ActivationStore
-    train: int
-
-    @property
-    def sequences(self) -> int:
-        return self.full.shape[0]
 
 
 def reconstruction_loss(
@@ -87,7 +75,8 @@ class Reconstruction(Method):
         self.lm, self.index, self.block, self.streams = lm, index, block, streams
         self.config, self.dtype = config, dtype
         grids = grid.of_each(lm.linear_names(index))
-        self.linears = wrap_linears(block, grids, method=grid.range, norm=grid.search_norm)
+        ranges = starting_ranges(lm, index, block, streams, config, grids, dtype)
+        self.linears = wrap_linears(block, grids, method=grid.range, norm=grid.search_norm, ranges=ranges)
         self.groups = _parameter_groups(block, self.linears, config)
         self.poll: Callable[[], None] = lambda: None
         self.train_loss: Callable[..., Tensor] = reconstruction_loss
