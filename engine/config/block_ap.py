@@ -42,6 +42,8 @@ class BlockAPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fiel
     loss: Literal["mse", "token_relative_mse"] = "token_relative_mse"
     """The loss is ``mse`` over all outputs, or each token's squared error divided by its target's mean
     square."""
+    drop_largest: float = 0.0
+    """The loss leaves out this fraction of a batch's squared errors, the largest; 0 keeps all."""
     lr_scaling: LearningRateScaling = "relative"
     """``relative`` multiplies a learning rate by each linear's mean initial scale; ``absolute`` does not."""
     lr_weight: float | None = None
@@ -59,8 +61,8 @@ class BlockAPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fiel
     patience: int = 0
     """A block stops after this many epochs without a better validation loss; 0 trains all epochs."""
     start: Literal["range", "search", "mse", "clip"] = "range"
-    """Scales and zero points start where ``grid.range`` puts them; ``search`` chooses both together by the
-    error that the channels' activations weigh, ``mse`` without weights, ``clip`` only shrinks the range."""
+    """Scales and zero points start where ``grid.range`` puts them, or by a ``search`` for both that weighs
+    channels (``mse``: does not), or on ranges that ``clip`` shrinks."""
     search_power: float = 2.0
     """``start`` minimises |error|^p where it searches, and this is p."""
     search_tokens: Literal["plain", "relative"] = "plain"
@@ -78,11 +80,12 @@ class BlockAPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fiel
         check_learning_rate(f"{name}.lr_weight", self.lr_weight)
         check_learning_rate(f"{name}.lr_quant", self.lr_quant)
         check_schedule(name, self)
+        checks.between(f"{name}.drop_largest", self.drop_largest, 0.0, 0.5)
         checks.between(f"{name}.search_power", self.search_power, 0.1, 10.0)
 
     @classmethod
     def younger(cls) -> tuple[str, ...]:
-        return ("start", "search_power", "search_tokens")
+        return ("start", "search_power", "search_tokens", "drop_largest")
 
     def resolved(self, grid: GridConfig) -> Self:
         """Learning rates that were left out follow bits and scaling. Zero points that the grid fixes leave

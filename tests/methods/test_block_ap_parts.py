@@ -16,6 +16,7 @@ from engine.config.model import ModelConfig
 from engine.data.activations import make_store
 from engine.methods.advance import Portions, advance
 from engine.methods.blockwise.block_ap import BlockResult, train_block
+from engine.methods.blockwise.reconstruction import distance, distance_without_largest
 from engine.methods.blockwise.streams import Streams
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
@@ -97,3 +98,29 @@ def test_a_linear_starts_with_what_its_own_inputs_weigh(lm: CausalLM) -> None:
         assert squares.mean().item() == pytest.approx(tokens, rel=1e-3)
     assert not any(module._forward_pre_hooks for module in block.modules())
     assert not any(isinstance(module, FakeQuantLinear) for module in block.modules())
+
+
+# -- errors that are left out --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mse", "token_relative_mse"])
+def test_the_largest_errors_are_left_out(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(2, 5, 8, generator=generator)
+    errors = torch.randn(2, 5, 8, generator=generator) * 0.1
+    errors[1, 2, 3], errors[0, 4, 1] = 50.0, -30.0
+    output = (target + errors).requires_grad_(True)
+    loss = distance_without_largest(output, target, kind, 2 / 80)
+    (gradient,) = torch.autograd.grad(loss, output)
+    assert gradient[1, 2, 3] == gradient[0, 4, 1] == 0
+    assert (gradient != 0).sum() == 78
+    errors[1, 2, 3] = errors[0, 4, 1] = 0
+    calm = distance(target + errors, target, kind)
+    assert loss.item() == pytest.approx(calm.item() * 80 / 78, rel=1e-4)
+
+
+def test_training_that_leaves_errors_out_is_another_and_lowers_the_loss(lm: CausalLM) -> None:
+    usual, robust = train(lm), train(lm, drop_largest=0.01)
+    assert robust.initial_loss == usual.initial_loss
+    assert robust.final_loss < robust.initial_loss
+    assert robust.final_loss != usual.final_loss

@@ -12,8 +12,8 @@ A batch of another size (the last one of an epoch) runs plainly in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -128,13 +128,11 @@ class FastReconstruction(Reconstruction):
         return loss
 
     def _forward_backward(self) -> Result:
-        hidden, target = self._inputs
-        return self._differentiate(hidden, target, self._usual[1], self.train_loss)
+        return self._differentiate(self._inputs, self._usual[1], self.train_loss)
 
     def _unusual(self, rows: Tensor, weight: float) -> Tensor:
         """A batch of another size: plainly, its gradients to where the others' would be."""
-        hidden, target = self.prefetch.read(rows)
-        loss, gradients = self._differentiate(hidden, target, weight, reconstruction_loss)
+        loss, gradients = self._differentiate(self.prefetch.read(rows), weight, reconstruction_loss)
         if self._sums:
             self._stepper.gradients = self._sums
         elif self._graph.recorded:
@@ -144,12 +142,10 @@ class FastReconstruction(Reconstruction):
         return loss
 
     def _differentiate(
-        self, hidden: Tensor, target: Tensor, weight: float, function: Callable[..., Tensor]
+        self, tensors: Sequence[Tensor], weight: float, function: Callable[..., Tensor]
     ) -> Result:
-        batch, length = hidden.shape[:2]
-        arguments: dict[str, Any] = self.lm.block_kwargs(self.index, batch, length, hidden.dtype)
         with torch.enable_grad():
-            loss = function(self.block, hidden, arguments, target, self.config.loss, self.dtype) * weight
+            loss = self.training_loss(tensors, function) * weight
             gradients = torch.autograd.grad(self._stepper.scale(loss), self._leaves)
         gradients = tuple(gradient.contiguous() for gradient in gradients)
         if self._sums:

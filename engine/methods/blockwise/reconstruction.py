@@ -8,7 +8,7 @@ This is the plain form: forward and backward are torch's, quantizer included. It
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -43,11 +43,15 @@ def reconstruction_loss(
     target: Tensor,
     kind: str,
     dtype: torch.dtype,
+    *,
+    drop: float = 0.0,
 ) -> Tensor:
-    """Distance between the block's output for ``hidden`` ``[B, T, H]`` and ``target``, a float32 scalar."""
+    """Distance between the block's output for ``hidden`` ``[B, T, H]`` and ``target``, a float32 scalar;
+    this fraction of the squared errors, the largest, are left out."""
     with autocast(hidden.device, dtype):
         output = block(hidden, **arguments)
-    return distance(output[0] if isinstance(output, tuple) else output, target, kind)
+    output = output[0] if isinstance(output, tuple) else output
+    return distance_without_largest(output, target, kind, drop) if drop else distance(output, target, kind)
 
 
 def distance(output: Tensor, target: Tensor, kind: str) -> Tensor:
@@ -57,6 +61,18 @@ def distance(output: Tensor, target: Tensor, kind: str) -> Tensor:
     if kind == "token_relative_mse":
         squared = squared / target.square().mean(-1).clamp_(min=1e-12)
     return squared.mean()
+
+
+def distance_without_largest(output: Tensor, target: Tensor, kind: str, drop: float) -> Tensor:
+    """The same mean over all errors but the largest, of which there are always as many: how many follows
+    from the shape, so that the step can be recorded."""
+    target = target.float()
+    squared = (output.float() - target).square()
+    if kind == "token_relative_mse":
+        squared = squared / target.square().mean(-1, keepdim=True).clamp_(min=1e-12)
+    dropped = math.ceil(drop * squared.numel())
+    least = squared.detach().flatten().topk(dropped, sorted=False).values.amin()
+    return torch.where(squared < least, squared, 0.0).sum() / (squared.numel() - dropped)
 
 
 class Reconstruction(Method):
@@ -83,14 +99,24 @@ class Reconstruction(Method):
         """What the steps minimise; compiled where that pays. Reports and validations stay plain."""
         self.prefetch = Prefetcher((streams.quantized, streams.full))
 
-    def loss(self, rows: Rows, function: Callable[..., Tensor] = reconstruction_loss) -> Tensor:
-        hidden, target = self.prefetch.read(rows)
+    def loss(self, rows: Rows) -> Tensor:
+        """As it is reported and validated."""
+        return self._measure(self.prefetch.read(rows), reconstruction_loss)
+
+    def training_loss(self, tensors: Sequence[Tensor], function: Callable[..., Tensor]) -> Tensor:
+        """As the steps minimise it, of what the streams hold of a batch, by :func:`reconstruction_loss` in
+        one form or another."""
+        options = {"drop": self.config.drop_largest} if self.config.drop_largest else {}
+        return self._measure(tensors, function, **options)
+
+    def _measure(self, tensors: Sequence[Tensor], function: Callable[..., Tensor], **options: Any) -> Tensor:
+        hidden, target = tensors
         batch, length = hidden.shape[:2]
         arguments = self.lm.block_kwargs(self.index, batch, length, hidden.dtype)
-        return function(self.block, hidden, arguments, target, self.config.loss, self.dtype)
+        return function(self.block, hidden, arguments, target, self.config.loss, self.dtype, **options)
 
     def micro_step(self, rows: Tensor, weight: float, scale: Callable[[Tensor], Tensor]) -> Tensor:
-        loss = self.loss(rows, self.train_loss) * weight
+        loss = self.training_loss(self.prefetch.read(rows), self.train_loss) * weight
         scale(loss).backward()
         return loss.detach()
 
