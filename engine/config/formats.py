@@ -53,6 +53,8 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
     """Group sizes that it can hold; -1 is the whole row."""
     symmetric: tuple[bool, ...] = (False, True)
     """Whether it holds asymmetric and symmetric grids."""
+    head_bits: tuple[int, ...] = ()
+    """Bits a weight that it can hold of a quantized embedding and head; none where they stay numbers."""
     words_along_outputs: bool = False
     """Outputs, too, are packed in whole 32-bit words."""
     code: str
@@ -115,9 +117,11 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
 
     def refusal(self, architecture: object, config: Mapping[str, Any], grid: GridConfig) -> str:
         """What of a grid or a model it cannot hold, in words; empty where it holds all of it."""
-        return self.lacks(grid.shared) or (
-            load_named(self.refuses)(architecture, config, grid) if self.refuses else ""
-        )
+        if lacked := self.lacks(grid.shared):
+            return lacked
+        if grid.head_bits and grid.head_bits not in self.head_bits:
+            return f"an embedding and a head of {grid.head_bits} bits (grid.head_bits)"
+        return load_named(self.refuses)(architecture, config, grid) if self.refuses else ""
 
     def consequences(
         self, architecture: object, config: Mapping[str, Any], grid: GridConfig
@@ -228,6 +232,7 @@ FORMATS = Table(
     Format(
         name="gguf",
         label="GGUF",
+        head_bits=(4, 8),
         code="engine.export.gguf_form:GGUF",
         writer="engine.export.gguf_file:write_file",
         tensors=("weight",),
@@ -305,6 +310,7 @@ FORMATS = Table(
         name="mlx",
         label="MLX",
         group_sizes=(32, 64, 128),
+        head_bits=(4, 8),
         code="engine.export.mlx:MLX",
         tensors=("weight", "scales", "biases"),
         costs="engine.config.formats:mlx_bytes",
@@ -320,6 +326,7 @@ FORMATS = Table(
         name="hf",
         label="Hugging Face",
         dense=True,
+        head_bits=(4, 8),
         code="engine.export.hf:HuggingFace",
         tensors=("weight",),
         loading=(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from engine.config.stages import STAGES, Stage, measured_stage
 from engine.plan.costs import costs_of
 from engine.plan.estimate import CONSTANTS, Workload
-from engine.plan.memory_terms import Memory, largest_linear, largest_tensor, logits
+from engine.plan.memory_terms import Memory, largest_linear, largest_tensor, logits, rounding_head
 from engine.plan.passages import compiling_form, passing
 from engine.plan.rates import Speed, load_seconds, unpacking
 from engine.plan.streams import shares_teacher, teacher_bytes
@@ -24,7 +24,7 @@ VERIFY_WINDOWS, VERIFY_TOKENS = 2, 512
 def prepare_memory(work: Workload) -> Memory:
     """Outer tensors are read and checked; a GPU is not where that happens."""
     loading = int(largest_tensor(work.arch) * 4 * (CONSTANTS.load_factor - 1))
-    return Memory({} if work.cuda else {"loading": loading})
+    return Memory(rounding_head(work) | ({} if work.cuda else {"loading": loading}))
 
 
 # -------------------------------------------------------------------------------------------- evaluation
