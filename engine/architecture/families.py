@@ -103,9 +103,15 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def head_matrices(self) -> list[tuple[int, int]]:
-        """Rows and width of the embedding, and of a head of its own: what ``grid.head_bits`` quantizes."""
-        counts = (self.embed_params, self.head_params)
-        return [(count // self.hidden, self.hidden) for count in counts if count]
+        """Rows and width of the embedding, and of a head of its own: what ``grid.head_bits`` quantizes. Not
+        the biases of a head; and an embedding may be narrower than the blocks."""
+        width = self.embed_params // max(1, self.vocab)
+        return [(self.vocab, width) for count in (self.embed_params, self.head_params) if count]
+
+    @property
+    def head_weights(self) -> int:
+        """Weights of both."""
+        return sum(rows * width for rows, width in self.head_matrices)
 
     @property
     def rest_params(self) -> int:

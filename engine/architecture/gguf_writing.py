@@ -73,8 +73,9 @@ def tensor_bytes(arch: Architecture, grid: GridConfig, number: int) -> int:
     vectors = 4 * (arch.bias_params_per_block + arch.norm_params_per_block)
     heads = number * (arch.embed_params + arch.head_params)
     if grid.head is not None:
-        kind = block_type(grid.head, arch.hidden)
-        heads = sum(block_bytes(kind, rows * width) for rows, width in arch.head_matrices)
+        heads -= number * arch.head_weights
+        for rows, width in arch.head_matrices:
+            heads += block_bytes(block_type(grid.head, width), rows * width)
     return (
         arch.blocks * (linears + vectors)
         + heads

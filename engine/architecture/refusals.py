@@ -145,11 +145,14 @@ def _refuse_group_size(arch: Architecture, grid: GridConfig) -> None:
 
 def _refuse_head(arch: Architecture, grid: GridConfig) -> None:
     """Of a quantized embedding and head, too, every group and every word must be full."""
-    width = arch.hidden
-    if grid.head is None or (width % max(1, grid.group_size) == 0 and width * grid.head_bits % 32 == 0):
+    if grid.head is None:
+        return
+    widths = [width for _, width in arch.head_matrices]
+    odd = [w for w in widths if w % max(1, grid.group_size) or w * grid.head_bits % 32]
+    if not odd:
         return
     raise PreflightError(
-        f"rows of {width} weights do not fill groups of {grid.group_size} and whole 32-bit words",
+        f"rows of {odd[0]} weights do not fill groups of {grid.group_size} and whole 32-bit words",
         where="grid.head_bits",
         hint="grid.head_bits=0 leaves embedding and head as they are; or choose another group size",
     )

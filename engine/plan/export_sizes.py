@@ -30,7 +30,7 @@ def exported_bytes(arch: Architecture, grid: GridConfig, name: str, number: int 
     carried = arch.carried_bytes if row.carries else 0
     rest = number * arch.rest_params
     if grid.head is not None:
-        rest -= number * (arch.embed_params + arch.head_params)
+        rest -= number * arch.head_weights
         rest += sum(row.linear_bytes(rows, width, grid.head, number) for rows, width in arch.head_matrices)
     others = number * (arch.bias_params_per_block + arch.norm_params_per_block)
     return arch.blocks * (linears + others) + rest + carried
@@ -60,7 +60,7 @@ def sizes(arch: Architecture, grid: GridConfig, formats: tuple[str, ...] = (), n
     bits, weights = arch.blocks * bits, arch.blocks * arch.linear_params_per_block
     if grid.head is not None:
         bits += sum(head_bits(arch, grid))
-        weights += sum(rows * width for rows, width in arch.head_matrices)
+        weights += arch.head_weights
     return Sizes(
         exports={name: exported_bytes(arch, grid, name, number) for name in formats or (DEFAULT_FORMAT,)},
         fp=2 * arch.params,
@@ -74,7 +74,7 @@ def head_words(arch: Architecture, grid: GridConfig) -> str:
         return ""
     size = grid.head.group_size
     groups = "one group a row" if size == -1 else f"groups of {size}"
-    before, after = 2 * (arch.embed_params + arch.head_params), sum(head_bits(arch, grid)) // 8
+    before, after = 2 * arch.head_weights, sum(head_bits(arch, grid)) // 8
     what = "the embedding, which is the head too," if arch.tied else "embedding and head"
     return (
         f"{what} at {grid.head.bits} bits, {groups}: {size_text(before)} → {size_text(after)}; "

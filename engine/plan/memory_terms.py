@@ -53,8 +53,7 @@ def quantized_head(work: Workload) -> dict[str, int]:
     quantized version is measured; those are kept beside them."""
     if work.config.grid.head is None:
         return {}
-    weights = sum(rows * width for rows, width in work.arch.head_matrices)
-    return {"quantized embedding and head": weights * work.model_bytes}
+    return {"quantized embedding and head": work.arch.head_weights * work.model_bytes}
 
 
 def rounding_head(work: Workload) -> dict[str, int]:

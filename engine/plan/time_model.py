@@ -11,13 +11,13 @@ from engine.config.stages import STAGES, measured_stage
 from engine.plan.costs import costs_of
 from engine.plan.estimate import CONSTANTS, Workload
 from engine.plan.phases import evaluation_seconds, export_seconds
-from engine.plan.rates import Speed
+from engine.plan.rates import Speed, head_seconds
 
 
 def phase_seconds(work: Workload, phase: str, rates: Speed, stored_bytes: int) -> float:
     """Estimated duration of one phase."""
     if phase == "prepare":
-        return CONSTANTS.prepare
+        return CONSTANTS.prepare + head_seconds(work, rates)
     if phase == "export":
         return export_seconds(work, rates, stored_bytes)
     if measured_stage(phase):

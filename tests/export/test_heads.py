@@ -27,6 +27,7 @@ from engine.architecture.description import describe
 from engine.architecture.refusals import refuse
 from engine.config.formats import FORMATS
 from engine.config.grid import GridConfig
+from engine.config.loading import load
 from engine.errors import PreflightError
 from engine.export.gguf_reader import GGUFContent
 from engine.export.layout import form_of
@@ -34,6 +35,7 @@ from engine.methods.blockwise.rtn import round_matrix
 from engine.models.heads import head_names
 from engine.plan import memory_terms
 from engine.plan.export_sizes import exported_bytes
+from engine.plan.plan import make_plan
 from engine.quant.packed import PackedWeight
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
@@ -312,6 +314,31 @@ def test_formats_that_hold_no_quantized_head_are_refused_with_one_that_does(tmp_
         assert "cannot hold an embedding and a head of 8 bits" in caught.value.message
         assert caught.value.hint.startswith(("gguf can", "mlx can", "hf can"))
         refuse(described.architecture, described.config, GridConfig(bits=4, group_size=64), [name])
+
+
+def test_the_plan_counts_the_rounding_of_a_large_vocabulary(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "fp", vocab_size=4000)
+    plans = [
+        make_plan(
+            load(
+                "smoke",
+                overrides={
+                    "model.source": str(folder),
+                    "grid.head_bits": bits,
+                    "export.formats": "mlx",
+                    "runtime.device": "cpu",
+                },
+            )
+        )
+        for bits in (0, 8)
+    ]
+    before, now = ({phase.name: phase for phase in plan.phases} for plan in plans)
+    assert now["prepare"].seconds > before["prepare"].seconds
+    assert now["export"].parts["quantized embedding and head"] == 4 * 2 * 4000 * 256
+    assert "quantized embedding and head" not in now["evaluate_fp"].parts
+    assert now["evaluate_rtn"].peak_host_bytes > before["evaluate_rtn"].peak_host_bytes
+    assert plans[1].export_bytes < plans[0].export_bytes
+    assert plans[1].disk_bytes < plans[0].disk_bytes + 2 * 4000 * 256 * 2
 
 
 def test_rows_that_do_not_fill_a_group_are_refused(tmp_path: Path) -> None:
