@@ -123,8 +123,10 @@ def _pass(model: Loaded, request: Request, new_tokens: int) -> tuple[float, floa
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of an export's files of weights."""
-    endings = (".safetensors", ".gguf", ".onnx", ".data")
-    return sum(file.stat().st_size for file in folder.iterdir() if file.name.endswith(endings))
+    files = [
+        file for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf") or ".onnx" in file.name
+    ]
+    return sum(file.stat().st_size for file in files)
 
 
 def versions(loader: Loader) -> dict[str, str]:

@@ -79,6 +79,15 @@ LOADERS = Table(
         install="pip install llama-cpp-python",
         code="engine.bench.llama_models:LlamaCpp",
     ),
+    Loader(
+        name="onnxruntime",
+        label="ONNX Runtime, no cache",
+        formats=("onnx",),
+        modules=("onnxruntime",),
+        packages=("onnxruntime",),
+        install="pip install onnxruntime",
+        code="engine.bench.onnx_models:ONNXRuntime",
+    ),
     named=is_folder_name,
 )
 """In the order in which they are measured: what the others are compared with comes first."""
