@@ -91,6 +91,8 @@ def title(run: Tree) -> str:
     if branch(config, "grid", "bits") is not None:
         size = branch(config, "grid", "group_size")
         words += f" at {branch(config, 'grid', 'bits')} bits, {group_words(size)}"
+        if head := branch(config, "grid", "head_bits"):
+            words += f", embedding and head at {head}"
     return f"{words} · {run['state']} · {cell(run['id'])}"
 
 

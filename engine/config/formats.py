@@ -115,12 +115,15 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
             return "a symmetric grid" if grid.symmetric else "an asymmetric grid"
         return ""
 
+    def lacks_head(self, bits: int) -> str:
+        """The same of an embedding and a head of so many bits; 0 where they are numbers."""
+        held = bits in (0, *self.head_bits)
+        return "" if held else f"an embedding and a head of {bits} bits (grid.head_bits)"
+
     def refusal(self, architecture: object, config: Mapping[str, Any], grid: GridConfig) -> str:
         """What of a grid or a model it cannot hold, in words; empty where it holds all of it."""
-        if lacked := self.lacks(grid.shared):
+        if lacked := self.lacks(grid.shared) or self.lacks_head(grid.head_bits):
             return lacked
-        if grid.head_bits and grid.head_bits not in self.head_bits:
-            return f"an embedding and a head of {grid.head_bits} bits (grid.head_bits)"
         return load_named(self.refuses)(architecture, config, grid) if self.refuses else ""
 
     def consequences(

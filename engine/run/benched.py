@@ -19,6 +19,8 @@ from engine.system.guarded import read_struct
 
 MOST_TOKENS = 1_000_000
 """Of a prompt, or after it."""
+MOST_RESULTS = 100
+"""That are shown; a machine has not as many loaders."""
 Token = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**60)]
@@ -90,7 +92,7 @@ class _File(msgspec.Struct, kw_only=True):
 def benched(run: RunDirectory) -> list[Measured]:
     """What was measured; nothing where nothing was, or where the file is none of ours."""
     try:
-        return read_struct(run.eval_dir / BENCH, _File, root=run.path).results
+        return read_struct(run.eval_dir / BENCH, _File, root=run.path).results[:MOST_RESULTS]
     except EqatError:
         return []
 

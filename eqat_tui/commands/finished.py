@@ -123,8 +123,8 @@ def bench(
 ) -> int:
     """Measure tokens per second and memory of a run's exports, in each loader that is installed here.
 
-    Beside 16 bits: transformers with the weights of an export unpacked. Then gptqmodel, auto-round, mlx-lm
-    and llama.cpp, each with the exports that it reads, in a process of its own.
+    Beside 16 bits: transformers with the weights of an export unpacked. Then gptqmodel, auto-round, mlx-lm,
+    llama.cpp and ONNX Runtime, each with the exports that it reads, in a process of its own.
     """
     from eqat_tui import actions, benching
     from eqat_tui.bench_text import bench_text
