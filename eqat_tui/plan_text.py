@@ -78,6 +78,8 @@ def totals(plan: Mapping[str, Any]) -> dict[str, str]:
     lines["bits per weight"] = format_bits(plan["bits_per_weight"])
     if plan["zero_points"]:
         lines["zero points"] = one_line(plan["zero_points"])
+    if plan["head"]:
+        lines["head"] = one_line(plan["head"])
     published = plan.get("published")
     if published:
         lines["published"] = (

@@ -35,6 +35,7 @@ SHAPE: Mapping[str, Any] = {
     "fp_bytes": None,
     "bits_per_weight": None,
     "zero_points": "",
+    "head": "",
     "calibration": "",
     "begin": "",
     "activation_store": "",

@@ -16,6 +16,7 @@ from engine.config.stages import full_precision, phase_label, stage_label, versi
 from engine.run.events import MEASUREMENT
 from engine.run.liveness import WORKING
 from engine.run.task import job_name
+from eqat_tui.bench_text import measured_table
 from eqat_tui.measured import newest
 from eqat_tui.output import (
     LONGEST_LINE,
@@ -58,6 +59,8 @@ def report(run: Tree, *, with_error: bool = True) -> str:
     parts += [f"  {line}" for line in doubts(run)]
     if run.get("accuracy"):
         parts.append(accuracy_table(run["accuracy"]))
+    if run.get("bench"):
+        parts.append(measured_table(run["bench"]))
     parts.append(key_values(facts(run)))
     problem = error_line(run)
     if problem and with_error:
@@ -88,6 +91,8 @@ def title(run: Tree) -> str:
     if branch(config, "grid", "bits") is not None:
         size = branch(config, "grid", "group_size")
         words += f" at {branch(config, 'grid', 'bits')} bits, {group_words(size)}"
+        if head := branch(config, "grid", "head_bits"):
+            words += f", embedding and head at {head}"
     return f"{words} · {run['state']} · {cell(run['id'])}"
 
 

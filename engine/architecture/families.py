@@ -102,9 +102,21 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True):
         return self.linear_params_per_block + self.bias_params_per_block + self.norm_params_per_block
 
     @property
+    def head_matrices(self) -> list[tuple[int, int]]:
+        """Rows and width of the embedding, and of a head of its own: what ``grid.head_bits`` quantizes. Not
+        the biases of a head; and an embedding may be narrower than the blocks."""
+        width = self.embed_params // max(1, self.vocab)
+        return [(self.vocab, width) for count in (self.embed_params, self.head_params) if count]
+
+    @property
+    def head_weights(self) -> int:
+        """Weights of both."""
+        return sum(rows * width for rows, width in self.head_matrices)
+
+    @property
     def rest_params(self) -> int:
         """Embeddings, head, final norm and what else lies outside the blocks: all of it stays 16-bit, like
-        the norms and biases of blocks."""
+        the norms and biases of blocks, but for what ``grid.head_bits`` quantizes."""
         return self.embed_params + self.head_params + self.final_norm_params + self.other_outer_params
 
     @property

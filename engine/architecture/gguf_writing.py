@@ -71,8 +71,17 @@ def tensor_bytes(arch: Architecture, grid: GridConfig, number: int) -> int:
         block_bytes(block_type(grid.shared, linear.in_features), linear.weights) for linear in arch.linears
     )
     vectors = 4 * (arch.bias_params_per_block + arch.norm_params_per_block)
-    outer = number * (arch.embed_params + arch.head_params + arch.other_outer_params)
-    return arch.blocks * (linears + vectors) + outer + 4 * arch.final_norm_params
+    heads = number * (arch.embed_params + arch.head_params)
+    if grid.head is not None:
+        heads -= number * arch.head_weights
+        for rows, width in arch.head_matrices:
+            heads += block_bytes(block_type(grid.head, width), rows * width)
+    return (
+        arch.blocks * (linears + vectors)
+        + heads
+        + number * arch.other_outer_params
+        + 4 * arch.final_norm_params
+    )
 
 
 def refusal(arch: Architecture, config: Mapping[str, Any], grid: GridConfig) -> str:
@@ -105,6 +114,11 @@ def warnings(arch: Architecture, config: Mapping[str, Any], grid: GridConfig) ->
         yield (
             "GGUF holds 4 bits with zero points of their own as Q4_1, whose biases are rounded to float16; "
             "grid.zero_point = fixed makes it Q4_0, which is exact and takes 4.5 bits a weight in place of 5"
+        )
+    if grid.head is not None and block_type(grid.head, arch.hidden) == "Q4_1" and "Q4_1" not in kinds:
+        yield (
+            "GGUF holds embedding and head of 4 bits with zero points of their own as Q4_1, whose biases "
+            "are rounded to float16; grid.zero_point = fixed makes them Q4_0, which is exact"
         )
     text = text_config(config)
     window, positions = text.get("sliding_window"), text.get("max_position_embeddings") or 0

@@ -33,6 +33,7 @@ def refuse(
     for name, stored in arch.coded:
         refuse_stored_type(name, stored, arch.model_type or "model.source")
     _refuse_group_size(arch, grid)
+    _refuse_head(arch, grid)
     _refuse_packing(arch, config, grid, export_formats)
 
 
@@ -140,6 +141,21 @@ def _refuse_group_size(arch: Architecture, grid: GridConfig) -> None:
                 where=f"{arch.block_prefix}.0.{linear.name}",
                 hint=f"group sizes that work for every layer: {', '.join(map(str, fitting))}",
             )
+
+
+def _refuse_head(arch: Architecture, grid: GridConfig) -> None:
+    """Of a quantized embedding and head, too, every group and every word must be full."""
+    if grid.head is None:
+        return
+    widths = [width for _, width in arch.head_matrices]
+    odd = [w for w in widths if w % max(1, grid.group_size) or w * grid.head_bits % 32]
+    if not odd:
+        return
+    raise PreflightError(
+        f"rows of {odd[0]} weights do not fill groups of {grid.group_size} and whole 32-bit words",
+        where="grid.head_bits",
+        hint="grid.head_bits=0 leaves embedding and head as they are; or choose another group size",
+    )
 
 
 def _refuse_packing(

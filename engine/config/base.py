@@ -42,6 +42,12 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         return ()
 
     @classmethod
+    def silent(cls) -> tuple[str, ...]:
+        """Fields that are written nowhere where they have their default: neither into a run's configuration
+        nor into the identity of its checkpoints, which versions without the field go on with."""
+        return ()
+
+    @classmethod
     def as_written_now(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
         """The section's table of a file with what earlier versions spelt otherwise as this one spells it."""
         return tree

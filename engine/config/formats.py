@@ -53,6 +53,8 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
     """Group sizes that it can hold; -1 is the whole row."""
     symmetric: tuple[bool, ...] = (False, True)
     """Whether it holds asymmetric and symmetric grids."""
+    head_bits: tuple[int, ...] = ()
+    """Bits a weight that it can hold of a quantized embedding and head; none where they stay numbers."""
     words_along_outputs: bool = False
     """Outputs, too, are packed in whole 32-bit words."""
     code: str
@@ -113,11 +115,16 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
             return "a symmetric grid" if grid.symmetric else "an asymmetric grid"
         return ""
 
+    def lacks_head(self, bits: int) -> str:
+        """The same of an embedding and a head of so many bits; 0 where they are numbers."""
+        held = bits in (0, *self.head_bits)
+        return "" if held else f"an embedding and a head of {bits} bits (grid.head_bits)"
+
     def refusal(self, architecture: object, config: Mapping[str, Any], grid: GridConfig) -> str:
         """What of a grid or a model it cannot hold, in words; empty where it holds all of it."""
-        return self.lacks(grid.shared) or (
-            load_named(self.refuses)(architecture, config, grid) if self.refuses else ""
-        )
+        if lacked := self.lacks(grid.shared) or self.lacks_head(grid.head_bits):
+            return lacked
+        return load_named(self.refuses)(architecture, config, grid) if self.refuses else ""
 
     def consequences(
         self, architecture: object, config: Mapping[str, Any], grid: GridConfig
@@ -228,6 +235,7 @@ FORMATS = Table(
     Format(
         name="gguf",
         label="GGUF",
+        head_bits=(4, 8),
         code="engine.export.gguf_form:GGUF",
         writer="engine.export.gguf_file:write_file",
         tensors=("weight",),
@@ -305,6 +313,7 @@ FORMATS = Table(
         name="mlx",
         label="MLX",
         group_sizes=(32, 64, 128),
+        head_bits=(4, 8),
         code="engine.export.mlx:MLX",
         tensors=("weight", "scales", "biases"),
         costs="engine.config.formats:mlx_bytes",
@@ -320,6 +329,7 @@ FORMATS = Table(
         name="hf",
         label="Hugging Face",
         dense=True,
+        head_bits=(4, 8),
         code="engine.export.hf:HuggingFace",
         tensors=("weight",),
         loading=(

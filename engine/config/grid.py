@@ -12,6 +12,8 @@ from engine.errors import UsageError
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128, 256, -1)
+HEAD_BITS = (0, 4, 8)
+"""Of the embedding and the output head; 0 leaves them as numbers."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,14 @@ class GridConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     search over shrunken ranges (``search``)."""
     search_norm: float = 2.5
     """``range = "search"`` minimises |error|^p, and this is p."""
+    head_bits: int = 0
+    """Input embedding and output head are rounded to 4 or 8 bits a weight, in groups; 0 leaves them as 16-bit
+    numbers, and training always reads those."""
 
     def check(self, name: str) -> None:
         checks.one_of(f"{name}.bits", self.bits, BITS)
         checks.one_of(f"{name}.group_size", self.group_size, GROUP_SIZES, hint=", where -1 is the whole row")
+        checks.one_of(f"{name}.head_bits", self.head_bits, HEAD_BITS, hint=", where 0 is 16-bit numbers")
         held = held_zero_point(self.bits)
         if self.symmetric and self.zero_point == "fixed" and held != self.shared.middle:
             raise UsageError(
@@ -109,13 +115,28 @@ class GridConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
     @classmethod
     def younger(cls) -> tuple[str, ...]:
-        return ("zero_point",)
+        return ("zero_point", "head_bits")
+
+    @classmethod
+    def silent(cls) -> tuple[str, ...]:
+        return ("head_bits",)
 
     @property
     def shared(self) -> Grid:
         """The grid of every linear."""
         held = self.zero_point == "fixed" and not self.symmetric
         return Grid(self.bits, self.group_size, self.symmetric, held_zero_point(self.bits) if held else None)
+
+    @property
+    def head(self) -> Grid | None:
+        """The grid of embedding and head; none where they stay numbers.
+
+        At 8 bits it is symmetric: with 256 steps a zero point of its own gives a group nothing, and formats
+        that have no place for one hold it exactly. At 4 bits it has zero points like the linears.
+        """
+        if not self.head_bits:
+            return None
+        return Grid(self.head_bits, self.group_size, self.head_bits == 8 or self.fixes_zero_points)
 
     @property
     def fixes_zero_points(self) -> bool:

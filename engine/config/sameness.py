@@ -5,17 +5,15 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from typing import Any
 
 import msgspec
 
-from engine.config.base import Section
 from engine.config.calibration import mixture
 from engine.config.derived import resolve
 from engine.config.lists import list_words
 from engine.config.loading import load, preset_names
 from engine.config.run import LABELS, RunConfig
-from engine.config.writing import essential, flat, to_dict
+from engine.config.writing import essential, flat, leave_out_defaults, to_dict
 
 
 def config_hash(config: RunConfig) -> str:
@@ -28,21 +26,9 @@ def config_hash(config: RunConfig) -> str:
     tree = essential(resolve(config))
     for label in LABELS:
         del tree[label]
-    _leave_out_younger(tree, config)
+    leave_out_defaults(tree, config, lambda section: section.younger())
     tree["runtime"] = {"seed": config.runtime.seed}
     return hashlib.sha256(msgspec.json.encode(tree, order="deterministic")).hexdigest()
-
-
-def _leave_out_younger(tree: dict[str, Any], section: Section) -> None:
-    """Take fields out of a section's tree that versions before did not have, where they have their
-    default."""
-    default = type(section)()
-    for name in section.younger():
-        if getattr(section, name) == getattr(default, name):
-            tree.pop(name, None)
-    for name, inner in tree.items():
-        if isinstance(value := getattr(section, name), Section):
-            _leave_out_younger(inner, value)
 
 
 def equivalent_command(config: RunConfig) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 
+from engine.config.base import Section
 from engine.config.run import RunConfig, silent_sections
 
 
@@ -25,9 +26,26 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def essential(config: RunConfig) -> dict[str, Any]:
-    """Like :func:`to_dict`, without the sections of extensions that the run does not use."""
+    """Like :func:`to_dict`, without the sections of extensions that the run does not use, and without fields
+    that are silent where they have their default."""
     silent = silent_sections(config)
-    return {name: value for name, value in to_dict(config).items() if name not in silent}
+    tree = {name: value for name, value in to_dict(config).items() if name not in silent}
+    leave_out_defaults(tree, config, lambda section: section.silent())
+    return tree
+
+
+def leave_out_defaults(
+    tree: dict[str, Any], section: Section, fields: Callable[[Section], tuple[str, ...]]
+) -> None:
+    """Take those of the ``fields`` of a section, and of the sections in it, out of its tree that have their
+    default."""
+    default = type(section)()
+    for name in fields(section):
+        if getattr(section, name) == getattr(default, name):
+            tree.pop(name, None)
+    for name, inner in tree.items():
+        if isinstance(value := getattr(section, name), Section):
+            leave_out_defaults(inner, value, fields)
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

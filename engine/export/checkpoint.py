@@ -9,13 +9,14 @@ copied (:mod:`engine.models.carried`).
 Blocks are asked for one at a time and their tensors appended to the open shard, so an export holds one block.
 The directory is built and verified under another name and takes its own when that is done (``place.py``).
 
-Left out: quantized heads.
+An embedding and a head that are quantized too (``grid.head_bits``) are written as linears are, by the formats
+that hold them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,16 +52,20 @@ class _Written:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self.linears: dict[str, Linear] = {}
-        self._packed_bits = 0
+        self._packed_bits = self._weights = 0
 
     def add(self, name: str, weight: PackedWeight) -> None:
         self.linears[name] = Linear.of(weight)
+        self.count(weight)
+
+    def count(self, weight: PackedWeight) -> None:
+        """Count what a linear, or an embedding or a head, takes."""
         self._packed_bits += self.layout.bits_of(weight)
+        self._weights += weight.out_features * weight.in_features
 
     @property
     def bits_per_weight(self) -> float:
-        weights = sum(linear.out_features * linear.in_features for linear in self.linears.values())
-        return self._packed_bits / max(1, weights)
+        return self._packed_bits / max(1, self._weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +84,17 @@ class Export:
     """``export.dtype``."""
     on_block: Callable[[int, int], None] | None = None
     """Hears of blocks that are done and of all there are; may raise to stop."""
+    heads: Mapping[str, PackedWeight] = field(default_factory=dict)
+    """Embedding and head by name without ``.weight``, where they are quantized too."""
 
     @property
     def stored_as(self) -> torch.dtype:
         """What everything that is not quantized is stored in."""
         return export_dtype(self.dtype, self.lm)
+
+    def form_of_it(self) -> Form:
+        """The form for this model."""
+        return self.form.of(self.lm, self.stored_as).with_heads(self.lm, self.heads)
 
     def into(
         self,
@@ -102,7 +113,7 @@ class Export:
             EqatError: above all when the disk is full; nothing is left behind then.
         """
         out_dir = Path(out_dir)
-        form = self.form.of(self.lm, self.stored_as)
+        form = self.form_of_it()
         if refused := form.refusal(map(self.block_for, range(self.lm.blocks))):
             raise refused
         place = ExportPlace(out_dir, root)
@@ -119,7 +130,7 @@ class Export:
 def write_folder(export: Export, directory: Path) -> ExportResult:
     """Every file of an export in Hugging Face's form, into the empty ``directory``."""
     lm = export.lm
-    layout = export.form.of(lm, export.stored_as)
+    layout = export.form_of_it()
     assert isinstance(layout, Layout)
     room = header_room(tensor_names(layout, lm))
     writer = ShardWriter(
@@ -155,7 +166,13 @@ def write_folder(export: Export, directory: Path) -> ExportResult:
 def _write_tensors(export: Export, layout: Layout, writer: ShardWriter) -> _Written:
     lm, dtype, written = export.lm, export.stored_as, _Written(layout)
     for name in outer_names(lm):
-        writer.add(lm.names.exported(name), stored_form(name, lm.weights.load(name), dtype))
+        head = export.heads.get(name.removesuffix(".weight"))
+        if head is None:
+            writer.add(lm.names.exported(name), stored_form(name, lm.weights.load(name), dtype))
+            continue
+        written.count(head)
+        for key, tensor in layout.tensors(lm.names.exported_linear(name.removesuffix(".weight")), head):
+            writer.add(key, tensor)
     for index, block in each_block(export):
         prefix = lm.block_prefix(index)
         for name, weight in block.linears.items():
@@ -196,6 +213,8 @@ def each_block(export: Export) -> Iterator[tuple[int, PackedBlock]]:
 def tensor_names(form: Form, lm: CausalLM) -> Iterator[str]:
     """Every tensor name that may be written, for the room the header needs; a few too many do no harm."""
     yield from map(lm.names.exported, lm.model.state_dict())
+    for name in form.heads:
+        yield from form.names(name)
     for index in range(lm.blocks):
         for name in lm.linear_names(index):
             linear = form.linear_called(lm, f"{lm.block_prefix(index)}.{name}")

@@ -108,6 +108,8 @@ def write_file(export: Export, directory: Path) -> ExportResult:
     linears: dict[str, Linear] = {}
     placed: dict[str, Placed] = {}
     kinds: dict[str, int] = {}
+    heads = {names.stored(f"{name}.weight") for name in export.heads}
+    in_heads = 0
     writing, header = directory / "model.gguf.writing", directory / "header.writing"
     room = len(_header(header, architecture, general("Q4_0", *_said(export)) | metadata, names.expected()))
     with writing.open("wb") as file:
@@ -116,7 +118,9 @@ def write_file(export: Export, directory: Path) -> ExportResult:
             placed[name] = placing
             file.write(data.tobytes())
             file.write(bytes(-placing.nbytes % ALIGNMENT))
-            if placing.kind not in ("F32", "F16", "BF16"):
+            if name in heads:
+                in_heads += placing.nbytes
+            elif placing.kind not in ("F32", "F16", "BF16"):
                 kinds[placing.kind] = kinds.get(placing.kind, 0) + placing.nbytes
         # The last type that most bytes have; there is one unless grids are mixed.
         kind = max(kinds, key=lambda each: kinds[each])
@@ -126,19 +130,21 @@ def write_file(export: Export, directory: Path) -> ExportResult:
         file.write(beginning)
     path = directory / file_name(_said(export)[0], kind)
     writing.replace(path)
-    weights = sum(each.out_features * each.in_features for each in linears.values())
+    counted = (*linears.values(), *map(Linear.of, export.heads.values()))
+    weights = sum(each.out_features * each.in_features for each in counted)
     result = ExportResult(
         path=directory,
         format=export.form.format.name,
         bytes=path.stat().st_size,
         fp_bytes=lm.fp_bytes(),
-        bits_per_weight=8 * sum(kinds.values()) / max(1, weights),
+        bits_per_weight=8 * (sum(kinds.values()) + in_heads) / max(1, weights),
         files=(path.name,),
         blocks_name=blocks_name(lm),
         dtype=dtype_name(export.stored_as),
     )
     loading = _LOADING.format(kind=kind, file=path.name)
-    write_card(directory, model_card(export.card, result, linears, form=export.form, loading=loading))
+    card = model_card(export.card, result, linears, form=export.form_of_it(), loading=loading)
+    write_card(directory, card)
     return result
 
 
@@ -205,7 +211,12 @@ def _tensors(
     for name, divisors in rotary_divisors(lm):
         yield name, Placed(divisors.shape, "F32", divisors.nbytes), divisors
     for name in outer_names(lm):
-        yield _plain(export, names, name, lm.weights.load(name))
+        head = export.heads.get(name.removesuffix(".weight"))
+        if head is None:
+            yield _plain(export, names, name, lm.weights.load(name))
+            continue
+        kind, data = blocks_of(name, head)
+        yield names.stored(name), Placed((head.out_features, head.in_features), kind, data.nbytes), data
     for index, block in each_block(export):
         prefix = lm.block_prefix(index)
         for full in names.of_block(index):

@@ -66,9 +66,10 @@ class GGUF(Form):
         self._moved = 0.0
 
     def sentence(self, bits: str, dtype: str) -> str:
+        heads = self.head_sentence() or f"embeddings and head are {dtype}; "
         return (
-            f"The linear layers of the decoder blocks are {bits}-bit integers; embeddings and head are "
-            f"{dtype}, norms and biases float32."
+            f"The linear layers of the decoder blocks are {bits}-bit integers; {heads}norms and biases are "
+            "float32."
         )
 
     def check(self, lm: CausalLM, stored: torch.dtype) -> None:

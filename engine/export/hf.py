@@ -100,8 +100,8 @@ class HuggingFace(Layout):
     def sentence(self, bits: str, dtype: str) -> str:
         return (
             f"The linear layers of the decoder blocks were trained as {bits}-bit integers and are written "
-            f"out as {dtype}, like embeddings, head and norms: the model is the quantized one, its size is "
-            "not."
+            f"out as {dtype}, like embeddings, head and norms: {self.head_sentence()}the model is the "
+            "quantized one, its size is not."
         )
 
     def loading(self, config: Mapping[str, Any], blocks_name: str) -> str:

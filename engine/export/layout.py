@@ -119,6 +119,13 @@ class Form(ABC):
 
     def __init__(self, row: Format) -> None:
         self.format = row
+        self.heads: Linears = {}
+        """Embedding and head as the export calls them, where they are quantized too."""
+
+    def with_heads(self, lm: CausalLM, heads: Mapping[str, PackedWeight]) -> Self:
+        """The form for a model whose embedding and head are quantized, by name without ``.weight``."""
+        self.heads = {self.linear_called(lm, name): Linear.of(weight) for name, weight in heads.items()}
+        return self
 
     def of(self, lm: CausalLM, dtype: torch.dtype) -> Self:
         """The form for one model, of which everything that is not quantized is stored in ``dtype``."""
@@ -191,10 +198,17 @@ class Form(ABC):
 
     def sentence(self, bits: str, dtype: str) -> str:
         """What the card says of the weights: ``bits`` as "2" or "2 and 3", ``dtype`` that of all else."""
+        heads, others = self.head_sentence(), "norms" if self.heads else "embeddings, head and norms"
         return (
-            f"The linear layers of the decoder blocks are {bits}-bit integers; embeddings, head and norms "
-            f"are {dtype}."
+            f"The linear layers of the decoder blocks are {bits}-bit integers; {heads}{others} are {dtype}."
         )
+
+    def head_sentence(self) -> str:
+        """What stands in that sentence of a quantized embedding and head; empty where they are numbers."""
+        if not self.heads:
+            return ""
+        linear = next(iter(self.heads.values()))
+        return f"embedding and head are {linear.grid.bits}-bit integers in groups of {linear.group_size}; "
 
     def tolerance(self, of_arithmetic: float) -> float:
         """Largest allowed difference of two logits, in units of their standard deviation, where other

@@ -71,7 +71,12 @@ class MLX(Layout):
         return {"group_size": group_sizes(linears)[0], "bits": grid.bits, "mode": "affine"}
 
     def described(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        return {"quantization": config, "quantization_config": config}
+        # What has a grid of its own is named beside the one of all others.
+        own = {
+            name: {"group_size": linear.group_size, "bits": linear.grid.bits, "mode": "affine"}
+            for name, linear in self.heads.items()
+        }
+        return {"quantization": {**config, **own}, "quantization_config": {**config, **own}}
 
     def parts(self, weight: PackedWeight) -> Mapping[str, Tensor]:
         return {"integers": weight.codes(), "scales": weight.scale.float(), "biases": _biases(weight)}
@@ -124,6 +129,11 @@ class MLXReader(CheckpointReader):
                 hint="open an export/mlx directory of a run",
             )
         self.bits = number_of_bits(self.directory, said.get("bits"))
+        self._own_bits = {
+            name: number_of_bits(self.directory, own.get("bits"))
+            for name, own in said.items()
+            if isinstance(own, dict)
+        }
 
     def names(self) -> list[str]:
         beside = {f"{name}{end}" for name in self._quantized() for end in (".scales", ".biases")}
@@ -142,7 +152,7 @@ class MLXReader(CheckpointReader):
 
     def linear(self, prefix: str) -> AffineLinear:
         words = self.stored(f"{prefix}.weight").view(torch.int32)
-        codes = torch.from_numpy(unpack_rows(words.numpy(), self.bits))
+        codes = torch.from_numpy(unpack_rows(words.numpy(), self._bits_of(prefix)))
         scale, bias = self.stored(f"{prefix}.scales"), self.stored(f"{prefix}.biases")
         if scale.ndim != 2 or scale.shape != bias.shape or codes.shape[1] % max(1, scale.shape[1]):
             raise damaged(self.directory, f"the tensors of {prefix} do not fit together")
@@ -150,7 +160,10 @@ class MLXReader(CheckpointReader):
 
     def linear_shape(self, prefix: str) -> tuple[int, int]:
         outputs, words = self.stored_shape(f"{prefix}.weight")
-        return outputs, words * 32 // self.bits
+        return outputs, words * 32 // self._bits_of(prefix)
+
+    def _bits_of(self, prefix: str) -> int:
+        return self._own_bits.get(prefix, self.bits)
 
     def _quantized(self) -> set[str]:
         """Linears by name: those that have scales."""

@@ -13,7 +13,7 @@ figures are those of the files; and whether the values fit is asked before anyth
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from engine.errors import PreflightError
-from engine.quant.packed import PackedBlock
+from engine.quant.packed import PackedBlock, PackedWeight
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
 
 CPU_TOKENS, GPU_TOKENS = 16, 128
 """That pass through the original before training; on a CPU, arithmetic of 16 bits is slow."""
+NO_HEADS: Mapping[str, PackedWeight] = {}
 WIDER = torch.bfloat16
 """What becomes of an original in float32 or wider."""
 
@@ -86,15 +87,33 @@ def as_stored(block: PackedBlock, dtype: torch.dtype, prefix: str) -> PackedBloc
 
 
 @contextmanager
-def outer_as_stored(lm: CausalLM, dtype: torch.dtype) -> Iterator[None]:
-    """The model with embedding, final norm and head rounded as they are stored; as before afterwards."""
+def outer_as_stored(
+    lm: CausalLM, dtype: torch.dtype, heads: Mapping[str, PackedWeight] = NO_HEADS
+) -> Iterator[None]:
+    """The model with embedding, final norm and head rounded as they are stored, those in ``heads`` (by name
+    without ``.weight``) to their grid; as before afterwards."""
+    quantized = {f"{name}.weight": weight for name, weight in heads.items()}
+
+    def values() -> Iterator[tuple[str, Tensor]]:
+        for name in lm.outer_state():
+            if name in quantized:
+                yield name, quantized[name].dequantize(lm.dtype)
+            elif lm.weights.dtype(name) != dtype:  # else it is what rounding would give
+                yield name, stored_form(name, lm.weights.load(name), dtype)
+
+    with outer_values(lm, values()):
+        yield
+
+
+@contextmanager
+def outer_values(lm: CausalLM, values: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
+    """The model with other values of parameters outside its blocks, by name; as before afterwards."""
     parameters = dict(lm.model.named_parameters())
-    # What is stored in this type already is what rounding would give.
-    before = {name: parameters[name].data for name in lm.outer_state() if lm.weights.dtype(name) != dtype}
+    before: dict[str, Tensor] = {}
     try:
-        for name, original in before.items():
-            rounded = stored_form(name, lm.weights.load(name), dtype)
-            parameters[name].data = rounded.to(original.device, original.dtype).reshape(original.shape)
+        for name, value in values:
+            original = before[name] = parameters[name].data
+            parameters[name].data = value.to(original.device, original.dtype).reshape(original.shape)
         yield
     finally:
         for name, original in before.items():

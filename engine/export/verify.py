@@ -24,7 +24,7 @@ Models are streamed block by block, so verifying needs two blocks and the hidden
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,8 +38,15 @@ from engine.export.checkpoint import block_buffers, outer_names
 from engine.export.comparing import carried_differences
 from engine.export.declared import AsDeclared, read_as_declared
 from engine.export.layout import Form, Linear
-from engine.export.stored import as_stored, export_dtype, outer_as_stored, stored_form
-from engine.quant.packed import PackedBlock, PackedLinear
+from engine.export.stored import (
+    NO_HEADS,
+    as_stored,
+    export_dtype,
+    outer_as_stored,
+    outer_values,
+    stored_form,
+)
+from engine.quant.packed import PackedBlock, PackedLinear, PackedWeight
 from engine.system.files import full_disk
 
 if TYPE_CHECKING:
@@ -130,16 +137,18 @@ def verify(
     *,
     dtype: str = "auto",
     on_block: Callable[[int, int], None] | None = None,
+    heads: Mapping[str, PackedWeight] = NO_HEADS,
 ) -> VerifyResult:
     """Compare the files in ``out_dir`` with the trained blocks, and the logits of both over ``tokens_NT``.
 
     ``dtype`` is ``export.dtype``. ``on_block(done, all)`` counts the blocks of two readings, and may raise to
-    stop.
+    stop. ``heads`` are embedding and head, by name without ``.weight``, where they are quantized too.
     """
     problems = _Problems()
     try:
         stored = export_dtype(dtype, lm)
-        return _verify(Path(out_dir), form, lm, block_for, tokens_NT, stored, problems, on_block)
+        form = form.of(lm, stored).with_heads(lm, heads)
+        return _verify(Path(out_dir), form, lm, block_for, tokens_NT, stored, heads, problems, on_block)
     except (torch.OutOfMemoryError, MemoryError, StopRequested):
         raise  # says nothing about the files
     except Exception as error:
@@ -160,17 +169,23 @@ def _verify(
     block_for: Callable[[int], PackedBlock],
     tokens_NT: Tensor,
     dtype: torch.dtype,
+    heads: Mapping[str, PackedWeight],
     problems: _Problems,
     on_block: Callable[[int, int], None] | None,
 ) -> VerifyResult:
     tokens_NT = tokens_NT.to(device=lm.device, dtype=torch.long)
-    form = form.of(lm, dtype)
     packed = form.open(out_dir, lm.device, lm.dtype, trust_remote_code=lm.source.trust_remote_code)
-    expected = set(_compared_outer(form, packed, lm, dtype, problems))
+    expected = set(_compared_outer(form, packed, lm, dtype, heads, problems))
+    rounded_heads = [
+        (f"{name}.weight", held)
+        for name, weight in heads.items()
+        if (held := form.stored_weight(weight)) is not None
+    ]
     place, linears = len(problems.found), dict[str, Linear]()
-    with torch.inference_mode(), outer_as_stored(lm, dtype):
+    with torch.inference_mode(), outer_as_stored(lm, dtype, heads):
         trained_hidden, packed_hidden = lm.embed(tokens_NT), packed.embed(tokens_NT)
-        stored_hidden, rounds = trained_hidden, False
+        with outer_values(lm, rounded_heads):
+            stored_hidden, rounds = lm.embed(tokens_NT), bool(rounded_heads)
         for index in range(lm.blocks):
             block = block_for(index)
             prefix = lm.block_prefix(index)
@@ -186,7 +201,8 @@ def _verify(
         for name in sorted(expected ^ set(packed.source.weights.stored_names())):  # type: ignore[attr-defined]
             problems.add(f"tensor {name} is {'missing from' if name in expected else 'only in'} the files")
         problems.insert(place, form.misdescribed(packed, lm, dtype, linears))
-        difference, spread = _logit_difference(lm, packed, stored_hidden, packed_hidden)
+        with outer_values(lm, rounded_heads):
+            difference, spread = _logit_difference(lm, packed, stored_hidden, packed_hidden)
         trained_nll = token_nll(lm, trained_hidden, tokens_NT)
         packed_nll = token_nll(packed, packed_hidden, tokens_NT)
         declared = form.declared(packed, lm.dtype)
@@ -247,10 +263,21 @@ def _second_half(on_block: Callable[[int, int], None] | None) -> Callable[[int, 
 
 
 def _compared_outer(
-    form: Form, packed: CausalLM, lm: CausalLM, dtype: torch.dtype, problems: _Problems
+    form: Form,
+    packed: CausalLM,
+    lm: CausalLM,
+    dtype: torch.dtype,
+    heads: Mapping[str, PackedWeight],
+    problems: _Problems,
 ) -> Iterator[str]:
     """The names of everything outside the blocks, each once it was compared."""
+    for name, weight in heads.items():
+        called = form.linear_called(lm, name)
+        problems.extend(form.linear_differences(packed, called, weight))
+        yield from form.names(called, weight.grid)
     for name in outer_names(lm):
+        if name.removesuffix(".weight") in heads:
+            continue
         called = form.called(lm, name)
         want = stored_form(name, lm.weights.load(name), dtype)
         problems.extend(form.value_differences(packed, called, want))

@@ -19,7 +19,7 @@ from engine.config.tables import load_named
 from engine.evaluation.perplexity import PerplexityResult, perplexity
 from engine.evaluation.plausible import CHECK, doubt, grouped
 from engine.evaluation.tasks import Accuracy, accuracies, hidden_bytes
-from engine.export.stored import as_stored, outer_as_stored
+from engine.export.stored import as_stored
 from engine.methods.blockwise.rtn import round_to_nearest
 from engine.phases.imported import original
 from engine.phases.job import Job
@@ -78,7 +78,7 @@ def doubted(job: Job, stage: Stage) -> str:
 
 def _values_of(job: Job, stage: Stage) -> AbstractContextManager[None]:
     """A quantized version is measured with the embedding, norm and head that its export has."""
-    return nullcontext() if stage.scope == "nothing" else outer_as_stored(job.lm, job.export_dtype)
+    return nullcontext() if stage.scope == "nothing" else job.outer_as_exported()
 
 
 def recall(job: Job, stage: str) -> None:

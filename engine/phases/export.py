@@ -101,6 +101,7 @@ def _needed(job: Job, form: Form) -> int:
     """Bytes of one export."""
     tensors = job.plan.export_sizes[form.format.name]
     shards = 1 + int(tensors / (job.config.export.shard_gib * 2**30))
+    form = form.with_heads(job.lm, job.heads)
     return tensors + room_beside_tensors(form, job.lm, job.source, shards)
 
 
@@ -125,6 +126,7 @@ def _write(
         card=_card(job),
         dtype=job.config.export.dtype,
         on_block=partial(count, False),
+        heads=job.heads,
     )
     written = export.into(path, verify=is_trained, root=job.run.path)
     verified[0].raise_if_failed(str(ExportPlace(path, job.run.path).failed))
@@ -144,6 +146,7 @@ def _verify(job: Job, form: Form, folder: Path, on_block: Callable[[int, int], N
         tokens[:VERIFY_WINDOWS, :VERIFY_TOKENS],
         dtype=job.config.export.dtype,
         on_block=on_block,
+        heads=job.heads,
     )
 
 

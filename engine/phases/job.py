@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -18,17 +19,17 @@ from engine.config.stages import Stage, network_stages, stages_of
 from engine.data.activations import ActivationStore, make_store
 from engine.data.encoding import Encoder
 from engine.evaluation.tasks import TokenizedTask
-from engine.export.stored import as_stored, export_dtype
+from engine.export.stored import as_stored, export_dtype, outer_as_stored
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.phases.text import Tokens
 from engine.plan.costs import costs_of
 from engine.plan.fit import host_budget
 from engine.plan.plan import Plan
-from engine.quant.packed import PackedBlock, overlaid
+from engine.quant.packed import PackedBlock, PackedWeight, overlaid
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
-from engine.run.facts import block_entry, done_fact, micro_batch_fact, stage_entry
+from engine.run.facts import HEAD, block_entry, done_fact, micro_batch_fact, stage_entry
 from engine.system.files import make_folder
 from engine.training.world import ALONE, World
 
@@ -113,6 +114,16 @@ class Job:
     def export_dtype(self) -> torch.dtype:
         """What an export stores everything in that is not quantized; its figures are measured with that."""
         return export_dtype(self.config.export.dtype, self.lm)
+
+    @functools.cached_property
+    def heads(self) -> dict[str, PackedWeight]:
+        """The quantized embedding and head, by name without ``.weight``; none where they stay numbers."""
+        grid = self.config.grid.head
+        return {} if grid is None else PackedBlock.from_tensors(self.store.get(HEAD), grid).linears
+
+    def outer_as_exported(self) -> AbstractContextManager[None]:
+        """Inside, embedding, final norm and head have the values of an export."""
+        return outer_as_stored(self.lm, self.export_dtype, self.heads)
 
     def exported(self, index: int) -> PackedBlock:
         """Block ``index`` as quantized so far, with the values that an export has."""

@@ -21,6 +21,7 @@ from engine.gpu.compiled import SWITCH_HINT
 from engine.models.carried import in_words
 from engine.models.causal_lm import CausalLM
 from engine.phases.evaluation import recall
+from engine.phases.heads import quantize_heads
 from engine.phases.identity import digest, share_origin, warn_of_changes, write_manifest
 from engine.phases.imported import open_reference, open_source
 from engine.phases.job import Job, compute_dtype
@@ -96,6 +97,7 @@ def prepare(
             for name in config.export.formats:
                 form_of(name).check(lm, job.export_dtype)
             check_activations(lm, job.export_dtype, tokens.any(), report.leave_if_asked)
+    quantize_heads(job)
     for stage in versions():
         recall(job, stage)
     return job

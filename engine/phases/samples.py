@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import msgspec
 import torch
@@ -50,7 +51,8 @@ def write_samples(
         sample = events.Sample(stage=stage, prompt=prompt, problem=problem)
         if not problem:
             load = _told(job, block_for, position, count)
-            sample = _written(of, sample, load, ids_1T, new_tokens, position, count)
+            with nullcontext() if stage == full_precision() else job.outer_as_exported():
+                sample = _written(of, sample, load, ids_1T, new_tokens, position, count)
         job.report.emit(sample)
         telemetry.release_memory()
 

@@ -29,7 +29,7 @@ from engine.plan.costs import costs_of
 from engine.plan.estimate import CONSTANTS, GIB, Workload
 from engine.plan.export_sizes import exported_bytes, number_bytes
 from engine.plan.memory_model import phase_memory
-from engine.plan.object_sizes import generation_bytes, norms
+from engine.plan.object_sizes import HEADS, generation_bytes, head_bytes, norms
 from engine.plan.own_text import own_text_bytes
 from engine.plan.recovery_model import Recovery
 from engine.plan.streams import shares_teacher, teacher_bytes
@@ -65,7 +65,7 @@ def disk_peaks(
 
 def _kept(work: Workload, every: int, snapshots: Mapping[str, int], assets: int) -> dict[str, int]:
     """By phase: checkpoints, streams stored at every ``every``-th border, and the export."""
-    finished = 0
+    finished = head_bytes(work.arch, work.config.grid)
     kept: dict[str, int] = {}
     for phase in work.phases():
         kept[phase] = finished
@@ -99,15 +99,17 @@ def export_bytes(work: Workload) -> int:
     for name in config.export.formats:
         size = exported_bytes(work.arch, config.grid, name, number_bytes(config.export.dtype))
         shards = 1 + int(size / (config.export.shard_gib * GIB))
-        total += size + shards * header_room(work.arch, name)
+        total += size + shards * header_room(work.arch, name, heads=config.grid.head is not None)
     return total
 
 
-def header_room(arch: Architecture, form: str) -> int:
+def header_room(arch: Architecture, form: str, *, heads: bool = False) -> int:
     """What each file of an export in a format reserves for its header and the eight bytes before it:
-    room for every name that a linear's tensors may have."""
+    room for every name that a linear's tensors may have; ``heads`` that embedding and head are quantized."""
     tensors = ("weight", *FORMATS[form].tensors, "bias")
     names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    if heads:
+        names += [f"{head}.{tensor}" for head in HEADS for tensor in FORMATS[form].tensors]
     for index in range(arch.blocks):
         prefix = f"{arch.block_prefix}.{index}"
         names += [f"{prefix}.{name}.weight" for name, _ in norms(arch)]

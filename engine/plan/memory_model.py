@@ -12,7 +12,7 @@ from engine.config.runtime import StoreKind
 from engine.config.stages import STAGES, measured_stage
 from engine.plan.costs import costs_of
 from engine.plan.estimate import CONSTANTS, Workload
-from engine.plan.memory_terms import Memory, largest_tensor
+from engine.plan.memory_terms import Memory, largest_tensor, quantized_head
 from engine.plan.phases import evaluation_memory, export_memory, prepare_memory
 
 
@@ -20,6 +20,9 @@ def phase_memory(work: Workload, phase: str) -> Memory:
     """Peak of one phase."""
     memory = _beside_the_outer_tensors(work, phase)
     outer = {"embeddings and head": work.arch.rest_params * work.model_bytes}
+    measured = measured_stage(phase)
+    if phase == "export" or (measured and STAGES[measured].scope != "nothing"):
+        outer |= quantized_head(work)
     return msgspec.structs.replace(memory, device=outer | memory.device)
 
 

@@ -14,6 +14,9 @@ from engine.architecture.families import Architecture
 from engine.config.runtime import StoreKind
 from engine.plan.estimate import CONSTANTS, Workload
 
+HEAD_PART = 1 << 22
+"""Weights of an embedding or a head that are rounded together: they are larger than any linear."""
+
 
 class Memory(msgspec.Struct, frozen=True):
     """Peak of a phase, by what takes it; bytes."""
@@ -43,6 +46,23 @@ def rounding(work: Workload) -> dict[str, int]:
         "one block": 4 * work.arch.params_per_block,
         "search for ranges": 4 * largest_linear(work.arch) * CONSTANTS.fake_quant_tensors,
     }
+
+
+def quantized_head(work: Workload) -> dict[str, int]:
+    """The values of a quantized embedding and head, which stand in the place of the original ones while a
+    quantized version is measured; those are kept beside them."""
+    if work.config.grid.head is None:
+        return {}
+    return {"quantized embedding and head": work.arch.head_weights * work.model_bytes}
+
+
+def rounding_head(work: Workload) -> dict[str, int]:
+    """Embedding or head, and a part of its rows while their ranges are searched."""
+    if work.config.grid.head is None:
+        return {}
+    most = max(rows * width for rows, width in work.arch.head_matrices)
+    search = 4 * min(HEAD_PART, most) * CONSTANTS.fake_quant_tensors
+    return {"embedding in float32": 4 * most, "search for ranges of the head": search}
 
 
 def largest_linear(arch: Architecture) -> int:

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from engine.architecture.families import Architecture
+from engine.architecture.families import Architecture, LinearShape
 from engine.architecture.family_table import FAMILIES, LLAMA
 from engine.architecture.headers import ALIGNMENT, ITEM_BITS
-from engine.config.grid import GridConfig
+from engine.config.grid import Grid, GridConfig
 from engine.plan.estimate import CONSTANTS, Workload
 
 HIDDEN_NORMS = (
@@ -25,6 +25,7 @@ HIDDEN_NORMS = (
     "pre_feedforward_layernorm",
     "post_feedforward_layernorm",
 )
+HEADS = ("model.embed_tokens", "lm_head")
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 CPU_GENERATOR, CUDA_GENERATOR = 5056, 16
 """Bytes of torch's generators, whose states a snapshot holds."""
@@ -82,14 +83,31 @@ def block_bytes(arch: Architecture, grid: GridConfig) -> int:
     return file_bytes([*_packed(arch, grid), *_others(arch)])
 
 
+@lru_cache
+def head_bytes(arch: Architecture, grid: GridConfig) -> int:
+    """The object of a quantized embedding and head; nothing where they stay numbers."""
+    if grid.head is None:
+        return 0
+    named = zip(HEADS, arch.head_matrices, strict=False)
+    return file_bytes(
+        tensor
+        for name, (rows, width) in named
+        for tensor in _packed_linear(LinearShape(name, width, rows), grid.head)
+    )
+
+
 def _packed(arch: Architecture, grid: GridConfig) -> Iterator[Tensor]:
     for linear in arch.linears:
-        grid_shape = (linear.out_features, grid.shared.groups(linear.in_features))
-        words = (linear.out_features, linear.in_features * grid.bits // 32)
-        yield Tensor(f"linear.{linear.name}.words", "I32", words)
-        yield Tensor(f"linear.{linear.name}.scale", "F16", grid_shape)
-        yield Tensor(f"linear.{linear.name}.zero_point", "U8", grid_shape)
-        yield Tensor(f"linear.{linear.name}.grid", "I32", (3,))
+        yield from _packed_linear(linear, grid.shared)
+
+
+def _packed_linear(linear: LinearShape, grid: Grid) -> Iterator[Tensor]:
+    grid_shape = (linear.out_features, grid.groups(linear.in_features))
+    words = (linear.out_features, linear.in_features * grid.bits // 32)
+    yield Tensor(f"linear.{linear.name}.words", "I32", words)
+    yield Tensor(f"linear.{linear.name}.scale", "F16", grid_shape)
+    yield Tensor(f"linear.{linear.name}.zero_point", "U8", grid_shape)
+    yield Tensor(f"linear.{linear.name}.grid", "I32", (3,))
 
 
 def _others(arch: Architecture) -> Iterator[Tensor]:

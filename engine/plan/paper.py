@@ -83,7 +83,8 @@ def published(source: str, architecture: Architecture, grid: GridConfig) -> Publ
     key = (architecture.blocks, architecture.hidden, architecture.vocab, architecture.max_positions)
     model = MODELS.get(key)
     tuned = any(word in source.lower() for word in ("chat", "instruct"))
-    if model is None or architecture.model_type != "llama" or tuned or grid.fixes_zero_points:
+    other_grid = grid.fixes_zero_points or grid.head_bits
+    if model is None or architecture.model_type != "llama" or tuned or other_grid:
         return None
     setting = f"w{grid.bits}g{grid.group_size}"
     if setting not in FIGURES[model]:

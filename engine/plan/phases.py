@@ -10,7 +10,7 @@ from __future__ import annotations
 from engine.config.stages import STAGES, Stage, measured_stage
 from engine.plan.costs import costs_of
 from engine.plan.estimate import CONSTANTS, Workload
-from engine.plan.memory_terms import Memory, largest_linear, largest_tensor, logits
+from engine.plan.memory_terms import Memory, largest_linear, largest_tensor, logits, rounding_head
 from engine.plan.own_text import writing_memory
 from engine.plan.passages import compiling_form, passing
 from engine.plan.rates import Speed, load_seconds, unpacking
@@ -26,10 +26,9 @@ def prepare_memory(work: Workload) -> Memory:
     """Outer tensors are read and checked; a GPU is not where that happens. Then text is written, if the model
     does that."""
     loading = int(largest_tensor(work.arch) * 4 * (CONSTANTS.load_factor - 1))
-    writing = writing_memory(work)
-    if work.cuda or sum(writing.values()) > loading:
-        return Memory(writing)
-    return Memory({"loading": loading})
+    rounds, writing = rounding_head(work), writing_memory(work)
+    beside = rounds | ({} if work.cuda else {"loading": loading})
+    return Memory(max(beside, writing, key=lambda moment: sum(moment.values())))
 
 
 # -------------------------------------------------------------------------------------------- evaluation

@@ -47,7 +47,7 @@ from engine.errors import DataError, EqatError, PreflightError
 from engine.plan.costs import StageCosts, Steps, Text, made_costs
 from engine.plan.disk_model import assets_bytes
 from engine.plan.estimate import Workload
-from engine.plan.export_sizes import number_bytes, sizes
+from engine.plan.export_sizes import head_words, number_bytes, sizes
 from engine.plan.fit import (
     Place,
     Problem,
@@ -106,6 +106,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     bits_per_weight: float
     zero_points: str
     """Where all of them are fixed and what that opens; empty where each group has its own."""
+    head: str
+    """How embedding and head are quantized, and what that saves; empty where they stay numbers."""
     activation_store: StoreKind
     activation_store_reason: str
     stream_bytes: int
@@ -188,6 +190,7 @@ def make_plan(
         fp_bytes=size.fp,
         bits_per_weight=size.bits_per_weight,
         zero_points=opened(config.grid.shared, (linear.in_features for linear in work.arch.linears)),
+        head=head_words(work.arch, config.grid),
         activation_store=store,
         activation_store_reason=reason,
         stream_bytes=stream_bytes(work),

@@ -109,3 +109,11 @@ def search_seconds(work: Workload, rates: Speed) -> float:
     grid = work.config.grid
     candidates = 1 if grid.range == "minmax" else 121 if grid.bits == 2 and not grid.fixes_zero_points else 21
     return candidates * work.arch.linear_params_per_block * rates.search_per_weight
+
+
+def head_seconds(work: Workload, rates: Speed) -> float:
+    """Rounding embedding and head, where they are quantized: once a run."""
+    grid = work.config.grid
+    if grid.head is None:
+        return 0.0
+    return (1 if grid.range == "minmax" else 21) * work.arch.head_weights * rates.search_per_weight

@@ -12,13 +12,13 @@ from engine.plan.costs import costs_of
 from engine.plan.estimate import CONSTANTS, Workload
 from engine.plan.own_text import writing_seconds
 from engine.plan.phases import evaluation_seconds, export_seconds
-from engine.plan.rates import Speed
+from engine.plan.rates import Speed, head_seconds
 
 
 def phase_seconds(work: Workload, phase: str, rates: Speed, stored_bytes: int) -> float:
     """Estimated duration of one phase."""
     if phase == "prepare":
-        return CONSTANTS.prepare + writing_seconds(work, rates, stored_bytes)
+        return CONSTANTS.prepare + head_seconds(work, rates) + writing_seconds(work, rates, stored_bytes)
     if phase == "export":
         return export_seconds(work, rates, stored_bytes)
     if measured_stage(phase):

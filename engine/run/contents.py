@@ -21,6 +21,8 @@ FOLDERS = ("control", "logs", "checkpoints", "cache", "eval", "export")
 PARTIAL, FAILED, OLD = ".partial", ".failed", ".old"
 LEFTOVERS = (PARTIAL, FAILED, OLD)
 """What an export that was cut off, failed its verification or was replaced is called besides its format."""
+BENCH = "bench.json"
+"""What ``eqat bench`` measured, in ``eval/``."""
 
 REMOVED = ".removed-"
 """Begins the name of a run whose deletion has begun."""
@@ -96,6 +98,11 @@ def is_unfinished_request(name: str) -> bool:
     return temporary_of(name).endswith(".json") and _is_request(temporary_of(name))
 
 
+def is_unfinished_measurement(name: str) -> bool:
+    """A file of ``eval/`` that was being written."""
+    return temporary_of(name) == BENCH
+
+
 def is_unfinished_checkpoint(name: str) -> bool:
     """A file of ``checkpoints/`` that was being written."""
     of = temporary_of(name)
@@ -148,6 +155,6 @@ _BELONGS: dict[str, Callable[[str], bool]] = {
     "logs": lambda name: LOG.fullmatch(name) is not None,
     "checkpoints": _is_in_checkpoints,
     "checkpoints/objects": lambda name: is_object(temporary_of(name) or name),
-    "eval": lambda name: False,
+    "eval": lambda name: (temporary_of(name) or name) == BENCH,
     "export": _is_in_export,
 }

@@ -35,6 +35,10 @@ MICRO_BATCH = "block_ap_micro_batch"
 """From which block on memory sufficed for how many sequences at a time, if that is less than a batch."""
 
 
+HEAD = "head"
+"""The entry of the quantized embedding and head."""
+
+
 def micro_batch_fact(stage: Stage) -> str:
     """Name of how many sequences the training of a whole network takes at a time, where the plan chose it:
     remembered, so that a resumed training adds up the same sums on a machine that would choose otherwise."""

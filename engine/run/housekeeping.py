@@ -195,6 +195,7 @@ def _garbage(run: RunDirectory) -> Iterator[tuple[Path, list[str]]]:
     patterns: list[tuple[str, Callable[[str], bool]]] = [
         (".", contents.is_unfinished_at_top),
         ("control", contents.is_unfinished_request),
+        ("eval", contents.is_unfinished_measurement),
         ("cache", contents.is_cached),
     ]
     for folder, ours in patterns:

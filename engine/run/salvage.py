@@ -166,6 +166,8 @@ def _words(found: Generation, kept: Generation, gone: list[int]) -> str:
     training = found.facts.get(known_facts.TRAINING)
     if training is not None and known_facts.TRAINING not in kept.facts:
         parts.append(f"what was trained of {_what_trains(training)} so far")
+    if known_facts.HEAD in found.entries and known_facts.HEAD not in kept.entries:
+        parts.append("the rounding of embedding and head")
     if not parts:
         return "nothing that is needed"
     return " and ".join(parts)

@@ -6,11 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from engine.config.calibration import text_words
 from engine.config.stages import stages_of
 from engine.config.writing import to_dict
 from engine.errors import EqatError
 from engine.run import events
+from engine.run.benched import benched
 from engine.run.deaths import why_gone
 from engine.run.directory import RunDirectory
 from engine.run.events import Event
@@ -34,6 +37,7 @@ def show_run(run: RunDirectory) -> dict[str, Any]:
     tree = render(state, state=found.state, work=found.work, config=_config(run))
     tree["calibration"] = _calibration(run)
     tree["why_gone"] = _why_gone(run, state, found)
+    tree["bench"] = [msgspec.to_builtins(measured) for measured in benched(run)]
     return {**tree, "path": str(run.path), "origin": origin(run)}
 
 

@@ -24,6 +24,8 @@ LONGEST_NAME = 16
 """Letters of a task that is not known here."""
 NEW_TOKENS = 64
 """A sample has at most so many, where nobody says how many."""
+BENCH_PROMPT_TOKENS, BENCH_NEW_TOKENS = 128, 32
+"""What is read at once and what is written after it, where exports are timed and nobody says how many."""
 
 
 def job_name(task: str) -> str:

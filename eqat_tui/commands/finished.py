@@ -1,4 +1,4 @@
-"""Commands that work with a finished run: measure it again, export it again, let it write."""
+"""Commands that work with a finished run: measure and export it again, let it write, time its exports."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import typer
 
 from engine.config.formats import DEFAULT_FORMAT, FORMATS
 from engine.errors import UsageError
-from engine.run.task import NEW_TOKENS, check_prompt
-from eqat_tui.commands.options import Detach, Json, Run, RunsDir, Settings, folder_of
+from engine.run.task import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS, NEW_TOKENS, check_prompt
+from eqat_tui.commands.options import Detach, Device, Json, Run, RunsDir, Settings, folder_of
 
 
 def evaluate(
@@ -101,3 +101,49 @@ def generate(
     args = ("--task", "generate", f"--prompt={prompt}", "--new-tokens", str(new_tokens))
     found = actions.find_trained(run, runs_dir)
     return actions.start(found, args=args, detach=False, as_json=as_json, told=samples)
+
+
+def bench(
+    run: Run,
+    format: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format", metavar="NAME,...", help="Only these exports; several with commas, or again."
+        ),
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", help="So many are read at once.")
+    ] = BENCH_PROMPT_TOKENS,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", help="So many are written after them.")
+    ] = BENCH_NEW_TOKENS,
+    device: Device = None,
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+) -> int:
+    """Measure tokens per second and memory of a run's exports, in each loader that is installed here.
+
+    Beside 16 bits: transformers with the weights of an export unpacked. Then gptqmodel, auto-round, mlx-lm,
+    llama.cpp and ONNX Runtime, each with the exports that it reads, in a process of its own.
+    """
+    from eqat_tui import actions, benching
+    from eqat_tui.bench_text import bench_text
+    from eqat_tui.output import print_json, say
+    from eqat_tui.output import show as show_text
+
+    names = _formats(format)
+    benching.check_tokens(prompt_tokens, new_tokens)
+    its = actions.find(run, runs_dir)
+    found = benching.bench(
+        its,
+        benching.exported_formats(its, names),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        device=benching.checked_device(its, device),
+        heard=say,
+    )
+    if as_json:
+        print_json(found)
+    else:
+        show_text(bench_text(found))
+    return benching.outcome(found)

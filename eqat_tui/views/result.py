@@ -170,7 +170,10 @@ def unfit_formats(config: Mapping[str, Any] | None) -> dict[str, str]:
     bits, size, symmetric = (grid.get(name) for name in ("bits", "group_size", "symmetric"))
     if not isinstance(bits, int) or not isinstance(size, int):
         return {}
-    found = {row.name: row.lacks(Grid(bits, size, symmetric is True)) for row in FORMATS}
+    head = grid.get("head_bits")
+    head = head if isinstance(head, int) else 0
+    shared = Grid(bits, size, symmetric is True)
+    found = {row.name: row.lacks(shared) or row.lacks_head(head) for row in FORMATS}
     return {name: lacks for name, lacks in found.items() if lacks}
 
 

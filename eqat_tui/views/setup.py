@@ -18,7 +18,7 @@ from engine.config.corpora import CORPORA
 from engine.config.data import BUILTIN, OPTIONS
 from engine.config.derived import resolve
 from engine.config.fields import field_names, field_type, value_of
-from engine.config.grid import BITS, GROUP_SIZES
+from engine.config.grid import BITS, GROUP_SIZES, HEAD_BITS
 from engine.config.lists import list_words
 from engine.config.loading import load, preset_names
 from engine.config.run import RunConfig
@@ -202,6 +202,7 @@ def choices(name: str, devices: Sequence[str] = ()) -> tuple[object, ...]:
     known: dict[str, tuple[object, ...]] = {
         "grid.bits": BITS,
         "grid.group_size": GROUP_SIZES,
+        "grid.head_bits": HEAD_BITS,
         "data.source": TEXTS,
         "evaluation.data.source": ("wikitext2", "builtin", "c4"),
         "runtime.device": ("auto", *devices, "cpu"),
@@ -314,6 +315,8 @@ def what_it_takes(name: str) -> str:
         return "2, 3, 4 or 8"
     if name == "grid.group_size":
         return "32, 64, 128, 256, or -1 for whole rows (channel)"
+    if name == "grid.head_bits":
+        return "0 (16-bit numbers), 4 or 8"
     return describe(field_type(name))
 
 
@@ -348,6 +351,8 @@ def plan_lines(plan: Mapping[str, Any], width: int) -> list[Line]:
     ]
     if plan["zero_points"]:
         lines += wrap(f"zero points {plan['zero_points']}", width)
+    if plan["head"]:
+        lines += wrap(plan["head"], width)
     lost = plan["recovery"]["lost_seconds"]
     lines.append(line(("a kill ", "muted"), f"loses at most {format_seconds(lost)}"))
     lines += _published(plan, width)

@@ -22,6 +22,7 @@ PUBLIC = {
         *("--runs-dir", "--dry-run", "--detach", "--json"),
     },
     "generate": {"--prompt", "--new-tokens", "--runs-dir", "--json"},
+    "bench": {"--format", "--prompt-tokens", "--new-tokens", "--device", "--runs-dir", "--json"},
     "stop": {"--runs-dir", "--abort", "--kill", "--wait"},
     "runs": {"--runs-dir", "--limit", "-n", "--json"},
     "show": {"--runs-dir", "--json"},

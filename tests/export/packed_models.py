@@ -5,7 +5,7 @@ Zero points 0 and the maximum occur in every matrix: they are what packing gets 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,17 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.config.grid import Grid
+from engine.config.grid import Grid, GridConfig
 from engine.config.model import ModelConfig
 from engine.export.checkpoint import Export
 from engine.export.layout import Layout, layout_of
 from engine.export.reader import CheckpointReader, packed_model
 from engine.export.result import ExportResult
-from engine.export.stored import as_stored, export_dtype, outer_as_stored
+from engine.export.stored import NO_HEADS, as_stored, export_dtype, outer_as_stored
 from engine.export.verify import VerifyResult, verify
+from engine.methods.blockwise.rtn import round_matrix
 from engine.models.causal_lm import CausalLM
+from engine.models.heads import head_names
 from engine.models.source import ModelSource
 from engine.models.tokenizer import byte_tokenizer
 from engine.quant.packed import PackedBlock, PackedWeight
@@ -99,6 +101,16 @@ def packed_blocks(
     return blocks
 
 
+def rounded_heads(lm: CausalLM, bits: int, group: int, fixed: bool = False) -> dict[str, PackedWeight]:
+    """Embedding and head, as ``grid.head_bits`` has them; with ``fixed`` zero points, or free ones."""
+    grid = GridConfig(head_bits=bits, group_size=group, zero_point="fixed" if fixed else "learned").head
+    assert grid is not None
+    return {
+        name: round_matrix(lm.weights.load(f"{name}.weight"), grid, method="search", norm=2.5)
+        for name in head_names(lm)
+    }
+
+
 GPTQ_V2 = layout_of("gptq_v2")
 
 
@@ -113,6 +125,7 @@ def write(
     card: dict[str, Any] | None = None,
     dtype: str = "auto",
     on_block: Callable[[int, int], None] | None = None,
+    heads: Mapping[str, PackedWeight] = NO_HEADS,
 ) -> ExportResult:
     """Export blocks of a model in one layout."""
     made = Export(
@@ -124,6 +137,7 @@ def write(
         card=card or {},
         dtype=dtype,
         on_block=on_block,
+        heads=heads,
     )
     return made.into(out)
 
@@ -135,9 +149,10 @@ def compare(
     ids: torch.Tensor,
     layout: Layout = GPTQ_V2,
     dtype: str = "auto",
+    heads: Mapping[str, PackedWeight] = NO_HEADS,
 ) -> VerifyResult:
     """Verify an export."""
-    return verify(directory, layout, lm, block_for, ids, dtype=dtype)
+    return verify(directory, layout, lm, block_for, ids, dtype=dtype, heads=heads)
 
 
 def reader_of(directory: Path) -> CheckpointReader:
@@ -178,7 +193,11 @@ def logits(lm: CausalLM, block_for: Callable[[int], nn.Module], ids_BT: torch.Te
 
 
 def trained_logits(
-    lm: CausalLM, blocks: list[PackedBlock], ids_BT: torch.Tensor, asked: str = "auto"
+    lm: CausalLM,
+    blocks: list[PackedBlock],
+    ids_BT: torch.Tensor,
+    asked: str = "auto",
+    heads: Mapping[str, PackedWeight] = NO_HEADS,
 ) -> torch.Tensor:
     """With the values that an export has of what is not quantized; ``asked`` is ``export.dtype``."""
     dtype = export_dtype(asked, lm)
@@ -186,7 +205,7 @@ def trained_logits(
     def stored(index: int) -> PackedBlock:
         return as_stored(blocks[index], dtype, lm.block_prefix(index))
 
-    with outer_as_stored(lm, dtype):
+    with outer_as_stored(lm, dtype, heads):
         return logits(lm, lambda index: stored(index).install(lm.load_block(index)), ids_BT)
 
 

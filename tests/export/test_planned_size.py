@@ -9,18 +9,20 @@ import more_families
 import pytest
 import tiny
 import torch
-from packed_models import GPTQ_V2, open_model, packed_blocks, write
+from packed_models import GPTQ_V2, compare, open_model, packed_blocks, rounded_heads, write
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from engine.architecture.description import describe
 from engine.architecture.families import architecture
 from engine.config.grid import GridConfig
+from engine.export.layout import layout_of
 from engine.models.carried import carried
 from engine.plan.export_sizes import exported_bytes
 
 EVERY = [*tiny.ARCHITECTURES, *more_families.FAMILIES]
 GRID = GridConfig(bits=4, group_size=32)
+IDS = torch.arange(3, 11)[None]
 
 
 def build(folder: Path, name: str) -> Path:
@@ -67,6 +69,21 @@ def test_the_planned_size_is_that_of_the_tensors_written(tmp_path: Path, name: s
     outer = sum(tensor.numel() for tensor in lm.outer_state().values())
     assert arch.rest_params == outer
     assert arch.carried == ()
+
+
+@pytest.mark.parametrize("name", ["llama2", "qwen2", "opt", "gptj", "gpt_neox", "gpt_bigcode"])
+def test_so_it_is_where_embedding_and_head_are_quantized(tmp_path: Path, name: str) -> None:
+    """Untied and tied, a head with biases, other names, learned positions."""
+    folder = build(tmp_path / "source", name)
+    source, lm = open_model(folder)
+    heads, mlx = rounded_heads(lm, 8, 32), layout_of("mlx")
+    blocks = packed_blocks(lm, 4, 32)
+    result = write(tmp_path / "out", lm, source, blocks.__getitem__, layout=mlx, heads=heads)
+    assert compare(result.path, lm, blocks.__getitem__, IDS, mlx, heads=heads).problems == ()
+    arch = describe(str(folder)).architecture
+    grid = GridConfig(bits=4, group_size=32, head_bits=8)
+    assert exported_bytes(arch, grid, "mlx") == tensor_bytes(tmp_path / "out")
+    assert arch.head_weights == sum(each.out_features * each.in_features for each in heads.values())
 
 
 @pytest.mark.parametrize("name", ["opt", "gpt_bigcode", "biogpt", "gpt_neo", "gptj"])

@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from loaders import LOADERS
-from packed_models import open_model, packed_blocks, save_model, some_ids, trained_logits, write
+from packed_models import (
+    open_model,
+    packed_blocks,
+    rounded_heads,
+    save_model,
+    some_ids,
+    trained_logits,
+    write,
+)
 from table import PAGE, Tried, page
 
 from engine.config.formats import FORMATS
@@ -138,3 +146,28 @@ def test_the_lines_that_screen_and_card_show_load_it(tmp_path: Path, name: str) 
         found = {}
         exec(lines.replace("path/to/this/directory", str(result.path)), found)
         assert found["model"] is not None
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", [name for name in LOADERS if FORMATS[name].head_bits])
+def test_the_loader_computes_with_a_quantized_embedding_and_head(
+    name: str, bits: int, tied: bool, tmp_path: Path
+) -> None:
+    source, lm = open_model(save_model(tmp_path / "fp", tie_word_embeddings=tied))
+    blocks, heads = packed_blocks(lm, 3, 64), rounded_heads(lm, bits, 64)
+    ids = some_ids(4, 96)
+    result = write(
+        tmp_path / "out",
+        lm,
+        source,
+        blocks.__getitem__,
+        layout=layout_of(name),
+        dtype="float16",
+        heads=heads,
+    )
+    have, _ = LOADERS[name].load(result.path, ids)
+    want = trained_logits(lm, blocks, ids, "float16", heads)
+    assert ((have - want).abs().max() / want.std()).item() < 0.1
+    other = trained_logits(lm, blocks, ids, "float16")
+    assert (have - want).abs().mean() < 0.5 * (have - other).abs().mean(), "it has the original head"

@@ -18,7 +18,15 @@ import numpy as np
 import pytest
 import torch
 from gguf_models import CASES, Case
-from packed_models import open_model, packed_blocks, save_model, some_ids, trained_logits, write
+from packed_models import (
+    open_model,
+    packed_blocks,
+    rounded_heads,
+    save_model,
+    some_ids,
+    trained_logits,
+    write,
+)
 
 from engine.export.layout import form_of
 
@@ -67,6 +75,23 @@ def opened() -> Iterator[Any]:
 
 def perplexity(logits_TV: torch.Tensor, ids_T: torch.Tensor) -> float:
     return float(torch.nn.functional.cross_entropy(logits_TV[:-1], ids_T[1:]).exp())
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("bits", "fixed"), [(8, False), (4, False), (4, True)])
+def test_llama_cpp_computes_with_a_quantized_embedding_and_head(
+    bits: int, fixed: bool, tied: bool, tmp_path: Path, opened: Any
+) -> None:
+    source, lm = open_model(save_model(tmp_path / "fp", tie_word_embeddings=tied))
+    blocks, heads = packed_blocks(lm, 3, 64), rounded_heads(lm, bits, 64, fixed)
+    result = write(tmp_path / "out", lm, source, blocks.__getitem__, layout=form_of("gguf"), heads=heads)
+    ids = some_ids(1, LENGTH)
+    model = opened(result.path / result.files[0], n_ctx=256, n_batch=256, logits_all=True)
+    model.eval(ids[0].tolist())
+    have = torch.tensor(np.array(model.scores[:LENGTH]))
+    want = trained_logits(lm, blocks, ids, heads=heads)[0]
+    assert perplexity(have, ids[0]) == pytest.approx(perplexity(want, ids[0]), rel=0.01)
+    assert (have - want).abs().mean() < 0.2 * want.std()
 
 
 @pytest.mark.parametrize("case", CASES, ids=gguf_models.NAMES)

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from plan_tools import H200, LLAMA_2, LLAMA_2_7B, PAPER, SHAPES, machine, paper
 
-from engine.architecture.description import TINY_LLAMA
+from engine.architecture.description import TINY_LLAMA, describe
 from engine.architecture.families import architecture
 from engine.config.block_ap import BlockAPConfig
 from engine.config.calibration import CalibrationConfig
@@ -32,7 +32,7 @@ from engine.plan.estimate import CONSTANTS, GIB, MIB
 from engine.plan.export_sizes import sizes
 from engine.plan.machine import detect
 from engine.plan.memory_model import phase_memory
-from engine.plan.paper import FIGURES
+from engine.plan.paper import FIGURES, published
 from engine.plan.plan import Plan, check, make_plan
 
 REPOSITORY = Path(__file__).parents[2]
@@ -453,6 +453,8 @@ def test_nothing_is_quoted_for_what_was_not_published(llama: str, tmp_path: Path
     assert make_plan(paper(llama, grid=symmetric), machine=H200).published is None
     fixed = GridConfig(bits=2, group_size=64, zero_point="fixed")
     assert make_plan(paper(llama, grid=fixed), machine=H200).published is None
+    head = GridConfig(bits=2, group_size=64, head_bits=8)
+    assert published(llama, describe(llama).architecture, head) is None
     chat = tmp_path / "Llama-2-7b-chat-hf"
     Path(llama).rename(chat)
     assert make_plan(paper(str(chat)), machine=H200).published is None

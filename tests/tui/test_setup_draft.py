@@ -33,6 +33,7 @@ SOME = {
     "grid.group_size": (32, 64, -1),
     "grid.symmetric": (True, False),
     "grid.zero_point": ("fixed", "learned"),
+    "grid.head_bits": (0, 4, 8),
     "block_ap.epochs": ("1", "7"),
     "block_ap.lr_weight": ("1e-4", "none"),
     "block_ap.train": ("weights", "scales,zero_points"),
@@ -129,6 +130,20 @@ def test_a_fixed_zero_point_is_chosen_in_the_form_and_the_plan_says_what_it_open
         assert [f"zero points {words}" in form, "zero points" in form] == [bool(words)] * 2
         text = [line for line in plan_text(plan).splitlines() if "zero points" in line]
         assert [line.split(None, 2)[2] for line in text] == ([words] if words else [])
+
+
+def test_a_quantized_head_is_chosen_in_the_form_and_the_plan_says_what_it_saves() -> None:
+    assert views.choices("grid.head_bits") == (0, 4, 8)
+    assert "grid.head_bits" in views.section_fields("grid")
+    assert views.what_it_takes("grid.head_bits") == "0 (16-bit numbers), 4 or 8"
+    for bits in (0, 8):
+        draft = Draft(base="smoke").set("grid.head_bits", bits).set("export.formats", "mlx")
+        plan = make_plan(draft.config()).to_dict()
+        form = " ".join(map(plain, views.plan_lines(plan, 40)))
+        assert ("at 8 bits" in form) is bool(bits)
+        text = [line for line in plan_text(plan).splitlines() if line.startswith("  head ")]
+        assert len(text) == bool(bits)
+    assert "rounded to nearest, not trained" in text[0]
 
 
 METHODS = {

@@ -5,7 +5,7 @@ blocks together. So the head works on a chunk of tokens at a time; the gradient 
 once and kept at the last hidden state, from where it goes through the blocks in one piece.
 
 The teacher costs no second model: only its last hidden states are kept, and the head that turns them into
-logits is the student's own, since the head is not quantized.
+logits is the student's own, since training reads the original head, also where a run quantizes it.
 """
 
 from __future__ import annotations
