@@ -78,6 +78,9 @@ class GGUFReader:
             for name, value in header.metadata.items()
             if name.startswith(f"{self.architecture}.")
         }
+        self.tokenizer_settings = {
+            name: value for name, value in header.metadata.items() if name.startswith("tokenizer.")
+        }
         self.special_tokens = {
             token: value
             for token in ("bos", "eos", "padding")

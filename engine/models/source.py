@@ -27,6 +27,7 @@ from engine.config.model import RANDOM, ModelConfig
 from engine.errors import PreflightError
 from engine.models.foreign import foreign
 from engine.models.gguf import GGUFReader, gguf_config
+from engine.models.gguf_tokenizer import mend
 from engine.models.hub import download
 from engine.models.random_weights import RandomReader
 from engine.models.skeleton import refuse_config
@@ -188,7 +189,8 @@ class ModelSource:
             tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file.name, trust_remote_code=False)
         for stamped in self.weights.files():
             stamped.check()
-        return tokenizer
+        assert isinstance(self.weights, GGUFReader)
+        return mend(tokenizer, self.weights.tokenizer_settings)
 
     def identity(self) -> dict[str, Any]:
         """What this model is, so that a resumed run notices when it is another one.
