@@ -153,6 +153,7 @@ def _refuse_packing(
         return not row.refusal(arch, config, grid)
 
     for row in wanted:
+        row.require_libraries()
         if why := row.refusal(arch, config, grid):
             other = nearest(row, grid.shared, fits=holds)
             raise PreflightError(

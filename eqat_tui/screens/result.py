@@ -258,7 +258,7 @@ class ExportDialog(ModalScreen[tuple[list[str], str] | None]):
     ]
 
     def __init__(self, formats: tuple[str, ...], unfit: Mapping[str, str], run: Path) -> None:
-        """``unfit`` says of formats what they cannot hold of the run's grid."""
+        """``unfit`` says of formats why the run cannot be written in them."""
         super().__init__()
         self._formats, self._unfit = formats, unfit
         self._chosen = {name for name in formats[:1] if name not in unfit}
@@ -302,13 +302,13 @@ class ExportDialog(ModalScreen[tuple[list[str], str] | None]):
 
     def _row(self, name: str) -> Line:
         if name in self._unfit:
-            return line((f"    {name}  cannot hold {self._unfit[name]}", "muted"))
+            return line((f"    {name}  {self._unfit[name]}", "muted"))
         return line(f"[{'x' if name in self._chosen else ' '}] {name}")
 
     def action_switch(self) -> None:
         name = self._formats[self.query_one("#formats", ListPanel).cursor]
         if name in self._unfit:
-            self.notify(f"{name} cannot hold {self._unfit[name]}", severity="warning")
+            self.notify(f"{name} {self._unfit[name]}", severity="warning")
             return
         self._chosen ^= {name}
         self._fill()

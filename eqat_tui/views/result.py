@@ -163,15 +163,20 @@ def exports(view: RunView, width: int) -> list[Line]:
 
 
 def unfit_formats(config: Mapping[str, Any] | None) -> dict[str, str]:
-    """By format, what of a run's grid it cannot hold, in words; those that hold it are left out."""
+    """By format, why a run cannot be written in it, in words that follow its name; of the others nothing."""
     grid = branch(config, "grid")
     if not isinstance(grid, Mapping):
         return {}
     bits, size, symmetric = (grid.get(name) for name in ("bits", "group_size", "symmetric"))
     if not isinstance(bits, int) or not isinstance(size, int):
         return {}
-    found = {row.name: row.lacks(Grid(bits, size, symmetric is True)) for row in FORMATS}
-    return {name: lacks for name, lacks in found.items() if lacks}
+    grid_of_run = Grid(bits, size, symmetric is True)
+    held = {row.name: row.lacks(grid_of_run) for row in FORMATS}
+    found = {
+        name: f"cannot hold {lacks}" if lacks else FORMATS[name].lacks_libraries()
+        for name, lacks in held.items()
+    }
+    return {name: why for name, why in found.items() if why}
 
 
 def loading_snippet(path: str | Path, name: str = DEFAULT_FORMAT) -> str:
