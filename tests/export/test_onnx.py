@@ -31,7 +31,7 @@ from engine.architecture.refusals import refuse
 from engine.config.formats import FORMATS, matmul_nbits_bytes
 from engine.config.grid import Grid, GridConfig
 from engine.errors import PreflightError
-from engine.export import onnx_file
+from engine.export import onnx_file, onnx_graph
 from engine.export.described import format_in
 from engine.export.judging import judge
 from engine.export.layout import form_of
@@ -320,8 +320,13 @@ def test_the_lines_that_screen_and_card_show_load_it(
 
 
 @needed
-def test_what_was_traced_says_nothing_of_this_machine(exported: Callable[..., Written]) -> None:
-    _, _, result = exported()
+def test_a_graph_is_the_same_each_time_and_says_nothing_of_this_machine(
+    exported: Callable[..., Written],
+) -> None:
+    lm, _, result = exported()
+    buffers = onnx_file.stored_buffers(lm)
+    one, other = (trace(lm, buffers) for trace in (onnx_file.traced, onnx_graph.traced))
+    assert one.SerializeToString(deterministic=True) == other.SerializeToString(deterministic=True)
     content = (result.path / "model.onnx").read_bytes()
     assert str(Path(torch.__file__).parent).encode() not in content
     assert b"engine/export" not in content
