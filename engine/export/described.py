@@ -24,11 +24,13 @@ ALIASES = {"intel/auto-round": "auto-round"}
 
 
 def format_in(path: Path) -> str:
-    """The format that the checkpoint in ``path`` describes itself as.
+    """The format that the checkpoint in ``path``, a folder or a .gguf file, describes itself as.
 
     Raises:
         PreflightError: for a folder that is none of a format in the table.
     """
+    if path.is_file() and path.suffix == ".gguf":
+        return "gguf"
     if not path.is_dir():
         what = "is a file; name its folder" if path.exists() else "is not there"
         raise PreflightError(what, where=str(path))

@@ -208,7 +208,7 @@ class GGUFFileReader:
     zero_scales = True
 
     def __init__(self, directory: Path) -> None:
-        found = sorted(directory.glob("*.gguf"))
+        found = [directory] if directory.is_file() else sorted(directory.glob("*.gguf"))
         if len(found) != 1:
             raise PreflightError(f"holds {len(found)} GGUF files, not one", where=str(directory))
         self.path = found[0]

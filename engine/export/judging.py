@@ -85,7 +85,7 @@ class Judgement(msgspec.Struct, kw_only=True):
 def judge(
     path: Path, reference: str | None = None, on_block: Callable[[int, int], None] = lambda done, of: None
 ) -> Judgement:
-    """Look at every tensor of the checkpoint in the folder ``path``.
+    """Look at every tensor of the checkpoint in ``path``, a folder or a .gguf file.
 
     Raises:
         PreflightError: where there is no checkpoint of a format that is known, or no such reference.

@@ -72,6 +72,21 @@ def test_an_export_of_ours_is_sound(written: Callable[[str], Path], name: str) -
     assert found.grids == ({grid: found.linears} if grid else {})
 
 
+def test_a_gguf_file_is_named_by_itself_where_its_folder_has_others(
+    written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (file,) = written("gguf").glob("*.gguf")
+    for name in ("one.gguf", "two.gguf"):
+        shutil.copy(file, tmp_path / name)
+    found = judge(tmp_path / "two.gguf")
+    assert (found.problems, found.format, found.bytes) == ([], "gguf", file.stat().st_size)
+    with pytest.raises(PreflightError, match="holds 2 GGUF files, not one"):
+        judge(tmp_path)
+    (tmp_path / "three.txt").touch()
+    with pytest.raises(PreflightError, match="is a file; name its folder"):
+        judge(tmp_path / "three.txt")
+
+
 @pytest.mark.parametrize("name", PACKED)
 def test_against_the_model_that_it_was_made_from_the_error_of_every_linear_is_told(
     model: Path, written: Callable[[str], Path], name: str
