@@ -406,6 +406,12 @@ FORMATS = Table(
             'inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}\n'
             'logits = model.run(["logits"], inputs)[0]'
         ),
+        cautions=(
+            Caution(
+                text="its graph keeps no cache of keys and values, so every further token of a text costs as "
+                "much as the whole text: choose gguf for texts that are written on"
+            ),
+        ),
         instead=("compressed-tensors",),
     ),
     named=is_folder_name,

@@ -20,6 +20,9 @@ from engine.plan.streams import shares_teacher, teacher_bytes
 VERIFY_WINDOWS, VERIFY_TOKENS = 2, 512
 """Part of the evaluation text on which the logits of an export and of what was trained are compared."""
 
+TRACE_SECONDS = 1.3
+"""To trace a block by torch's exporter, on a slow core; Python's own speed decides."""
+
 # ------------------------------------------------------------------------------------------- preparation
 
 
@@ -113,5 +116,8 @@ def _loaded_bytes(work: Workload, name: str) -> int:
 
 
 def export_seconds(work: Workload, rates: Speed, stored_bytes: int) -> float:
-    """Reading everything, and three passes over its packed weights."""
-    return load_seconds(work.arch, stored_bytes) + 3 * work.arch.blocks * unpacking(work, rates)
+    """Reading everything, three passes over its packed weights, and of formats whose files hold the network
+    a trace of it."""
+    traced = sum(bool(FORMATS[name].network_bytes) for name in work.config.export.formats)
+    passes = 3 * unpacking(work, rates) + TRACE_SECONDS * traced
+    return load_seconds(work.arch, stored_bytes) + work.arch.blocks * passes

@@ -96,6 +96,22 @@ def test_of_several_exports_each_has_its_card_and_its_lines(recorded: Recorded) 
     drive(app_of(run, view, mode="result"), script)
 
 
+def test_a_format_whose_packages_are_missing_is_no_choice_and_says_what_it_needs(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.config.formats.find_spec", lambda name: None)
+    run = recorded("finished")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await shown(pilot)
+        await press(pilot, "e")
+        await until(pilot, lambda: "onnx  needs onnx, onnxscript, onnxruntime, not installed" in picture(app))
+        await press(pilot, "end", "space")
+        assert told(app) == ["onnx needs onnx, onnxscript, onnxruntime, not installed here"]
+
+    drive(app_of(run, view_of(run, "done"), mode="result"), script)
+
+
 def test_the_dialog_says_which_formats_do_not_hold_the_grid(recorded: Recorded) -> None:
     run = recorded("finished")
     config = view_of(run, "done").config
