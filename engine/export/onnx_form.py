@@ -18,11 +18,12 @@ from torch import Tensor
 from engine.errors import PreflightError
 from engine.export.comparing import linear_differences, parts_of
 from engine.export.layout import Form, Linears
-from engine.export.onnx_graph import INPUTS, OUTPUT, check_traceable
+from engine.export.onnx_graph import HINT, INPUTS, OUTPUT, sketched
 from engine.export.onnx_reader import ONNXReader, graph_file
 from engine.export.reader import packed_model
 from engine.export.stored import dtype_name
 from engine.models.carried import CarriedTensor
+from engine.models.foreign import foreign
 from engine.quant.packed import PackedWeight
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ class ONNX(Form):
 
     def check(self, lm: CausalLM, stored: torch.dtype) -> None:
         self.format.require_libraries()
-        check_traceable(lm)
+        graph = sketched(lm)
+        with foreign(f"ONNX Runtime cannot run {type(lm.model).__name__}", lm.source.name, HINT):
+            session_of(graph.SerializeToString())  # its weights are inputs: nothing is needed for them
 
     def carried(self, lm: CausalLM) -> list[CarriedTensor]:
         return []
@@ -98,13 +101,16 @@ class ONNX(Form):
 
 def run(directory: Path, ids_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
     """Logits ``[B, T, V]`` by ONNX Runtime, on the CPU."""
+    session = session_of(str(graph_file(directory)))
+    logits: np.ndarray = session.run([OUTPUT], dict(zip(INPUTS, (ids_BT, mask_BT), strict=True)))[0]
+    return logits
+
+
+def session_of(graph: str | bytes) -> Any:
+    """ONNX Runtime with a graph, a file's path or its content, on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors, which are raised as well
-    session = onnxruntime.InferenceSession(
-        str(graph_file(directory)), options, providers=["CPUExecutionProvider"]
-    )
-    logits: np.ndarray = session.run([OUTPUT], dict(zip(INPUTS, (ids_BT, mask_BT), strict=True)))[0]
-    return logits
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

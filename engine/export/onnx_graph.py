@@ -80,13 +80,14 @@ class _Network(nn.Module):
         return logits
 
 
-def check_traceable(lm: CausalLM) -> None:
-    """Nothing for a model of which :func:`traced` makes a graph, asked of one block of each kind it has.
+def sketched(lm: CausalLM) -> Any:
+    """The graph of one block of each kind that the model has, with linears as they are before quantization:
+    what can be asked, in seconds, whether graph and runtime can hold the model.
 
     Raises:
-        PreflightError: for any other.
+        PreflightError: for a model that no graph can be made of.
     """
-    _traced(lm, (), few=True)
+    return _traced(lm, (), sketch=True)
 
 
 def traced(lm: CausalLM, buffers: Iterable[str]) -> Any:
@@ -99,12 +100,14 @@ def traced(lm: CausalLM, buffers: Iterable[str]) -> Any:
     return _traced(lm, buffers)
 
 
-def _traced(lm: CausalLM, buffers: Iterable[str], *, few: bool = False) -> Any:
+def _traced(lm: CausalLM, buffers: Iterable[str], *, sketch: bool = False) -> Any:
     from onnxscript import optimizer
 
     model, names = _without_weights(lm)
-    if few:
+    if sketch:
         _keep_one_of_each(model)
+    else:
+        _replace_linears(model)
     weights = {f"{_NETWORK}.{name}": first for name, first in names.items()}
     weights |= {f"{_NETWORK}.{name}": name for name in buffers}
     with foreign(f"no ONNX graph can be made of {type(lm.model).__name__}", lm.source.name, HINT), _quietly():
@@ -238,8 +241,8 @@ class _Inserted:
 
 
 def _without_weights(lm: CausalLM) -> tuple[PreTrainedModel, dict[str, str]]:
-    """The model whose weights have a shape and the memory of one number, its linears replaced; and the names
-    of its parameters, each with the first name of the same one."""
+    """The model whose weights have a shape and the memory of one number, and the names of its parameters,
+    each with the first name of the same one."""
     model = build_skeleton(lm.source.config, torch.float32, trust_remote_code=lm.source.trust_remote_code)
     if lm.tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
@@ -256,13 +259,17 @@ def _without_weights(lm: CausalLM) -> tuple[PreTrainedModel, dict[str, str]]:
     for name in parameters:
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, small[names[name]])
+    return model, names
+
+
+def _replace_linears(model: PreTrainedModel) -> None:
+    """Let every linear of a block be the operator."""
     _, blocks = find_blocks(model)
     for block in blocks:
         for name in linear_names(block):
             linear = block.get_submodule(name)
             assert isinstance(linear, nn.Linear)
             block.set_submodule(name, _Linear(linear))
-    return model, names
 
 
 def _keep_one_of_each(model: PreTrainedModel) -> None:

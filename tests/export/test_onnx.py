@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import variants
 from packed_models import (
     compare,
     open_model,
@@ -342,6 +343,15 @@ def test_a_model_that_asks_the_text_first_is_refused_by_plan_and_trace(tmp_path:
         ONNX.check(open_model(folder)[1], torch.bfloat16)
     assert "\n" not in str(caught.value)
     assert "\x1b" not in str(caught.value)
+
+
+@needed
+def test_a_model_that_the_runtime_has_no_kernel_for_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    folder = variants.build(tmp_path / "fp", "falcon_alibi")
+    with pytest.raises(PreflightError, match="ONNX Runtime cannot run FalconForCausalLM") as caught:
+        ONNX.check(open_model(folder)[1], torch.bfloat16)
+    assert "\n" not in str(caught.value)
+    assert "leave onnx out of export.formats" in caught.value.hint
 
 
 def refused(folder: Path, grid: GridConfig) -> None:
