@@ -359,7 +359,6 @@ def refused(folder: Path, grid: GridConfig) -> None:
     refuse(found.architecture, found.config, grid, ("onnx",))
 
 
-@needed
 @pytest.mark.parametrize(
     ("grid", "words", "instead"),
     [
