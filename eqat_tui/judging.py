@@ -4,6 +4,7 @@ and told of here."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -11,14 +12,36 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from engine.errors import EqatError, ExitCode
+from engine.config.formats import FORMATS
+from engine.errors import EqatError, ExitCode, UsageError
+from engine.run.directory import RunDirectory
+from engine.run.finding import default_runs_dir, find_run
 from engine.run.launch import python_environment
+from engine.run.proof import is_run
 from eqat_tui.output import cell, format_bytes, say, table
 
 WORST = 5
 """Linears whose error is told one by one."""
 MOST_LINES = 20
 """Problems that a person is told; the JSON has more of them."""
+
+
+def checkpoints_of(ref: str, runs_dir: Path | None) -> list[Path]:
+    """What is meant by a path, or by the name of a run: all that the run has exported.
+
+    Raises:
+        EqatError: for a name that is neither, and for a run without an export.
+    """
+    path = Path(os.path.expanduser(ref))
+    is_path = os.path.lexists(path) or os.sep in ref
+    if is_path and not is_run(path):
+        return [path]
+    run = RunDirectory(path) if is_path else find_run(default_runs_dir(runs_dir), ref)
+    exports = [run.export_dir / name for name in FORMATS.names()]
+    found = [folder for folder in exports if folder.is_dir()]
+    if not found:
+        raise UsageError("it has no export yet", where=run.id, hint=f"eqat export {run.id} writes one")
+    return found
 
 
 def judged(path: Path, reference: str | None, heard: Callable[[int, int], None]) -> dict[str, Any]:

@@ -177,6 +177,7 @@ def _refuse_packing(
                 hint=(f"{other} can; or " if other else "")
                 + f"choose a grid that it holds, or leave {row.name} out of export.formats",
             )
+        row.require_libraries()  # last: nobody installs them for what it cannot hold
     along_outputs = [row.name for row in wanted if row.words_along_outputs]
 
     def packs(count: int, bits: int) -> bool:

@@ -7,13 +7,14 @@ back is the layout's that it names (:mod:`engine.export.layout`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import msgspec
 
 from engine.config.grid import BITS, GROUP_SIZES, Grid, GridConfig
 from engine.config.tables import Table, is_folder_name, load_named
-from engine.errors import UsageError
+from engine.errors import PreflightError, UsageError
 
 
 class Caution(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +89,13 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
     warns: str = ""
     """``module:function`` of the light half: sentences on what becomes of a grid or a model in this format
     that somebody might not expect, for the same three; empty for none."""
+    libraries: tuple[str, ...] = ()
+    """Packages beyond those of every installation, without which it is neither written nor read."""
+    limits: str = ""
+    """Why it holds no other bits and group sizes, in a clause; empty where nothing more is to be said."""
+    network_bytes: int = 0
+    """Bytes a block of what its files say of the network, which the export's own engine runs to verify it;
+    none where they hold weights alone."""
     loading: str
     """Python lines that load an export whose folder, a literal, takes the place of ``{path}``."""
 
@@ -107,10 +115,11 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
 
     def lacks(self, grid: Grid) -> str:
         """What of a grid it cannot hold, in words; empty where it holds all of it."""
+        limits = f" ({self.limits})" if self.limits else ""
         if grid.bits not in self.bits:
-            return f"{grid.bits} bits"
+            return f"{grid.bits} bits{limits}"
         if grid.group_size not in self.group_sizes:
-            return "one group a row" if grid.group_size == -1 else f"groups of {grid.group_size}"
+            return ("one group a row" if grid.group_size == -1 else f"groups of {grid.group_size}") + limits
         if grid.symmetric not in self.symmetric:
             return "a symmetric grid" if grid.symmetric else "an asymmetric grid"
         return ""
@@ -119,6 +128,29 @@ class Format(msgspec.Struct, frozen=True, kw_only=True):
         """The same of an embedding and a head of so many bits; 0 where they are numbers."""
         held = bits in (0, *self.head_bits)
         return "" if held else f"an embedding and a head of {bits} bits (grid.head_bits)"
+
+    def missing_libraries(self) -> tuple[str, ...]:
+        """Those of ``libraries`` that are not installed here; none of them is imported for that."""
+        return tuple(name for name in self.libraries if find_spec(name) is None)
+
+    def lacks_libraries(self) -> str:
+        """What is missing here, in words that follow its name; empty where nothing is."""
+        missing = self.missing_libraries()
+        return f"needs {', '.join(missing)}, not installed here" if missing else ""
+
+    def require_libraries(self, path: str = "") -> None:
+        """Nothing, where what it needs is installed to be written, or for the files in ``path`` to be read.
+
+        Raises:
+            PreflightError: names what is missing and what installs it.
+        """
+        if why := self.lacks_libraries():
+            install = f"pip install {' '.join(self.missing_libraries())}"
+            raise PreflightError(
+                f"{self.label} {why}",
+                where=path or "export.formats",
+                hint=install if path else f"{install}, or leave {self.name} out of export.formats",
+            )
 
     def refusal(self, architecture: object, config: Mapping[str, Any], grid: GridConfig) -> str:
         """What of a grid or a model it cannot hold, in words; empty where it holds all of it."""
@@ -164,6 +196,17 @@ def symmetric_compressed_tensors_bytes(outputs: int, inputs: int, bits: int, gro
 def mlx_bytes(outputs: int, inputs: int, bits: int, group_size: int) -> int:
     """Integers, and of each group a scale and a bias at 32 bits."""
     return outputs * inputs * bits // 8 + 8 * outputs * Grid(bits, group_size).groups(inputs)
+
+
+def matmul_nbits_bytes(outputs: int, inputs: int, bits: int, group_size: int) -> int:
+    """Integers, scales, and zero points, of which each row fills whole bytes."""
+    groups = Grid(bits, group_size).groups(inputs)
+    return symmetric_matmul_nbits_bytes(outputs, inputs, bits, group_size) + outputs * -(-groups * bits // 8)
+
+
+def symmetric_matmul_nbits_bytes(outputs: int, inputs: int, bits: int, group_size: int) -> int:
+    """The same without zero points."""
+    return outputs * inputs * bits // 8 + 2 * outputs * Grid(bits, group_size).groups(inputs)
 
 
 SERVERS_WANT_OTHERS = (
@@ -342,6 +385,41 @@ FORMATS = Table(
             Caution(
                 text="its weights take 16 bits again, so the files are as large as the original's: choose a "
                 "packed format for a small one"
+            ),
+        ),
+        instead=("compressed-tensors",),
+    ),
+    Format(
+        name="onnx",
+        label="ONNX",
+        bits=(2, 4, 8),
+        group_sizes=(16, 32, 64, 128, 256),
+        code="engine.export.onnx_form:ONNX",
+        writer="engine.export.onnx_file:write_file",
+        tensors=("qweight", "scales", "qzeros"),
+        asymmetric_tensors=("qzeros",),
+        costs="engine.config.formats:matmul_nbits_bytes",
+        symmetric_costs="engine.config.formats:symmetric_matmul_nbits_bytes",
+        carries=False,
+        libraries=("onnx", "onnxscript", "onnxruntime"),
+        limits="its operator takes 2, 4 and 8 bits in groups of a power of 2 from 16 on",
+        network_bytes=32 << 10,
+        refuses="engine.architecture.onnx_writing:refusal",
+        loading=(
+            "import numpy as np\n"
+            "import onnxruntime  # pip install onnxruntime\n"
+            "from transformers import AutoTokenizer\n"
+            "path = {path}\n"
+            "tokenizer = AutoTokenizer.from_pretrained(path)\n"
+            'model = onnxruntime.InferenceSession(path + "/model.onnx")\n'
+            'ids = tokenizer("The capital of France is", return_tensors="np")["input_ids"]\n'
+            'inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}\n'
+            'logits = model.run(["logits"], inputs)[0]'
+        ),
+        cautions=(
+            Caution(
+                text="its graph keeps no cache of keys and values, so every further token of a text costs as "
+                "much as the whole text: choose gguf for texts that are written on"
             ),
         ),
         instead=("compressed-tensors",),

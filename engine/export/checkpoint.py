@@ -144,7 +144,7 @@ def write_folder(export: Export, directory: Path) -> ExportResult:
         raise
     quantization = layout.config(written.linears)
     described = layout.described(quantization)
-    dropped = _write_assets(directory, lm, export.source, dtype=export.stored_as, described=described)
+    dropped = write_assets(directory, lm, export.source, dtype=export.stored_as, described=described)
     for name, content in layout.files(quantization).items():
         write_json(directory / name, content)
     result = ExportResult(
@@ -227,7 +227,8 @@ def tensor_names(form: Form, lm: CausalLM) -> Iterator[str]:
 def room_beside_tensors(form: Form, lm: CausalLM, source: ModelSource, shards: int) -> int:
     """Bytes of an export besides its tensors: headers of so many files, the tokenizer, the small files."""
     tokenizer = 0 if source.directory is None else copied_bytes(source.directory)
-    return shards * header_room(tensor_names(form, lm)) + tokenizer + SMALL_FILES
+    network = lm.blocks * form.format.network_bytes
+    return shards * header_room(tensor_names(form, lm)) + network + tokenizer + SMALL_FILES
 
 
 def outer_names(lm: CausalLM) -> list[str]:
@@ -241,7 +242,7 @@ def block_buffers(lm: CausalLM, index: int) -> list[str]:
     return [name for name in _stored_buffers(lm) if name.startswith(lm.block_prefix(index) + ".")]
 
 
-def _write_assets(
+def write_assets(
     directory: Path,
     lm: CausalLM,
     source: ModelSource,
@@ -249,7 +250,8 @@ def _write_assets(
     dtype: torch.dtype,
     described: Mapping[str, Any],
 ) -> tuple[str, ...]:
-    """Configuration and tokenizer; returns the names of code that were left out of them."""
+    """Configuration, which says what is ``described``, and tokenizer; returns the names of code that were
+    left out of them."""
     # What writes the assets makes missing folders: a run that was deleted meanwhile must not come back so.
     with opened_folder(directory):
         source.save_assets(directory)

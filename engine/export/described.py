@@ -17,21 +17,26 @@ PLAIN = "hf"
 """The format of a checkpoint that speaks of no quantization."""
 UNDESCRIBED = "gptq_v2"
 """The format of files with GPTQ's tensors that speak of no quantization, as EfficientQAT writes them."""
+OF_FILES = ("gguf", "onnx")
+"""Formats that are known by the ending of a file, which is their name."""
 ALIASES = {"intel/auto-round": "auto-round"}
 """What formats were called before."""
 
 
 def format_in(path: Path) -> str:
-    """The format that the checkpoint in ``path`` describes itself as.
+    """The format that the checkpoint in ``path``, a folder or a .gguf file, describes itself as.
 
     Raises:
         PreflightError: for a folder that is none of a format in the table.
     """
+    if path.is_file() and path.suffix == ".gguf":
+        return "gguf"
     if not path.is_dir():
         what = "is a file; name its folder" if path.exists() else "is not there"
         raise PreflightError(what, where=str(path))
-    if "gguf" in FORMATS and any(path.glob("*.gguf")):
-        return "gguf"
+    for name in OF_FILES:
+        if name in FORMATS and any(path.glob(f"*.{name}")):
+            return name
     try:
         config = read_json(path / "config.json")
     except NoFile as error:

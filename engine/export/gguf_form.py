@@ -85,6 +85,9 @@ class GGUF(Form):
     def carried(self, lm: CausalLM) -> list[CarriedTensor]:
         return []
 
+    def reader(self, directory: Path) -> GGUFFileReader:
+        return GGUFFileReader(directory)
+
     def open(
         self, directory: Path, device: torch.device, dtype: torch.dtype, *, trust_remote_code: bool = False
     ) -> CausalLM:

@@ -36,6 +36,9 @@ BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 8: (32, 34), 30: (1, 2
 PIECE = 16 << 20
 """Bytes of a file that are tried first for its header."""
 QUANTIZED = (2, 3, 8, 42)
+BITS = {2: 4, 3: 4, 8: 8, 42: 2}
+ZEROS = {2: 8, 8: 128, 42: 1}
+"""What the integers of a type are less, where they are counted from 0; Q4_1 has a bias for each block."""
 _SCALARS = "BbHhIif?"
 _WIDE = {10: "Q", 11: "q", 12: "d"}
 
@@ -98,6 +101,27 @@ class Blocks(NamedTuple):
         if self.m_OB is not None:
             parts += self.m_OB.astype(np.float32)[..., None]
         return parts.reshape(rows, -1)
+
+    def parts(self) -> dict[str, Tensor]:
+        """The same as integers from 0 on, and what makes weights of them."""
+        zero = ZEROS.get(self.type, 0)
+        integers = torch.from_numpy((self.numbers_OI.astype(np.int16) + zero).astype(np.uint8))
+        parts = {"integers": integers, "scales": torch.from_numpy(self.d_OB.copy())}
+        if self.m_OB is not None:
+            return parts | {"biases": torch.from_numpy(self.m_OB.copy())}
+        return parts | {"zero points": torch.full(self.d_OB.shape, zero, dtype=torch.uint8)}
+
+
+class _Linear(NamedTuple):
+    """A linear as other readers hand it out."""
+
+    blocks: Blocks
+
+    def parts(self) -> dict[str, Tensor]:
+        return self.blocks.parts()
+
+    def weight(self) -> Tensor:
+        return torch.from_numpy(self.blocks.weight())
 
 
 class GGUFContent:
@@ -181,11 +205,14 @@ class GGUFContent:
 class GGUFFileReader:
     """Float weights of an export by the model's names; a quantized linear by its blocks."""
 
+    zero_scales = True
+
     def __init__(self, directory: Path) -> None:
-        found = sorted(directory.glob("*.gguf"))
+        found = [directory] if directory.is_file() else sorted(directory.glob("*.gguf"))
         if len(found) != 1:
             raise PreflightError(f"holds {len(found)} GGUF files, not one", where=str(directory))
         self.path = found[0]
+        self.config: dict[str, Any] = {}
         self.content = GGUFContent(self.path)
         self.architecture = str(self.content.metadata.get("general.architecture"))
         words = dict(_BLOCK)
@@ -223,6 +250,20 @@ class GGUFFileReader:
         d = np.ascontiguousarray(raw[..., :2]).view(np.float16)[..., 0]
         m = np.ascontiguousarray(raw[..., 2:4]).view(np.float16)[..., 0] if place.type == 3 else None
         return Blocks(place.type, numbers.reshape(rows, inputs), d, m)
+
+    def is_packed(self, linear: str) -> bool:
+        stored = self._stored.get(f"{linear}.weight", "")
+        return stored in self.content.tensors and self.content.tensors[stored].type in QUANTIZED
+
+    def parts_of(self, linear: str) -> tuple[str, ...]:
+        return (f"{linear}.weight",)
+
+    def linear(self, prefix: str) -> _Linear:
+        """The same as in the readers of other formats."""
+        return _Linear(self.blocks(prefix))
+
+    def bits_of(self, prefix: str) -> int:
+        return BITS[self.content.tensors[self._place(f"{prefix}.weight")].type]
 
     def adds_one(self, name: str) -> bool:
         """Whether the file holds one more than the model's own value."""

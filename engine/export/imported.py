@@ -134,6 +134,10 @@ class ImportedSource(ModelSource):
         return None if stored is None else without_quantization(stored)
 
 
+_ANEW = {PLAIN: "eqat run --model quantizes it", "gguf": "a .gguf file can be quantized anew"}
+"""What else can be done with what is not imported, by its format."""
+
+
 def imported_source(model: ModelConfig) -> ImportedSource:
     """The checkpoint that ``model`` names, opened; no linear is read yet.
 
@@ -152,7 +156,7 @@ def imported_source(model: ModelConfig) -> ImportedSource:
         raise PreflightError(
             "it is not quantized" if name == PLAIN else f"blocks cannot be imported from {label}",
             where=str(path),
-            hint="eqat run --model quantizes it" if name == PLAIN else "a .gguf file can be quantized anew",
+            hint=_ANEW.get(name, ""),
         )
     packed = form.reader(path)
     _refuse_description(packed)

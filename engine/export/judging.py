@@ -30,8 +30,8 @@ from engine.config.model import ModelConfig
 from engine.config.tables import load_extensions
 from engine.errors import EqatError, ExitCode, PreflightError
 from engine.export.described import format_in
-from engine.export.layout import Form, Layout, form_of
-from engine.export.reader import EXPORT_AGAIN, CheckpointReader
+from engine.export.layout import Form, form_of
+from engine.export.reader import EXPORT_AGAIN, TensorReader
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 
@@ -59,8 +59,7 @@ class Judgement(msgspec.Struct, kw_only=True):
     bytes: int
     """Of the files that hold them."""
     grids: dict[str, int] = {}
-    """Quantized linears by grid: ``w3g128``, ``w4g64 symmetric``; of formats that keep integers and zero
-    points."""
+    """Quantized linears by grid: ``w3g128``, ``w4g64 symmetric``; of formats that keep integers."""
     problems: list[str] = []
     """In words, each with the tensor or file that it is about; none for a sound checkpoint."""
     more_problems: int = 0
@@ -86,7 +85,7 @@ class Judgement(msgspec.Struct, kw_only=True):
 def judge(
     path: Path, reference: str | None = None, on_block: Callable[[int, int], None] = lambda done, of: None
 ) -> Judgement:
-    """Look at every tensor of the checkpoint in the folder ``path``.
+    """Look at every tensor of the checkpoint in ``path``, a folder or a .gguf file.
 
     Raises:
         PreflightError: where there is no checkpoint of a format that is known, or no such reference.
@@ -96,8 +95,6 @@ def judge(
     try:
         lm = form.open(path, CPU, torch.float32)
     except (EqatError, *UNFIT) as error:
-        if not isinstance(form, Layout):
-            raise
         # What no model can be made of may have more wrong with it than the first thing.
         return _judge_files(form, path, error)
     found = _begun(form, path, lm.source.weights)
@@ -121,7 +118,7 @@ def _begun(form: Form, path: Path, weights: Any) -> Judgement:
     )
 
 
-def _judge_files(form: Layout, path: Path, opening: Exception) -> Judgement:
+def _judge_files(form: Form, path: Path, opening: Exception) -> Judgement:
     """Every tensor by itself, of files that ``opening`` as a model has failed for.
 
     Raises:
@@ -130,15 +127,14 @@ def _judge_files(form: Layout, path: Path, opening: Exception) -> Judgement:
     reader = form.reader(path)
     found = _begun(form, path, reader)
     found.tell(_words(opening))
-    stored = reader.stored_names()
+    parts: set[str] = set()
     for name in reader.names():
         prefix = name.removesuffix(".weight")
-        if prefix != name and _is_packed(form, reader, prefix):
+        if prefix != name and reader.is_packed(prefix):
             _judge_linear(reader, prefix, found)
-    suffixes = tuple(f".{suffix}" for suffix in reader.suffixes)
-    for name in sorted(stored):
-        if not name.endswith(suffixes):
-            _judge_numbers(name, reader.stored(name), found)
+            parts.update(reader.parts_of(prefix))
+    for name in sorted({*reader.stored_names()} - parts):
+        _judge_numbers(name, reader.stored(name), found)
     return found
 
 
@@ -170,9 +166,7 @@ def _judge_block(form: Form, lm: CausalLM, index: int, other: CausalLM | None, f
         if f"{full}.weight" not in reader:
             found.tell(f"{full}.weight is missing")
             continue
-        if not isinstance(form, Layout):
-            found.linears += 1
-        elif _is_packed(form, reader, full):
+        if reader.is_packed(full):
             _judge_linear(reader, full, found)
     try:
         block = lm.load_block(index)
@@ -195,13 +189,7 @@ def _judge_block(form: Form, lm: CausalLM, index: int, other: CausalLM | None, f
         found.errors[full] = float((have - want).norm() / want.norm().clamp(min=1e-30))
 
 
-def _is_packed(form: Layout, reader: CheckpointReader, linear: str) -> bool:
-    """Whether the files hold a linear as the format's tensors; what they call its weight may be one of
-    those, as in MLX."""
-    return any(name in reader for name in form.names(linear) if name != f"{linear}.weight")
-
-
-def _judge_linear(reader: CheckpointReader, name: str, found: Judgement) -> None:
+def _judge_linear(reader: TensorReader, name: str, found: Judgement) -> None:
     """The tensors of one quantized linear, against each other."""
     found.linears += 1
     try:
@@ -209,15 +197,15 @@ def _judge_linear(reader: CheckpointReader, name: str, found: Judgement) -> None
     except (EqatError, *UNFIT) as error:
         found.tell(_words(error, f"the tensors of {name}"))
         return
-    for problem in faults(parts):
+    for problem in faults(parts, zero_scales=reader.zero_scales):
         found.tell(f"{name}: {problem}")
     _judge_group_size(reader, parts, found)
-    if "integers" in parts and "zero points" in parts:
-        grid = _grid(reader, parts)
+    if "integers" in parts and "scales" in parts:
+        grid = _grid(reader, name, parts)
         found.grids[grid] = found.grids.get(grid, 0) + 1
 
 
-def _judge_group_size(reader: CheckpointReader, parts: dict[str, Tensor], found: Judgement) -> None:
+def _judge_group_size(reader: TensorReader, parts: dict[str, Tensor], found: Judgement) -> None:
     """What config.json says of the groups has to be what the scales are for."""
     described = reader.config.get("quantization_config") or reader.config.get("quantization")
     said, scales, codes = _said_group(described), parts.get("scales"), parts.get("integers")
@@ -238,15 +226,16 @@ def _said_group(described: object) -> int | None:
     return next((size for each in described.values() if (size := _said_group(each)) is not None), None)
 
 
-def faults(parts: dict[str, Tensor]) -> Iterator[str]:
-    """What is wrong with a linear's integers ``[O, I]``, zero points and scales ``[O, G]``, and groups."""
+def faults(parts: dict[str, Tensor], *, zero_scales: bool = False) -> Iterator[str]:
+    """What is wrong with a linear's integers ``[O, I]``, zero points and scales ``[O, G]``, and groups;
+    ``zero_scales`` are right where weights of zero are written so."""
     scales = parts.get("scales")
     if scales is not None and not scales.is_floating_point():
         yield f"its scales are {str(scales.dtype).removeprefix('torch.')}"
     elif scales is not None:
         if count := int((~torch.isfinite(scales)).sum()):
             yield f"{count} of {scales.numel()} scales are not finite"
-        if count := int((scales == 0).sum()):
+        if (count := int((scales == 0).sum())) and not zero_scales:
             yield f"{count} of {scales.numel()} scales are zero"
     codes, zeros, groups = (parts.get(part) for part in ("integers", "zero points", "group indices"))
     if codes is None or scales is None or scales.ndim != 2:
@@ -260,12 +249,15 @@ def faults(parts: dict[str, Tensor]) -> Iterator[str]:
         yield f"its inputs are in groups up to {int(groups.max())}, and there are {count}"
 
 
-def _grid(reader: CheckpointReader, parts: dict[str, Tensor]) -> str:
+def _grid(reader: TensorReader, name: str, parts: dict[str, Tensor]) -> str:
     """``w3g128``, as far as the numbers say."""
-    bits = getattr(reader, "bits", None) or max(1, int(parts["integers"].max()).bit_length())
-    inputs, groups = parts["integers"].shape[1], parts["zero points"].shape[-1]
-    middle = bool((parts["zero points"] == 1 << (int(bits) - 1)).all())
-    return f"w{bits}g{inputs // max(1, groups)}{' symmetric' if middle else ''}"
+    bits, inputs, scales = reader.bits_of(name), parts["integers"].shape[1], parts["scales"]
+    middle, zeros = 1 << (bits - 1), parts.get("zero points")
+    if zeros is not None:
+        symmetric = bool((zeros == middle).all())
+    else:
+        symmetric = "biases" in parts and torch.equal(parts["biases"], -middle * scales)
+    return f"w{bits}g{inputs // max(1, scales.shape[-1])}{' symmetric' if symmetric else ''}"
 
 
 def _judge_numbers(name: str, tensor: Tensor, found: Judgement) -> None:

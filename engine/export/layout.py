@@ -24,7 +24,7 @@ from engine.config.grid import Grid
 from engine.config.tables import load_named
 from engine.errors import PreflightError
 from engine.export.comparing import linear_differences, parts_of, value_differences
-from engine.export.reader import CheckpointReader, packed_model, read_json
+from engine.export.reader import CheckpointReader, TensorReader, packed_model, read_json
 from engine.export.stored import dtype_name
 from engine.models.carried import CarriedTensor, carried
 from engine.quant.packed import PackedBlock, PackedWeight
@@ -162,6 +162,10 @@ class Form(ABC):
         return carried(lm)
 
     @abstractmethod
+    def reader(self, directory: Path) -> TensorReader:
+        """Opens the tensors of what was written, by code that shares nothing with what wrote it."""
+
+    @abstractmethod
     def open(
         self, directory: Path, device: torch.device, dtype: torch.dtype, *, trust_remote_code: bool = False
     ) -> CausalLM:
@@ -209,6 +213,11 @@ class Form(ABC):
             return ""
         linear = next(iter(self.heads.values()))
         return f"embedding and head are {linear.grid.bits}-bit integers in groups of {linear.group_size}; "
+
+    def predicted(self, directory: Path, tokens_NT: Tensor) -> Tensor | None:
+        """Logits ``[1, T, V]`` of the first of these tokens, as the export's own engine computes them where
+        the files hold the network as well; none where they hold its weights alone."""
+        return None
 
     def tolerance(self, of_arithmetic: float) -> float:
         """Largest allowed difference of two logits, in units of their standard deviation, where other

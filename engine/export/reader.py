@@ -68,6 +68,41 @@ class StoredLinear(Protocol):
         """float32 ``[O, I]``."""
 
 
+class TensorReader(Protocol):
+    """The tensors of a quantized checkpoint, one at a time, whatever its files are."""
+
+    config: dict[str, Any]
+    """What config.json says; empty where there is none."""
+    zero_scales: bool
+    """Whether a scale of zero is a way to write weights that are all zero."""
+
+    def names(self) -> list[str]:
+        """As a full-precision checkpoint would have them."""
+
+    def stored_names(self) -> list[str]:
+        """As they are in the files."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def files(self) -> list[Path]:
+        """All that were opened."""
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor that is not quantized."""
+
+    def is_packed(self, linear: str) -> bool:
+        """Whether a linear is stored as integers."""
+
+    def parts_of(self, linear: str) -> tuple[str, ...]:
+        """Names of the tensors that a quantized linear is made of."""
+
+    def linear(self, prefix: str) -> StoredLinear:
+        """One quantized linear."""
+
+    def bits_of(self, prefix: str) -> int:
+        """Bits of the integers of one quantized linear."""
+
+
 @dataclass(frozen=True)
 class PlainLinear:
     """One quantized linear of a file: codes uint8 ``[O, I]``, zeros uint8 and scales float16 ``[O, G]``."""
@@ -110,7 +145,7 @@ class _Index(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """Where a tensor's bytes are."""
 
     path: Path
@@ -130,16 +165,21 @@ class CheckpointReader(ABC):
     """Name of the format."""
     suffixes: ClassVar[tuple[str, ...]]
     """What a quantized linear's tensors are called behind its name; each linear has the first of them."""
+    zero_scales = False
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
-        self.config = read_json(self.directory / "config.json")
+        self.config = self.read_config()
         self.quantization = quantization_of(self.directory, self.config)
         self.understand()
         self._entries = self._list_tensors()
 
     bits: int | None = None
     """Of an integer, where one number holds for all linears."""
+
+    def read_config(self) -> dict[str, Any]:
+        """config.json."""
+        return read_json(self.directory / "config.json")
 
     @abstractmethod
     def understand(self) -> None:
@@ -162,6 +202,13 @@ class CheckpointReader(ABC):
         if self.bits is None:
             raise damaged(self.directory, f"nothing says how many bits the integers of {prefix} have")
         return self.bits
+
+    def is_packed(self, linear: str) -> bool:
+        # What a format calls a linear's weight may be one of its packed tensors, as in MLX.
+        return any(f"{linear}.{suffix}" in self._entries for suffix in self.suffixes if suffix != "weight")
+
+    def parts_of(self, linear: str) -> tuple[str, ...]:
+        return tuple(name for name in (f"{linear}.{each}" for each in self.suffixes) if name in self._entries)
 
     def stored_names(self) -> list[str]:
         """Names as they are in the files."""
@@ -250,18 +297,18 @@ class CheckpointReader(ABC):
         """The tensor that every quantized linear has, of the linear whose weight is called ``name``."""
         return f"{name.removesuffix('.weight')}.{self.suffixes[0]}"
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> Entry:
         if name not in self._entries:
             raise PreflightError(f"tensor {name} is not in the checkpoint", where=str(self.directory))
         return self._entries[name]
 
-    def _list_tensors(self) -> dict[str, _Entry]:
+    def _list_tensors(self) -> dict[str, Entry]:
         index = self.directory / "model.safetensors.index.json"
         try:
             weight_map = read_struct(index, _Index, LARGE).weight_map
         except NoFile:
             return _read_header(self.directory / "model.safetensors")
-        found: dict[str, _Entry] = {}
+        found: dict[str, Entry] = {}
         for file_name in sorted(set(weight_map.values())):
             if Path(file_name).name != file_name:
                 raise damaged(index, f"{file_name[:80]!r} is no file of this folder")
@@ -311,7 +358,7 @@ class PackedSource:
         return {"kind": self.weights.format, "path": str(self.directory), "sha256": digest}
 
 
-def _read_header(path: Path) -> dict[str, _Entry]:
+def _read_header(path: Path) -> dict[str, Entry]:
     """Where each tensor of a safetensors file is; the safetensors library judges whether it is sound."""
     try:
         with os.fdopen(open_regular(path), "rb") as file:
@@ -330,7 +377,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
         size_wanted = math.prod(entry.shape) * dtype.itemsize if dtype is not None else end - start
         if not 0 <= end - start == size_wanted or 8 + length + end > size:
             raise damaged(path, f"tensor {name} lies where it cannot lie")
-        entries[name] = _Entry(path, 8 + length + start, end - start, entry.shape, entry.dtype, dtype)
+        entries[name] = Entry(path, 8 + length + start, end - start, entry.shape, entry.dtype, dtype)
     # Last, when it is known to be a regular file: the library would wait for whatever has the name.
     parsed(_judge, path, path, "safetensors file")
     return entries

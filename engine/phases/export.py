@@ -36,6 +36,8 @@ from engine.run.directory import RunDirectory
 from engine.system.copying import check_target, copy_whole
 from engine.system.sums import digests
 
+BEGIN_SILENCE = 600
+"""Seconds before the first block is written: some formats trace the network first."""
 OTHER_DTYPE_HINT = "export.dtype takes bfloat16, float16 and float32"
 
 
@@ -128,6 +130,7 @@ def _write(
         on_block=partial(count, False),
         heads=job.heads,
     )
+    job.report.expect_silence(BEGIN_SILENCE)
     written = export.into(path, verify=is_trained, root=job.run.path)
     verified[0].raise_if_failed(str(ExportPlace(path, job.run.path).failed))
     return written, verified[0]

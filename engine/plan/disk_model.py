@@ -93,13 +93,14 @@ def _last_snapshot(work: Workload, snapshots: Mapping[str, int]) -> int:
 
 
 def export_bytes(work: Workload) -> int:
-    """The tensors of every format and the headers of their files."""
+    """The tensors of every format, the headers of their files, and what these say of the network."""
     config = work.config
     total = 0
     for name in config.export.formats:
         size = exported_bytes(work.arch, config.grid, name, number_bytes(config.export.dtype))
         shards = 1 + int(size / (config.export.shard_gib * GIB))
         total += size + shards * header_room(work.arch, name, heads=config.grid.head is not None)
+        total += work.arch.blocks * FORMATS[name].network_bytes
     return total
 
 

@@ -7,9 +7,11 @@ export       one block packed and written; then it is read back and compared
 
 from __future__ import annotations
 
+from engine.config.formats import FORMATS
 from engine.config.stages import STAGES, Stage, measured_stage
 from engine.plan.costs import costs_of
 from engine.plan.estimate import CONSTANTS, Workload
+from engine.plan.export_sizes import exported_bytes, number_bytes
 from engine.plan.memory_terms import Memory, largest_linear, largest_tensor, logits, rounding_head
 from engine.plan.own_text import writing_memory
 from engine.plan.passages import compiling_form, passing
@@ -18,6 +20,9 @@ from engine.plan.streams import shares_teacher, teacher_bytes
 
 VERIFY_WINDOWS, VERIFY_TOKENS = 2, 512
 """Part of the evaluation text on which the logits of an export and of what was trained are compared."""
+
+TRACE_SECONDS = 1.3
+"""To trace a block by torch's exporter, on a slow core; Python's own speed decides."""
 
 # ------------------------------------------------------------------------------------------- preparation
 
@@ -88,19 +93,35 @@ def _is_first_packed(work: Workload, stage: Stage) -> bool:
 
 
 def export_memory(work: Workload) -> Memory:
-    """Writing streams tensor by tensor; reading back compares logits on a few hundred tokens."""
+    """Writing streams tensor by tensor; reading back compares logits on a few hundred tokens, and an engine
+    of the export's own loads the whole of it."""
     arch = work.arch
-    return Memory(
-        {
-            "one block": 2 * work.model_bytes * arch.params_per_block,
-            "reloaded embeddings and head": work.model_bytes * arch.rest_params,
-            "packing": largest_linear(arch) * CONSTANTS.unpack_bytes,
-            "logits": VERIFY_WINDOWS * VERIFY_TOKENS * arch.vocab * 4 * 2,
-            "one tensor at 16 bits": 2 * largest_tensor(arch),
-        }
-    )
+    loaded = max((_loaded_bytes(work, name) for name in work.config.export.formats), default=0)
+    parts = {
+        "one block": 2 * work.model_bytes * arch.params_per_block,
+        "reloaded embeddings and head": work.model_bytes * arch.rest_params,
+        "packing": largest_linear(arch) * CONSTANTS.unpack_bytes,
+        "logits": VERIFY_WINDOWS * VERIFY_TOKENS * arch.vocab * 4 * 2,
+        "one tensor at 16 bits": 2 * largest_tensor(arch),
+    }
+    if work.cuda:
+        return Memory(parts, aside=loaded)
+    return Memory(parts | {"the export in its own engine": loaded} if loaded else parts)
+
+
+def _loaded_bytes(work: Workload, name: str) -> int:
+    """Of an export that runs by itself: its files, the packed weights once more as its operators want them,
+    and the head in float32, as it is and turned round."""
+    if not FORMATS[name].network_bytes:
+        return 0
+    files = exported_bytes(work.arch, work.config.grid, name, number_bytes(work.config.export.dtype))
+    head = work.arch.head_params or work.arch.embed_params
+    return 2 * files + 8 * head
 
 
 def export_seconds(work: Workload, rates: Speed, stored_bytes: int) -> float:
-    """Reading everything, and three passes over its packed weights."""
-    return load_seconds(work.arch, stored_bytes) + 3 * work.arch.blocks * unpacking(work, rates)
+    """Reading everything, three passes over its packed weights, and of formats whose files hold the network
+    a trace of it."""
+    traced = sum(bool(FORMATS[name].network_bytes) for name in work.config.export.formats)
+    passes = 3 * unpacking(work, rates) + TRACE_SECONDS * traced
+    return load_seconds(work.arch, stored_bytes) + work.arch.blocks * passes

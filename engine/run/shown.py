@@ -141,7 +141,8 @@ def render(
         },
         "bits_per_weight": export.bits_per_weight if export else _number(plan.get("bits_per_weight")),
         "exports": [
-            {**_fields(done, *_EXPORT), "copied_to": done.copied_to or None} for done in run.exports.values()
+            {**_fields(done, *_EXPORT), "card": f"{done.path}/{CARD}", "copied_to": done.copied_to or None}
+            for done in run.exports.values()
         ],
         "samples": [_payload(sample) for sample in run.samples.values()],
         "checkpoint": _fields(run.checkpoint, *_CHECKPOINT) if run.checkpoint is not None else None,
@@ -169,6 +170,8 @@ _EXPORT = (
     "tokens",
     "rounded",
 )
+CARD = "README.md"
+"""The model card of an export, in its folder."""
 _CHECKPOINT = ("generation", "bytes", "phase", "block", "t")
 
 

@@ -47,33 +47,42 @@ def show(run: Run, runs_dir: RunsDir = None, as_json: Json = False) -> None:
 
 
 def verify(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="The folder of a quantized checkpoint.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|PATH", help="A run, the folder of a quantized checkpoint, or a .gguf file."
+        ),
+    ],
     reference: Annotated[
         str | None,
         typer.Option("--reference", metavar="MODEL", help="Measure each linear's error against this model."),
     ] = None,
+    runs_dir: RunsDir = None,
     as_json: Json = False,
 ) -> int:
-    """Look at a quantized checkpoint, of a run or of anybody: layout, shapes, scales, missing tensors."""
-    import os
-    import sys
-    from pathlib import Path
+    """Look at a quantized checkpoint, of a run or of anybody: layout, shapes, scales, missing tensors.
 
-    from eqat_tui.judging import judged, judgement_text, told
+    Of a run, every export is looked at; the JSON of several is a list.
+    """
+    import sys
+
+    from eqat_tui.judging import checkpoints_of, judged, judgement_text, told
     from eqat_tui.output import colour_wanted, print_json, say
     from eqat_tui.output import show as show_text
 
     if not path:
-        raise UsageError("is empty", where="PATH", hint="name the folder of a checkpoint")
+        raise UsageError("is empty", where="PATH", hint="name a run, or the folder of a checkpoint")
     moving = colour_wanted(sys.stderr) and not as_json
-    found = judged(Path(os.path.expanduser(path)), reference, told(moving))
-    if moving:
-        say("\r\033[K", end="")
+    found = []
+    for place in checkpoints_of(path, runs_dir):
+        found.append(judged(place, reference, told(moving)))
+        if moving:
+            say("\r\033[K", end="")
+        if not as_json:
+            show_text(judgement_text(found[-1]))
     if as_json:
-        print_json(found)
-    else:
-        show_text(judgement_text(found))
-    return ExitCode.DONE if found["sound"] else ExitCode.DATA
+        print_json(found if len(found) > 1 else found[0])
+    return ExitCode.DONE if all(each["sound"] for each in found) else ExitCode.DATA
 
 
 def presets(as_json: Json = False) -> None:

@@ -168,23 +168,47 @@ class Reader(ModalScreen[None]):
 
 
 class MarkdownReader(ModalScreen[None]):
-    """A Markdown file as it will look."""
+    """Markdown files as they will look, one at a time."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "dismiss", "Close")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,q", "dismiss", "Close"),
+        Binding("right,tab", "turn(1)", "Next", show=False, priority=True),
+        Binding("left,shift+tab", "turn(-1)", "Previous", show=False, priority=True),
+    ]
 
-    def __init__(self, title: str, text: str) -> None:
+    def __init__(self, pages: Sequence[tuple[str, str]]) -> None:
+        """``pages`` are titles and texts; there is at least one."""
         super().__init__()
-        self._title, self._text = title, text
+        self._pages, self._page = pages, 0
 
     def compose(self) -> ComposeResult:
         from textual.widgets import Markdown
 
         with Vertical(classes="dialog tall"):
             with ScrollText(id="text", classes="section"):
-                yield Markdown(printable_lines(self._text), open_links=False)
+                yield Markdown(open_links=False)
             yield Panel(id="keys")
 
     def on_mount(self) -> None:
-        entitle(self.query_one("#text"), self._title)
         self.query_one("#text").focus()
-        self.query_one("#keys", Panel).show([line((" esc", "key"), " close   ", (" ↑↓", "key"), " scroll")])
+        several = len(self._pages) > 1
+        turn = (("   ←→", "key"), " the other cards") if several else ()
+        self.query_one("#keys", Panel).show(
+            [line((" esc", "key"), " close   ", (" ↑↓", "key"), " scroll", *turn)]
+        )
+        self._show()
+
+    def action_turn(self, by: int) -> None:
+        """To the next file, or the one before."""
+        self._page = (self._page + by) % len(self._pages)
+        self._show()
+
+    def _show(self) -> None:
+        from textual.widgets import Markdown
+
+        title, text = self._pages[self._page]
+        number = f"{self._page + 1} of {len(self._pages)}: " if len(self._pages) > 1 else ""
+        place = self.query_one("#text")
+        entitle(place, number + title)
+        place.scroll_home(animate=False)
+        self.query_one(Markdown).update(printable_lines(text))

@@ -16,8 +16,9 @@ from textual.widgets import Input
 
 from engine.config.formats import FORMATS
 from engine.errors import EqatError
+from engine.run.events import Export
 from engine.run.launch import launch
-from engine.run.shown import origin, render
+from engine.run.shown import CARD, origin, render
 from engine.run.trained import UNTRAINED, has_trained
 from engine.system.copying import check_target
 from engine.system.guarded import read_bytes
@@ -37,8 +38,12 @@ from eqat_tui.widgets.scrolling import ScrollBox
 from eqat_tui.widgets.typed import TypedInput
 
 FIRST_PROMPT = "The capital of France is"
-CARD = "README.md"
 LARGEST_CARD = 1 << 20
+
+
+def _verified(view: RunView) -> list[Export]:
+    """The exports that are what was trained, in the order in which they were first written."""
+    return [export for export in view.state.exports.values() if export.verified]
 
 
 class ResultScreen(WorkScreen):
@@ -54,8 +59,8 @@ class ResultScreen(WorkScreen):
         Key("e", "export", "export", "Write a packed checkpoint again, into this run or a folder of yours"),
         Key("v", "evaluate", "evaluate", "Measure the perplexity of the quantized model again"),
         Key("x", "stop", "stop", "Stop the sample, export or evaluation that was started here"),
-        Key("m", "card", "card", "The model card as it was written"),
-        Key("y", "copy", "copy", "Copy the lines of Python that load the packed checkpoint"),
+        Key("m", "card", "card", "The model card of each packed checkpoint, as it was written"),
+        Key("y", "copy", "copy", "Copy the lines of Python that load the packed checkpoints"),
         Key("t", "replay", "replay", "Show the run from its beginning again, at any speed"),
     )
     ABOUT = "What came of the run. Perplexity is measured on the same tokens before, between and after."
@@ -132,11 +137,9 @@ class ResultScreen(WorkScreen):
         self.query_one("#figures", Panel).show(self._figures(view, half))
         self.query_one("#samples", Panel).show(views.samples(view.state, half))
         self.query_one("#exports", Panel).show(views.exports(view, half))
-        path = self._export_path(view)
-        snippet = self._snippet(view).splitlines() if path else ["packed checkpoints come first"]
-        self.query_one("#loading", Panel).show(
-            [line((text, "muted" if path is None else "")) for text in snippet]
-        )
+        exports = _verified(view)
+        snippet = self._snippet(view).splitlines() if exports else ["packed checkpoints come first"]
+        self.query_one("#loading", Panel).show([line((text, "" if exports else "muted")) for text in snippet])
         self.refresh_bars(line(monitor_views.state_span(view), " "))
 
     def _busy_lines(self, view: RunView, width: int) -> list[Line]:
@@ -153,14 +156,15 @@ class ResultScreen(WorkScreen):
         shown = render(view.state, state=view.liveness, config=view.config)
         return views.figures({**shown, "path": str(run.path), "origin": self._origin[1]}, width)
 
-    def _export_path(self, view: RunView) -> Path | None:
-        done = [export for export in view.state.exports.values() if export.verified]
-        return views.export_path(view.path, done[-1].path) if done else None
-
     def _snippet(self, view: RunView) -> str:
-        """How the export at :meth:`_export_path` is loaded."""
-        done = [export for export in view.state.exports.values() if export.verified][-1]
-        return views.loading_snippet(views.export_path(view.path, done.path), done.format)
+        """How each export is loaded, under its format's name where there are several."""
+        done = _verified(view)
+        parts = [
+            views.loading_snippet(views.export_path(view.path, export.path), export.format) for export in done
+        ]
+        if len(done) < 2:
+            return "".join(parts)
+        return "\n\n".join(f"# {export.format}\n{part}" for export, part in zip(done, parts, strict=True))
 
     # -- keys --------------------------------------------------------------------------------------
 
@@ -177,7 +181,7 @@ class ResultScreen(WorkScreen):
                 return "an engine works on the run already"
             if not has_trained(view.state, view.config):
                 return f"{UNTRAINED}: r on {key_of('monitor')} goes on with it"
-        if action in ("card", "copy") and self._export_path(view) is None:
+        if action in ("card", "copy") and not _verified(view):
             return "there is no verified packed checkpoint yet"
         if action == "stop":
             if not view.live:
@@ -228,18 +232,19 @@ class ResultScreen(WorkScreen):
     def do_card(self) -> None:
         view = self._view
         assert view is not None
-        path = self._export_path(view)
-        assert path is not None
-        root = Path(view.path)
-        card = Path(os.path.normpath(path / CARD))
-        if not card.is_relative_to(root):  # the log says where, and a log can say anything
-            self.notify(f"{card} lies outside of the run, and is not read", severity="warning")
-            return
-        text = read_bytes(card, LARGEST_CARD, root=root).decode(errors="replace")
-        # The front matter is for the hub's index, not for a reader.
-        if text.startswith("---"):
-            text = text.partition("\n---")[2].lstrip("-\n")
-        self.app.push_screen(MarkdownReader(str(card), text))
+        root, pages = Path(view.path), []
+        for export in _verified(view):
+            card = Path(os.path.normpath(views.export_path(view.path, export.path) / CARD))
+            if not card.is_relative_to(root):  # the log says where, and a log can say anything
+                self.notify(f"{card} lies outside of the run, and is not read", severity="warning")
+                continue
+            text = read_bytes(card, LARGEST_CARD, root=root).decode(errors="replace")
+            # The front matter is for the hub's index, not for a reader.
+            if text.startswith("---"):
+                text = text.partition("\n---")[2].lstrip("-\n")
+            pages.append((str(card), text))
+        if pages:
+            self.app.push_screen(MarkdownReader(pages))
 
     def do_copy(self) -> None:
         assert self._view is not None
@@ -258,7 +263,7 @@ class ExportDialog(ModalScreen[tuple[list[str], str] | None]):
     ]
 
     def __init__(self, formats: tuple[str, ...], unfit: Mapping[str, str], run: Path) -> None:
-        """``unfit`` says of formats what they cannot hold of the run's grid."""
+        """``unfit`` says of formats why the run cannot be written in them."""
         super().__init__()
         self._formats, self._unfit = formats, unfit
         self._chosen = {name for name in formats[:1] if name not in unfit}
@@ -302,13 +307,13 @@ class ExportDialog(ModalScreen[tuple[list[str], str] | None]):
 
     def _row(self, name: str) -> Line:
         if name in self._unfit:
-            return line((f"    {name}  cannot hold {self._unfit[name]}", "muted"))
+            return line((f"    {name}  {self._unfit[name]}", "muted"))
         return line(f"[{'x' if name in self._chosen else ' '}] {name}")
 
     def action_switch(self) -> None:
         name = self._formats[self.query_one("#formats", ListPanel).cursor]
         if name in self._unfit:
-            self.notify(f"{name} cannot hold {self._unfit[name]}", severity="warning")
+            self.notify(f"{name} {self._unfit[name]}", severity="warning")
             return
         self._chosen ^= {name}
         self._fill()

@@ -163,7 +163,7 @@ def exports(view: RunView, width: int) -> list[Line]:
 
 
 def unfit_formats(config: Mapping[str, Any] | None) -> dict[str, str]:
-    """By format, what of a run's grid it cannot hold, in words; those that hold it are left out."""
+    """By format, why a run cannot be written in it, in words that follow its name; of the others nothing."""
     grid = branch(config, "grid")
     if not isinstance(grid, Mapping):
         return {}
@@ -172,9 +172,13 @@ def unfit_formats(config: Mapping[str, Any] | None) -> dict[str, str]:
         return {}
     head = grid.get("head_bits")
     head = head if isinstance(head, int) else 0
-    shared = Grid(bits, size, symmetric is True)
-    found = {row.name: row.lacks(shared) or row.lacks_head(head) for row in FORMATS}
-    return {name: lacks for name, lacks in found.items() if lacks}
+    of_run = Grid(bits, size, symmetric is True)
+    held = {row.name: row.lacks(of_run) or row.lacks_head(head) for row in FORMATS}
+    found = {
+        name: f"cannot hold {lacks}" if lacks else FORMATS[name].lacks_libraries()
+        for name, lacks in held.items()
+    }
+    return {name: why for name, why in found.items() if why}
 
 
 def loading_snippet(path: str | Path, name: str = DEFAULT_FORMAT) -> str:

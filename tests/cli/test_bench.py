@@ -183,7 +183,7 @@ def test_a_run_without_an_export_says_how_to_write_one(eqat: Eqat, finished_run:
 def test_every_loader_reads_formats_that_exist_and_has_code() -> None:
     for loader in LOADERS:
         # A loader may know a format that only an extension, or another version, writes.
-        assert set(loader.formats) <= {*FORMATS.names(), "onnx"}, loader.name
+        assert set(loader.formats) <= {*FORMATS.names()}, loader.name
         assert loader.install.startswith("pip install "), loader.name
         module = loader.code.partition(":")[0].replace(".", "/") + ".py"
         assert (Path(__file__).parents[2] / module).is_file(), loader.name

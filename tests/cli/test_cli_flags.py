@@ -16,7 +16,7 @@ PUBLIC = {
     "replay": {"--runs-dir", "--speed", "--ascii"},
     "memory": {"--runs-dir", "--ascii"},
     "monitor": {"--runs-dir", "--ascii"},
-    "verify": {"--reference", "--json"},
+    "verify": {"--reference", "--runs-dir", "--json"},
     "import": {
         *("--reference", "--preset", "--data", "--device", "--set"),
         *("--runs-dir", "--dry-run", "--detach", "--json"),

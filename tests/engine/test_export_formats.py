@@ -15,6 +15,7 @@ from toy_format import ROW
 from engine.checkpoints.store import CheckpointStore
 from engine.config.formats import FORMATS
 from engine.config.stages import STAGES
+from engine.errors import UsageError
 from engine.export.gguf_reader import GGUFContent
 from engine.export.place import ExportPlace
 from engine.phases.export import recover_exports
@@ -23,6 +24,8 @@ from engine.run.directory import RunDirectory
 from engine.run.facts import block_entry, stage_entry
 from engine.run.state import load_state
 from engine.run.usable import newest_usable
+from eqat_tui.commands.looking import verify as verify_command
+from eqat_tui.judging import checkpoints_of
 
 
 @pytest.fixture(autouse=True)
@@ -91,6 +94,51 @@ def test_a_run_writes_a_gguf_file_and_another_one_is_written_after_the_fact(
     shutil.rmtree(run.export_dir / "gguf")
     assert run_here(run, "--task", "export", "--format", "gguf") == 0
     assert of(run, events.Export)[-1].files == before
+
+
+def test_verify_takes_the_name_of_a_run_and_looks_at_each_of_its_exports(
+    finished_copy: Callable[..., RunDirectory], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_copy()
+    shutil.copytree(run.export_dir / "gptq_v2", run.export_dir / "compressed-tensors")
+    place = run.path.parent
+    wanted = [run.export_dir / "gptq_v2", run.export_dir / "compressed-tensors"]
+    assert checkpoints_of(run.id, place) == checkpoints_of(str(run.path), None) == wanted
+    assert checkpoints_of(str(wanted[0]), None) == wanted[:1]
+    shutil.rmtree(wanted[1])
+    assert verify_command(run.id, runs_dir=place, as_json=True) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["path"], said["sound"]) == (str(wanted[0]), True)
+    shutil.rmtree(run.export_dir)
+    with pytest.raises(UsageError, match="it has no export yet"):
+        checkpoints_of(run.id, place)
+
+
+@pytest.mark.skipif(
+    bool(FORMATS["onnx"].missing_libraries()), reason="the packages of the extra onnx are not installed"
+)
+def test_a_run_writes_an_onnx_graph_as_large_as_planned(
+    make: Callable[..., RunDirectory],
+) -> None:
+    run = make(**{"export.formats": ["onnx"], "grid.bits": 2})
+    assert run_here(run) == 0
+    (told,) = of(run, events.Export)
+    assert (told.format, told.path, told.verified, told.rounded) == ("onnx", "export/onnx", True, "")
+    assert {"model.onnx", "model.onnx.data", "README.md", "config.json", "tokenizer.json"} <= set(told.files)
+    planned = of(run, events.Plan)[0].plan["export_bytes"]
+    assert planned <= told.bytes < 1.01 * planned
+
+
+def test_a_format_whose_packages_are_missing_is_refused_before_anything_is_trained(
+    make: Callable[..., RunDirectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.config.formats.find_spec", lambda name: None)
+    run = make(**{"export.formats": ["gptq_v2", "onnx"], "grid.bits": 4})
+    assert run_here(run) == 3
+    error = failure(run, 3)
+    assert error.message == "ONNX needs onnx, onnxscript, onnxruntime, not installed here"
+    assert error.hint.startswith("pip install onnx onnxscript onnxruntime, or leave onnx out")
+    assert not of(run, events.BlockStarted)
 
 
 def test_a_tokenizer_that_a_gguf_file_cannot_hold_is_refused_before_anything_is_trained(

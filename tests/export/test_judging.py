@@ -68,8 +68,23 @@ def test_an_export_of_ours_is_sound(written: Callable[[str], Path], name: str) -
     assert (found.problems, found.sound, found.format) == ([], True, name)
     assert found.linears == (0 if name == "hf" else 7 * found.blocks)
     assert found.bytes == sum(f.stat().st_size for f in written(name).glob("*.[gs][ga][uf]*"))
-    if name in (*PACKED, "auto-round"):
-        assert found.grids == {"w3g32": found.linears}
+    grid = {"hf": "", "gguf": "w4g32 symmetric"}.get(name, "w3g32")  # of which Q4_0 is one
+    assert found.grids == ({grid: found.linears} if grid else {})
+
+
+def test_a_gguf_file_is_named_by_itself_where_its_folder_has_others(
+    written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (file,) = written("gguf").glob("*.gguf")
+    for name in ("one.gguf", "two.gguf"):
+        shutil.copy(file, tmp_path / name)
+    found = judge(tmp_path / "two.gguf")
+    assert (found.problems, found.format, found.bytes) == ([], "gguf", file.stat().st_size)
+    with pytest.raises(PreflightError, match="holds 2 GGUF files, not one"):
+        judge(tmp_path)
+    (tmp_path / "three.txt").touch()
+    with pytest.raises(PreflightError, match="is a file; name its folder"):
+        judge(tmp_path / "three.txt")
 
 
 @pytest.mark.parametrize("name", PACKED)

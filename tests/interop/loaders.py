@@ -92,6 +92,30 @@ def mlx(folder: Path, ids: Tensor) -> Loaded:
     return torch.from_numpy(np.array(logits)), weights
 
 
+def onnx(folder: Path, ids: Tensor) -> Loaded:
+    import numpy as np
+    import onnxruntime
+
+    model = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    (padded,) = model.run(["logits"], _left_padded(ids))
+    inputs = {"input_ids": ids.numpy(), "attention_mask": np.ones_like(ids.numpy())}
+    (logits,) = model.run(["logits"], inputs)
+    # Texts of several lengths are padded on the left for generation, and predict the same.
+    assert np.abs(padded[:, PADDING:] - logits).max() < 1e-3 * logits.std()
+    return torch.from_numpy(logits), {}
+
+
+PADDING = 5
+
+
+def _left_padded(ids: Tensor) -> dict[str, Any]:
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (PADDING, 0))
+    return {
+        "input_ids": torch.nn.functional.pad(ids, (PADDING, 0)).numpy(),
+        "attention_mask": mask.numpy(),
+    }
+
+
 class Loader(NamedTuple):
     """What loads a format."""
 
@@ -113,5 +137,6 @@ LOADERS = {
     "gptq": Loader(("transformers", "gptqmodel"), gptqmodel),
     "mlx": Loader(("mlx", "mlx-lm"), mlx),
     "hf": Loader(("transformers",), plain),
+    "onnx": Loader(("onnxruntime",), onnx),
 }
 """By format."""

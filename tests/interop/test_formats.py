@@ -7,7 +7,6 @@ attention), heads tied and not. ``make interop`` runs this in an environment of 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +22,11 @@ from packed_models import (
     trained_logits,
     write,
 )
-from table import PAGE, Tried, page
+from table import Tried
 
 from engine.config.formats import FORMATS
 from engine.config.grid import Grid
-from engine.export.layout import Layout, form_of, layout_of
+from engine.export.layout import form_of
 from eqat_tui.views.result import loading_snippet
 
 pytest.importorskip("gptqmodel", reason="run by `make interop` in an environment of its own")
@@ -48,8 +47,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 GRIDS = [Grid(2, 64), Grid(3, 64), Grid(4, 128), Grid(8, 32), Grid(4, -1), Grid(3, 32, True)]
 NO_ZERO = ("gptq",)
-FOLDERS = [row.name for row in FORMATS if isinstance(form_of(row.name), Layout)]
-"""Formats whose exports are folders in Hugging Face's form; others have files of tests of their own."""
+FOLDERS = [name for name in FORMATS.names() if name != "gguf"]
+"""Formats whose exports have tokenizer and configuration beside them; GGUF has a file of tests of its own."""
 
 
 class Case(NamedTuple):
@@ -72,15 +71,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tried() -> Iterator[list[Tried]]:
-    """What was loaded; once every case was, it becomes the page."""
-    found: list[Tried] = []
-    yield found
-    if len(found) == len(CASES):
-        PAGE.write_text(page(sorted(found, key=lambda each: list(LOADERS).index(each.format))))
-
-
 def test_every_format_of_the_table_has_a_loader_here() -> None:
     assert set(LOADERS) == set(FOLDERS)
 
@@ -94,9 +84,9 @@ def test_the_loader_computes_what_was_trained(tmp_path: Path, tried: list[Tried]
         for block in blocks:
             for weight in block.linears.values():
                 weight.zero_point.clamp_(min=1)
-    layout, ids = layout_of(case.format), some_ids(4, 96)
+    form, ids = form_of(case.format), some_ids(4, 96)
     result = write(
-        tmp_path / "out", lm, source, blocks.__getitem__, layout=layout, dtype="float16", shard_bytes=300_000
+        tmp_path / "out", lm, source, blocks.__getitem__, layout=form, dtype="float16", shard_bytes=300_000
     )
     have, weights = LOADERS[case.format].load(result.path, ids)
     want = trained_logits(lm, blocks, ids, "float16")
@@ -135,7 +125,7 @@ def test_the_loader_computes_what_was_trained(tmp_path: Path, tried: list[Tried]
 def test_the_lines_that_screen_and_card_show_load_it(tmp_path: Path, name: str) -> None:
     source, lm = open_model(save_model(tmp_path / "fp", tie_word_embeddings=True))
     blocks = packed_blocks(lm, 4, 64, symmetric=name in NO_ZERO)
-    result = write(tmp_path / "out", lm, source, blocks.__getitem__, layout=layout_of(name))
+    result = write(tmp_path / "out", lm, source, blocks.__getitem__, layout=form_of(name))
     found: dict[str, Any] = {}
     exec(loading_snippet(result.path, name), found)
     assert found["tokenizer"].encode("hello")
@@ -162,7 +152,7 @@ def test_the_loader_computes_with_a_quantized_embedding_and_head(
         lm,
         source,
         blocks.__getitem__,
-        layout=layout_of(name),
+        layout=form_of(name),
         dtype="float16",
         heads=heads,
     )

@@ -27,6 +27,7 @@ from packed_models import (
     trained_logits,
     write,
 )
+from table import Tried
 
 from engine.export.layout import form_of
 
@@ -95,7 +96,9 @@ def test_llama_cpp_computes_with_a_quantized_embedding_and_head(
 
 
 @pytest.mark.parametrize("case", CASES, ids=gguf_models.NAMES)
-def test_llama_cpp_predicts_as_the_trained_model(case: Case, tmp_path: Path, opened: Any) -> None:
+def test_llama_cpp_predicts_as_the_trained_model(
+    case: Case, tmp_path: Path, opened: Any, tried: list[Tried]
+) -> None:
     file, _, lm, blocks = written(tmp_path, case)
     ids = some_ids(1, LENGTH)
     model = opened(file, n_ctx=256, n_batch=256, logits_all=True)
@@ -106,7 +109,21 @@ def test_llama_cpp_predicts_as_the_trained_model(case: Case, tmp_path: Path, ope
     best = want.topk(2).values
     lead = best[:, 0] - best[:, 1]
     clear = lead >= lead.quantile(0.75)  # a random model is mostly undecided
-    assert (have.argmax(-1) == want.argmax(-1))[clear].float().mean() >= 0.9
+    agree = (have.argmax(-1) == want.argmax(-1))[clear].float().mean().item()
+    assert agree >= 0.9
+    tried.append(
+        Tried(
+            format=f"gguf {case.kind}",
+            model=case.model_type,
+            bits=case.bits,
+            group_size=case.group,
+            symmetric=case.symmetric,
+            loader=f"llama-cpp-python {llama_cpp.__version__}",
+            weights_equal=False,
+            agree=agree,
+            worst=((have - want).abs().max() / want.std()).item(),
+        )
+    )
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -259,6 +259,7 @@ def test_show_has_every_promised_field(finished: RunDirectory) -> None:
     assert shown["bits_per_weight"] == 4.63
     assert shown["exports"][0]["verified"] is True
     assert {"format", "path", "verified", "max_logit_diff"} <= set(shown["exports"][0])
+    assert shown["exports"][0]["card"] == f"{shown['exports'][0]['path']}/README.md"
 
 
 def test_summary_says_the_same_as_show(finished: RunDirectory) -> None:

@@ -230,7 +230,7 @@ def test_dialogs_and_the_clipboard_hold_words_only() -> None:
         assert app.focused is not None
         assert app.focused.value == f"a{EVIL}b"  # type: ignore[attr-defined]
         await press(pilot, "escape")
-        app.push_screen(MarkdownReader(EVIL, f"# head {EVIL}\n\n{EVIL}"))
+        app.push_screen(MarkdownReader([(EVIL, f"# head {EVIL}\n\n{EVIL}")]))
         await until(pilot, lambda: "head" in picture(app))
         assert is_clean(await settled(pilot))
 

@@ -68,7 +68,7 @@ def test_every_key_of_a_burst_scrolls_and_g_and_G_are_top_and_bottom(recorded: R
         await shown(pilot)
         texts = [
             Reader("a text", lambda width: [line(f"line {index}") for index in range(200)]),
-            MarkdownReader("a card", "\n\n".join(f"line {index}" for index in range(100))),
+            MarkdownReader([("a card", "\n\n".join(f"line {index}" for index in range(100)))]),
         ]
         for text in texts:
             app.push_screen(text)

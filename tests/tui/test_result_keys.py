@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from app_tools import app_of, drive, picture, press, shown, until, view_of
 from test_keys import told
@@ -65,6 +66,50 @@ def test_a_folder_that_is_taken_is_said_in_the_dialog(recorded: Recorded, tmp_pa
 
     drive(app_of(run, view_of(run, "done"), mode="result"), script)
     assert not run.launch_path.exists()
+
+
+def test_of_several_exports_each_has_its_card_and_its_lines(recorded: Recorded) -> None:
+    run = recorded("finished")
+    view = view_of(run, "done")
+    (export,) = view.state.exports.values()
+    other = msgspec.structs.replace(export, format="onnx", path="export/onnx")
+    state = msgspec.structs.replace(view.state, exports={**view.state.exports, "onnx": other})
+    view = msgspec.structs.replace(view, state=state)
+    for name, path in (("first", export.path), ("second", other.path)):
+        (run.path / path).mkdir(parents=True, exist_ok=True)
+        (run.path / path / "README.md").write_text(f"---\ntags:\n---\n\n# the {name} card\n")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await shown(pilot)
+        await press(pilot, "m")
+        await until(pilot, lambda: "the first card" in picture(app))
+        assert "1 of 2: " in picture(app)
+        await press(pilot, "right")
+        await until(pilot, lambda: "the second card" in picture(app) and "2 of 2: " in picture(app))
+        await press(pilot, "right")
+        await until(pilot, lambda: "the first card" in picture(app))
+        await press(pilot, "escape", "y")
+        assert "# gptq_v2\n" in app.clipboard
+        assert "from_pretrained" in app.clipboard
+        assert app.clipboard.index("# onnx\n") < app.clipboard.index("InferenceSession")
+
+    drive(app_of(run, view, mode="result"), script)
+
+
+def test_a_format_whose_packages_are_missing_is_no_choice_and_says_what_it_needs(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.config.formats.find_spec", lambda name: None)
+    run = recorded("finished")
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await shown(pilot)
+        await press(pilot, "e")
+        await until(pilot, lambda: "onnx  needs onnx, onnxscript, onnxruntime, not installed" in picture(app))
+        await press(pilot, "end", "space")
+        assert told(app) == ["onnx needs onnx, onnxscript, onnxruntime, not installed here"]
+
+    drive(app_of(run, view_of(run, "done"), mode="result"), script)
 
 
 def test_the_dialog_says_which_formats_do_not_hold_the_grid(recorded: Recorded) -> None:
