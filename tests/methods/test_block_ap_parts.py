@@ -236,7 +236,9 @@ def test_a_training_goes_on_from_the_start_that_it_had(
         with pytest.raises(StopRequested):
             train(lm, progress=left, **knobs)
     assert left.left is not None
-    assert left.left.facts["noted"]["start"] == ([2, 1 << 17] if short else [4, 1 << 20])
+    noted = left.left.facts["noted"]
+    at_once = (2, 1 << 17) if short else (4, 1 << 20)
+    assert (noted["start_sequences"], noted["start_values"]) == at_once
     begun: list[start.AtOnce] = []
     real = block_ap.searched_start
 
@@ -246,7 +248,7 @@ def test_a_training_goes_on_from_the_start_that_it_had(
 
     monkeypatch.setattr(block_ap, "searched_start", watched)
     result = train(lm, snapshot=left.left, **knobs)
-    assert begun == [(2, 1 << 17) if short else (4, 1 << 20)]
+    assert begun == [at_once]
     assert result.final_loss == whole.final_loss
     for name, tensor in whole.packed.tensors().items():
         assert torch.equal(tensor, result.packed.tensors()[name]), name

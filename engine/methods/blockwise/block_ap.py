@@ -50,8 +50,8 @@ if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
 
 
-START = "start"
-"""Of a training, noted: how much of its start was worked on at once."""
+NOTED_START = ("start_sequences", "start_values")
+"""Of a training: how much of its start was worked on at once (:class:`AtOnce`)."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def train_block(
     if (fast or kernels) and _obstacle_is_said(lm.device, index, progress, fast=fast, kernels=kernels):
         fast = kernels = False
     noted = {} if snapshot is None else snapshot.facts["noted"]
-    at_once = AtOnce(*noted.get(START, (micro_batch or config.batch_size, values_at_a_time(lm.device))))
+    usual = micro_batch or config.batch_size, values_at_a_time(lm.device)
+    at_once = AtOnce(*(int(noted.get(name, count)) for name, count in zip(NOTED_START, usual, strict=True)))
     start = None
     if config.start == "search":
         grids = grid.of_each(lm.linear_names(index))
@@ -131,7 +132,7 @@ def train_block(
     )
     training = Training(reconstruction, streams.train, settings, progress, snapshot, keeper)
     if start is not None:
-        training.position.noted[START] = list(start.at_once)
+        training.position.noted.update(zip(NOTED_START, start.at_once, strict=True))
     result = _trained(reconstruction, training, trains=bool(config.train))
     result.packed.install(block)
     return result
