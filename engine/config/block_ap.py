@@ -43,7 +43,8 @@ class BlockAPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fiel
     """The loss is ``mse`` over all outputs, or each token's squared error divided by its target's mean
     square."""
     drop_largest: float = 0.0
-    """The loss leaves out this fraction of a batch's squared errors, the largest; 0 keeps all."""
+    """The loss leaves out this fraction of the squared errors that are computed together, the largest ones; 0
+    keeps all."""
     lr_scaling: LearningRateScaling = "relative"
     """``relative`` multiplies a learning rate by each linear's mean initial scale; ``absolute`` does not."""
     lr_weight: float | None = None
@@ -60,14 +61,9 @@ class BlockAPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fiel
     """A gradient's norm is clipped to this; 0 turns clipping off."""
     patience: int = 0
     """A block stops after this many epochs without a better validation loss; 0 trains all epochs."""
-    start: Literal["range", "search", "mse", "clip"] = "range"
-    """Scales and zero points start where ``grid.range`` puts them, or by a ``search`` for both that weighs
-    channels (``mse``: does not), or on ranges that ``clip`` shrinks."""
-    search_power: float = 2.0
-    """``start`` minimises |error|^p where it searches, and this is p."""
-    search_tokens: Literal["plain", "relative"] = "plain"
-    """A channel weighs the sum of its squared activations; ``relative`` first divides each token's by its
-    mean."""
+    start: Literal["range", "search"] = "range"
+    """Scales and zero points start where ``grid.range`` puts them, or where a ``search`` for both together
+    finds the least squared error, weighed by the input's squares."""
     compute_dtype: ComputeDtype = "auto"
     """The forward pass computes in this type; auto takes bfloat16 on a GPU and float32 on the CPU."""
 
@@ -81,11 +77,10 @@ class BlockAPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fiel
         check_learning_rate(f"{name}.lr_quant", self.lr_quant)
         check_schedule(name, self)
         checks.between(f"{name}.drop_largest", self.drop_largest, 0.0, 0.5)
-        checks.between(f"{name}.search_power", self.search_power, 0.1, 10.0)
 
     @classmethod
     def younger(cls) -> tuple[str, ...]:
-        return ("start", "search_power", "search_tokens", "drop_largest")
+        return ("start", "drop_largest")
 
     def resolved(self, grid: GridConfig) -> Self:
         """Learning rates that were left out follow bits and scaling. Zero points that the grid fixes leave

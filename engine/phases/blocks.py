@@ -133,6 +133,7 @@ class _BlockAP:
                 world=job.world,
                 fast=job.plan.fast,
                 compiles=job.plan.compiles,
+                kernels=job.takes_kernels,
             )
         self._commit(index, block, result, streams)
 

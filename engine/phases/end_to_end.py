@@ -59,7 +59,7 @@ def train_weights_end_to_end(job: Job) -> None:
             blocks.append(block)
             job.report.leave_if_asked()
         telemetry.release_memory()
-        fast = Kernels.on and _records(job) and not config.grad_clip
+        fast = Kernels.on and job.takes_kernels and not config.grad_clip
         with resumable(job.checkpoints, stage.name) as keeper:
             arguments = _arguments(job, stage, keeper)
             train_weights(job.lm, blocks, data, config, dtype=dtype, fast=fast, **arguments)
@@ -89,14 +89,8 @@ def _arguments(job: Job, stage: Stage, keeper: SnapshotKeeper) -> dict[str, Any]
         "world": job.world,
         "recompute": job.plan.recomputes,
         "compiles": job.plan.compiles_e2e,
-        "records": _records(job),
+        "records": job.takes_kernels,
     }
-
-
-def _records(job: Job) -> bool:
-    """Deterministic kernels are the plain ones, launched one by one."""
-    runtime = job.config.runtime
-    return job.device.type == "cuda" and runtime.compile != "off" and not runtime.deterministic
 
 
 def _commit(job: Job, stage: Stage, blocks: Sequence[Mapping[str, Tensor]]) -> None:

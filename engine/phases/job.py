@@ -69,6 +69,13 @@ class Job:
     def blocks(self) -> int:
         return self.lm.blocks
 
+    @property
+    def takes_kernels(self) -> bool:
+        """Whether steps are recorded and kernels of our own are tried: on a GPU; deterministic kernels are
+        torch's, launched one by one."""
+        runtime = self.config.runtime
+        return self.device.type == "cuda" and runtime.compile != "off" and not runtime.deterministic
+
     def seed(self, index: int) -> int:
         """A seed of its own for each block, so that a block draws the same whether or not others ran before
         it."""

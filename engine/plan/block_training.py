@@ -40,14 +40,18 @@ class BlockTraining(TrainingCosts):
         return load_seconds(work.arch, stored_bytes) + compiling + work.arch.blocks * each
 
     def block_seconds(self, work: Workload, rates: Speed) -> float:
-        """One block: its steps, a forward pass for validation, 2 to advance streams."""
+        """One block: where it starts, its steps, a forward pass for validation, 2 to advance streams."""
         section = self.section(work.config)
         length, batch = section.sequence_length, section.batch_size
         steps = section.epochs * math.ceil(section.sequences / batch)
         passes = (section.epochs + 1) * section.val_sequences
         passes += 2 * (section.sequences + section.val_sequences)
         one = self.step_seconds(work, rates)
-        return steps * one + passing(work, rates, passes, length, batch) + search_seconds(work, rates)
+        return steps * one + passing(work, rates, passes, length, batch) + self.start_seconds(work, rates)
+
+    def start_seconds(self, work: Workload, rates: Speed) -> float:
+        """Finding where one block's grids start."""
+        return search_seconds(work, rates)
 
     def passage_seconds(self, work: Workload, rates: Speed) -> float:
         """Both streams through a finished block: one through its float weights, one through packed ones."""

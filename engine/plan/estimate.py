@@ -60,6 +60,13 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     """float32 temporaries of the largest linear in the backward pass of the fake quantizer."""
     loss_tensors: int = 3
     """float32 hidden states that a block's loss keeps or makes: difference, square, gradient."""
+    cpu_dropping_tensors: int = 4
+    """More of them where the largest errors are left out: what remains, and pairs of error and place among
+    which the largest are found."""
+    gpu_dropping_tensors: int = 2
+    """The same on a GPU, which needs no pairs."""
+    search_tensors: int = 4
+    """float32 tensors of as many errors as torch's form of the joint search holds at once."""
     unpack_bytes: int = 16
     """Bytes a weight of the largest linear takes while it is unpacked (int32, uint8 and float steps)."""
     head_values: int = HEAD_VALUES
@@ -86,6 +93,11 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     """Unpacking a packed weight once."""
     cpu_search_per_weight: float = 10e-9
     """One candidate range for one weight: 1.1 us over 121 candidates, 0.25 us over 21."""
+    cpu_search_error: float = 1.2e-9
+    """One weight with one pair of scale and zero point: 1.0e-9 to 1.3e-9 at 2 to 8 bits."""
+    cpu_drop_per_number: float = 12e-9
+    """Finding the largest errors, for every number of a block's output: 5e-9 to 16e-9, on one core whatever
+    there are."""
     parallel_efficiency: float = 0.9
     """Gain of each core after the first."""
 
@@ -129,6 +141,13 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     are left over by launches."""
     gpu_search_bytes: float = 32.0
     """Memory traffic of one candidate range for one weight."""
+    gpu_search_error_bytes: float = 50.0
+    """Memory traffic of one weight with one pair of scale and zero point, in torch's form: six operations of
+    8 bytes. Reckoned, not measured, like the two below."""
+    gpu_kernel_search_error: float = 0.5e-12
+    """Seconds of the same by one kernel: seven operations of float32, at half of what a H100 does."""
+    gpu_drop_bytes: float = 60.0
+    """Memory traffic of leaving out the largest errors, for every number of a block's output."""
 
     # Time of either
     prepare: float = 12.0

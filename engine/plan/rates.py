@@ -39,6 +39,11 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     unpack_per_weight: float
     kernel_unpack_per_weight: float
     search_per_weight: float
+    search_error: float
+    """One weight with one pair of scale and zero point, where both are searched together."""
+    kernel_search_error: float
+    drop_per_number: float
+    """Of a block's output, to leave out of its loss what is furthest off."""
     writing_launch: float = 0.0
     writing_per_byte: float = 0.0
     """Of keys and values, for every token of a text that is written."""
@@ -69,6 +74,9 @@ def speed(cuda: bool, gpu_name: str, cpus: int, avx512: bool) -> Speed:
             unpack_per_weight=CONSTANTS.gpu_unpack_bytes / traffic,
             kernel_unpack_per_weight=CONSTANTS.gpu_kernel_unpack_bytes / traffic,
             search_per_weight=CONSTANTS.gpu_search_bytes / traffic,
+            search_error=CONSTANTS.gpu_search_error_bytes / traffic,
+            kernel_search_error=CONSTANTS.gpu_kernel_search_error,
+            drop_per_number=CONSTANTS.gpu_drop_bytes / traffic,
             writing_launch=CONSTANTS.gpu_writing_launch,
             writing_per_byte=CONSTANTS.gpu_writing_traffic / traffic,
             basis=f"{how} {flops / 1e12:.0f} TFLOP/s in matrix products, {traffic / 1e12:.1f} TB/s elsewhere",
@@ -82,6 +90,9 @@ def speed(cuda: bool, gpu_name: str, cpus: int, avx512: bool) -> Speed:
         unpack_per_weight=CONSTANTS.cpu_unpack_per_weight * slower / cores,
         kernel_unpack_per_weight=CONSTANTS.cpu_unpack_per_weight * slower / cores,
         search_per_weight=CONSTANTS.cpu_search_per_weight * slower / cores,
+        search_error=CONSTANTS.cpu_search_error * slower / cores,
+        kernel_search_error=CONSTANTS.cpu_search_error * slower / cores,
+        drop_per_number=CONSTANTS.cpu_drop_per_number,
         basis=f"{one * cores / 1e9:.0f} GFLOP/s in float32 on {cpus} CPU cores, as measured on one core "
         f"{'with' if avx512 else 'scaled down for want of'} AVX-512",
     )

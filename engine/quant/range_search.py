@@ -1,25 +1,27 @@
-"""Scale and zero point of each group, searched together for the least weighted error.
+"""Scale and zero point of each group, searched together for the least weighted error (NeUQI, arXiv
+2505.17595).
 
-    minimise  sum_i h_i |(clamp(round(w_i / s) + z, 0, Q) - z) s - w_i|^p    over s and z
+    minimise  sum_i h_i ((clamp(round(w_i / s) + z, 0, Q) - z) s - w_i)^2    over s and z
 
-``h`` is what each input channel counts: where it is the channel's sum of squares, the error with ``p = 2`` is
-that of the linear's output as far as channels do not go together (NeUQI, arXiv 2505.17595). The scale runs
-over fractions of the group's span, in equal ratios and then in equal steps around the best of them; the zero
-point over every integer, since the best one for a narrower range is not the one that centres it.
+``h`` is what each input channel counts. Where it is the channel's sum of squares, this is the error of the
+linear's output as far as channels do not go together. The scale runs over fractions of the group's span, in
+equal ratios and then in equal steps around the best of them; the zero point over integers, since the best one
+for a narrower range is not the one that centres it. What a grid fixes stays fixed.
+
+:mod:`engine.quant.range_kernel` does the same on a GPU with the groups in registers.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from engine.config.grid import Grid
+from engine.config.joint_search import COARSE, FINE, GPU_VALUES, VALUES, zero_points
 from engine.quant.grid import SMALLEST_SCALE
 
-COARSE, FINE = 64, 32
-"""Scales that are tried for each zero point: over the whole range, and around the best of them."""
-VALUES_AT_A_TIME = 1 << 25
-"""Errors that are held at once by the plain form."""
 LARGEST_KERNEL_GROUP = 512
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 0.01, 100.0
 """What a channel counts at least and at most, in terms of the mean."""
@@ -30,9 +32,17 @@ def lowest_fraction(bits: int) -> float:
     return {2: 0.05, 3: 0.15}.get(bits, 0.25)
 
 
+def values_at_a_time(device: torch.device) -> int:
+    """How many errors are held at once, where memory suffices."""
+    return GPU_VALUES if device.type == "cuda" else VALUES
+
+
 def channel_weights(squares_I: Tensor) -> Tensor:
-    """What channels count, from their sums of squares: 1 in the mean, and none alone."""
-    relative = squares_I.float() / squares_I.float().mean()
+    """What channels count, from their sums of squares: 1 in the mean, and none alone. A sum that is not
+    finite counts the most and nothing in the mean; without any that says something all count alike."""
+    squares = squares_I.float()
+    mean = squares[squares.isfinite()].mean()
+    relative = torch.where(squares.isfinite(), squares / mean, LARGEST_WEIGHT)
     return relative.nan_to_num(1.0).clamp(SMALLEST_WEIGHT, LARGEST_WEIGHT)
 
 
@@ -42,73 +52,80 @@ def search_range(
     grid: Grid,
     channels_I: Tensor | None = None,
     *,
-    power: float = 2.0,
-    joint: bool = True,
+    kernel: bool = False,
+    values: int | None = None,
+    poll: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of each group, float32 ``[O, G]``; without ``channels_I`` all channels count
-    alike.
+    """Scale and zero point of each group, float32 ``[O, G]``; the zero point holds whole numbers.
 
-    Not ``joint``, the zero point stays that of the whole span, and the range only shrinks towards it.
+    Without ``channels_I`` all channels count alike. ``kernel`` takes Triton's form, for groups that a program
+    can hold; ``values`` errors are held at once, some rows at a time, between which ``poll`` is called.
     """
-    weight_OGg = weight_OI.detach().float().reshape(len(weight_OI), grid.groups(weight_OI.shape[1]), -1)
+    outputs, inputs = weight_OI.shape
+    groups = grid.groups(inputs)
+    kernel = kernel and inputs // groups <= LARGEST_KERNEL_GROUP
+    values = values or values_at_a_time(weight_OI.device)
+    if channels_I is None:
+        channels_I = torch.ones(inputs, device=weight_OI.device)
+    channels_Gg = channels_I.float().reshape(groups, -1)
+    scales = 1 if kernel else max(1, min(COARSE, values // (zero_points(grid) * inputs)))
+    rows = max(1, values // (inputs * (1 if kernel else scales * zero_points(grid))))
+    factors = _factors(grid.bits, weight_OI.device)
+    found = []
+    for part in weight_OI.detach().split(min(rows, outputs)):
+        poll()
+        weight_OGg = part.float().reshape(len(part), groups, -1)
+        span, first = _beginning(weight_OGg, grid)
+        given = (weight_OGg, channels_Gg, span, first, zero_points(grid), grid.top, *factors)
+        if kernel:
+            from engine.quant import range_kernel
+
+            found.append(range_kernel.search(*given))
+        else:
+            found.append(search(*given, at_once=scales))
+    scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return scale, zero
+
+
+def _beginning(weight_OGg: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The scale at which a grid just spans each group, and the first zero point to try."""
     low, high = weight_OGg.amin(-1).clamp_(max=0), weight_OGg.amax(-1).clamp_(min=0)
     if (fixed := grid.fixed_zero_point) is not None:
         span = torch.maximum(-low / fixed, high / (grid.top - fixed)).clamp_(min=SMALLEST_SCALE)
-        first, count = torch.full_like(span, float(fixed)), 1
-    else:
-        span = ((high - low) / grid.top).clamp_(min=SMALLEST_SCALE)
-        first, count = torch.round(-low / span).clamp_(0, grid.top), 1
-        if joint:
-            first, count = torch.zeros_like(span), grid.top + 1
-    if channels_I is None:
-        channels_I = torch.ones(weight_OI.shape[1], device=weight_OI.device)
-    channels_Gg = channels_I.to(span).reshape(weight_OGg.shape[1:])
-    coarse, fine = _steps(lowest_fraction(grid.bits), span.device)
-    arguments = (weight_OGg, channels_Gg, span, first, count, grid.top, power, coarse, fine)
-    if weight_OI.is_cuda and weight_OGg.shape[-1] <= LARGEST_KERNEL_GROUP:
-        from engine.quant.range_kernel import search
-
-        scale, zero = search(*arguments)
-    else:
-        scale, zero = _search(*arguments)
-    return scale.clamp_(min=SMALLEST_SCALE), zero
+        return span, torch.full_like(span, float(fixed))
+    span = ((high - low) / grid.top).clamp_(min=SMALLEST_SCALE)
+    count = zero_points(grid)
+    return span, (torch.round(-low / span) - count // 2).clamp_(0, grid.top + 1 - count)
 
 
-def _steps(lowest: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def _factors(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Fractions of the span, from all of it; factors of the best of them, from one neighbour to the other."""
-    ratio = lowest ** (1 / (COARSE - 1))
+    ratio = lowest_fraction(bits) ** (1 / (COARSE - 1))
     coarse = torch.tensor([ratio**i for i in range(COARSE)], device=device)
     return coarse, torch.linspace(ratio, 1 / ratio, FINE, device=device)
 
 
-def _search(
+def search(
     weight_OGg: Tensor,
     channels_Gg: Tensor,
     span_OG: Tensor,
     first_OG: Tensor,
     count: int,
     top: int,
-    power: float,
     coarse: Tensor,
     fine: Tensor,
+    *,
+    at_once: int = COARSE,
 ) -> tuple[Tensor, Tensor]:
-    """The plain form, some rows at a time; ``count`` zero points from ``first`` on are tried."""
+    """Torch's form, which tries so many scales ``at_once`` with ``count`` zero points from ``first`` on."""
     zeros = torch.arange(count, device=span_OG.device)
-    columns = weight_OGg[0].numel()
-    scales = max(1, min(COARSE, VALUES_AT_A_TIME // (count * columns)))
-    rows = max(1, VALUES_AT_A_TIME // (count * scales * columns))
-    found = []
-    parts = (tensor.split(rows) for tensor in (weight_OGg, span_OG, first_OG))
-    for weight, span, first in zip(*parts, strict=True):
-        best = torch.full_like(span, torch.inf), span, first
-        for factors in (coarse, fine):
-            of = best[1] if factors is fine else span
-            for some in factors.split(scales):
-                tried = some[:, None, None] * of
-                best = _better(best, weight, channels_Gg, tried, first, zeros, top, power)
-        found.append(best[1:])
-    scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return scale, zero
+    best = torch.full_like(span_OG, torch.inf), span_OG, first_OG
+    for factors in (coarse, fine):
+        middle = best[1]  # the whole span at first
+        for some in factors.split(at_once):
+            tried = (some[:, None, None] * middle).clamp_(min=SMALLEST_SCALE)
+            best = _better(best, weight_OGg, channels_Gg, tried, first_OG, zeros, top)
+    return best[1], best[2]
 
 
 def _better(
@@ -119,15 +136,13 @@ def _better(
     first_OG: Tensor,
     zeros_Z: Tensor,
     top: int,
-    power: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Error, scale and zero point of each group after these were tried."""
     ratio = weight_OGg / scale_SOG.unsqueeze(-1)
     zero_ZOG = first_OG + zeros_Z[:, None, None]
     below = -zero_ZOG[:, None, ..., None]  # [Z, 1, O, G, 1]
-    error = torch.maximum(torch.minimum(ratio.round(), below + top), below).sub_(ratio)
-    error = error.square_() if power == 2 else error.abs_().pow_(power)
-    error_ZSOG = error.mul_(channels_Gg).sum(-1).mul_(scale_SOG**power)
+    error = torch.maximum(torch.minimum(ratio.round(), below + top), below).sub_(ratio).square_()
+    error_ZSOG = error.mul_(channels_Gg).sum(-1).mul_(scale_SOG.square())
     least, place = error_ZSOG.flatten(0, 1).min(0)
     scale = scale_SOG.gather(0, (place % len(scale_SOG)).unsqueeze(0))[0]
     zero = zero_ZOG.gather(0, (place // len(scale_SOG)).unsqueeze(0))[0]

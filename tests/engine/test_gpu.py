@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -464,3 +465,28 @@ def test_compiled_steps_train_what_plain_ones_do_and_blocks_share_them(make: Mak
     # What follows is trained, and on so little text the last bit of the first step decides some percent.
     for plain, fast in zip(losses["off"], losses["on"], strict=True):
         assert fast == pytest.approx(plain, rel=0.25)
+
+
+def test_the_kernel_searches_for_the_start_where_it_may(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.quant import range_kernel
+
+    launched = 0
+    real = range_kernel.search
+
+    def counting(*given: Any) -> tuple[Tensor, Tensor]:
+        nonlocal launched
+        launched += 1
+        return real(*given)
+
+    monkeypatch.setattr(range_kernel, "search", counting)
+    knobs = {"block_ap.start": "search", "block_ap.drop_largest": 0.01, "e2e_qp.enabled": False}
+    losses = {}
+    for compiling in ("off", "auto"):
+        launched = 0
+        run = make(**{"runtime.device": "cuda", "runtime.compile": compiling, **knobs})
+        assert run_here(run) == 0, [e.message for e in of(run, events.Error)]
+        assert all(e.code != "compile" for e in of(run, events.Warning))
+        losses[compiling] = [e.initial_loss for e in of(run, events.BlockFinished)]
+        # Each linear of four blocks, and the trial, which another test may have made before.
+        assert launched in ((28, 29) if compiling == "auto" else (0,))
+    assert losses["auto"][0] == pytest.approx(losses["off"][0], rel=0.01)

@@ -27,6 +27,8 @@ SLOW = {
     "runtime.checkpoint_share": 1.0,
     "block_ap.sequences": 16,
     "block_ap.epochs": 8,
+    "block_ap.start": "search",
+    "block_ap.drop_largest": 0.01,
     "e2e_qp.sequences": 16,
     "e2e_qp.epochs": 8,
 }

@@ -123,6 +123,24 @@ def test_resume_is_bitwise_identical_after_a_kill_inside(
     assert not warnings(run, "checkpoint")
 
 
+def test_a_training_whose_start_was_searched_goes_on_with_the_same_bits(
+    make: Make, engine: Engine, finished_once: Callable[..., RunDirectory]
+) -> None:
+    """The search is made again, and errors are left out from where it stood."""
+    knobs = {**OFTEN, "grid.bits": 2, "block_ap.start": "search", "block_ap.drop_largest": 0.01}
+    run = interrupted_inside(
+        lambda: make(**knobs), engine, lambda run: len(inside(run, "block_ap")) > 3, signal.SIGKILL
+    )
+    assert engine(run).code() == 0, output(run)
+    assert metrics(run, "block_ap", 2)[0].step > 1, "it began the training again"
+    whole = finished_once(**knobs)
+    assert exported(run) == exported(whole)
+    assert all(event.verified for event in of(run, events.Export))
+    losses = {event.block: event.initial_loss for event in of(whole, events.BlockFinished)}
+    again = {event.block: event.initial_loss for event in of(run, events.BlockFinished, attempt=2)}
+    assert again == losses
+
+
 def test_what_a_kill_undoes_is_bounded_by_the_cadence(make: Make, engine: Engine) -> None:
     """After a resume the step is at most so far behind the last one seen as checkpoints are apart."""
     run = make(**OFTEN)

@@ -103,6 +103,8 @@ def test_a_default_that_follows_from_other_settings_follows_from_those_of_the_ru
 
 NOT_THERE_YET = (
     "block_ap.patience",
+    "block_ap.start",
+    "block_ap.drop_largest",
     "block_ap.lr_quant",
     "e2e_qp.weight_decay",
     "evaluation.tasks",
@@ -148,7 +150,13 @@ def test_a_run_from_before_some_settings_goes_on_to_the_same_export(finished_cop
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("block_ap.patience", 1), ("block_ap.lr_quant", 0.25), ("grid.zero_point", "fixed")]
+    ("field", "value"),
+    [
+        ("block_ap.patience", 1),
+        ("block_ap.lr_quant", 0.25),
+        ("block_ap.start", "search"),
+        ("grid.zero_point", "fixed"),
+    ],
 )
 def test_a_run_from_before_a_setting_is_refused_where_it_is_set(
     finished_copy: Make, field: str, value: object

@@ -297,7 +297,7 @@ def _asking_first(block_kwargs: Callable[..., Any]) -> Callable[..., Any]:
 def test_where_triton_does_not_work_the_plain_steps_take_over(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_ap, "_obstacle", lambda device: "Failed to find C compiler")
+    monkeypatch.setattr(block_ap, "_obstacle", lambda device, **wanted: "Failed to find C compiler")
     plain, _ = train(False)
     result, watch = train(True)
     assert watch.warnings == [

@@ -10,6 +10,8 @@ from plan_tools import H200, PAPER, machine, paper
 
 from engine.config.derived import resolve
 from engine.config.evaluation import EvaluationConfig
+from engine.config.grid import GridConfig
+from engine.config.joint_search import GPU_VALUES
 from engine.config.loading import load
 from engine.config.overrides import apply_overrides
 from engine.config.runtime import RuntimeConfig
@@ -70,3 +72,56 @@ def test_passages_are_compiled_where_many_pass(llama: str) -> None:
 def test_what_compiling_depends_on(runtime: dict[str, Any], compiles: bool) -> None:
     config = apply_overrides(load("smoke"), {f"runtime.{name}": value for name, value in runtime.items()})
     assert make_plan(resolve(config), machine=H200).compiles == compiles
+
+
+def seconds_and_parts(llama: str, **changes: Any) -> tuple[float, dict[str, int]]:
+    """Of Block-AP with these settings, ``runtime`` or ``grid`` among them."""
+    others = {key: changes.pop(key) for key in ("runtime", "grid") if key in changes}
+    section = msgspec.structs.replace(PAPER.block_ap, **changes)
+    plan = make_plan(paper(llama, block_ap=section, **others), machine=H200)
+    (phase,) = [phase for phase in plan.phases if phase.name == "block_ap"]
+    return phase.seconds, phase.parts
+
+
+@pytest.mark.parametrize(
+    ("runtime", "group_size", "by_kernel"),
+    [
+        ({}, 128, True),
+        ({"compile": "off"}, 128, False),
+        ({"deterministic": True}, 128, False),
+        ({}, -1, False),
+    ],
+)
+def test_a_search_for_the_start_is_planned(
+    llama: str, runtime: dict[str, Any], group_size: int, by_kernel: bool
+) -> None:
+    """Every weight of 32 blocks with 4 x 96 pairs; torch's form moves 50 bytes for each, and holds some."""
+    others = {"runtime": RuntimeConfig(**runtime), "grid": GridConfig(bits=2, group_size=group_size)}
+    minmax = {"grid": msgspec.structs.replace(others["grid"], range="minmax")}
+    usual, _ = seconds_and_parts(llama, **{**others, **minmax})
+    seconds, _ = seconds_and_parts(llama, start="search", **others)
+    errors = 32 * (4 * 4096**2 + 3 * 4096 * 11008) * 4 * 96
+    expected = errors * (0.5e-12 if by_kernel else 50 / 4.0e12)
+    statistics = 64 / (2 * 4096 * 3) * usual  # about
+    assert expected < seconds - usual < expected * 1.2 + 3 * statistics
+
+
+def test_what_a_search_holds_is_planned() -> None:
+    """Where it is more than the training of a tiny block needs."""
+    small = resolve(load("smoke", overrides={"runtime.compile": "off"}))
+    held = {}
+    for start in ("range", "search"):
+        plan = make_plan(apply_overrides(small, {"block_ap.start": start}), machine=H200)
+        (phase,) = [phase for phase in plan.phases if phase.name == "block_ap"]
+        held[start] = phase.parts["activations and gradients"]
+    assert held["range"] < held["search"] == 4 * GPU_VALUES * 4
+
+
+def test_leaving_errors_out_is_planned(llama: str) -> None:
+    usual, usual_parts = seconds_and_parts(llama)
+    seconds, parts = seconds_and_parts(llama, drop_largest=0.001)
+    numbers = PAPER.block_ap.batch_size * PAPER.block_ap.sequence_length * 4096
+    steps = 32 * PAPER.block_ap.epochs * PAPER.block_ap.sequences // PAPER.block_ap.batch_size
+    assert seconds - usual == pytest.approx(steps * numbers * 60 / 4.0e12, rel=0.01)
+    more = parts["activations and gradients"] - usual_parts["activations and gradients"]
+    assert more == 2 * 4 * numbers

@@ -15,7 +15,10 @@ Then the weights are rounded to the grid for good, and both streams advance by o
 The distance ``d`` is the mean squared error, or (``token_relative_mse``) each token's squared error divided
 by the mean square of its target. In many models the first token of a sequence carries activations thousands
 of times larger than all others; under a plain mean it is the only one that counts, and float16 gradients
-overflow on it.
+overflow on it. ``drop_largest`` leaves the largest squared errors out of the mean, whichever they are.
+
+Scales and zero points start where the grid's own method puts them, or where a search for both finds the least
+error that the inputs' channels weigh (:mod:`engine.methods.blockwise.start`).
 """
 
 from __future__ import annotations
@@ -33,9 +36,11 @@ from engine.config.grid import GridConfig
 from engine.errors import NonFiniteError
 from engine.gpu.compiled import SWITCH_HINT, Compiled
 from engine.methods.blockwise.reconstruction import Reconstruction, Streams, reconstruction_loss
+from engine.methods.blockwise.start import AtOnce, Start, searched_start
 from engine.methods.runaway import refuse_runaway
 from engine.quant.fake_linear import freeze_block
 from engine.quant.packed import PackedBlock
+from engine.quant.range_search import values_at_a_time
 from engine.training.loop import NON_FINITE_HINT, Settings, Training
 from engine.training.progress import Keeper, Progress
 from engine.training.snapshot import Snapshot
@@ -43,6 +48,10 @@ from engine.training.world import ALONE, World
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
+
+
+NOTED_START = ("start_sequences", "start_values")
+"""Of a training: how much of its start was worked on at once (:class:`AtOnce`)."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,7 @@ def train_block(
     world: World = ALONE,
     fast: bool = False,
     compiles: bool = False,
+    kernels: bool = False,
 ) -> BlockResult:
     """Quantize ``block`` (decoder block ``index``, float32, as it came) in place.
 
@@ -86,14 +96,24 @@ def train_block(
     of the forward pass; parameters are float32 throughout. ``micro_batch`` sequences pass at a time (all of a
     batch, when not given); ``snapshot`` is the state to continue from, ``keeper`` keeps such states. ``fast``
     takes the steps by :mod:`engine.methods.blockwise.fast_reconstruction` where that is possible,
-    ``compiles`` compiles them.
+    ``compiles`` compiles them. ``kernels`` has Triton search for where grids start, if that is possible.
 
     Raises:
         NonFiniteError: if training diverges and two restarts at lower learning rates do not help.
         StopRequested: at a step boundary, after a stop was asked for.
     """
+    fast, kernels = fast and bool(config.train), kernels and config.start == "search"
+    if (fast or kernels) and _obstacle_is_said(lm.device, index, progress, fast=fast, kernels=kernels):
+        fast = kernels = False
+    noted = {} if snapshot is None else snapshot.facts["noted"]
+    usual = micro_batch or config.batch_size, values_at_a_time(lm.device)
+    at_once = AtOnce(*(int(noted.get(name, count)) for name, count in zip(NOTED_START, usual, strict=True)))
+    start = None
+    if config.start == "search":
+        grids = grid.of_each(lm.linear_names(index))
+        start = searched_start(lm, index, block, streams, grids, dtype, progress, at_once, kernel=kernels)
     reconstruction = _reconstruction(
-        lm, index, block, streams, config, grid, dtype, progress, fast=fast, compiles=compiles
+        *(lm, index, block, streams, config, grid, dtype, progress), start=start, fast=fast, compiles=compiles
     )
     settings = Settings(
         epochs=config.epochs,
@@ -111,6 +131,8 @@ def train_block(
         world=world,
     )
     training = Training(reconstruction, streams.train, settings, progress, snapshot, keeper)
+    if start is not None:
+        training.position.noted.update(zip(NOTED_START, start.at_once, strict=True))
     result = _trained(reconstruction, training, trains=bool(config.train))
     result.packed.install(block)
     return result
@@ -156,27 +178,26 @@ def _reconstruction(
     grid: GridConfig,
     dtype: torch.dtype,
     progress: Progress,
+    start: Start | None,
     *,
     fast: bool,
     compiles: bool,
 ) -> Reconstruction:
-    """In the fast form, and compiled, if that is wanted and possible here; what is not possible is said."""
+    """In the fast form, and compiled, if that is wanted; what turns out to be impossible is said."""
 
     def slower(why: str) -> None:
         progress.warning("compile", f"block {index}: steps are slower, {why}", hint=SWITCH_HINT)
 
     arguments = (lm, index, block, streams, config, grid, dtype)
-    obstacle = _obstacle(lm.device) if fast and config.train else ""
-    if obstacle:
-        slower(f"Triton does not work here: {obstacle}")
-    if fast and config.train and not obstacle:
+    ranges = None if start is None else start.ranges
+    if fast:
         from engine.methods.blockwise.fast_reconstruction import FastReconstruction
 
         reconstruction: Reconstruction = FastReconstruction(
-            *arguments, on_failure=lambda why: slower(f"they cannot be recorded: {why}")
+            *arguments, ranges=ranges, on_failure=lambda why: slower(f"they cannot be recorded: {why}")
         )
     else:
-        reconstruction = Reconstruction(*arguments)
+        reconstruction = Reconstruction(*arguments, ranges=ranges)
     if compiles:
         reconstruction.train_loss = Compiled(
             reconstruction_loss,
@@ -186,13 +207,30 @@ def _reconstruction(
     return reconstruction
 
 
-@functools.cache
-def _obstacle(device: torch.device) -> str:
-    """Why the fast form is impossible on this device; empty where it works."""
-    try:
-        from engine.quant.quant_step import try_out
+def _obstacle_is_said(
+    device: torch.device, index: int, progress: Progress, *, fast: bool, kernels: bool
+) -> bool:
+    """Whether Triton does not work here for what is wanted of it; then it is said."""
+    obstacle = _obstacle(device, fast=fast, kernels=kernels)
+    if obstacle:
+        what = "steps and the search before them" if fast and kernels else "steps" if fast else "the search"
+        message = f"block {index}: {what} {'are' if fast else 'is'} slower"
+        progress.warning("compile", f"{message}, Triton does not work here: {obstacle}", hint=SWITCH_HINT)
+    return bool(obstacle)
 
-        try_out(device)
+
+@functools.cache
+def _obstacle(device: torch.device, *, fast: bool, kernels: bool) -> str:
+    """Why fast steps, or the kernel of the search, are impossible on this device; empty where they work."""
+    try:
+        if fast:
+            from engine.quant import quant_step
+
+            quant_step.try_out(device)
+        if kernels:
+            from engine.quant import range_kernel
+
+            range_kernel.try_out(device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of Triton, its compiler, the host's compiler, the driver

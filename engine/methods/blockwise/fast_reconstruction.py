@@ -12,7 +12,7 @@ A batch of another size (the last one of an epoch) runs plainly in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,9 +47,10 @@ class FastReconstruction(Reconstruction):
         grid: GridConfig,
         dtype: torch.dtype,
         *,
+        ranges: Mapping[str, tuple[Tensor, Tensor]] | None = None,
         on_failure: Callable[[str], None],
     ) -> None:
-        super().__init__(lm, index, block, streams, config, grid, dtype)
+        super().__init__(lm, index, block, streams, config, grid, dtype, ranges=ranges)
         self.on_failure = on_failure
         for linear in self.linears.values():
             linear.keep_quantized(dtype)

@@ -8,7 +8,8 @@ This is the plain form: forward and backward are torch's, quantizer included. It
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -18,22 +19,33 @@ from torch import Tensor, nn
 from engine.config.block_ap import BlockAPConfig
 from engine.config.grid import GridConfig
 from engine.data.prefetch import Prefetcher, Rows
-from engine.methods.blockwise.start import starting_ranges
-from engine.methods.blockwise.streams import Streams
 from engine.quant.fake_linear import FakeQuantLinear, wrap_linears
 from engine.training.loop import Method
 from engine.training.precision import autocast
 from engine.training.stepper import ParameterGroup
 
-__all__ = ["Reconstruction", "Streams", "distance", "reconstruction_loss"]
-
 if TYPE_CHECKING:
+    from engine.data.activations import ActivationStore
     from engine.models.causal_lm import CausalLM
 
 # Training sequences on which a block's loss is reported before and after: enough to be steady, few enough to
 # be free, so fewer where few are trained on.
 REPORT_SEQUENCES = 16
 REPORT_SHARE = 8
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The two activation streams ``[N, T, H]``: ``train`` training sequences, then the validation
+    sequences."""
+
+    full: ActivationStore
+    quantized: ActivationStore
+    train: int
+
+    @property
+    def sequences(self) -> int:
+        return self.full.shape[0]
 
 
 def reconstruction_loss(
@@ -64,15 +76,16 @@ def distance(output: Tensor, target: Tensor, kind: str) -> Tensor:
 
 
 def distance_without_largest(output: Tensor, target: Tensor, kind: str, drop: float) -> Tensor:
-    """The same mean over all errors but the largest, of which there are always as many: how many follows
-    from the shape, so that the step can be recorded."""
+    """The same mean over all errors but the largest; how many these are follows from the shape, so that the
+    step can be recorded. Errors that are not finite are kept: a training that diverges must show."""
     target = target.float()
     squared = (output.float() - target).square()
     if kind == "token_relative_mse":
         squared = squared / target.square().mean(-1, keepdim=True).clamp_(min=1e-12)
     dropped = math.ceil(drop * squared.numel())
     least = squared.detach().flatten().topk(dropped, sorted=False).values.amin()
-    return torch.where(squared < least, squared, 0.0).sum() / (squared.numel() - dropped)
+    left_out = (squared >= least) & (squared < torch.inf)
+    return torch.where(left_out, 0.0, squared).sum() / (squared.numel() - dropped)
 
 
 class Reconstruction(Method):
@@ -87,11 +100,13 @@ class Reconstruction(Method):
         config: BlockAPConfig,
         grid: GridConfig,
         dtype: torch.dtype,
+        *,
+        ranges: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> None:
+        """``ranges`` are where the linears' grids start, if not where the grid's own method puts them."""
         self.lm, self.index, self.block, self.streams = lm, index, block, streams
         self.config, self.dtype = config, dtype
         grids = grid.of_each(lm.linear_names(index))
-        ranges = starting_ranges(lm, index, block, streams, config, grids, dtype)
         self.linears = wrap_linears(block, grids, method=grid.range, norm=grid.search_norm, ranges=ranges)
         self.groups = _parameter_groups(block, self.linears, config)
         self.poll: Callable[[], None] = lambda: None

@@ -1,56 +1,110 @@
 """Where Block-AP's grids start, when that follows from what a block's linears are given and not from their
-weights alone (:mod:`engine.quant.range_search`)."""
+weights alone: a search of scale and zero point together (:mod:`engine.quant.range_search`).
+
+What channels count is measured on the quantized stream, on which the block will be trained. Where memory does
+not suffice, fewer sequences pass at a time and less is searched at a time. Sums of other sizes have other
+last bits, so the snapshots of a training say with what it began: one that goes on begins with the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from engine.config.block_ap import BlockAPConfig
 from engine.config.grid import Grid
-from engine.methods.blockwise.streams import Streams
+from engine.config.joint_search import SEQUENCES
+from engine.methods.blockwise.reconstruction import Streams
 from engine.quant.range_search import channel_weights, search_range
 from engine.quant.slots import slots
+from engine.training.loop import OTHERS_HINT
 from engine.training.precision import autocast
+from engine.training.progress import Progress
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
 
-SEQUENCES = 64
-"""Of the training sequences, from which channels get what they count."""
+LEAST_VALUES = 1 << 10
+"""Of a search that gets on at all: then one row is tried with one scale at a time."""
+T = TypeVar("T")
+
+
+class AtOnce(NamedTuple):
+    """How much of a start is worked on at once."""
+
+    sequences: int
+    values: int
+
+
+class Start(NamedTuple):
+    """Scale and zero point of each linear, by name, and how they were found."""
+
+    ranges: dict[str, tuple[Tensor, Tensor]]
+    at_once: AtOnce
 
 
 @torch.no_grad()
-def starting_ranges(
+def searched_start(
     lm: CausalLM,
     index: int,
     block: nn.Module,
     streams: Streams,
-    config: BlockAPConfig,
     grids: Mapping[str, Grid],
     dtype: torch.dtype,
-) -> dict[str, tuple[Tensor, Tensor]] | None:
-    """Scale and zero point of each linear of a block as it came, by name; none where the grid's own method
-    finds them."""
-    if config.start == "range":
-        return None
-    channels: dict[str, Tensor] = {}
-    if config.start != "mse":
-        squares = input_squares(lm, index, block, streams, config, grids, dtype)
-        channels = {name: channel_weights(of_linear) for name, of_linear in squares.items()}
-    return {
-        slot.name: search_range(
-            slot.linear().weight,
-            grids[slot.name],
-            channels.get(slot.name),
-            power=config.search_power,
-            joint=config.start != "clip",
-        )
-        for slot in slots(block, grids)
-    }
+    progress: Progress,
+    at_once: AtOnce,
+    *,
+    kernel: bool = False,
+) -> Start:
+    """Of a block as it came; ``at_once`` is how much to begin with, ``kernel`` takes Triton's form."""
+
+    def squares(sequences: int) -> dict[str, Tensor]:
+        return input_squares(lm, index, block, streams, grids, dtype, progress, sequences)
+
+    def ranges(values: int) -> dict[str, tuple[Tensor, Tensor]]:
+        return {
+            slot.name: search_range(
+                slot.linear().weight,
+                grids[slot.name],
+                channels.get(slot.name),
+                kernel=kernel,
+                values=values,
+                poll=progress.leave_if_asked,
+            )
+            for slot in slots(block, grids)
+        }
+
+    def passes(before: int, now: int) -> None:
+        what = f"out of memory with {before} sequences at a time; going on with {now}"
+        progress.warning("micro_batch", f"block {index}: {what}", hint=OTHERS_HINT)
+
+    def searches(before: int, now: int) -> None:
+        what = "out of memory; searching for where it starts with half as much at a time"
+        progress.warning("memory", f"block {index}: {what}", hint=OTHERS_HINT)
+
+    found, sequences = _with_memory(squares, at_once.sequences, 1, passes)
+    channels = {name: channel_weights(of_linear) for name, of_linear in found.items()}
+    starts, values = _with_memory(ranges, at_once.values, LEAST_VALUES, searches)
+    return Start(starts, AtOnce(sequences, values))
+
+
+def _with_memory(
+    work: Callable[[int], T], amount: int, least: int, halved: Callable[[int, int], None]
+) -> tuple[T, int]:
+    """``work(amount)``, from its beginning with half as much while memory does not suffice; and with how much
+    it did."""
+    while True:
+        try:
+            return work(amount), amount
+        except torch.OutOfMemoryError:
+            if amount <= least:
+                raise
+        # After the handler: its traceback holds the tensors that have to go.
+        torch.cuda.empty_cache()
+        amount, before = max(least, amount // 2), amount
+        halved(before, amount)
 
 
 @torch.no_grad()
@@ -59,28 +113,29 @@ def input_squares(
     index: int,
     block: nn.Module,
     streams: Streams,
-    config: BlockAPConfig,
-    names: Mapping[str, Any],
+    grids: Mapping[str, Grid],
     dtype: torch.dtype,
+    progress: Progress,
+    batch: int,
 ) -> dict[str, Tensor]:
     """Of each linear the sum of squares that every input channel has over the quantized stream, float32
-    ``[I]``; where tokens count ``relative``, each token's squares are divided by their mean."""
+    ``[I]``, ``batch`` sequences at a time; a linear that is given nothing (an expert that no token asks for)
+    has none."""
     sums: dict[str, Tensor] = {}
 
     def adds_to(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            squares = inputs[0].float().square().flatten(0, -2)
-            if config.search_tokens == "relative":
-                squares /= squares.mean(-1, keepdim=True).clamp_(min=1e-30)
-            sums[name] = sums.get(name, 0) + squares.sum(0)
+            of_batch = inputs[0].float().square().flatten(0, -2).sum(0)
+            sums[name] = sums[name] + of_batch if name in sums else of_batch
 
         return hook
 
-    hooks = [slot.linear().register_forward_pre_hook(adds_to(slot.name)) for slot in slots(block, names)]
+    hooks = [slot.linear().register_forward_pre_hook(adds_to(slot.name)) for slot in slots(block, grids)]
     try:
         count = min(SEQUENCES, streams.train)
-        for first in range(0, count, config.batch_size):
-            hidden = streams.quantized.read(range(first, min(first + config.batch_size, count)))
+        for first in range(0, count, batch):
+            progress.leave_if_asked()
+            hidden = streams.quantized.read(range(first, min(first + batch, count)))
             with autocast(lm.device, dtype):
                 lm.run_block(block, index, hidden)
     finally:

@@ -3,8 +3,10 @@
 memory    float32 weights, AdamW moments, on the CPU the copies of the start and of the best state (a GPU
           keeps them on the host); plus the larger of (activations of a batch + fake-quantized weights) at
           the top of the backward pass and (float32 gradients) at its bottom; beside it two streams of
-          sequences x length x hidden
-a step    3 forward passes of its batch, and fake quantization and AdamW of every weight
+          sequences x length x hidden. A search for where grids start comes before all of that
+a step    3 forward passes of its batch, and fake quantization and AdamW of every weight; where the largest
+          errors are left out, finding them
+a start   by a search: a forward pass of some sequences, and every weight with every candidate
 disk      every finished block once, snapshots, stored streams
 """
 
@@ -12,10 +14,12 @@ from __future__ import annotations
 
 import math
 
+from engine.config.joint_search import GPU_VALUES, SEQUENCES, VALUES, candidates
 from engine.plan.block_training import BlockTraining
 from engine.plan.costs import Steps
 from engine.plan.estimate import CONSTANTS, Workload
 from engine.plan.memory_terms import activation_bytes, largest_linear
+from engine.plan.passages import passing
 from engine.plan.rates import COMPILING_PAYS, Speed, forward_flops
 
 
@@ -31,16 +35,43 @@ class BlockAPCosts(BlockTraining):
         top_of_backward = (
             activation_bytes(work, batch, length, compute, "master")
             + compute * tokens * (3 * arch.hidden + 3 * arch.intermediate)  # batch, target, output; gradients
-            + 4 * tokens * arch.hidden * CONSTANTS.loss_tensors
+            + 4 * tokens * arch.hidden * self._loss_tensors(work)
             + compute * arch.linear_params_per_block
         )
         weights = arch.params_per_block + 3 * arch.groups_per_block(work.config.grid.group_size)
         return {
             "weights of a block": 4 * weights,
             "optimizer": 8 * trained,
-            "activations and gradients": max(top_of_backward, 4 * trained),
+            "activations and gradients": max(top_of_backward, 4 * trained, self._search_bytes(work)),
             "fake quantization": 4 * largest_linear(arch) * CONSTANTS.fake_quant_tensors,
         }
+
+    def _loss_tensors(self, work: Workload) -> int:
+        """float32 hidden states around the loss."""
+        dropping = CONSTANTS.gpu_dropping_tensors if work.cuda else CONSTANTS.cpu_dropping_tensors
+        return CONSTANTS.loss_tensors + (dropping if self.section(work.config).drop_largest else 0)
+
+    def _search_bytes(self, work: Workload) -> int:
+        """What a search for the start holds, before there are moments and activations."""
+        if self.section(work.config).start != "search" or self._searches_by_kernel(work):
+            return 0
+        return 4 * (GPU_VALUES if work.cuda else VALUES) * CONSTANTS.search_tensors
+
+    def _searches_by_kernel(self, work: Workload) -> bool:
+        """Groups that are too large for it (whole rows) take torch's form."""
+        runtime = work.config.runtime
+        kernels = work.cuda and runtime.compile != "off" and not runtime.deterministic
+        return kernels and work.config.grid.group_size > 0
+
+    def start_seconds(self, work: Workload, rates: Speed) -> float:
+        section = self.section(work.config)
+        if section.start != "search":
+            return super().start_seconds(work, rates)
+        error = rates.kernel_search_error if self._searches_by_kernel(work) else rates.search_error
+        errors = candidates(work.config.grid.shared) * work.arch.linear_params_per_block
+        sequences = min(SEQUENCES, section.sequences)
+        statistics = passing(work, rates, sequences, section.sequence_length, section.batch_size)
+        return statistics + errors * error
 
     def steps(self, work: Workload, rates: Speed) -> Steps:
         return Steps(recorded=self._recorded(work), compiled=self._compiled(work, rates))
@@ -68,6 +99,8 @@ class BlockAPCosts(BlockTraining):
         section, arch = self.section(work.config), work.arch
         tokens = section.batch_size * section.sequence_length
         compute = 3 * tokens * forward_flops(arch, section.sequence_length) / rates.flops
+        if section.drop_largest:
+            compute += tokens * arch.hidden * rates.drop_per_number
         recorded = self._recorded(work)
         if not compiled and not recorded:
             return compute + arch.linear_params_per_block * rates.plain.per_weight + rates.plain.launch
