@@ -5,10 +5,12 @@
 
 MODEL is what ``model.source`` takes, TEXT what ``data.source`` takes: its part for training is trained on,
 its part for evaluation measured. ``--tokens FILE`` takes windows of a safetensors file instead (``train``,
-``e2e`` and ``val`` of one length, ``test`` in one row). The streams lie on the device, and no run directory
-is made: what is measured is the methods alone, by the engine's own code. ``--block-ap`` and ``--try`` set
-fields of the sections of the same name; of several ``--block-ap`` each is followed by every ``--try``.
-Seconds include installing the blocks and compiling.
+``e2e`` and ``val`` of one length, ``test`` in one row). ``--own-text`` adds as much text of the model's own
+to both. The column "learnt" is of text that was trained on: how much of it is known by heart.
+
+The streams lie on the device, and no run directory is made: what is measured is the methods alone, by the
+engine's own code. ``--block-ap`` and ``--try`` set fields of the sections of the same name; of several
+``--block-ap`` each is followed by every ``--try``. Seconds include installing the blocks and compiling.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ from engine.config.run import RunConfig
 from engine.data.activations import ActivationStore, make_store
 from engine.data.encoding import Encoder
 from engine.data.tokens import token_windows
+from engine.evaluation.own_text import own_windows
 from engine.evaluation.perplexity import perplexity
 from engine.methods.advance import Portions, advance
 from engine.methods.blockwise.block_ap import train_block
@@ -58,12 +61,15 @@ from engine.methods.network.network import NetworkData
 from engine.methods.network.teacher import Teacher
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
+from engine.plan.own_text import documents_at_a_time
 from engine.quant.fake_linear import latent_linears
 from engine.quant.packed import Kernels, PackedBlock
 
 FAST = DEVICE.type == "cuda"
 AT_A_TIME = 16
 """Sequences that pass through blocks together."""
+OWN_MEMORY, WRITTEN_BYTES = 50 * GIB, 6 << 20
+"""For the writing of the model's own text, and of a document of it: SmolLM2's."""
 
 
 class Lab:
@@ -100,7 +106,26 @@ class Lab:
             both = self._windows(args.data, "train", 2 * args.sequences)
             train, more = both[: args.sequences], both[args.sequences :]
             val = self._windows(args.data, "validation", args.val_sequences)
-        return train, torch.cat([train, more]), val
+        network = torch.cat([train, more])
+        if args.own_text:
+            own = self._own(len(network))
+            train, network = torch.cat([train, own[: len(train)]]), torch.cat([network, own])
+        return train, network, val
+
+    def _own(self, count: int) -> Tensor:
+        begun = time.monotonic()
+        documents = documents_at_a_time(WRITTEN_BYTES, OWN_MEMORY)
+        own = own_windows(
+            self.lm,
+            self.encoder,
+            windows=count,
+            length=self.args.length,
+            seed=self.args.seed,
+            documents=documents,
+            reserve=OWN_MEMORY // 2 if FAST else 0,
+        )
+        print(f"wrote {count} sequences in {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
+        return own
 
     def _measured(self) -> dict[str, Tensor]:
         args = self.args
@@ -110,7 +135,7 @@ class Lab:
         else:
             own = self._windows(args.data, "evaluation", args.windows)
         others = {Path(name).stem: self._windows(name, "evaluation", args.windows) for name in args.held_out}
-        return {"own text": own, **others}
+        return {"its kind": own, **others, "learnt": self.blocks[: min(32, args.sequences)]}
 
     def perplexities(self, packed: list[PackedBlock] | None = None) -> list[float]:
         """Of the model as it came, or with these blocks."""
@@ -217,6 +242,7 @@ def main() -> None:
     parser.add_argument("--data", default="builtin")
     parser.add_argument("--tokens")
     parser.add_argument("--held-out", nargs="*", default=[])
+    parser.add_argument("--own-text", action="store_true")
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--sequences", type=int, default=512)
