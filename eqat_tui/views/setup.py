@@ -15,7 +15,7 @@ import msgspec
 from engine.config.base import describe
 from engine.config.calibration import mixture, text_setting
 from engine.config.corpora import CORPORA
-from engine.config.data import BUILTIN, OPTIONS
+from engine.config.data import BUILTIN, OPTIONS, OWN
 from engine.config.derived import resolve
 from engine.config.fields import field_names, field_type, value_of
 from engine.config.grid import BITS, GROUP_SIZES, HEAD_BITS
@@ -41,7 +41,7 @@ def first_preset() -> str:
     return "demo" if there and "demo" in preset_names() else "paper"
 
 
-TEXTS = (BUILTIN, *CORPORA)
+TEXTS = (BUILTIN, OWN, *CORPORA)
 """What ``left`` and ``right`` go through; enter takes anything else."""
 
 FLAGS = {
