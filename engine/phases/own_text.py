@@ -3,12 +3,16 @@
 A run goes on only with the text that it began with (:mod:`engine.checkpoints.identity`), and no two devices
 write the same. So what was written lies in the run's directory as long as that does; and in the user's cache,
 so that the next run of the same model need not write it again.
+
+A file is named by what decided the text: one that other settings would make never takes its place, and who
+takes the settings back finds it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -50,13 +54,13 @@ class OwnText:
         config: RunConfig,
         lm: CausalLM,
         encoder: Encoder,
-        model: str,
+        made_from: Mapping[str, str],
         machine: Machine,
         report: Reporter,
     ) -> None:
-        """``model`` is the digest of the model's identity."""
+        """``made_from`` are digests of the model and its tokenizer."""
         self.run, self.config, self.lm, self.encoder = run, config, lm, encoder
-        self.model, self.machine, self.report = model, machine, report
+        self.made_from, self.machine, self.report = dict(made_from), machine, report
         self._wanted = own_text_windows(config)
         self._written: dict[int, Tensor] = {}
 
@@ -70,16 +74,16 @@ class OwnText:
 
     def _all(self, length: int) -> Tensor:
         report, count = self.report, self._wanted[length]
-        kept = self.run.own_text(length)
-        cached = token_cache() / f"{self._key(length, count)}.safetensors"
+        key = self._key(length, count)
+        kept, cached = self.run.own_text(key), token_cache() / f"{key}.safetensors"
         for path in (kept, cached):
             found = load_windows(path, length, report.warning)
-            if found is not None and len(found[0]) == sum(count):
+            if found is not None:
                 windows = found[0]
                 break
         else:
             windows = self._write(length, count).to(torch.int32)
-        about = {"model": self.model}
+        about = self.made_from
         if not cached.is_file():
             store_windows(cached, windows, about, [], report.warning)
         if not kept.is_file() or path != kept:
@@ -123,8 +127,7 @@ class OwnText:
     def _key(self, length: int, count: Written) -> str:
         decides = {
             "own text": _SCHEME,
-            "model": self.model,
-            "tokenizer": self.encoder.rules,
+            **self.made_from,
             "begin": self.encoder.begin,
             "windows": count,
             "length": length,

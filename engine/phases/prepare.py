@@ -67,10 +67,10 @@ def prepare(
     encoder = Encoder(source.tokenizer(), rows=lm.vocab_size, bos=config.model.bos)
     report.doing = "reading the text"
     identity = {name: value for name, value in source.identity().items() if name not in ("path", "name")}
-    model = digest(identity)
-    own = OwnText(run, config, lm, encoder, model, plan.machine, report)
+    made_from = {"model": digest(identity), "tokenizer": source.assets_identity()}
+    own = OwnText(run, config, lm, encoder, made_from, plan.machine, report)
     tokens = draw_tokens(config, encoder, report, own.windows)
-    made_from = {"model": model, "tokenizer": source.assets_identity(), **tokens.digests()}
+    made_from |= tokens.digests()
     if (reference := open_reference(config)) is not None:
         made_from["reference"] = digest(reference.identity()["sha256"])
     report.expect_silence(PREPARE_SILENCE)

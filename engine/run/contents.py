@@ -49,8 +49,8 @@ OBJECT = re.compile(rf"({DIGEST.pattern})\.safetensors")
 """Tensors of a checkpoint; their digest."""
 # A folder that had a checkpoint file's name and was set aside (engine.run.objects).
 _ASIDE = re.compile(r"(.+)\.aside-[0-9a-f]{8}", re.DOTALL)
-# What the model wrote for a run, in windows of so many tokens.
-_OWN_TEXT = re.compile(r"own-text-[0-9]{1,9}\.safetensors")
+# What the model wrote for a run, by a digest of what decided it.
+_OWN_TEXT = re.compile(r"own-text-[0-9a-f]{40}\.safetensors")
 # Tokenized text, and such a file that is being written.
 _TEXT = re.compile(r"[0-9a-f]{40}\.safetensors")
 _UNFINISHED_TEXT = re.compile(r"\.[0-9a-f]{12}-[a-z0-9_]{8}")
@@ -68,9 +68,9 @@ def belongs_at_top(name: str) -> bool:
     return name in FILES or name in FOLDERS or is_own_text(name) or is_unfinished_at_top(name)
 
 
-def own_text_name(length: int) -> str:
-    """Of the file with the model's own text, in windows of so many tokens (``engine.phases.own_text``)."""
-    return f"own-text-{length}.safetensors"
+def own_text_name(key: str) -> str:
+    """Of the file with the model's own text that ``key`` decided (``engine.phases.own_text``)."""
+    return f"own-text-{key}.safetensors"
 
 
 def is_own_text(name: str) -> bool:

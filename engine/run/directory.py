@@ -110,9 +110,9 @@ class RunDirectory:
         """The configuration the run was made with."""
         return load_run(self.path)
 
-    def own_text(self, length: int) -> Path:
-        """Where the model's own text lies, in windows of so many tokens."""
-        return self.path / contents.own_text_name(length)
+    def own_text(self, key: str) -> Path:
+        """Where the model's own text lies that ``key`` decided."""
+        return self.path / contents.own_text_name(key)
 
     def inside(self, *parts: str) -> Path:
         """A path below the run; :class:`UsageError` for one that would leave it, by ``..`` or by a link."""

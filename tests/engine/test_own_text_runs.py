@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import exported, failure, of, run_here
+from engine_runs import change, exported, failure, of, run_here
 from safetensors.torch import load_file, save_file
 
 from engine.config.validation import validate
@@ -18,6 +18,7 @@ from engine.plan.plan import make_plan
 from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.run.housekeeping import clean_run, delete_run
+from engine.run.proof import NotProven
 from engine.run.shown import show_run
 
 Make = Callable[..., RunDirectory]
@@ -28,6 +29,12 @@ OWN = {"data.mix": "builtin:0.5,self:0.5"}
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("EQAT_CACHE_DIR", str(tmp_path / "own-cache"))
     return tmp_path / "own-cache" / "tokens"
+
+
+def own(run: RunDirectory) -> Path:
+    """The one file that it keeps."""
+    (found,) = run.path.glob("own-text-*.safetensors")
+    return found
 
 
 @pytest.fixture
@@ -46,7 +53,7 @@ def test_it_is_written_once_and_every_stage_takes_the_first_of_it(
 ) -> None:
     run = make(**OWN, **{"e2e_qp.sequences": 8})
     assert run_here(run) == 0
-    kept = load_file(run.own_text(16))["windows"]
+    kept = load_file(own(run))["windows"]
     # Of eight training sequences four, of two for validation one.
     assert kept.shape == (5, 16)
     assert own_text_windows(run.config()) == {16: (4, 1)}
@@ -62,7 +69,7 @@ def test_it_is_written_once_and_every_stage_takes_the_first_of_it(
     for path in cache.iterdir():
         path.unlink()
     assert run_here(run, "--task", "eval") == 0
-    assert torch.equal(load_file(run.own_text(16))["windows"], kept)
+    assert torch.equal(load_file(own(run))["windows"], kept)
 
 
 def test_a_damaged_file_is_mended_from_the_cache_and_another_text_is_refused(
@@ -70,11 +77,11 @@ def test_a_damaged_file_is_mended_from_the_cache_and_another_text_is_refused(
 ) -> None:
     run = make(**OWN)
     assert run_here(run) == 0
-    path = run.own_text(16)
+    path = own(run)
     whole = path.read_bytes()
     path.write_bytes(whole[:-3] + b"\0\0\0")
     assert run_here(run, "--task", "eval") == 0
-    assert any(w.code == "token-cache" and "own-text-16" in w.message for w in of(run, events.Warning))
+    assert any(w.code == "token-cache" and "own-text-" in w.message for w in of(run, events.Warning))
     assert path.read_bytes() == whole
 
     # Somebody's other windows are another text, and what was trained on it another model.
@@ -91,11 +98,35 @@ def test_a_damaged_file_is_mended_from_the_cache_and_another_text_is_refused(
     assert run_here(run, "--task", "eval") != 0
 
 
+def test_settings_that_were_changed_and_taken_back_find_the_text_again(
+    make: Make, cache: Path, nothing_is_written: Callable[[], None]
+) -> None:
+    run = make(**OWN)
+    assert run_here(run) == 0
+    first = own(run)
+    before = first.read_bytes()
+    for other in ({"runtime.seed": 7}, {"block_ap.sequences": 8}):
+        kept = run.config_toml.read_text()
+        change(run, **other)
+        code = run_here(run)
+        assert code != 0, "another run's checkpoint"
+        run.config_toml.write_text(kept)
+    assert first.read_bytes() == before
+    for entry in cache.iterdir():
+        entry.unlink()
+    nothing_is_written()
+    assert run_here(run, "--task", "eval") == 0
+
+
 def test_the_file_is_the_runs_own_for_whoever_cleans_and_deletes(make: Make) -> None:
     run = make(**OWN)
     assert run_here(run) == 0
     clean_run(run)
-    assert run.own_text(16).is_file()
+    assert own(run).is_file()
+    (run.path / "own-text-mine.safetensors").touch()
+    with pytest.raises(NotProven):
+        delete_run(run)
+    (run.path / "own-text-mine.safetensors").unlink()
     delete_run(run)
     assert not run.path.exists()
 
