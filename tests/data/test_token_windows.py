@@ -22,7 +22,7 @@ from engine.config.data import DataConfig
 from engine.data import tokens as tokens_module
 from engine.data.encoding import Encoder, tokenizer_hash
 from engine.data.hub import HubText
-from engine.data.tokens import _load, _store, token_windows
+from engine.data.tokens import load_windows, store_windows, token_windows
 from engine.errors import DataError, ExitCode
 from engine.system.user_cache import token_cache
 
@@ -366,7 +366,7 @@ def test_unwritable_cache_costs_a_warning_only(tokenizer: Any, tmp_path: Path) -
 def _publish_again_and_again(path: Path, rounds: int) -> None:
     windows = torch.arange(4096, dtype=torch.int32).view(8, 512)
     for _ in range(rounds):
-        _store(path, windows, {}, [], lambda code, message: None)
+        store_windows(path, windows, {}, [], lambda code, message: None)
 
 
 def test_processes_sharing_a_cache_never_see_half_a_file(tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_processes_sharing_a_cache_never_see_half_a_file(tmp_path: Path) -> None
     said: list[str] = []
     reads = 0
     while any(writer.is_alive() for writer in writers) or reads < 20:
-        found = _load(path, 512, lambda code, message: said.append(message))
+        found = load_windows(path, 512, lambda code, message: said.append(message))
         assert found is not None
         windows, _ = found
         assert windows.shape == (8, 512)

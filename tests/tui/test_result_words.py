@@ -41,7 +41,7 @@ def test_formats_that_hold_no_quantized_head_are_not_offered_for_one() -> None:
     plain, quantized = (unfit_formats({"grid": {**grid, **head}}) for head in ({}, {"head_bits": 8}))
     assert not {"gptq_v2", "gguf", "mlx", "hf"} & plain.keys()
     assert not {"gguf", "mlx", "hf"} & quantized.keys()
-    assert quantized["gptq_v2"] == "an embedding and a head of 8 bits (grid.head_bits)"
+    assert quantized["gptq_v2"] == "cannot hold an embedding and a head of 8 bits (grid.head_bits)"
 
 
 def test_the_title_of_a_report_says_that_the_head_is_quantized_too() -> None:
