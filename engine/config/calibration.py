@@ -28,6 +28,8 @@ from engine.errors import UsageError
 _SHARE = re.compile(r"\s*([0-9]{1,9}(?:\.[0-9]{0,9})?|\.[0-9]{1,9})\s*")
 _OPTIONS = re.compile(r"[A-Za-z_]+=[^&]*(&[A-Za-z_]+=[^&]*)*")
 _FORM = "SOURCE:SHARE, like c4:0.8"
+OWN_WORDS = "the model's own text"
+"""What ``self`` is for people."""
 
 
 class CalibrationConfig(DataConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -103,7 +105,7 @@ def text_words(data: DataConfig) -> str:
     """The text that is learned from, for people: the name of the corpus, or the shares of several."""
     found = texts_of(data)
     if len(found) == 1:
-        return corpus_name(found[0].data)
+        return OWN_WORDS if found[0].data.is_own else corpus_name(found[0].data)
     return ", ".join(f"{percent(member.share)} {part_name(member.data)}" for member in found)
 
 
@@ -114,6 +116,8 @@ def percent(share: Fraction) -> str:
 
 def part_name(data: DataConfig) -> str:
     """A text among others: its corpus, and what of it is read where that is not the usual."""
+    if data.is_own:
+        return OWN_WORDS
     words = [f"{option} {value}" for option in OPTIONS if (value := getattr(data, option)) is not None]
     return corpus_name(data) + (f" ({', '.join(words)})" if words else "")
 

@@ -57,7 +57,7 @@ def test_it_is_written_once_and_every_stage_takes_the_first_of_it(
     # Of eight training sequences four, of two for validation one.
     assert kept.shape == (5, 16)
     assert own_text_windows(run.config()) == {16: (4, 1)}
-    assert show_run(run)["calibration"] == "50 % builtin, 50 % self"
+    assert show_run(run)["calibration"] == "50 % builtin, 50 % the model's own text"
     nothing_is_written()
 
     # A second run of the same settings finds it in the user's cache, and makes the same model.
@@ -152,7 +152,7 @@ def test_the_plan_counts_the_writing(make: Make) -> None:
     assert own.phases[0].seconds > plain.phases[0].seconds
     assert "all blocks" in own.phases[0].parts
     alone = make_plan(make(**{"data.source": "self"}).config())
-    assert alone.calibration == "self"
+    assert alone.calibration == "the model's own text"
 
 
 def test_a_model_that_does_not_fit_as_a_whole_needs_another_text(make: Make) -> None:
