@@ -15,6 +15,7 @@ In a file it is the table ``[sweep]``, of fields with lists of values; text in i
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -136,13 +137,11 @@ def combinations(base: RunConfig, axes: Sequence[Axis]) -> list[Combination]:
         UsageError: for a value that cannot be read, one that is there twice, a combination that cannot work
             (it is named), and more than anybody means.
     """
-    for axis in axes:
-        _check_values(base, axis)
-    count = 1
-    for axis in axes:
-        count *= len(axis.values)
+    count = math.prod(len(axis.values) for axis in axes)
     if count > MOST_RUNS:
         raise UsageError(f"asks for {count} runs, and {MOST_RUNS} are the most", where=_OPTION)
+    for axis in axes:
+        _check_values(base, axis)
     made = itertools.product(*(axis.values for axis in axes))
     return [_combined(base, axes, values, number) for number, values in enumerate(made, 1)]
 

@@ -11,7 +11,6 @@ from engine.errors import UsageError
 from eqat_tui.commands.options import (
     Bits,
     Data,
-    Detach,
     Device,
     GroupSize,
     Json,
@@ -48,6 +47,10 @@ SweepRef = Annotated[
     str, typer.Argument(metavar="DIR", help="The folder of a sweep, any part of its name, or latest.")
 ]
 
+DetachSweep = Annotated[
+    bool, typer.Option("--detach", help="Print the sweep's name and return; no terminal ends it.")
+]
+
 
 @app.command()
 def start(
@@ -69,7 +72,7 @@ def start(
     settings: Settings = None,
     trust_remote_code: RemoteCode = False,
     runs_dir: RunsDir = None,
-    detach: Detach = False,
+    detach: DetachSweep = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan of all runs and start nothing.")
     ] = False,
@@ -110,7 +113,7 @@ def start(
 def resume(
     sweep: SweepRef,
     runs_dir: RunsDir = None,
-    detach: Detach = False,
+    detach: DetachSweep = False,
     as_json: Json = False,
 ) -> int:
     """Go on with a sweep: make its missing runs, and resume those that are not done.

@@ -9,12 +9,15 @@ import signal
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 from cli_tools import Eqat, ended, follows, start_eqat
 from waiting import wait_until
 
 from engine.config.loading import load
 from engine.config.sweeps import combinations, typed_axis
+from engine.errors import PreflightError
+from engine.plan.several import plan_several
 from engine.run.directory import RunDirectory
 from engine.run.finding import list_runs
 from engine.run.liveness import run_state
@@ -29,6 +32,12 @@ SMALL = (
     *("--set", "e2e_qp.enabled=false", "--set", "evaluation.windows=2"),
 )
 pytestmark = pytest.mark.usefixtures("no_engine_outlives_its_test")
+
+
+def made_of_two(where: Path) -> Sweep:
+    """A sweep none of whose runs is made."""
+    swept = combinations(load("smoke"), [typed_axis("grid.bits=2,3")])
+    return Sweep.create(where / "runs", "smoke", swept)
 
 
 def the_sweep(where: Path) -> Sweep:
@@ -86,6 +95,17 @@ def test_what_does_not_fit_is_named_with_its_run(eqat: Eqat) -> None:
     as_json = eqat(*swept, "--json")
     assert as_json.returncode == 3
     assert [len(run["obstacles"]) for run in json.loads(as_json.stdout)["runs"]] == [0, 1, 0, 1]
+
+
+def test_runs_that_fit_alone_and_not_together_are_refused(tmp_path: Path) -> None:
+    config = load("smoke", overrides={"runtime.device": "cpu"})
+    plans = plan_several([config] * 3, tmp_path)
+    plans.check_disk()
+    alone = plans.runs[0].plan
+    assert alone is not None
+    room = msgspec.structs.replace(plans, disk_free=alone.disk_bytes + 1)
+    with pytest.raises(PreflightError, match=r"disk: all runs together need .* and .* are free"):
+        room.check_disk()
 
 
 def test_where_no_run_fits_nothing_is_made(eqat: Eqat, tmp_path: Path) -> None:
@@ -223,6 +243,27 @@ def test_a_killed_sweep_leaves_its_run_at_work_and_is_gone_on_with(
     assert len(list_runs(tmp_path / "runs")) == 2
 
 
+def test_a_sweep_killed_while_it_made_a_run_knows_that_run(eqat: Eqat, tmp_path: Path) -> None:
+    sweep = made_of_two(tmp_path)
+    first = sweep.members[0]
+
+    def announce(run_id: str) -> None:
+        assert not (tmp_path / "runs" / run_id).exists()
+        first.run = run_id
+        sweep.write()
+
+    run = RunDirectory.create(sweep.runs_dir, first.configuration(), announce=announce)
+    # Of the second one the id was written down and nothing made.
+    sweep.members[1].run = f"{run.id}0"
+    sweep.write()
+    assert outcomes(eqat) == ["created", "gone"]
+    _, err = ended(process := start_eqat(tmp_path, "finishes", "sweep", "resume", "latest"))
+    assert (process.returncode, outcomes(eqat)) == (0, ["done", "done"]), err
+    ids = {member.run for member in the_sweep(tmp_path).members}
+    assert {made.id for made in list_runs(tmp_path / "runs")} == ids
+    assert run.id in ids
+
+
 def test_a_run_that_was_deleted_is_made_anew(eqat: Eqat, tmp_path: Path) -> None:
     ended(start_eqat(tmp_path, "finishes", *TWO))
     first = the_sweep(tmp_path).members[0].run
@@ -263,9 +304,7 @@ def test_a_sweep_lies_beside_its_runs_and_is_none(eqat: Eqat, tmp_path: Path) ->
 
 
 def test_a_forged_file_leads_nowhere_else(eqat: Eqat, tmp_path: Path) -> None:
-    made = Sweep.create(
-        tmp_path / "runs", "smoke", combinations(load("smoke"), [typed_axis("grid.bits=2,3")])
-    )
+    made = made_of_two(tmp_path)
     assert outcomes(eqat) == ["waiting", "waiting"]
     file = made.path / "sweep.json"
     tree = json.loads(file.read_text())
