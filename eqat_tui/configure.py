@@ -26,6 +26,37 @@ def build_config(
     trust_remote_code: bool = False,
 ) -> RunConfig:
     """The preset or file ``target`` with flags and then ``--set`` on top, complete and valid."""
+    overrides = typed_settings(
+        model=model,
+        bits=bits,
+        group_size=group_size,
+        data=data,
+        device=device,
+        settings=settings,
+        trust_remote_code=trust_remote_code,
+    )
+    config = resolve(load(target, overrides=overrides))
+    try:
+        validate(config)
+    except UsageError as error:
+        file = configuration_file(target)
+        if file.parent == presets_dir():  # whose values work, until something else was typed beside them
+            raise
+        raise located(error, file, typed=overrides) from error
+    return config
+
+
+def typed_settings(
+    *,
+    model: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    data: str | None = None,
+    device: str | None = None,
+    settings: Sequence[str] = (),
+    trust_remote_code: bool = False,
+) -> dict[str, object]:
+    """What flags and then ``--set`` say, by field."""
     flags: dict[str, object] = {
         "model.source": model,
         "grid.bits": bits,
@@ -36,15 +67,7 @@ def build_config(
     }
     overrides = {name: value for name, value in flags.items() if value is not None}
     overrides.update(parse_settings(settings))
-    config = resolve(load(target, overrides=overrides))
-    try:
-        validate(config)
-    except UsageError as error:
-        file = configuration_file(target)
-        if file.parent == presets_dir():  # whose values work, until something else was typed beside them
-            raise
-        raise located(error, file, typed=overrides) from error
-    return config
+    return overrides
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, str]:

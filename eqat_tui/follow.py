@@ -58,6 +58,11 @@ class Follower:
         self._waiting = ""
         self._said_hung = False
 
+    @property
+    def asked_to_end(self) -> bool:
+        """Whether a signal has asked for the run to be stopped, or for looking at it to end."""
+        return bool(self._interrupts or self._warned or self._terminated)
+
     def catch_up(self) -> None:
         """Take in what happened already without telling it again."""
         for event in self._poll():

@@ -43,13 +43,16 @@ def test_the_run_contract_loads_no_engine_library_and_no_user_interface(module: 
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "follow", "display", "run_text", "plan_text", "overview", "doctor"]
+    "module", ["cli", "follow", "display", "run_text", "plan_text", "overview", "doctor", "sweeping"]
 )
 def test_the_command_line_loads_no_engine_library(module: str) -> None:
     assert not modules_after(f"import eqat_tui.{module}") & set(HEAVY)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["presets"], ["plan", "smoke"]])
+SWEEP = ["sweep", "smoke", "--sweep", "grid.bits=2,3", "--dry-run"]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["presets"], ["plan", "smoke"], SWEEP])
 def test_commands_that_only_look_load_neither_torch_nor_transformers(arguments: list[str]) -> None:
     code = (
         "import contextlib, io\nfrom eqat_tui.cli import main\n"

@@ -1,5 +1,5 @@
-"""Lists as they are typed after ``--set field=`` and shown: with commas between the members, and where a
-member holds a comma or a quote itself, as TOML and JSON write a list of texts."""
+"""Values as they are typed after ``--set field=`` and shown. Lists have commas between their members, and
+where a member holds a comma or a quote itself, they are written as TOML and JSON write a list of texts."""
 
 from __future__ import annotations
 
@@ -27,3 +27,14 @@ def list_words(values: Iterable[object]) -> str:
     texts = [str(value) for value in values]
     plain = ",".join(texts)
     return plain if members(plain) == texts else json.dumps(texts, ensure_ascii=False)
+
+
+def value_words(value: object) -> str:
+    """A value as ``--set`` takes it and as people read it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return list_words(value)
+    return str(value)

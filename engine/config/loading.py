@@ -16,7 +16,7 @@ from engine.config.base import Section, field_types, is_section
 from engine.config.fields import suggest, suggest_field
 from engine.config.origins import located
 from engine.config.overrides import apply_overrides, merge
-from engine.config.run import YOUNGER, RunConfig, run_config
+from engine.config.run import SWEEP, YOUNGER, RunConfig, run_config
 from engine.config.tables import EXTENSIONS
 from engine.config.validation import convert
 from engine.errors import UsageError
@@ -61,12 +61,25 @@ def load(name_or_path: str, *, overrides: Mapping[str, object] | None = None) ->
     :func:`~engine.config.validation.validate`.
     """
     path = configuration_file(name_or_path)
+    return apply_overrides(_from_layers(name_or_path, path, _read_layers(path, seen=())), overrides or {})
+
+
+def load_sweep(name_or_path: str) -> tuple[RunConfig, dict[str, Any]]:
+    """The same, and the table ``[sweep]`` beside it, which is empty where the file has none."""
+    path = configuration_file(name_or_path)
     tree = _read_layers(path, seen=())
+    table = tree.pop(SWEEP, {})
+    if not isinstance(table, Mapping):
+        raise UsageError("must be a table", where=f"{path}: {SWEEP}", hint='like "grid.bits" = [2, 3, 4]')
+    return _from_layers(name_or_path, path, tree), dict(table)
+
+
+def _from_layers(name_or_path: str, path: Path, tree: Mapping[str, Any]) -> RunConfig:
+    """The configuration that a file and what it extends describe."""
     try:
-        config = _from_tree(tree, earlier=path.parent == Path(os.path.expanduser(name_or_path)))
+        return _from_tree(tree, earlier=path.parent == Path(os.path.expanduser(name_or_path)))
     except UsageError as error:
         raise located(error, path) from error
-    return apply_overrides(config, overrides or {})
 
 
 def load_run(run: Path) -> RunConfig:
@@ -95,13 +108,14 @@ def as_earlier(config: RunConfig, tree: Mapping[str, Any] | None = None) -> RunC
     return apply_overrides(config, changes)
 
 
-def from_toml(text: str) -> RunConfig:
-    """The inverse of :func:`~engine.config.writing.to_toml`; ``extends`` may name a preset."""
+def from_toml(text: str, *, earlier: bool = False) -> RunConfig:
+    """The inverse of :func:`~engine.config.writing.to_toml`; ``extends`` may name a preset. ``earlier``: the
+    text names every field that there was when it was written."""
     try:
         tree = parsed(tomllib.loads, text, Path("config"), "TOML")
     except BadFile as error:
         raise UsageError(error.message, where=error.where) from error
-    return _from_tree(_extend(tree, directory=None, seen=()))
+    return _from_tree(_extend(tree, directory=None, seen=()), earlier=earlier)
 
 
 def _read_layers(path: Path, *, seen: tuple[Path, ...], root: Path | None = None) -> dict[str, Any]:
@@ -130,9 +144,9 @@ def _extend(tree: dict[str, Any], *, directory: Path | None, seen: tuple[Path, .
     else:
         path = preset_path(parent)
     base = _read_layers(path, seen=seen)
-    # A name and a description tell what the file itself is, never what it was made from.
-    base.pop("name", None)
-    base.pop("description", None)
+    # They tell what the file itself is, and is swept over, never what it was made from.
+    for own in ("name", "description", SWEEP):
+        base.pop(own, None)
     return merge(base, tree)
 
 
@@ -162,7 +176,9 @@ def _check_keys(tree: Mapping[str, Any], section: type[Section], *, prefix: str 
         name = f"{prefix}{key}"
         if key not in fields:
             hint = suggest_field(name)
-            if not prefix and isinstance(value, Mapping):
+            if name == SWEEP:
+                hint = "eqat sweep FILE makes the runs that it asks for"
+            elif not prefix and isinstance(value, Mapping):
                 hint += f"; a section of an extension is known where {EXTENSIONS} names its module"
             raise UsageError("there is no such field", where=name, hint=hint)
         if is_section(fields[key]) and isinstance(value, Mapping):

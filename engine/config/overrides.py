@@ -61,10 +61,18 @@ def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def takes_list(kind: Any) -> bool:
+    """Whether a field of type ``kind`` holds a list."""
+    return any(typing.get_origin(option) is tuple for option in _options(kind))
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
 def _read_value(name: str, kind: Any, text: str) -> Any:
     """``text`` as typed after ``--set name=``, as a value for a field of type ``kind``."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    is_list = any(typing.get_origin(option) is tuple for option in options)
+    options, is_list = _options(kind), takes_list(kind)
     # Nothing at all is a list without members.
     if type(None) in options and text.strip().lower() in ("none", "null", *(() if is_list else ("",))):
         return None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +77,16 @@ class RunDirectory:
         *,
         now: float | None = None,
         files: Mapping[str, msgspec.Struct] | None = None,
+        announce: Callable[[str], None] | None = None,
     ) -> RunDirectory:
-        """Make the directory of a new run, with its folders, ``files`` (as JSON) and ``config.toml``."""
-        stamp = time.strftime("%Y%m%d-%H%M", time.localtime(now))
-        name = f"{stamp}-{_slug(config.model.source)}-w{config.grid.bits}g{config.grid.group_size}"
+        """Make the directory of a new run, with its folders, ``files`` (as JSON) and ``config.toml``.
+
+        ``announce`` is told the run's id before there is anything: whoever keeps it loses no run by a kill.
+        """
+        name = f"{stamp(now)}-{slug(config.model.source)}-w{config.grid.bits}g{config.grid.group_size}"
         text = to_toml(absolute_paths(config)).encode()
         try:
-            runs_dir.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
-            run = cls(_make_new(runs_dir.resolve(), name))
+            run = cls(make_new(runs_dir, name, announce))
         except OSError as error:
             raise disk_error(error, runs_dir) from error
         try:
@@ -136,9 +138,19 @@ class RunDirectory:
             return None
 
 
-def _make_new(runs_dir: Path, name: str) -> Path:
+def stamp(now: float | None = None) -> str:
+    """The minute that the name of what is made now begins with."""
+    return time.strftime("%Y%m%d-%H%M", time.localtime(now))
+
+
+def make_new(runs_dir: Path, name: str, announce: Callable[[str], None] | None = None) -> Path:
+    """Make a folder in ``runs_dir``, called ``name`` and four digits that no other has."""
+    runs_dir.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+    runs_dir = runs_dir.resolve()
     for _ in range(100):
         path = runs_dir / f"{name}-{unique(2)}"
+        if announce is not None:
+            announce(path.name)
         try:
             path.mkdir(mode=FOLDER_MODE)
         except FileExistsError:  # made in the same minute with the same four digits
@@ -158,8 +170,9 @@ def _unmake(run: RunDirectory) -> None:
         pass  # it holds something, or cannot be removed; what made the creation fail is told
 
 
-def _slug(source: str) -> str:
-    """The last part of a model's name, as part of a directory's: lower case letters, digits, ``.-_``."""
+def slug(source: str) -> str:
+    """The last part of the name of a model or file, as part of a directory's: lower case letters, digits,
+    ``.-_``."""
     name = source.rstrip("/").rsplit("/", 1)[-1].lower().removesuffix(".gguf")
     name = re.sub(r"[^a-z0-9._]+", "-", name).strip("-._")[:48]
     return name.rstrip("-._") or "model"

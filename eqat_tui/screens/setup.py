@@ -13,6 +13,7 @@ from textual.widget import Widget
 from textual.widgets import Input
 
 from engine.config.fields import value_of
+from engine.config.lists import value_words
 from engine.config.loading import preset_names
 from engine.config.run import RunConfig
 from engine.config.writing import to_toml
@@ -296,7 +297,7 @@ class SetupScreen(WorkScreen):
             self._choose("Method", names, methods.method_of(self._config), self._set_method)
         elif views.choices(row.name) and row.name not in views.OPEN:
             values = list(views.choices(row.name))
-            words = ["channel (whole rows)" if value == -1 else views.value_words(value) for value in values]
+            words = ["channel (whole rows)" if value == -1 else value_words(value) for value in values]
             now = words[values.index(value_of(self._config, row.name))]
             self._choose(row.name, words, now, lambda word: self._set(row.name, values[words.index(word)]))
         else:
@@ -310,7 +311,7 @@ class SetupScreen(WorkScreen):
         self._change(self.draft.with_method(name))
 
     def _ask(self, row: Row) -> None:
-        value = views.value_words(views.shown_value(row, self._config))
+        value = value_words(views.shown_value(row, self._config))
 
         def answered(text: str | None) -> None:
             if text is not None:

@@ -19,7 +19,7 @@ from engine.config.data import BUILTIN, OPTIONS, OWN
 from engine.config.derived import resolve
 from engine.config.fields import field_names, field_type, value_of
 from engine.config.grid import BITS, GROUP_SIZES, HEAD_BITS
-from engine.config.lists import list_words
+from engine.config.lists import value_words
 from engine.config.loading import load, preset_names
 from engine.config.run import RunConfig
 from engine.config.validation import validate
@@ -125,17 +125,6 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
         if runs_dir is not None and not os.environ.get("EQAT_RUNS_DIR") and str(runs_dir) != "runs":
             words += ["--runs-dir", str(runs_dir)]
         return shlex.join(words)
-
-
-def value_words(value: object) -> str:
-    """A value as ``--set`` takes it and as people read it."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list | tuple):
-        return list_words(value)
-    return str(value)
 
 
 # -- the form ------------------------------------------------------------------------------------------

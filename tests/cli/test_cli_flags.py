@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer.main
 
 from eqat_tui.cli import app
@@ -32,14 +34,28 @@ PUBLIC = {
     "rm": {"--runs-dir", "--yes", "-y"},
     "gc": {"--runs-dir", "--tokens", "--dry-run", "--json"},
     "export": {"--format", "--to", "--set", "--runs-dir", "--detach", "--json"},
+    "sweep": set(),
+    "sweep start": {*CONFIGURE, "--sweep", "--runs-dir", "--detach", "--dry-run", "--json"},
+    "sweep resume": {"--runs-dir", "--detach", "--json"},
+    "sweep show": {"--runs-dir", "--json", "--csv", "--markdown"},
 }
 
 
+def commands() -> dict[str, Any]:
+    """Every command by what is typed for it."""
+    found = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    inner = {
+        f"{name} {below}": command
+        for name, group in found.items()
+        for below, command in getattr(group, "commands", {}).items()
+    }
+    return found | inner
+
+
 def test_commands_and_their_flags_are_the_documented_ones() -> None:
-    group = typer.main.get_command(app)
     found = {
         name: {flag for parameter in command.params for flag in parameter.opts if flag.startswith("-")}
-        for name, command in group.commands.items()  # type: ignore[attr-defined]
+        for name, command in commands().items()
     }
     assert found == PUBLIC
 
@@ -51,8 +67,7 @@ def test_memory_is_also_called_what_it_was_called_before_and_the_help_does_not_s
 
 
 def test_every_command_and_flag_has_help() -> None:
-    group = typer.main.get_command(app)
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
+    for name, command in commands().items():
         assert command.help, name
         for parameter in command.params:
             assert getattr(parameter, "help", None), f"{name} {parameter.name}"
@@ -62,7 +77,6 @@ def test_a_repositorys_own_code_is_trusted_only_when_that_is_typed() -> None:
     for model in (None, "somebody/model"):
         assert not build_config("smoke", model=model).model.trust_remote_code
         assert build_config("smoke", model=model, trust_remote_code=True).model.trust_remote_code
-    for name in ("run", "plan"):
-        command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
-        (flag,) = [found for found in command.params if "--trust-remote-code" in found.opts]
+    for name in ("run", "plan", "sweep start"):
+        (flag,) = [found for found in commands()[name].params if "--trust-remote-code" in found.opts]
         assert "with your rights" in flag.help

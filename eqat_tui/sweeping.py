@@ -1,0 +1,284 @@
+"""Making the runs of a sweep, one after the other, each followed as ``eqat run`` follows it.
+
+The engine of each run is a process of its own, which outlives this one; a sweep that was killed finds its run
+at work or where that has ended, and goes on from there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from engine.config.loading import load_sweep
+from engine.config.overrides import apply_overrides
+from engine.config.sweeps import (
+    Combination,
+    axes_of,
+    combinations,
+    settings_words,
+    typed_axis,
+    written_axes,
+)
+from engine.errors import EqatError, ExitCode, PreflightError, StopRequested
+from engine.plan.plan import check, make_plan
+from engine.plan.several import SeveralPlans, plan_several
+from engine.run.directory import RunDirectory
+from engine.run.finding import check_runs_dir, default_runs_dir
+from engine.run.launch import launch, log_path, python_environment
+from engine.run.liveness import look
+from engine.run.sweep import LOG, UNREADABLE, Failure, Member, Sweep, show_sweep
+from engine.run.task import is_job
+from engine.system.files import disk_error, existing, is_virtual
+from engine.system.guarded import open_regular
+from eqat_tui.display import open_display
+from eqat_tui.follow import Follower, Left
+from eqat_tui.output import cell, error_words, one_line, print_json, say, show
+from eqat_tui.run_text import shorten
+from eqat_tui.sweep_text import plan_text, sweep_text, totals_words
+
+ENDS = (ExitCode.STOPPED, ExitCode.ABORTED, ExitCode.TERMINATED)
+"""A run that ends so was meant to end, and with it the sweep."""
+
+
+def combined(target: str, swept: Sequence[str], fixed: dict[str, object]) -> list[Combination]:
+    """The runs that a preset or file asks for with ``--sweep`` and other settings on top."""
+    base, table = load_sweep(target)
+    axes = axes_of(written_axes(table), [typed_axis(text) for text in swept], fixed)
+    return combinations(apply_overrides(base, fixed), axes)
+
+
+def planned(found: Sequence[Combination], runs_dir: Path) -> SeveralPlans:
+    """The plan of all of them."""
+    if is_virtual(existing(runs_dir)):
+        check_runs_dir(runs_dir)  # its room would be the wrong thing to speak of
+    return plan_several([one.config for one in found], runs_dir)
+
+
+def print_plan(found: Sequence[Combination], plans: SeveralPlans, *, as_json: bool) -> int:
+    """Print the plan of the whole; the exit code says whether all of it would run."""
+    if as_json:
+        tree = plans.to_dict()
+        for one, row in zip(found, tree["runs"], strict=True):
+            row["settings"] = one.settings
+        print_json(tree)
+    else:
+        show(plan_text([one.settings for one in found], plans))
+    try:
+        _check_all(found, plans)
+    except EqatError as error:
+        if not as_json:
+            raise
+        return int(error.exit_code)  # the plan on stdout says it already
+    return ExitCode.DONE
+
+
+def _check_all(found: Sequence[Combination], plans: SeveralPlans) -> None:
+    """Raise for the first run that does not fit, then for the disk."""
+    for number, (one, run) in enumerate(zip(found, plans.runs, strict=True), 1):
+        for obstacle in run.obstacles:
+            error = obstacle.error
+            where = f"{_title(number, one.settings)}: {error.where}"
+            raise EqatError(error.message, where=where, hint=error.hint, exit_code=error.exit_code)
+    plans.check_disk()
+
+
+def make(target: str, found: Sequence[Combination], plans: SeveralPlans, runs_dir: Path) -> Sweep:
+    """A new sweep, with what stands in the way of single runs told.
+
+    Raises:
+        EqatError: where none of them fits, or all together do not.
+    """
+    check_runs_dir(runs_dir)
+    if not plans.fitting:
+        _check_all(found, plans)
+    plans.check_disk()
+    say(f"{len(found)} runs, {totals_words(plans)}")
+    for number, (one, run) in enumerate(zip(found, plans.runs, strict=True), 1):
+        for obstacle in run.obstacles[:1]:
+            say(one_line(f"does not fit: {_title(number, one.settings)}: {obstacle.error}"))
+    return Sweep.create(runs_dir, target, found)
+
+
+def _title(number: int, settings: dict[str, Any]) -> str:
+    return f"run {number} ({settings_words(settings)})"
+
+
+def detach(sweep: Sweep, *, as_json: bool) -> int:
+    """Carry a sweep out in a process of its own, which no terminal can end."""
+    command = [sys.executable, "-P", "-m", "eqat_tui", "sweep", "resume", str(sweep.path)]
+    with sweep.held():
+        pass  # whoever carries it out already is named here, and not in a log
+    try:
+        log = open_regular(
+            sweep.path / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, root=sweep.path
+        )
+    except OSError as error:
+        raise disk_error(error, sweep.path / LOG) from error
+    try:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=python_environment(),
+        )
+    except OSError as error:
+        raise PreflightError(f"cannot be started: {error.strerror}", where=sys.executable) from error
+    finally:
+        os.close(log)
+    if as_json:
+        print_json({"id": sweep.id, "path": str(sweep.path), "pid": child.pid})
+    else:
+        show(sweep.id)
+    return ExitCode.DONE
+
+
+def carry_out(sweep: Sweep, *, as_json: bool) -> int:
+    """Make what is not made of a sweep, then show all of it; the exit code of the first run that failed, or
+    that of the one that was stopped."""
+    say(f"sweep {sweep.id}")
+    with sweep.held():
+        code = _Sweeper(sweep).make_all()
+    shown = show_sweep(sweep)
+    if as_json:
+        print_json(shown)
+    else:
+        show(sweep_text(shown))
+    if any(row["outcome"] != "done" for row in shown["runs"]):
+        say(f"eqat sweep resume {typed(sweep)} goes on with what is not done")
+    return code
+
+
+def typed(sweep: Sweep) -> str:
+    """What to type for ``sweep`` here: its name where runs are looked for, else its path."""
+    found = default_runs_dir() / sweep.id
+    return sweep.id if found.exists() and found.samefile(sweep.path) else shorten(sweep.path)
+
+
+def _is_at_work(run: RunDirectory | None) -> bool:
+    """Whether an engine works on the run itself, and not on something beside it."""
+    if run is None:
+        return False
+    try:
+        work = look(run).work
+    except EqatError:  # which is told in its turn
+        return False
+    return work is not None and not is_job(work.task)
+
+
+def _state(run: RunDirectory) -> str:
+    """The state of a run; none that there is where its log cannot be read, which its turn tells."""
+    try:
+        return look(run).state
+    except EqatError:
+        return UNREADABLE
+
+
+class _Sweeper:
+    """One process that carries a sweep out."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self._asked = False
+
+    def make_all(self) -> int:
+        """Every run that is not done, in order; a request to stop ends the row."""
+        codes: dict[int, int] = {}
+        with self._taking_signals():
+            for number in self._order():
+                member = self.sweep.members[number]
+                run = self.sweep.run_of(member)
+                if run is not None and _state(run) == "done":
+                    continue
+                if self._asked:
+                    return ExitCode.STOPPED
+                title = f"[{number + 1}/{len(self.sweep.members)}] {cell(settings_words(member.settings))}"
+                codes[number] = self._attempt(member, run, title)
+                if codes[number] in ENDS:
+                    return codes[number]
+        return next((codes[number] for number in sorted(codes) if codes[number]), int(ExitCode.DONE))
+
+    def _order(self) -> list[int]:
+        """One after the other; what an earlier process has left at work comes first, so that nothing else is
+        begun beside it."""
+        runs = [self.sweep.run_of(member) for member in self.sweep.members]
+        return sorted(range(len(runs)), key=lambda one: not _is_at_work(runs[one]))
+
+    def _attempt(self, member: Member, run: RunDirectory | None, title: str) -> int:
+        """Make, start and follow one run; what prevents it is written down, and the others go on."""
+        try:
+            run = run if run is not None else self._made(member)
+            say(f"{title}: run {run.id}")
+            self._note(member, None)
+            code = self._follow(run)
+        except StopRequested:
+            return ExitCode.STOPPED
+        except Left:
+            say("left; the engine goes on")
+            return ExitCode.ABORTED
+        except EqatError as error:
+            say(f"{title}: error: {one_line(error_words(error))}")
+            self._note(member, error)
+            return int(error.exit_code)
+        return code
+
+    def _made(self, member: Member) -> RunDirectory:
+        """A new run, planned and made as ``eqat run`` does; its id is written down before."""
+        config = member.configuration()
+        check(make_plan(config, runs_dir=self.sweep.runs_dir))
+
+        def announce(run_id: str) -> None:
+            member.run = run_id
+            self.sweep.write()
+
+        return RunDirectory.create(self.sweep.runs_dir, config, announce=announce)
+
+    def _note(self, member: Member, error: EqatError | None) -> None:
+        """Write down what prevents a run, or that nothing does."""
+        found = None
+        if error is not None:
+            code = int(error.exit_code)
+            found = Failure(message=error.message, where=error.where, hint=error.hint, exit_code=code)
+        if found != member.error:
+            member.error = found
+            self.sweep.write()
+
+    def _follow(self, run: RunDirectory) -> int:
+        """Follow a run to its end: one that is at work already, else from its start."""
+        follower = Follower(run, open_display())
+        follower.catch_up()
+
+        def start() -> int:
+            if self._asked:  # before the follower took signals for itself
+                raise StopRequested
+            return launch(run)
+
+        try:
+            code = follower.follow(start=None if _is_at_work(run) else start)
+        finally:
+            self._asked = self._asked or follower.asked_to_end
+        if code == ExitCode.BUG:
+            say(f"log: {shorten(log_path(run, follower.state.newest_attempt))}")
+        return code
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler, between two runs: no other is begun."""
+        self._asked = True
+
+    @contextmanager
+    def _taking_signals(self) -> Iterator[None]:
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, self._hear) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
