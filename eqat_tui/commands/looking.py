@@ -46,6 +46,30 @@ def show(run: Run, runs_dir: RunsDir = None, as_json: Json = False) -> None:
         show_text(report(shown))
 
 
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN RUN...", help="Parts of ids or names, paths, or latest.")
+    ],
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+) -> None:
+    """Show runs side by side: perplexity, accuracy, size, time, and the settings that differ.
+
+    The best number of a row is marked where all are numbers of one thing; where models, evaluation texts or
+    machines differ it is said, and nothing is marked.
+    """
+    from engine.run.comparison import compared
+    from eqat_tui import actions
+    from eqat_tui.compare_text import compare_text, compare_tree
+    from eqat_tui.output import print_json, show
+
+    found = compared([actions.find(ref, runs_dir) for ref in runs])
+    if as_json:
+        print_json(compare_tree(found))
+    else:
+        show(compare_text(found))
+
+
 def verify(
     path: Annotated[
         str,

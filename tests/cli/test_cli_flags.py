@@ -26,6 +26,7 @@ PUBLIC = {
     "stop": {"--runs-dir", "--abort", "--kill", "--wait"},
     "runs": {"--runs-dir", "--limit", "-n", "--json"},
     "show": {"--runs-dir", "--json"},
+    "compare": {"--runs-dir", "--json"},
     "presets": {"--json"},
     "doctor": {"--runs-dir", "--quick", "--json"},
     "eval": {"--runs-dir", "--detach", "--json"},
