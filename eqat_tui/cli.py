@@ -71,7 +71,6 @@ def overview(
 MEANT: Mapping[str, str] = {
     "status": "show",
     "info": "show",
-    "report": "show",
     "list": "runs",
     "ls": "runs",
     "sample": "generate",
@@ -109,6 +108,7 @@ COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "runs": looking.runs,
     "show": looking.show,
     "compare": looking.compare,
+    "report": looking.report,
     "presets": looking.presets,
     "doctor": looking.doctor,
     "import": importing.import_checkpoint,

@@ -83,7 +83,7 @@ def row_values(row: Row) -> list[str]:
 
 def setting_words(value: Any) -> str:
     """A value of a setting as one types it."""
-    if value is None:
+    if value is None or value in ([], ()):
         return "none"
     return list_words(value) if isinstance(value, list | tuple) else str(value)
 

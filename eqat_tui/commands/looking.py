@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -68,6 +70,40 @@ def compare(
         print_json(compare_tree(found))
     else:
         show(compare_text(found))
+
+
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Parts of ids or names, paths, or latest.")
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to", metavar="FILE", help="Write it here; - prints it. Else RUN.html in this folder."
+        ),
+    ] = None,
+    runs_dir: RunsDir = None,
+) -> None:
+    """Write a report on a run, or on several: one HTML page that needs no network.
+
+    Charts of losses, memory, perplexity and size; warnings, settings, versions, and the command that makes
+    the run again. A report that is there already is replaced, no other file ever is.
+    """
+    from eqat_tui import actions
+    from eqat_tui.output import cell, say, show
+    from eqat_tui.report.page import report_page
+    from eqat_tui.report.place import check_place, default_file, write_report
+
+    if to == "":
+        raise UsageError("is empty", where="--to", hint="name a file, or - for standard output")
+    found = [actions.find(ref, runs_dir) for ref in runs]
+    if to == "-":
+        show(report_page(found))
+        return
+    file = Path(os.path.expanduser(to)) if to is not None else default_file(found)
+    check_place(file)
+    write_report(file, report_page(found))
+    say(f"wrote {cell(str(file), 1000)}")
 
 
 def verify(

@@ -27,6 +27,7 @@ PUBLIC = {
     "runs": {"--runs-dir", "--limit", "-n", "--json"},
     "show": {"--runs-dir", "--json"},
     "compare": {"--runs-dir", "--json"},
+    "report": {"--to", "--runs-dir"},
     "presets": {"--json"},
     "doctor": {"--runs-dir", "--quick", "--json"},
     "eval": {"--runs-dir", "--detach", "--json"},

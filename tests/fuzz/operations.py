@@ -106,6 +106,7 @@ def looks(world: World, chance: Random) -> list[Operation]:
         command(world, "runs", *runs),
         command(world, "runs", "--json", *runs),
         command(world, "show", str(world.run), "--json"),
+        command(world, "report", str(world.run), "--to", "-"),
         command(world, "gc", "--dry-run", str(world.run), *runs),
         command(world, "stop", str(world.run)),
         command(world, "rm", str(world.run), *runs),
