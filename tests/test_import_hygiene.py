@@ -54,6 +54,7 @@ def test_the_run_contract_loads_no_engine_library_and_no_user_interface(module: 
         "doctor",
         "compare_text",
         "report.page",
+        "tracking.following",
     ],
 )
 def test_the_command_line_loads_no_engine_library(module: str) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from engine.errors import ExitCode, UsageError
 from eqat_tui.commands.options import Ascii, Json, Run, RunsDir
+from eqat_tui.tracking.table import TRACKERS
 
 
 def runs(
@@ -104,6 +105,49 @@ def report(
     check_place(file)
     write_report(file, report_page(found))
     say(f"wrote {cell(str(file), 1000)}")
+
+
+def log_to(
+    tracker: Annotated[str, typer.Argument(metavar="TRACKER", help=f"{', '.join(TRACKERS.names())}.")],
+    run: Run,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="FILE|FOLDER",
+            help="A new file of lines, else standard output; TensorBoard's new folder, else tensorboard/RUN.",
+        ),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until no engine works on the run any more.")
+    ] = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """Hand what a run has logged to another program: losses, learning rates, memory, perplexities.
+
+    The log is read from outside, afterwards or with --follow as it grows: nothing that happens here stops the
+    run. jsonl is a line of JSON for each event; tensorboard needs pip install tensorboard.
+    """
+    from eqat_tui import actions
+    from eqat_tui.output import say
+    from eqat_tui.tracking.following import hand_on
+
+    if tracker not in TRACKERS:
+        raise UsageError(
+            f"there is no tracker {tracker!r}", where="TRACKER", hint=", ".join(TRACKERS.names())
+        )
+    if to == "":
+        raise UsageError("is empty", where="--to", hint="name a file or a folder, or leave it out")
+    found = actions.find(run, runs_dir)
+    sink = TRACKERS[tracker].open(found, Path(os.path.expanduser(to)) if to is not None else None)
+    try:
+        count = hand_on(found, sink, follow=follow)
+        say(f"{count:,} points of {found.id}")
+    except KeyboardInterrupt:
+        say(f"left; {found.id} goes on")
+    finally:
+        sink.close()
+    return ExitCode.DONE
 
 
 def verify(

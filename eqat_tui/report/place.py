@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.errors import EqatError, ExitCode, UsageError
+from engine.errors import EqatError, UsageError
 from engine.run.directory import RunDirectory
-from engine.run.proof import is_run
 from engine.system.files import atomic_write
 from engine.system.guarded import BadFile, open_regular
+from eqat_tui.outside import outside_runs, write_failed
 from eqat_tui.report.page import SIGN
 
 ANOTHER = "choose another file with --to"
@@ -27,10 +27,7 @@ def check_place(file: Path) -> None:
     where = str(file)
     if not os.path.isdir(file.parent):
         raise UsageError("lies in no folder that is there", where=where, hint=ANOTHER)
-    folder = file.parent.resolve()
-    if any(is_run(above) for above in (folder, *folder.parents)):
-        # A run with a file of somebody else's at its top would not be deleted any more.
-        raise UsageError("lies inside a run", where=where, hint=ANOTHER)
+    outside_runs(file, ANOTHER)
     if not os.path.lexists(file):
         return
     if file.is_dir():
@@ -50,11 +47,7 @@ def write_report(file: Path, page: str) -> None:
     try:
         atomic_write(file, page.encode("utf-8"))
     except EqatError as error:
-        if error.exit_code == ExitCode.DISK_FULL:
-            raise EqatError(
-                error.message, exit_code=error.exit_code, where=error.where, hint="free some space"
-            ) from error
-        raise UsageError(error.message, where=str(file), hint=ANOTHER) from error
+        raise write_failed(error, file, ANOTHER) from error
 
 
 def _is_report(file: Path) -> bool:

@@ -28,6 +28,7 @@ PUBLIC = {
     "show": {"--runs-dir", "--json"},
     "compare": {"--runs-dir", "--json"},
     "report": {"--to", "--runs-dir"},
+    "log-to": {"--to", "--follow", "-f", "--runs-dir"},
     "presets": {"--json"},
     "doctor": {"--runs-dir", "--quick", "--json"},
     "eval": {"--runs-dir", "--detach", "--json"},
