@@ -43,7 +43,20 @@ def test_the_run_contract_loads_no_engine_library_and_no_user_interface(module: 
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "follow", "display", "run_text", "plan_text", "overview", "doctor", "sweeping"]
+    "module",
+    [
+        "cli",
+        "follow",
+        "display",
+        "run_text",
+        "plan_text",
+        "overview",
+        "doctor",
+        "sweeping",
+        "compare_text",
+        "report.page",
+        "tracking.following",
+    ],
 )
 def test_the_command_line_loads_no_engine_library(module: str) -> None:
     assert not modules_after(f"import eqat_tui.{module}") & set(HEAVY)

@@ -17,7 +17,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -264,12 +264,21 @@ def read_events(
     """Events in the complete lines from byte ``offset`` on, and the offset to continue from."""
     events: list[AnyEvent] = []
     try:
-        for lines, behind in whole_lines(Path(path), offset):
-            events += parse_lines(lines, skip)
+        for found, behind in event_pieces(path, offset, skip=skip):
+            events += found
             offset = behind
     except FileNotFoundError:
         pass
     return events, offset
+
+
+def event_pieces(
+    path: str | os.PathLike[str], offset: int = 0, *, skip: frozenset[str] = frozenset()
+) -> Iterator[tuple[list[AnyEvent], int]]:
+    """The same piece by piece, for whoever need not have all events at once; :class:`FileNotFoundError` where
+    there is no log."""
+    for lines, behind in whole_lines(Path(path), offset):
+        yield parse_lines(lines, skip), behind
 
 
 def tail_events(

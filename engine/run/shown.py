@@ -151,7 +151,7 @@ def render(
         "warnings": [_fields(warning, "code", "message", "hint") for warning in run.warnings],
         "error": _payload(run.error),
     }
-    cleaned = _json_safe(tree)
+    cleaned = json_safe(tree)
     assert isinstance(cleaned, dict)
     return cleaned
 
@@ -239,7 +239,7 @@ def _payload(event: Event | None) -> dict[str, Any] | None:
     return {name: getattr(event, name) for name in event.__struct_fields__ if name not in envelope}
 
 
-def _json_safe(tree: Any, depth: int = 0) -> Any:
+def json_safe(tree: Any, depth: int = 0) -> Any:
     """NaN and infinities as ``None``: other languages' JSON readers refuse them. So is what lies deeper
     than any tree of ours, for whoever prints it would run out of stack."""
     if isinstance(tree, float):
@@ -247,5 +247,5 @@ def _json_safe(tree: Any, depth: int = 0) -> Any:
     if isinstance(tree, Mapping | list | tuple) and depth >= DEEPEST:
         return None
     if isinstance(tree, Mapping):
-        return {str(key): _json_safe(value, depth + 1) for key, value in tree.items()}
-    return [_json_safe(value, depth + 1) for value in tree] if isinstance(tree, list | tuple) else tree
+        return {str(key): json_safe(value, depth + 1) for key, value in tree.items()}
+    return [json_safe(value, depth + 1) for value in tree] if isinstance(tree, list | tuple) else tree

@@ -186,6 +186,11 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
         """The same with the phase that is open counted up to the last event."""
         return _close_phase(self)
 
+    @property
+    def worked_s(self) -> float:
+        """Seconds of work in all attempts, the phase that is open included."""
+        return sum(row.seconds for row in self.accounted().phases)
+
     def trained_blocks(self) -> list[BlockRow]:
         """The blocks as the run quantized them: by a method, else by rounding."""
         made = {row.phase for row in self.block_rows.values()}

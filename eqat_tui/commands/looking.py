@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from engine.errors import ExitCode, UsageError
 from eqat_tui.commands.options import Ascii, Json, Run, RunsDir
+from eqat_tui.tracking.table import TRACKERS
 
 
 def runs(
@@ -44,6 +47,107 @@ def show(run: Run, runs_dir: RunsDir = None, as_json: Json = False) -> None:
         print_json(shown)
     else:
         show_text(report(shown))
+
+
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN RUN...", help="Parts of ids or names, paths, or latest.")
+    ],
+    runs_dir: RunsDir = None,
+    as_json: Json = False,
+) -> None:
+    """Show runs side by side: perplexity, accuracy, size, time, and the settings that differ.
+
+    The best number of a row is marked where all are numbers of one thing; where models, evaluation texts or
+    machines differ it is said, and nothing is marked.
+    """
+    from engine.run.comparison import compared
+    from eqat_tui import actions
+    from eqat_tui.compare_text import compare_text, compare_tree
+    from eqat_tui.output import print_json, show
+
+    found = compared([actions.find(ref, runs_dir) for ref in runs])
+    if as_json:
+        print_json(compare_tree(found))
+    else:
+        show(compare_text(found))
+
+
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Parts of ids or names, paths, or latest.")
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to", metavar="FILE", help="Write it here; - prints it. Else RUN.html in this folder."
+        ),
+    ] = None,
+    runs_dir: RunsDir = None,
+) -> None:
+    """Write a report on a run, or on several: one HTML page that needs no network.
+
+    Charts of losses, memory, perplexity and size; warnings, settings, versions, and the command that makes
+    the run again. A report that is there already is replaced, no other file ever is.
+    """
+    from eqat_tui import actions
+    from eqat_tui.output import cell, say, show
+    from eqat_tui.report.page import report_page
+    from eqat_tui.report.place import check_place, default_file, write_report
+
+    if to == "":
+        raise UsageError("is empty", where="--to", hint="name a file, or - for standard output")
+    found = [actions.find(ref, runs_dir) for ref in runs]
+    if to == "-":
+        show(report_page(found))
+        return
+    file = Path(os.path.expanduser(to)) if to is not None else default_file(found)
+    check_place(file)
+    write_report(file, report_page(found))
+    say(f"wrote {cell(str(file), 1000)}")
+
+
+def log_to(
+    tracker: Annotated[str, typer.Argument(metavar="TRACKER", help=f"{', '.join(TRACKERS.names())}.")],
+    run: Run,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="FILE|FOLDER",
+            help="A new file of lines, else standard output; TensorBoard's new folder, else tensorboard/RUN.",
+        ),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until no engine works on the run any more.")
+    ] = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """Hand what a run has logged to another program: losses, learning rates, memory, perplexities.
+
+    The log is read from outside, afterwards or with --follow as it grows: nothing that happens here stops the
+    run. jsonl is a line of JSON for each event; tensorboard needs pip install tensorboard.
+    """
+    from eqat_tui import actions
+    from eqat_tui.output import say
+    from eqat_tui.tracking.following import hand_on
+
+    if tracker not in TRACKERS:
+        raise UsageError(
+            f"there is no tracker {tracker!r}", where="TRACKER", hint=", ".join(TRACKERS.names())
+        )
+    if to == "":
+        raise UsageError("is empty", where="--to", hint="name a file or a folder, or leave it out")
+    found = actions.find(run, runs_dir)
+    sink = TRACKERS[tracker].open(found, Path(os.path.expanduser(to)) if to is not None else None)
+    try:
+        count = hand_on(found, sink, follow=follow)
+        say(f"{count:,} points of {found.id}")
+    except KeyboardInterrupt:
+        say(f"left; {found.id} goes on")
+    finally:
+        sink.close()
+    return ExitCode.DONE
 
 
 def verify(

@@ -12,6 +12,7 @@ from textual.widgets import Input
 
 from engine.errors import EqatError
 from engine.run import housekeeping
+from engine.run.comparison import LETTERS, Compared
 from engine.run.directory import RunDirectory
 from engine.run.finding import list_runs
 from engine.run.launch import launch
@@ -354,7 +355,7 @@ class CompareScreen(WorkScreen):
     def __init__(self, runs: Sequence[RunDirectory]) -> None:
         super().__init__()
         self._runs = [
-            comparison.Compared(run, "ABCD"[index]) for index, run in enumerate(runs[:MOST_COMPARED])
+            Compared(run, letter) for run, letter in zip(runs[:MOST_COMPARED], LETTERS, strict=False)
         ]
         self._log_scale = True
 

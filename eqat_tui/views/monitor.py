@@ -99,7 +99,7 @@ def title(view: RunView, width: int) -> Line:
 
 def elapsed(state: RunState) -> float:
     """Seconds of work in all attempts, the phase that is open included."""
-    return sum(row.seconds for row in state.accounted().phases)
+    return state.worked_s
 
 
 def remaining(view: RunView) -> str:

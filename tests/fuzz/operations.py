@@ -106,6 +106,7 @@ def looks(world: World, chance: Random) -> list[Operation]:
         command(world, "runs", *runs),
         command(world, "runs", "--json", *runs),
         command(world, "show", str(world.run), "--json"),
+        command(world, "report", str(world.run), "--to", "-"),
         command(world, "gc", "--dry-run", str(world.run), *runs),
         command(world, "stop", str(world.run)),
         command(world, "rm", str(world.run), *runs),
@@ -147,6 +148,7 @@ def programs(world: World, chance: Random) -> list[Operation]:
 def look_at_run(path: Path) -> None:
     """Everything that the app reads of a run, and its views at two sizes."""
     from engine.run import control, event_log, launch
+    from engine.run.comparison import Compared
     from engine.run.directory import RunDirectory
     from engine.run.liveness import run_state
     from engine.run.lock import holder
@@ -156,7 +158,7 @@ def look_at_run(path: Path) -> None:
     from engine.run.status import read_status
     from eqat_tui import feed
     from eqat_tui.views import monitor, result, run_charts, run_machine
-    from eqat_tui.views.comparison import Compared, differences
+    from eqat_tui.views.comparison import differences
     from eqat_tui.views.runs import details
 
     run = RunDirectory.open(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from logs import make_run
 
 from engine.run import events
+from engine.run.comparison import Compared
 from engine.run.events import Event
 from engine.run.shown import render, show_run, summarize
 from engine.run.state import RunState
@@ -26,6 +28,8 @@ from eqat_tui.feed import LiveFeed, Replay, ReplayFeed, RunView
 from eqat_tui.journal import Journal
 from eqat_tui.lines import Line, width_of
 from eqat_tui.plan_text import plan_text
+from eqat_tui.tracking.jsonl import line_of
+from eqat_tui.tracking.points import Points
 from eqat_tui.views import comparison, monitor, result, run_charts, run_machine, runs, setup
 
 LIVENESS = (
@@ -159,7 +163,7 @@ def test_any_runs_are_listed_shown_compared_and_replayed(
     for sort in runs.SORTS:
         header, listed = runs.rows(runs.chosen(rows, "x", sort), frozenset(), 80, 0.0)
         check_lines([header, *listed], 80)
-    compared = [comparison.Compared(run, "ABC"[index]) for index, run in enumerate(found)]
+    compared = [Compared(run, "ABC"[index]) for index, run in enumerate(found)]
     check_lines(comparison.differences(compared, 80), 80)
     check_lines(chart(comparison.overlaid(compared), 80, 10, log=True), 80)
 
@@ -233,3 +237,16 @@ def test_blocks_of_a_damaged_log_take_no_time(tmp_path: Path) -> None:
     state = RunState().apply_all(log)
     assert time.process_time() - began < 10.0
     assert len(state.trained_blocks()) <= 1024
+
+
+@given(LOGS)
+def test_any_log_is_points_that_every_reader_of_json_holds(log: tuple[Event, ...]) -> None:
+    points = Points()
+    for event in log:
+        point = points.of(event)
+        if point is not None:
+            line = line_of(point)
+            assert line.isascii()
+            assert not any(hides(letter) for letter in line)
+            assert json.loads(line)["step"] == point.step
+            assert all(len(name) < 400 for name in (*point.values, *point.texts))

@@ -9,10 +9,11 @@ import msgspec
 import pytest
 
 from engine.run import events
+from engine.run.comparison import Compared
 from engine.run.directory import RunDirectory
 from eqat_tui.charts import Series
 from eqat_tui.lines import plain, width_of
-from eqat_tui.views.comparison import Compared, differences
+from eqat_tui.views.comparison import differences
 from eqat_tui.widgets.chart_panel import BORDER, place_names
 
 Recorded = Callable[[str], RunDirectory]

@@ -1,0 +1,1 @@
+"""``eqat report``: runs as one HTML page that needs nothing but itself."""
