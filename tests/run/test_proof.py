@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from engine.config.derived import resolve
@@ -366,6 +366,8 @@ NAMES = st.sampled_from(
 CHANGES = st.tuples(NAMES, st.sampled_from(["file", "folder", "link", "gone", "empty"]))
 
 
+@example(changes=[("lock", "empty")], name="run", whole=True)
+@example(changes=[("lock", "empty")], name=".removed-run-0123abcd", whole=True)
 @given(
     changes=st.lists(CHANGES, max_size=4),
     name=st.sampled_from(["run", ".removed-run-0123abcd", ".removed-run", "link"]),
@@ -436,7 +438,8 @@ def is_as_in_a_run(path: Path, *, removed: bool) -> bool:
         return False
     if path.name in contents.FOLDERS:
         return path.is_dir() and (path.name == "cache" or not any(path.iterdir()))
-    return path.is_file() or not any(path.iterdir())
+    # A folder in the place of a file is in nobody's way while it is empty, but no lock can be taken on one.
+    return path.is_file() or ((removed or path.name != "lock") and not any(path.iterdir()))
 
 
 # -- names ---------------------------------------------------------------------------------------------
