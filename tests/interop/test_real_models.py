@@ -1,0 +1,108 @@
+"""Runs of a real model, in every format that fits, predict in each format's loader what was trained.
+
+SmolLM2-135M at 2 and 3 bits in groups of 64, and at 4 bits in groups of 128 in a shape that those divide;
+over two thousand tokens of English. The runs are trained for a moment each. llama.cpp rounds activations to
+8 bits, so of its files perplexity has to agree within 1 %; of all others the likeliest token of 99 in 100.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from loaders import LOADERS
+from real_models import (
+    INSTALLED,
+    Trained,
+    cores,
+    finished_run,
+    llama_predictions,
+    predictions,
+    read_trained,
+)
+from table import Compared
+
+from engine.config.formats import FORMATS
+from engine.config.grid import Grid
+from engine.run import event_log, events
+
+pytest.importorskip("gptqmodel", reason="run by `make interop` in an environment of its own")
+pytestmark = pytest.mark.skipif(not INSTALLED, reason="the demo's model is not installed")
+
+GRIDS = [Grid(4, 128), Grid(2, 64), Grid(3, 64)]
+NO_ZERO = ("gptq",)
+"""Formats that hold no zero point of 0, which training makes."""
+
+
+class Case(NamedTuple):
+    grid: Grid
+    format: str
+
+    def __str__(self) -> str:
+        return f"w{self.grid.bits}g{self.grid.group_size}-{self.format}"
+
+
+def formats_of(grid: Grid) -> list[str]:
+    return [row.name for row in FORMATS if not row.lacks(grid) and row.name not in NO_ZERO]
+
+
+CASES = [Case(grid, name) for grid in GRIDS for name in formats_of(grid)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Grid], Trained]]:
+    """The run of a grid, which is made once; in the folder EQAT_REAL_RUNS, if it is named, once for all."""
+    threads, named = torch.get_num_threads(), os.environ.get("EQAT_REAL_RUNS")
+    kept = Path(named) if named else None
+    torch.set_num_threads(cores())
+
+    @functools.cache
+    def of(grid: Grid) -> Trained:
+        place = kept / f"w{grid.bits}g{grid.group_size}" if kept else tmp_path_factory.mktemp("real")
+        return read_trained(finished_run(place, grid, formats_of(grid)))
+
+    yield of
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.timeout(900)  # the first of a grid trains the run
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_loader_predicts_what_the_run_trained(
+    case: Case, trained: Callable[[Grid], Trained], compared: list[Compared]
+) -> None:
+    model = trained(case.grid)
+    folder = model.run.export_dir / case.format
+    assert told_verified(model, case.format)
+    if case.format == "gguf":
+        agree, ratio, words = in_llama_cpp(folder, model)
+    else:
+        loader = LOADERS[case.format]
+        options = {"dtype": torch.float32} if loader.sets_dtype else {}
+        logits, _ = loader.load(folder, model.ids_NT, **options)
+        agree, ratio = model.compared(predictions(logits, model.ids_NT))
+        words = loader.words
+        assert agree >= 0.99
+    assert ratio == pytest.approx(1, abs=0.01)
+    compared.append(Compared(case.format, case.grid.bits, case.grid.group_size, words, agree, ratio))
+
+
+def in_llama_cpp(folder: Path, model: Trained) -> tuple[float, float, str]:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    (file,) = folder.glob("*.gguf")
+    agree, ratio = model.compared(llama_predictions(file, model.ids_NT))
+    return agree, ratio, f"llama-cpp-python {llama_cpp.__version__}"
+
+
+def told_verified(model: Trained, name: str) -> bool:
+    """What the run says of its export."""
+    told = [
+        event
+        for event in event_log.read_events(model.run.events_path)[0]
+        if isinstance(event, events.Export) and event.format == name
+    ]
+    return bool(told) and told[-1].verified
