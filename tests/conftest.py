@@ -2,6 +2,7 @@
 
 import glob
 import os
+import signal
 
 # As in engine/__main__.py: tests run engines beside themselves, and spinning threads would starve them.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -18,3 +19,15 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("shared"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "shared")
+
+
+def pytest_configure() -> None:
+    """Undo what whoever runs the tests was told to ignore (nohup, the shell of a CI).
+
+    Every process that a test starts would inherit it, and is to hear what it hears at a user's prompt.
+    """
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
