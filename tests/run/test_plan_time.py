@@ -95,12 +95,12 @@ def seconds_and_parts(llama: str, **changes: Any) -> tuple[float, dict[str, int]
 def test_a_search_for_the_start_is_planned(
     llama: str, runtime: dict[str, Any], group_size: int, by_kernel: bool
 ) -> None:
-    """Every weight of 32 blocks with 4 x 96 pairs; torch's form moves 50 bytes for each, and holds some."""
+    """Every weight of 32 blocks with 4 x 36 pairs; torch's form moves 50 bytes for each, and holds some."""
     others = {"runtime": RuntimeConfig(**runtime), "grid": GridConfig(bits=2, group_size=group_size)}
     minmax = {"grid": msgspec.structs.replace(others["grid"], range="minmax")}
     usual, _ = seconds_and_parts(llama, **{**others, **minmax})
     seconds, _ = seconds_and_parts(llama, start="search", **others)
-    errors = 32 * (4 * 4096**2 + 3 * 4096 * 11008) * 4 * 96
+    errors = 32 * (4 * 4096**2 + 3 * 4096 * 11008) * 4 * 36
     expected = errors * (0.5e-12 if by_kernel else 50 / 4.0e12)
     statistics = 64 / (2 * 4096 * 3) * usual  # about
     assert expected < seconds - usual < expected * 1.2 + 3 * statistics
