@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -26,10 +26,11 @@ from engine.phases.text import Tokens
 from engine.plan.costs import costs_of
 from engine.plan.fit import host_budget
 from engine.plan.plan import Plan
+from engine.plan.portions import together
 from engine.quant.packed import PackedBlock, PackedWeight, overlaid
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
-from engine.run.facts import HEAD, block_entry, done_fact, micro_batch_fact, stage_entry
+from engine.run.facts import HEAD, TOGETHER, block_entry, done_fact, micro_batch_fact, stage_entry
 from engine.system.files import make_folder
 from engine.training.world import ALONE, World
 
@@ -165,10 +166,16 @@ class Job:
         needed = math.prod(shape) * dtype.itemsize
         return self.checkpoints.patiently(reserve, needed, "the file of activations", self.run.cache_dir)
 
+    def together(self, shape: Sequence[int]) -> int:
+        """How many sequences of a stream ``[N, T, H]`` pass through a block together."""
+        _, length, hidden = shape
+        numbers = int(self.store.fact(TOGETHER) or 0)
+        return together(self.config.block_ap.batch_size, length, hidden, numbers)
+
     @torch.no_grad()
     def embed(self, tokens: Tensor, *stores: ActivationStore) -> None:
         """Fill ``stores`` with what the first block receives."""
-        batch = self.config.block_ap.batch_size
+        batch = self.together(stores[0].shape)
         for start in range(0, tokens.shape[0], batch):
             self.report.leave_if_asked()
             hidden = self.lm.embed(tokens[start : start + batch].to(self.device))

@@ -36,7 +36,7 @@ def pass_through(
 ) -> None:
     """The stream called ``name`` through block ``index``, in place; ``beside`` is entered meanwhile."""
     fact = halvings_fact(name)
-    portions = Portions(job.config.block_ap.batch_size, job.store.fact(fact) or ())
+    portions = Portions(job.together(stream.shape), job.store.fact(fact) or ())
     with beside or nullcontext():
         advance(job.lm, index, block, stream, portions, dtype, job.report)
     if portions.halvings:

@@ -32,7 +32,7 @@ from engine.plan.plan import Plan
 from engine.quant.packed import Kernels
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
-from engine.run.facts import done_fact, eval_fact, micro_batch_fact
+from engine.run.facts import TOGETHER, done_fact, eval_fact, micro_batch_fact
 from engine.run.task import Task
 from engine.run.trained import UNTRAINED
 from engine.training.world import ALONE, World
@@ -90,7 +90,7 @@ def prepare(
     if task != "run":
         _require_finished(job, task)
     else:
-        _remember_micro_batches(job)
+        _remember_portions(job)
         # An export that cannot be written, or that nobody could read, must not wait until all is trained.
         check_values(lm, job.export_dtype, report.leave_if_asked)
         if config.export.formats and not job.is_finished(0):
@@ -103,9 +103,12 @@ def prepare(
     return job
 
 
-def _remember_micro_batches(job: Job) -> None:
-    """What the plan of the first attempt chose; the first checkpoint keeps it, before anything is trained of
-    the whole network."""
+def _remember_portions(job: Job) -> None:
+    """How much passes at a time, as the plan of the first attempt chose; the first checkpoint keeps it,
+    before anything is trained of the whole network. A run with a checkpoint that does not say passes its
+    batches."""
+    if job.plan.numbers_together and not job.store.generation:
+        job.store.remember(TOGETHER, job.plan.numbers_together)
     for stage in network_stages():
         name, chosen = micro_batch_fact(stage), job.plan.micro_batches.get(stage.name)
         if chosen is not None and job.store.fact(name) is None:

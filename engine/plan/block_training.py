@@ -11,6 +11,7 @@ from engine.plan.estimate import CONSTANTS, Workload
 from engine.plan.memory_terms import Memory, training_memory
 from engine.plan.object_sizes import block_bytes
 from engine.plan.passages import compiling_form, passing
+from engine.plan.portions import passed_together
 from engine.plan.rates import Speed, load_seconds, search_seconds, unpacking
 from engine.plan.streams import shares_teacher, stored_pairs, stream_bytes, teacher_bytes
 from engine.plan.training_costs import TrainingCosts
@@ -44,10 +45,14 @@ class BlockTraining(TrainingCosts):
         section = self.section(work.config)
         length, batch = section.sequence_length, section.batch_size
         steps = section.epochs * math.ceil(section.sequences / batch)
-        passes = (section.epochs + 1) * section.val_sequences
-        passes += 2 * (section.sequences + section.val_sequences)
-        one = self.step_seconds(work, rates)
-        return steps * one + passing(work, rates, passes, length, batch) + self.start_seconds(work, rates)
+        validated = (section.epochs + 1) * section.val_sequences
+        advanced = 2 * (section.sequences + section.val_sequences)
+        return (
+            steps * self.step_seconds(work, rates)
+            + passing(work, rates, validated, length, batch)
+            + passing(work, rates, advanced, length, passed_together(work, batch, length))
+            + self.start_seconds(work, rates)
+        )
 
     def start_seconds(self, work: Workload, rates: Speed) -> float:
         """Finding where one block's grids start."""
@@ -56,8 +61,9 @@ class BlockTraining(TrainingCosts):
     def passage_seconds(self, work: Workload, rates: Speed) -> float:
         """Both streams through a finished block: one through its float weights, one through packed ones."""
         section = self.section(work.config)
-        sequences = section.sequences + section.val_sequences
-        one = passing(work, rates, sequences, section.sequence_length, section.batch_size)
+        sequences, length = section.sequences + section.val_sequences, section.sequence_length
+        at_a_time = passed_together(work, section.batch_size, length)
+        one = passing(work, rates, sequences, length, at_a_time)
         return 2 * one + unpacking(work, rates)
 
     # Checkpoints

@@ -65,6 +65,14 @@ def rounding_head(work: Workload) -> dict[str, int]:
     return {"embedding in float32": 4 * most, "search for ranges of the head": search}
 
 
+def passing_bytes(arch: Architecture, compute: int, sequences: int, length: int) -> int:
+    """Activations of so many sequences that pass forward through one block; ``compute`` bytes a number."""
+    taken = compute * sequences * length * (3 * arch.intermediate + 6 * arch.hidden)
+    if arch.eager_attention:
+        taken += sequences * arch.heads * length**2 * (2 * compute + 4)
+    return taken
+
+
 def largest_linear(arch: Architecture) -> int:
     """Weights of a block's largest linear."""
     return max(linear.weights for linear in arch.linears)

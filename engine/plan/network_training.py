@@ -17,6 +17,7 @@ from engine.plan.costs import Ladder, Pain, Training, down_to_one, halves
 from engine.plan.estimate import Workload
 from engine.plan.memory_terms import Memory, training_memory
 from engine.plan.passages import passing
+from engine.plan.portions import passed_together
 from engine.plan.rates import Speed, load_seconds
 from engine.plan.streams import shares_teacher
 from engine.plan.training_costs import TrainingCosts
@@ -75,14 +76,10 @@ class NetworkTraining(TrainingCosts):
 
     def teacher_seconds(self, work: Workload, rates: Speed) -> float:
         """Its text through the full-precision blocks."""
-        section, batch = self.section(work.config), self.teacher_batch(work.config)
-        sequences = section.sequences + section.val_sequences
-        return work.arch.blocks * passing(work, rates, sequences, section.sequence_length, batch)
-
-    def teacher_batch(self, config: RunConfig) -> int:
-        """Sequences that pass through them together."""
-        batch: int = self.section(config).batch_size
-        return batch
+        section = self.section(work.config)
+        sequences, length = section.sequences + section.val_sequences, section.sequence_length
+        at_a_time = passed_together(work, work.config.block_ap.batch_size, length)
+        return work.arch.blocks * passing(work, rates, sequences, length, at_a_time)
 
     # Checkpoints
 

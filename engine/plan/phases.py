@@ -12,7 +12,14 @@ from engine.config.stages import STAGES, Stage, measured_stage
 from engine.plan.costs import costs_of
 from engine.plan.estimate import CONSTANTS, Workload
 from engine.plan.export_sizes import exported_bytes, number_bytes
-from engine.plan.memory_terms import Memory, largest_linear, largest_tensor, logits, rounding_head
+from engine.plan.memory_terms import (
+    Memory,
+    largest_linear,
+    largest_tensor,
+    logits,
+    passing_bytes,
+    rounding_head,
+)
 from engine.plan.own_text import writing_memory
 from engine.plan.passages import compiling_form, passing
 from engine.plan.rates import Speed, load_seconds, unpacking
@@ -54,16 +61,14 @@ def _passing_memory(work: Workload) -> dict[str, int]:
     section, arch = work.config.evaluation, work.arch
     compute = work.model_bytes
     tokens = section.batch_size * section.sequence_length
-    passing = compute * tokens * (3 * arch.intermediate + 6 * arch.hidden)
-    if arch.eager_attention:
-        passing += section.batch_size * arch.heads * section.sequence_length**2 * (2 * compute + 4)
     # Packed, and unpacked while it is passed; on a GPU the next one is read meanwhile.
     block = compute * arch.params_per_block + arch.linear_params_per_block * work.config.grid.bits // 8
     return {
         "one block": block,
         **({"the next block": compute * arch.params_per_block} if work.cuda else {}),
         "activations or logits": max(
-            passing + largest_linear(arch) * CONSTANTS.unpack_bytes,
+            passing_bytes(arch, compute, section.batch_size, section.sequence_length)
+            + largest_linear(arch) * CONSTANTS.unpack_bytes,
             logits(work, tokens) * (4 * CONSTANTS.logits_evaluation + (compute if compute < 4 else 0)),
         ),
     }

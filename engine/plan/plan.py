@@ -63,6 +63,7 @@ from engine.plan.memory_model import host_memory, phase_memory
 from engine.plan.opened import opened
 from engine.plan.paper import Published, published
 from engine.plan.passages import compiles_passages
+from engine.plan.portions import numbers_together
 from engine.plan.rates import Speed, speed
 from engine.plan.recovery_model import Recovery, broken_promise
 from engine.plan.streams import refuse_unknown_teacher, stream_bytes
@@ -130,6 +131,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Blocks are compiled for the streams that pass through them, and for perplexity."""
     micro_batches: dict[str, int]
     """Sequences that pass at a time, by the name of each stage that trains the whole network."""
+    numbers_together: int
+    """Numbers of hidden states that pass through a block together, at least, where nothing is trained."""
     recomputes: bool
     """The training of the whole network recomputes each block's activations in the backward pass."""
     published: Published | None
@@ -205,6 +208,7 @@ def make_plan(
         compiles_e2e=_trains(work, "network", place.rates).compiled,
         compiles_passages=compiles_passages(work, place.rates),
         micro_batches=_micro_batches(work),
+        numbers_together=numbers_together(work),
         recomputes=recomputes(work),
         published=published(config.model.source, work.arch, config.grid),
         warnings=tuple(filter(None, [*_warnings(work, model, unknown_text), promise])),

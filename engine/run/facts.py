@@ -35,6 +35,10 @@ MICRO_BATCH = "block_ap_micro_batch"
 """From which block on memory sufficed for how many sequences at a time, if that is less than a batch."""
 
 
+TOGETHER = "numbers_together"
+"""Numbers of hidden states that pass through a block together, if more than a training's batch."""
+
+
 HEAD = "head"
 """The entry of the quantized embedding and head."""
 
@@ -180,6 +184,7 @@ def _kinds(stages: tuple[str, ...]) -> tuple[tuple[re.Pattern[str], Any, bool], 
         (TRAINING, TrainingFact, True),
         (halvings_fact(f"({STREAM_NAMES})"), Halvings, True),
         (MICRO_BATCH, MicroBatches | Annotated[int, msgspec.Meta(ge=1, le=1 << 31)], True),
+        (TOGETHER, Annotated[int, msgspec.Meta(ge=1, le=1 << 40)], True),
         (rf"({networks})_micro_batch", Annotated[int, msgspec.Meta(ge=1, le=1 << 31)], True),
         (rf"({networks})_done", Literal[True], True),
     )

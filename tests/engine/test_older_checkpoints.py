@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from engine_runs import change, exported, failure, of, run_here
 
+from engine.architecture.description import TINY_LLAMA
 from engine.checkpoints.identity import deciding_fields, default_fields
 from engine.checkpoints.store import CheckpointStore
 from engine.config.derived import resolve
 from engine.config.loading import load
 from engine.config.run import RunConfig, silent_sections
 from engine.errors import IdentityError
+from engine.methods.advance import Portions
 from engine.run import events, generations
 from engine.run.directory import RunDirectory
 from engine.run.redo import make_redo
@@ -113,8 +115,15 @@ NOT_THERE_YET = (
 )
 
 
-def as_before(run: RunDirectory, missing: tuple[str, ...], *, blocks: int = 4) -> None:
-    """Make the run's checkpoint one of a version that lacked some settings, with so many blocks finished."""
+def as_before(
+    run: RunDirectory,
+    missing: tuple[str, ...],
+    *,
+    blocks: int = 4,
+    facts: tuple[str, ...] = ("eval_fp", "eval_rtn"),
+) -> None:
+    """Make the run's checkpoint one of a version that lacked some settings, with so many blocks finished and
+    these facts."""
     place = run.checkpoints_dir
     found = generations.read_generation(place, generations.newest(place))
     older = replace(
@@ -126,7 +135,7 @@ def as_before(run: RunDirectory, missing: tuple[str, ...], *, blocks: int = 4) -
     if blocks < 4:
         kept = {f"block-{index:03d}" for index in range(blocks)}
         older.entries = {name: value for name, value in found.entries.items() if name in kept}
-        older.facts = {name: value for name, value in found.facts.items() if name in ("eval_fp", "eval_rtn")}
+        older.facts = {name: value for name, value in found.facts.items() if name in facts}
     for path in place.glob("generation-*"):
         path.unlink()
     generations.publish(place, older)
@@ -174,3 +183,58 @@ def test_blocks_from_before_a_setting_of_the_grid_can_be_shared(finished_copy: M
     made = make_redo(run, 3, {"block_ap.epochs": 2})
     assert run_here(made) == 0
     assert trained(made, 1) == [3]
+
+
+# -- how much passes at a time ------------------------------------------------------------------------
+
+TOGETHER = 5
+MUCH = TOGETHER * 16 * TINY_LLAMA["hidden_size"] + 1
+"""Numbers of hidden states, as a plan for a GPU says it: that many sequences of 16 tokens pass together."""
+
+
+@pytest.fixture
+def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sequences that pass through a block together, as often as any do; the plan is a GPU's."""
+    found: list[int] = []
+
+    class Watched(Portions):
+        def at(self, block: int, row: int) -> int:
+            found.append(super().at(block, row))
+            return found[-1]
+
+    monkeypatch.setattr("engine.phases.passage.Portions", Watched)
+    monkeypatch.setattr("engine.plan.plan.numbers_together", lambda work: MUCH)
+    return found
+
+
+def remembered(run: RunDirectory) -> object:
+    place = run.checkpoints_dir
+    return generations.read_generation(place, generations.newest(place)).facts.get("numbers_together")
+
+
+def test_streams_of_a_new_run_pass_in_portions_that_it_remembers(
+    make: Make, passed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make()
+    assert run_here(run) == 0
+    assert set(passed) == {TOGETHER}
+    assert remembered(run) == MUCH
+    whole = exported(run)
+    as_before(run, (), blocks=2, facts=("eval_fp", "eval_rtn", "numbers_together"))
+    monkeypatch.setattr("engine.plan.plan.numbers_together", lambda work: 0)
+    passed.clear()
+    assert run_here(run) == 0
+    assert set(passed) == {TOGETHER}
+    assert exported(run) == whole
+
+
+def test_streams_of_a_run_from_before_that_pass_in_its_batches(
+    finished_copy: Make, passed: list[int]
+) -> None:
+    run = finished_copy()
+    whole = exported(run)
+    as_before(run, (), blocks=2)
+    assert run_here(run) == 0
+    assert set(passed) == {run.config().block_ap.batch_size}
+    assert exported(run) == whole
+    assert remembered(run) is None

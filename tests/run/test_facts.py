@@ -47,6 +47,7 @@ GOOD: list[tuple[str, Any]] = [
     ("halvings-quantized", [[1, 0], [3, 12]]),
     ("block_ap_micro_batch", 2),
     ("block_ap_micro_batch", [[0, 4], [3, 2]]),
+    ("numbers_together", 1 << 23),
     ("e2e_qp_done", True),
 ]
 BAD: list[tuple[str, Any]] = [
@@ -70,6 +71,7 @@ BAD: list[tuple[str, Any]] = [
     ("streams", {**STREAMS, "shape": [1, 2]}),
     *[("halvings-full", wrong) for wrong in (None, 3, [[1]], [[-1, 0]], [[1, 0, 0]])],
     *[("block_ap_micro_batch", wrong) for wrong in (0, -1, 1 << 40, True, "2", [[0, 0]])],
+    *[("numbers_together", wrong) for wrong in (None, 0, -1, 1 << 50, 2.5, "8")],
     *[("e2e_qp_done", wrong) for wrong in (False, 1, "true", None)],
 ]
 

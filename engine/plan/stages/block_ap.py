@@ -18,8 +18,9 @@ from engine.config.joint_search import GPU_VALUES, SEQUENCES, VALUES, candidates
 from engine.plan.block_training import BlockTraining
 from engine.plan.costs import Steps
 from engine.plan.estimate import CONSTANTS, Workload
-from engine.plan.memory_terms import activation_bytes, largest_linear
+from engine.plan.memory_terms import activation_bytes, largest_linear, passing_bytes
 from engine.plan.passages import passing
+from engine.plan.portions import passed_together
 from engine.plan.rates import COMPILING_PAYS, Speed, forward_flops
 
 
@@ -38,11 +39,14 @@ class BlockAPCosts(BlockTraining):
             + 4 * tokens * arch.hidden * self._loss_tensors(work)
             + compute * arch.linear_params_per_block
         )
+        advancing = passing_bytes(arch, compute, passed_together(work, batch, length), length)
         weights = arch.params_per_block + 3 * arch.groups_per_block(work.config.grid.group_size)
         return {
             "weights of a block": 4 * weights,
             "optimizer": 8 * trained,
-            "activations and gradients": max(top_of_backward, 4 * trained, self._search_bytes(work)),
+            "activations and gradients": max(
+                top_of_backward, 4 * trained, advancing, self._search_bytes(work)
+            ),
             "fake quantization": 4 * largest_linear(arch) * CONSTANTS.fake_quant_tensors,
         }
 

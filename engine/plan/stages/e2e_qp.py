@@ -26,10 +26,6 @@ class E2EQPCosts(NetworkTraining):
     def teacher_text(self, config: RunConfig) -> Text | None:
         return self.text(config) if self.section(config).loss == "kl" else None
 
-    def teacher_batch(self, config: RunConfig) -> int:
-        """As Block-AP's streams pass: in other batches, the last bits would be others."""
-        return config.block_ap.batch_size
-
     # Memory
 
     def network_memory(self, work: Workload) -> dict[str, int]:
