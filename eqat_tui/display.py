@@ -179,8 +179,9 @@ def measurements(state: RunState) -> list[str]:
 class PlainDisplay:
     """Whole lines without control codes: for logs, pipes, and terminals that cannot do more."""
 
-    def __init__(self, interval: float = PLAIN_INTERVAL_S) -> None:
+    def __init__(self, interval: float = PLAIN_INTERVAL_S, prefix: str = "") -> None:
         self._interval = interval
+        self._prefix = prefix
         self._last = time.monotonic()
 
     def update(self, state: RunState, new: Sequence[Event]) -> None:
@@ -214,7 +215,7 @@ class PlainDisplay:
         pass
 
     def _print(self, text: str) -> None:
-        say(lasting(text))
+        say(lasting(self._prefix + text))
         self._last = time.monotonic()
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from engine.errors import ExitCode, run_is_gone
 from engine.run import control
@@ -33,6 +33,13 @@ from eqat_tui.display import Display
 POLL_S = 0.2
 TAIL_BYTES = 1 << 16
 OnInterrupt = Literal["stop", "leave"]
+
+
+class Gone(NamedTuple):
+    """Whether the engine's process is gone, and its exit code where that can be known."""
+
+    gone: bool
+    code: int | None
 
 
 class Left(Exception):
@@ -57,6 +64,7 @@ class Follower:
         self._on_interrupt: OnInterrupt = "stop"
         self._waiting = ""
         self._said_hung = False
+        self._looked = float("-inf")
 
     @property
     def asked_to_end(self) -> bool:
@@ -86,26 +94,34 @@ class Follower:
                 self._take()
             finally:
                 self.display.close()
-        return self._verdict(code)
+        return self.verdict(code)
 
     def _until_gone(self, pid: int | None) -> int | None:
         """Wait for the end; the process's exit code where it can be known."""
-        looked = float("-inf")
-        while True:
-            self._answer_shell()  # before anything is drawn over what it wrote
-            self._take()
-            self._answer_interrupts()
-            code = exit_code(pid) if pid is not None else None
-            if code is not None:
-                return code
-            now = time.monotonic()
-            if now - looked >= 1.0:
-                looked = now
-                work = look(self.run).work
-                if pid is None and (work is None or not os.path.isdir(self.run.path)):
-                    return None
-                self._tell_hung(work is not None and work.state == "hung")
+        while not (gone := self.look(pid)).gone:
             time.sleep(POLL_S)
+        return gone.code
+
+    def look(self, pid: int | None) -> Gone:
+        """Show what is new, pass on what was asked for, and say whether the engine is gone.
+
+        Raises:
+            Left: where whoever follows is to leave.
+        """
+        self._answer_shell()  # before anything is drawn over what it wrote
+        self._take()
+        self._answer_interrupts()
+        code = exit_code(pid) if pid is not None else None
+        if code is not None:
+            return Gone(True, code)
+        now = time.monotonic()
+        if now - self._looked >= 1.0:
+            self._looked = now
+            work = look(self.run).work
+            if pid is None and (work is None or not os.path.isdir(self.run.path)):
+                return Gone(True, None)
+            self._tell_hung(work is not None and work.state == "hung")
+        return Gone(False, None)
 
     def _poll(self) -> list[AnyEvent]:
         try:
@@ -123,7 +139,7 @@ class Follower:
         self._tell_waiting()
         self.display.update(self.state, new)
 
-    def _verdict(self, code: int | None) -> int:
+    def verdict(self, code: int | None) -> int:
         """The exit code of the run; a process that went without a last word is given a tail of its log."""
         if self._finished is None and code is None and self.state.exit_code is not None:
             return self.state.exit_code  # over before we came

@@ -70,8 +70,9 @@ def _needs(run: Planned, gpu: bool) -> list[str]:
 def _totals(plans: SeveralPlans) -> dict[str, str]:
     fitting = len(plans.fitting)
     of = f"{len(plans.runs)} runs" if fitting == len(plans.runs) else f"{fitting} of {len(plans.runs)} runs"
+    how = "one after the other" if plans.jobs == 1 else f"{plans.jobs} at a time"
     return {
-        "time": f"about {format_seconds(plans.seconds)}, {of} one after the other",
+        "time": f"about {format_seconds(plans.seconds)}, {of} {how}",
         "disk": f"{format_bytes(plans.disk_bytes)} of {format_bytes(plans.disk_free)} free at most; "
         f"{format_bytes(plans.kept_bytes)} stay",
     }

@@ -1,4 +1,5 @@
-"""Making the runs of a sweep, one after the other, each followed as ``eqat run`` follows it.
+"""Making the runs of a sweep one after the other, each followed as ``eqat run`` follows it, or several at a
+time (:mod:`eqat_tui.sweeping_together`).
 
 The engine of each run is a process of its own, which outlives this one; a sweep that was killed finds its run
 at work or where that has ended, and goes on from there.
@@ -18,6 +19,7 @@ from typing import Any
 
 from engine.config.loading import load_sweep
 from engine.config.overrides import apply_overrides
+from engine.config.run import RunConfig
 from engine.config.sweeps import (
     Combination,
     axes_of,
@@ -27,24 +29,22 @@ from engine.config.sweeps import (
     written_axes,
 )
 from engine.errors import EqatError, ExitCode, PreflightError, StopRequested
-from engine.plan.plan import check, make_plan
+from engine.plan.machine import visible_gpus
 from engine.plan.several import SeveralPlans, plan_several
 from engine.run.directory import RunDirectory
 from engine.run.finding import check_runs_dir, default_runs_dir
 from engine.run.launch import launch, log_path, python_environment
-from engine.run.liveness import look
-from engine.run.sweep import LOG, UNREADABLE, Failure, Member, Sweep, show_sweep
-from engine.run.task import is_job
+from engine.run.shares import ALL, Share, shares
+from engine.run.sweep import LOG, Member, Sweep, show_sweep
 from engine.system.files import disk_error, existing, is_virtual
 from engine.system.guarded import open_regular
 from eqat_tui.display import open_display
 from eqat_tui.follow import Follower, Left
 from eqat_tui.output import cell, error_words, one_line, print_json, say, show
 from eqat_tui.run_text import shorten
+from eqat_tui.sweep_members import ENDS, is_at_work, made, note, state_of
 from eqat_tui.sweep_text import plan_text, sweep_text, totals_words
-
-ENDS = (ExitCode.STOPPED, ExitCode.ABORTED, ExitCode.TERMINATED)
-"""A run that ends so was meant to end, and with it the sweep."""
+from eqat_tui.sweeping_together import Together
 
 
 def combined(target: str, swept: Sequence[str], fixed: dict[str, object]) -> list[Combination]:
@@ -54,11 +54,11 @@ def combined(target: str, swept: Sequence[str], fixed: dict[str, object]) -> lis
     return combinations(apply_overrides(base, fixed), axes)
 
 
-def planned(found: Sequence[Combination], runs_dir: Path) -> SeveralPlans:
-    """The plan of all of them."""
+def planned(found: Sequence[Combination], runs_dir: Path, jobs: int) -> SeveralPlans:
+    """The plan of all of them, so many at a time (:func:`parts`)."""
     if is_virtual(existing(runs_dir)):
         check_runs_dir(runs_dir)  # its room would be the wrong thing to speak of
-    return plan_several([one.config for one in found], runs_dir)
+    return plan_several([one.config for one in found], runs_dir, jobs)
 
 
 def print_plan(found: Sequence[Combination], plans: SeveralPlans, *, as_json: bool) -> int:
@@ -86,7 +86,7 @@ def _check_all(found: Sequence[Combination], plans: SeveralPlans) -> None:
             error = obstacle.error
             where = f"{_title(number, one.settings)}: {error.where}"
             raise EqatError(error.message, where=where, hint=error.hint, exit_code=error.exit_code)
-    plans.check_disk()
+    plans.check_together()
 
 
 def make(target: str, found: Sequence[Combination], plans: SeveralPlans, runs_dir: Path) -> Sweep:
@@ -98,7 +98,7 @@ def make(target: str, found: Sequence[Combination], plans: SeveralPlans, runs_di
     check_runs_dir(runs_dir)
     if not plans.fitting:
         _check_all(found, plans)
-    plans.check_disk()
+    plans.check_together()
     say(f"{len(found)} runs, {totals_words(plans)}")
     for number, (one, run) in enumerate(zip(found, plans.runs, strict=True), 1):
         for obstacle in run.obstacles[:1]:
@@ -110,9 +110,22 @@ def _title(number: int, settings: dict[str, Any]) -> str:
     return f"run {number} ({settings_words(settings)})"
 
 
-def detach(sweep: Sweep, *, as_json: bool) -> int:
+def parts(found: Sequence[RunConfig], jobs: int) -> list[Share]:
+    """What of the machine each of ``jobs`` runs at a time has; 0 is as many as there are GPUs.
+
+    Raises:
+        UsageError: where there are not as many.
+    """
+    if jobs == 1:
+        return [ALL]
+    devices = [config.runtime.device for config in found]
+    return shares(jobs, devices, visible_gpus(), sorted(os.sched_getaffinity(0)))
+
+
+def detach(sweep: Sweep, *, jobs: int, as_json: bool) -> int:
     """Carry a sweep out in a process of its own, which no terminal can end."""
-    command = [sys.executable, "-P", "-m", "eqat_tui", "sweep", "resume", str(sweep.path)]
+    parts([member.configuration() for member in sweep.members], jobs)  # what is wrong with it is told here
+    command = [sys.executable, "-P", "-m", "eqat_tui", "sweep", "resume", str(sweep.path), f"--jobs={jobs}"]
     with sweep.held():
         pass  # whoever carries it out already is named here, and not in a log
     try:
@@ -141,12 +154,13 @@ def detach(sweep: Sweep, *, as_json: bool) -> int:
     return ExitCode.DONE
 
 
-def carry_out(sweep: Sweep, *, as_json: bool) -> int:
+def carry_out(sweep: Sweep, *, jobs: int, as_json: bool) -> int:
     """Make what is not made of a sweep, then show all of it; the exit code of the first run that failed, or
     that of the one that was stopped."""
     say(f"sweep {sweep.id}")
     with sweep.held():
-        code = _Sweeper(sweep).make_all()
+        places = parts([member.configuration() for member in sweep.members], jobs)
+        code = _Sweeper(sweep).make_all() if len(places) == 1 else Together(sweep, places).make_all()
     shown = show_sweep(sweep)
     if as_json:
         print_json(shown)
@@ -163,25 +177,6 @@ def typed(sweep: Sweep) -> str:
     return sweep.id if found.exists() and found.samefile(sweep.path) else shorten(sweep.path)
 
 
-def _is_at_work(run: RunDirectory | None) -> bool:
-    """Whether an engine works on the run itself, and not on something beside it."""
-    if run is None:
-        return False
-    try:
-        work = look(run).work
-    except EqatError:  # which is told in its turn
-        return False
-    return work is not None and not is_job(work.task)
-
-
-def _state(run: RunDirectory) -> str:
-    """The state of a run; none that there is where its log cannot be read, which its turn tells."""
-    try:
-        return look(run).state
-    except EqatError:
-        return UNREADABLE
-
-
 class _Sweeper:
     """One process that carries a sweep out."""
 
@@ -196,7 +191,7 @@ class _Sweeper:
             for number in self._order():
                 member = self.sweep.members[number]
                 run = self.sweep.run_of(member)
-                if run is not None and _state(run) == "done":
+                if run is not None and state_of(run) == "done":
                     continue
                 if self._asked:
                     return ExitCode.STOPPED
@@ -210,14 +205,14 @@ class _Sweeper:
         """One after the other; what an earlier process has left at work comes first, so that nothing else is
         begun beside it."""
         runs = [self.sweep.run_of(member) for member in self.sweep.members]
-        return sorted(range(len(runs)), key=lambda one: not _is_at_work(runs[one]))
+        return sorted(range(len(runs)), key=lambda one: not is_at_work(runs[one]))
 
     def _attempt(self, member: Member, run: RunDirectory | None, title: str) -> int:
         """Make, start and follow one run; what prevents it is written down, and the others go on."""
         try:
-            run = run if run is not None else self._made(member)
+            run = run if run is not None else made(self.sweep, member)
             say(f"{title}: run {run.id}")
-            self._note(member, None)
+            note(self.sweep, member, None)
             code = self._follow(run)
         except StopRequested:
             return ExitCode.STOPPED
@@ -226,30 +221,9 @@ class _Sweeper:
             return ExitCode.ABORTED
         except EqatError as error:
             say(f"{title}: error: {one_line(error_words(error))}")
-            self._note(member, error)
+            note(self.sweep, member, error)
             return int(error.exit_code)
         return code
-
-    def _made(self, member: Member) -> RunDirectory:
-        """A new run, planned and made as ``eqat run`` does; its id is written down before."""
-        config = member.configuration()
-        check(make_plan(config, runs_dir=self.sweep.runs_dir))
-
-        def announce(run_id: str) -> None:
-            member.run = run_id
-            self.sweep.write()
-
-        return RunDirectory.create(self.sweep.runs_dir, config, announce=announce)
-
-    def _note(self, member: Member, error: EqatError | None) -> None:
-        """Write down what prevents a run, or that nothing does."""
-        found = None
-        if error is not None:
-            code = int(error.exit_code)
-            found = Failure(message=error.message, where=error.where, hint=error.hint, exit_code=code)
-        if found != member.error:
-            member.error = found
-            self.sweep.write()
 
     def _follow(self, run: RunDirectory) -> int:
         """Follow a run to its end: one that is at work already, else from its start."""
@@ -262,7 +236,7 @@ class _Sweeper:
             return launch(run)
 
         try:
-            code = follower.follow(start=None if _is_at_work(run) else start)
+            code = follower.follow(start=None if is_at_work(run) else start)
         finally:
             self._asked = self._asked or follower.asked_to_end
         if code == ExitCode.BUG:

@@ -85,6 +85,32 @@ def _written(directory: Path) -> int:
     return written
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that CUDA would show this process, each as CUDA_VISIBLE_DEVICES names it."""
+    if _torch_is_cpu_build():
+        return []
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # as in _gpu
+        return []
+    try:
+        if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
+            return _entries()
+        return [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:
+        return []
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _entries() -> list[str]:
+    """Of CUDA_VISIBLE_DEVICES, which renumbers what CUDA shows."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return [part.strip() for part in visible.split(",") if part.strip()]
+
+
 def _index(device: str) -> int:
     return int(device.partition(":")[2] or 0)
 
@@ -111,11 +137,10 @@ def _gpu(index: int) -> tuple[str | None, int, int]:
 
 
 def _handle(nvml: Any, index: int) -> Any:
-    """CUDA_VISIBLE_DEVICES renumbers what CUDA shows; NVML does not follow it."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
+    """NVML does not follow CUDA_VISIBLE_DEVICES."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") is None:
         return nvml.nvmlDeviceGetHandleByIndex(index)
-    entry = [part.strip() for part in visible.split(",") if part.strip()][index]
+    entry = _entries()[index]
     if entry.startswith(("GPU-", "MIG-")):
         return nvml.nvmlDeviceGetHandleByUUID(entry)
     return nvml.nvmlDeviceGetHandleByIndex(int(entry))

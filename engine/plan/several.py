@@ -1,4 +1,5 @@
-"""The plan of several runs that are made one after the other: time and disk of all of them together."""
+"""The plan of several runs that are made one after the other, or some at a time: time and disk of all of them
+together."""
 
 from __future__ import annotations
 
@@ -48,10 +49,12 @@ class SeveralPlans(msgspec.Struct, frozen=True, kw_only=True):
     """All of them."""
 
     runs: tuple[Planned, ...]
+    jobs: int
+    """So many are made at a time."""
     seconds: float
-    """Of the runs that fit, one after the other."""
+    """Of the runs that fit, from the first to the last."""
     disk_bytes: int
-    """The most that they hold together: what those before have left, and what one grows to."""
+    """The most that they hold together: what those before have left, and what those at work grow to."""
     kept_bytes: int
     """What all leave."""
     disk_free: int
@@ -61,8 +64,17 @@ class SeveralPlans(msgspec.Struct, frozen=True, kw_only=True):
         """Which of them fit, each alone."""
         return [number for number, run in enumerate(self.runs) if not run.obstacles]
 
-    def check_disk(self) -> None:
+    def check_together(self) -> None:
         """PreflightError where each may fit alone and all together do not."""
+        plans = [run.plan for run in self.runs if run.plan is not None and not run.obstacles]
+        needed = sum(sorted((plan.peak_host_bytes for plan in plans), reverse=True)[: self.jobs])
+        if self.jobs > 1 and plans and needed > plans[0].machine.host_free:
+            raise PreflightError(
+                f"{self.jobs} runs at a time need {size_text(needed)}, and "
+                f"{size_text(plans[0].machine.host_free)} are free",
+                where="host memory",
+                hint="make fewer at a time: --jobs",
+            )
         if self.disk_bytes > self.disk_free:
             raise PreflightError(
                 f"all runs together need {size_text(self.disk_bytes)}, and {size_text(self.disk_free)} are "
@@ -77,23 +89,40 @@ class SeveralPlans(msgspec.Struct, frozen=True, kw_only=True):
         return result
 
 
-def plan_several(configs: Sequence[RunConfig], runs_dir: Path) -> SeveralPlans:
-    """Plan each of ``configs`` on this machine, and all of them as a row of runs in ``runs_dir``."""
+def plan_several(configs: Sequence[RunConfig], runs_dir: Path, jobs: int = 1) -> SeveralPlans:
+    """Plan each of ``configs`` on this machine, and all of them in ``runs_dir``, ``jobs`` at a time."""
     runs = tuple(_planned(config, runs_dir) for config in configs)
-    left = most = 0
-    seconds = 0.0
-    for run in runs:
-        if run.plan is not None and not run.obstacles:
-            most = max(most, left + run.plan.disk_bytes)
-            left += run.kept_bytes
-            seconds += run.plan.seconds
+    fitting = [run for run in runs if run.plan is not None and not run.obstacles]
     return SeveralPlans(
         runs=runs,
-        seconds=seconds,
-        disk_bytes=most,
-        kept_bytes=left,
+        jobs=jobs,
+        seconds=_seconds([run.plan.seconds for run in fitting if run.plan], jobs),
+        disk_bytes=_most(fitting, jobs),
+        kept_bytes=sum(run.kept_bytes for run in fitting),
         disk_free=shutil.disk_usage(existing(runs_dir)).free,
     )
+
+
+def _seconds(each: Sequence[float], jobs: int) -> float:
+    """Until the last is done, where the next one begins as soon as there is room."""
+    ends = [0.0] * jobs
+    for seconds in each:
+        ends[ends.index(min(ends))] += seconds
+    return max(ends)
+
+
+def _most(runs: Sequence[Planned], jobs: int) -> int:
+    """What ``runs`` hold at most: one grows to its worst moment, some of those before are still at theirs,
+    and the others have left something."""
+    most = left = 0
+    growing: list[int] = []
+    for run in runs:
+        assert run.plan is not None
+        left += run.kept_bytes
+        grown = run.plan.disk_bytes - run.kept_bytes
+        most = max(most, left + grown + sum(sorted(growing, reverse=True)[: jobs - 1]))
+        growing.append(grown)
+    return most
 
 
 def _planned(config: RunConfig, runs_dir: Path) -> Planned:

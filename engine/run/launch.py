@@ -23,6 +23,7 @@ from engine.run.control import discard_pending
 from engine.run.directory import FOLDER_MODE, RunDirectory
 from engine.run.liveness import last_events, starting
 from engine.run.lock import already_worked_on, holder
+from engine.run.shares import ALL, Share
 from engine.run.status import Launched, Status, read_launched
 from engine.system.files import atomic_write_json, disk_error, make_folder, overwrite_in_place
 from engine.system.guarded import names_in, open_regular, require_regular
@@ -47,8 +48,10 @@ def launch(
     args: Sequence[str] = (),
     python: str = sys.executable,
     module: Sequence[str] = ENGINE,
+    share: Share = ALL,
 ) -> int:
-    """Start the engine on ``run`` and return its pid; ``args`` follow the directory on its command line."""
+    """Start the engine on ``run`` and return its pid; ``args`` follow the directory on its command line.
+    ``share`` is what it may take of the machine."""
     run.require_own()
     refuse_second(run)
     discard_pending(run)
@@ -70,8 +73,9 @@ def launch(
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env=engine_environment(attempt),
+            env={**engine_environment(attempt), **share.environment},
         )
+        share.confine(child.pid)
     except OSError as error:
         raise PreflightError(f"the engine cannot be started: {error.strerror}", where=python) from error
     finally:

@@ -64,6 +64,8 @@ class Member(msgspec.Struct, kw_only=True):
     run: RunId | None = None
     """The id of the run, written before the run is made."""
     error: Failure | None = None
+    share: str = ""
+    """What of the machine it was given, where several are made at a time; a label."""
 
     def configuration(self) -> RunConfig:
         """What the run is made with."""

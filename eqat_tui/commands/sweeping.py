@@ -51,6 +51,16 @@ DetachSweep = Annotated[
     bool, typer.Option("--detach", help="Print the sweep's name and return; no terminal ends it.")
 ]
 
+Jobs = Annotated[
+    int,
+    typer.Option(
+        "--jobs",
+        min=0,
+        metavar="N",
+        help="Runs at a time, each with a GPU (or some cores) of its own; 0: as many as there are GPUs.",
+    ),
+]
+
 
 @app.command()
 def start(
@@ -72,13 +82,14 @@ def start(
     settings: Settings = None,
     trust_remote_code: RemoteCode = False,
     runs_dir: RunsDir = None,
+    jobs: Jobs = 1,
     detach: DetachSweep = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan of all runs and start nothing.")
     ] = False,
     as_json: Json = False,
 ) -> int:
-    """Make a run of every combination of the swept values, one after the other.
+    """Make a run of every combination of the swept values, one after the other or --jobs at a time.
 
     What is swept is typed with --sweep or is the table [sweep] of the file ("grid.bits" = [2, 3, 4]); what is
     typed replaces the file's values of that field.
@@ -102,17 +113,19 @@ def start(
     )
     found = sweeping.combined(target, sweep or (), fixed)
     place = default_runs_dir(runs_dir)
-    plans = sweeping.planned(found, place)
+    together = len(sweeping.parts([one.config for one in found], jobs))
+    plans = sweeping.planned(found, place, together)
     if dry_run:
         return sweeping.print_plan(found, plans, as_json=as_json)
     made = sweeping.make(target, found, plans, place)
-    return (sweeping.detach if detach else sweeping.carry_out)(made, as_json=as_json)
+    return (sweeping.detach if detach else sweeping.carry_out)(made, jobs=jobs, as_json=as_json)
 
 
 @app.command()
 def resume(
     sweep: SweepRef,
     runs_dir: RunsDir = None,
+    jobs: Jobs = 1,
     detach: DetachSweep = False,
     as_json: Json = False,
 ) -> int:
@@ -125,7 +138,7 @@ def resume(
     from eqat_tui import sweeping
 
     found = find_sweep(default_runs_dir(runs_dir), sweep)
-    return (sweeping.detach if detach else sweeping.carry_out)(found, as_json=as_json)
+    return (sweeping.detach if detach else sweeping.carry_out)(found, jobs=jobs, as_json=as_json)
 
 
 @app.command()

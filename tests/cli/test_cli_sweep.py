@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from cli_tools import Eqat, ended, follows, start_eqat
+from cli_tools import Eqat, ended, follows, handles, start_eqat
 from waiting import wait_until
 
 from engine.config.loading import load
@@ -100,12 +100,21 @@ def test_what_does_not_fit_is_named_with_its_run(eqat: Eqat) -> None:
 def test_runs_that_fit_alone_and_not_together_are_refused(tmp_path: Path) -> None:
     config = load("smoke", overrides={"runtime.device": "cpu"})
     plans = plan_several([config] * 3, tmp_path)
-    plans.check_disk()
+    plans.check_together()
     alone = plans.runs[0].plan
     assert alone is not None
     room = msgspec.structs.replace(plans, disk_free=alone.disk_bytes + 1)
+    two = plan_several([config] * 3, tmp_path, 2)
+    assert two.seconds == pytest.approx(2 * alone.seconds)
+    assert alone.disk_bytes < plans.disk_bytes < two.disk_bytes <= 3 * alone.disk_bytes
+    tight = msgspec.structs.replace(alone.machine, host_free=alone.peak_host_bytes + 1)
+    crowd = [
+        msgspec.structs.replace(run, plan=msgspec.structs.replace(alone, machine=tight)) for run in two.runs
+    ]
+    with pytest.raises(PreflightError, match=r"host memory: 2 runs at a time need"):
+        msgspec.structs.replace(two, runs=tuple(crowd)).check_together()
     with pytest.raises(PreflightError, match=r"disk: all runs together need .* and .* are free"):
-        room.check_disk()
+        room.check_together()
 
 
 def test_where_no_run_fits_nothing_is_made(eqat: Eqat, tmp_path: Path) -> None:
@@ -315,3 +324,69 @@ def test_a_forged_file_leads_nowhere_else(eqat: Eqat, tmp_path: Path) -> None:
         assert (refused.returncode, "Traceback" in refused.stderr) == (3, False), forged
         (line,) = refused.stderr.splitlines()
         assert "sweep.json" in line
+
+
+# -- several at a time ---------------------------------------------------------------------------------
+
+BOTH = ("--jobs", "2")
+needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core")
+
+
+def all_at_work(where: Path, count: int) -> list[RunDirectory]:
+    """``count`` runs, once the engine of each has taken steps."""
+
+    def working() -> list[RunDirectory]:
+        runs = list_runs(where / "runs")
+        return [run for run in runs if is_held(run.lock_path) and (load_state(run).step or 0) >= 2]
+
+    wait_until(lambda: len(working()) == count)
+    return working()
+
+
+@needs_two_cores
+def test_two_at_a_time_each_have_cores_of_their_own_and_one_request_stops_both(
+    eqat: Eqat, tmp_path: Path
+) -> None:
+    process = start_eqat(tmp_path, "works", *THREE, *BOTH)
+    runs = all_at_work(tmp_path, 2)
+    cores = [os.sched_getaffinity(holder(run.lock_path) or 0) for run in runs]
+    assert all(cores)
+    assert not cores[0] & cores[1]
+    process.send_signal(signal.SIGKILL)
+    ended(process)
+    # What is at work is followed, and nothing is begun beside it.
+    process = start_eqat(tmp_path, "works", "sweep", "resume", "latest", *BOTH)
+    wait_until(lambda: the_sweep(tmp_path).at_work)
+    follows_many(process)
+    assert outcomes(eqat) == ["running", "running", "waiting"]
+    process.send_signal(signal.SIGINT)
+    _, told = ended(process)
+    assert (process.returncode, outcomes(eqat)) == (75, ["stopped", "stopped", "waiting"])
+    assert "Traceback" not in told
+    assert "[1/3] stopped" in told
+    assert "[2/3] stopped" in told
+
+
+@needs_two_cores
+def test_of_two_at_a_time_one_that_fails_makes_room_for_the_next(eqat: Eqat, tmp_path: Path) -> None:
+    process = start_eqat(tmp_path, "2=fails,3=finishes,4=finishes", *THREE, *BOTH)
+    _, told = ended(process)
+    assert (process.returncode, outcomes(eqat)) == (4, ["failed", "done", "done"]), told
+    assert "[1/3] error: data.source: too little text (give more)" in told
+    assert "[3/3] grid.bits=4: run " in told
+    assert "[2/3]   perplexity, Block-AP: 23.67" in told
+
+
+def follows_many(process: subprocess.Popen[str]) -> None:
+    """Wait until it takes signals for the runs that it follows."""
+    wait_until(lambda: handles(process.pid, signal.SIGUSR1) or process.poll() is not None)
+
+
+def test_more_at_a_time_than_the_machine_has_are_refused(eqat: Eqat, tmp_path: Path) -> None:
+    refused = eqat(*TWO, "--jobs", "4000")
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("error: --jobs: 4000 runs at a time need a core each")
+    assert not (tmp_path / "runs").exists()
+    planned = eqat(*THREE, "--jobs", "1", "--dry-run", "--json")
+    assert json.loads(planned.stdout)["jobs"] == 1
