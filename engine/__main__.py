@@ -18,7 +18,7 @@ from typing import get_args
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from engine.attempt import attempt
-from engine.errors import EqatError
+from engine.errors import EqatError, ExitCode
 from engine.run.control import STOP_SIGNALS
 from engine.run.directory import RunDirectory
 from engine.run.lock import RunLock
@@ -60,13 +60,31 @@ def main(argv: list[str] | None = None) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         run = RunDirectory.open(arguments.run_dir)
-        with RunLock(run.lock_path):
-            return attempt(run, asked)
+        return _attempt(run, asked)
     except EqatError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return int(error.exit_code)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _attempt(run: RunDirectory, asked: Asked) -> int:
+    """An attempt, with the run's lock held; afterwards its user is told, who may look at the run at once."""
+    code = None
+    try:
+        with RunLock(run.lock_path):
+            code = int(ExitCode.BUG)
+            try:
+                code = attempt(run, asked)
+            except EqatError as error:
+                code = int(error.exit_code)
+                raise
+    finally:
+        if code is not None and asked.task == "run":
+            from engine.run.notify import notify, occasion_of
+
+            notify(run, occasion_of(code))
+    return code
 
 
 if __name__ == "__main__":

@@ -202,6 +202,10 @@ class Reporter:
         """Nothing happens from now on, and why; whoever follows the run is told."""
         self._waits_since = time.monotonic()
         self.waiting = why
+        if self.task == "run":
+            from engine.run.notify import notify
+
+            threading.Thread(target=notify, args=(self.run, "waiting", why), daemon=True).start()
 
     def go_on(self) -> float:
         """Something happens again. Returns the seconds that nothing did, which count for no phase."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from engine.config.derived import resolve
 from engine.config.fields import field_names, is_operational
 from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
+from engine.config.user import load_user_config
 from engine.config.validation import validate
 from engine.config.writing import to_dict
 from engine.errors import EqatError, ExitCode, PreflightError, UsageError
@@ -262,6 +264,8 @@ def follow(
     except Left:
         say(f"left; the engine goes on: eqat attach {typed(run)}, eqat stop {typed(run)}")
         return ExitCode.DONE if engine is None else ExitCode.ABORTED
+    if sys.stderr.isatty() and load_user_config().notify.bell:
+        sys.stderr.write("\a")
     shown = show_run(run)
     if as_json:
         print_json(shown)

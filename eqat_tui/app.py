@@ -65,11 +65,13 @@ class EqatApp(App[str]):
         mode: str = "setup",
         read_only: bool = False,
         replay_speed: float | None = None,
+        bell: bool = False,
     ) -> None:
         super().__init__()
         self.runs_dir = runs_dir
         self.terminal = terminal
         self.read_only = read_only
+        self._bell = bell
         self.feed: Feed | None = None
         self.view: RunView | None = None
         self.looking = False
@@ -204,6 +206,11 @@ class EqatApp(App[str]):
         self.feed, self.view = feed, None
         self._watcher = Watcher(feed, self.post_message)
         self._watcher.start()
+
+    def ring(self) -> None:
+        """The terminal's bell, where the user wants to hear it."""
+        if self._bell:
+            self.bell()
 
     def look_now(self) -> None:
         """Show the effect of something the user did."""

@@ -20,7 +20,7 @@ from engine import __version__
 from engine.config.tables import load_extensions
 from engine.errors import EqatError, ExitCode, UsageError
 from engine.system.standard_streams import open_standard_streams
-from eqat_tui.commands import finished, importing, looking, running, sweeping, tidying
+from eqat_tui.commands import finished, importing, looking, own, running, sweeping, tidying
 from eqat_tui.commands.options import Ascii, ReadOnly
 
 app = typer.Typer(
@@ -94,6 +94,8 @@ MEANT: Mapping[str, str] = {
     "estimate": "plan",
     "load": "import",
     "convert": "import",
+    "config": "paths",
+    "where": "paths",
 }
 """Commands by what other programs call them; none of these is one of ours."""
 
@@ -121,6 +123,8 @@ COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "verify": looking.verify,
     "rm": tidying.rm,
     "gc": tidying.gc,
+    "paths": own.paths,
+    "notify": own.notify,
 }
 """In the order of the help."""
 

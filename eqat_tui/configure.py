@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from engine.config.calibration import text_setting
 from engine.config.derived import resolve
 from engine.config.loading import configuration_file, load, presets_dir
 from engine.config.origins import located
+from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
+from engine.config.user import load_user_config
 from engine.config.validation import validate
 from engine.errors import UsageError
 
@@ -35,7 +37,7 @@ def build_config(
         settings=settings,
         trust_remote_code=trust_remote_code,
     )
-    config = resolve(load(target, overrides=overrides))
+    config = resolve(load_for_user(target, overrides))
     try:
         validate(config)
     except UsageError as error:
@@ -44,6 +46,20 @@ def build_config(
             raise
         raise located(error, file, typed=overrides) from error
     return config
+
+
+def load_for_user(target: str, overrides: Mapping[str, object]) -> RunConfig:
+    """What ``target`` and ``overrides`` say, on the user's own device where neither of them names one."""
+    config = load(target, overrides=overrides)
+    return on_users_device(config, named="runtime.device" in overrides)
+
+
+def on_users_device(config: RunConfig, *, named: bool) -> RunConfig:
+    """``config`` on the device of the user's ``config.toml``, unless another one is ``named``."""
+    device = load_user_config().device
+    if not device or named or config.runtime.device != "auto":
+        return config
+    return apply_overrides(config, {"runtime.device": device})
 
 
 def typed_settings(

@@ -38,6 +38,7 @@ from engine.run.shares import ALL, Share, shares
 from engine.run.sweep import LOG, Member, Sweep, show_sweep
 from engine.system.files import disk_error, existing, is_virtual
 from engine.system.guarded import open_regular
+from eqat_tui.configure import on_users_device
 from eqat_tui.display import open_display
 from eqat_tui.follow import Follower, Left
 from eqat_tui.output import cell, error_words, one_line, print_json, say, show
@@ -51,7 +52,8 @@ def combined(target: str, swept: Sequence[str], fixed: dict[str, object]) -> lis
     """The runs that a preset or file asks for with ``--sweep`` and other settings on top."""
     base, table = load_sweep(target)
     axes = axes_of(written_axes(table), [typed_axis(text) for text in swept], fixed)
-    return combinations(apply_overrides(base, fixed), axes)
+    named = "runtime.device" in {*fixed, *(axis.name for axis in axes)}
+    return combinations(on_users_device(apply_overrides(base, fixed), named=named), axes)
 
 
 def planned(found: Sequence[Combination], runs_dir: Path, jobs: int) -> SeveralPlans:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.config.user import load_user_config, user_config_path
 from engine.errors import PreflightError, UsageError
 from engine.run.directory import RunDirectory
 from engine.run.finding import default_runs_dir
@@ -53,9 +54,11 @@ def open_app(
     from eqat_tui.app import EqatApp
     from eqat_tui.palette import THEMES, look_at_terminal
 
-    theme = os.environ.get("EQAT_THEME") or None
+    user = load_user_config()
+    theme = os.environ.get("EQAT_THEME") or user.theme or None
     if theme is not None and theme not in THEMES:
-        raise UsageError(f"there is no theme {theme!r}", where="EQAT_THEME", hint=", ".join(THEMES))
+        where = "EQAT_THEME" if os.environ.get("EQAT_THEME") else f"{user_config_path()}: theme"
+        raise UsageError(f"there is no theme {theme!r}", where=where, hint=", ".join(THEMES))
     place = default_runs_dir(runs_dir)
     if run is None and mode is None:
         run = working(place)
@@ -66,6 +69,7 @@ def open_app(
         mode=mode or ("monitor" if run is not None else "setup"),
         read_only=look.read_only,
         replay_speed=replay_speed,
+        bell=user.notify.bell,
     )
     message = app.run()
     if message:

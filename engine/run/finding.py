@@ -12,6 +12,7 @@ import re
 import time
 from pathlib import Path
 
+from engine.config.user import load_user_config
 from engine.errors import EqatError, PreflightError, UsageError
 from engine.run.directory import RunDirectory
 from engine.run.proof import is_run
@@ -22,8 +23,13 @@ MOST_LISTED = 12
 
 
 def default_runs_dir(flag: str | os.PathLike[str] | None = None) -> Path:
-    """``--runs-dir``, else ``$EQAT_RUNS_DIR``, else ``./runs``."""
-    return Path(os.path.expanduser(flag or os.environ.get("EQAT_RUNS_DIR") or "runs"))
+    """``--runs-dir``, else ``$EQAT_RUNS_DIR``, else the user's ``runs_dir``, else ``./runs``.
+
+    Raises:
+        UsageError: for a file of the user's that cannot be used, where it is asked.
+    """
+    named = flag or os.environ.get("EQAT_RUNS_DIR") or load_user_config().runs_dir
+    return Path(os.path.expanduser(named or "runs"))
 
 
 def check_runs_dir(runs_dir: Path) -> Path:

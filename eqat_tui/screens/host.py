@@ -46,6 +46,9 @@ class Host(Protocol):
     def replay(self, run: RunDirectory, speed: float = 10.0, *, show: bool = True) -> None:
         """Show ``run`` from its beginning."""
 
+    def ring(self) -> None:
+        """The terminal's bell, where the user wants to hear it."""
+
     def look_now(self) -> None:
         """Show the effect of something the user did."""
 

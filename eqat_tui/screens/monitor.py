@@ -158,6 +158,7 @@ class MonitorScreen(WorkScreen):
         }
         fine = view.liveness in ("done", "stopped", "aborted")
         self.notify(words.get(view.liveness, view.liveness), severity="information" if fine else "error")
+        self.eqat.ring()
 
     def refill(self) -> None:
         self._fill(charts=True)

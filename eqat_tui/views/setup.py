@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shlex
 import typing
 from collections.abc import Mapping, Sequence
@@ -20,10 +19,12 @@ from engine.config.derived import resolve
 from engine.config.fields import field_names, field_type, value_of
 from engine.config.grid import BITS, GROUP_SIZES, HEAD_BITS
 from engine.config.lists import value_words
-from engine.config.loading import load, preset_names
+from engine.config.loading import preset_names
 from engine.config.run import RunConfig
 from engine.config.validation import validate
 from engine.errors import EqatError
+from engine.run.finding import default_runs_dir
+from eqat_tui.configure import load_for_user
 from eqat_tui.lines import Line, Span, bar, cut, line, wrap
 from eqat_tui.models import DEMO_PACKAGE
 from eqat_tui.output import cell, format_bits, format_bytes, format_parameters, format_seconds, share
@@ -99,7 +100,7 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
 
     def loaded(self) -> RunConfig:
         """The configuration, not checked and with derived values left out."""
-        return load(self.base, overrides=self.changes)
+        return load_for_user(self.base, self.changes)
 
     def config(self) -> RunConfig:
         """The configuration that would run; UsageError names the field that is wrong."""
@@ -122,7 +123,7 @@ class Draft(msgspec.Struct, frozen=True, kw_only=True):
                 words.append("--trust-remote-code")
             else:
                 words += ["--set", f"{name}={text}"]
-        if runs_dir is not None and not os.environ.get("EQAT_RUNS_DIR") and str(runs_dir) != "runs":
+        if runs_dir is not None and runs_dir != default_runs_dir():
             words += ["--runs-dir", str(runs_dir)]
         return shlex.join(words)
 

@@ -24,7 +24,8 @@ def environment(**extra: str) -> dict[str, str]:
     kept = {
         key: value for key, value in os.environ.items() if not key.startswith("EQAT_") and key != "COLUMNS"
     }
-    return {**kept, "PYTHONPATH": str(REPOSITORY), "TERM": "dumb", **extra}
+    nobodys = {"EQAT_CONFIG_DIR": os.environ["EQAT_CONFIG_DIR"]}
+    return {**kept, "PYTHONPATH": str(REPOSITORY), "TERM": "dumb", **nobodys, **extra}
 
 
 def story(run: RunDirectory) -> Sequence[events.Event]:

@@ -1,0 +1,79 @@
+"""The user's own defaults from the outside: ``eqat paths``, ``eqat notify``, and what a real run tells."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from cli_tools import Eqat
+
+from engine.run.directory import RunDirectory
+
+WRITES = "import sys; open(sys.argv[1], 'a').write(sys.argv[2] + '\\n')"
+QUICK = (
+    *("--device", "cpu", "--set", "block_ap.enabled=false", "--set", "e2e_qp.enabled=false"),
+    *("--set", "evaluation.windows=2"),
+)
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Path:
+    """Where messages go."""
+    command = [sys.executable, "-c", WRITES, str(tmp_path / "told"), "{message}"]
+    (tmp_path / "config.toml").write_text(f"[notify]\ncommand = {json.dumps(command)}\n")
+    return tmp_path / "told"
+
+
+def test_a_real_run_tells_that_it_is_done_and_that_it_has_failed(
+    eqat: Eqat, tmp_path: Path, told: Path
+) -> None:
+    done = eqat("run", "smoke", *QUICK, EQAT_CONFIG_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (message,) = told.read_text().splitlines()
+    assert "is done: perplexity of full precision " in message
+    assert "perplexity of round-to-nearest " in message
+    (tmp_path / "short.txt").write_text("too little")
+    failed = eqat(
+        *("run", "smoke", "--device", "cpu", "--data", str(tmp_path / "short.txt")),
+        EQAT_CONFIG_DIR=str(tmp_path),
+    )
+    assert failed.returncode == 4, failed.stderr
+    assert " has failed: " in told.read_text().splitlines()[1]
+
+
+def test_a_message_can_be_tried(eqat: Eqat, tmp_path: Path, told: Path, finished_run: RunDirectory) -> None:
+    place = str(finished_run.path)
+    tried = eqat("notify", place, EQAT_CONFIG_DIR=str(tmp_path))
+    assert (tried.returncode, tried.stdout) == (0, told.read_text()), tried.stderr
+    refused = eqat("notify", place)
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert "notify: names neither a command nor a webhook" in line
+    (tmp_path / "config.toml").write_text('[notify]\nwebhook = "http://127.0.0.1:9/"\n')
+    unreachable = eqat("notify", place, EQAT_CONFIG_DIR=str(tmp_path))
+    assert unreachable.returncode == 3
+    (line,) = unreachable.stderr.splitlines()
+    assert line.startswith("warning: notify: the webhook cannot be reached")
+
+
+def test_paths_say_where_things_are_and_why(eqat: Eqat, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(f'runs_dir = "{tmp_path}/mine"\n[notify]\nbell = true\n')
+    given = {"EQAT_CONFIG_DIR": str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
+    found = json.loads(eqat("paths", "--json", **given).stdout)
+    assert found["runs"] == {"path": f"{tmp_path}/mine", "exists": False, "decided_by": "config.toml"}
+    assert found["config"] == {
+        "path": f"{tmp_path}/config.toml",
+        "exists": True,
+        "decided_by": "$EQAT_CONFIG_DIR",
+    }
+    assert found["hub"]["path"] == f"{tmp_path}/hf/hub"
+    assert found["defaults"]["notify"]["bell"] is True
+    text = eqat("paths", **given).stdout
+    assert f"{tmp_path}/mine (not there, config.toml)" in text
+    (tmp_path / "config.toml").write_text("runs_dirs = 3\n")
+    for command in (("paths",), ("runs",), ("run", "smoke")):
+        refused = eqat(*command, **given)
+        assert refused.returncode == 2
+        assert "config.toml: runs_dirs: there is no such field (did you mean runs_dir?)" in refused.stderr
