@@ -28,7 +28,6 @@ app = typer.Typer(
     help="Quantization-aware training of language models to 2, 3 and 4 bits, on one GPU, from a terminal.",
     epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 cannot start here, 4 data, 5 not finite, 6 out of memory, "
     "7 disk full, 8 identity mismatch, 75 stopped and resumable, 130 and 143 aborted, 137 killed.",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

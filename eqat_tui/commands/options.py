@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +23,26 @@ def folder_of(option: str) -> Callable[[str], Path]:
     return read
 
 
+def _presets(incomplete: str) -> list[str]:
+    """Completes a preset's name; files are the shell's."""
+    from engine.config.loading import preset_names
+
+    return [name for name in preset_names() if name.startswith(incomplete)]
+
+
+def _run_ids(context: typer.Context, incomplete: str) -> list[str]:
+    """Completes a run's id, the newest first. Shells evaluate what they are given: only plain names are."""
+    from engine.errors import EqatError
+    from engine.run.finding import default_runs_dir, list_runs
+
+    try:
+        found = list_runs(default_runs_dir(context.params.get("runs_dir")))
+    except (EqatError, OSError):
+        return []
+    plain = [run.id for run in found if re.fullmatch(r"[A-Za-z0-9_.+-]+", run.id)]
+    return [name for name in plain if name.startswith(incomplete)]
+
+
 RunsDir = Annotated[
     Path | None,
     typer.Option(
@@ -32,8 +53,16 @@ RunsDir = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Target = Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset, or a .toml file.")]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="Any part of an id or name, a path, or latest.")]
+Target = Annotated[
+    str,
+    typer.Argument(metavar="PRESET|FILE", help="A preset, or a .toml file.", autocompletion=_presets),
+]
+Run = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="Any part of an id or name, a path, or latest.", autocompletion=_run_ids
+    ),
+]
 Model = Annotated[
     str | None, typer.Option("--model", help="Local directory, hub id, .gguf file, or random://tiny-llama.")
 ]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cli_tools import Eqat
 
+from engine.config.loading import load
 from engine.run.directory import RunDirectory
 
 WRITES = "import sys; open(sys.argv[1], 'a').write(sys.argv[2] + '\\n')"
@@ -77,3 +78,42 @@ def test_paths_say_where_things_are_and_why(eqat: Eqat, tmp_path: Path) -> None:
         refused = eqat(*command, **given)
         assert refused.returncode == 2
         assert "config.toml: runs_dirs: there is no such field (did you mean runs_dir?)" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("eqat ru", ["run", "runs"]),
+        ("eqat plan demo", ["demo", "demo-w2"]),
+        ("eqat sweep st", ["start"]),
+        ("eqat run demo --gro", ["--group-size"]),
+    ],
+)
+def test_a_shell_completes_commands_presets_and_options(eqat: Eqat, typed: str, expected: list[str]) -> None:
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    found = eqat(_EQAT_COMPLETE="complete_bash", **words)
+    assert found.stdout.split() == expected
+    zsh = eqat(_EQAT_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS=typed)
+    assert all(f'"{name}"' in zsh.stdout for name in expected)
+
+
+def test_a_shell_completes_runs_of_the_folder_that_is_typed(eqat: Eqat, finished_run: RunDirectory) -> None:
+    folder = str(finished_run.path.parent)
+    for words in (f"eqat show --runs-dir {folder} ", "eqat show "):
+        given = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()))}
+        found = eqat(_EQAT_COMPLETE="complete_bash", EQAT_RUNS_DIR=folder, **given)
+        assert finished_run.id in found.stdout.split()
+
+
+def test_a_name_that_a_shell_would_evaluate_is_not_completed(eqat: Eqat, tmp_path: Path) -> None:
+    for name in ("$(touch evil)", "a'b", "a`b`", "plain-1"):
+        RunDirectory.create(tmp_path / "runs", load("smoke")).path.rename(tmp_path / "runs" / name)
+    found = eqat(_EQAT_COMPLETE="complete_bash", COMP_WORDS="eqat show ", COMP_CWORD="2")
+    assert found.stdout.split() == ["plain-1"]
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_has_its_script(eqat: Eqat, shell: str) -> None:
+    shown = eqat("--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert shown.returncode == 0
+    assert "_EQAT_COMPLETE" in shown.stdout
