@@ -93,6 +93,8 @@ MEANT: Mapping[str, str] = {
     "estimate": "plan",
     "load": "import",
     "convert": "import",
+    "upload": "push",
+    "publish": "push",
     "config": "paths",
     "where": "paths",
 }
@@ -120,6 +122,7 @@ COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "generate": finished.generate,
     "bench": finished.bench,
     "verify": looking.verify,
+    "push": finished.push,
     "rm": tidying.rm,
     "gc": tidying.gc,
     "paths": own.paths,

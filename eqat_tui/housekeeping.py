@@ -17,7 +17,7 @@ from engine.run.proof import shown
 from engine.run.state import load_state
 from engine.system.user_cache import token_cache
 from eqat_tui.measured import newest
-from eqat_tui.output import format_bytes, format_number, print_error, print_json, say, show
+from eqat_tui.output import agrees, format_bytes, format_number, print_error, print_json, say, show
 
 # -- deleting ------------------------------------------------------------------------------------------
 
@@ -75,12 +75,7 @@ def _agreed(runs: Sequence[RunDirectory]) -> bool:
     for path, words in described:
         say(path)
         say(f"  {words}")
-    say(f"Delete {what} with everything inside ({format_bytes(sum(sizes))})? [y/N] ", end="")
-    try:
-        return input().strip().lower() in ("y", "yes")
-    except EOFError:  # Ctrl-D
-        say("")
-        return False
+    return agrees(f"Delete {what} with everything inside ({format_bytes(sum(sizes))})?")
 
 
 def what_is_in(run: RunDirectory, size: int) -> str:

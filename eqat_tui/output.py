@@ -248,3 +248,13 @@ def key_values(pairs: Mapping[str, str], *, indent: str = "  ") -> str:
         f"{indent}{name.ljust(width)}   {cell(value, LONGEST_LINE)}"
         for name, value in zip(names, pairs.values(), strict=True)
     )
+
+
+def agrees(question: str) -> bool:
+    """Whether whoever sits at the terminal says yes."""
+    say(f"{question} [y/N] ", end="")
+    try:
+        return input().strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        say("")
+        return False

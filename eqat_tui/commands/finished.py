@@ -147,3 +147,42 @@ def bench(
     else:
         show_text(bench_text(found))
     return benching.outcome(found)
+
+
+def push(
+    run: Run,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="A repository of yours: name/model-w2g64.")],
+    format: Annotated[
+        str | None, typer.Option("--format", help="Which export, where the run has several.")
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            "--base-model",
+            metavar="ID",
+            help="The hub id of what was quantized, for the card, where it was a folder.",
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="A branch, made where it is missing.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new repository is for you alone.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """Send a verified export to the Hugging Face hub, with its model card. What will be sent is shown first.
+
+    Nothing else of the run is sent. HF_ENDPOINT names another hub than huggingface.co.
+    """
+    from eqat_tui import actions, pushing
+
+    found = actions.find(actions.run_of(run), runs_dir)
+    return pushing.push(
+        found,
+        repo,
+        format=format,
+        base=base_model,
+        revision=revision,
+        private=private,
+        yes=yes,
+    )
