@@ -70,6 +70,13 @@ def is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Section)
 
 
+def mistake(error: msgspec.ValidationError) -> tuple[str, str]:
+    """What is wrong with a value, and the dotted name of its field; msgspec says "Expected `int`, got `str` -
+    at `$.block_ap.train[0]`"."""
+    what, _, path = str(error).partition(" - at `$")
+    return what.replace("`", "").replace("Invalid enum value", "cannot be"), path.strip(".`")
+
+
 def describe(kind: Any) -> str:
     """What a field of type ``kind`` takes, in words."""
     if isinstance(kind, types.UnionType):

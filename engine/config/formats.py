@@ -453,7 +453,7 @@ def refuse_unknown(field: str, names: Sequence[str]) -> None:
     for index, name in enumerate(names):
         if name not in FORMATS:
             raise UsageError(
-                f"Invalid enum value '{name}'",
+                f"cannot be '{name}'",
                 where=f"{field}[{index}]",
                 hint=f"a list, each one of {', '.join(FORMATS.names())}",
             )

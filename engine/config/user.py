@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from engine.config.base import Section, describe, field_types, is_section
+from engine.config.base import Section, describe, field_types, is_section, mistake
 from engine.errors import EqatError, UsageError
 from engine.system.guarded import NoFile, read_toml
 
@@ -92,9 +92,9 @@ def load_user_config() -> UserConfig:
     except UsageError as error:
         raise UsageError(error.message, where=f"{path}: {error.where}", hint=error.hint) from error
     except msgspec.ValidationError as error:
-        what, _, place = str(error).partition(" - at `$")
-        field = re.sub(r"\[.*?\]", "", place.strip(".`"))
-        raise UsageError(what.replace("`", ""), where=f"{path}: {field}", hint=_takes(field)) from error
+        what, place = mistake(error)
+        field = re.sub(r"\[.*?\]", "", place)
+        raise UsageError(what, where=f"{path}: {field}", hint=_takes(field)) from error
     return config
 
 

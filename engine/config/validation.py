@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from engine.config import checks
-from engine.config.base import Section, describe, field_types, is_section
+from engine.config.base import Section, describe, field_types, is_section, mistake
 from engine.config.calibration import mixture, texts_of
 from engine.config.run import RunConfig, run_config
 from engine.config.stage_section import StageSection
@@ -27,10 +27,8 @@ def convert(tree: Mapping[str, Any]) -> RunConfig:
     try:
         return msgspec.convert(tree, run_config())
     except msgspec.ValidationError as error:
-        # msgspec says "Expected `int`, got `str` - at `$.block_ap.train[0]`".
-        what, _, path = str(error).partition(" - at `$")
-        where = path.strip(".`")
-        raise UsageError(what.replace("`", ""), where=where or "config", hint=_takes(where)) from error
+        what, where = mistake(error)
+        raise UsageError(what, where=where or "config", hint=_takes(where)) from error
 
 
 def _refuse_endless(tree: Mapping[str, Any], where: str = "") -> None:
