@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from engine.config.formats import DEFAULT_FORMAT, FORMATS
 from engine.config.grid import Grid
 from engine.config.stages import full_precision, stage_label, versions
 from engine.run.state import RunState
+from eqat_tui.divergence_text import tables
 from eqat_tui.feed import RunView
 from eqat_tui.lines import Line, Span, columns, cut, few, fit, line, widths_of, wrap
 from eqat_tui.measured import colour_of, newest
@@ -38,7 +41,25 @@ def perplexities(state: RunState, width: int) -> list[Line]:
     made = [head, *rows]
     lines = [cut(row, width) for row in columns(made, widths_of(made), right="lrr")]
     lines += _conditions(state, width)
-    return lines + _tasks(state, width)
+    return lines + _further(state, width) + _tasks(state, width)
+
+
+def _further(state: RunState, width: int) -> list[Line]:
+    """How far each version is from full precision, and what was measured on other texts."""
+    shown = {
+        "divergence": msgspec.to_builtins(state.divergence()),
+        "texts": msgspec.to_builtins(state.texts()),
+    }
+    lines: list[Line] = []
+    for head, *others in tables(shown):
+        made: list[list[str | Span]] = [[(name, "muted") for name in head]]
+        made += [list(row) for row in others]
+        sizes = widths_of(made)
+        lines += [
+            line(),
+            *(cut(row, width) for row in columns(made, sizes, right="l" + "r" * (len(head) - 1))),
+        ]
+    return lines
 
 
 def _tasks(state: RunState, width: int) -> list[Line]:
