@@ -76,10 +76,12 @@ class EvaluationConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields
                 raise UsageError(
                     "a model is not measured on what it writes itself", where=name, hint="name another text"
                 )
-            if (known := seen.setdefault(_read_for_evaluation(data), text)) is not text:
+            same = _read_for_evaluation(data)
+            if same in seen:
                 raise UsageError(
-                    f"names one text twice: {known} and {text}", where=name, hint="name each text once"
+                    f"names one text twice: {seen[same]} and {text}", where=name, hint="name each text once"
                 )
+            seen[same] = text
 
     def every_text(self) -> tuple[DataConfig, ...]:
         """The texts that are measured, the run's own measure first."""
