@@ -20,7 +20,7 @@ from engine.config.model import PACKAGE, RANDOM, TINY_MODEL, BeginOfText, ModelC
 from engine.config.run import RunConfig
 from engine.errors import DataError, ExitCode, UsageError
 from engine.run.directory import RunDirectory
-from engine.run.measured import How, MeasureRequest, as_asked
+from engine.run.measured import How, MeasureRequest, as_asked, by_flags, refuse_endless
 from engine.run.proof import is_run
 from engine.run.shown import json_safe
 from engine.system.files import atomic_write, existing, is_virtual
@@ -37,12 +37,6 @@ from eqat_tui.output import (
 )
 
 Tree = Mapping[str, Any]
-FLAGS = {
-    "evaluation.sequence_length": "--sequence-length",
-    "evaluation.windows": "--windows",
-    "evaluation.": "--data",
-}
-"""What was typed for a field."""
 
 
 # -- what is asked ------------------------------------------------------------------------------------
@@ -69,8 +63,7 @@ def how_of(data: Sequence[str] | None, length: int | None, windows: int | None, 
     try:
         config = as_asked(RunConfig(model=ModelConfig(source=TINY_MODEL)), how)
     except UsageError as error:
-        flag = next((flag for field, flag in FLAGS.items() if error.where.startswith(field)), error.where)
-        raise UsageError(error.message, where=flag, hint=error.hint) from error
+        raise by_flags(error) from error
     for text in config.evaluation.every_text():
         if is_path(text.source) and not os.path.exists(local_path(text.source)):
             raise DataError("no such file or folder", where=text.source, hint="check --data")
@@ -132,6 +125,7 @@ def request_of(
     """
     if reference == "":
         raise UsageError("is empty", where="--reference", hint="name the model")
+    refuse_endless(as_asked(RunConfig(model=ModelConfig(source=TINY_MODEL)), how))
     runtime = msgspec.structs.replace(RunConfig().runtime, device=device or "auto")
     runtime.check("runtime")
     return MeasureRequest(
@@ -150,7 +144,7 @@ def arguments_of(run: RunDirectory, how: How) -> list[str]:
         UsageError: where the run's settings and what is asked do not fit.
     """
     if how.is_asked:
-        as_asked(run.config(), how)
+        refuse_endless(as_asked(run.config(), how))
     args = [part for text in how.texts for part in ("--text", text)]
     for name, value in (("--context", how.sequence_length), ("--windows", how.windows), ("--bos", how.bos)):
         args += [] if value is None else [name, str(value)]

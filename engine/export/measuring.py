@@ -42,6 +42,7 @@ from engine.export.imported import refuse_description
 from engine.export.judging import UNFIT
 from engine.export.layout import Layout, form_of
 from engine.models.causal_lm import CausalLM
+from engine.models.foreign import foreign
 from engine.models.hub import download
 from engine.models.skeleton import text_config
 from engine.models.source import ModelSource
@@ -49,7 +50,7 @@ from engine.offline import everything_is_local, offline
 from engine.plan.fit import host_budget
 from engine.plan.machine import detect
 from engine.process import choose_device, device_name, prepare_process
-from engine.run.measured import How, MeasureRequest, as_asked
+from engine.run.measured import How, MeasureRequest, as_asked, by_flags
 from engine.system.files import make_folder
 from engine.system.user_cache import token_cache
 
@@ -124,7 +125,9 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
         opened = Opened(config.model, device)
         warnings: list[str] = []
         config = _within_reach(config, opened.lm, request.how, warnings)
-        encoder = Encoder(opened.lm.source.tokenizer(), rows=opened.lm.vocab_size, bos=config.model.bos)
+        with foreign("the tokenizer cannot be loaded", request.source):
+            tokenizer = opened.lm.source.tokenizer()
+        encoder = Encoder(tokenizer, rows=opened.lm.vocab_size, bos=config.model.bos)
         say({"doing": "reading the text"})
         texts = windows_of(config, encoder, warnings)
         full = None
@@ -268,7 +271,7 @@ def main() -> int:
         load_extensions()
         say(measure(request))
     except EqatError as error:
-        return _refused(error)
+        return _refused(by_flags(error))
     except (MemoryError, torch.OutOfMemoryError):
         return _refused(
             EqatError(

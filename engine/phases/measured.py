@@ -11,6 +11,7 @@ from engine.config.stages import Stage
 from engine.config.tables import load_named
 from engine.data.encoding import Encoder
 from engine.data.tokens import token_windows
+from engine.errors import DataError
 from engine.evaluation.beside import Version
 from engine.evaluation.measurement import result_of
 from engine.phases.evaluation import measure, values_of
@@ -18,7 +19,7 @@ from engine.phases.imported import original
 from engine.phases.job import Job
 from engine.phases.text import PREPARE_SILENCE, Tokens
 from engine.process import device_name
-from engine.run.measured import How, as_asked, keep
+from engine.run.measured import How, as_asked, by_flags, keep
 
 
 def measure_as_asked(job: Job, stage: Stage, how: How) -> None:
@@ -64,8 +65,8 @@ def asked_job(job: Job, how: How) -> Job:
     for data in section.every_text():
         job.report.leave_if_asked()
         job.report.expect_silence(PREPARE_SILENCE)
-        read.append(
-            token_windows(
+        try:
+            windows = token_windows(
                 encoder,
                 data,
                 "evaluation",
@@ -73,6 +74,8 @@ def asked_job(job: Job, how: How) -> Job:
                 length=section.sequence_length,
                 warn=lambda code, message: job.report.warning(code, message),
             )
-        )
+        except DataError as error:
+            raise by_flags(error) from error
+        read.append(windows)
     tokens = Tokens({}, read[0], dict(zip(section.text_names()[1:], read[1:], strict=True)))
     return replace(job, config=config, encoder=encoder, tokens=tokens, tasks={})

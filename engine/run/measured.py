@@ -12,12 +12,13 @@ from typing import Annotated, Any
 
 import msgspec
 
+from engine.config.corpora import CORPORA, is_path, origin
 from engine.config.derived import resolve
 from engine.config.model import BeginOfText
 from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
 from engine.config.validation import validate
-from engine.errors import EqatError
+from engine.errors import EqatError, UsageError
 from engine.run.contents import MEASURED
 from engine.run.directory import FOLDER_MODE, RunDirectory
 from engine.run.measures import Divergence
@@ -108,6 +109,33 @@ def as_asked(config: RunConfig, how: How) -> RunConfig:
     changed = resolve(apply_overrides(config, changes))
     validate(changed)
     return changed
+
+
+FLAGS = {
+    "evaluation.sequence_length": "--sequence-length",
+    "evaluation.windows": "--windows",
+    "evaluation.texts": "--data",
+    "evaluation.data.source": "--data",
+    "evaluation.data": "--data",
+    "model.bos": "--bos",
+}
+"""What one types for a field where something is measured."""
+
+
+def by_flags(error: EqatError) -> EqatError:
+    """The same error of somebody who has typed flags."""
+    where, hint = error.where, error.hint
+    for field, flag in FLAGS.items():
+        where, hint = where.replace(field, flag), hint.replace(field, flag)
+    return EqatError(error.message, exit_code=error.exit_code, where=where, hint=hint)
+
+
+def refuse_endless(config: RunConfig) -> None:
+    """UsageError for a text that is streamed and has no end that anybody would wait for."""
+    for data in config.evaluation.every_text() if not config.evaluation.windows else ():
+        name = origin(data)
+        if name in CORPORA and CORPORA[name].test_characters is None and not is_path(data.source):
+            raise UsageError(f"{name} is too long to be read whole", where="--data", hint="--windows 256")
 
 
 def measured(run: RunDirectory) -> list[Measured]:

@@ -18,10 +18,10 @@ import torch
 from cli_tools import Eqat, environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.errors import DataError, UsageError
+from engine.errors import EqatError, ExitCode, UsageError
 from engine.run.directory import RunDirectory
 from engine.run.measured import How, Measured, keep, measured
-from eqat_tui.evaluating import checkpoint_of, how_of
+from eqat_tui.evaluating import checkpoint_of, how_of, request_of
 
 STORIES = Path(__file__).parents[2].parent / "shared/models/stories260K"
 
@@ -64,22 +64,32 @@ def test_texts_are_told_apart_and_made_absolute(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("asked", "where", "error"),
+    ("asked", "where", "code"),
     [
-        ((["nowhere.txt"], None, None, None), "nowhere.txt", DataError),
-        (([""], None, None, None), "--data", UsageError),
-        ((["self"], None, None, None), "--data", UsageError),
-        ((["builtin", "builtin"], None, None, None), "--data", UsageError),
-        ((None, 1, None, None), "--sequence-length", UsageError),
-        ((None, None, -1, None), "--windows", UsageError),
-        ((None, None, None, "sometimes"), "--bos", UsageError),
+        ((["nowhere.txt"], None, None, None), "nowhere.txt", ExitCode.DATA),
+        (([""], None, None, None), "--data", ExitCode.USAGE),
+        ((["self"], None, None, None), "--data", ExitCode.USAGE),
+        ((["builtin", "builtin"], None, None, None), "--data", ExitCode.USAGE),
+        ((None, 1, None, None), "--sequence-length", ExitCode.USAGE),
+        ((None, None, -1, None), "--windows", ExitCode.USAGE),
+        ((None, None, None, "sometimes"), "--bos", ExitCode.USAGE),
     ],
 )
-def test_a_mistake_is_told_by_its_flag(asked: Any, where: str, error: type[Exception]) -> None:
-    with pytest.raises(error) as caught:
+def test_a_mistake_is_told_by_its_flag(asked: Any, where: str, code: ExitCode) -> None:
+    with pytest.raises(EqatError) as caught:
         how_of(*asked)
+    assert caught.value.exit_code == code
     assert str(caught.value).startswith(f"{where}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_without_end_wants_a_number_of_windows() -> None:
+    endless = how_of(["c4"], None, None, None)
+    with pytest.raises(UsageError, match="c4 is too long to be read whole"):
+        request_of("random://tiny-llama", None, endless, "cpu", False)
+    assert (
+        request_of("random://tiny-llama", None, how_of(["c4"], None, 9, None), "cpu", False).how.windows == 9
+    )
 
 
 def test_what_belongs_to_the_other_kind_of_target_is_refused(eqat: Eqat, finished_run: RunDirectory) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from engine.errors import DataError, StopRequested
 from engine.evaluation.beside import Beside, Version, beside, compared
 from engine.evaluation.perplexity import perplexity
+from engine.models.causal_lm import CausalLM
 
 
 def worse(lm: Any, index: int) -> nn.Module:
@@ -192,3 +193,17 @@ def test_windows_without_a_prediction_are_refused(tmp_path: Path) -> None:
     _, lm = saved(tmp_path, "llama")
     with pytest.raises(DataError, match="nothing to predict"):
         beside(Version(lm, lm.load_block), Version(lm, lm.load_block), windows(3, 1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["device", "host", "disk"])
+def test_a_gpu_gives_the_numbers_of_the_cpu(tmp_path: Path, kind: Any) -> None:
+    _, lm = saved(tmp_path / "m", "llama")
+    want = beside(Version(lm, lm.load_block), Version(lm, lambda i: worse(lm, i)), windows())
+    on_gpu = CausalLM(lm.source, torch.device("cuda"), torch.float32)
+    both = Version(on_gpu, on_gpu.load_block), Version(on_gpu, lambda i: worse(on_gpu, i))
+    paths = (tmp_path / "a", tmp_path / "b")
+    got = beside(*both, windows(), batch_size=2, store_kind=kind, store_paths=paths)
+    assert got.divergence().kl == pytest.approx(want.divergence().kl, rel=1e-3)
+    assert got.block_errors() == pytest.approx(want.block_errors(), rel=1e-3)
+    assert got.other.perplexity == pytest.approx(want.other.perplexity, rel=1e-4)
