@@ -18,10 +18,12 @@ from typing import get_args
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from engine.attempt import attempt
+from engine.config.model import BeginOfText
 from engine.errors import EqatError, ExitCode
 from engine.run.control import STOP_SIGNALS
 from engine.run.directory import RunDirectory
 from engine.run.lock import RunLock
+from engine.run.measured import How
 from engine.run.task import NEW_TOKENS, Asked, Task
 from engine.system.printable import printable
 from engine.system.standard_streams import finish_output, open_standard_streams
@@ -39,6 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--new-tokens", type=int, default=NEW_TOKENS, help="with --task generate: at most so many"
     )
+    parser.add_argument("--text", action="append", default=[], help="with --task eval: on this; repeatable")
+    parser.add_argument("--context", type=int, help="with --task eval: in windows of so many tokens")
+    parser.add_argument("--windows", type=int, help="with --task eval: at most so many of each text")
+    parser.add_argument("--bos", choices=get_args(BeginOfText), help="with --task eval: how they begin")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="an operational setting, this time"
     )
@@ -52,6 +58,12 @@ def main(argv: list[str] | None = None) -> int:
         prompt=arguments.prompt,
         new_tokens=arguments.new_tokens,
         export_to=arguments.to,
+        how=How(
+            texts=tuple(arguments.text),
+            sequence_length=arguments.context,
+            windows=arguments.windows,
+            bos=arguments.bos,
+        ),
     )
     # Libraries create files too: whatever the umask allows, nobody else may write into a run.
     os.umask(os.umask(0o022) | 0o022)

@@ -26,6 +26,7 @@ from engine.errors import (
 from engine.run import event_log, events
 from engine.run.directory import RunDirectory
 from engine.run.launch import this_attempt
+from engine.run.measured import as_asked
 from engine.run.state import load_state
 from engine.run.status import LONGEST_FAILURE, Status, write_status
 from engine.run.task import Asked, check_prompt
@@ -52,7 +53,8 @@ def attempt(run: RunDirectory, asked: Asked) -> int:
             voice.says("loading torch and transformers")
             from engine.offline import everything_is_local, offline
 
-            with offline(everything_is_local(config)):
+            read = as_asked(config, asked.how) if asked.how.is_asked else config
+            with offline(everything_is_local(config) and everything_is_local(read)):
                 return _work(run, config, number, asked, leaves, voice)
         except EqatError as error:
             voice.close()
@@ -78,6 +80,8 @@ def _configuration(run: RunDirectory, asked: Asked) -> RunConfig:
             )
     config = resolve(apply_overrides(run.config(), asked.overrides))
     validate(config)
+    if asked.how.is_asked:
+        as_asked(config, asked.how)  # what is wrong with it is said before anything is loaded
     if asked.task == "generate":
         check_prompt(asked.prompt, asked.new_tokens)
     return config
@@ -157,7 +161,8 @@ def _work(
     try:
         prepare_process(config.runtime, device)
         report.emit(started_event(run, device, asked.task, leaves))
-        plan = make_plan(config, device=str(device), runs_dir=run.path)
+        planned = as_asked(config, asked.how) if asked.how.is_asked else config
+        plan = make_plan(planned, device=str(device), runs_dir=run.path)
         report.emit(events.Plan(plan=plan.to_dict()))
         # What is done with a finished run waits for room, as the run itself does once it works.
         check(plan, waits_for_room=asked.task != "run")

@@ -41,7 +41,7 @@ def everything_is_local(config: RunConfig) -> bool:
         _model_is_local(config.model.source)
         and (not config.imported.reference or _model_is_local(config.imported.reference))
         and (not trains or all(_text_is_local(text.data) for text in texts_of(config.data)))
-        and (not evaluation.enabled or _text_is_local(evaluation.data))
+        and (not evaluation.enabled or all(map(_text_is_local, evaluation.every_text())))
         and (not evaluation.enabled or not any(task in TASKS for task in evaluation.tasks))
     )
 

@@ -29,6 +29,7 @@ from engine.phases.copies import copy_verified, verified_exports
 from engine.phases.evaluation import evaluate
 from engine.phases.export import export, recover_exports
 from engine.phases.job import Job
+from engine.phases.measured import measure_as_asked
 from engine.phases.prepare import prepare
 from engine.phases.samples import write_samples
 from engine.plan.plan import Plan
@@ -99,6 +100,8 @@ class Pipeline:
 
     def _work_of(self, phase: str) -> Callable[[], None]:
         measured = measured_stage(phase)
+        if measured and self.asked.how.is_asked:
+            return partial(measure_as_asked, self.job, STAGES[measured], self.asked.how)
         if measured:
             return partial(evaluate, self.job, STAGES[measured], again=self.asked.task == "eval")
         if phase in STAGES:

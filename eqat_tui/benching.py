@@ -7,11 +7,6 @@ They read the same prompt and are fed the same tokens after it.
 
 from __future__ import annotations
 
-import json
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -20,16 +15,14 @@ import msgspec
 
 from engine.config.formats import FORMATS
 from engine.config.loaders import LOADERS, loaders_of, unread
-from engine.errors import EqatError, ExitCode, PreflightError, UsageError
+from engine.errors import EqatError, ExitCode, UsageError
 from engine.run.benched import MOST_TOKENS, Measured, Request, keep
 from engine.run.directory import RunDirectory
 from engine.run.housekeeping import exports
-from engine.run.launch import python_environment
 from engine.run.liveness import look
+from eqat_tui.asking import answer_of
 from eqat_tui.bench_text import FAILED, MEASURED, MISSING
 
-LONGEST_S = 3600.0
-"""Seconds after which a loader is given up."""
 Heard = Callable[[str], None]
 
 
@@ -143,55 +136,4 @@ def _asked(request: Request, heard: Heard, answer: str) -> dict[str, Any]:
     Raises:
         EqatError: what it refuses, or how it died.
     """
-    last: dict[str, Any] = {}
-    # Not a pipe: nobody would read it while the process talks on its other one.
-    with tempfile.TemporaryFile() as words:
-        with subprocess.Popen(
-            [sys.executable, "-P", "-m", "engine.bench"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=words,
-            env=python_environment(),
-        ) as child:
-            assert child.stdin is not None
-            assert child.stdout is not None
-            try:
-                child.stdin.write(msgspec.json.encode(request))
-                child.stdin.close()
-                for line in child.stdout:
-                    last = _object(line) or last
-                child.wait(LONGEST_S)
-            except BrokenPipeError:  # it died before it heard what is asked
-                child.wait(LONGEST_S)
-            except BaseException:
-                child.kill()
-                raise
-        words.seek(0)
-        said = words.read()[-10_000:].decode(errors="replace").strip().splitlines()
-    if "error" in last:
-        error = last["error"]
-        raise EqatError(
-            error["message"], exit_code=ExitCode(error["exit_code"]), where=error["where"], hint=error["hint"]
-        )
-    if answer not in last:
-        raise PreflightError(_death(child.returncode, said), where="eqat bench")
-    return last
-
-
-def _death(code: int, said: Sequence[str]) -> str:
-    """How a process ended that said nothing of why."""
-    if code == -signal.SIGKILL:
-        return "its process was killed, often by the kernel for want of memory"
-    if code < 0:
-        names = {number.value: number.name for number in signal.Signals}
-        return f"its process crashed with {names.get(-code, f'signal {-code}')}"
-    return f"its process ended with {code}" + (f": {said[-1][:200]}" if said else "")
-
-
-def _object(line: bytes) -> dict[str, Any]:
-    """What the line says; nothing for one that a library printed."""
-    try:
-        tree = json.loads(line)
-    except ValueError:
-        return {}
-    return tree if isinstance(tree, dict) else {}
+    return answer_of("engine.bench", request, answer, where="eqat bench")

@@ -12,6 +12,7 @@ from engine.config.stages import full_precision, stage_label
 from engine.run.comparison import Compared, Difference, Row, differing_settings, results
 from engine.run.events import Eval
 from engine.run.shown import json_safe
+from eqat_tui.divergence_text import share_words
 from eqat_tui.output import (
     LONGEST_CELL,
     cell,
@@ -27,6 +28,9 @@ from eqat_tui.words import model_name
 
 MARK = "◂"
 """Behind the best number of a row."""
+
+MEASURES = {"kl": "KL from full precision", "top1": "same first token"}
+"""Numbers of how far a version is from full precision."""
 
 
 def sentences(runs: Sequence[Compared], found: Difference) -> list[str]:
@@ -60,6 +64,11 @@ def _conditions(found: Eval | None) -> str:
 
 def row_name(row: Row) -> str:
     """What the numbers of a row are."""
+    if row.text is not None:
+        what = "perplexity" if row.name == "perplexity" else MEASURES[row.name]
+        return f"{what} on {cell(row.text, LONGEST_TASK)}, {stage_label(row.stage or '')}"
+    if row.name in MEASURES:
+        return f"{MEASURES[row.name]}, {stage_label(row.stage or '')}"
     if row.name == "perplexity":
         label = stage_label(row.stage or "")
         return f"perplexity, {label}" if row.stage == full_precision() else label
@@ -75,7 +84,9 @@ def row_values(row: Row) -> list[str]:
         "bits_per_weight": lambda value: format_number(value, 3),
         "seconds": format_seconds,
         "of_full_precision": lambda value: f"{format_number(value, 3)}×",
-        "accuracy": lambda value: f"{100 * value:.1f} %" if abs(value) <= 10 else "–",
+        "accuracy": share_words,
+        "kl": lambda value: format_number(value, 3),
+        "top1": share_words,
     }
     of = words.get(row.name, format_number)
     return ["–" if value is None else of(value) for value in row.values]
@@ -98,7 +109,7 @@ def table_rows(runs: Sequence[Compared], found: Difference) -> list[tuple[str, l
         if row.name == "of_full_precision":
             continue
         words = row_values(row)
-        if row.name == "perplexity" and row.stage in shares:
+        if row.name == "perplexity" and row.text is None and row.stage in shares:
             words = [
                 f"{value} ({share})" if share != "–" else value
                 for value, share in zip(words, shares[row.stage], strict=True)

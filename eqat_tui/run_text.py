@@ -17,6 +17,7 @@ from engine.run.events import MEASUREMENT
 from engine.run.liveness import WORKING
 from engine.run.task import job_name
 from eqat_tui.bench_text import measured_table
+from eqat_tui.divergence_text import as_text, results_table, tables
 from eqat_tui.measured import newest
 from eqat_tui.output import (
     LONGEST_LINE,
@@ -57,6 +58,9 @@ def report(run: Tree, *, with_error: bool = True) -> str:
     if perplexities and begin:
         parts.append(f"  {one_line(begin[:LONGEST_BEGIN])}")
     parts += [f"  {line}" for line in doubts(run)]
+    parts += map(as_text, tables(run))
+    if run.get("measured"):
+        parts.append(results_table(run["measured"]))
     if run.get("accuracy"):
         parts.append(accuracy_table(run["accuracy"]))
     if run.get("bench"):

@@ -133,6 +133,17 @@ def read_part(where: str, part: str) -> Member:
         raise UsageError(f"{part!r} has no share", where=where, hint=_FORM)
     if not _SHARE.fullmatch(share) or not Fraction(share.strip()):
         raise UsageError(f"{part!r} has no share that is a number above 0", where=where, hint=_FORM)
+    return Member(read_text(where, text, part), Fraction(share.strip()))
+
+
+def read_text(where: str, text: str, part: str = "") -> DataConfig:
+    """A source with its options as they are written on one line, ``c4?subset=de``; ``part`` is what it was
+    typed in, for messages.
+
+    Raises:
+        UsageError: at the field ``where``.
+    """
+    part = part or text
     source, mark, written = text.rpartition("?")
     if not mark or not _OPTIONS.fullmatch(written.strip()):
         source, written = text, ""
@@ -145,12 +156,13 @@ def read_part(where: str, part: str) -> Member:
                 f"{part!r} has {name}, {problem}", where=where, hint=f"one of {', '.join(OPTIONS)}"
             )
     values = {name: unquote(value) for name, _, value in options}
-    return Member(DataConfig(source=source.strip(), **values), Fraction(share.strip()))
+    return DataConfig(source=source.strip(), **values)
 
 
-def with_source(part: str, elsewhere: Callable[[str], str]) -> str:
-    """A part of a mixture as it is written, its source replaced by what ``elsewhere`` makes of it."""
-    data = read_part("data.mix", part).data
+def with_source(part: str, elsewhere: Callable[[str], str], *, share: bool = True) -> str:
+    """A text as it is written, with its share as a part of a mixture or alone, its source replaced by what
+    ``elsewhere`` makes of it."""
+    data = read_part("data.mix", part).data if share else read_text("evaluation.texts", part)
     source = elsewhere(data.source)
     return part if source == data.source else source + part.strip()[len(data.source) :]
 
@@ -181,7 +193,7 @@ def _check_mixture(where: str, mix: Sequence[str]) -> None:
             checks.optional_text(where, getattr(data, option))
             if data.is_own and getattr(data, option) is not None:
                 raise UsageError(f"{part!r} has {option}, which {NOT_READ}", where=where, hint=OTHER_TEXT)
-        first = seen.setdefault(_same_text(data), part)
+        first = seen.setdefault(same_text(data), part)
         if first is not part:
             raise UsageError(
                 f"names one text twice: {first} and {part}",
@@ -190,7 +202,7 @@ def _check_mixture(where: str, mix: Sequence[str]) -> None:
             )
 
 
-def _same_text(data: DataConfig) -> DataConfig:
+def same_text(data: DataConfig) -> DataConfig:
     """Equal for two spellings of one text, which would give the same sequences twice."""
     path = local_path(data.source)
     if os.path.exists(path):

@@ -54,5 +54,6 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     if mix := mixture(config.data):
         tree["data"]["mix"] = [with_source(part, absolute) for part in mix]
     evaluation = tree["evaluation"]
+    evaluation["texts"] = [with_source(text, absolute, share=False) for text in evaluation["texts"]]
     evaluation["tasks"] = [name if name in TASKS else absolute(name) for name in evaluation["tasks"]]
     return convert(tree)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from engine.config.base import describe
 from engine.config.data import OPTIONS
+from engine.config.evaluation import texts_tree
 from engine.config.fields import field_type
 from engine.config.lists import members
 from engine.config.run import RunConfig
@@ -21,6 +22,8 @@ from engine.errors import UsageError
 # A revision, split or column, and above all the trust in its code, belongs to the source it was written
 # for. Where a layer (a file that extends another, a flag) names another source, these go back to their
 # defaults unless the layer gives them too.
+TEXTS = "evaluation.data"
+"""The section of one text, that also takes a list of them."""
 _BELONGS_TO_SOURCE = ("trust_remote_code", *OPTIONS)
 
 
@@ -30,10 +33,11 @@ def apply_overrides(config: RunConfig, overrides: Mapping[str, object]) -> RunCo
     Strings are read as the field's type wants them (``none`` for a field that may be left out, commas
     between the members of a list); other values are taken as they are. Giving ``data.source`` another
     value drops the split, column and revision that belonged to the old one, unless given as well; giving
-    ``data.mix`` drops the source, and giving a source drops the mixture.
+    ``data.mix`` drops the source, and giving a source drops the mixture. ``evaluation.data`` takes the texts
+    that are measured, one or several.
     """
     layer: dict[str, Any] = {}
-    for name, value in overrides.items():
+    for name, value in _one_by_one(overrides).items():
         *sections, field = name.strip().split(".")
         kind = field_type(name.strip())
         node = layer
@@ -41,6 +45,22 @@ def apply_overrides(config: RunConfig, overrides: Mapping[str, object]) -> RunCo
             node = node.setdefault(section, {})
         node[field] = _read_value(name.strip(), kind, value) if isinstance(value, str) else value
     return convert(merge(to_dict(config), layer))
+
+
+def _one_by_one(overrides: Mapping[str, object]) -> dict[str, object]:
+    """``overrides`` with what is written in one word for several fields in the place of each of them."""
+    found: dict[str, object] = {}
+    for name, value in overrides.items():
+        if name.strip() != TEXTS:
+            found[name] = value
+            continue
+        texts = members(value) if isinstance(value, str) else value
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise UsageError("is no list of texts", where=TEXTS, hint="like wikitext2,c4")
+        tree = texts_tree([str(text) for text in texts])
+        found |= {f"{TEXTS}.{field}": given for field, given in tree["data"].items()}
+        found["evaluation.texts"] = tuple(tree["texts"])
+    return found
 
 
 def merge(base: Mapping[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:

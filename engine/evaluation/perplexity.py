@@ -58,6 +58,17 @@ class PerplexityResult:
     window_nll: tuple[float, ...] = ()
     """Mean negative log-likelihood of a token of each window, in nats."""
 
+    def of_part(self, first: int, last: int) -> PerplexityResult:
+        """The same of the windows from ``first`` to ``last``, which is not among them: where several texts
+        were measured at once, of one of them. All windows are of one length."""
+        if (first, last) == (0, len(self.window_nll)):
+            return self
+        part, count = self.window_nll[first:last], len(self.window_nll)
+        mean, share = math.fsum(part) / len(part), len(part) / count
+        return PerplexityResult(
+            exponential(mean), mean, self.tokens * len(part) // count, self.seconds * share, part
+        )
+
 
 def perplexity(
     lm: CausalLM,
@@ -116,7 +127,7 @@ def perplexity(
     tokens = windows * (length - given)
     mean = total.item() / tokens
     of_windows = tuple(torch.cat(each).tolist())
-    return PerplexityResult(_exp(mean), mean, tokens, time.monotonic() - begin, of_windows)
+    return PerplexityResult(exponential(mean), mean, tokens, time.monotonic() - begin, of_windows)
 
 
 def token_nll(lm: CausalLM, hidden_BTH: Tensor, ids_BT: Tensor, *, often: bool = False) -> Tensor:
@@ -152,7 +163,7 @@ def logits_nll(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     return functional.cross_entropy(logits_TV.float(), labels_T, reduction="none", ignore_index=NO_LABEL)
 
 
-def _exp(nll: float) -> float:
+def exponential(nll: float) -> float:
     """exp, with infinity where it overflows: an untrained 2-bit model can be that bad."""
     try:
         return math.exp(nll)

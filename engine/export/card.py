@@ -11,6 +11,7 @@ bytes: no dates, durations or machine names.
 - ``command``: the exact command that made the run
 - ``perplexity``: of each stage by its name, absent or None where not measured
 - ``accuracy``: of each stage by its name, of each task by its name
+- ``further``: of each stage by its name, a :class:`engine.run.measures.Further`
 - ``evaluation``: one line: corpus, tokens, window length
 - ``doubts``: why the perplexities cannot be believed, a sentence each
 - ``method``: list of lines that say what was trained on what
@@ -27,6 +28,7 @@ from engine.config.stages import STAGES
 from engine.evaluation.plausible import CHECK
 from engine.export.layout import Form, Linears, group_sizes
 from engine.export.result import ExportResult
+from engine.run.measures import Further
 
 
 def model_card(
@@ -43,6 +45,8 @@ def model_card(
         f"`{base}`, {_made(card)}. {form.sentence(bits, result.dtype)}\n",
         _size_table(result),
         _perplexity_table(card),
+        _divergence_table(card),
+        _texts_table(card),
         _accuracy_table(card),
     ]
     if card.get("command"):
@@ -106,6 +110,38 @@ def _perplexity_table(card: dict[str, Any]) -> str:
     note = f"Perplexity on {card['evaluation']}.\n" if card.get("evaluation") else ""
     note += "".join(f"\n**{text[:1].upper()}{text[1:]}** ({CHECK}).\n" for text in card.get("doubts") or ())
     return "## Perplexity\n\n" + note + "\n| model | perplexity |\n|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _divergence_table(card: dict[str, Any]) -> str:
+    """How far what each version predicts is from what full precision does."""
+    measured: dict[str, Further] = card.get("further") or {}
+    rows = [
+        f"| {stage.card_label} | {found.kl:.4f} | {100 * found.top1:.1f} | {found.logit_error:.3f} | "
+        f"{found.largest_logit_error:.3f} |"
+        for stage in STAGES
+        if stage.name in measured and (found := measured[stage.name].divergence) is not None
+    ]
+    if not rows:
+        return ""
+    note = f"On the same tokens: {card['evaluation']}.\n\n" if card.get("evaluation") else ""
+    head = "| model | KL, nats | same first token, % | logit error, mean | largest |\n|---|---|---|---|---|\n"
+    return "## Divergence from full precision\n\n" + note + head + "\n".join(rows) + "\n"
+
+
+def _texts_table(card: dict[str, Any]) -> str:
+    """Perplexity on texts besides the run's own."""
+    measured: dict[str, Further] = card.get("further") or {}
+    stages = [stage for stage in STAGES if stage.name in measured and measured[stage.name].texts]
+    if not stages:
+        return ""
+    names = list(dict.fromkeys(one.corpus for stage in stages for one in measured[stage.name].texts))
+    rows = []
+    for stage in stages:
+        found = {one.corpus: one.perplexity for one in measured[stage.name].texts}
+        words = (f"{value:,.3f}" if (value := found.get(name)) is not None else "–" for name in names)
+        rows.append(f"| {stage.card_label} | {' | '.join(words)} |")
+    head = f"| model | {' | '.join(n.replace('|', '/') for n in names)} |\n|---|{'---|' * len(names)}\n"
+    return "## Perplexity on other texts\n\n" + head + "\n".join(rows) + "\n"
 
 
 def _accuracy_table(card: dict[str, Any]) -> str:

@@ -159,7 +159,7 @@ def imported_source(model: ModelConfig) -> ImportedSource:
             hint=_ANEW.get(name, ""),
         )
     packed = form.reader(path)
-    _refuse_description(packed)
+    refuse_description(packed, "imported")
     folder = ModelFolder.judge(path)
     refuse_model(without_quantization(local_config(folder)), {})
     config = read_config(folder, model.trust_remote_code)
@@ -186,8 +186,9 @@ def imported_source(model: ModelConfig) -> ImportedSource:
     )
 
 
-def _refuse_description(packed: CheckpointReader) -> None:
-    """What the checkpoint says of itself and a run of ours would leave out."""
+def refuse_description(packed: CheckpointReader, doing: str) -> None:
+    """What the checkpoint says of itself and would be left out of what it is: it cannot be what ``doing``
+    says."""
     said = packed.quantization
     groups = said.get("config_groups")
     layers = [each for each in groups.values() if isinstance(each, dict)] if isinstance(groups, dict) else []
@@ -209,7 +210,7 @@ def _refuse_description(packed: CheckpointReader) -> None:
     }
     for why, so in found.items():
         if so:
-            raise PreflightError(f"cannot be imported: {why}", where=str(packed.directory / "config.json"))
+            raise PreflightError(f"cannot be {doing}: {why}", where=str(packed.directory / "config.json"))
 
 
 class Unpacked(NamedTuple):

@@ -92,17 +92,23 @@ def outer_as_stored(
 ) -> Iterator[None]:
     """The model with embedding, final norm and head rounded as they are stored, those in ``heads`` (by name
     without ``.weight``) to their grid; as before afterwards."""
-    quantized = {f"{name}.weight": weight for name, weight in heads.items()}
-
-    def values() -> Iterator[tuple[str, Tensor]]:
-        for name in lm.outer_state():
-            if name in quantized:
-                yield name, quantized[name].dequantize(lm.dtype)
-            elif lm.weights.dtype(name) != dtype:  # else it is what rounding would give
-                yield name, stored_form(name, lm.weights.load(name), dtype)
-
-    with outer_values(lm, values()):
+    with outer_values(lm, stored_outer(lm, dtype, heads)):
         yield
+
+
+def stored_outer(
+    lm: CausalLM, dtype: torch.dtype, heads: Mapping[str, PackedWeight] = NO_HEADS
+) -> Iterator[tuple[str, Tensor]]:
+    """The values of :func:`outer_as_stored` by name, those that are not what the model has already."""
+    quantized = {f"{name}.weight": weight for name, weight in heads.items()}
+    for name, own in lm.outer_state().items():
+        if name in quantized:
+            value = quantized[name].dequantize(lm.dtype)
+        elif lm.weights.dtype(name) != dtype:  # else it is what rounding would give
+            value = stored_form(name, lm.weights.load(name), dtype)
+        else:
+            continue
+        yield name, value.to(own.device, own.dtype).reshape(own.shape)
 
 
 @contextmanager

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine import telemetry
 from engine.config.corpora import corpus_name
 from engine.config.model import RANDOM
 from engine.config.stages import Stage, full_precision
 from engine.config.tables import load_named
-from engine.evaluation.perplexity import PerplexityResult, perplexity
+from engine.evaluation.beside import Version
+from engine.evaluation.measurement import Measurement, finite, read
 from engine.evaluation.plausible import CHECK, doubt, grouped
 from engine.evaluation.tasks import Accuracy, accuracies, hidden_bytes
-from engine.export.stored import as_stored
+from engine.export.stored import as_stored, outer_values
 from engine.methods.blockwise.rtn import round_to_nearest
 from engine.phases.imported import original
 from engine.phases.job import Job
@@ -27,6 +29,7 @@ from engine.plan.fit import host_budget
 from engine.run import events
 from engine.run.events import MEASUREMENT
 from engine.run.facts import eval_fact
+from engine.run.measures import Further
 
 ACTIVATIONS = "the file of an evaluation's activations"
 """What a full disk has no room for while a model is evaluated."""
@@ -42,25 +45,31 @@ def evaluate(job: Job, stage: Stage, *, again: bool = False) -> None:
     if known is None or again:
         of = original(job) if stage.baseline else job
         block_for: BlockFor = partial(load_named(stage.block), of)
-        with _values_of(of, stage):
-            result = _measure(of, block_for)
+        with values_of(of, stage) as outer:
+            found = measure(of, Version(of.lm, block_for, outer), stage, of.tokens.measured())
+            result = found.result.of_part(0, len(of.tokens.evaluation))
             known = {
-                "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
+                "perplexity": finite(result.perplexity),
                 "tokens": result.tokens,
                 "seconds": result.seconds,
                 "nll": grouped(result.window_nll) if math.isfinite(result.perplexity) else [],
-                **_ask(of, block_for),
+                **_ask(of, Version(of.lm, block_for, outer)),
+                **_further(of, found),
             }
         job.store.remember(name, known)
         job.checkpoints.commit(job.report.phase_name)
     recall(job, stage.name)
+    further = further_of(job, stage.name)
     job.report.emit(
         events.Eval(
             stage=stage.name,
             sequence_length=job.config.evaluation.sequence_length,
             corpus=corpus_name(job.config.evaluation.data),
             begin=job.encoder.words(),
-            **{name: value for name, value in known.items() if name != "nll"},
+            texts=further.texts,
+            divergence=further.divergence,
+            block_errors=further.block_errors,
+            **{name: value for name, value in known.items() if name not in ("nll", "further")},
         )
     )
     if said := doubted(job, stage):
@@ -76,9 +85,15 @@ def doubted(job: Job, stage: Stage) -> str:
     return doubt(stage.label, full, other)
 
 
-def _values_of(job: Job, stage: Stage) -> AbstractContextManager[None]:
-    """A quantized version is measured with the embedding, norm and head that its export has."""
-    return nullcontext() if stage.scope == "nothing" else job.outer_as_exported()
+@contextmanager
+def values_of(job: Job, stage: Stage) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """A quantized version is measured with the embedding, norm and head that its export has; inside of what
+    this gives, the model has them."""
+    if stage.scope == "nothing":
+        yield nullcontext
+        return
+    values = list(job.stored_outer())
+    yield partial(outer_values, job.lm, values)
 
 
 def recall(job: Job, stage: str) -> None:
@@ -88,6 +103,12 @@ def recall(job: Job, stage: str) -> None:
         job.perplexities[stage] = known["perplexity"]
     if known and known.get("accuracy"):
         job.accuracies[stage] = known["accuracy"]
+
+
+def further_of(job: Job, stage: str) -> Further:
+    """What the checkpoint knows of one version besides; nothing where versions before measured it."""
+    known = job.store.fact(eval_fact(stage)) or {}
+    return msgspec.convert(known.get("further") or {}, Further)
 
 
 # -- the versions of the model -------------------------------------------------------------------------
@@ -109,15 +130,15 @@ def rounded_block(job: Job, index: int) -> nn.Module:
 # -- measuring -----------------------------------------------------------------------------------------
 
 
-def _measure(job: Job, block_for: BlockFor) -> PerplexityResult:
+def measure(job: Job, version: Version, stage: Stage, windows_NT: Tensor) -> Measurement:
     """Half as many windows at a time, from the beginning, as long as memory does not suffice."""
     batch = job.config.evaluation.batch_size
-    needed = job.tokens.evaluation.numel() * job.lm.hidden_size * job.lm.dtype.itemsize
+    full = full_version(job) if job.config.evaluation.divergence and stage.scope != "nothing" else None
+    needed = windows_NT.numel() * job.lm.hidden_size * job.lm.dtype.itemsize * (1 if full is None else 2)
     while True:
         try:
-            return job.checkpoints.patiently(
-                partial(_perplexity, job, block_for, batch), needed, ACTIVATIONS, job.run.cache_dir
-            )
+            reading = partial(_read, job, version, full, windows_NT, batch)
+            return job.checkpoints.patiently(reading, needed, ACTIVATIONS, job.run.cache_dir)
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
@@ -126,19 +147,40 @@ def _measure(job: Job, block_for: BlockFor) -> PerplexityResult:
         job.report.warning("micro_batch", f"out of memory; evaluating again with {batch} windows at a time")
 
 
-def _perplexity(job: Job, block_for: BlockFor, batch_size: int) -> PerplexityResult:
-    return perplexity(
-        job.lm,
-        block_for,
-        job.tokens.evaluation,
+def full_version(job: Job) -> Version | None:
+    """The model as it came; none of imported blocks whose original is not known."""
+    if job.config.imported.enabled and not job.config.imported.reference:
+        return None
+    full = original(job)
+    return Version(full.lm, partial(full_block, full))
+
+
+def _read(
+    job: Job, version: Version, full: Version | None, windows_NT: Tensor, batch_size: int
+) -> Measurement:
+    return read(
+        version,
+        full,
+        windows_NT,
         given=max(1, len(job.encoder.begin)),
         batch_size=batch_size,
         store_kind=job.plan.activation_store,
-        store_path=job.run.cache_dir / "evaluation.bin",
+        store_paths=(job.run.cache_dir / "evaluation-full.bin", job.run.cache_dir / "evaluation.bin"),
         store_budget_bytes=host_budget(job.config, job.plan.machine) // 2,
         on_progress=partial(_tell, job, 0.0),
         on_batch=job.report.leave_if_asked,
     )
+
+
+def _further(job: Job, found: Measurement) -> dict[str, Any]:
+    """What is remembered of a measurement besides the perplexity of the run's own text, if there is more."""
+    own = len(job.tokens.evaluation)
+    further = Further(
+        texts=tuple(found.text(name, *span) for name, span in job.tokens.spans().items()),
+        divergence=found.divergence(0, own),
+        block_errors=found.block_errors(0, own),
+    )
+    return {} if further == Further() else {"further": msgspec.to_builtins(further)}
 
 
 def _tell(job: Job, before: float, done: int, of: int) -> None:
@@ -152,17 +194,18 @@ def _tell(job: Job, before: float, done: int, of: int) -> None:
 
 def _share_of_tasks(job: Job) -> float:
     asked = hidden_bytes(job.lm, job.tasks) / (job.lm.hidden_size * job.lm.dtype.itemsize)
-    return asked / (asked + job.tokens.evaluation.numel())
+    return asked / (asked + job.tokens.measured().numel())
 
 
-def _ask(job: Job, block_for: BlockFor) -> dict[str, dict[str, float]]:
+def _ask(job: Job, version: Version) -> dict[str, dict[str, float]]:
     """Zero-shot tasks, where there are any."""
     if not job.tasks:
         return {}
     needed = hidden_bytes(job.lm, job.tasks)
-    found = job.checkpoints.patiently(
-        partial(_accuracies, job, block_for), needed, ACTIVATIONS, job.run.cache_dir
-    )
+    with version.outer():
+        found = job.checkpoints.patiently(
+            partial(_accuracies, job, version.block_for), needed, ACTIVATIONS, job.run.cache_dir
+        )
     return {
         "accuracy": {name: result.accuracy for name, result in found.items()},
         "questions": {name: result.questions for name, result in found.items()},

@@ -27,7 +27,7 @@ from engine.export.place import ExportPlace
 from engine.export.result import ExportResult
 from engine.export.verify import VerifyResult, verify
 from engine.phases.copies import COPY_SILENCE, hear, require_same, targets_of
-from engine.phases.evaluation import doubted
+from engine.phases.evaluation import doubted, further_of
 from engine.phases.job import Job
 from engine.plan.phases import VERIFY_TOKENS, VERIFY_WINDOWS
 from engine.process import package_versions
@@ -187,6 +187,7 @@ def _card(job: Job) -> dict[str, Any]:
         "config": to_toml(msgspec.structs.replace(config, runtime=RuntimeConfig(seed=config.runtime.seed))),
         "perplexity": job.perplexities,
         "accuracy": job.accuracies,
+        "further": {stage: further_of(job, stage) for stage in job.perplexities},
         # The configuration below the list names a single text.
         "method": [f"trained on {text_words(config.data)}"] if mixture(config.data) else [],
         "doubts": [said for stage in STAGES if (said := doubted(job, stage))],

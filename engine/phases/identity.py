@@ -48,6 +48,7 @@ def write_manifest(
     """``run.json``: what this run was made from. Written by the first attempt that gets this far."""
     if run.run_json.exists():
         return
+    further = config.evaluation.text_names()[1:]
     run.write_manifest(
         {
             "schema": 1,
@@ -59,6 +60,7 @@ def write_manifest(
             "data": {
                 "calibration": text_words(config.data),
                 "evaluation": corpus_name(config.evaluation.data),
+                **({"further evaluation": further} if further else {}),
                 "begin": encoder.words(),
             },
             "versions": package_versions(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -19,7 +19,7 @@ from engine.config.stages import Stage, network_stages, stages_of
 from engine.data.activations import ActivationStore, make_store
 from engine.data.encoding import Encoder
 from engine.evaluation.tasks import TokenizedTask
-from engine.export.stored import as_stored, export_dtype, outer_as_stored
+from engine.export.stored import as_stored, export_dtype, outer_as_stored, stored_outer
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.phases.text import Tokens
@@ -132,6 +132,10 @@ class Job:
     def outer_as_exported(self) -> AbstractContextManager[None]:
         """Inside, embedding, final norm and head have the values of an export."""
         return outer_as_stored(self.lm, self.export_dtype, self.heads)
+
+    def stored_outer(self) -> Iterator[tuple[str, Tensor]]:
+        """These values by name, those that the model has not already."""
+        return stored_outer(self.lm, self.export_dtype, self.heads)
 
     def exported(self, index: int) -> PackedBlock:
         """Block ``index`` as quantized so far, with the values that an export has."""

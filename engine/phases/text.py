@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,20 @@ class Tokens:
     """By stage; of a stage of ours that is not made, no window."""
     evaluation: Tensor
     """Int ``[N, T]``."""
+    further: Mapping[str, Tensor] = field(default_factory=dict)
+    """The same of other texts, by their names."""
+
+    def measured(self) -> Tensor:
+        """All windows that are evaluated: of the run's own text, then of each other one."""
+        return torch.cat([self.evaluation, *self.further.values()]) if self.further else self.evaluation
+
+    def spans(self) -> dict[str, tuple[int, int]]:
+        """The first window among them of each other text, and the one behind its last."""
+        found, end = {}, len(self.evaluation)
+        for name, windows in self.further.items():
+            found[name] = (end, end + len(windows))
+            end += len(windows)
+        return found
 
     def of(self, stage: str) -> Windows:
         """What a stage learns from."""
@@ -56,6 +70,7 @@ class Tokens:
         return {
             "data": _token_digest(*(windows.tokens_NT for windows in self.calibration.values())),
             "evaluation text": _token_digest(self.evaluation),
+            **({"further texts": _token_digest(*self.further.values())} if self.further else {}),
         }
 
 
@@ -120,9 +135,15 @@ def draw_tokens(
     calibration = {name: both(getattr(config, name)) for name in _reading(config)}
     section = config.evaluation
     evaluation = torch.zeros((0, section.sequence_length), dtype=torch.long)
+    further: dict[str, Tensor] = {}
     if section.enabled:
-        evaluation = draw(section.data, "evaluation", section.windows, section.sequence_length)
-    return Tokens(calibration, evaluation)
+        read = [
+            draw(data, "evaluation", section.windows, section.sequence_length)
+            for data in section.every_text()
+        ]
+        evaluation = read[0]
+        further = dict(zip(section.text_names()[1:], read[1:], strict=True))
+    return Tokens(calibration, evaluation, further)
 
 
 def _reading(config: RunConfig) -> list[str]:

@@ -1,7 +1,7 @@
 """Costs of the phases that belong to no stage's making: preparation, evaluations, the export.
 
 evaluate_*   one block in compute dtype, on a GPU a second one on its way; hidden states of all windows,
-             logits of a chunk
+             twice where full precision reads them as well; logits of a chunk
 export       one block packed and written; then it is read back and compared
 """
 
@@ -54,7 +54,15 @@ def evaluation_memory(work: Workload, stage: Stage) -> Memory:
         parts = parts | {"the next block": sum(making.values())}
     elif making:
         parts = max(parts, making, key=lambda moment: sum(moment.values()))
-    return Memory(parts, work.evaluation_bytes() + (teacher_bytes(work) if kept else 0))
+    streams = 2 if is_compared(work, stage) else 1
+    return Memory(parts, streams * work.evaluation_bytes() + (teacher_bytes(work) if kept else 0))
+
+
+def is_compared(work: Workload, stage: Stage) -> bool:
+    """Whether the original model reads the texts beside ``stage``."""
+    imported = work.config.imported
+    known = not imported.enabled or bool(imported.reference)
+    return work.config.evaluation.divergence and stage.scope != "nothing" and known
 
 
 def _passing_memory(work: Workload) -> dict[str, int]:
@@ -85,6 +93,8 @@ def evaluation_seconds(work: Workload, stage: Stage, rates: Speed, stored_bytes:
     form = compiling_form(work, rates)
     if stage.scope == "nothing":
         return seconds + 2 * form
+    if is_compared(work, stage):
+        seconds *= 2
     return seconds + arch.blocks * unpacking(work, rates) + (form if _is_first_packed(work, stage) else 0.0)
 
 

@@ -39,6 +39,8 @@ from engine.config.calibration import (
     texts_of,
 )
 from engine.config.corpora import evaluation_characters, is_path, local_path, origin
+from engine.config.data import DataConfig
+from engine.config.evaluation import EvaluationConfig
 from engine.config.formats import FORMATS
 from engine.config.run import RunConfig
 from engine.config.runtime import StoreKind
@@ -244,7 +246,9 @@ def _check_local_text(config: RunConfig) -> None:
     """A mistyped path should not cost a run; what is in the files is for the engine to judge."""
     name = "data.mix" if mixture(config.data) else "data.source"
     used = [(name, text.data, bool(_texts(config))) for text in texts_of(config.data)]
-    used.append(("evaluation.data.source", config.evaluation.data, config.evaluation.enabled))
+    evaluation = config.evaluation
+    used.append(("evaluation.data.source", evaluation.data, evaluation.enabled))
+    used += [("evaluation.texts", data, evaluation.enabled) for data in evaluation.every_text()[1:]]
     for name, data, wanted in used:
         path = local_path(data.source)
         if not wanted or not is_path(data.source):
@@ -426,8 +430,13 @@ def evaluation_windows(config: RunConfig, arch: Architecture) -> tuple[int, bool
     section = config.evaluation
     if not section.enabled:
         return 0, False
-    path = local_path(section.data.source)
-    characters = evaluation_characters(section.data)
+    counted = [_windows_of(data, section, arch) for data in section.every_text()]
+    return sum(count for count, _ in counted), any(guessed for _, guessed in counted)
+
+
+def _windows_of(data: DataConfig, section: EvaluationConfig, arch: Architecture) -> tuple[int, bool]:
+    path = local_path(data.source)
+    characters = evaluation_characters(data)
     if characters is None and os.path.isfile(path):
         characters = path.stat().st_size
     known = characters is not None

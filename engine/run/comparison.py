@@ -21,6 +21,7 @@ from engine.config.writing import flat, to_dict
 from engine.errors import UsageError, first_line
 from engine.run.directory import RunDirectory
 from engine.run.events import BULK, Eval
+from engine.run.measured import measured
 from engine.run.state import RunState, load_state
 
 LETTERS = string.ascii_uppercase
@@ -49,6 +50,8 @@ class Compared:
             digests = (run.manifest() or {}).get("identity")
         except Exception:
             digests = None  # without them it is known by names
+        self.others = measured(run)
+        """What eqat eval measured of it otherwise."""
         self.digests: dict[str, Any] = digests if isinstance(digests, dict) else {}
 
     @property
@@ -128,11 +131,13 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One number of every run."""
 
     name: str
-    """One of ``perplexity``, ``of_full_precision``, ``accuracy``, ``size_bytes``, ``bits_per_weight`` and
-    ``seconds``."""
+    """One of ``perplexity``, ``of_full_precision``, ``kl``, ``top1``, ``accuracy``, ``size_bytes``,
+    ``bits_per_weight`` and ``seconds``."""
     stage: str | None = None
     """The version of the model that it is of, where it is of one."""
     task: str | None = None
+    text: str | None = None
+    """What it was measured on, where that is not the text of the run's own measure."""
     values: tuple[float | None, ...]
     comparable: bool
     """They are numbers of one thing."""
@@ -154,6 +159,9 @@ def results(runs: Sequence[Compared], found: Difference) -> list[Row]:
     alike = not found.models
     return [
         *_perplexities(runs, comparable=alike and not found.measures),
+        *_divergences(runs, comparable=alike and not found.measures),
+        *_other_texts(runs, comparable=alike),
+        *_measured_later(runs, comparable=alike),
         *_accuracies(runs, comparable=alike),
         Row(name="size_bytes", values=tuple(e.bytes if e else None for e in exports), comparable=alike),
         Row(
@@ -184,6 +192,61 @@ def _perplexities(runs: Sequence[Compared], *, comparable: bool) -> list[Row]:
         if stage != full_precision() and any(part is not None for part in parts):
             shares.append(Row(name="of_full_precision", stage=stage, values=parts, comparable=comparable))
     return [*rows, *shares]
+
+
+def _divergences(runs: Sequence[Compared], *, comparable: bool) -> list[Row]:
+    """How far what each version predicts is from full precision, on the run's own text."""
+    measured = [run.state.divergence() for run in runs]
+    rows = []
+    for stage in versions(name for one in measured for name in one)[:MOST_ROWS]:
+        found = [one.get(stage) for one in measured]
+        if not any(found):
+            continue
+        kl, top1 = (tuple(getattr(one, name) if one else None for one in found) for name in ("kl", "top1"))
+        rows.append(Row(name="kl", stage=stage, values=kl, comparable=comparable))
+        rows.append(Row(name="top1", stage=stage, values=top1, comparable=comparable, better="larger"))
+    return rows
+
+
+def _other_texts(runs: Sequence[Compared], *, comparable: bool) -> list[Row]:
+    """Perplexity and divergence on texts besides the run's own, by their names: one thing where as many
+    tokens were measured in one way."""
+    measured = [run.state.texts() for run in runs]
+    ways = [(e.sequence_length, e.begin) if (e := run.measured) else None for run in runs]
+    rows: list[Row] = []
+    for text in dict.fromkeys(name for one in measured for name in one):
+        by_stage = [one.get(text, {}) for one in measured]
+        for stage in versions(name for one in by_stage for name in one):
+            found = [one.get(stage) for one in by_stage]
+            if not any(found) or len(rows) >= MOST_ROWS:
+                continue
+            tokens = [(one.tokens, way) if one else None for one, way in zip(found, ways, strict=True)]
+            same = comparable and not _differ(tokens)
+            values = tuple(one.perplexity if one else None for one in found)
+            rows.append(Row(name="perplexity", stage=stage, text=text, values=values, comparable=same))
+            kl = tuple(one.divergence.kl if one and one.divergence else None for one in found)
+            if any(value is not None for value in kl):
+                rows.append(Row(name="kl", stage=stage, text=text, values=kl, comparable=same))
+    return rows
+
+
+def _measured_later(runs: Sequence[Compared], *, comparable: bool) -> list[Row]:
+    """What ``eqat eval`` measured later, a row a version, a text, a context and a protocol: these are numbers
+    of one thing by that."""
+    by_key = [{one.key: one for one in run.others} for run in runs]
+    rows: list[Row] = []
+    for key in dict.fromkeys(key for one in by_key for key in one):
+        found = [one.get(key) for one in by_key]
+        some = next(one for one in found if one is not None)
+        begin = f", {some.begin}" if some.begin else ""
+        text = f"{some.corpus} at context {some.sequence_length}{begin}"
+        named: dict[str, Any] = {"stage": some.stage, "text": text, "comparable": comparable}
+        values = tuple(one.perplexity if one else None for one in found)
+        rows.append(Row(name="perplexity", values=values, **named))
+        kl = tuple(one.divergence.kl if one and one.divergence else None for one in found)
+        if any(value is not None for value in kl):
+            rows.append(Row(name="kl", values=kl, **named))
+    return rows[:MOST_ROWS]
 
 
 def _accuracies(runs: Sequence[Compared], *, comparable: bool) -> list[Row]:

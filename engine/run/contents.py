@@ -23,6 +23,8 @@ LEFTOVERS = (PARTIAL, FAILED, OLD)
 """What an export that was cut off, failed its verification or was replaced is called besides its format."""
 BENCH = "bench.json"
 """What ``eqat bench`` measured, in ``eval/``."""
+MEASURED = "measured.json"
+"""What ``eqat eval`` measured there otherwise than the run does."""
 
 REMOVED = ".removed-"
 """Begins the name of a run whose deletion has begun."""
@@ -33,7 +35,7 @@ StreamName = Literal["full", "quantized", "teacher"]
 STREAM_NAMES = "|".join(get_args(StreamName))
 """The same as a regular expression."""
 # The engine's activations: where they live while it computes, and as they are stored for a resumption.
-_ACTIVATIONS = re.compile(rf"(?:{STREAM_NAMES}|evaluation|tasks-[0-9]{{1,9}})\.bin")
+_ACTIVATIONS = re.compile(rf"(?:{STREAM_NAMES}|evaluation(?:-full)?|tasks-[0-9]{{1,9}})\.bin")
 _STREAM = re.compile(rf"streams-[0-9]{{3,9}}-(?:{STREAM_NAMES})\.raw")
 REQUEST = re.compile(r"([0-9]{20}-[0-9a-f]{8})\.(?:json|done)")
 """A request to an engine, open or answered; its id."""
@@ -100,7 +102,7 @@ def is_unfinished_request(name: str) -> bool:
 
 def is_unfinished_measurement(name: str) -> bool:
     """A file of ``eval/`` that was being written."""
-    return temporary_of(name) == BENCH
+    return temporary_of(name) in (BENCH, MEASURED)
 
 
 def is_unfinished_checkpoint(name: str) -> bool:
@@ -155,6 +157,6 @@ _BELONGS: dict[str, Callable[[str], bool]] = {
     "logs": lambda name: LOG.fullmatch(name) is not None,
     "checkpoints": _is_in_checkpoints,
     "checkpoints/objects": lambda name: is_object(temporary_of(name) or name),
-    "eval": lambda name: (temporary_of(name) or name) == BENCH,
+    "eval": lambda name: (temporary_of(name) or name) in (BENCH, MEASURED),
     "export": _is_in_export,
 }

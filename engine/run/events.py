@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from engine.errors import EqatError
+from engine.run.measures import Divergence, TextMeasure
 
 VERSION = 1
 
@@ -147,6 +148,12 @@ class Eval(Event, frozen=True, kw_only=True, tag="eval"):
     one that the tokenizer would write."""
     accuracy: dict[str, float] = {}
     questions: dict[str, int] = {}
+    texts: tuple[TextMeasure, ...] = ()
+    """Other texts that were measured."""
+    divergence: Divergence | None = None
+    """From full precision, on ``corpus``."""
+    block_errors: tuple[float | None, ...] = ()
+    """Relative error of the hidden states behind each block, against full precision."""
 
 
 class CheckpointCommitted(Event, frozen=True, kw_only=True, tag="checkpoint.committed"):

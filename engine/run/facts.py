@@ -20,6 +20,7 @@ import msgspec
 
 from engine.config.stages import PACKED, STAGES, Stage, network_stages
 from engine.run.contents import STREAM_NAMES, StreamName
+from engine.run.measures import Further
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
 Few = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
@@ -98,6 +99,8 @@ class Evaluated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     questions: dict[str, Count] = {}
     nll: list[float] = []
     """Mean loss of a token in groups of windows: how far the perplexity may be off by chance."""
+    further: Further | None = None
+    """Other texts, and what only a comparison with full precision tells."""
 
     def __post_init__(self) -> None:
         if not all(map(math.isfinite, (self.seconds, self.perplexity or 0.0, *self.nll))):

@@ -18,6 +18,7 @@ from engine.run.deaths import why_gone
 from engine.run.directory import RunDirectory
 from engine.run.events import Event
 from engine.run.liveness import Look, Work, last_events, look
+from engine.run.measured import measured
 from engine.run.redo import read_origin
 from engine.run.state import RunState, load_state
 from engine.run.status import Status, read_launched
@@ -37,6 +38,7 @@ def show_run(run: RunDirectory) -> dict[str, Any]:
     tree = render(state, state=found.state, work=found.work, config=_config(run))
     tree["calibration"] = _calibration(run)
     tree["why_gone"] = _why_gone(run, state, found)
+    tree["measured"] = [json_safe(msgspec.to_builtins(one)) for one in measured(run)]
     tree["bench"] = [msgspec.to_builtins(measured) for measured in benched(run)]
     return {**tree, "path": str(run.path), "origin": origin(run)}
 
@@ -134,6 +136,9 @@ def render(
         "perplexity": run.perplexity(),
         "accuracy": run.accuracy(),
         "evaluation": _evaluation(run),
+        "divergence": msgspec.to_builtins(run.divergence()),
+        "block_errors": msgspec.to_builtins(run.block_errors()),
+        "texts": msgspec.to_builtins(run.texts()),
         "size_bytes": {
             # The sizes of the original follow from its shapes: the plan knows them before any export.
             "fp": export.fp_bytes if export else _number(plan.get("fp_bytes")),

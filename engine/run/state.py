@@ -19,6 +19,7 @@ from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.run.event_log import read_events
 from engine.run.events import Event
+from engine.run.measures import MOST_ERRORS, MOST_TEXTS, Divergence, TextMeasure
 from engine.run.status import Status, read_status
 from engine.run.task import RUN, is_job
 from engine.run.thinning import MAX_METRICS, MAX_READINGS, Bulk, appended, before
@@ -201,6 +202,27 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     def perplexity(self) -> dict[str, float | None]:
         """Perplexity by stage; ``None`` for one that was not evaluated or was not finite."""
         return {stage: _perplexity(self.evaluations.get(stage)) for stage in versions(self.evaluations)}
+
+    def divergence(self) -> dict[str, Divergence]:
+        """How far each quantized version is from full precision, where that was measured."""
+        found = {stage: self.evaluations.get(stage) for stage in versions(self.evaluations)}
+        return {stage: one.divergence for stage, one in found.items() if one and one.divergence}
+
+    def block_errors(self) -> dict[str, tuple[float | None, ...]]:
+        """Relative error behind each block of each quantized version, where that was measured."""
+        found = {stage: self.evaluations.get(stage) for stage in versions(self.evaluations)}
+        return {
+            stage: one.block_errors[:MOST_ERRORS] for stage, one in found.items() if one and one.block_errors
+        }
+
+    def texts(self) -> dict[str, dict[str, TextMeasure]]:
+        """What was measured on texts other than the run's own, by text and stage."""
+        made: dict[str, dict[str, TextMeasure]] = {}
+        for stage in versions(self.evaluations):
+            found = self.evaluations.get(stage)
+            for one in found.texts[:MOST_TEXTS] if found is not None else ():
+                made.setdefault(one.corpus, {})[stage] = one
+        return made
 
     def smallest_export(self) -> events.Export | None:
         """The export whose size stands for the run's: some formats unpack what was quantized."""

@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 
 from engine.errors import UsageError
+from engine.run.measured import How
 
 Task = Literal["run", "eval", "export", "generate"]
 """The run itself, or something with a finished one."""
@@ -47,6 +48,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str = ""
     """What the models continue in the task ``generate``, by at most ``new_tokens`` tokens."""
     new_tokens: int = NEW_TOKENS
+    how: How = How()
+    """How the task ``eval`` measures; as it stands, it repeats the run's own measure."""
     export_to: Path | None = None
     """Where the task ``export`` copies its checkpoints as well."""
 

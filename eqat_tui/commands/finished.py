@@ -11,20 +11,85 @@ import typer
 from engine.config.formats import DEFAULT_FORMAT, FORMATS
 from engine.errors import UsageError
 from engine.run.task import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS, NEW_TOKENS, check_prompt
-from eqat_tui.commands.options import Detach, Device, Json, Run, RunsDir, Settings, folder_of
+from eqat_tui.commands.options import Detach, Device, Json, RemoteCode, Run, RunsDir, Settings, folder_of
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN|PATH", help="A run, or a path inside one.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL",
+            help="A run; or a checkpoint: an export, a model's folder or hub id, a .gguf file.",
+        ),
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="TEXT,...",
+            help="wikitext2, c4, builtin, a hub id or a path; several with commas, or again. Else the run's "
+            "own, or wikitext2.",
+        ),
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option("--sequence-length", help="Tokens of context. Else the run's own, or up to 2048."),
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option("--windows", help="At most so many of each text; 0 for all.")
+    ] = None,
+    bos: Annotated[
+        str | None,
+        typer.Option(
+            "--bos",
+            metavar="PROTOCOL",
+            help="Where begin-of-text tokens stand: auto and always, in each window; text, once before each "
+            "text; never.",
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference", metavar="MODEL", help="Measure a checkpoint's divergence from this model."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Write what was measured of a checkpoint here as JSON."),
+    ] = None,
+    device: Device = None,
+    trust_remote_code: RemoteCode = False,
     runs_dir: RunsDir = None,
     detach: Detach = False,
     as_json: Json = False,
 ) -> int:
-    """Measure the perplexity of a run's quantized model again."""
-    from eqat_tui import actions
+    """Measure perplexity: of a run's quantized model again or otherwise, or of any checkpoint.
 
-    found = actions.find_trained(actions.run_of(run), runs_dir)
-    return actions.start(found, args=("--task", "eval"), detach=detach, as_json=as_json)
+    What is measured of a run on another --data, at another --sequence-length or --bos is kept beside it, for
+    show and compare. Of a run, and of a checkpoint with --reference, the divergence from full precision is
+    measured as well: KL, agreement, logit error, and the error behind each block.
+    """
+    from eqat_tui import actions, evaluating
+
+    how = evaluating.how_of(data, sequence_length, windows, bos)
+    if (checkpoint := evaluating.checkpoint_of(target)) is not None:
+        if detach:
+            raise UsageError("is for runs", where="--detach", hint="a checkpoint has no log to follow")
+        request = evaluating.request_of(checkpoint, reference, how, device, trust_remote_code)
+        return evaluating.measure(request, out, as_json=as_json)
+    for name, given in (
+        ("--reference", reference is not None),
+        ("--out", out is not None),
+        ("--trust-remote-code", trust_remote_code),
+    ):
+        if given:
+            raise UsageError("is for checkpoints; a run knows it itself", where=name, hint="leave it out")
+    found = actions.find_trained(actions.run_of(target), runs_dir)
+    args = ["--task", "eval", *evaluating.arguments_of(found, how)]
+    if device is not None:
+        args += actions.operational(found, {"runtime.device": device})
+    told = evaluating.told_of_run if how.is_asked else None
+    return actions.start(found, args=args, detach=detach, as_json=as_json, told=told)
 
 
 def export(

@@ -15,7 +15,7 @@ from eqat_tui.output import format_bytes, format_number, number
 from eqat_tui.report.markup import Html
 from eqat_tui.report.svg import Mark, lines, marks
 from eqat_tui.views.comparison import overlaid
-from eqat_tui.views.run_charts import memory_series, profile_series
+from eqat_tui.views.run_charts import error_series, memory_series, profile_series
 
 MOST_PHASES = 12
 """That trained; no run has as many, and a damaged log may name any."""
@@ -27,6 +27,12 @@ def charts_of(state: RunState) -> list[Html]:
         perplexities(state),
         _sizes(state),
         lines("Loss of each block", profile_series(state), x_name="block", log=True),
+        lines(
+            "Error behind each block, of full precision's hidden states",
+            error_series(state),
+            x_name="block",
+            log=True,
+        ),
         *training(state.metrics),
         _memory(state),
     ]

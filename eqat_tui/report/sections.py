@@ -13,6 +13,7 @@ from engine.run.directory import RunDirectory
 from engine.run.state import RunState
 from eqat_tui.bench_text import measured_table
 from eqat_tui.compare_text import setting_words
+from eqat_tui.divergence_text import result_rows, tables
 from eqat_tui.output import cell, format_bytes, format_number, format_seconds, format_time, one_line
 from eqat_tui.planned import known
 from eqat_tui.report.curves import charts_of
@@ -88,6 +89,11 @@ def _measured(shown: Tree) -> Html | None:
         tag("p", f"Measured {one_line(words)}.", class_="muted") if words else None,
         table(rows, head=["perplexity", "", "of full precision"]),
     ]
+    for first, *others in tables(shown):
+        parts.append(table([list(row) for row in others], head=list(first)))
+    if shown.get("measured"):
+        first, *others = result_rows(shown["measured"])
+        parts.append(table([list(row) for row in others], head=list(first)))
     if shown.get("accuracy"):
         head, *answered = accuracy_rows(shown["accuracy"])
         parts.append(table([list(row) for row in answered], head=list(head)))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
@@ -18,7 +19,8 @@ from engine.config.formats import FORMATS
 from engine.errors import EqatError
 from engine.run.events import Export
 from engine.run.launch import launch
-from engine.run.shown import CARD, origin, render
+from engine.run.measured import measured
+from engine.run.shown import CARD, json_safe, origin, render
 from engine.run.trained import UNTRAINED, has_trained
 from engine.system.copying import check_target
 from engine.system.guarded import read_bytes
@@ -154,7 +156,9 @@ class ResultScreen(WorkScreen):
         if self._origin is None or self._origin[0] != run.id:
             self._origin = run.id, origin(run)
         shown = render(view.state, state=view.liveness, config=view.config)
-        return views.figures({**shown, "path": str(run.path), "origin": self._origin[1]}, width)
+        later = [json_safe(msgspec.to_builtins(one)) for one in measured(run)]
+        more = {"path": str(run.path), "origin": self._origin[1], "measured": later}
+        return views.figures({**shown, **more}, width)
 
     def _snippet(self, view: RunView) -> str:
         """How each export is loaded, under its format's name where there are several."""

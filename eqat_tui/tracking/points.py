@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from engine.run import events
 from engine.run.events import Event
+from engine.run.measures import MOST_TEXTS
 from eqat_tui.output import cell, one_line
 
 MOST_NAME = 100
@@ -92,6 +93,12 @@ def _evaluation(event: events.Eval, count: int) -> Point:
     stage = _name(event.stage)
     values: dict[str, float | None] = {f"perplexity/{stage}": event.perplexity}
     values |= {f"accuracy/{_name(task)}/{stage}": share for task, share in event.accuracy.items()}
+    if event.divergence is not None:
+        values |= {f"kl/{stage}": event.divergence.kl, f"top1/{stage}": event.divergence.top1}
+    for one in event.texts[:MOST_TEXTS]:
+        values[f"perplexity on {_name(one.corpus)}/{stage}"] = one.perplexity
+        if one.divergence is not None:
+            values[f"kl on {_name(one.corpus)}/{stage}"] = one.divergence.kl
     return Point(event.t, count, values)
 
 

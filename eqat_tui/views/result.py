@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from engine.config.formats import DEFAULT_FORMAT, FORMATS
 from engine.config.grid import Grid
 from engine.config.stages import full_precision, stage_label, versions
 from engine.run.state import RunState
+from eqat_tui.divergence_text import result_rows, tables
 from eqat_tui.feed import RunView
 from eqat_tui.lines import Line, Span, columns, cut, few, fit, line, widths_of, wrap
 from eqat_tui.measured import colour_of, newest
@@ -38,7 +41,24 @@ def perplexities(state: RunState, width: int) -> list[Line]:
     made = [head, *rows]
     lines = [cut(row, width) for row in columns(made, widths_of(made), right="lrr")]
     lines += _conditions(state, width)
-    return lines + _tasks(state, width)
+    return lines + _further(state, width) + _tasks(state, width)
+
+
+def _further(state: RunState, width: int) -> list[Line]:
+    """How far each version is from full precision, and what was measured on other texts."""
+    shown = {
+        "divergence": msgspec.to_builtins(state.divergence()),
+        "texts": msgspec.to_builtins(state.texts()),
+    }
+    return [row for rows in tables(shown) for row in (line(), *_table(rows, width))]
+
+
+def _table(rows: Sequence[tuple[str, ...]], width: int) -> list[Line]:
+    """Rows under a head, the first column of names."""
+    head, *others = rows
+    made: list[list[str | Span]] = [[(name, "muted") for name in head]]
+    made += [list(row) for row in others]
+    return [cut(row, width) for row in columns(made, widths_of(made), right="l" + "r" * (len(head) - 1))]
 
 
 def _tasks(state: RunState, width: int) -> list[Line]:
@@ -85,6 +105,8 @@ def figures(shown: Mapping[str, Any], width: int) -> list[Line]:
         wrapped = wrap(value, max(10, width - size - 2))
         for index, spans in enumerate(wrapped):
             lines.append(line((name.ljust(size) if index == 0 else " " * size, "muted"), "  ", *spans))
+    if shown.get("measured"):
+        lines += [line(), *_table(result_rows(shown["measured"]), width)]
     return lines
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from engine.config.stages import phase_label
+from engine.config.stages import phase_label, stage_label
 from engine.run import events
 from engine.run.state import MAX_BLOCKS, RunState
 from eqat_tui.charts import Series
@@ -80,6 +80,14 @@ def profile_series(state: RunState) -> list[Series]:
     if any(row.val_loss is not None for row in rows):
         made.append(Series("valid.", [(row.index, row.val_loss) for row in rows if row.finished], "series3"))
     return made
+
+
+def error_series(state: RunState) -> list[Series]:
+    """Relative error of the hidden states behind each block, a line a quantized version."""
+    return [
+        Series(stage_label(stage), list(enumerate(errors)), f"series{index % 4 + 1}")
+        for index, (stage, errors) in enumerate(state.block_errors().items())
+    ]
 
 
 def memory_series(state: RunState) -> list[Series]:

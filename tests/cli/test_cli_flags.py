@@ -33,7 +33,10 @@ PUBLIC = {
     "log-to": {"--to", "--follow", "-f", "--runs-dir"},
     "presets": {"--json"},
     "doctor": {"--runs-dir", "--quick", "--json"},
-    "eval": {"--runs-dir", "--detach", "--json"},
+    "eval": {
+        *("--data", "--sequence-length", "--windows", "--bos", "--reference", "--out", "--device"),
+        *("--trust-remote-code", "--runs-dir", "--detach", "--json"),
+    },
     "rm": {"--runs-dir", "--yes", "-y"},
     "gc": {"--runs-dir", "--tokens", "--dry-run", "--json"},
     "export": {"--format", "--to", "--set", "--runs-dir", "--detach", "--json"},

@@ -17,6 +17,7 @@ from engine.config.derived import resolve
 from engine.config.loading import load, load_run
 from engine.config.sameness import config_hash
 from engine.config.writing import to_toml
+from engine.evaluation.measurement import read
 from engine.evaluation.perplexity import perplexity
 from engine.export.layout import form_of
 from engine.phases import evaluation
@@ -50,11 +51,11 @@ def tensors_of(run: RunDirectory) -> str:
 def test_the_figures_of_a_run_are_those_of_its_files(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def noted(lm: Any, block_for: Any, windows_NT: torch.Tensor, **options: Any) -> Any:
+    def noted(version: Any, full: Any, windows_NT: torch.Tensor, **options: Any) -> Any:
         seen.append((windows_NT, options["given"]))
-        return perplexity(lm, block_for, windows_NT, **options)
+        return read(version, full, windows_NT, **options)
 
-    monkeypatch.setattr(evaluation, "perplexity", noted)
+    monkeypatch.setattr(evaluation, "read", noted)
     run = make(**QUANTIZED)
     assert run_here(run) == 0, output(run)
     windows, given = seen[-1]

@@ -77,15 +77,15 @@ def test_an_evaluation_is_a_job_of_its_own_that_can_be_stopped(finished_copy: Ma
 
 def slow_evaluations() -> None:
     """In this process: time to look at an evaluation of a tenth of a second."""
-    import engine.evaluation.perplexity as measuring
+    import engine.evaluation.beside as measuring
 
-    real = measuring.token_nll
+    real = measuring._measures
 
     def slowly(*arguments: object, **more: object) -> object:
         time.sleep(3)
         return real(*arguments, **more)  # type: ignore[arg-type]
 
-    measuring.token_nll = slowly  # type: ignore[assignment]
+    measuring._measures = slowly  # type: ignore[assignment]
 
 
 def test_evaluations_exports_and_samples_count_what_they_do(finished_copy: Make) -> None:

@@ -36,11 +36,18 @@ STREAMS = {
     "seconds": 0.5,
 }
 EVAL = {"perplexity": 12.5, "tokens": 60, "seconds": 0.1, "accuracy": {"piqa": 0.5}, "questions": {"piqa": 4}}
+DIVERGENCE = {"kl": 0.1, "top1": 0.9, "logit_error": 0.5, "largest_logit_error": 2.0}
+FURTHER = {
+    "texts": [{"corpus": "c4", "perplexity": 8.5, "tokens": 60, "divergence": DIVERGENCE}],
+    "divergence": DIVERGENCE,
+    "block_errors": [0.1, None],
+}
 
 GOOD: list[tuple[str, Any]] = [
     ("losses-003", {"initial_loss": 1.0, "final_loss": 0.5, "val_loss": None}),
     ("eval_fp", EVAL),
     ("eval_e2e_qp", {"perplexity": None, "tokens": 60, "seconds": 0.1}),
+    ("eval_rtn", {**EVAL, "further": FURTHER}),
     ("training", TRAINING),
     ("training", {**TRAINING, "phase": "e2e_qp", "block": None, "initial_val": math.nan}),
     ("streams", STREAMS),
@@ -60,6 +67,12 @@ BAD: list[tuple[str, Any]] = [
     ("eval_fp", {**EVAL, "accuracy": {"piqa": 1.5}}),
     ("eval_fp", {**EVAL, "tokenr": 60}),
     ("eval_fp", {"perplexity": 12.5}),
+    *[
+        ("eval_rtn", {**EVAL, "further": {**FURTHER, "divergence": {**DIVERGENCE, name: wrong}}})
+        for name, wrong in (("kl", -1.0), ("kl", math.inf), ("top1", 1.5), ("logit_error", "much"))
+    ],
+    ("eval_rtn", {**EVAL, "further": {**FURTHER, "block_errors": [math.nan]}}),
+    ("eval_rtn", {**EVAL, "further": {**FURTHER, "text": []}}),
     *[("training", {**TRAINING, "block": wrong}) for wrong in (None, -1, 10**9, "2")],
     *[("training", {**TRAINING, "micro_batch": wrong}) for wrong in (0, -2, 1 << 40, 2.5)],
     *[("training", {name: v for name, v in TRAINING.items() if name != missing}) for missing in TRAINING],
@@ -94,6 +107,7 @@ def test_only_what_tells_or_saves_time_may_be_left_out_alone() -> None:
         "losses-003",
         "eval_fp",
         "eval_e2e_qp",
+        "eval_rtn",
         "streams",
     }
 

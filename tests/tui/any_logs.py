@@ -115,6 +115,11 @@ def _of(kind: Any, name: str) -> st.SearchStrategy[Any]:
         return plans() if name == "plan" else st.dictionaries(TEXT, _of(arguments[1], name), max_size=4)
     if origin is list:
         return st.lists(_of(arguments[0], name), max_size=3)
+    if origin is tuple:
+        return st.lists(_of(arguments[0], name), max_size=3).map(tuple)
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        hints = typing.get_type_hints(kind)
+        return st.builds(kind, **{field: _of(hint, field) for field, hint in hints.items()})
     return {int: INTEGER, float: NUMBER, str: TEXT, bool: st.booleans()}[kind]
 
 

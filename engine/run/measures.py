@@ -1,0 +1,67 @@
+"""What is measured of a version of the model besides its perplexity on the run's own text, as events, the
+checkpoint and ``eqat show --json`` have it."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+MOST_TOKENS = 1 << 62
+MOST_TEXTS = 32
+"""That are shown; nobody names as many."""
+MOST_ERRORS = 1024
+"""Blocks whose error is shown; no model has as many."""
+
+
+class Divergence(msgspec.Struct, frozen=True, kw_only=True):
+    """How far what a model predicts is from what full precision predicts, over the positions of a text."""
+
+    kl: float
+    """Mean of the Kullback-Leibler divergence from full precision, in nats."""
+    top1: float
+    """Share of positions where both find the same token likeliest."""
+    logit_error: float
+    """Mean over the positions of the largest error of a logit there."""
+    largest_logit_error: float
+    """The largest of all."""
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether the numbers can be what they are said to be."""
+        others = (self.kl, self.logit_error, self.largest_logit_error)
+        return 0 <= self.top1 <= 1 and all(0 <= value < math.inf for value in others)
+
+
+class TextMeasure(msgspec.Struct, frozen=True, kw_only=True):
+    """One more text that perplexity is measured on."""
+
+    corpus: str
+    perplexity: float | None
+    """None when it was not a finite number."""
+    tokens: int
+    divergence: Divergence | None = None
+
+    @property
+    def is_sound(self) -> bool:
+        """As above."""
+        whole = self.perplexity is None or 0 < self.perplexity < math.inf
+        return whole and 0 <= self.tokens <= MOST_TOKENS and (not self.divergence or self.divergence.is_sound)
+
+
+class Further(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All of it of one version of the model, as a checkpoint remembers it."""
+
+    texts: tuple[TextMeasure, ...] = ()
+    divergence: Divergence | None = None
+    """On the run's own text."""
+    block_errors: tuple[float | None, ...] = ()
+    """Relative error of the hidden states behind each block, against full precision; none for one that is
+    not finite."""
+
+    def __post_init__(self) -> None:
+        # Damage that leaves a number may leave one that none of these can be.
+        sound = all(one.is_sound for one in self.texts)
+        sound = sound and (self.divergence is None or self.divergence.is_sound)
+        if not sound or not all(0 <= error < math.inf for error in self.block_errors if error is not None):
+            raise ValueError("a number is not what it is said to be")
