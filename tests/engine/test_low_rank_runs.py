@@ -11,10 +11,14 @@ from engine_runs import Child, exported, of, output, run_here
 from safetensors.torch import load_file
 
 from engine.architecture.description import describe
+from engine.checkpoints.identity import deciding_fields, default_fields
+from engine.config.derived import resolve
 from engine.config.latents import kept_latents
 from engine.config.loading import load, load_run
 from engine.config.overrides import apply_overrides
+from engine.config.sameness import config_hash
 from engine.config.validation import validate
+from engine.config.writing import to_toml
 from engine.errors import UsageError
 from engine.plan.object_sizes import block_bytes, integers_bytes
 from engine.quant.packed import PackedBlock
@@ -117,6 +121,17 @@ def test_full_training_needs_no_blocks_trained_before_and_resumes(
     assert child.code() == -signal.SIGKILL, output(run)
     assert run_here(run) == 0
     assert exported(run) == exported(whole)
+
+
+def test_a_run_that_uses_nothing_of_it_is_the_run_that_it_was() -> None:
+    """Its hash, and what its checkpoints depend on, are those of versions that had no such section."""
+    config = resolve(load("smoke", overrides={"e2e_qp.enabled": False, "e2e_qat.enabled": True}))
+    assert not [name for name in deciding_fields(config) if name.startswith("lr_qat")]
+    assert "lr_qat" not in to_toml(config)
+    named = apply_overrides(config, {"e2e_qat.start": "integers", "lr_qat.rank": "32"})
+    assert config_hash(named) == config_hash(config)
+    assert default_fields(config)["e2e_qat.start"] == '"integers"'
+    assert "start" in type(config.e2e_qat).younger()
 
 
 def test_only_one_stage_trains_the_scales_and_its_refusal_names_both() -> None:
