@@ -294,13 +294,13 @@ class Interrupter(Heard):
             raise StopRequested
 
 
-@pytest.mark.parametrize(("stop_at", "dtype"), [(2, "float32"), (5, "bfloat16")])
-def test_a_training_that_was_interrupted_ends_with_the_same_bits(
-    lm: CausalLM, stop_at: int, dtype: Any
-) -> None:
-    config = settings(loss="kl", val_sequences=VAL, factor_dtype=dtype, factor_start="svd", zero_factor="b")
+def test_a_training_that_was_interrupted_ends_with_the_same_bits(lm: CausalLM) -> None:
+    """Factors in bfloat16 go through a file as such; those in float32 are what whole runs are killed with."""
+    config = settings(
+        loss="kl", val_sequences=VAL, factor_dtype="bfloat16", factor_start="svd", zero_factor="b"
+    )
     whole = Trained(lm, config).packed()
-    keeper = Interrupter(stop_at)
+    keeper = Interrupter(5)
     with pytest.raises(StopRequested):
         Trained(lm, config, keeper=keeper)
     assert keeper.left is not None

@@ -37,7 +37,7 @@ def inside(steps: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     return ((shifted >= 0) & (shifted <= grid.top)).reshape(steps.shape)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(latents(), st.sampled_from(FORMS))
 def test_what_is_kept_is_kept_for_good_and_is_off_by_no_more_than_is_said(
     given_latents: tuple[Tensor, Tensor, Grid], form: Downcast
@@ -61,7 +61,7 @@ def test_what_is_kept_is_kept_for_good_and_is_off_by_no_more_than_is_said(
     assert ((again - steps).abs() <= most)[within].all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(latents())
 def test_the_integer_form_is_rounding_to_nearest(given_latents: tuple[Tensor, Tensor, Grid]) -> None:
     steps, zero, grid = given_latents
