@@ -7,28 +7,14 @@ it, so it keeps them with its blocks where such a stage is to come.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from engine.config.run import RunConfig
+from typing import Literal
 
 Downcast = Literal["bfloat16", "float16", "fixed", "integer"]
 """How latents are kept (:mod:`engine.quant.downcast`)."""
 Start = Literal["latents", "integers"]
 """Where a training of the whole network starts."""
-KEPT_FOR_WEIGHTS: Downcast = "float16"
-"""How Block-AP keeps what E2E-QAT starts from."""
 
 
 def downcast_bits(form: Downcast, bits: int) -> int:
     """Bits that a latent of a grid of ``bits`` bits takes."""
     return {"bfloat16": 16, "float16": 16, "fixed": 8, "integer": bits}[form]
-
-
-def kept_latents(config: RunConfig) -> Downcast | None:
-    """How the stage that trains blocks keeps its latents; none where nothing starts from them, and for the
-    integers alone, which a block has anyway."""
-    low_rank, weights = config.lr_qat, config.e2e_qat
-    if low_rank.enabled and low_rank.start == "latents" and low_rank.downcast != "integer":
-        return low_rank.downcast
-    return KEPT_FOR_WEIGHTS if weights.enabled and weights.start == "latents" else None

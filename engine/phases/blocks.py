@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from engine.checkpoints.snapshots import resumable
-from engine.config.latents import kept_latents
+from engine.config.kept_latents import kept_latents
 from engine.methods.blockwise.block_ap import BlockResult, train_block
 from engine.methods.blockwise.reconstruction import Streams
 from engine.methods.blockwise.rtn import round_to_nearest

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from engine.architecture.description import describe
 from engine.checkpoints.identity import deciding_fields, default_fields
 from engine.config.derived import resolve
-from engine.config.latents import kept_latents
+from engine.config.kept_latents import kept_latents
 from engine.config.loading import load, load_run
 from engine.config.overrides import apply_overrides
 from engine.config.sameness import config_hash

@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 
 from engine.config.joint_search import GPU_VALUES, SEQUENCES, VALUES, candidates
-from engine.config.latents import Downcast, kept_latents
+from engine.config.kept_latents import kept_latents
+from engine.config.latents import Downcast
 from engine.config.run import RunConfig
 from engine.plan.block_training import BlockTraining
 from engine.plan.costs import Steps
