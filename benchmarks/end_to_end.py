@@ -10,7 +10,11 @@ to both. The column "learnt" is of text that was trained on: how much of it is k
 
 The streams lie on the device, and no run directory is made: what is measured is the methods alone, by the
 engine's own code. ``--block-ap`` and ``--try`` set fields of the sections of the same name; of several
-``--block-ap`` each is followed by every ``--try``. Seconds include installing the blocks and compiling.
+``--block-ap`` each is followed by every ``--try``, and so are blocks that are only rounded (``--rounded``):
+
+    --rounded --try "lr_qat rank=32 downcast=fixed" --try "e2e_qat start=latents train=weights,scales,norms"
+
+Seconds include installing the blocks and compiling.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +48,7 @@ from engine.config.data import DataConfig
 from engine.config.e2e_qat import E2EQATConfig
 from engine.config.e2e_qp import E2EQPConfig
 from engine.config.grid import GridConfig
+from engine.config.lr_qat import LRQATConfig
 from engine.config.model import ModelConfig
 from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
@@ -55,21 +60,34 @@ from engine.evaluation.perplexity import perplexity
 from engine.methods.advance import Portions, advance
 from engine.methods.blockwise.block_ap import train_block
 from engine.methods.blockwise.reconstruction import Streams
+from engine.methods.blockwise.rtn import round_to_nearest
 from engine.methods.network.e2e_qat import train_weights
 from engine.methods.network.e2e_qp import train_scales
+from engine.methods.network.lr_qat import low_rank_linears, train_factors
 from engine.methods.network.network import NetworkData
+from engine.methods.network.norms import trained_norms
 from engine.methods.network.teacher import Teacher
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.plan.own_text import documents_at_a_time
-from engine.quant.fake_linear import latent_linears
+from engine.quant.downcast import upcast
+from engine.quant.fake_linear import FakeQuantLinear, latent_linears, steps_of
 from engine.quant.packed import Kernels, PackedBlock
+from engine.quant.slots import slots
 
 FAST = DEVICE.type == "cuda"
 AT_A_TIME = 16
 """Sequences that pass through blocks together."""
 OWN_MEMORY, WRITTEN_BYTES = 50 * GIB, 6 << 20
 """For the writing of the model's own text, and of a document of it: SmolLM2's."""
+
+
+class Made(NamedTuple):
+    """A block, and what lies behind its integers."""
+
+    packed: PackedBlock
+    latents: dict[str, Tensor]
+    """Float32, counted in grid steps."""
 
 
 class Lab:
@@ -159,24 +177,47 @@ class Lab:
     def _advance(self, index: int, block: nn.Module, store: ActivationStore) -> None:
         advance(self.lm, index, block, store, Portions(AT_A_TIME), dtype(), Marks())
 
-    def block_ap(self, changes: dict[str, Any]) -> list[PackedBlock]:
+    def rounded(self) -> list[Made]:
+        """All blocks, rounded to nearest."""
+        made = []
+        for index in range(self.lm.blocks):
+            block, again = (self.lm.load_block(index, dtype=torch.float32) for _ in range(2))
+            packed = round_to_nearest(again, self.lm.linear_names(index), self.grid)
+            latents = {
+                slot.name: steps_of(slot.linear().weight.detach(), packed.linears[slot.name].scale)
+                for slot in slots(block, packed.linears)
+            }
+            made.append(Made(packed, latents))
+        return made
+
+    def block_ap(self, changes: dict[str, Any]) -> list[Made]:
         """All blocks, trained one after the other."""
         config = BlockAPConfig(**changes).resolved(self.grid)
         config.check_on(self.grid, "block_ap")
         tokens = torch.cat([self.blocks, self.val])
         streams = Streams(self._store(tokens), self._store(tokens), len(self.blocks))
-        packed = []
+        made = []
         for index in range(self.lm.blocks):
             block = self.lm.load_block(index, dtype=torch.float32)
             self._advance(index, block, streams.full)
             arguments = (self.lm, index, block, streams, config, self.grid)
             seed = self.args.seed * 1_000_003 + index
             result = train_block(
-                *arguments, seed=seed, dtype=dtype(), progress=Marks(), fast=FAST, compiles=FAST
+                *arguments,
+                seed=seed,
+                dtype=dtype(),
+                progress=Marks(),
+                fast=FAST,
+                compiles=FAST,
+                keeps="float16",
             )
             self._advance(index, block, streams.quantized)
-            packed.append(result.packed)
-        return packed
+            latents = {
+                name: upcast(result.latents[name].to(DEVICE), weight.zero_point, weight.grid)
+                for name, weight in result.packed.linears.items()
+            }
+            made.append(Made(result.packed, latents))
+        return made
 
     def teacher(self) -> Teacher:
         """The full-precision model's last hidden states on the network's text."""
@@ -186,9 +227,10 @@ class Lab:
         return Teacher(store)
 
     def trained(
-        self, kind: str, changes: dict[str, Any], packed: list[PackedBlock], teacher: Teacher
+        self, kind: str, changes: dict[str, Any], before: list[Made], teacher: Teacher
     ) -> tuple[list[PackedBlock], int]:
-        """The blocks after ``e2e_qp`` or ``e2e_qat``, and its steps."""
+        """The blocks after ``e2e_qp``, ``e2e_qat`` or ``lr_qat``, and its steps."""
+        packed = [block.packed for block in before]
         data = NetworkData(torch.cat([self.network, self.val]), len(self.network), teacher)
         common: dict[str, Any] = {
             "seed": self.args.seed,
@@ -210,13 +252,30 @@ class Lab:
                 {name: block.get_submodule(name).packed() for name in of_block.linears}  # type: ignore[operator]
                 for block, of_block in zip(blocks, packed, strict=True)
             ]
-        else:
-            linears = [latent_linears(*both) for both in zip(blocks, packed, strict=True)]
+        elif kind == "e2e_qat":
             weights = E2EQATConfig(enabled=True, **sizes, **changes).resolved(self.grid)
+            linears = self._linears(blocks, before, weights.start)
             result = train_weights(self.lm, blocks, data, weights, fast=FAST, **common)
             made = [{name: linear.freeze() for name, linear in named.items()} for named in linears]
-        together = zip(made, packed, strict=True)
-        return [PackedBlock(new, old.others) for new, old in together], result.steps
+        else:
+            factors = LRQATConfig(enabled=True, **sizes, **changes).resolved(self.grid)
+            latent = enumerate(self._linears(blocks, before, factors.start))
+            low = [low_rank_linears(blocks[index], named, factors, index) for index, named in latent]
+            del common["compiles"]
+            result = train_factors(self.lm, blocks, data, factors, **common)
+            made = [{name: linear.freeze() for name, linear in named.items()} for named in low]
+        together = zip(made, packed, blocks, strict=True)
+        after = [PackedBlock(new, {**old.others, **trained_norms(block)}) for new, old, block in together]
+        return after, result.steps
+
+    def _linears(
+        self, blocks: list[nn.Module], before: list[Made], start: str
+    ) -> list[dict[str, FakeQuantLinear]]:
+        """The blocks' linears, counted in grid steps."""
+        return [
+            latent_linears(block, made.packed, made.latents if start == "latents" else None)
+            for block, made in zip(blocks, before, strict=True)
+        ]
 
 
 def moved(before: list[PackedBlock], after: list[PackedBlock]) -> float:
@@ -250,6 +309,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounded", action="store_true")
     parser.add_argument("--block-ap", action="append", default=[], help='such as "epochs=1"; repeatable')
     parser.add_argument("--try", action="append", dest="tried", default=[])
     args = parser.parse_args()
@@ -265,22 +325,25 @@ def main() -> None:
     add("full precision", lab.perplexities(), begun, ["", "", ""])
     teacher = lab.teacher() if args.tried else None
     weights = 0
-    for changes in args.block_ap or [""]:
+    rounded = [None] if args.rounded else []
+    for changes in [*rounded, *(args.block_ap or ([] if rounded else [""]))]:
         reset_peak()
         begun = time.monotonic()
-        packed = lab.block_ap(settings("block_ap", changes.split()))
+        made = lab.rounded() if changes is None else lab.block_ap(settings("block_ap", changes.split()))
+        packed = [block.packed for block in made]
         synchronize()
         took, peak = time.monotonic() - begun, peak_gib()
         values = lab.perplexities(packed)
         rest = ["", "", f"{peak:.1f}"]
-        add(f"Block-AP {changes}".strip(), values, time.monotonic() - took, rest)
+        name = "round to nearest" if changes is None else f"Block-AP {changes}".strip()
+        add(name, values, time.monotonic() - took, rest)
         weights = sum(w.words.numel() * 32 // w.bits for block in packed for w in block.linears.values())
         for variant in args.tried:
             kind, *words = variant.split()
             reset_peak()
             begun = time.monotonic()
             assert teacher is not None
-            after, steps = lab.trained(kind, settings(kind, words), packed, teacher)
+            after, steps = lab.trained(kind, settings(kind, words), made, teacher)
             synchronize()
             took, peak = time.monotonic() - begun, peak_gib()
             values = lab.perplexities(after)

@@ -10,6 +10,7 @@ import msgspec
 from engine.config import checks
 from engine.config.base import ComputeDtype, LearningRateScaling
 from engine.config.grid import GridConfig
+from engine.config.latents import Start
 from engine.config.stage_section import (
     StageSection,
     check_learning_rate,
@@ -20,17 +21,20 @@ from engine.config.stage_section import (
     trainable,
 )
 
-Trained = Literal["weights", "scales", "zero_points"]
+Trained = Literal["weights", "scales", "zero_points", "norms"]
 
 
 class E2EQATConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """End-to-end training of weights and grid, started at the integers."""
+    """End-to-end training of weights and grid."""
 
     enabled: bool = False
     """E2E-QAT trains the weights of the whole model, so that integers may change; it takes 16 bytes a
     weight."""
     train: tuple[Trained, ...] = ("weights", "scales")
     """E2E-QAT trains these, but for zero points where the grid fixes them."""
+    start: Start = "integers"
+    """Weights start at their ``integers``, or at the ``latents`` that were rounded to them: Block-AP's own,
+    without it the original weights."""
     sequences: int = 1024
     """The model is trained on this many sequences."""
     val_sequences: int = 16
@@ -56,7 +60,8 @@ class E2EQATConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_field
     """Weights, which are counted in grid steps, learn at this rate; none takes 2e-5 when absolute, 0.01 when
     relative."""
     lr_quant: float | None = None
-    """Scales and zero points learn at this rate; none takes 2e-5 when absolute, 0.005 when relative."""
+    """Scales and zero points (and norms, when relative times their mean) learn at this rate; none takes 2e-5
+    when absolute, 0.005 when relative."""
     lr_final_fraction: float = 0.0
     """The cosine schedule ends at this fraction of the initial learning rate."""
     warmup_fraction: float = 0.03
@@ -96,6 +101,10 @@ class E2EQATConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_field
             lr_weight=(2e-5 if absolute else 0.01) if self.lr_weight is None else self.lr_weight,
             lr_quant=(2e-5 if absolute else 0.005) if self.lr_quant is None else self.lr_quant,
         )
+
+    @classmethod
+    def younger(cls) -> tuple[str, ...]:
+        return ("start",)
 
     @classmethod
     def earlier(cls) -> Mapping[str, Any]:

@@ -138,6 +138,17 @@ STAGES = Table(
         entries_prefix="integers",
         about="E2E-QAT then trains integers and scales of the whole model.",
     ),
+    Stage(
+        name="lr_qat",
+        label="LR-QAT",
+        scope="network",
+        result="after LR-QAT",
+        run="engine.phases.end_to_end:train_low_rank_end_to_end",
+        costs="engine.plan.stages.lr_qat:LRQATCosts",
+        reads_text=True,
+        entries_prefix="lowrank",
+        about="LR-QAT then trains a low-rank change of all integers, and scales, of the whole model.",
+    ),
 )
 
 PACKED = "packed"

@@ -67,11 +67,19 @@ def validate(config: RunConfig) -> None:
             where="data.mix" if mixture(config.data) else "data.source",
             hint="name another text, such as builtin or c4",
         )
-    if config.e2e_qp.enabled and config.e2e_qat.enabled:
+    _one_trains_the_scales(config)
+
+
+def _one_trains_the_scales(config: RunConfig) -> None:
+    """Our stages of the whole network all train scales, and the later ones the integers beside them."""
+    wanted = [name for name in ("e2e_qp", "e2e_qat", "lr_qat") if STAGES[name].wanted(config)]
+    if len(wanted) > 1:
+        one, other = (STAGES[name] for name in wanted[:2])
+        beside = ", and the integers beside it" if one.name == "e2e_qp" else ""
         raise UsageError(
-            "E2E-QAT trains what E2E-QP does, and the integers beside it",
-            where="e2e_qat.enabled",
-            hint="e2e_qp.enabled = false, or e2e_qat.enabled = false",
+            f"{other.label} trains what {one.label} does{beside}",
+            where=f"{other.name}.enabled",
+            hint=f"{one.name}.enabled = false, or {other.name}.enabled = false",
         )
 
 

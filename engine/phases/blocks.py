@@ -18,10 +18,12 @@ from typing import Any
 import torch
 
 from engine.checkpoints.snapshots import resumable
+from engine.config.kept_latents import kept_latents
 from engine.methods.blockwise.block_ap import BlockResult, train_block
 from engine.methods.blockwise.reconstruction import Streams
 from engine.methods.blockwise.rtn import round_to_nearest
 from engine.phases.job import Job, compute_dtype
+from engine.phases.latents import named_latents
 from engine.phases.passage import forget_streams, pass_through, store_at, stored_at
 from engine.phases.teacher import keep_as_teacher
 from engine.run.facts import MICRO_BATCH, block_entry, losses_fact, micro_batch_after
@@ -134,6 +136,7 @@ class _BlockAP:
                 fast=job.plan.fast,
                 compiles=job.plan.compiles,
                 kernels=job.takes_kernels,
+                keeps=kept_latents(job.config),
             )
         self._commit(index, block, result, streams)
 
@@ -150,7 +153,7 @@ class _BlockAP:
             before = store.fact(MICRO_BATCH)
             history = before if isinstance(before, list) else []
             store.remember(MICRO_BATCH, [*history, [index, result.micro_batch]])
-        entries = {block_entry(index): result.packed.tensors()}
+        entries = {block_entry(index): result.packed.tensors() | named_latents(result.latents)}
         committing = job.checkpoints.committing("block_ap", index, entries)
         if index + 1 == job.blocks:
             with committing:

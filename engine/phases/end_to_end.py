@@ -1,5 +1,5 @@
-"""The stages that train all blocks together: ``e2e_qp``, scales on integers that stay, and ``e2e_qat``,
-integers and scales."""
+"""The stages that train all blocks together: ``e2e_qp``, scales on integers that stay, ``e2e_qat``, integers
+and scales, and ``lr_qat``, the same by factors of low rank."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import msgspec
+import torch
 from torch import Tensor, nn
 
 from engine import telemetry
 from engine.checkpoints.snapshots import SnapshotKeeper, resumable
+from engine.config.latents import Start
 from engine.config.stages import STAGES, Stage
 from engine.methods.network.e2e_qat import train_weights
 from engine.methods.network.e2e_qp import train_scales
+from engine.methods.network.lr_qat import low_rank_linears, train_factors
 from engine.methods.network.network import NetworkData
+from engine.methods.network.norms import trained_norms
 from engine.phases.job import Job, compute_dtype
+from engine.phases.latents import latents
 from engine.phases.passage import forget_streams
 from engine.phases.teacher import is_taught, teacher
-from engine.quant.fake_linear import latent_linears
+from engine.quant.fake_linear import FakeQuantLinear, kept_norm, latent_linears
 from engine.quant.packed import Kernels, PackedLinear, PackedWeight
 from engine.quant.slots import slots
 from engine.run.facts import done_fact, stage_entry
@@ -53,18 +58,72 @@ def train_weights_end_to_end(job: Job) -> None:
     dtype = compute_dtype(config.compute_dtype, job.device)
     with _data(job, stage) as data:
         blocks, linears = [], []
-        for index in range(job.blocks):
-            block = job.lm.load_block(index, dtype=dtype)
-            linears.append(latent_linears(block, job.packed(index)))
+        for block, named in _latent_blocks(job, config.start, dtype):
             blocks.append(block)
-            job.report.leave_if_asked()
+            linears.append(named)
         telemetry.release_memory()
         fast = Kernels.on and job.takes_kernels and not config.grad_clip
         with resumable(job.checkpoints, stage.name) as keeper:
             arguments = _arguments(job, stage, keeper)
             train_weights(job.lm, blocks, data, config, dtype=dtype, fast=fast, **arguments)
     trained = [{name: linear.freeze() for name, linear in of_block.items()} for of_block in linears]
-    _commit(job, stage, [_entry(weights, "words", "scale", "zero_point") for weights in trained])
+    _commit(job, stage, _renewed(blocks, trained))
+
+
+def train_low_rank_end_to_end(job: Job) -> None:
+    """Train and commit integers and scales, by factors of low rank, which are merged."""
+    stage = STAGES["lr_qat"]
+    if job.is_done(stage):
+        return
+    config = msgspec.structs.replace(job.config.lr_qat, micro_batch_size=job.micro_batch(stage))
+    dtype = compute_dtype(config.compute_dtype, job.device)
+    with _data(job, stage) as data:
+        blocks: list[nn.Module] = []
+        linears = []
+        # The integer form holds nothing of what lies behind the integers.
+        start = "integers" if config.downcast == "integer" else config.start
+        for block, named in _latent_blocks(job, start, dtype):
+            seed = job.network_seed(stage) * job.blocks + len(blocks)
+            linears.append(low_rank_linears(block, named, config, seed))
+            blocks.append(block)
+        telemetry.release_memory()
+        with resumable(job.checkpoints, stage.name) as keeper:
+            arguments = _arguments(job, stage, keeper)
+            del arguments["compiles"]
+            train_factors(job.lm, blocks, data, config, dtype=dtype, **arguments)
+    trained = [{name: linear.freeze() for name, linear in of_block.items()} for of_block in linears]
+    _commit(job, stage, _renewed(blocks, trained))
+
+
+def _latent_blocks(
+    job: Job, start: Start, dtype: torch.dtype
+) -> Iterator[tuple[nn.Module, dict[str, FakeQuantLinear]]]:
+    """Each block on the device, its linears' weights counted in grid steps, and these by name."""
+    without = 0
+    for index in range(job.blocks):
+        found = latents(job, index) if start == "latents" else None
+        without += start == "latents" and found is None
+        block = job.lm.load_block(index, dtype=dtype)
+        yield block, latent_linears(block, job.packed(index), found)
+        job.report.leave_if_asked()
+    if without:
+        job.report.warning(
+            "latents",
+            f"{without} of {job.blocks} blocks came without the latents behind their integers, and start at "
+            "these, from which little moves",
+            hint="blocks that are only rounded, or trained by Block-AP in this run, have them",
+        )
+
+
+def _renewed(
+    blocks: Sequence[nn.Module], trained: Sequence[Mapping[str, PackedWeight]]
+) -> list[dict[str, Tensor]]:
+    """What is new of each block where integers were trained."""
+    entries = []
+    for block, weights in zip(blocks, trained, strict=True):
+        norms = {f"other.{name}": kept_norm(value).cpu() for name, value in trained_norms(block).items()}
+        entries.append(_entry(weights, "words", "scale", "zero_point") | norms)
+    return entries
 
 
 @contextmanager

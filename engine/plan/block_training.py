@@ -85,7 +85,7 @@ class BlockTraining(TrainingCosts):
 
     def _moments(self, work: Workload, every: int, snapshots: int) -> Iterator[int]:
         """The peak is one of these."""
-        arch, one = work.arch, block_bytes(work.arch, work.config.grid)
+        arch, one = work.arch, block_bytes(work.arch, work.config.grid, self.latents(work.config))
         pairs, pair = stored_pairs(work, every), 2 * stream_bytes(work)
         snapshot = self.snapshot_bytes(work)
         held = min(1, pairs) * pair

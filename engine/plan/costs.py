@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from engine.config.latents import Downcast
 from engine.config.run import RunConfig
 from engine.config.stages import Stage, stages_of
 from engine.config.tables import load_named
@@ -183,8 +184,13 @@ class StageCosts:
 
     def result_bytes(self, work: Workload) -> int:
         """Of the objects that it adds: a block each, or scales and zero points of each."""
-        one = block_bytes if self.stage.scope == "block" else scales_bytes
-        return work.arch.blocks * one(work.arch, work.config.grid)
+        if self.stage.scope != "block":
+            return work.arch.blocks * scales_bytes(work.arch, work.config.grid)
+        return work.arch.blocks * block_bytes(work.arch, work.config.grid, self.latents(work.config))
+
+    def latents(self, config: RunConfig) -> Downcast | None:
+        """How latents of its blocks are kept; none where its blocks have no such."""
+        return None
 
     def kept(self, work: Workload, streams_every: int, snapshots: int) -> int:
         """Bytes of its own on the disk at the peak of its phase, streams included: with so many

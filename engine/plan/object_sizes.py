@@ -17,6 +17,7 @@ from engine.architecture.families import Architecture, LinearShape
 from engine.architecture.family_table import FAMILIES, LLAMA
 from engine.architecture.headers import ALIGNMENT, ITEM_BITS
 from engine.config.grid import Grid, GridConfig
+from engine.config.latents import Downcast
 from engine.plan.estimate import CONSTANTS, Workload
 
 HIDDEN_NORMS = (
@@ -78,9 +79,18 @@ def norms(arch: Architecture) -> list[tuple[str, int]]:
 
 
 @lru_cache
-def block_bytes(arch: Architecture, grid: GridConfig) -> int:
-    """The object of a finished block (``PackedBlock.tensors``)."""
-    return file_bytes([*_packed(arch, grid), *_others(arch)])
+def block_bytes(arch: Architecture, grid: GridConfig, latents: Downcast | None = None) -> int:
+    """The object of a finished block (``PackedBlock.tensors``), with the ``latents`` that are kept beside
+    it."""
+    return file_bytes([*_packed(arch, grid), *_others(arch), *_latents(arch, latents)])
+
+
+def _latents(arch: Architecture, form: Downcast | None) -> Iterator[Tensor]:
+    if form is None:
+        return
+    kind = {"bfloat16": "BF16", "float16": "F16", "fixed": "I8"}[form]
+    for linear in arch.linears:
+        yield Tensor(f"latent.{linear.name}", kind, (linear.out_features, linear.in_features))
 
 
 @lru_cache
@@ -110,9 +120,13 @@ def _packed_linear(linear: LinearShape, grid: Grid) -> Iterator[Tensor]:
     yield Tensor(f"linear.{linear.name}.grid", "I32", (3,))
 
 
-def _others(arch: Architecture) -> Iterator[Tensor]:
+def _norms(arch: Architecture) -> Iterator[Tensor]:
     for name, width in norms(arch):
         yield Tensor(f"other.{name}.weight", "F16", (width,))
+
+
+def _others(arch: Architecture) -> Iterator[Tensor]:
+    yield from _norms(arch)
     for linear in arch.linears:
         if linear.bias:
             yield Tensor(f"other.{linear.name}.bias", "F16", (linear.out_features,))
@@ -132,10 +146,12 @@ def scales_bytes(arch: Architecture, grid: GridConfig) -> int:
 
 
 @lru_cache
-def integers_bytes(arch: Architecture, grid: GridConfig) -> int:
-    """The same of a training that changes integers: all that is packed of each linear, but for its grid."""
+def integers_bytes(arch: Architecture, grid: GridConfig, *, norms: bool = False) -> int:
+    """The same of a training that changes integers: all that is packed of each linear, but for its grid; and
+    the ``norms``, where it trains them."""
     renewed = (tensor for tensor in _packed(arch, grid) if not tensor.name.endswith(".grid"))
-    return file_bytes(tensor._replace(name=tensor.name.removeprefix("linear.")) for tensor in renewed)
+    linears = (tensor._replace(name=tensor.name.removeprefix("linear.")) for tensor in renewed)
+    return file_bytes([*linears, *(_norms(arch) if norms else ())])
 
 
 def generation_bytes(arch: Architecture) -> int:
@@ -146,45 +162,68 @@ def generation_bytes(arch: Architecture) -> int:
 # ------------------------------------------------------------------------------------------ snapshots
 
 
-def snapshot_bytes(work: Workload, train: tuple[str, ...], *, blocks: int, best: bool) -> int:
+class Factors(NamedTuple):
+    """Two factors beside each linear, ``[out, rank]`` and ``[rank, in]``."""
+
+    rank: int
+    dtype: str
+    """As a file's header calls it."""
+
+
+def snapshot_bytes(
+    work: Workload, train: tuple[str, ...], *, blocks: int, best: bool, factors: Factors | None = None
+) -> int:
     """The state of a training in the middle (``Training.state_dict``): for every parameter of ``blocks``
-    blocks that is trained its value, AdamW's two moments and, with a ``best`` state, its best value, all
-    float32."""
-    return _snapshot_bytes(work.arch, work.config.grid, train, blocks, best, work.cuda)
+    blocks that is trained its value, AdamW's two moments and, with a ``best`` state, its best value, in the
+    parameter's type."""
+    return _snapshot_bytes(work.arch, work.config.grid, train, blocks, best, work.cuda, factors)
 
 
 @lru_cache
 def _snapshot_bytes(
-    arch: Architecture, grid: GridConfig, train: tuple[str, ...], blocks: int, best: bool, cuda: bool
+    arch: Architecture,
+    grid: GridConfig,
+    train: tuple[str, ...],
+    blocks: int,
+    best: bool,
+    cuda: bool,
+    factors: Factors | None,
 ) -> int:
     tensors = [Tensor(name, "F32", ()) for name in ("loss", "step.bad", "step.worst", "step.grad_norm")]
     tensors.append(Tensor("random.cpu", "U8", (CPU_GENERATOR,)))
     if cuda:
         tensors.append(Tensor("random.cuda", "U8", (CUDA_GENERATOR,)))
-    for index, shape in enumerate(list(_trained(arch, grid, train)) * blocks):
+    for index, (dtype, shape) in enumerate(list(_trained(arch, grid, train, factors)) * blocks):
         kept = [f"step.{index}.{name}" for name in ("value", "exp_avg", "exp_avg_sq")]
         kept += [f"best.{index}"] if best else []
-        tensors += [Tensor(name, "F32", shape) for name in kept]
+        tensors += [Tensor(name, dtype, shape) for name in kept]
         tensors.append(Tensor(f"step.{index}.step", "F32", ()))
     return file_bytes(tensors)
 
 
-def _trained(arch: Architecture, grid: GridConfig, train: tuple[str, ...]) -> Iterator[tuple[int, ...]]:
-    """Shapes of what is trained in a block."""
+def _trained(
+    arch: Architecture, grid: GridConfig, train: tuple[str, ...], factors: Factors | None
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Types and shapes of what is trained in a block."""
     for linear in arch.linears:
         grid_shape = (linear.out_features, grid.shared.groups(linear.in_features))
         if "weights" in train:
-            yield linear.out_features, linear.in_features
+            yield "F32", (linear.out_features, linear.in_features)
+        if "factors" in train and factors is not None:
+            yield factors.dtype, (linear.out_features, factors.rank)
+            yield factors.dtype, (factors.rank, linear.in_features)
         if "scales" in train:
-            yield grid_shape
+            yield "F32", grid_shape
         if "zero_points" in train and not grid.fixes_zero_points:
-            yield grid_shape
+            yield "F32", grid_shape
     if "norms" in train:
         for _, width in norms(arch):
-            yield (width,)
+            yield "F32", (width,)
 
 
 @lru_cache
-def trained_parameters(arch: Architecture, grid: GridConfig, train: tuple[str, ...]) -> int:
+def trained_parameters(
+    arch: Architecture, grid: GridConfig, train: tuple[str, ...], factors: Factors | None = None
+) -> int:
     """Parameters of a block that are trained."""
-    return sum(math.prod(shape) for shape in _trained(arch, grid, train))
+    return sum(math.prod(shape) for _, shape in _trained(arch, grid, train, factors))

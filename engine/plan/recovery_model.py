@@ -24,7 +24,6 @@ from engine.config.runtime import RuntimeConfig
 from engine.config.stages import measured_stage
 from engine.plan.costs import Training, made_costs
 from engine.plan.estimate import CONSTANTS, Workload, size_text, time_text
-from engine.plan.object_sizes import block_bytes
 from engine.plan.streams import stored_bytes, stored_pairs, stream_bytes, streamed, teacher_bytes
 
 PART_OF_THE_PROMISE = 0.8
@@ -244,7 +243,7 @@ class _Model:
         """Importing, tokenizing and checking every object; then what only memory held."""
         work, blocks, rate = self.work, self.work.arch.blocks, CONSTANTS.verify_rate
         largest = max((training.bytes for training in self.trainings), default=0)
-        checked = blocks * block_bytes(work.arch, work.config.grid) + 2 * largest
+        checked = made_costs(work.config)[0].result_bytes(work) + 2 * largest
         again = [0.0]
         for training in self.trainings:
             if training is self.on_streams:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.config.grid import Grid
+from engine.config.latents import Downcast
+from engine.quant.downcast import downcast
 from engine.quant.grid import (
     RELATIVE_SCALE_FLOOR,
     dequantize,
@@ -85,16 +87,21 @@ class FakeQuantLinear(nn.Module):
         return cls(weight, *initial_range(weight, grid, method=method, norm=norm), grid, linear.bias)
 
     @classmethod
-    def of_packed(cls, packed: PackedWeight, bias: nn.Parameter | None = None) -> FakeQuantLinear:
-        """A linear whose weights are its integers, counted in grid steps: each lies in the middle of what is
-        rounded to it.
+    def of_packed(
+        cls, packed: PackedWeight, bias: nn.Parameter | None = None, latent: Tensor | None = None
+    ) -> FakeQuantLinear:
+        """A linear whose weights are counted in grid steps: ``latent`` ``[O, I]``, in those of ``packed``; or
+        its integers, each in the middle of what is rounded to it.
 
         A group whose scale is below zero, as others make them, is turned around, which changes no weight:
         ``(q - z) s`` is ``((Q - q) - (Q - z)) (-s)``.
         """
         scale, zero = packed.scale.float(), packed.zero_point.float()
         sign = torch.where(scale < 0, -1.0, 1.0)
-        steps = dequantize(packed.codes(), sign, zero)
+        if latent is None:
+            steps = dequantize(packed.codes(), sign, zero)
+        else:
+            steps = dequantize(latent.float(), sign, torch.zeros_like(zero))
         zero = torch.where(scale < 0, packed.grid.top - zero, zero)
         return cls(steps, scale * sign, zero, packed.grid, bias, in_steps=True)
 
@@ -134,6 +141,19 @@ class FakeQuantLinear(nn.Module):
         codes = quantize(self.weight, unit, zero, self.grid.bits)
         return PackedWeight.from_codes(codes, scale, zero, self.grid)
 
+    @torch.no_grad()
+    def kept_latent(self, form: Downcast) -> Tensor:
+        """What :meth:`freeze` rounds, the weight counted in steps of the scale that is stored, in ``form``,
+        on the CPU."""
+        steps = self.weight if self.in_steps else steps_of(self.weight, stored_scale(self.scale))
+        return downcast(steps, self.zero_point.round(), self.grid, form).cpu()
+
+
+def steps_of(weight_OI: Tensor, scale_OG: Tensor) -> Tensor:
+    """A weight counted in grid steps, float32."""
+    grouped = weight_OI.float().reshape(*scale_OG.shape, -1) / scale_OG.float().unsqueeze(-1)
+    return grouped.reshape(weight_OI.shape)
+
 
 def wrap_linears(
     block: nn.Module,
@@ -160,15 +180,18 @@ def wrap_linears(
     return wrapped
 
 
-def latent_linears(block: nn.Module, packed: PackedBlock) -> dict[str, FakeQuantLinear]:
-    """Give a block what ``packed`` has, its linears as :meth:`FakeQuantLinear.of_packed`; returns
-    them by name."""
+def latent_linears(
+    block: nn.Module, packed: PackedBlock, latents: Mapping[str, Tensor] | None = None
+) -> dict[str, FakeQuantLinear]:
+    """Give a block what ``packed`` has, its linears as :meth:`FakeQuantLinear.of_packed`, with their latents
+    where there are such; returns them by name."""
     packed.install(block)
     linears: dict[str, FakeQuantLinear] = {}
     for slot in slots(block, packed.linears):
         linear = slot.get()
         assert isinstance(linear, PackedLinear), slot.name
-        linears[slot.name] = FakeQuantLinear.of_packed(linear.packed(), linear.bias)
+        latent = None if latents is None else latents.get(slot.name)
+        linears[slot.name] = FakeQuantLinear.of_packed(linear.packed(), linear.bias, latent)
         slot.set(linears[slot.name])
     return linears
 
@@ -183,7 +206,14 @@ def freeze_block(block: nn.Module, linears: dict[str, FakeQuantLinear]) -> Packe
 
 def _kept(parameter: nn.Parameter) -> Tensor:
     """A parameter in float16 where that loses nothing, or where it was trained and fits."""
-    value, trained = parameter.detach(), parameter.requires_grad
+    value = parameter.detach()
+    if parameter.requires_grad:
+        return kept_norm(value)
     half = value.to(torch.float16)
-    fits = bool(half.isfinite().all()) if trained else torch.equal(half.to(value.dtype), value)
-    return half if fits else value
+    return half if torch.equal(half.to(value.dtype), value) else value
+
+
+def kept_norm(value: Tensor) -> Tensor:
+    """What was trained beside the linears, in float16 like the scales where it fits."""
+    half = value.to(torch.float16)
+    return half if bool(half.isfinite().all()) else value

@@ -27,7 +27,7 @@ from engine.data.sampler import BatchSampler
 from engine.errors import NonFiniteError
 from engine.training.best_state import BestState
 from engine.training.progress import Keeper, Progress
-from engine.training.schedule import cosine_factor
+from engine.training.schedule import Schedule, rate_factor
 from engine.training.snapshot import Snapshot
 from engine.training.stepper import BETAS, Diverged, ParameterGroup, Stepper
 from engine.training.world import ALONE, World
@@ -62,6 +62,8 @@ class Settings:
     warmup_fraction: float = 0.0
     betas: tuple[float, float] = BETAS
     """AdamW's rates of forgetting."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls."""
     world: World = ALONE
 
 
@@ -188,7 +190,7 @@ class Training:
     def _step(self, step: int, rows: Tensor) -> None:
         settings = self.settings
         warmup = math.ceil(settings.warmup_fraction * self.sampler.steps)
-        factor = cosine_factor(step, self.sampler.steps, settings.lr_final_fraction, warmup)
+        factor = rate_factor(settings.schedule, step, self.sampler.steps, settings.lr_final_fraction, warmup)
         self.stepper.set_lr(self.lr_factor * factor)
         self.loss = self.with_memory(lambda micro_batch: self._accumulate(rows, micro_batch))
         self.stepper.step(self.loss)

@@ -20,8 +20,9 @@ COMMANDS = [
     " --e2e-length 16 --profile",
     "evaluation tiny --blocks 2 --windows 5 --length 16 --vocabulary 300 --repeat 1",
     "telemetry tiny --steps 16 --repeat 1",
-    "end_to_end random://tiny-llama --own-text --sequences 8 --val-sequences 4 --length 32 --windows 4"
-    " --group-size 32 --held-out builtin --block-ap epochs=1 --block-ap loss=mse --try e2e_qp --try e2e_qat",
+    "end_to_end random://tiny-llama --own-text --sequences 4 --val-sequences 2 --length 32 --windows 4"
+    " --group-size 32 --held-out builtin --rounded --block-ap epochs=1 --try e2e_qp --try e2e_qat"
+    " --try lr_qat",
     "servers tiny --rows 1 --bits 3 --groups 64",
     "startup tiny --blocks 2 --vocabulary 700 --words 4000 --preset smoke",
 ]

@@ -88,6 +88,7 @@ def test_every_deciding_field_of_the_configuration_has_a_default() -> None:
 
     config = resolve(load("smoke"))
     assert {"e2e_qat.enabled", "grid.head_bits"} <= default_fields(config).keys()
+    assert default_fields(config)["e2e_qat.start"] == '"integers"'
     assert known(config).keys() == deciding_fields(config).keys()
     now, earlier = deciding_fields(resolve(type(config)())), known(resolve(type(config)()))
     # Sequences of versions without this field began as they do where it says so.

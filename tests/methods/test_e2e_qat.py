@@ -27,6 +27,7 @@ from engine.errors import NonFiniteError, StopRequested
 from engine.methods.blockwise.rtn import round_to_nearest
 from engine.methods.network.e2e_qat import train_weights
 from engine.methods.network.network import Network, NetworkData, NetworkResult
+from engine.methods.network.norms import trained_norms
 from engine.methods.network.teacher import Teacher
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
@@ -98,7 +99,7 @@ class Trained:
 
     def __init__(self, lm: CausalLM, config: E2EQATConfig, grid: GridConfig = GRID, **options: Any) -> None:
         self.before = rounded(lm, grid)
-        blocks = [lm.load_block(index) for index in range(lm.blocks)]
+        self.blocks = blocks = [lm.load_block(index) for index in range(lm.blocks)]
         linears = [latent_linears(block, packed) for block, packed in zip(blocks, self.before, strict=True)]
         self.linears: dict[str, FakeQuantLinear] = {
             f"{index}.{name}": linear for index, named in enumerate(linears) for name, linear in named.items()
@@ -244,12 +245,18 @@ def test_the_fast_form_takes_the_steps_of_the_plain_one(lm: CausalLM, micro_batc
     """One kernel a linear, by Triton's interpreter; with 3, micro-batches are of two sizes."""
     pytest.importorskip("triton")
     config = settings(batch_size=4, micro_batch_size=micro_batch, loss="kl", val_sequences=VAL, epochs=2)
+    config = msgspec.structs.replace(config, train=("weights", "scales", "norms"))
     plain, fast = Trained(lm, config), Trained(lm, config, fast=True)
     assert fast.result.val_loss == pytest.approx(plain.result.val_loss, rel=1e-3)
     for name, linear in plain.linears.items():
         assert fast.linears[name].quantized is None, "the memory is given back"
         assert_same_but_for_few(fast.linears[name].weight.flatten(), linear.weight.flatten(), 2e-3)
         assert_same_but_for_few(fast.linears[name].scale, linear.scale, 2e-5)
+    for one, other in zip(plain.blocks, fast.blocks, strict=True):
+        norms = trained_norms(other)
+        assert len(norms) == 2
+        for name, norm in trained_norms(one).items():
+            torch.testing.assert_close(norms[name], norm, rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("fast", [False, True])

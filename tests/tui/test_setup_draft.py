@@ -79,7 +79,7 @@ def test_every_setting_is_in_the_form_with_its_meaning() -> None:
     everything = views.rows(frozenset(methods.sections()))
     shown = {row.name for row in everything if row.kind in ("field", "model")}
     of_imports = {name for name in FIELDS if name.startswith("imported.")}  # eqat import sets them
-    assert shown | {"block_ap.enabled", "e2e_qp.enabled", "e2e_qat.enabled"} | of_imports == set(FIELDS)
+    assert shown | set(methods.switches()) | of_imports == set(FIELDS)
     draft = Draft(base="smoke")
     for row in everything:
         assert views.meaning(row, draft, draft.shown()).strip()
@@ -147,20 +147,22 @@ def test_a_quantized_head_is_chosen_in_the_form_and_the_plan_says_what_it_saves(
 
 
 METHODS = {
-    "EfficientQAT: Block-AP, then E2E-QP": (True, True, False),
-    "Block-AP, then E2E-QAT": (True, False, True),
-    "Block-AP only": (True, False, False),
-    "E2E-QP only, on rounded weights": (False, True, False),
-    "E2E-QAT only, on rounded weights": (False, False, True),
-    "rounding only, nothing is trained": (False, False, False),
+    "EfficientQAT: Block-AP, then E2E-QP": ("block_ap", "e2e_qp"),
+    "Block-AP, then E2E-QAT": ("block_ap", "e2e_qat"),
+    "Block-AP, then LR-QAT": ("block_ap", "lr_qat"),
+    "Block-AP only": ("block_ap",),
+    "E2E-QP only, on rounded weights": ("e2e_qp",),
+    "E2E-QAT only, on rounded weights": ("e2e_qat",),
+    "LR-QAT only, on rounded weights": ("lr_qat",),
+    "rounding only, nothing is trained": (),
 }
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_are_what_they_say(name: str) -> None:
     draft = Draft(base="smoke")
-    for stage, wanted in zip(("block_ap", "e2e_qp", "e2e_qat"), METHODS[name], strict=True):
-        draft = draft.set(f"{stage}.enabled", wanted)
+    for stage in ("block_ap", "e2e_qp", "e2e_qat", "lr_qat"):
+        draft = draft.set(f"{stage}.enabled", stage in METHODS[name])
     assert methods.method_of(draft.shown()) == name
     assert Draft(base="smoke").with_method(name) == draft
 
@@ -177,6 +179,7 @@ def test_sections_are_called_as_their_stages_are() -> None:
         "block_ap": "Block-AP",
         "e2e_qp": "E2E-QP",
         "e2e_qat": "E2E-QAT",
+        "lr_qat": "LR-QAT",
         "evaluation": "Evaluation",
         "export": "Export",
         "runtime": "Where and how it runs",
@@ -212,12 +215,15 @@ def test_an_extensions_stage_is_chosen_as_a_method_and_its_section_is_edited() -
     assert list(methods.methods()) == [
         "EfficientQAT: Block-AP, then E2E-QP",
         "Block-AP, then E2E-QAT",
+        "Block-AP, then LR-QAT",
         "Block-AP only",
         "Toy method, then E2E-QP",
         "Toy method, then E2E-QAT",
+        "Toy method, then LR-QAT",
         "Toy method only",
         "E2E-QP only, on rounded weights",
         "E2E-QAT only, on rounded weights",
+        "LR-QAT only, on rounded weights",
         "rounding only, nothing is trained",
     ]
     draft = Draft(base="smoke").with_method("Toy method only").set("toy.turns", "5")
@@ -226,7 +232,7 @@ def test_an_extensions_stage_is_chosen_as_a_method_and_its_section_is_edited() -
     assert methods.method_of(draft.with_method("Block-AP only").shown()) == "Block-AP only"
     rows = views.rows(frozenset(["toy"]))
     folded = [row.label for row in rows if row.kind == "section"]
-    assert folded[3:7] == ["Block-AP", "E2E-QP", "E2E-QAT", "Toy method"]
+    assert folded[3:8] == ["Block-AP", "E2E-QP", "E2E-QAT", "LR-QAT", "Toy method"]
     (turns,) = [row for row in rows if row.name == "toy.turns"]
     shown = plain(views.form_line(turns, draft, draft.shown(), frozenset(["toy"]), "", 60))
     assert shown.split() == ["*turns", "5"]

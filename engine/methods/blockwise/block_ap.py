@@ -25,14 +25,15 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.config.block_ap import BlockAPConfig
 from engine.config.grid import GridConfig
+from engine.config.latents import Downcast
 from engine.errors import NonFiniteError
 from engine.gpu.compiled import SWITCH_HINT, Compiled
 from engine.methods.blockwise.reconstruction import Reconstruction, Streams, reconstruction_loss
@@ -60,7 +61,8 @@ class BlockResult:
 
     ``initial_loss`` and ``final_loss`` are measured on the same training sequences before and after training,
     ``val_loss`` is the best validation loss (none without validation sequences). ``micro_batch`` is the
-    number of sequences at a time that memory sufficed for.
+    number of sequences at a time that memory sufficed for. ``latents`` are by linear what was rounded, where
+    that was to be kept.
     """
 
     packed: PackedBlock
@@ -69,6 +71,7 @@ class BlockResult:
     val_loss: float | None
     steps: int
     micro_batch: int
+    latents: dict[str, Tensor] = field(default_factory=dict)
 
 
 def train_block(
@@ -89,6 +92,7 @@ def train_block(
     fast: bool = False,
     compiles: bool = False,
     kernels: bool = False,
+    keeps: Downcast | None = None,
 ) -> BlockResult:
     """Quantize ``block`` (decoder block ``index``, float32, as it came) in place.
 
@@ -97,6 +101,7 @@ def train_block(
     batch, when not given); ``snapshot`` is the state to continue from, ``keeper`` keeps such states. ``fast``
     takes the steps by :mod:`engine.methods.blockwise.fast_reconstruction` where that is possible,
     ``compiles`` compiles them. ``kernels`` has Triton search for where grids start, if that is possible.
+    ``keeps`` is the form in which the latents behind the integers are kept.
 
     Raises:
         NonFiniteError: if training diverges and two restarts at lower learning rates do not help.
@@ -133,12 +138,14 @@ def train_block(
     training = Training(reconstruction, streams.train, settings, progress, snapshot, keeper)
     if start is not None:
         training.position.noted.update(zip(NOTED_START, start.at_once, strict=True))
-    result = _trained(reconstruction, training, trains=bool(config.train))
+    result = _trained(reconstruction, training, trains=bool(config.train), keeps=keeps)
     result.packed.install(block)
     return result
 
 
-def _trained(reconstruction: Reconstruction, training: Training, *, trains: bool) -> BlockResult:
+def _trained(
+    reconstruction: Reconstruction, training: Training, *, trains: bool, keeps: Downcast | None
+) -> BlockResult:
     """Train, between two measurements of the loss, and round to the grid."""
     reconstruction.poll = training.boundary
     noted = training.position.noted
@@ -166,6 +173,7 @@ def _trained(reconstruction: Reconstruction, training: Training, *, trains: bool
         training.best.val_loss,
         position.steps_done,
         position.micro_batch,
+        {name: linear.kept_latent(keeps) for name, linear in reconstruction.linears.items()} if keeps else {},
     )
 
 

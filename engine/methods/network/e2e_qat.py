@@ -8,7 +8,8 @@ A latent is counted in grid steps (:func:`engine.quant.grid.fake_quantize_steps`
 in the middle of what is rounded to it. So an integer changes once many steps agree about it, and scales are
 trained beside it as E2E-QP trains them: their gradient is that of the whole weight, and a scale that moves
 changes no integer. (Latents in the weights' own unit, and those that Block-AP ended with, are worse than
-E2E-QP alone on the models that were tried: benchmarks/README.md.)
+E2E-QP alone on the models that were tried: benchmarks/README.md.) Where blocks were only rounded it can start
+at the original weights, which with the norms beside them is full quantization-aware training.
 
 Memory: 12 bytes a weight for latents and AdamW's moments, and on a GPU 4 for the quantized weight and its
 gradient.
@@ -30,6 +31,7 @@ from engine.methods.network.network import (
     network_settings,
     train_network,
 )
+from engine.methods.network.norms import norm_groups
 from engine.methods.runaway import refuse_runaway
 from engine.quant.fake_linear import FakeQuantLinear
 from engine.training.loop import Settings
@@ -106,7 +108,7 @@ class _Weights(Network):
     ) -> None:
         super().__init__(lm, blocks, data, dtype, recompute=recompute, text_weight=config.text_weight)
         self.linears = [m for block in blocks for m in block.modules() if isinstance(m, FakeQuantLinear)]
-        self.groups = _parameter_groups(self.linears, config)
+        self.groups = _parameter_groups(blocks, self.linears, config)
 
     def project(self) -> None:
         for linear in self.linears:
@@ -172,7 +174,9 @@ class _FastWeights(_Weights):
         self._stepper.requantize()
 
 
-def _parameter_groups(linears: Iterable[FakeQuantLinear], config: E2EQATConfig) -> list[ParameterGroup]:
+def _parameter_groups(
+    blocks: list[nn.Module], linears: Iterable[FakeQuantLinear], config: E2EQATConfig
+) -> list[ParameterGroup]:
     """What is trained, at rates relative to each linear's grid steps."""
     assert config.lr_weight is not None, "the configuration is not resolved"
     assert config.lr_quant is not None, "the configuration is not resolved"
@@ -191,4 +195,7 @@ def _parameter_groups(linears: Iterable[FakeQuantLinear], config: E2EQATConfig) 
             add("scales", linear.scale, config.lr_quant * unit)
         if "zero_points" in config.train and linear.grid.fixed_zero_point is None:
             add("zero_points", linear.zero_point, config.lr_quant)
+    if "norms" in config.train:
+        for block in blocks:
+            groups += norm_groups(block, config.lr_quant, relative=config.lr_scaling == "relative")
     return groups

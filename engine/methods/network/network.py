@@ -30,6 +30,7 @@ from engine.methods.network.teacher import Teacher
 from engine.models.causal_lm import block_forward
 from engine.training.loop import NON_FINITE_HINT, Method, Settings, Training
 from engine.training.progress import Keeper, Progress
+from engine.training.schedule import Schedule
 from engine.training.snapshot import Snapshot
 from engine.training.stepper import BETAS, Stepper
 from engine.training.world import World
@@ -273,6 +274,7 @@ def network_settings(
     where: str,
     world: World,
     betas: tuple[float, float] = BETAS,
+    schedule: Schedule = "cosine",
 ) -> Settings:
     """How a stage of the whole network is trained, as its section of the configuration says."""
     return Settings(
@@ -290,6 +292,7 @@ def network_settings(
         tokens_per_sequence=config.sequence_length,
         warmup_fraction=config.warmup_fraction,
         betas=betas,
+        schedule=schedule,
         world=world,
     )
 

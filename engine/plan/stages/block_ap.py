@@ -7,7 +7,8 @@ memory    float32 weights, AdamW moments, on the CPU the copies of the start and
 a step    3 forward passes of its batch, and fake quantization and AdamW of every weight; where the largest
           errors are left out, finding them
 a start   by a search: a forward pass of some sequences, and every weight with every candidate
-disk      every finished block once, snapshots, stored streams
+disk      every finished block once, with the latents of its weights where a stage behind it starts from them,
+          snapshots, stored streams
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from __future__ import annotations
 import math
 
 from engine.config.joint_search import GPU_VALUES, SEQUENCES, VALUES, candidates
+from engine.config.kept_latents import kept_latents
+from engine.config.latents import Downcast
+from engine.config.run import RunConfig
 from engine.plan.block_training import BlockTraining
 from engine.plan.costs import Steps
 from engine.plan.estimate import CONSTANTS, Workload
@@ -26,6 +30,9 @@ from engine.plan.rates import COMPILING_PAYS, Speed, forward_flops
 
 class BlockAPCosts(BlockTraining):
     """Of ``block_ap``."""
+
+    def latents(self, config: RunConfig) -> Downcast | None:
+        return kept_latents(config)
 
     def block_memory(self, work: Workload) -> dict[str, int]:
         section, arch = self.section(work.config), work.arch

@@ -42,4 +42,5 @@ class E2EQATCosts(E2EQPCosts):
         return steps * arch.blocks * arch.linear_params_per_block * cost.per_weight
 
     def result_bytes(self, work: Workload) -> int:
-        return work.arch.blocks * integers_bytes(work.arch, work.config.grid)
+        norms = "norms" in self.trains(work.config)
+        return work.arch.blocks * integers_bytes(work.arch, work.config.grid, norms=norms)

@@ -1,0 +1,76 @@
+"""LR-QAT: integers and scales of all blocks, by factors of low rank.
+
+memory    frozen latents of all weights in 1 to 2 bytes each (fewer as integers); factors, scales and what
+          else is trained, with gradients and AdamW's moments; one linear's weight while it is computed or
+          differentiated; activations, logits and the teacher as in E2E-QP
+time      as E2E-QP; every weight is computed in each forward and backward pass, its factors' product too
+disk      integers, scales and zero points of every block, snapshots of what is trained, the teacher
+"""
+
+from __future__ import annotations
+
+from engine.config.latents import downcast_bits
+from engine.plan.costs import Steps
+from engine.plan.estimate import Workload
+from engine.plan.memory_terms import largest_linear
+from engine.plan.object_sizes import Factors, integers_bytes, snapshot_bytes, trained_parameters
+from engine.plan.rates import Speed
+from engine.plan.stages.e2e_qp import E2EQPCosts
+
+PASSES = 3
+"""Plain unpackings' worth of traffic that one float weight takes: decoded, added to, rounded, scaled."""
+
+
+class LRQATCosts(E2EQPCosts):
+    """Of ``lr_qat``."""
+
+    def factors(self, work: Workload) -> Factors:
+        """Those of each linear."""
+        section = self.section(work.config)
+        return Factors(section.rank, "F32" if section.factor_dtype == "float32" else "BF16")
+
+    def trained_parameters(self, work: Workload) -> int:
+        trained = self.trains(work.config)
+        return work.arch.blocks * trained_parameters(work.arch, work.config.grid, trained, self.factors(work))
+
+    def snapshot_bytes(self, work: Workload) -> int:
+        section, blocks = self.section(work.config), work.arch.blocks
+        best, factors = section.val_sequences > 0, self.factors(work)
+        return snapshot_bytes(work, section.train, blocks=blocks, best=best, factors=factors)
+
+    # Memory
+
+    def blocks_and_optimizer(self, work: Workload) -> dict[str, int]:
+        section, arch, grid = self.section(work.config), work.arch, work.config.grid
+        weights = arch.blocks * arch.linear_params_per_block
+        groups = arch.blocks * arch.groups_per_block(grid.group_size)
+        norms = arch.blocks * (arch.norm_params_per_block + arch.bias_params_per_block) * work.model_bytes
+        compute = work.bytes_of(section.compute_dtype)
+        # Latents, integers as numbers and which of them are inside, the weight, its gradient, a product.
+        one = 4 + 4 + 1 + 3 * compute
+        return {
+            "frozen latents": weights * downcast_bits(section.downcast, grid.bits) // 8
+            + groups * (1 + 3 * 4)  # what they are counted from; zero points, scales and their floors
+            + norms,
+            "factors": 4 * self.trained_parameters(work),
+            "optimizer": (8 + 4) * self.trained_parameters(work),
+            "one linear's weight": largest_linear(arch) * one,
+        }
+
+    # Time
+
+    def steps(self, work: Workload, rates: Speed) -> Steps:
+        """Recorded on every GPU, and never compiled."""
+        return Steps(recorded=self.may_compile(work) and work.config.runtime.compile != "off")
+
+    def unpacked_seconds(self, work: Workload, rates: Speed, micro_steps: int) -> float:
+        """Every weight once in each pass; the factors' products, and those of their gradients."""
+        arch, rank = work.arch, self.section(work.config).rank
+        passes = 3 if self.recomputes(work) else 2
+        traffic = PASSES * arch.linear_params_per_block * rates.unpack_per_weight
+        products = 2 * rank * arch.linear_params_per_block * (passes + 2) / rates.flops
+        return micro_steps * arch.blocks * (passes * traffic + products)
+
+    def result_bytes(self, work: Workload) -> int:
+        norms = "norms" in self.trains(work.config)
+        return work.arch.blocks * integers_bytes(work.arch, work.config.grid, norms=norms)
