@@ -26,6 +26,7 @@ from engine.phases.text import Tokens
 from engine.plan.costs import costs_of
 from engine.plan.fit import host_budget
 from engine.plan.plan import Plan
+from engine.plan.streams import streams_batch
 from engine.quant.packed import PackedBlock, PackedWeight, overlaid
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
@@ -168,7 +169,7 @@ class Job:
     @torch.no_grad()
     def embed(self, tokens: Tensor, *stores: ActivationStore) -> None:
         """Fill ``stores`` with what the first block receives."""
-        batch = self.config.block_ap.batch_size
+        batch = streams_batch(self.config)
         for start in range(0, tokens.shape[0], batch):
             self.report.leave_if_asked()
             hidden = self.lm.embed(tokens[start : start + batch].to(self.device))

@@ -19,6 +19,7 @@ from engine.data.activations import ActivationStore
 from engine.errors import EqatError, ExitCode
 from engine.methods.advance import Portions, advance
 from engine.phases.job import Job
+from engine.plan.streams import streams_batch
 from engine.run.facts import STREAMS, halvings_fact
 
 STREAM_SILENCE = 600.0
@@ -36,7 +37,7 @@ def pass_through(
 ) -> None:
     """The stream called ``name`` through block ``index``, in place; ``beside`` is entered meanwhile."""
     fact = halvings_fact(name)
-    portions = Portions(job.config.block_ap.batch_size, job.store.fact(fact) or ())
+    portions = Portions(streams_batch(job.config), job.store.fact(fact) or ())
     with beside or nullcontext():
         advance(job.lm, index, block, stream, portions, dtype, job.report)
     if portions.halvings:

@@ -79,7 +79,7 @@ def test_every_setting_is_in_the_form_with_its_meaning() -> None:
     everything = views.rows(frozenset(methods.sections()))
     shown = {row.name for row in everything if row.kind in ("field", "model")}
     of_imports = {name for name in FIELDS if name.startswith("imported.")}  # eqat import sets them
-    assert shown | {"block_ap.enabled", "e2e_qp.enabled", "e2e_qat.enabled"} | of_imports == set(FIELDS)
+    assert shown | set(methods.switches()) | of_imports == set(FIELDS)
     draft = Draft(base="smoke")
     for row in everything:
         assert views.meaning(row, draft, draft.shown()).strip()
@@ -150,6 +150,9 @@ METHODS = {
     "EfficientQAT: Block-AP, then E2E-QP": (True, True, False),
     "Block-AP, then E2E-QAT": (True, False, True),
     "Block-AP only": (True, False, False),
+    "GPTQ, then E2E-QP": (False, True, False),
+    "GPTQ, then E2E-QAT": (False, False, True),
+    "GPTQ only": (False, False, False),
     "E2E-QP only, on rounded weights": (False, True, False),
     "E2E-QAT only, on rounded weights": (False, False, True),
     "rounding only, nothing is trained": (False, False, False),
@@ -161,6 +164,7 @@ def test_methods_are_what_they_say(name: str) -> None:
     draft = Draft(base="smoke")
     for stage, wanted in zip(("block_ap", "e2e_qp", "e2e_qat"), METHODS[name], strict=True):
         draft = draft.set(f"{stage}.enabled", wanted)
+    draft = draft.set("gptq.enabled", name.startswith("GPTQ"))
     assert methods.method_of(draft.shown()) == name
     assert Draft(base="smoke").with_method(name) == draft
 
@@ -175,6 +179,7 @@ def test_sections_are_called_as_their_stages_are() -> None:
         "grid": "Grid",
         "data": "Calibration text",
         "block_ap": "Block-AP",
+        "gptq": "GPTQ",
         "e2e_qp": "E2E-QP",
         "e2e_qat": "E2E-QAT",
         "evaluation": "Evaluation",
@@ -213,6 +218,9 @@ def test_an_extensions_stage_is_chosen_as_a_method_and_its_section_is_edited() -
         "EfficientQAT: Block-AP, then E2E-QP",
         "Block-AP, then E2E-QAT",
         "Block-AP only",
+        "GPTQ, then E2E-QP",
+        "GPTQ, then E2E-QAT",
+        "GPTQ only",
         "Toy method, then E2E-QP",
         "Toy method, then E2E-QAT",
         "Toy method only",
@@ -226,7 +234,7 @@ def test_an_extensions_stage_is_chosen_as_a_method_and_its_section_is_edited() -
     assert methods.method_of(draft.with_method("Block-AP only").shown()) == "Block-AP only"
     rows = views.rows(frozenset(["toy"]))
     folded = [row.label for row in rows if row.kind == "section"]
-    assert folded[3:7] == ["Block-AP", "E2E-QP", "E2E-QAT", "Toy method"]
+    assert folded[3:8] == ["Block-AP", "GPTQ", "E2E-QP", "E2E-QAT", "Toy method"]
     (turns,) = [row for row in rows if row.name == "toy.turns"]
     shown = plain(views.form_line(turns, draft, draft.shown(), frozenset(["toy"]), "", 60))
     assert shown.split() == ["*turns", "5"]

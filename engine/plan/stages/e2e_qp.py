@@ -18,6 +18,7 @@ from engine.plan.estimate import CONSTANTS, Workload
 from engine.plan.memory_terms import Form, activation_bytes, largest_linear, logits
 from engine.plan.network_training import NetworkTraining
 from engine.plan.rates import COMPILING_PAYS, PassageCost, Speed, forward_flops, unpacking
+from engine.plan.streams import streams_batch
 
 
 class E2EQPCosts(NetworkTraining):
@@ -27,8 +28,8 @@ class E2EQPCosts(NetworkTraining):
         return self.text(config) if self.section(config).loss == "kl" else None
 
     def teacher_batch(self, config: RunConfig) -> int:
-        """As Block-AP's streams pass: in other batches, the last bits would be others."""
-        return config.block_ap.batch_size
+        """As the streams of blocks pass: in other batches, the last bits would be others."""
+        return streams_batch(config)
 
     # Memory
 
