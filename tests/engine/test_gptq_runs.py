@@ -24,7 +24,6 @@ ALONE = {
     "gptq.sequences": 16,
     "gptq.sequence_length": 16,
     "gptq.batch_size": 4,
-    "gptq.scales": "search",
     "runtime.streams": "stored",
 }
 AS_START = {"grid.bits": 2, "block_ap.start": "gptq", "gptq.sequences": 3, "e2e_qp.enabled": False}

@@ -1,8 +1,8 @@
 """GPTQ: of one block, its weights twice and the Hessian of one linear's inputs.
 
-memory    float32 weights and latents of a block; then the larger of (a batch on its way through the block,
-          what one linear is given of it, one Hessian) and (four matrices of a Hessian's size, among which
-          the factor is computed and inverted, and the rows that are rounded together)
+memory    float32 weights and latents of a block; then the largest of (a batch on its way through the block,
+          what one linear is given of it, one Hessian), (four matrices of a Hessian's size, while its factor
+          is inverted) and (two of them, and what is rounded together)
 a block   passages of the stream: one for every step of the order in which linears are called, as far as that
           step, and one through the quantized block; products of tokens for the Hessians; factors of these;
           two choices of ranges for every group; rounding column by column
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
+from engine.architecture.families import Architecture
 from engine.config.gptq import GPU_VALUES, VALUES, GPTQConfig
 from engine.config.joint_search import candidates
 from engine.config.run import RunConfig
@@ -26,7 +28,8 @@ from engine.plan.rates import Speed, load_seconds, search_seconds, unpacking
 from engine.plan.streams import stored_pairs, streams_bytes
 
 HESSIANS = 4
-"""Matrices of its size at the peak of inverting it: itself, its factor, ones, the inverse."""
+"""Matrices of its size at the peak of inverting it: itself, its factor, ones, the inverse. Two of them stay
+while linears are rounded."""
 ROUNDING_TENSORS = 8
 """float32 tensors of the rows that are rounded together."""
 PARTS_OF_A_PASSAGE = 2.2
@@ -126,19 +129,24 @@ def gptq_parts(work: Workload, batch: int, length: int, compute: int) -> dict[st
     if arch.eager_attention:
         passed += batch * arch.heads * length**2 * (2 * compute + 4)
     measuring = passed + 4 * tokens * inputs + 4 * inputs**2
-    together = largest_step(work)
-    at_once = min(GPU_VALUES if work.cuda else VALUES, together)
-    rounding = 4 * HESSIANS * inputs**2 + 4 * 3 * together + 4 * ROUNDING_TENSORS * at_once
-    return {"activations or Hessians": max(measuring, rounding)}
+    return {"activations or Hessians": max(measuring, *map(partial(_rounding, work), _steps(arch)))}
 
 
-def largest_step(work: Workload) -> int:
-    """Weights of the linears that are rounded as one matrix, at most: of one part of the block, with inputs
-    as wide."""
+def _rounding(work: Workload, step: tuple[int, int]) -> int:
+    """Bytes while the Hessian of one step is factored, or its linears are rounded as one matrix."""
+    inputs, weights = step
+    at_once = min(GPU_VALUES if work.cuda else VALUES, weights)
+    factoring = HESSIANS * inputs**2 + weights
+    return 4 * max(factoring, 2 * inputs**2 + 3 * weights + ROUNDING_TENSORS * at_once)
+
+
+def _steps(arch: Architecture) -> list[tuple[int, int]]:
+    """Inputs and weights of the linears that are rounded as one matrix: at most those of one part of the
+    block, with inputs as wide."""
     found: Counter[tuple[str, int]] = Counter()
-    for linear in work.arch.linears:
+    for linear in arch.linears:
         found[linear.name.rpartition(".")[0], linear.in_features] += linear.weights
-    return max(found.values())
+    return [(inputs, weights) for (_, inputs), weights in found.items()]
 
 
 def gptq_seconds(work: Workload, rates: Speed, sequences: int, length: int, batch: int) -> float:
