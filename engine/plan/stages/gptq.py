@@ -11,6 +11,7 @@ disk      every finished block once, stored streams; there is no state in the mi
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -135,9 +136,18 @@ def gptq_parts(work: Workload, batch: int, length: int, compute: int) -> dict[st
 def _rounding(work: Workload, step: tuple[int, int]) -> int:
     """Bytes while the Hessian of one step is factored, or its linears are rounded as one matrix."""
     inputs, weights = step
-    at_once = min(GPU_VALUES if work.cuda else VALUES, weights)
+    at_once = min(_at_once(work), weights)
     factoring = HESSIANS * inputs**2 + weights
     return 4 * max(factoring, 2 * inputs**2 + 3 * weights + ROUNDING_TENSORS * at_once)
+
+
+def _at_once(work: Workload) -> int:
+    return GPU_VALUES if work.cuda else VALUES
+
+
+def _columns(work: Workload) -> int:
+    """Columns that are rounded one after the other, again for every part of the rows."""
+    return sum(inputs * math.ceil(weights / _at_once(work)) for inputs, weights in _steps(work.arch))
 
 
 def _steps(arch: Architecture) -> list[tuple[int, int]]:
@@ -160,7 +170,7 @@ def gptq_seconds(work: Workload, rates: Speed, sequences: int, length: int, batc
     products = operations / (rates.flops / (CONSTANTS.gpu_float32 if work.cuda else 1))
     column = CONSTANTS.gpu_column if work.cuda else CONSTANTS.cpu_column
     per_weight = 0.0 if work.cuda else CONSTANTS.cpu_round_per_weight
-    columns = sum(inputs) * column + arch.linear_params_per_block * per_weight
+    columns = _columns(work) * column + arch.linear_params_per_block * per_weight
     choosing = 2 * search_seconds(work, rates)
     if config.gptq.scales == "search":
         choosing = 2 * candidates(config.grid.shared) * arch.linear_params_per_block * rates.search_error
