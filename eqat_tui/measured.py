@@ -12,8 +12,10 @@ from engine.config.stages import STAGES, newest_first, versions
 
 Value = TypeVar("Value")
 
-COLOURS = ("series2", "series3", "series1", "series4")
-"""Of the quantized stages, in the order of the table; then from the first one again."""
+OF_BLOCKS = "series3"
+"""Of every method that makes blocks: no two of them are in one run."""
+COLOURS = ("series2", "series1", "series4")
+"""Of the other quantized stages, in the order of the table; then from the first one again."""
 
 
 def newest(values: Mapping[str, Value | None]) -> Value | None:
@@ -31,7 +33,7 @@ def colour_of(stage: str) -> str:
     """The role in which a version is drawn; none for one that is not known here."""
     if stage not in STAGES:
         return ""
-    if not STAGES[stage].offered:
-        return COLOURS[1]  # of the blocks, which nothing else makes in such a run
-    quantized = [row.name for row in STAGES if row.scope != "nothing" and row.offered]
-    return COLOURS[quantized.index(stage) % len(COLOURS)] if stage in quantized else "muted"
+    if STAGES[stage].scope == "nothing":
+        return "muted"
+    others = [row.name for row in STAGES if row.scope == "network" or (row.scope == "block" and row.baseline)]
+    return COLOURS[others.index(stage) % len(COLOURS)] if stage in others else OF_BLOCKS

@@ -61,9 +61,9 @@ class BlockAPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fiel
     """A gradient's norm is clipped to this; 0 turns clipping off."""
     patience: int = 0
     """A block stops after this many epochs without a better validation loss; 0 trains all epochs."""
-    start: Literal["range", "search"] = "range"
-    """Scales and zero points start where ``grid.range`` puts them, or where a ``search`` for both together
-    finds the least squared error, weighed by the input's squares."""
+    start: Literal["range", "search", "gptq"] = "range"
+    """Scales and zero points start at ``grid.range``, or by a ``search`` that weighs errors by the input's
+    squares; with ``gptq`` weights too start where GPTQ ends."""
     compute_dtype: ComputeDtype = "auto"
     """The forward pass computes in this type; auto takes bfloat16 on a GPU and float32 on the CPU."""
 

@@ -13,6 +13,7 @@ from engine.config.e2e_qat import E2EQATConfig
 from engine.config.e2e_qp import E2EQPConfig
 from engine.config.evaluation import EvaluationConfig
 from engine.config.export import ExportConfig
+from engine.config.gptq import GPTQConfig
 from engine.config.grid import GridConfig
 from engine.config.imported import ImportedConfig
 from engine.config.lr_qat import LRQATConfig
@@ -38,6 +39,7 @@ class RunConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     data: CalibrationConfig = CalibrationConfig()
     imported: ImportedConfig = ImportedConfig()
     block_ap: BlockAPConfig = BlockAPConfig()
+    gptq: GPTQConfig = GPTQConfig()
     e2e_qp: E2EQPConfig = E2EQPConfig()
     e2e_qat: E2EQATConfig = E2EQATConfig()
     lr_qat: LRQATConfig = LRQATConfig()
@@ -50,7 +52,7 @@ class RunConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return ("imported", *YOUNGER)
 
 
-YOUNGER = ("e2e_qat", "lr_qat")
+YOUNGER = ("gptq", "e2e_qat", "lr_qat")
 """Sections of ours that earlier versions did not have: a run that does not use one is the run that it was."""
 
 _registered: dict[str, type[Section]] = {}

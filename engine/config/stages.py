@@ -116,6 +116,16 @@ STAGES = Table(
         part_of="EfficientQAT",
     ),
     Stage(
+        name="gptq",
+        label="GPTQ",
+        scope="block",
+        result="after GPTQ",
+        run="engine.phases.blocks:quantize_blocks",
+        costs="engine.plan.stages.gptq:GPTQCosts",
+        reads_text=True,
+        about="GPTQ rounds column by column, and what is left of a matrix makes up for it.",
+    ),
+    Stage(
         name="e2e_qp",
         label="E2E-QP",
         scope="network",

@@ -27,6 +27,7 @@ from engine.plan.costs import costs_of
 from engine.plan.fit import host_budget
 from engine.plan.plan import Plan
 from engine.plan.portions import together
+from engine.plan.streams import streams_batch
 from engine.quant.packed import PackedBlock, PackedWeight, overlaid
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
@@ -174,7 +175,7 @@ class Job:
         """How many sequences of a stream ``[N, T, H]`` pass through a block together."""
         _, length, hidden = shape
         numbers = int(self.store.fact(TOGETHER) or 0)
-        return together(self.config.block_ap.batch_size, length, hidden, numbers)
+        return together(streams_batch(self.config), length, hidden, numbers)
 
     @torch.no_grad()
     def embed(self, tokens: Tensor, *stores: ActivationStore) -> None:

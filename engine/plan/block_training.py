@@ -13,7 +13,7 @@ from engine.plan.object_sizes import block_bytes
 from engine.plan.passages import compiling_form, passing
 from engine.plan.portions import passed_together
 from engine.plan.rates import Speed, load_seconds, search_seconds, unpacking
-from engine.plan.streams import shares_teacher, stored_pairs, stream_bytes, teacher_bytes
+from engine.plan.streams import shares_teacher, stored_pairs, streams_bytes, teacher_bytes
 from engine.plan.training_costs import TrainingCosts
 
 
@@ -29,7 +29,7 @@ class BlockTraining(TrainingCosts):
         raise NotImplementedError
 
     def memory(self, work: Workload) -> Memory:
-        streams, copies = 2 * stream_bytes(work), self.copies_bytes(work)
+        streams, copies = streams_bytes(work), self.copies_bytes(work)
         return training_memory(work, self.block_memory(work), streams, self.snapshot_bytes(work), copies)
 
     # Time
@@ -86,7 +86,7 @@ class BlockTraining(TrainingCosts):
     def _moments(self, work: Workload, every: int, snapshots: int) -> Iterator[int]:
         """The peak is one of these."""
         arch, one = work.arch, block_bytes(work.arch, work.config.grid, self.latents(work.config))
-        pairs, pair = stored_pairs(work, every), 2 * stream_bytes(work)
+        pairs, pair = stored_pairs(work, every), streams_bytes(work)
         snapshot = self.snapshot_bytes(work)
         held = min(1, pairs) * pair
         # The last block is trained, and committed: then the older generation still has its last snapshot.

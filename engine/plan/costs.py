@@ -123,9 +123,18 @@ class StageCosts:
     # What it reads
 
     def text(self, config: RunConfig) -> Text | None:
-        """The calibration text that it trains on. Where it makes the blocks, two streams of activations of
-        that text pass through them."""
+        """The calibration text that it learns from. Where it makes the blocks, streams of activations of that
+        text pass through them."""
         return None
+
+    def streams(self) -> int:
+        """How many: one through the blocks as they came and one through the quantized ones, or only the
+        latter."""
+        return 2
+
+    def streams_batch(self, config: RunConfig) -> int:
+        """Sequences of a stream that pass through a block together."""
+        return config.block_ap.batch_size
 
     def teacher_text(self, config: RunConfig) -> Text | None:
         """The text whose last hidden states in full precision teach it."""

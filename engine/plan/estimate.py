@@ -98,6 +98,11 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     cpu_drop_per_number: float = 12e-9
     """Finding the largest errors, for every number of a block's output: 5e-9 to 16e-9, on one core whatever
     there are."""
+    cpu_column: float = 30e-6
+    """GPTQ's operations on one column, however short."""
+    cpu_round_per_weight: float = 60e-9
+    """GPTQ's operations on a weight beside products: on its column, and to weigh it against plain rounding
+    (SmolLM2's matrices: 55e-9 to 65e-9)."""
     parallel_efficiency: float = 0.9
     """Gain of each core after the first."""
 
@@ -146,6 +151,11 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     8 bytes. Reckoned, not measured, like the two below."""
     gpu_kernel_search_error: float = 0.5e-12
     """Seconds of the same by one kernel: seven operations of float32, at half of what a H100 does."""
+    gpu_column: float = 80e-6
+    """Launches of GPTQ's operations on one column, and of a part of the search for its group's range.
+    Reckoned, not measured, like the next."""
+    gpu_float32: float = 15.0
+    """How many times as long as in bfloat16 a matrix product takes in float32."""
     gpu_drop_bytes: float = 60.0
     """Memory traffic of leaving out the largest errors, for every number of a block's output."""
 

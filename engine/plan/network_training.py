@@ -19,7 +19,7 @@ from engine.plan.memory_terms import Memory, training_memory
 from engine.plan.passages import passing
 from engine.plan.portions import passed_together
 from engine.plan.rates import Speed, load_seconds
-from engine.plan.streams import shares_teacher
+from engine.plan.streams import shares_teacher, streams_batch
 from engine.plan.training_costs import TrainingCosts
 
 MOST_AT_A_TIME = 1024
@@ -78,7 +78,7 @@ class NetworkTraining(TrainingCosts):
         """Its text through the full-precision blocks."""
         section = self.section(work.config)
         sequences, length = section.sequences + section.val_sequences, section.sequence_length
-        at_a_time = passed_together(work, work.config.block_ap.batch_size, length)
+        at_a_time = passed_together(work, streams_batch(work.config), length)
         return work.arch.blocks * passing(work, rates, sequences, length, at_a_time)
 
     # Checkpoints

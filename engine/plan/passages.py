@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from engine.config.stages import measured_stage
+from engine.plan.costs import made_costs
 from engine.plan.estimate import CONSTANTS, Workload
 from engine.plan.rates import COMPILING_PAYS, Speed, forward_flops
 from engine.plan.streams import shares_teacher, streamed, taught
@@ -24,7 +25,7 @@ def compiles_passages(work: Workload, rates: Speed) -> bool:
     tokens = evaluations * work.windows * work.config.evaluation.sequence_length
     streams, teacher = streamed(work.config), taught(work.config)
     if streams is not None:
-        tokens += 2 * streams.tokens
+        tokens += made_costs(work.config)[0].streams() * streams.tokens
     if teacher is not None and not shares_teacher(work):
         tokens += teacher.tokens
     saved = rates.passage.per_number - rates.compiled_passage.per_number

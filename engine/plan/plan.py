@@ -114,7 +114,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     activation_store: StoreKind
     activation_store_reason: str
     stream_bytes: int
-    """One of the two activation streams that blocks are trained on."""
+    """One of the activation streams that blocks are made on."""
     recovery: Recovery
     calibration: str
     """The text that is learned from, several with their shares; empty where nothing is."""

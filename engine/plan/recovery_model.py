@@ -24,7 +24,7 @@ from engine.config.runtime import RuntimeConfig
 from engine.config.stages import measured_stage
 from engine.plan.costs import Training, made_costs
 from engine.plan.estimate import CONSTANTS, Workload, size_text, time_text
-from engine.plan.streams import stored_bytes, stored_pairs, stream_bytes, streamed, teacher_bytes
+from engine.plan.streams import stored_bytes, stored_pairs, streamed, streams_bytes, teacher_bytes
 
 PART_OF_THE_PROMISE = 0.8
 """Snapshots are taken after this part of ``checkpoint_minutes``: one counts only when it is written."""
@@ -160,7 +160,8 @@ class _Model:
         """As often as promised, if that is affordable, and if the one before is written by then."""
         promised = PART_OF_THE_PROMISE * 60 * self.runtime.checkpoint_minutes
         affordable = self.snapshot_cost(training) / (SNAPSHOT_SHARE * self.runtime.checkpoint_share)
-        return max(promised, affordable, self.writing(training.bytes)) if promised else 0.0
+        keeps = promised and training.bytes  # what has no state in the middle begins again with the block
+        return max(promised, affordable, self.writing(training.bytes)) if keeps else 0.0
 
     def number(self, training: Training) -> int:
         """Snapshots that come due."""
@@ -185,11 +186,11 @@ class _Model:
     # Streams
 
     def pair_seconds(self) -> float:
-        """Storing both streams once, and publishing that."""
-        return self.in_front(2 * stream_bytes(self.work), 4)
+        """Storing the streams once, and publishing that."""
+        return self.in_front(streams_bytes(self.work), 4)
 
     def smallest_interval(self, streams: Training) -> int:
-        """Blocks after which storing both streams has become affordable."""
+        """Blocks after which storing the streams has become affordable."""
         budget = (1 - SNAPSHOT_SHARE) * self.runtime.checkpoint_share * streams.whole
         return max(1, math.ceil(self.pair_seconds() / budget))
 
@@ -247,7 +248,7 @@ class _Model:
         again = [0.0]
         for training in self.trainings:
             if training is self.on_streams:
-                read = 2 * stream_bytes(work) if stored_pairs(work, every) else 0
+                read = streams_bytes(work) if stored_pairs(work, every) else 0
                 passed = min(every or blocks, blocks - 1) + 1
                 again.append(read / rate + passed * training.passage)
             else:

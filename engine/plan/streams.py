@@ -1,8 +1,9 @@
-"""Activation streams: those that blocks are trained on, and the one that ends as a teacher.
+"""Activation streams: those that blocks are made on, and the one that ends as a teacher.
 
-The stage that trains blocks sends the text through the original blocks and through the quantized ones. The
-full-precision stream, behind the last block, is what a stage behind it may learn from: the last hidden states
-of the full-precision model on that text.
+The stage that trains blocks sends the text through the original blocks and through the quantized ones; one
+that only needs what the quantized ones hand out has one stream. The full-precision stream, behind the
+last block, is what a stage behind it may learn from: the last hidden states of the full-precision model on
+that text.
 """
 
 from __future__ import annotations
@@ -16,9 +17,14 @@ from engine.plan.estimate import Workload
 
 
 def streamed(config: RunConfig) -> Text | None:
-    """The text of the two streams; none where no block is trained."""
+    """The text of the streams; none where blocks are made without any."""
     blocks = made_costs(config)[0]
     return blocks.text(config)
+
+
+def streams_batch(config: RunConfig) -> int:
+    """Sequences of a stream that pass through a block together."""
+    return made_costs(config)[0].streams_batch(config)
 
 
 def taught_stage(config: RunConfig) -> Stage | None:
@@ -48,7 +54,7 @@ def taught(config: RunConfig) -> Text | None:
 
 
 def streamed_stage(config: RunConfig) -> Stage:
-    """The stage whose text the two streams are, where :func:`streamed` says that there are any."""
+    """The stage whose text the streams are, where :func:`streamed` says that there are any."""
     return made_costs(config)[0].stage
 
 
@@ -57,6 +63,8 @@ def may_share_teacher(config: RunConfig, *, cuda: bool) -> bool:
     and they are computed alike. Then it is, if its text contains the teacher's."""
     full, teacher = streamed(config), taught(config)
     if full is None or teacher is None or full.sequence_length != teacher.sequence_length:
+        return False
+    if made_costs(config)[0].streams() < 2:
         return False
     dtypes = {resolved_dtype(text.compute_dtype, cuda=cuda) for text in (full, teacher)}
     return len(dtypes) == 1
@@ -71,9 +79,14 @@ def shares_teacher(work: Workload) -> bool:
 
 
 def stream_bytes(work: Workload) -> int:
-    """One of the two streams."""
+    """One of the streams."""
     text = streamed(work.config)
     return text.stream_bytes(work) if text else 0
+
+
+def streams_bytes(work: Workload) -> int:
+    """All of the streams that pass through the blocks together."""
+    return made_costs(work.config)[0].streams() * stream_bytes(work)
 
 
 def teacher_bytes(work: Workload) -> int:
@@ -86,7 +99,7 @@ def teacher_bytes(work: Workload) -> int:
 
 
 def stored_pairs(work: Workload, every: int) -> int:
-    """How often both streams are stored; behind the last block nobody needs them."""
+    """How often the streams are stored, which are a pair or one; behind the last block nobody needs them."""
     return (work.arch.blocks - 1) // every if every and streamed(work.config) else 0
 
 
@@ -94,7 +107,7 @@ def stored_bytes(work: Workload, every: int) -> int:
     """Most that stored streams take on the disk; 0 when ``every`` is."""
     if not every:
         return 0
-    pair = 2 * stream_bytes(work)
+    pair = streams_bytes(work)
     held = min(2, stored_pairs(work, every)) * pair
     beside = pair if stored_pairs(work, every) and shares_teacher(work) else 0
     return max(held, beside + teacher_bytes(work))

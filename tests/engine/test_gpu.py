@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.config.derived import resolve
 from engine.config.e2e_qat import E2EQATConfig
+from engine.config.gptq import GPTQConfig
 from engine.config.grid import Grid, GridConfig
 from engine.config.loading import load
 from engine.config.model import ModelConfig
@@ -23,8 +24,10 @@ from engine.data.activations import make_store
 from engine.data.sampler import BatchSampler
 from engine.methods.advance import Portions, advance
 from engine.methods.blockwise.block_ap import BlockResult, train_block
+from engine.methods.blockwise.gptq_block import BlockOnStream, Latents, gptq_block, rounded_at_a_time
 from engine.methods.blockwise.reconstruction import Streams
 from engine.methods.blockwise.rtn import round_to_nearest
+from engine.methods.blockwise.start import AtOnce
 from engine.methods.network.e2e_qat import train_weights
 from engine.methods.network.e2e_qp import train_scales
 from engine.methods.network.network import NetworkData
@@ -223,6 +226,27 @@ def test_a_block_trained_in_float32_matches_the_cpu(bits: int) -> None:
     for name, weight in here.packed.linears.items():
         same = (weight.codes() == there.packed.linears[name].codes().cpu()).float().mean()
         assert same > 0.97, f"{name}: rounding turns tiny differences into whole steps, but rarely"
+
+
+def rounded_block(device: torch.device, dtype: torch.dtype, scales: Literal["range", "search"]) -> Latents:
+    config = resolve(load("smoke"))
+    lm = CausalLM(ModelSource.open(config.model), device, torch.float32)
+    ids = torch.randint(0, lm.vocab_size, (20, 32), generator=torch.Generator().manual_seed(0))
+    store = make_store("device", (20, 32, lm.hidden_size), dtype, device)
+    store.write(0, lm.embed(ids.to(device)))
+    on = BlockOnStream(lm, 0, lm.load_block(0, dtype=torch.float32), store, 20, dtype)
+    at_once = AtOnce(4, rounded_at_a_time(device))
+    grid = GridConfig(bits=3, group_size=32)
+    return gptq_block(on, GPTQConfig(scales=scales), grid, Listening(), at_once)[1]
+
+
+@pytest.mark.parametrize("scales", ["range", "search"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gptq_errs_as_little_as_on_the_cpu(dtype: torch.dtype, scales: Literal["range", "search"]) -> None:
+    here, there = (rounded_block(device, dtype, scales) for device in (CPU, GPU))
+    assert there.plain_error == pytest.approx(here.plain_error, rel=0.02)
+    assert there.error == pytest.approx(here.error, rel=0.05)
+    assert there.error < 0.9 * there.plain_error
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -95,7 +95,7 @@ def test_what_the_shared_blocks_depend_on_stays_unless_none_is_shared(
 def test_the_refused_fields_are_exactly_those_of_model_and_grid_and_the_method(run: RunDirectory) -> None:
     refused = {name for name in field_names() if redo.is_shared(name)}
     expected = {name for name in field_names() if name.startswith(("model.", "grid."))}
-    assert refused == expected | {"block_ap.enabled", "imported.enabled"}
+    assert refused == expected | {"block_ap.enabled", "gptq.enabled", "imported.enabled"}
 
 
 def test_a_setting_that_does_not_exist_or_makes_no_sense_costs_no_run(run: RunDirectory) -> None:

@@ -274,7 +274,7 @@ def test_run_that_has_not_begun_can_be_shown(tmp_path: Path) -> None:
     shown = show_run(run)
     assert (shown["id"], shown["state"], shown["phases"], shown["eta_s"]) == (run.id, "created", [], None)
     assert shown["perplexity"] == dict.fromkeys(
-        ("fp", "rtn", "imported", "block_ap", "e2e_qp", "e2e_qat", "lr_qat", "packed")
+        ("fp", "rtn", "imported", "block_ap", "gptq", "e2e_qp", "e2e_qat", "lr_qat", "packed")
     )
     assert summarize(run)["state"] == "created"
 

@@ -193,9 +193,15 @@ def test_our_stages_keep_their_colours_and_a_further_one_gets_the_next() -> None
         "series4",
         "series2",
     ]
-    assert colour_of("toy") == ""
+    assert colour_of("gptq") == colour_of("imported") == colour_of("block_ap")
+    assert colour_of("toy") == colour_of("polish") == ""
     STAGES.register(TOY)
-    assert colour_of("toy") == "series3", "there are four, and they begin again"
+    STAGES.register(POLISH)
+    assert colour_of("toy") == colour_of("block_ap"), "no run has both"
+    network = [stage.name for stage in STAGES if stage.scope == "network"]
+    colours = [colour_of(name) for name in network]
+    assert colours == ["series1", "series4", "series2", "series1", "series4"][: len(colours)]
+    STAGES.unregister("polish")
     STAGES.unregister("toy")
 
 

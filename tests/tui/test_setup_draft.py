@@ -151,6 +151,10 @@ METHODS = {
     "Block-AP, then E2E-QAT": ("block_ap", "e2e_qat"),
     "Block-AP, then LR-QAT": ("block_ap", "lr_qat"),
     "Block-AP only": ("block_ap",),
+    "GPTQ, then E2E-QP": ("gptq", "e2e_qp"),
+    "GPTQ, then E2E-QAT": ("gptq", "e2e_qat"),
+    "GPTQ, then LR-QAT": ("gptq", "lr_qat"),
+    "GPTQ only": ("gptq",),
     "E2E-QP only, on rounded weights": ("e2e_qp",),
     "E2E-QAT only, on rounded weights": ("e2e_qat",),
     "LR-QAT only, on rounded weights": ("lr_qat",),
@@ -161,7 +165,7 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_are_what_they_say(name: str) -> None:
     draft = Draft(base="smoke")
-    for stage in ("block_ap", "e2e_qp", "e2e_qat", "lr_qat"):
+    for stage in ("block_ap", "gptq", "e2e_qp", "e2e_qat", "lr_qat"):
         draft = draft.set(f"{stage}.enabled", stage in METHODS[name])
     assert methods.method_of(draft.shown()) == name
     assert Draft(base="smoke").with_method(name) == draft
@@ -177,6 +181,7 @@ def test_sections_are_called_as_their_stages_are() -> None:
         "grid": "Grid",
         "data": "Calibration text",
         "block_ap": "Block-AP",
+        "gptq": "GPTQ",
         "e2e_qp": "E2E-QP",
         "e2e_qat": "E2E-QAT",
         "lr_qat": "LR-QAT",
@@ -217,6 +222,10 @@ def test_an_extensions_stage_is_chosen_as_a_method_and_its_section_is_edited() -
         "Block-AP, then E2E-QAT",
         "Block-AP, then LR-QAT",
         "Block-AP only",
+        "GPTQ, then E2E-QP",
+        "GPTQ, then E2E-QAT",
+        "GPTQ, then LR-QAT",
+        "GPTQ only",
         "Toy method, then E2E-QP",
         "Toy method, then E2E-QAT",
         "Toy method, then LR-QAT",
@@ -232,7 +241,7 @@ def test_an_extensions_stage_is_chosen_as_a_method_and_its_section_is_edited() -
     assert methods.method_of(draft.with_method("Block-AP only").shown()) == "Block-AP only"
     rows = views.rows(frozenset(["toy"]))
     folded = [row.label for row in rows if row.kind == "section"]
-    assert folded[3:8] == ["Block-AP", "E2E-QP", "E2E-QAT", "LR-QAT", "Toy method"]
+    assert folded[3:9] == ["Block-AP", "GPTQ", "E2E-QP", "E2E-QAT", "LR-QAT", "Toy method"]
     (turns,) = [row for row in rows if row.name == "toy.turns"]
     shown = plain(views.form_line(turns, draft, draft.shown(), frozenset(["toy"]), "", 60))
     assert shown.split() == ["*turns", "5"]

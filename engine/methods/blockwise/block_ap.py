@@ -18,7 +18,8 @@ of times larger than all others; under a plain mean it is the only one that coun
 overflow on it. ``drop_largest`` leaves the largest squared errors out of the mean, whichever they are.
 
 Scales and zero points start where the grid's own method puts them, or where a search for both finds the least
-error that the inputs' channels weigh (:mod:`engine.methods.blockwise.start`).
+error that the inputs' channels weigh (:mod:`engine.methods.blockwise.start`); or weights, scales and zero
+points start where GPTQ leaves them (:mod:`engine.methods.blockwise.gptq_block`).
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ import torch
 from torch import Tensor, nn
 
 from engine.config.block_ap import BlockAPConfig
+from engine.config.gptq import GPTQConfig
 from engine.config.grid import GridConfig
 from engine.config.latents import Downcast
 from engine.errors import NonFiniteError
 from engine.gpu.compiled import SWITCH_HINT, Compiled
+from engine.methods.blockwise.gptq_block import BlockOnStream, latents, rounded_at_a_time
 from engine.methods.blockwise.reconstruction import Reconstruction, Streams, reconstruction_loss
 from engine.methods.blockwise.start import AtOnce, Start, searched_start
 from engine.methods.runaway import refuse_runaway
@@ -93,6 +96,7 @@ def train_block(
     compiles: bool = False,
     kernels: bool = False,
     keeps: Downcast | None = None,
+    gptq: GPTQConfig | None = None,
 ) -> BlockResult:
     """Quantize ``block`` (decoder block ``index``, float32, as it came) in place.
 
@@ -101,7 +105,8 @@ def train_block(
     batch, when not given); ``snapshot`` is the state to continue from, ``keeper`` keeps such states. ``fast``
     takes the steps by :mod:`engine.methods.blockwise.fast_reconstruction` where that is possible,
     ``compiles`` compiles them. ``kernels`` has Triton search for where grids start, if that is possible.
-    ``keeps`` is the form in which the latents behind the integers are kept.
+    ``keeps`` is the form in which the latents behind the integers are kept; ``gptq`` says how a start from
+    GPTQ is made, as by default when not given.
 
     Raises:
         NonFiniteError: if training diverges and two restarts at lower learning rates do not help.
@@ -111,12 +116,18 @@ def train_block(
     if (fast or kernels) and _obstacle_is_said(lm.device, index, progress, fast=fast, kernels=kernels):
         fast = kernels = False
     noted = {} if snapshot is None else snapshot.facts["noted"]
-    usual = micro_batch or config.batch_size, values_at_a_time(lm.device)
+    values = rounded_at_a_time if config.start == "gptq" else values_at_a_time
+    usual = micro_batch or config.batch_size, values(lm.device)
     at_once = AtOnce(*(int(noted.get(name, count)) for name, count in zip(NOTED_START, usual, strict=True)))
     start = None
     if config.start == "search":
         grids = grid.of_each(lm.linear_names(index))
         start = searched_start(lm, index, block, streams, grids, dtype, progress, at_once, kernel=kernels)
+    elif config.start == "gptq":
+        gptq = gptq or GPTQConfig()
+        measured = min(gptq.sequences, streams.train)
+        on = BlockOnStream(lm, index, block, streams.quantized, measured, dtype)
+        start = latents(on, gptq, grid, progress, at_once).start
     reconstruction = _reconstruction(
         *(lm, index, block, streams, config, grid, dtype, progress), start=start, fast=fast, compiles=compiles
     )

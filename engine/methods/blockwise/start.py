@@ -84,13 +84,13 @@ def searched_start(
         what = "out of memory; searching for where it starts with half as much at a time"
         progress.warning("memory", f"block {index}: {what}", hint=OTHERS_HINT)
 
-    found, sequences = _with_memory(squares, at_once.sequences, 1, passes)
+    found, sequences = with_memory(squares, at_once.sequences, 1, passes)
     channels = {name: channel_weights(of_linear) for name, of_linear in found.items()}
-    starts, values = _with_memory(ranges, at_once.values, LEAST_VALUES, searches)
+    starts, values = with_memory(ranges, at_once.values, LEAST_VALUES, searches)
     return Start(starts, AtOnce(sequences, values))
 
 
-def _with_memory(
+def with_memory(
     work: Callable[[int], T], amount: int, least: int, halved: Callable[[int, int], None]
 ) -> tuple[T, int]:
     """``work(amount)``, from its beginning with half as much while memory does not suffice; and with how much

@@ -6,7 +6,8 @@ memory    float32 weights, AdamW moments, on the CPU the copies of the start and
           sequences x length x hidden. A search for where grids start comes before all of that
 a step    3 forward passes of its batch, and fake quantization and AdamW of every weight; where the largest
           errors are left out, finding them
-a start   by a search: a forward pass of some sequences, and every weight with every candidate
+a start   by a search: a forward pass of some sequences, and every weight with every candidate; by GPTQ:
+          what that takes of a block (:mod:`engine.plan.stages.gptq`)
 disk      every finished block once, with the latents of its weights where a stage behind it starts from them,
           snapshots, stored streams
 """
@@ -26,6 +27,7 @@ from engine.plan.memory_terms import activation_bytes, largest_linear, passing_b
 from engine.plan.passages import passing
 from engine.plan.portions import passed_together
 from engine.plan.rates import COMPILING_PAYS, Speed, forward_flops
+from engine.plan.stages.gptq import gptq_parts, gptq_seconds
 
 
 class BlockAPCosts(BlockTraining):
@@ -64,7 +66,14 @@ class BlockAPCosts(BlockTraining):
 
     def _search_bytes(self, work: Workload) -> int:
         """What a search for the start holds, before there are moments and activations."""
-        if self.section(work.config).start != "search" or self._searches_by_kernel(work):
+        section = self.section(work.config)
+        if section.start == "gptq":
+            compute = work.bytes_of(section.compute_dtype)
+            parts = gptq_parts(work, section.batch_size, section.sequence_length, compute)
+            # Beside the latents; and what the optimizer will have is not there yet.
+            beside = 4 * work.arch.linear_params_per_block + sum(parts.values())
+            return max(0, beside - 8 * self.trained_parameters(work))
+        if section.start != "search" or self._searches_by_kernel(work):
             return 0
         return 4 * (GPU_VALUES if work.cuda else VALUES) * CONSTANTS.search_tensors
 
@@ -76,6 +85,9 @@ class BlockAPCosts(BlockTraining):
 
     def start_seconds(self, work: Workload, rates: Speed) -> float:
         section = self.section(work.config)
+        if section.start == "gptq":
+            sequences = min(work.config.gptq.sequences, section.sequences)
+            return gptq_seconds(work, rates, sequences, section.sequence_length, section.batch_size)
         if section.start != "search":
             return super().start_seconds(work, rates)
         error = rates.kernel_search_error if self._searches_by_kernel(work) else rates.search_error
