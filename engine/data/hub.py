@@ -90,7 +90,7 @@ class HubText:
                 return source.split, None
             held_out = _HELD_OUT["validation"]
             return source.split, held_out if part == "validation" else everything - set(held_out)
-        splits = source.splits or self._discover_splits()
+        splits = source.splits or self.discover_splits()
         if part != "train":
             return (splits[part], None) if part in splits else (splits["train"], _HELD_OUT[part])
         for other, held_out in _HELD_OUT.items():
@@ -98,7 +98,7 @@ class HubText:
                 everything -= set(held_out)
         return splits["train"], everything if len(everything) < 100 else None
 
-    def _discover_splits(self) -> dict[str, str]:
+    def discover_splits(self) -> dict[str, str]:
         """Splits of a data set that no shortcut describes."""
         from datasets import get_dataset_split_names
 
@@ -164,15 +164,25 @@ class HubText:
         )
 
 
-def hub_rows(source: HubSource) -> Iterator[dict[str, Any]]:
-    """Whole rows of ``source.split``, in their order."""
+def hub_rows(
+    source: HubSource,
+    *,
+    seed: int | None = None,
+    hint: str = "check the network; offline, evaluation.tasks may name .jsonl files",
+) -> Iterator[dict[str, Any]]:
+    """Whole rows of ``source.split``: in their order, or in one that the seed decides."""
     from datasets import load_dataset
 
     def reported() -> contextlib.AbstractContextManager[None]:
-        return _reported(source.where, "check the network; offline, evaluation.tasks may name .jsonl files")
+        return _reported(source.where, hint)
 
     with reported():
-        rows = iter(load_dataset(source.repo, source.subset, split=source.split, streaming=True))
+        stream = load_dataset(
+            source.repo, source.subset, split=source.split, revision=source.revision, streaming=True
+        )
+        if seed is not None:
+            stream = stream.shuffle(seed=seed, buffer_size=_SHUFFLE_ROWS)
+        rows = iter(stream)
     while True:
         with reported():
             row = next(rows, None)
