@@ -15,6 +15,7 @@ from engine.config.evaluation import EvaluationConfig
 from engine.config.export import ExportConfig
 from engine.config.grid import GridConfig
 from engine.config.imported import ImportedConfig
+from engine.config.instructions import InstructionsConfig
 from engine.config.model import ModelConfig
 from engine.config.runtime import RuntimeConfig
 from engine.config.tables import is_name
@@ -39,6 +40,7 @@ class RunConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     block_ap: BlockAPConfig = BlockAPConfig()
     e2e_qp: E2EQPConfig = E2EQPConfig()
     e2e_qat: E2EQATConfig = E2EQATConfig()
+    instructions: InstructionsConfig = InstructionsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -48,7 +50,7 @@ class RunConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return ("imported", *YOUNGER)
 
 
-YOUNGER = ("e2e_qat",)
+YOUNGER = ("e2e_qat", "instructions")
 """Sections of ours that earlier versions did not have: a run that does not use one is the run that it was."""
 
 _registered: dict[str, type[Section]] = {}

@@ -116,7 +116,7 @@ def perplexity(
     tokens = windows * (length - given)
     mean = total.item() / tokens
     of_windows = tuple(torch.cat(each).tolist())
-    return PerplexityResult(_exp(mean), mean, tokens, time.monotonic() - begin, of_windows)
+    return PerplexityResult(exponential(mean), mean, tokens, time.monotonic() - begin, of_windows)
 
 
 def token_nll(lm: CausalLM, hidden_BTH: Tensor, ids_BT: Tensor, *, often: bool = False) -> Tensor:
@@ -152,7 +152,7 @@ def logits_nll(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     return functional.cross_entropy(logits_TV.float(), labels_T, reduction="none", ignore_index=NO_LABEL)
 
 
-def _exp(nll: float) -> float:
+def exponential(nll: float) -> float:
     """exp, with infinity where it overflows: an untrained 2-bit model can be that bad."""
     try:
         return math.exp(nll)

@@ -10,6 +10,8 @@ bytes: no dates, durations or machine names.
 - ``license``: licence identifier of the base model, passed on
 - ``command``: the exact command that made the run
 - ``perplexity``: of each stage by its name, absent or None where not measured
+- ``answer_perplexity``: the same on answers of held-out conversations
+- ``answers``: one line: which answers these are
 - ``accuracy``: of each stage by its name, of each task by its name
 - ``evaluation``: one line: corpus, tokens, window length
 - ``doubts``: why the perplexities cannot be believed, a sentence each
@@ -43,6 +45,7 @@ def model_card(
         f"`{base}`, {_made(card)}. {form.sentence(bits, result.dtype)}\n",
         _size_table(result),
         _perplexity_table(card),
+        _answer_table(card),
         _accuracy_table(card),
     ]
     if card.get("command"):
@@ -106,6 +109,16 @@ def _perplexity_table(card: dict[str, Any]) -> str:
     note = f"Perplexity on {card['evaluation']}.\n" if card.get("evaluation") else ""
     note += "".join(f"\n**{text[:1].upper()}{text[1:]}** ({CHECK}).\n" for text in card.get("doubts") or ())
     return "## Perplexity\n\n" + note + "\n| model | perplexity |\n|---|---|\n" + "\n".join(rows) + "\n"
+
+
+def _answer_table(card: dict[str, Any]) -> str:
+    """Perplexity of the answers of held-out conversations."""
+    measured: dict[str, float] = card.get("answer_perplexity") or {}
+    rows = [f"| {s.card_label} | {measured[s.name]:,.3f} |" for s in STAGES if measured.get(s.name)]
+    if not rows:
+        return ""
+    head = f"## Answer perplexity\n\nOf {card['answers']}.\n\n| model | answer perplexity |\n|---|---|\n"
+    return head + "\n".join(rows) + "\n"
 
 
 def _accuracy_table(card: dict[str, Any]) -> str:

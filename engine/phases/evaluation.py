@@ -16,6 +16,7 @@ from engine.config.corpora import corpus_name
 from engine.config.model import RANDOM
 from engine.config.stages import Stage, full_precision
 from engine.config.tables import load_named
+from engine.evaluation.answer_perplexity import answer_perplexity
 from engine.evaluation.perplexity import PerplexityResult, perplexity
 from engine.evaluation.plausible import CHECK, doubt, grouped
 from engine.evaluation.tasks import Accuracy, accuracies, hidden_bytes
@@ -50,6 +51,7 @@ def evaluate(job: Job, stage: Stage, *, again: bool = False) -> None:
                 "seconds": result.seconds,
                 "nll": grouped(result.window_nll) if math.isfinite(result.perplexity) else [],
                 **_ask(of, block_for),
+                **_answers(of, block_for),
             }
         job.store.remember(name, known)
         job.checkpoints.commit(job.report.phase_name)
@@ -86,6 +88,8 @@ def recall(job: Job, stage: str) -> None:
     known = job.store.fact(eval_fact(stage))
     if known and known["perplexity"] is not None:
         job.perplexities[stage] = known["perplexity"]
+    if known and known.get("answer_perplexity"):
+        job.answer_perplexities[stage] = known["answer_perplexity"]
     if known and known.get("accuracy"):
         job.accuracies[stage] = known["accuracy"]
 
@@ -139,6 +143,31 @@ def _perplexity(job: Job, block_for: BlockFor, batch_size: int) -> PerplexityRes
         on_progress=partial(_tell, job, 0.0),
         on_batch=job.report.leave_if_asked,
     )
+
+
+def _answers(job: Job, block_for: BlockFor) -> dict[str, float | int | None]:
+    """Perplexity of the answers of held-out conversations, where there are some."""
+    held_out = job.tokens.held_out
+    if held_out is None:
+        return {}
+    needed = held_out.tokens_NT.numel() * job.lm.hidden_size * job.lm.dtype.itemsize
+
+    def measured() -> tuple[float, int]:
+        return answer_perplexity(
+            job.lm,
+            block_for,
+            held_out.tokens_NT,
+            held_out.answers,
+            batch_size=1,
+            store_kind=job.plan.activation_store,
+            store_path=job.run.cache_dir / "answers.bin",
+            store_budget_bytes=host_budget(job.config, job.plan.machine) // 2,
+            on_progress=lambda done, of: job.report.beat(),
+            on_batch=job.report.leave_if_asked,
+        )
+
+    found, tokens = job.checkpoints.patiently(measured, needed, ACTIVATIONS, job.run.cache_dir)
+    return {"answer_perplexity": found if math.isfinite(found) else None, "answer_tokens": tokens}
 
 
 def _tell(job: Job, before: float, done: int, of: int) -> None:

@@ -154,6 +154,7 @@ def results(runs: Sequence[Compared], found: Difference) -> list[Row]:
     alike = not found.models
     return [
         *_perplexities(runs, comparable=alike and not found.measures),
+        *_answers(runs, comparable=alike),
         *_accuracies(runs, comparable=alike),
         Row(name="size_bytes", values=tuple(e.bytes if e else None for e in exports), comparable=alike),
         Row(
@@ -184,6 +185,21 @@ def _perplexities(runs: Sequence[Compared], *, comparable: bool) -> list[Row]:
         if stage != full_precision() and any(part is not None for part in parts):
             shares.append(Row(name="of_full_precision", stage=stage, values=parts, comparable=comparable))
     return [*rows, *shares]
+
+
+def _answers(runs: Sequence[Compared], *, comparable: bool) -> list[Row]:
+    """Perplexity of the answers of held-out conversations by version; of one thing where they have as many
+    tokens."""
+    rows: list[Row] = []
+    measured = [run.state.answer_perplexity() for run in runs]
+    for stage in versions(name for one in measured for name in one)[:MOST_ROWS]:
+        evaluations = [run.state.evaluations.get(stage) for run in runs]
+        tokens = [e.answer_tokens if e and e.answer_tokens else None for e in evaluations]
+        values = tuple(one.get(stage) for one in measured)
+        if any(value is not None for value in values):
+            same = comparable and not _differ(tokens)
+            rows.append(Row(name="answer_perplexity", stage=stage, values=values, comparable=same))
+    return rows
 
 
 def _accuracies(runs: Sequence[Compared], *, comparable: bool) -> list[Row]:

@@ -147,6 +147,10 @@ class Eval(Event, frozen=True, kw_only=True, tag="eval"):
     one that the tokenizer would write."""
     accuracy: dict[str, float] = {}
     questions: dict[str, int] = {}
+    answer_perplexity: float | None = None
+    """Perplexity of the answers of held-out conversations, where it was measured and is finite."""
+    answer_tokens: int = 0
+    """Tokens of these answers."""
 
 
 class CheckpointCommitted(Event, frozen=True, kw_only=True, tag="checkpoint.committed"):
