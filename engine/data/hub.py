@@ -23,6 +23,8 @@ from engine.data.columns import Rows
 from engine.data.parts import Part, held_out_bucket
 from engine.errors import DataError, first_line
 
+HINT = f"check name, subset, split and network; offline, use data.source = {BUILTIN!r} or a file"
+"""For a data set that cannot be read."""
 _SHUFFLE_ROWS = 1000  # rows held while shuffling a stream: documents of 5 KB make 5 MB
 _HELD_OUT = {"validation": range(10), "evaluation": range(10, 20)}
 _ARTICLE = re.compile(r"^ = [^=]")  # WikiText: " = Title = " opens an article, " = = … = = " a section
@@ -48,9 +50,10 @@ class HubText:
 
     streams = True
 
-    def __init__(self, source: HubSource, corpus: str) -> None:
+    def __init__(self, source: HubSource, corpus: str, hint: str = HINT) -> None:
         self.source = source
         self.corpus = corpus
+        self._hint = hint
         self._read = Rows(source.column, uniform=True)
 
     def documents(self, part: Part, seed: int = 0) -> Iterator[str]:
@@ -158,10 +161,7 @@ class HubText:
         return self.source.where
 
     def _reported(self) -> contextlib.AbstractContextManager[None]:
-        return _reported(
-            self._where,
-            f"check name, subset, split and network; offline, use data.source = {BUILTIN!r} or a file",
-        )
+        return _reported(self._where, self._hint)
 
 
 def hub_rows(

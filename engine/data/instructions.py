@@ -31,6 +31,7 @@ _HELD_OUT: dict[Part, range] = {"validation": range(10), "evaluation": range(10,
 _EVERYTHING = range(100)
 _SHUFFLE_CHARS = 64 << 20
 _HINT = "check instructions.source"
+_OFFLINE = "check name, subset, split and network; offline, instructions.source may name a file"
 
 
 class _Rows(Protocol):
@@ -191,7 +192,7 @@ class _Hub:
     def _splits(self) -> dict[Part, str]:
         if self._source.split:
             return {"train": self._source.split}
-        found = HubText(self._source, self.corpus).discover_splits()
+        found = HubText(self._source, self.corpus, _OFFLINE).discover_splits()
         splits: dict[Part, str] = {"train": found["train"]}
         for part in _HELD_OUT:
             # One split for both would choose the best state by what is reported.
@@ -204,8 +205,7 @@ class _Hub:
 
     def rows(self, part: Part, seed: int) -> Iterator[tuple[str, Any]]:
         source = msgspec.structs.replace(self._source, split=self._splits[part])
-        hint = "check name, subset, split and network; offline, instructions.source may name a file"
-        for row in hub_rows(source, seed=seed, hint=hint):
+        for row in hub_rows(source, seed=seed, hint=_OFFLINE):
             yield source.where, row
 
     def identity(self, part: Part) -> dict[str, str]:

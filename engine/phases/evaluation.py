@@ -140,7 +140,7 @@ def _perplexity(job: Job, block_for: BlockFor, batch_size: int) -> PerplexityRes
         store_kind=job.plan.activation_store,
         store_path=job.run.cache_dir / "evaluation.bin",
         store_budget_bytes=host_budget(job.config, job.plan.machine) // 2,
-        on_progress=partial(_tell, job, 0.0),
+        on_progress=partial(_tell, job, 0),
         on_batch=job.report.leave_if_asked,
     )
 
@@ -162,7 +162,7 @@ def _answers(job: Job, block_for: BlockFor) -> dict[str, float | int | None]:
             store_kind=job.plan.activation_store,
             store_path=job.run.cache_dir / "answers.bin",
             store_budget_bytes=host_budget(job.config, job.plan.machine) // 2,
-            on_progress=lambda done, of: job.report.beat(),
+            on_progress=partial(_tell, job, 2),
             on_batch=job.report.leave_if_asked,
         )
 
@@ -170,18 +170,22 @@ def _answers(job: Job, block_for: BlockFor) -> dict[str, float | int | None]:
     return {"answer_perplexity": found if math.isfinite(found) else None, "answer_tokens": tokens}
 
 
-def _tell(job: Job, before: float, done: int, of: int) -> None:
-    """How far the phase is: the perplexity first, then the tasks, each as much of it as it has tokens."""
-    if not job.tasks:
+def _tell(job: Job, part: int, done: int, of: int) -> None:
+    """How far the phase is: perplexity (0), tasks (1), answers (2), each as much of it as it has tokens."""
+    tokens = _tokens(job)
+    if sum(map(bool, tokens)) == 1:
         job.report.step(done, of)
         return
-    share = 1 - _share_of_tasks(job) if before == 0 else 1 - before
-    job.report.step(round(PARTS * (before + share * done / of)), PARTS)
+    passed = sum(tokens[:part]) + tokens[part] * done / of
+    job.report.step(round(PARTS * passed / sum(tokens)), PARTS)
 
 
-def _share_of_tasks(job: Job) -> float:
-    asked = hidden_bytes(job.lm, job.tasks) / (job.lm.hidden_size * job.lm.dtype.itemsize)
-    return asked / (asked + job.tokens.evaluation.numel())
+def _tokens(job: Job) -> tuple[float, float, float]:
+    """Of the text, of the tasks' questions and of the held-out conversations."""
+    hidden, held_out = job.lm.hidden_size * job.lm.dtype.itemsize, job.tokens.held_out
+    asked = hidden_bytes(job.lm, job.tasks) / hidden if job.tasks else 0.0
+    answers = 0 if held_out is None else held_out.tokens_NT.numel()
+    return job.tokens.evaluation.numel(), asked, answers
 
 
 def _ask(job: Job, block_for: BlockFor) -> dict[str, dict[str, float]]:
@@ -204,6 +208,6 @@ def _accuracies(job: Job, block_for: BlockFor) -> dict[str, Accuracy]:
         block_for,
         job.tasks,
         folder=job.run.cache_dir,
-        on_progress=partial(_tell, job, 1 - _share_of_tasks(job)),
+        on_progress=partial(_tell, job, 1),
         on_batch=job.report.leave_if_asked,
     )

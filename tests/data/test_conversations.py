@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from engine.config.data import DataConfig
+from engine.data import instructions
 from engine.data.conversations import Turn, Unusable, conversation_of, question
 from engine.data.instructions import Instructions, route
 from engine.data.parts import PARTS, Part
@@ -182,3 +183,34 @@ def test_the_question_is_what_precedes_the_first_answer() -> None:
     first = conversation_of({"messages": [*OPENAI, *OPENAI]})
     other = conversation_of({"messages": [OPENAI[0], {"role": "assistant", "content": "Red."}]})
     assert question(first) == question(other) == "user:Name a colour."
+
+
+def test_a_hub_set_is_read_split_by_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` reads a folder as it reads a repository: the whole path but the network."""
+    written(tmp_path / "repo", rows(150, of="train"), "train.jsonl")
+    written(tmp_path / "repo", rows(20, of="test"), "test.jsonl")
+    monkeypatch.setattr(instructions, "_opened", instructions._Hub)
+    source = str(tmp_path / "repo")
+    assert set(asked(source, "evaluation")) == {f"test {n}" for n in range(20)}
+    learned, validated = asked(source, "train"), asked(source, "validation")
+    assert set(learned) | set(validated) == {f"train {n}" for n in range(150)}
+    assert not set(learned) & set(validated)
+    assert learned != sorted(learned, key=lambda text: int(text.split()[1])), "shuffled"
+    only = {part: set(asked(source, part, split="train")) for part in PARTS}
+    assert not only["train"] & only["evaluation"]
+    assert not only["validation"] & only["evaluation"]
+
+
+def test_what_was_read_from_the_hub_is_found_again_without_it(tmp_path: Path) -> None:
+    named = Instructions(DataConfig(source="owner/nowhere", revision="v1"))
+    assert named.identity("train")["revision"] == "v1"
+    assert named.identity("train") != named.identity("evaluation")
+
+
+def test_a_hub_set_of_another_form_is_refused_at_its_first_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(tmp_path / "repo", [{"text": "once"}] * 3, "train.jsonl")
+    monkeypatch.setattr(instructions, "_opened", instructions._Hub)
+    with pytest.raises(DataError, match="has the columns text"):
+        asked(str(tmp_path / "repo"), "train")
