@@ -46,7 +46,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 """Beside the tiny models: positions that masks do not follow, and none at all."""
 
 
-def opened(folder: Path, name: str) -> CausalLM:
+def opened(folder: Path, name: str, device: torch.device = CPU) -> CausalLM:
     if name in OTHERS:
         from transformers import AutoConfig
 
@@ -55,7 +55,7 @@ def opened(folder: Path, name: str) -> CausalLM:
         tiny.byte_tokenizer(320).save_pretrained(folder)
     else:
         tiny.build(folder, name)
-    return CausalLM(ModelSource.open(ModelConfig(source=str(folder))), CPU, torch.float32)
+    return CausalLM(ModelSource.open(ModelConfig(source=str(folder))), device, torch.float32)
 
 
 def samples(*sizes: tuple[int, int]) -> list[Sample]:
@@ -93,6 +93,32 @@ def test_logits_of_a_packed_sample_are_its_own_alone(tmp_path: Path, name: str) 
         assert torch.allclose(
             logits[row, begin : begin + len(ids)], alone, atol=2e-5 * float(alone.abs().max())
         )
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["llama2", "mistral", "qwen2_sliding", "gemma2", "gemma3", "phi3"])
+def test_on_a_gpu_a_packed_sample_is_alone_in_half_precision_too(tmp_path: Path, name: str) -> None:
+    lm = opened(tmp_path / name, name, torch.device("cuda"))
+    check_packing(lm)
+    own = samples((13, 4), (11, 2), (20, 9))
+    found = windows(own)
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 3e-2)):
+        blocks = [lm.load_block(index, dtype) for index in range(lm.blocks)]
+
+        def passed(ids: Tensor, positions: Tensor | None, blocks: list[nn.Module] = blocks) -> Tensor:
+            hidden = lm.embed(ids, positions).to(next(blocks[0].parameters()).dtype)
+            for index, block in enumerate(blocks):
+                hidden = lm.run_block(block, index, hidden, positions_BT=positions)
+            return lm.head(hidden)[0].float()
+
+        logits = passed(found.tokens_NT, found.answers.positions_NT)
+        begin = 0
+        for sample in own:
+            alone = passed(torch.from_numpy(sample.ids)[None], None)
+            error = (logits[begin : begin + len(alone)] - alone).abs().max()
+            assert error <= tolerance * alone.abs().max()
+            begin += len(alone)
 
 
 @torch.no_grad()

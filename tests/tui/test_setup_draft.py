@@ -177,6 +177,7 @@ def test_sections_are_called_as_their_stages_are() -> None:
         "block_ap": "Block-AP",
         "e2e_qp": "E2E-QP",
         "e2e_qat": "E2E-QAT",
+        "instructions": "Instructions",
         "evaluation": "Evaluation",
         "export": "Export",
         "runtime": "Where and how it runs",
