@@ -9,13 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from engine_runs import Child, exported, failure, of, output, run_here
 
+from engine.config.instructions import InstructionsConfig
 from engine.config.loading import load
 from engine.config.overrides import apply_overrides
 from engine.config.validation import validate
 from engine.config.writing import essential
+from engine.data.encoding import Encoder
+from engine.data.parts import Part
 from engine.errors import UsageError
+from engine.models.tokenizer import byte_tokenizer
+from engine.phases.instructions import Conversations, InstructionWindows
 from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.run.shown import show_run
@@ -150,3 +156,36 @@ def test_a_run_without_instructions_says_nothing_of_them() -> None:
     tree = essential(load("smoke"))
     assert "instructions" not in tree
     assert "text_weight" not in tree["e2e_qp"]
+
+
+def test_windows_are_drawn_once_and_what_was_said_is_said_again(conversations: Path) -> None:
+    config = InstructionsConfig(source=str(conversations), template="alpaca")
+    said: list[str] = []
+
+    def drawn(part: Part, sequences: int, seed: int = 1) -> Conversations:
+        windows = InstructionWindows(
+            config, Encoder(byte_tokenizer(300)), seed, lambda code, text: said.append(code)
+        )
+        return windows.draw(part, sequences, 80)
+
+    first = drawn("train", 150)
+    assert sorted(set(said)) == ["instructions-cut", "instructions-rows", "text-repeated"]
+    said.clear()
+    again = drawn("train", 150)
+    assert sorted(set(said)) == ["instructions-cut", "instructions-rows", "text-repeated"]
+    assert torch.equal(first.tokens_NT, again.tokens_NT)
+    assert torch.equal(first.answers.learned_NT, again.answers.learned_NT)
+    assert torch.equal(first.answers.segments_NT, again.answers.segments_NT)
+    assert not torch.equal(first.tokens_NT, drawn("train", 150, seed=2).tokens_NT)
+    one, other = drawn("evaluation", 5, seed=1), drawn("evaluation", 5, seed=2)
+    assert torch.equal(one.tokens_NT, other.tokens_NT), "what is reported does not depend on the seed"
+    assert int(one.answers.counts_N.min()) > 0
+
+
+def test_a_set_of_which_nothing_is_held_out_has_nothing_to_report(tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps({"system": "S", "instruction": "q", "output": "b"}))
+    config = InstructionsConfig(source=str(tmp_path / "one.jsonl"), template="alpaca")
+    windows = InstructionWindows(config, Encoder(byte_tokenizer(300)), 0, lambda code, text: None)
+    for _ in range(2):  # read, and from the cache
+        assert windows.draw("evaluation", 4, 96).tokens_NT.shape == (0, 96)
+    assert windows.draw("train", 1, 96).tokens_NT.shape == (1, 96)

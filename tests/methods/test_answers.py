@@ -76,7 +76,9 @@ def last_hidden(lm: CausalLM, ids_BT: Tensor, positions_BT: Tensor | None = None
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [*tiny.ARCHITECTURES])
+@pytest.mark.parametrize(
+    "name", ["llama3", "mistral", "qwen2_sliding", "gemma2", "gemma3", "phi3", "smollm3", "olmo2"]
+)
 def test_logits_of_a_packed_sample_are_its_own_alone(tmp_path: Path, name: str) -> None:
     lm = opened(tmp_path / name, name)
     own = samples((13, 4), (11, 2), (20, 9), (5, 1))
