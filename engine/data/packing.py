@@ -107,17 +107,13 @@ class Cut:
     learned: int = 0
     """Such tokens of all samples, with the lost ones."""
 
-    def apply(self, sample: Sample, length: int) -> Sample | None:
-        """As much of the sample as has room; none where nothing of it is left to learn."""
+    def count(self, sample: Sample, length: int, *, empty: bool) -> None:
+        """A sample that is in a window, as far as it has room, or left out because it is ``empty``."""
         self.samples += 1
         self.learned += int(sample.learned[1:].sum())
         self.longer += len(sample.ids) > length
         self.lost += int(sample.learned[length:].sum())
-        kept = Sample(sample.ids[:length], sample.learned[:length])
-        if kept.learned[1:].any():
-            return kept
-        self.empty += 1
-        return None
+        self.empty += empty
 
     def words(self, corpus: str, part: str, length: int) -> list[str]:
         """The same for people: one line, or none."""
@@ -151,18 +147,23 @@ def fill(
     cut, kept = Cut(), list[Sample]()
     bins = _Bins(windows, length, packed)
     for sample in samples:
-        whole = cut.apply(sample, length)
-        if whole is not None:
-            kept.append(whole)
-            if not bins.add(whole):
-                break
+        part = Sample(sample.ids[:length], sample.learned[:length])
+        empty = not part.learned[1:].any()
+        placed = not empty and bins.add(part)
+        if placed:
+            kept.append(part)
+        if placed or empty:
+            cut.count(sample, length, empty=empty)
+        if bins.done:
+            break
     done = 1
     draw = random.Random(order)
     while kept and len(bins.made) < windows and done < passes:
         done += 1
         draw.shuffle(kept)
         for sample in kept:
-            if not bins.add(sample):
+            bins.add(sample)
+            if bins.done:
                 break
     answers = Answers(*bins.masks(), packed)
     return Filled(bins.tokens(), answers, cut, done, sum(length - window.room for window in bins.made))
@@ -187,8 +188,14 @@ class _Bins:
         self._open: list[_Window] = []
         self._misfits = 0
 
+    @property
+    def done(self) -> bool:
+        """Whether it is no longer worth trying to put another sample somewhere."""
+        full = len(self.made) == self._most
+        return full and (not self._open or self._misfits >= MISFITS)
+
     def add(self, sample: Sample) -> bool:
-        """Put it somewhere; false once that is no longer worth trying."""
+        """Put it somewhere; false where no window has room for it."""
         size = len(sample.ids)
         place = next((window for window in self._open if window.room >= size), None)
         if place is None and len(self.made) < self._most:
@@ -203,9 +210,7 @@ class _Bins:
             place.put(sample)
         if len(self._open) > OPEN:
             self._open.remove(min(self._open, key=lambda window: window.room))
-        if len(self.made) < self._most:
-            return True
-        return bool(self._open) and self._misfits < MISFITS
+        return place is not None
 
     def tokens(self) -> Tensor:
         """All windows, padded, int64 ``[N, T]``."""

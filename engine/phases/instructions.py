@@ -84,6 +84,8 @@ class InstructionWindows:
         said = [("instructions-rows", line) for line in (*source.skipped(), *written.words())]
         said += [("instructions-cut", line) for line in filled.cut.words(source.corpus, PARTS[part], length)]
         if part != "evaluation" and count < sequences:
+            for code, message in said:  # why there are so few
+                self._warn(code, message)
             raise DataError(
                 f"too few conversations, {PARTS[part]}: {filled.cut.samples:,} give {count:,} sequences of "
                 f"{length} tokens, and {sequences:,} are asked for (each is read at most {MAX_PASSES} times)",

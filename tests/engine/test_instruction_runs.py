@@ -19,7 +19,7 @@ from engine.config.validation import validate
 from engine.config.writing import essential
 from engine.data.encoding import Encoder
 from engine.data.parts import Part
-from engine.errors import UsageError
+from engine.errors import DataError, UsageError
 from engine.models.tokenizer import byte_tokenizer
 from engine.phases.instructions import Conversations, InstructionWindows
 from engine.run import events
@@ -189,3 +189,14 @@ def test_a_set_of_which_nothing_is_held_out_has_nothing_to_report(tmp_path: Path
     for _ in range(2):  # read, and from the cache
         assert windows.draw("evaluation", 4, 96).tokens_NT.shape == (0, 96)
     assert windows.draw("train", 1, 96).tokens_NT.shape == (1, 96)
+
+
+def test_too_few_conversations_are_refused_after_it_was_told_why(conversations: Path) -> None:
+    said: list[str] = []
+    config = InstructionsConfig(source=str(conversations), template="alpaca")
+    windows = InstructionWindows(
+        config, Encoder(byte_tokenizer(300)), 0, lambda code, text: said.append(text)
+    )
+    with pytest.raises(DataError, match=r"too few conversations, training: .* give 0 sequences of 32 tokens"):
+        windows.draw("train", 4, 32)
+    assert any("had no answer left and were left out" in text for text in said)
