@@ -17,7 +17,7 @@ from engine.config.corpora import CORPORA
 from engine.config.data import BUILTIN, OWN, DataConfig
 from engine.config.model import PACKAGE, RANDOM
 from engine.config.run import RunConfig
-from engine.config.stages import stages_of
+from engine.config.stages import learns_answers, stages_of
 from engine.config.tasks import TASKS
 
 _VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
@@ -30,17 +30,20 @@ _SWITCHES = (
 
 
 def everything_is_local(config: RunConfig) -> bool:
-    """Whether model, calibration text, evaluation text and tasks all lie on this machine.
+    """Whether model, calibration text, instructions, evaluation text and tasks all lie on this machine.
 
     What names neither a file nor something built in might be a hub id, also where it is in a cache; text that
     no phase reads does not count.
     """
-    trains = any(stage.reads_text for stage in stages_of(config))
+    made = stages_of(config)
+    trains = any(stage.reads_text and not learns_answers(config, stage) for stage in made)
+    answers = any(learns_answers(config, stage) for stage in made)
     evaluation = config.evaluation
     return (
         _model_is_local(config.model.source)
         and (not config.imported.reference or _model_is_local(config.imported.reference))
         and (not trains or all(_text_is_local(text.data) for text in texts_of(config.data)))
+        and (not answers or _text_is_local(config.instructions.data))
         and (not evaluation.enabled or all(map(_text_is_local, evaluation.every_text())))
         and (not evaluation.enabled or not any(task in TASKS for task in evaluation.tasks))
     )

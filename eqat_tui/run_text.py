@@ -44,6 +44,8 @@ LONGEST_TASK = 60
 MOST_DOUBTS = 10
 LONGEST_BEGIN = 200
 """Characters of how sequences begin."""
+ANSWERS = "answer perplexity"
+"""Perplexity of the answers of held-out conversations."""
 UNREADABLE = "unreadable"
 """In place of the state of a run that is damaged."""
 
@@ -61,6 +63,8 @@ def report(run: Tree, *, with_error: bool = True) -> str:
     parts += map(as_text, tables(run))
     if run.get("measured"):
         parts.append(results_table(run["measured"]))
+    if run.get("answer_perplexity"):
+        parts.append(perplexity_table(run["answer_perplexity"], ANSWERS))
     if run.get("accuracy"):
         parts.append(accuracy_table(run["accuracy"]))
     if run.get("bench"):
@@ -105,7 +109,7 @@ def group_words(group_size: Any) -> str:
     return "one group a row" if group_size == -1 else f"groups of {group_size}"
 
 
-def perplexity_table(perplexity: Mapping[str, float | None]) -> str:
+def perplexity_table(perplexity: Mapping[str, float | None], name: str = "perplexity") -> str:
     """Perplexity of every stage that was evaluated, and how far each is from full precision."""
     base = perplexity.get(full_precision())
     rows = []
@@ -117,7 +121,7 @@ def perplexity_table(perplexity: Mapping[str, float | None]) -> str:
         rows.append((f"  {stage_label(stage)}", format_number(value), ratio))
     if not rows:
         return ""
-    return table(rows, header=("  perplexity", "", "of full precision"), right="lrr")
+    return table(rows, header=(f"  {name}", "", "of full precision"), right="lrr")
 
 
 def accuracy_rows(accuracy: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ...]]:

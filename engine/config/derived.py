@@ -42,8 +42,14 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         path = os.path.expanduser(source)  # os.path, not Path: it takes any text without raising
         return os.path.realpath(path) if source and os.path.exists(path) else source
 
-    names = ("model.source", "imported.reference", "data.source", "evaluation.data.source")
-    sources = {name: value_of(config, name) for name in names}
+    names = (
+        "model.source",
+        "imported.reference",
+        "data.source",
+        "instructions.source",
+        "evaluation.data.source",
+    )
+    sources = {name: found for name in names if (found := value_of(config, name)) is not None}
     tree = to_dict(config)
     for name, source in sources.items():
         *sections, field = name.split(".")

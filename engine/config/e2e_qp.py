@@ -45,6 +45,9 @@ class E2EQPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields
     """The model is trained for this many passes over the training sequences."""
     loss: Literal["cross_entropy", "kl"] = "kl"
     """The loss is next-token cross-entropy, or KL divergence to the full-precision model's prediction."""
+    text_weight: float = 0.0
+    """Beside the KL divergence, next-token cross-entropy counts this much: what the text says, not only what
+    the model made of it."""
     lr_scaling: LearningRateScaling = "relative"
     """``relative`` multiplies a learning rate by each linear's mean initial scale; ``absolute`` does not."""
     lr: float | None = None
@@ -79,6 +82,7 @@ class E2EQPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields
         check_trained(f"{name}.train", self.train, self.train, enabled=self.enabled)
         check_sequences(name, self)
         check_micro_batch(name, self.micro_batch_size, self.batch_size)
+        checks.between(f"{name}.text_weight", self.text_weight, 0.0, 10.0)
         check_learning_rate(f"{name}.lr", self.lr)
         checks.between(f"{name}.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
         check_schedule(name, self)
@@ -87,6 +91,14 @@ class E2EQPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields
         """A learning rate that was left out follows bits and scaling."""
         lr = (2e-5 if grid.bits == 2 else 1e-5) if self.lr_scaling == "absolute" else 0.005
         return msgspec.structs.replace(self, lr=lr if self.lr is None else self.lr)
+
+    @classmethod
+    def silent(cls) -> tuple[str, ...]:
+        return ("text_weight",)
+
+    @classmethod
+    def younger(cls) -> tuple[str, ...]:
+        return ("text_weight",)
 
     @classmethod
     def decides(cls, field: str) -> bool:

@@ -16,6 +16,7 @@ from engine.config.export import ExportConfig
 from engine.config.gptq import GPTQConfig
 from engine.config.grid import GridConfig
 from engine.config.imported import ImportedConfig
+from engine.config.instructions import InstructionsConfig
 from engine.config.lr_qat import LRQATConfig
 from engine.config.model import ModelConfig
 from engine.config.runtime import RuntimeConfig
@@ -43,6 +44,7 @@ class RunConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
     e2e_qp: E2EQPConfig = E2EQPConfig()
     e2e_qat: E2EQATConfig = E2EQATConfig()
     lr_qat: LRQATConfig = LRQATConfig()
+    instructions: InstructionsConfig = InstructionsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -52,7 +54,7 @@ class RunConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return ("imported", *YOUNGER)
 
 
-YOUNGER = ("gptq", "e2e_qat", "lr_qat")
+YOUNGER = ("gptq", "e2e_qat", "lr_qat", "instructions")
 """Sections of ours that earlier versions did not have: a run that does not use one is the run that it was."""
 
 _registered: dict[str, type[Section]] = {}

@@ -48,6 +48,8 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     reads_text: bool = False
     """It learns from calibration text: its section has ``sequences``, ``val_sequences`` and
     ``sequence_length``."""
+    answers: bool = False
+    """It can learn the answers of conversations (``instructions``) in the place of text."""
     entries_prefix: str = ""
     """What ``entries`` is, where that is neither ``block`` nor the name of a stage of the whole network."""
 
@@ -133,6 +135,7 @@ STAGES = Table(
         run="engine.phases.end_to_end:train_end_to_end",
         costs="engine.plan.stages.e2e_qp:E2EQPCosts",
         reads_text=True,
+        answers=True,
         entries_prefix="scales",
         about="E2E-QP then trains the scales of the whole model.",
         part_of="EfficientQAT",
@@ -145,6 +148,7 @@ STAGES = Table(
         run="engine.phases.end_to_end:train_weights_end_to_end",
         costs="engine.plan.stages.e2e_qat:E2EQATCosts",
         reads_text=True,
+        answers=True,
         entries_prefix="integers",
         about="E2E-QAT then trains integers and scales of the whole model.",
     ),
@@ -156,6 +160,7 @@ STAGES = Table(
         run="engine.phases.end_to_end:train_low_rank_end_to_end",
         costs="engine.plan.stages.lr_qat:LRQATCosts",
         reads_text=True,
+        answers=True,
         entries_prefix="lowrank",
         about="LR-QAT then trains a low-rank change of all integers, and scales, of the whole model.",
     ),
@@ -207,6 +212,18 @@ def phases_of(config: RunConfig) -> list[str]:
 def network_stages() -> tuple[Stage, ...]:
     """The stages that train all blocks together, in order: each goes on from what the one before left."""
     return tuple(stage for stage in STAGES if stage.scope == "network")
+
+
+def learns_answers(config: RunConfig, stage: Stage) -> bool:
+    """Whether a stage learns the answers of conversations, and no plain text."""
+    return stage.answers and config.instructions.source is not None and stage.wanted(config)
+
+
+def answer_length(config: RunConfig) -> int:
+    """Tokens of the sequences on which answers are measured: those of the stage that learned them last."""
+    learned = [stage for stage in STAGES if learns_answers(config, stage)]
+    length: int = getattr(config, learned[-1].name).sequence_length if learned else 0
+    return length
 
 
 def last_stage(config: RunConfig) -> Stage:

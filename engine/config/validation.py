@@ -17,7 +17,7 @@ from engine.config.base import Section, describe, field_types, is_section, mista
 from engine.config.calibration import mixture, texts_of
 from engine.config.run import RunConfig, run_config
 from engine.config.stage_section import StageSection
-from engine.config.stages import STAGES
+from engine.config.stages import STAGES, learns_answers
 from engine.errors import UsageError
 
 
@@ -61,6 +61,13 @@ def validate(config: RunConfig) -> None:
         elif isinstance(section, Section):
             section.check(name)
     _one_makes_the_blocks(config)
+    if config.instructions.source is not None and not any(learns_answers(config, s) for s in STAGES):
+        stages = [stage for stage in STAGES if stage.answers]
+        raise UsageError(
+            f"nothing learns them: neither {' nor '.join(stage.label for stage in stages)} is made",
+            where="instructions.source",
+            hint=" or ".join(f"{stage.name}.enabled = true" for stage in stages),
+        )
     if config.imported.enabled and any(text.data.is_own for text in texts_of(config.data)):
         raise UsageError(
             "the model's own text is written by the model as it came, which an imported run is not",

@@ -125,10 +125,10 @@ def _judged(value: Any, row: Any, column: str) -> tuple[str | None, str]:
         return None, "the line is not a JSON object"
     if value is _MISSING:
         return None, f"no column {column!r}"
-    return None, f"column {column!r} holds {_kind(value)}, not text"
+    return None, f"column {column!r} holds {kind_of(value)}, not text"
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """What a value is, in words."""
     if isinstance(value, list):
         turns = [turn for turn in value if isinstance(turn, Mapping)]
@@ -151,12 +151,14 @@ def _hint(row: Any, column: str) -> str:
         return "every row has to be an object with a column of text"
     texts = [name for name in _texts(row) if name != column]
     if texts:
-        return f"set data.column to one of: {_listed(texts)}"
-    kinds = [f"{_shown(name)} ({_kind(value)})" for name, value in itertools.islice(row.items(), _MOST_NAMES)]
-    if any(_kind(value) == _CONVERSATION for value in row.values()):
+        return f"set data.column to one of: {listed(texts)}"
+    kinds = [
+        f"{_shown(name)} ({kind_of(value)})" for name, value in itertools.islice(row.items(), _MOST_NAMES)
+    ]
+    if any(kind_of(value) == _CONVERSATION for value in row.values()):
         return (
-            "conversations are not supported yet: write each as one text, for example with the tokenizer's "
-            "apply_chat_template, and name its column in data.column"
+            "conversations are learned from as instructions: name the file in instructions.source, and plain "
+            "text in data.source"
         )
     if column in row and isinstance(row[column], str | bytes | None):
         return "correct the rows, or use another file"
@@ -173,7 +175,8 @@ def _texts(row: Mapping[Any, Any], prefix: str = "", depth: int = 1) -> Iterator
             yield from _texts(value, f"{name}.", depth + 1)
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[Any]) -> str:
+    """Names of columns in a sentence."""
     # Names come from the file: as many and as long ones as it likes, and not always text.
     return ", ".join(map(_shown, names[:_MOST_NAMES]))
 

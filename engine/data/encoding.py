@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -89,6 +90,42 @@ class Encoder:
                 texts, add_special_tokens=False, return_attention_mask=False, verbose=False
             )
             return [numpy.array(ids, dtype=numpy.int64) for ids in encoded["input_ids"]]
+
+    def with_places(
+        self, texts: Sequence[str], places: Sequence[Sequence[tuple[int, int]]], where: str
+    ) -> list[tuple[Ids, NDArray[numpy.bool_]]]:
+        """Token ids of each text and nothing else, and which of them begin within one of its places:
+        characters, first and one behind the last."""
+        if not texts:
+            return []
+        if not getattr(self.tokenizer, "is_fast", False):
+            # It cannot tell where a token lies: what lies apart is written apart.
+            return [self._piecewise(text, inside, where) for text, inside in zip(texts, places, strict=True)]
+        with _tokenizing(where):
+            encoded = self.tokenizer(
+                list(texts),
+                add_special_tokens=False,
+                return_attention_mask=False,
+                return_offsets_mapping=True,
+                verbose=False,
+            )
+        found = []
+        for ids, offsets, inside in zip(encoded["input_ids"], encoded["offset_mapping"], places, strict=True):
+            begins = numpy.array([begin for begin, _ in offsets], dtype=numpy.int64)
+            within = numpy.zeros(len(begins), dtype=bool)
+            for begin, end in inside:
+                within |= (begins >= begin) & (begins < end)
+            found.append((numpy.array(ids, dtype=numpy.int64), within))
+        return found
+
+    def _piecewise(
+        self, text: str, inside: Sequence[tuple[int, int]], where: str
+    ) -> tuple[Ids, NDArray[numpy.bool_]]:
+        borders = [0, *(border for place in inside for border in place), len(text)]
+        pieces = [text[begin:end] for begin, end in itertools.pairwise(borders)]
+        parts = self.bare(pieces, where)
+        within = [numpy.full(len(ids), number % 2 == 1) for number, ids in enumerate(parts)]
+        return numpy.concatenate(parts), numpy.concatenate(within)
 
     def text(self, text: str, where: str) -> Ids:
         """Token ids of a whole text that is cut into windows afterwards: bare where each window gets a

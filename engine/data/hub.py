@@ -23,6 +23,8 @@ from engine.data.columns import Rows
 from engine.data.parts import Part, held_out_bucket
 from engine.errors import DataError, first_line
 
+HINT = f"check name, subset, split and network; offline, use data.source = {BUILTIN!r} or a file"
+"""For a data set that cannot be read."""
 _SHUFFLE_ROWS = 1000  # rows held while shuffling a stream: documents of 5 KB make 5 MB
 _HELD_OUT = {"validation": range(10), "evaluation": range(10, 20)}
 _ARTICLE = re.compile(r"^ = [^=]")  # WikiText: " = Title = " opens an article, " = = … = = " a section
@@ -48,9 +50,10 @@ class HubText:
 
     streams = True
 
-    def __init__(self, source: HubSource, corpus: str) -> None:
+    def __init__(self, source: HubSource, corpus: str, hint: str = HINT) -> None:
         self.source = source
         self.corpus = corpus
+        self._hint = hint
         self._read = Rows(source.column, uniform=True)
 
     def documents(self, part: Part, seed: int = 0) -> Iterator[str]:
@@ -90,7 +93,7 @@ class HubText:
                 return source.split, None
             held_out = _HELD_OUT["validation"]
             return source.split, held_out if part == "validation" else everything - set(held_out)
-        splits = source.splits or self._discover_splits()
+        splits = source.splits or self.discover_splits()
         if part != "train":
             return (splits[part], None) if part in splits else (splits["train"], _HELD_OUT[part])
         for other, held_out in _HELD_OUT.items():
@@ -98,7 +101,7 @@ class HubText:
                 everything -= set(held_out)
         return splits["train"], everything if len(everything) < 100 else None
 
-    def _discover_splits(self) -> dict[str, str]:
+    def discover_splits(self) -> dict[str, str]:
         """Splits of a data set that no shortcut describes."""
         from datasets import get_dataset_split_names
 
@@ -158,21 +161,28 @@ class HubText:
         return self.source.where
 
     def _reported(self) -> contextlib.AbstractContextManager[None]:
-        return _reported(
-            self._where,
-            f"check name, subset, split and network; offline, use data.source = {BUILTIN!r} or a file",
-        )
+        return _reported(self._where, self._hint)
 
 
-def hub_rows(source: HubSource) -> Iterator[dict[str, Any]]:
-    """Whole rows of ``source.split``, in their order."""
+def hub_rows(
+    source: HubSource,
+    *,
+    seed: int | None = None,
+    hint: str = "check the network; offline, evaluation.tasks may name .jsonl files",
+) -> Iterator[dict[str, Any]]:
+    """Whole rows of ``source.split``: in their order, or in one that the seed decides."""
     from datasets import load_dataset
 
     def reported() -> contextlib.AbstractContextManager[None]:
-        return _reported(source.where, "check the network; offline, evaluation.tasks may name .jsonl files")
+        return _reported(source.where, hint)
 
     with reported():
-        rows = iter(load_dataset(source.repo, source.subset, split=source.split, streaming=True))
+        stream = load_dataset(
+            source.repo, source.subset, split=source.split, revision=source.revision, streaming=True
+        )
+        if seed is not None:
+            stream = stream.shuffle(seed=seed, buffer_size=_SHUFFLE_ROWS)
+        rows = iter(stream)
     while True:
         with reported():
             row = next(rows, None)

@@ -29,11 +29,12 @@ _READING = "2"
 SMALL_CHARS = 64 << 20
 """Up to this much text is held in memory, split by position and identified by content."""
 _PIECE_CHARS = 1 << 20
-_SPLIT_NAMES: dict[Part, tuple[str, ...]] = {
+SPLIT_NAMES: dict[Part, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "evaluation": ("test", "eval", "evaluation"),
 }
+"""What files of a part are called."""
 
 
 class LocalText:
@@ -51,7 +52,7 @@ class LocalText:
         self._column = column or "text"
         self._split = split
         self._rows = Rows(self._column)
-        self._files = _find_files(path)
+        self.files = _find_files(path)
         self._fingerprints: dict[tuple[Path, ...], str] = {}
 
     def documents(self, part: Part, seed: int = 0) -> Iterator[str]:
@@ -81,13 +82,14 @@ class LocalText:
             "column": self._column,
             "part": rule,
             "reading": _READING,
-            "files": self._fingerprint(files),
+            "files": self.fingerprint(files),
         }
 
     def skipped(self) -> list[str]:
         return self._rows.words(self.corpus)
 
-    def _fingerprint(self, files: list[StampedFile]) -> str:
+    def fingerprint(self, files: list[StampedFile]) -> str:
+        """Equal for files that hold the same."""
         for file in files:
             file.check()
         names = tuple(file.path for file in files)
@@ -99,11 +101,11 @@ class LocalText:
     def _files_of(self, part: Part) -> tuple[list[StampedFile], bool]:
         """The files to read, and whether they are the part itself (or a part must still be cut out)."""
         if not self.path.is_dir():
-            return self._files, part == "evaluation"
-        by_part = {name: self._named(words) for name, words in _SPLIT_NAMES.items()}
+            return self.files, part == "evaluation"
+        by_part = {name: self.named(words) for name, words in SPLIT_NAMES.items()}
         if self._split and any(by_part.values()):
-            aliases = next((words for words in _SPLIT_NAMES.values() if self._split in words), (self._split,))
-            chosen = self._named(aliases)
+            aliases = next((words for words in SPLIT_NAMES.values() if self._split in words), (self._split,))
+            chosen = self.named(aliases)
             if not chosen:
                 raise DataError(
                     f"the folder has no files of split {self._split!r}",
@@ -114,14 +116,15 @@ class LocalText:
         if by_part[part] and (part != "train" or by_part["validation"]):
             return by_part[part], True
         if part == "evaluation":
-            return by_part["validation"] or by_part["train"] or self._files, True
-        return by_part["train"] or self._files, False
+            return by_part["validation"] or by_part["train"] or self.files, True
+        return by_part["train"] or self.files, False
 
-    def _named(self, words: Iterable[str]) -> list[StampedFile]:
+    def named(self, words: Iterable[str]) -> list[StampedFile]:
+        """The files whose name, or that of a folder they lie in, begins with one of the words."""
         pattern = re.compile(rf"^({'|'.join(map(re.escape, words))})([-_. ]|$)", re.IGNORECASE)
         return [
             file
-            for file in self._files
+            for file in self.files
             if any(pattern.match(component) for component in file.path.relative_to(self.path).parts)
         ]
 
@@ -241,6 +244,40 @@ def _read_json(file: StampedFile, rows: Rows) -> Iterator[str]:
             yield text
 
 
+def whole_rows(file: StampedFile) -> Iterator[tuple[str, Any]]:
+    """Where each row of a file is, and everything that it holds.
+
+    Raises:
+        DataError: for a file that cannot be read, or has no rows.
+    """
+    name = file.path.name.removesuffix(".gz").removesuffix(".zst")
+    if name.endswith(".txt"):
+        raise DataError("is plain text, and has no rows", where=str(file.path), hint="name another file")
+    with readable(file.path):
+        if name.endswith((".jsonl", ".json")):
+            for number, row in json_rows(file):
+                yield f"{file.path}:{number}", row
+            return
+        with file.opened() as stream:
+            number = 0
+            for batch in _all_batches(file.path, stream):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file.path}, row {number}", row
+
+
+def _all_batches(path: Path, stream: BinaryIO) -> Iterator[Any]:
+    """The file's batches with all of their columns."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if path.name.endswith(".parquet"):
+        with pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True) as table:
+            yield from table.iter_batches(batch_size=1024)
+        return
+    yield from _arrow_batches(stream)[1]
+
+
 def _read_columnar(file: StampedFile, rows: Rows) -> Iterator[str]:
     number = 0
     # Read, not mapped: a file that somebody cuts off meanwhile ends a process that has it mapped.
@@ -279,16 +316,23 @@ def _record_batches(path: Path, stream: BinaryIO, rows: Rows) -> Iterator[tuple[
             for batch in table.iter_batches(batch_size=1024, columns=[name]):
                 yield name, batch
         return
+    schema, batches = _arrow_batches(stream)
+    name = _outer(rows, schema, path)
+    for batch in batches:
+        yield name, batch
+
+
+def _arrow_batches(stream: BinaryIO) -> tuple[Any, Iterable[Any]]:
+    """Schema and batches of an Arrow file in either of its two forms."""
+    import pyarrow
+
     try:  # `datasets` writes the stream format, most others the file format
         reader = pyarrow.ipc.open_stream(stream)
-        batches: Iterable[Any] = reader
+        return reader.schema, reader
     except pyarrow.ArrowInvalid:
         stream.seek(0)
         reader = pyarrow.ipc.open_file(stream)
-        batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
-    name = _outer(rows, reader.schema, path)
-    for batch in batches:
-        yield name, batch
+        return reader.schema, (reader.get_batch(index) for index in range(reader.num_record_batches))
 
 
 def _outer(rows: Rows, schema: Any, path: Path) -> str:

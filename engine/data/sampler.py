@@ -17,6 +17,9 @@ from torch import Tensor
 
 from engine.errors import IdentityError
 
+GROUPED_BATCHES = 50
+"""Batches among which sequences of like length are sought."""
+
 
 class Batch(NamedTuple):
     """One optimizer step of one rank."""
@@ -43,7 +46,9 @@ class BatchSampler:
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = False,
+        lengths: Tensor | None = None,
     ) -> None:
+        """``lengths`` of the sequences make batches of sequences of like length."""
         if count < 1 or batch_size < 1 or epochs < 0:
             raise ValueError(f"{count} sequences in batches of {batch_size} for {epochs} epochs")
         if not 0 <= rank < world_size:
@@ -57,6 +62,7 @@ class BatchSampler:
         self.rank = rank
         self.world_size = world_size
         self.drop_last = drop_last
+        self._lengths = lengths
         self.step = 0
         self._order: tuple[int, Tensor] | None = None
 
@@ -80,7 +86,19 @@ class BatchSampler:
     def _draw(self, epoch: int) -> Tensor:
         digest = hashlib.blake2b(f"{self.seed}/{epoch}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-        return torch.randperm(self.count, generator=generator)
+        order = torch.randperm(self.count, generator=generator)
+        return order if self._lengths is None else self._grouped(order, self._lengths, generator)
+
+    def _grouped(self, order: Tensor, lengths: Tensor, generator: torch.Generator) -> Tensor:
+        """The order with sequences of like length in a batch: sorted within large parts, so that the company
+        of a sequence is another each time, and the batches mixed. A smaller batch stays the last one."""
+        parts = order.split(GROUPED_BATCHES * self.batch_size)
+        # Stable, so that equal lengths stay in the order that was drawn.
+        ordered = torch.cat([part[lengths[part].argsort(descending=True, stable=True)] for part in parts])
+        batches = list(ordered.split(self.batch_size))
+        rest = [batches.pop()] if len(batches[-1]) < self.batch_size else []
+        mixed = torch.randperm(len(batches), generator=generator).tolist()
+        return torch.cat([*(batches[index] for index in mixed), *rest])
 
     def __iter__(self) -> Iterator[Batch]:
         while self.step < self.steps:

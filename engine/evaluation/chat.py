@@ -16,6 +16,7 @@ import select
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from engine.errors import PreflightError
@@ -36,10 +37,42 @@ def render(tokenizer: Any, prompt: str) -> str:
     Raises:
         PreflightError: when the template fails, takes too long or too much memory, or writes too much.
     """
+    longest = LONGEST + 16 * len(prompt.encode(errors="surrogatepass"))
+
+    def written() -> str:
+        turn = [{"role": "user", "content": prompt}]
+        return checked(
+            tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False), longest
+        )
+
+    return str(in_a_child(written, longest))
+
+
+class Refused(Exception):
+    """What a template wrote cannot be used; the message says why."""
+
+
+def checked(text: Any, longest: int) -> str:
+    """What a template wrote, if it is a text of at most so many characters.
+
+    Raises:
+        Refused: if it is not.
+    """
+    if not isinstance(text, str) or len(text) > longest:
+        raise Refused("it writes too much" if isinstance(text, str) else "it writes no text")
+    return text
+
+
+def in_a_child(work: Callable[[], Any], longest: int) -> Any:
+    """What ``work()`` returns, which has to be something that JSON can say in ``longest`` bytes; it renders
+    templates of others, and is done by a child.
+
+    Raises:
+        PreflightError: when it fails, takes too long or too much memory.
+    """
     # Imported by whoever renders first; a child should not begin by importing.
     import jinja2.sandbox  # noqa: F401
 
-    longest = LONGEST + 16 * len(prompt.encode(errors="surrogatepass"))
     reading, writing = os.pipe()
     with warnings.catch_warnings():
         # Python warns of forks of processes with threads, for locks that the child would wait for: it takes
@@ -48,7 +81,7 @@ def render(tokenizer: Any, prompt: str) -> str:
         child = os.fork()
     if child == 0:
         os.close(reading)
-        _render_and_exit(tokenizer, prompt, writing, longest)
+        _work_and_exit(work, writing)
     os.close(writing)
     try:
         answer = _received(reading, longest + 1024)
@@ -59,8 +92,8 @@ def render(tokenizer: Any, prompt: str) -> str:
     return _judged(answer)
 
 
-def _render_and_exit(tokenizer: Any, prompt: str, writing: int, longest: int) -> None:
-    """The child's whole life; its last words are JSON, ``[text]`` or ``[null, problem]``."""
+def _work_and_exit(work: Callable[[], Any], writing: int) -> None:
+    """The child's whole life; its last words are JSON, ``[result]`` or ``[null, problem]``."""
     try:
         # Signals to the process group are for the parent, whose handlers would write into the run.
         for number in STOP_SIGNALS:
@@ -68,21 +101,17 @@ def _render_and_exit(tokenizer: Any, prompt: str, writing: int, longest: int) ->
         # Should the parent be killed, nobody would kill this.
         resource.setrlimit(resource.RLIMIT_CPU, (int(SECONDS) + 1, int(SECONDS) + 1))
         with memory_headroom(HEADROOM):
-            said = _rendered(tokenizer, prompt, longest)
+            said = _done(work)
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(json.dumps(said).encode())
     finally:
         os._exit(0)
 
 
-def _rendered(tokenizer: Any, prompt: str, longest: int) -> list[str | None]:
-    """What the template writes, or nothing and why."""
+def _done(work: Callable[[], Any]) -> list[Any]:
+    """What comes of it, or nothing and why."""
     try:
-        turn = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-        if not isinstance(text, str) or len(text) > longest:
-            return [None, "it writes too much" if isinstance(text, str) else "it writes no text"]
-        return [text]
+        return [work()]
     except MemoryError:
         return [None, "it takes too much memory"]
     except Exception as error:
@@ -104,7 +133,7 @@ def _received(reading: int, most: int) -> bytes | None:
     return b"".join(pieces)
 
 
-def _judged(answer: bytes | None) -> str:
+def _judged(answer: bytes | None) -> Any:
     if answer is None:
         raise _failed(f"it was still at work after {SECONDS:.0f} s")
     try:
@@ -113,7 +142,7 @@ def _judged(answer: bytes | None) -> str:
         raise _failed("it ended the process that ran it") from None
     if said[0] is None:
         raise _failed(str(said[1]))
-    return str(said[0])
+    return said[0]
 
 
 def _failed(why: str) -> PreflightError:

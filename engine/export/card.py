@@ -10,6 +10,8 @@ bytes: no dates, durations or machine names.
 - ``license``: licence identifier of the base model, passed on
 - ``command``: the exact command that made the run
 - ``perplexity``: of each stage by its name, absent or None where not measured
+- ``answer_perplexity``: the same on answers of held-out conversations
+- ``answers``: one line: which answers these are
 - ``accuracy``: of each stage by its name, of each task by its name
 - ``further``: of each stage by its name, a :class:`engine.run.measures.Further`
 - ``evaluation``: one line: corpus, tokens, window length
@@ -46,6 +48,7 @@ def model_card(
         _size_table(result),
         _perplexity_table(card),
         _divergence_table(card),
+        _answer_table(card),
         _texts_table(card),
         _accuracy_table(card),
     ]
@@ -142,6 +145,16 @@ def _texts_table(card: dict[str, Any]) -> str:
         rows.append(f"| {stage.card_label} | {' | '.join(words)} |")
     head = f"| model | {' | '.join(n.replace('|', '/') for n in names)} |\n|---|{'---|' * len(names)}\n"
     return "## Perplexity on other texts\n\n" + head + "\n".join(rows) + "\n"
+
+
+def _answer_table(card: dict[str, Any]) -> str:
+    """Perplexity of the answers of held-out conversations."""
+    measured: dict[str, float] = card.get("answer_perplexity") or {}
+    rows = [f"| {s.card_label} | {measured[s.name]:,.3f} |" for s in STAGES if measured.get(s.name)]
+    if not rows:
+        return ""
+    head = f"## Answer perplexity\n\nOf {card['answers']}.\n\n| model | answer perplexity |\n|---|---|\n"
+    return head + "\n".join(rows) + "\n"
 
 
 def _accuracy_table(card: dict[str, Any]) -> str:

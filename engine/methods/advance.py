@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.data.prefetch import READ_AHEAD, InPlace
 from engine.quant.packed import unpacked
@@ -58,8 +58,10 @@ def advance(
     portions: Portions,
     dtype: torch.dtype,
     progress: Progress,
+    positions_NT: Tensor | None = None,
 ) -> None:
-    """Replace a stream by the block's output on it, batch by batch, in place.
+    """Replace a stream by the block's output on it, batch by batch, in place. Positions are those of packed
+    samples, none where windows are one text.
 
     A stop may come between two batches and leave the stream half advanced: it is rebuilt on resume.
     """
@@ -72,7 +74,9 @@ def advance(
             try:
                 hidden = carried.read(rows, following)
                 with autocast(lm.device, dtype):
-                    output = lm.run_block(block, index, hidden, often=len(rows) == batch)
+                    output = lm.run_block(
+                        block, index, hidden, often=len(rows) == batch, positions_BT=_of(positions_NT, rows)
+                    )
             except torch.OutOfMemoryError:
                 if batch == 1:
                     raise
@@ -88,6 +92,10 @@ def advance(
                 f"block {index}: out of memory with {batch} sequences at a time; going on with {batch // 2}",
                 hint=OTHERS_HINT,
             )
+
+
+def _of(positions_NT: Tensor | None, rows: range) -> Tensor | None:
+    return None if positions_NT is None else positions_NT[rows.start : rows.stop]
 
 
 @contextmanager

@@ -47,6 +47,10 @@ StandIn = Callable[[int, Tensor, dict[str, Any]], Tensor]
 """Called in place of block ``i`` with its hidden states and its other arguments by name."""
 
 
+_Arguments = tuple[int, int, torch.dtype, bytes]
+"""Batch, length, dtype, and where positions are not the usual ones, these."""
+
+
 class _Enough(Exception):
     """Ends a forward pass of the structure once a stand-in has what it came for."""
 
@@ -75,7 +79,7 @@ class CausalLM:
             self.tied = self._tie_as_stored()
         check_checkpoint(self.model, self.names, self.weights, source)
         self._load_outer()
-        self._arguments: OrderedDict[tuple[int, int, torch.dtype], list[dict[str, Any]]] = OrderedDict()
+        self._arguments: OrderedDict[_Arguments, list[dict[str, Any]]] = OrderedDict()
         self._returns_tuple = False
         self._structure = threading.RLock()
         """Held while blocks stand in for something, and while one is copied: a thread may load the next."""
@@ -98,6 +102,16 @@ class CausalLM:
     @property
     def hidden_size(self) -> int:
         return int(text_config(self.model.config).hidden_size)
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the part that reads text."""
+        return text_config(self.model.config)
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether its forward can be told where in its text each token stands."""
+        return "position_ids" in inspect.signature(type(self.model).forward).parameters
 
     @property
     def vocab_size(self) -> int:
@@ -137,40 +151,57 @@ class CausalLM:
     # -- running -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def embed(self, ids_BT: Tensor) -> Tensor:
-        """What the first block is given for these tokens, in the model's dtype."""
+    def embed(self, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+        """What the first block is given for these tokens, in the model's dtype; positions are none where
+        tokens stand one behind the other."""
         caught: list[Tensor] = []
 
         def stop(index: int, hidden_BTH: Tensor, arguments: dict[str, Any]) -> Tensor:
             caught.append(hidden_BTH)
             raise _Enough
 
-        self._forward(stop, input_ids=ids_BT.to(self.device))
+        self._forward(stop, input_ids=ids_BT.to(self.device), **self._placed(positions_BT))
         return caught[0]
 
     def block_kwargs(
-        self, index: int, batch: int, length: int, dtype: torch.dtype | None = None
+        self,
+        index: int,
+        batch: int,
+        length: int,
+        dtype: torch.dtype | None = None,
+        positions_BT: Tensor | None = None,
     ) -> dict[str, Any]:
         """What block ``index`` is called with besides hidden states of shape ``[batch, length, H]``.
 
-        ``dtype`` is that of the hidden states; rotary tables are computed in it.
+        ``dtype`` is that of the hidden states; rotary tables are computed in it. Positions (int64, on the
+        CPU) that begin anew within a row are of several texts, which see nothing of each other.
         """
-        key = (batch, length, dtype or self.dtype)
+        places = b"" if positions_BT is None else positions_BT.numpy().tobytes()
+        key = (batch, length, dtype or self.dtype, places)
         if key not in self._arguments:
-            self._arguments[key] = self._record(*key)
+            self._arguments[key] = self._record(*key[:3], positions_BT=positions_BT)
             while len(self._arguments) > KEPT_SHAPES:
                 self._arguments.popitem(last=False)
         self._arguments.move_to_end(key)
         return self._arguments[key][index]
 
-    def run_block(self, module: nn.Module, index: int, hidden_BTH: Tensor, *, often: bool = False) -> Tensor:
-        """The block's output for these hidden states; differentiable if the block is.
+    def run_block(
+        self,
+        module: nn.Module,
+        index: int,
+        hidden_BTH: Tensor,
+        *,
+        often: bool = False,
+        positions_BT: Tensor | None = None,
+    ) -> Tensor:
+        """The block's output for these hidden states; differentiable if the block is. Positions are those of
+        :meth:`block_kwargs`.
 
         ``often`` says that many batches of this shape pass through blocks: then it is worth
         :meth:`repeated`.
         """
         batch, length = hidden_BTH.shape[:2]
-        arguments = self.block_kwargs(index, batch, length, hidden_BTH.dtype)
+        arguments = self.block_kwargs(index, batch, length, hidden_BTH.dtype, positions_BT)
         forward = self.repeated(block_forward) if often and not torch.is_grad_enabled() else block_forward
         return forward(module, hidden_BTH, arguments)
 
@@ -318,7 +349,17 @@ class CausalLM:
             except _Enough:
                 return None
 
-    def _record(self, batch: int, length: int, dtype: torch.dtype, token: int = 0) -> list[dict[str, Any]]:
+    def _placed(self, positions_BT: Tensor | None) -> dict[str, Tensor]:
+        return {} if positions_BT is None else {"position_ids": positions_BT.to(self.device)}
+
+    def _record(
+        self,
+        batch: int,
+        length: int,
+        dtype: torch.dtype,
+        token: int = 0,
+        positions_BT: Tensor | None = None,
+    ) -> list[dict[str, Any]]:
         recorded: list[dict[str, Any]] = []
 
         def note(index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -339,7 +380,7 @@ class CausalLM:
             torch.no_grad(),
             torch.autocast(self.device.type, enabled=False),
         ):
-            self._forward(note, **inputs)
+            self._forward(note, **inputs, **self._placed(positions_BT))
         return recorded
 
     def _probe(self) -> None:

@@ -17,6 +17,7 @@ from engine.config.corpora import corpus_name
 from engine.config.model import RANDOM
 from engine.config.stages import Stage, full_precision
 from engine.config.tables import load_named
+from engine.evaluation.answer_perplexity import answer_perplexity
 from engine.evaluation.beside import Version
 from engine.evaluation.measurement import Measurement, finite, read
 from engine.evaluation.plausible import CHECK, doubt, grouped
@@ -55,6 +56,7 @@ def evaluate(job: Job, stage: Stage, *, again: bool = False) -> None:
                 "nll": grouped(result.window_nll) if math.isfinite(result.perplexity) else [],
                 **_ask(of, Version(of.lm, block_for, outer)),
                 **_further(of, found),
+                **_answers(of, block_for),
             }
         job.store.remember(name, known)
         job.checkpoints.commit(job.report.phase_name)
@@ -101,6 +103,8 @@ def recall(job: Job, stage: str) -> None:
     known = job.store.fact(eval_fact(stage))
     if known and known["perplexity"] is not None:
         job.perplexities[stage] = known["perplexity"]
+    if known and known.get("answer_perplexity"):
+        job.answer_perplexities[stage] = known["answer_perplexity"]
     if known and known.get("accuracy"):
         job.accuracies[stage] = known["accuracy"]
 
@@ -167,7 +171,7 @@ def _read(
         store_kind=job.plan.activation_store,
         store_paths=(job.run.cache_dir / "evaluation-full.bin", job.run.cache_dir / "evaluation.bin"),
         store_budget_bytes=host_budget(job.config, job.plan.machine) // 2,
-        on_progress=partial(_tell, job, 0.0),
+        on_progress=partial(_tell, job, 0),
         on_batch=job.report.leave_if_asked,
     )
 
@@ -183,18 +187,47 @@ def _further(job: Job, found: Measurement) -> dict[str, Any]:
     return {} if further == Further() else {"further": msgspec.to_builtins(further)}
 
 
-def _tell(job: Job, before: float, done: int, of: int) -> None:
-    """How far the phase is: the perplexity first, then the tasks, each as much of it as it has tokens."""
-    if not job.tasks:
+def _answers(job: Job, block_for: BlockFor) -> dict[str, float | int | None]:
+    """Perplexity of the answers of held-out conversations, where there are some."""
+    held_out = job.tokens.held_out
+    if held_out is None:
+        return {}
+    needed = held_out.tokens_NT.numel() * job.lm.hidden_size * job.lm.dtype.itemsize
+
+    def measured() -> tuple[float, int]:
+        return answer_perplexity(
+            job.lm,
+            block_for,
+            held_out.tokens_NT,
+            held_out.answers,
+            batch_size=1,
+            store_kind=job.plan.activation_store,
+            store_path=job.run.cache_dir / "answers.bin",
+            store_budget_bytes=host_budget(job.config, job.plan.machine) // 2,
+            on_progress=partial(_tell, job, 2),
+            on_batch=job.report.leave_if_asked,
+        )
+
+    found, tokens = job.checkpoints.patiently(measured, needed, ACTIVATIONS, job.run.cache_dir)
+    return {"answer_perplexity": found if math.isfinite(found) else None, "answer_tokens": tokens}
+
+
+def _tell(job: Job, part: int, done: int, of: int) -> None:
+    """How far the phase is: perplexity (0), tasks (1), answers (2), each as much of it as it has tokens."""
+    tokens = _tokens(job)
+    if sum(map(bool, tokens)) == 1:
         job.report.step(done, of)
         return
-    share = 1 - _share_of_tasks(job) if before == 0 else 1 - before
-    job.report.step(round(PARTS * (before + share * done / of)), PARTS)
+    passed = sum(tokens[:part]) + tokens[part] * done / of
+    job.report.step(round(PARTS * passed / sum(tokens)), PARTS)
 
 
-def _share_of_tasks(job: Job) -> float:
-    asked = hidden_bytes(job.lm, job.tasks) / (job.lm.hidden_size * job.lm.dtype.itemsize)
-    return asked / (asked + job.tokens.measured().numel())
+def _tokens(job: Job) -> tuple[float, float, float]:
+    """Of the texts, of the tasks' questions and of the held-out conversations."""
+    hidden, held_out = job.lm.hidden_size * job.lm.dtype.itemsize, job.tokens.held_out
+    asked = hidden_bytes(job.lm, job.tasks) / hidden if job.tasks else 0.0
+    answers = 0 if held_out is None else held_out.tokens_NT.numel()
+    return job.tokens.measured().numel(), asked, answers
 
 
 def _ask(job: Job, version: Version) -> dict[str, dict[str, float]]:
@@ -218,6 +251,6 @@ def _accuracies(job: Job, block_for: BlockFor) -> dict[str, Accuracy]:
         block_for,
         job.tasks,
         folder=job.run.cache_dir,
-        on_progress=partial(_tell, job, 1 - _share_of_tasks(job)),
+        on_progress=partial(_tell, job, 1),
         on_batch=job.report.leave_if_asked,
     )

@@ -14,9 +14,10 @@ from typing import Any
 import msgspec
 import torch
 
-from engine.config.calibration import mixture, text_words
+from engine.config.calibration import mixture
 from engine.config.corpora import corpus_name
 from engine.config.formats import FORMATS
+from engine.config.learning import learned_words
 from engine.config.runtime import RuntimeConfig
 from engine.config.sameness import equivalent_command
 from engine.config.stages import STAGES
@@ -176,9 +177,23 @@ def _tell(
     )
 
 
+def _answers_in_words(job: Job) -> str:
+    """Of what the answers are that were measured; empty where none were."""
+    if job.tokens.held_out is None:
+        return ""
+    section, held_out = job.config.instructions, job.tokens.held_out
+    windows, length = held_out.tokens_NT.shape
+    template = "the chat template" if section.template == "model" else section.template
+    return (
+        f"{int(held_out.answers.counts_N.sum()):,} answer tokens of conversations held out of "
+        f"{corpus_name(section.data)}, {windows} sequences of {length} tokens written by {template}"
+    )
+
+
 def _card(job: Job) -> dict[str, Any]:
     """What the model card says."""
     config = job.config
+    tells = mixture(config.data) or config.instructions.source is not None
     evaluation, begin = job.tokens.evaluation, job.encoder.words()
     return {
         "base_model": config.imported.reference or config.model.source,
@@ -186,10 +201,12 @@ def _card(job: Job) -> dict[str, Any]:
         "command": equivalent_command(config),
         "config": to_toml(msgspec.structs.replace(config, runtime=RuntimeConfig(seed=config.runtime.seed))),
         "perplexity": job.perplexities,
+        "answer_perplexity": job.answer_perplexities,
+        "answers": _answers_in_words(job),
         "accuracy": job.accuracies,
         "further": {stage: further_of(job, stage) for stage in job.perplexities},
         # The configuration below the list names a single text.
-        "method": [f"trained on {text_words(config.data)}"] if mixture(config.data) else [],
+        "method": [f"trained on {learned_words(config)}"] if tells else [],
         "doubts": [said for stage in STAGES if (said := doubted(job, stage))],
         "versions": package_versions(),
         "evaluation": f"{corpus_name(config.evaluation.data)}, {evaluation.shape[0]} windows of "

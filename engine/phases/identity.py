@@ -17,6 +17,7 @@ from engine.checkpoints.identity import counts_as, differing_field
 from engine.checkpoints.store import CheckpointStore
 from engine.config.calibration import text_words
 from engine.config.corpora import corpus_name
+from engine.config.learning import learned_words
 from engine.config.run import RunConfig
 from engine.config.sameness import config_hash, equivalent_command
 from engine.config.stages import STAGES
@@ -58,7 +59,7 @@ def write_manifest(
             "identity": {"config": config_hash(config), **made_from},
             "model": source.identity(),
             "data": {
-                "calibration": text_words(config.data),
+                "calibration": learned_words(config) or text_words(config.data),
                 "evaluation": corpus_name(config.evaluation.data),
                 **({"further evaluation": further} if further else {}),
                 "begin": encoder.words(),

@@ -54,6 +54,8 @@ class Job:
     """Questions of zero-shot tasks, by the task's name."""
     perplexities: dict[str, float] = field(default_factory=dict)
     """By stage, as far as measured."""
+    answer_perplexities: dict[str, float] = field(default_factory=dict)
+    """The same of the answers of held-out conversations."""
     accuracies: dict[str, dict[str, float]] = field(default_factory=dict)
     """By stage and task, as far as measured."""
     full: ActivationStore | None = None
@@ -178,12 +180,14 @@ class Job:
         return together(streams_batch(self.config), length, hidden, numbers)
 
     @torch.no_grad()
-    def embed(self, tokens: Tensor, *stores: ActivationStore) -> None:
-        """Fill ``stores`` with what the first block receives."""
+    def embed(self, tokens: Tensor, *stores: ActivationStore, positions_NT: Tensor | None = None) -> None:
+        """Fill ``stores`` with what the first block receives. Positions are those of packed samples."""
         batch = self.together(stores[0].shape)
         for start in range(0, tokens.shape[0], batch):
             self.report.leave_if_asked()
-            hidden = self.lm.embed(tokens[start : start + batch].to(self.device))
+            rows = slice(start, start + batch)
+            positions = None if positions_NT is None else positions_NT[rows]
+            hidden = self.lm.embed(tokens[rows].to(self.device), positions)
             for store in stores:
                 store.write(start, hidden)
 

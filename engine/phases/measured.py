@@ -77,5 +77,5 @@ def asked_job(job: Job, how: How) -> Job:
         except DataError as error:
             raise by_flags(error) from error
         read.append(windows)
-    tokens = Tokens({}, read[0], dict(zip(section.text_names()[1:], read[1:], strict=True)))
+    tokens = Tokens({}, read[0], further=dict(zip(section.text_names()[1:], read[1:], strict=True)))
     return replace(job, config=config, encoder=encoder, tokens=tokens, tasks={})

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.checkpoints.streams import StoredStreams, delete_streams, read_streams, write_streams
 from engine.data.activations import ActivationStore
@@ -33,12 +33,14 @@ def pass_through(
     stream: ActivationStore,
     dtype: torch.dtype,
     beside: AbstractContextManager[None] | None = None,
+    positions_NT: Tensor | None = None,
 ) -> None:
-    """The stream called ``name`` through block ``index``, in place; ``beside`` is entered meanwhile."""
+    """The stream called ``name`` through block ``index``, in place; ``beside`` is entered meanwhile.
+    Positions are those of packed samples."""
     fact = halvings_fact(name)
     portions = Portions(job.together(stream.shape), job.store.fact(fact) or ())
     with beside or nullcontext():
-        advance(job.lm, index, block, stream, portions, dtype, job.report)
+        advance(job.lm, index, block, stream, portions, dtype, job.report, positions_NT)
     if portions.halvings:
         job.store.remember(fact, [list(halving) for halving in portions.halvings])
 

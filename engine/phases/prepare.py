@@ -24,6 +24,7 @@ from engine.phases.evaluation import recall
 from engine.phases.heads import quantize_heads
 from engine.phases.identity import digest, share_origin, warn_of_changes, write_manifest
 from engine.phases.imported import open_reference, open_source
+from engine.phases.instructions import check_packing
 from engine.phases.job import Job, compute_dtype
 from engine.phases.own_text import OwnText
 from engine.phases.text import PREPARE_SILENCE, draw_tokens
@@ -70,6 +71,9 @@ def prepare(
     made_from = {"model": digest(identity), "tokenizer": source.assets_identity()}
     own = OwnText(run, config, lm, encoder, made_from, plan.machine, report)
     tokens = draw_tokens(config, encoder, report, own.windows)
+    if task == "run" and config.instructions.source is not None and config.instructions.packing:
+        report.doing = "trying whether conversations can share a sequence"
+        check_packing(lm, report.leave_if_asked)
     made_from |= tokens.digests()
     if (reference := open_reference(config)) is not None:
         made_from["reference"] = digest(reference.identity()["sha256"])

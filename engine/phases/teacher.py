@@ -28,6 +28,8 @@ class _Text:
     tokens: Tensor
     rows: Tensor | None
     """Where the stage's own sequences lie in ``tokens``; none when they are the same."""
+    positions: Tensor | None = None
+    """Of packed samples."""
 
 
 def is_taught(job: Job, stage: Stage) -> bool:
@@ -41,9 +43,10 @@ def _text(job: Job, stage: Stage) -> _Text:
     A resumed run computes Block-AP's stream anew from the same text in the same batches: in other batches,
     the last bits would be others.
     """
-    own = job.tokens.of(stage.name).tokens_NT
-    alone = _Text("teacher", own, None)
-    if not may_share_teacher(job.config, cuda=job.device.type == "cuda"):
+    windows = job.tokens.of(stage.name)
+    own, answers = windows.tokens_NT, windows.answers
+    alone = _Text("teacher", own, None, None if answers is None else answers.positions_NT)
+    if answers is not None or not may_share_teacher(job.config, cuda=job.device.type == "cuda"):
         return alone
     streamed = job.tokens.of(streamed_stage(job.config).name).tokens_NT
     rows = positions(own, streamed)
@@ -76,10 +79,10 @@ def teacher(job: Job, stage: Stage) -> Teacher:
     stream = job.activations("teacher", text.tokens, _dtype(job))
     if stored_at(job, {"teacher": stream}) is None:
         teaching = original(job)
-        teaching.embed(text.tokens, stream)
+        teaching.embed(text.tokens, stream, positions_NT=text.positions)
         for index in range(job.blocks):
             block = teaching.lm.load_block(index, dtype=torch.float32)
-            pass_through(teaching, index, block, text.name, stream, _dtype(job))
+            pass_through(teaching, index, block, text.name, stream, _dtype(job), positions_NT=text.positions)
             job.report.leave_if_asked()
         _store(job, stream)
     return Teacher(stream, text.rows)

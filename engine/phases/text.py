@@ -13,10 +13,12 @@ from torch import Tensor
 from engine.config.calibration import shared_out, texts_of
 from engine.config.data import DataConfig
 from engine.config.run import YOUNGER, RunConfig
-from engine.config.stages import STAGES
+from engine.config.stages import STAGES, answer_length, learns_answers
 from engine.data.encoding import Encoder
+from engine.data.packing import Answers
 from engine.data.parts import Part
-from engine.data.tokens import mixed_up, token_windows
+from engine.data.tokens import Warn, mixed_up, token_windows
+from engine.phases.instructions import Conversations, InstructionWindows
 from engine.reporter import Reporter
 
 PREPARE_SILENCE = 600
@@ -30,6 +32,8 @@ class Windows:
 
     tokens_NT: Tensor
     train: int
+    answers: Answers | None = None
+    """What of conversations is learned; none of text, where every token is."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,10 @@ class Tokens:
     """By stage; of a stage of ours that is not made, no window."""
     evaluation: Tensor
     """Int ``[N, T]``."""
+    held_out: Conversations | None = None
+    """Conversations whose answers are measured, where there are any."""
     further: Mapping[str, Tensor] = field(default_factory=dict)
-    """The same of other texts, by their names."""
+    """Windows of other texts that are evaluated, by their names."""
 
     def measured(self) -> Tensor:
         """All windows that are evaluated: of the run's own text, then of each other one."""
@@ -67,11 +73,19 @@ class Tokens:
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the text that is trained on (``data``) and of the text that is evaluated."""
-        return {
-            "data": _token_digest(*(windows.tokens_NT for windows in self.calibration.values())),
-            "evaluation text": _token_digest(self.evaluation),
-            **({"further texts": _token_digest(*self.further.values())} if self.further else {}),
-        }
+        read = [tensor for windows in self.calibration.values() for tensor in _tensors(windows)]
+        found = {"data": _token_digest(*read), "evaluation text": _token_digest(self.evaluation)}
+        if self.held_out is not None:
+            found["held-out conversations"] = _token_digest(*_tensors(self.held_out))
+        if self.further:
+            found["further texts"] = _token_digest(*self.further.values())
+        return found
+
+
+def _tensors(windows: Windows | Conversations) -> list[Tensor]:
+    """The tokens, and what of them is learned, where that is not all."""
+    answers = windows.answers
+    return [windows.tokens_NT, *([answers.learned_NT, answers.segments_NT] if answers is not None else [])]
 
 
 def _token_digest(*windows: Tensor) -> str:
@@ -122,7 +136,16 @@ def draw_tokens(
         ]
         return mixed_up(drawn, seed=config.runtime.seed, part=part)
 
-    def both(section: Any) -> Windows:
+    conversations: InstructionWindows | None = None
+    if config.instructions.source is not None:
+        report.leave_if_asked()
+        report.expect_silence(PREPARE_SILENCE)
+        conversations = InstructionWindows(config.instructions, encoder, config.runtime.seed, warn)
+
+    def both(name: str) -> Windows:
+        section = getattr(config, name)
+        if conversations is not None and learns_answers(config, STAGES[name]):
+            return _answers(conversations, section, report)
         length = section.sequence_length
         parts = [torch.zeros((0, length), dtype=torch.long)]
         if section.enabled:
@@ -132,7 +155,7 @@ def draw_tokens(
         return Windows(torch.cat(parts), section.sequences)
 
     # Stages draw before the evaluation does: an empty or unfit calibration text is named first.
-    calibration = {name: both(getattr(config, name)) for name in _reading(config)}
+    calibration = {name: both(name) for name in _reading(config)}
     section = config.evaluation
     evaluation = torch.zeros((0, section.sequence_length), dtype=torch.long)
     further: dict[str, Tensor] = {}
@@ -143,7 +166,36 @@ def draw_tokens(
         ]
         evaluation = read[0]
         further = dict(zip(section.text_names()[1:], read[1:], strict=True))
-    return Tokens(calibration, evaluation, further)
+    held_out = None
+    if conversations is not None and section.enabled and (most := config.instructions.evaluation_sequences):
+        report.leave_if_asked()
+        report.expect_silence(PREPARE_SILENCE)
+        held_out = _held_out(conversations, most, answer_length(config), warn)
+    return Tokens(calibration, evaluation, held_out, further)
+
+
+def _answers(conversations: InstructionWindows, section: Any, report: Reporter) -> Windows:
+    """What a stage learns from where that is the answers of conversations."""
+    wanted: list[tuple[Part, int]] = [("train", section.sequences), ("validation", section.val_sequences)]
+    found = []
+    for part, sequences in wanted:
+        report.leave_if_asked()
+        report.expect_silence(PREPARE_SILENCE)
+        if sequences:
+            found.append(conversations.draw(part, sequences, section.sequence_length))
+    learned = torch.cat([one.answers.learned_NT for one in found])
+    segments = torch.cat([one.answers.segments_NT for one in found])
+    answers = Answers(learned, segments, found[0].answers.packed)
+    return Windows(torch.cat([one.tokens_NT for one in found]), section.sequences, answers)
+
+
+def _held_out(conversations: InstructionWindows, most: int, length: int, warn: Warn) -> Conversations | None:
+    """What is reported; a set so small that nothing of it is held out has nothing to report."""
+    found = conversations.draw("evaluation", most, length)
+    if len(found.tokens_NT):
+        return found
+    warn("instructions-held-out", "no conversation is held out, so no answer perplexity is measured")
+    return None
 
 
 def _reading(config: RunConfig) -> list[str]:

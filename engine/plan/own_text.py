@@ -13,7 +13,7 @@ from typing import NamedTuple
 from engine.architecture.families import Architecture
 from engine.config.calibration import shared_out, texts_of
 from engine.config.run import RunConfig
-from engine.config.stages import STAGES
+from engine.config.stages import STAGES, learns_answers
 from engine.plan.estimate import Workload
 from engine.plan.rates import Speed, load_seconds
 
@@ -41,7 +41,8 @@ def own_text_windows(config: RunConfig) -> Mapping[int, Written]:
     found: dict[int, Written] = {}
     for stage in STAGES:
         section = getattr(config, stage.name, None)
-        if not mine or not stage.reads_text or not stage.wanted(config) or section is None:
+        reads = stage.reads_text and stage.wanted(config) and not learns_answers(config, stage)
+        if not mine or not reads or section is None:
             continue
         train, validation = (
             shared_out(texts, count)[mine[0]] for count in (section.sequences, section.val_sequences)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from engine.config.formats import FORMATS
 from engine.config.stages import STAGES, Stage, measured_stage
+from engine.plan.answers import answer_seconds, held_out_bytes
 from engine.plan.costs import costs_of
 from engine.plan.estimate import CONSTANTS, Workload
 from engine.plan.export_sizes import exported_bytes, number_bytes
@@ -55,7 +56,8 @@ def evaluation_memory(work: Workload, stage: Stage) -> Memory:
     elif making:
         parts = max(parts, making, key=lambda moment: sum(moment.values()))
     streams = 2 if is_compared(work, stage) else 1
-    return Memory(parts, streams * work.evaluation_bytes() + (teacher_bytes(work) if kept else 0))
+    measured = max(streams * work.evaluation_bytes(), held_out_bytes(work))
+    return Memory(parts, measured + (teacher_bytes(work) if kept else 0))
 
 
 def is_compared(work: Workload, stage: Stage) -> bool:
@@ -90,6 +92,7 @@ def evaluation_seconds(work: Workload, stage: Stage, rates: Speed, stored_bytes:
     passed = arch.blocks * passing(work, rates, work.windows, length, section.batch_size)
     # A GPU computes while the next block is read.
     seconds = head + (max(load, passed) + load / arch.blocks if work.cuda else load + passed)
+    seconds += answer_seconds(work, rates, stored_bytes)
     form = compiling_form(work, rates)
     if stage.scope == "nothing":
         return seconds + 2 * form

@@ -35,16 +35,16 @@ from engine.config.calibration import (
     part_name,
     percent,
     shared_out,
-    text_words,
     texts_of,
 )
 from engine.config.corpora import evaluation_characters, is_path, local_path, origin
 from engine.config.data import DataConfig
 from engine.config.evaluation import EvaluationConfig
 from engine.config.formats import FORMATS
+from engine.config.learning import learned_words
 from engine.config.run import RunConfig
 from engine.config.runtime import StoreKind
-from engine.config.stages import Scope
+from engine.config.stages import Scope, learns_answers
 from engine.errors import DataError, EqatError, PreflightError
 from engine.plan.costs import StageCosts, Steps, Text, made_costs
 from engine.plan.disk_model import assets_bytes
@@ -200,7 +200,7 @@ def make_plan(
         activation_store_reason=reason,
         stream_bytes=stream_bytes(work),
         recovery=recovery,
-        calibration=text_words(config.data) if _texts(config) else "",
+        calibration=learned_words(config),
         begin=_begin(config, model),
         evaluation_windows=work.windows,
         seconds=sum(phase.seconds for phase in phases),
@@ -238,14 +238,17 @@ def _micro_batches(work: Workload) -> dict[str, int]:
 
 
 def _texts(config: RunConfig) -> list[Text]:
-    """The calibration texts of the stages."""
-    return [text for text in (costs.text(config) for costs in made_costs(config)) if text is not None]
+    """The calibration texts of the stages; conversations are none."""
+    plain = [costs for costs in made_costs(config) if not learns_answers(config, costs.stage)]
+    return [text for text in (costs.text(config) for costs in plain) if text is not None]
 
 
 def _check_local_text(config: RunConfig) -> None:
     """A mistyped path should not cost a run; what is in the files is for the engine to judge."""
     name = "data.mix" if mixture(config.data) else "data.source"
     used = [(name, text.data, bool(_texts(config))) for text in texts_of(config.data)]
+    if config.instructions.source is not None:
+        used.append(("instructions.source", config.instructions.data, True))
     evaluation = config.evaluation
     used.append(("evaluation.data.source", evaluation.data, evaluation.enabled))
     used += [("evaluation.texts", data, evaluation.enabled) for data in evaluation.every_text()[1:]]

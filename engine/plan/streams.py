@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from engine.config.dtypes import resolved_dtype
 from engine.config.run import RunConfig
-from engine.config.stages import Stage
+from engine.config.stages import Stage, learns_answers
 from engine.errors import UsageError
 from engine.plan.costs import Text, costs_of, made_costs
 from engine.plan.estimate import Workload
@@ -61,10 +61,12 @@ def streamed_stage(config: RunConfig) -> Stage:
 def may_share_teacher(config: RunConfig, *, cuda: bool) -> bool:
     """Whether the full-precision stream can be the teacher, as far as the configuration says: there are both,
     and they are computed alike. Then it is, if its text contains the teacher's."""
-    full, teacher = streamed(config), taught(config)
+    full, teacher, stage = streamed(config), taught(config), taught_stage(config)
     if full is None or teacher is None or full.sequence_length != teacher.sequence_length:
         return False
     if made_costs(config)[0].streams() < 2:
+        return False
+    if stage is not None and learns_answers(config, stage):
         return False
     dtypes = {resolved_dtype(text.compute_dtype, cuda=cuda) for text in (full, teacher)}
     return len(dtypes) == 1

@@ -160,6 +160,7 @@ def results(runs: Sequence[Compared], found: Difference) -> list[Row]:
     return [
         *_perplexities(runs, comparable=alike and not found.measures),
         *_divergences(runs, comparable=alike and not found.measures),
+        *_answers(runs, comparable=alike),
         *_other_texts(runs, comparable=alike),
         *_measured_later(runs, comparable=alike),
         *_accuracies(runs, comparable=alike),
@@ -247,6 +248,21 @@ def _measured_later(runs: Sequence[Compared], *, comparable: bool) -> list[Row]:
         if any(value is not None for value in kl):
             rows.append(Row(name="kl", values=kl, **named))
     return rows[:MOST_ROWS]
+
+
+def _answers(runs: Sequence[Compared], *, comparable: bool) -> list[Row]:
+    """Perplexity of the answers of held-out conversations by version; of one thing where they have as many
+    tokens."""
+    rows: list[Row] = []
+    measured = [run.state.answer_perplexity() for run in runs]
+    for stage in versions(name for one in measured for name in one)[:MOST_ROWS]:
+        evaluations = [run.state.evaluations.get(stage) for run in runs]
+        tokens = [e.answer_tokens if e and e.answer_tokens else None for e in evaluations]
+        values = tuple(one.get(stage) for one in measured)
+        if any(value is not None for value in values):
+            same = comparable and not _differ(tokens)
+            rows.append(Row(name="answer_perplexity", stage=stage, values=values, comparable=same))
+    return rows
 
 
 def _accuracies(runs: Sequence[Compared], *, comparable: bool) -> list[Row]:

@@ -154,6 +154,10 @@ class Eval(Event, frozen=True, kw_only=True, tag="eval"):
     """From full precision, on ``corpus``."""
     block_errors: tuple[float | None, ...] = ()
     """Relative error of the hidden states behind each block, against full precision."""
+    answer_perplexity: float | None = None
+    """Perplexity of the answers of held-out conversations, where it was measured and is finite."""
+    answer_tokens: int = 0
+    """Tokens of these answers."""
 
 
 class CheckpointCommitted(Event, frozen=True, kw_only=True, tag="checkpoint.committed"):

@@ -97,13 +97,20 @@ class Evaluated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seconds: Annotated[float, msgspec.Meta(ge=0)]
     accuracy: dict[str, Share] = {}
     questions: dict[str, Count] = {}
+    answer_perplexity: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    answer_tokens: Count = 0
     nll: list[float] = []
     """Mean loss of a token in groups of windows: how far the perplexity may be off by chance."""
     further: Further | None = None
     """Other texts, and what only a comparison with full precision tells."""
 
     def __post_init__(self) -> None:
-        if not all(map(math.isfinite, (self.seconds, self.perplexity or 0.0, *self.nll))):
+        if not all(
+            map(
+                math.isfinite,
+                (self.seconds, self.perplexity or 0.0, self.answer_perplexity or 0.0, *self.nll),
+            )
+        ):
             raise ValueError("a number is not finite")
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import msgspec
 
-from engine.config.calibration import text_words
-from engine.config.stages import stages_of
+from engine.config.learning import learned_words
 from engine.config.writing import to_dict
 from engine.errors import EqatError
 from engine.run import events
@@ -103,7 +102,7 @@ def _calibration(run: RunDirectory) -> str | None:
     """The text that the run learns from, several with their shares; none where it learns from none."""
     try:
         config = run.config()
-        return text_words(config.data) if any(stage.reads_text for stage in stages_of(config)) else None
+        return learned_words(config) or None
     except EqatError:
         return None
 
@@ -134,6 +133,7 @@ def render(
         "phases": [_fields(row, *_PHASE) for row in run.phases],
         "blocks": [_fields(row, *_BLOCK) for row in run.trained_blocks()],
         "perplexity": run.perplexity(),
+        "answer_perplexity": run.answer_perplexity(),
         "accuracy": run.accuracy(),
         "evaluation": _evaluation(run),
         "divergence": msgspec.to_builtins(run.divergence()),

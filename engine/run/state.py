@@ -224,6 +224,14 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
                 made.setdefault(one.corpus, {})[stage] = one
         return made
 
+    def answer_perplexity(self) -> dict[str, float | None]:
+        """Perplexity of the answers of held-out conversations by stage, for stages that were measured so."""
+        return {
+            stage: found.answer_perplexity
+            for stage in versions(self.evaluations)
+            if (found := self.evaluations.get(stage)) is not None and found.answer_tokens
+        }
+
     def smallest_export(self) -> events.Export | None:
         """The export whose size stands for the run's: some formats unpack what was quantized."""
         return min(self.exports.values(), key=lambda done: done.bytes, default=None)

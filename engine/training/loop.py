@@ -15,7 +15,7 @@ taken between two steps, or during a validation, which changes nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, TypeVar
@@ -71,6 +71,16 @@ class Method:
     """What is trained, and on what."""
 
     groups: list[ParameterGroup]
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """Tokens of each training sequence, where batches are to be of sequences of like length."""
+        return None
+
+    def shares(self, parts: Sequence[Tensor]) -> list[float]:
+        """What part of a batch's mean loss each of its micro-batches is; together they are one."""
+        rows = sum(map(len, parts))
+        return [len(part) / rows for part in parts]
 
     def stepper(self, settings: Settings) -> Stepper:
         """The optimizer, new."""
@@ -146,7 +156,12 @@ class Training:
         self.method, self.settings, self.progress, self.keeper = method, settings, progress, keeper
         self.best = BestState([p for group in method.groups for p in group.parameters])
         self.sampler = BatchSampler(
-            train, settings.batch_size, settings.epochs, settings.seed, *settings.world
+            train,
+            settings.batch_size,
+            settings.epochs,
+            settings.seed,
+            *settings.world,
+            lengths=method.lengths,
         )
         self.position = Position(micro_batch=settings.micro_batch)
         self.loss = torch.zeros((), device=settings.device)
@@ -207,8 +222,8 @@ class Training:
         parts = rows.split(micro_batch)
         next_batch = self.sampler.upcoming()
         following = [*parts[1:], *([] if next_batch is None else next_batch.split(micro_batch)[:1])]
-        for part, after in zip_longest(parts, following):
-            loss += self.method.micro_step(part, len(part) / len(rows), self.stepper.scale)
+        for part, share, after in zip_longest(parts, self.method.shares(parts), following):
+            loss += self.method.micro_step(part, share, self.stepper.scale)
             if after is not None:
                 self.method.upcoming(after)
         return loss

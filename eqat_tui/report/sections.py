@@ -18,7 +18,7 @@ from eqat_tui.output import cell, format_bytes, format_number, format_seconds, f
 from eqat_tui.planned import known
 from eqat_tui.report.curves import charts_of
 from eqat_tui.report.markup import Child, Html, join, table, tag
-from eqat_tui.run_text import accuracy_rows, doubts, error_line, facts, title
+from eqat_tui.run_text import ANSWERS, accuracy_rows, doubts, error_line, facts, title
 
 Tree = Mapping[str, Any]
 MOST_WARNINGS = 50
@@ -73,13 +73,7 @@ def _problems(shown: Tree) -> Html:
 
 def _measured(shown: Tree) -> Html | None:
     """Perplexity of each version and how it was measured; accuracies."""
-    base = shown["perplexity"].get(full_precision())
-    rows: list[list[Child]] = []
-    for stage in versions(shown["perplexity"]):
-        value = shown["perplexity"].get(stage)
-        if value is not None:
-            ratio = f"{format_number(value / base, 3)}×" if base else ""
-            rows.append([stage_label(stage), format_number(value), ratio])
+    rows = _perplexity_rows(shown["perplexity"])
     if not rows:
         return None
     how = shown.get("evaluation") or {}
@@ -94,10 +88,24 @@ def _measured(shown: Tree) -> Html | None:
     if shown.get("measured"):
         first, *others = result_rows(shown["measured"])
         parts.append(table([list(row) for row in others], head=list(first)))
+    if answers := _perplexity_rows(shown.get("answer_perplexity") or {}):
+        parts.append(table(answers, head=[ANSWERS, "", "of full precision"]))
     if shown.get("accuracy"):
         head, *answered = accuracy_rows(shown["accuracy"])
         parts.append(table([list(row) for row in answered], head=list(head)))
     return _part("How good it is", *parts)
+
+
+def _perplexity_rows(measured: Mapping[str, float | None]) -> list[list[Child]]:
+    """A perplexity of each version, and how many times that of full precision it is."""
+    base = measured.get(full_precision())
+    rows: list[list[Child]] = []
+    for stage in versions(measured):
+        value = measured.get(stage)
+        if value is not None:
+            ratio = f"{format_number(value / base, 3)}×" if base else ""
+            rows.append([stage_label(stage), format_number(value), ratio])
+    return rows
 
 
 def _phases(state: RunState) -> Html | None:

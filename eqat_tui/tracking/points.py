@@ -92,6 +92,8 @@ def _metric(event: events.Metric) -> Point:
 def _evaluation(event: events.Eval, count: int) -> Point:
     stage = _name(event.stage)
     values: dict[str, float | None] = {f"perplexity/{stage}": event.perplexity}
+    if event.answer_tokens:
+        values[f"answer_perplexity/{stage}"] = event.answer_perplexity
     values |= {f"accuracy/{_name(task)}/{stage}": share for task, share in event.accuracy.items()}
     if event.divergence is not None:
         values |= {f"kl/{stage}": event.divergence.kl, f"top1/{stage}": event.divergence.top1}

@@ -13,6 +13,7 @@ TITLES = {
     "model": "Model",
     "grid": "Grid",
     "data": "Calibration text",
+    "instructions": "Instructions",
     "evaluation": "Evaluation",
     "export": "Export",
     "runtime": "Where and how it runs",

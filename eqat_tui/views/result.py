@@ -18,7 +18,15 @@ from eqat_tui.lines import Line, Span, columns, cut, few, fit, line, widths_of, 
 from eqat_tui.measured import colour_of, newest
 from eqat_tui.output import format_bits, format_bytes, format_count, format_number, format_seconds, share
 from eqat_tui.planned import branch, known
-from eqat_tui.run_text import LONGEST_BEGIN, MOST_TASKS, accuracy_rows, facts, measurement_doubts, shorten
+from eqat_tui.run_text import (
+    ANSWERS,
+    LONGEST_BEGIN,
+    MOST_TASKS,
+    accuracy_rows,
+    facts,
+    measurement_doubts,
+    shorten,
+)
 from eqat_tui.views.monitor import MOST_LINES, what
 
 
@@ -41,7 +49,7 @@ def perplexities(state: RunState, width: int) -> list[Line]:
     made = [head, *rows]
     lines = [cut(row, width) for row in columns(made, widths_of(made), right="lrr")]
     lines += _conditions(state, width)
-    return lines + _further(state, width) + _tasks(state, width)
+    return lines + _further(state, width) + _answers(state, width) + _tasks(state, width)
 
 
 def _further(state: RunState, width: int) -> list[Line]:
@@ -59,6 +67,17 @@ def _table(rows: Sequence[tuple[str, ...]], width: int) -> list[Line]:
     made: list[list[str | Span]] = [[(name, "muted") for name in head]]
     made += [list(row) for row in others]
     return [cut(row, width) for row in columns(made, widths_of(made), right="l" + "r" * (len(head) - 1))]
+
+
+def _answers(state: RunState, width: int) -> list[Line]:
+    """Perplexity of the answers of held-out conversations, where a run learned some."""
+    measured = state.answer_perplexity()
+    if not measured:
+        return []
+    rows: list[list[str | Span]] = [[(ANSWERS, "muted"), ""]]
+    for stage, value in measured.items():
+        rows.append([stage_label(stage), "not finite" if value is None else format_number(value)])
+    return [line(), *(cut(row, width) for row in columns(rows, widths_of(rows), right="lr"))]
 
 
 def _tasks(state: RunState, width: int) -> list[Line]:

@@ -174,7 +174,7 @@ def test_conversations_are_refused_as_such(
     else:
         table(path, messages=[turns] * 5)
     refused = str(failure(DataConfig(source=str(path), column=column)))
-    assert "conversations are not supported yet" in refused
+    assert "instructions.source" in refused
     assert "one of:" not in refused
 
 

@@ -227,12 +227,10 @@ class Small:
         self.room = 100
         real = lm.block_kwargs
 
-        def block_kwargs(
-            index: int, batch: int, length: int, dtype: torch.dtype | None = None
-        ) -> dict[str, Any]:
+        def block_kwargs(index: int, batch: int, *args: Any) -> dict[str, Any]:
             if batch > self.room:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
-            return real(index, batch, length, dtype)
+            return real(index, batch, *args)
 
         monkeypatch.setattr(lm, "block_kwargs", block_kwargs)
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

@@ -108,8 +108,8 @@ def test_it_is_set_as_ours_are_and_wrong_names_and_values_are_told() -> None:
             "zzz",
             "3",
             "zzz",
-            "fields are in model, grid, data, imported, block_ap, gptq, e2e_qp, e2e_qat, lr_qat, evaluation, "
-            "export, runtime, toy",
+            "fields are in model, grid, data, imported, block_ap, gptq, e2e_qp, e2e_qat, lr_qat, "
+            "instructions, evaluation, export, runtime, toy",
         ),
     ):
         with pytest.raises(UsageError) as caught:

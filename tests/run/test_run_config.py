@@ -69,7 +69,9 @@ def test_every_config_can_be_typed_as_overrides(config: RunConfig) -> None:
 
 
 def _optional(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in ("revision", "subset", "split", "column")
+    return (
+        name.rsplit(".", 1)[-1] in ("revision", "subset", "split", "column") or name == "instructions.source"
+    )
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -185,6 +185,7 @@ def test_sections_are_called_as_their_stages_are() -> None:
         "e2e_qp": "E2E-QP",
         "e2e_qat": "E2E-QAT",
         "lr_qat": "LR-QAT",
+        "instructions": "Instructions",
         "evaluation": "Evaluation",
         "export": "Export",
         "runtime": "Where and how it runs",

@@ -89,7 +89,7 @@ class _Scales(Network):
         *,
         recompute: bool,
     ) -> None:
-        super().__init__(lm, blocks, data, dtype, recompute=recompute)
+        super().__init__(lm, blocks, data, dtype, recompute=recompute, text_weight=config.text_weight)
         self.groups = _parameter_groups(blocks, config)
         trained = {id(p) for group in self.groups for p in group.parameters}
         layers = [m for block in blocks for m in block.modules() if isinstance(m, PackedLinear)]

@@ -4,6 +4,9 @@ The blocks run one after the other on what the model is for: next-token cross-en
 divergence to the full-precision model's prediction. A method (:mod:`engine.methods.network.e2e_qp`) brings
 its parameters, as ``groups``, and brings them back into their domain after a step, in ``project``.
 
+Of conversations only the answers count (:class:`engine.data.packing.Answers`): the loss is the mean over all
+answer tokens of the batch, however they are spread over its micro-batches, and the head works on no other.
+
 Memory: activations can be recomputed block by block in the backward pass, and the logits never exist as a
 whole (:mod:`engine.methods.network.head_loss`). The teacher's last hidden states were computed before
 (:mod:`engine.methods.network.teacher`).
@@ -11,7 +14,7 @@ whole (:mod:`engine.methods.network.head_loss`). The teacher's last hidden state
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from engine.config.stage_section import TrainingSection
+from engine.data.packing import Answers
 from engine.data.prefetch import to_device
 from engine.errors import NonFiniteError
 from engine.evaluation.perplexity import NO_LABEL
@@ -46,6 +50,8 @@ class NetworkData:
     tokens: Tensor
     train: int
     teacher: Teacher | None
+    answers: Answers | None = None
+    """What of the windows is to be learned; none where every token is."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,11 @@ class _Batch(NamedTuple):
     """Of all sequences one after the other; -100 where a sequence ends."""
     teacher_TH: Tensor | None
     predictions: int
+    places_A: Tensor | None = None
+    """Of all sequences one after the other, the positions that labels and teacher are of; none where they
+    are of all."""
+    positions_BT: Tensor | None = None
+    """Of packed samples."""
 
     def copied(self) -> _Batch:
         """The same in memory of its own."""
@@ -116,13 +127,20 @@ class Network(Method):
                 hint=SWITCH_HINT,
             )
 
-        self._train_forward = Compiled(
-            block_forward, expect_silence=progress.expect_silence, on_failure=slower("blocks")
-        )
+        answers = self.data.answers
+        if answers is None or answers.packed:
+            self._train_forward = Compiled(
+                block_forward, expect_silence=progress.expect_silence, on_failure=slower("blocks")
+            )
+        if answers is not None:
+            return  # there are more or fewer of them each time, and a compiled form is of one size
         self.head.compile(expect_silence=progress.expect_silence, on_failure=slower("losses"))
 
     def record(self, progress: Progress, where: str) -> None:
-        """Record a micro-step on a GPU and replay it; what cannot be is said and stays as it is."""
+        """Record a micro-step on a GPU and replay it; what cannot be is said and stays as it is. Micro-steps
+        on answers are of another shape each time, and are not recorded."""
+        if self.data.answers is not None:
+            return
         self._told = lambda why: progress.warning(
             "compile", f"{where}: steps are slower, they cannot be recorded: {why}", hint=SWITCH_HINT
         )
@@ -157,17 +175,18 @@ class Network(Method):
         assert self._fixed is not None
         return self._differentiate(self._fixed, self._usual[1])
 
-    def hidden(self, hidden: Tensor) -> Tensor:
-        """Last hidden states (before the final norm) of what the first block receives, both ``[B, T, H]``."""
+    def hidden(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Last hidden states (before the final norm) of what the first block receives, both ``[B, T, H]``;
+        ``positions`` are those of packed samples."""
         if not torch.is_grad_enabled():
             for index, block in enumerate(self.blocks):
-                hidden = self.lm.run_block(block, index, hidden)
+                hidden = self.lm.run_block(block, index, hidden, positions_BT=positions)
             return hidden
         # So that the first block is compiled like the others.
         hidden = hidden.detach().requires_grad_(self._train_forward is not block_forward)
         batch, length = hidden.shape[:2]
         for index, block in enumerate(self.blocks):
-            arguments = self.lm.block_kwargs(index, batch, length, hidden.dtype)
+            arguments = self.lm.block_kwargs(index, batch, length, hidden.dtype, positions)
             if self.recompute:
                 # Nothing in a block is random, and asking a GPU for its generator's state waits for it.
                 hidden = recomputed(
@@ -182,8 +201,37 @@ class Network(Method):
                 hidden = self._train_forward(block, hidden, arguments)
         return hidden
 
+    @property
+    def lengths(self) -> Tensor | None:
+        answers = self.data.answers
+        return None if answers is None or answers.packed else answers.lengths_N[: self.data.train]
+
+    def shares(self, parts: Sequence[Tensor]) -> list[float]:
+        if self.data.answers is None:
+            return super().shares(parts)
+        counts = [int(self.data.answers.counts_N[part].sum()) for part in parts]
+        return [count / sum(counts) for count in counts]
+
+    def _answers_of(self, rows: Tensor, answers: Answers) -> _Batch:
+        """What is read, and the answers in it, which are to be predicted."""
+        length = answers.longest(rows)
+        tokens = self.data.tokens[rows, :length]
+        predicts = answers.predicts_NT[rows, :length]
+        # The window's last position predicts nothing, so there is a token behind each.
+        labels = tokens.roll(-1, 1)[predicts]
+        positions = None if answers.positions_NT is None else answers.positions_NT[rows]
+        places = to_device(predicts.flatten().nonzero()[:, 0], self.lm.device)
+        hidden = self.lm.embed(to_device(tokens, self.lm.device), positions).to(self.dtype)
+        teacher = None
+        if self.data.teacher is not None:
+            teacher = self.data.teacher.read(rows)[:, :length].flatten(0, 1)[places]
+        labels = to_device(labels, self.lm.device)
+        return _Batch(hidden, labels, teacher, len(labels), places, positions)
+
     def batch(self, rows: Tensor) -> _Batch:
         """What is read, and what is to be predicted."""
+        if self.data.answers is not None:
+            return self._answers_of(rows, self.data.answers)
         tokens = self.data.tokens[rows]
         labels = torch.full_like(tokens, NO_LABEL)
         labels[:, :-1] = tokens[:, 1:]
@@ -210,12 +258,18 @@ class Network(Method):
 
     def _differentiate(self, batch: _Batch, weight: float) -> Result:
         with torch.enable_grad():
-            hidden_BTH = self.hidden(batch.hidden_BTH)
+            hidden_BTH = self.hidden(batch.hidden_BTH, batch.positions_BT)
         # Every position is predicted from its own hidden state alone: the batch is one row of tokens.
-        flat_TH = hidden_BTH.detach().flatten(0, 1)
+        flat_TH, places_A = hidden_BTH.detach().flatten(0, 1), batch.places_A
         loss, gradient_TH = self.head.gradient(
-            flat_TH, batch.labels_T, batch.teacher_TH, weight / batch.predictions, self._scale
+            flat_TH if places_A is None else flat_TH[places_A],
+            batch.labels_T,
+            batch.teacher_TH,
+            weight / batch.predictions,
+            self._scale,
         )
+        if places_A is not None:
+            gradient_TH = torch.zeros_like(flat_TH).index_copy_(0, places_A, gradient_TH)
         return loss, torch.autograd.grad(hidden_BTH, self.leaves, gradient_TH.view_as(hidden_BTH))
 
     def add(self, gradients: tuple[Tensor, ...], weight: float, *, fixed: bool) -> None:
@@ -247,12 +301,14 @@ class Network(Method):
         if not len(rows):
             return None
         total = torch.zeros((), device=self.lm.device)
-        for part in rows.split(micro_batch):
+        parts = rows.split(micro_batch)
+        for part, share in zip(parts, self.shares(parts), strict=True):
             self.poll()
             batch = self.batch(part)
-            flat_TH = self.hidden(batch.hidden_BTH).flatten(0, 1)
+            flat_TH = self.hidden(batch.hidden_BTH, batch.positions_BT).flatten(0, 1)
+            flat_TH = flat_TH if batch.places_A is None else flat_TH[batch.places_A]
             loss = self.head.value(flat_TH, batch.labels_T, batch.teacher_TH)
-            total += loss * (len(part) / len(rows) / batch.predictions)
+            total += loss * (share / batch.predictions)
         return total.item()
 
 

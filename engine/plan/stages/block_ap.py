@@ -48,7 +48,8 @@ class BlockAPCosts(BlockTraining):
             + 4 * tokens * arch.hidden * self._loss_tensors(work)
             + compute * arch.linear_params_per_block
         )
-        advancing = passing_bytes(arch, compute, passed_together(work, batch, length), length)
+        at_a_time = min(passed_together(work, batch, length), section.sequences + section.val_sequences)
+        advancing = passing_bytes(arch, compute, at_a_time, length)
         weights = arch.params_per_block + 3 * arch.groups_per_block(work.config.grid.group_size)
         return {
             "weights of a block": 4 * weights,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 
 from engine.config.run import RunConfig
+from engine.plan.answers import mask_memory
 from engine.plan.costs import Steps, Text
 from engine.plan.estimate import CONSTANTS, Workload
 from engine.plan.memory_terms import Form, activation_bytes, largest_linear, logits
@@ -29,8 +30,10 @@ class E2EQPCosts(NetworkTraining):
     # Memory
 
     def network_memory(self, work: Workload) -> dict[str, int]:
+        section = self.section(work.config)
         return {
             **self.blocks_and_optimizer(work),
+            **mask_memory(work, self.stage, section.micro_batch_size, section.sequence_length),
             "activations": self._activations(work),
             **self._head_and_backward(work),
         }
