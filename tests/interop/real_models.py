@@ -59,18 +59,20 @@ HEAD, GROUPS, WIDER_GROUPS, SHARING = 64, 3, 4, 3
 """Numbers a head, heads of keys and values, and the heads of queries that share one of those."""
 
 
-def finished_run(place: Path, grid: Grid, formats: list[str]) -> RunDirectory:
-    """The run of a grid in ``place``; one that is there already is taken as it is."""
+def finished_run(place: Path, grid: Grid, formats: list[str], *, train: bool = True) -> RunDirectory:
+    """The run of a grid in ``place``, only rounded unless it is to ``train``; one that is there already is
+    taken as it is."""
     if done := list(place.glob(f"*/export/{formats[-1]}")):
         return RunDirectory.open(done[0].parents[1])
-    wider = grid.group_size != 64
+    wider = bool(HIDDEN % grid.group_size)
     asked = {
         "model.source": widened(place / "wider") if wider else DEMO,
         "grid.bits": grid.bits,
         "grid.group_size": grid.group_size,
         "export.formats": formats,
         # Rounding alone is good at 4 bits, and end to end its scales are trained.
-        "block_ap.enabled": grid.bits < 4,
+        "block_ap.enabled": train and grid.bits < 4,
+        "e2e_qp.enabled": train,
     }
     run = RunDirectory.create(place, load("demo", overrides={**SHORT, **asked}))
     ended = subprocess.run([sys.executable, "-m", "engine", str(run.path)], capture_output=True, text=True)
@@ -192,6 +194,12 @@ def read_trained(run: RunDirectory) -> Trained:
         for index in range(lm.blocks):
             hidden = lm.run_block(packed(index).install_dense(lm.load_block(index)), index, hidden)
         return Trained(run, ids_NT, predictions(lm.head(hidden), ids_NT))
+
+
+def text_of(run: RunDirectory) -> Tensor:
+    """The text that a run's model is tried on."""
+    source = ModelSource.open(run.config().model)
+    return _text(source, CausalLM(source, torch.device("cpu"), torch.float32).vocab_size)
 
 
 def _text(source: ModelSource, rows: int) -> Tensor:
