@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from engine_runs import exported, failure, local_model, of, run_here
 from safetensors import safe_open
@@ -18,6 +19,7 @@ from engine.config.formats import FORMATS
 from engine.config.stages import STAGES
 from engine.errors import UsageError
 from engine.export.gguf_reader import GGUFContent
+from engine.export.judging import judge
 from engine.export.place import ExportPlace
 from engine.phases.export import recover_exports
 from engine.run import events
@@ -116,8 +118,15 @@ def test_verify_takes_the_name_of_a_run_and_looks_at_each_of_its_exports(
 
 
 def test_an_integer_of_an_export_that_is_another_one_is_told(
-    finished_copy: Callable[..., RunDirectory], capsys: pytest.CaptureFixture[str]
+    finished_copy: Callable[..., RunDirectory],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def here(module: str, answer: str, path: Path, *_: object) -> dict[str, object]:
+        found = judge(path)  # in this process: another one takes seconds to start
+        return {**msgspec.to_builtins(found), answer: found.sound}
+
+    monkeypatch.setattr("eqat_tui.judging.said_by", here)
     run = finished_copy()
     folder = run.export_dir / "gptq_v2"
     with (folder / "README.md").open("a") as card:

@@ -72,7 +72,24 @@ def awq(folder: Path, ids: Tensor, dtype: torch.dtype = torch.float16) -> Loaded
 
     plain = AwqConfig(backend="torch_awq")
     model = transformers(folder, ids, dtype=torch.float16, quantization_config=plain)
+    if dtype != torch.float16:
+        # Its kernel multiplies in 16 bits whatever it is handed, for minutes on a CPU: the same weights as it
+        # unpacks them, by torch.
+        for name, module in [*model.named_modules()]:
+            if hasattr(module, "_dequantize_weight_for_inference"):
+                model.set_submodule(name, unpacked_by_itself(module))
     return run(computing_in(model, dtype), ids), {}
+
+
+def unpacked_by_itself(module: Any) -> torch.nn.Linear:
+    """One of gptqmodel's linears as a plain one, with the weight that it makes for a product."""
+    some = torch.zeros(1, module.in_features, dtype=torch.float16)
+    weight_IO = module._dequantize_weight_for_inference(some, dtype=torch.float16)
+    plain = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    plain.weight = torch.nn.Parameter(weight_IO.T.contiguous(), requires_grad=False)
+    if module.bias is not None:
+        plain.bias = torch.nn.Parameter(module.bias, requires_grad=False)
+    return plain
 
 
 def plain(folder: Path, ids: Tensor) -> Loaded:
