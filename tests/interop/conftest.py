@@ -33,14 +33,13 @@ def tried() -> Iterator[list[object]]:
 @pytest.fixture(scope="session")
 def compared() -> Iterator[list[Any]]:
     """The same of real models."""
-    import real_models
     import test_real_models
     from table import keep, real_part
 
     found: list[Any] = []
     yield found
     if len(found) == len(test_real_models.CASES):
-        keep(real_part(found, real_models.WINDOWS * real_models.LENGTH))
+        keep(real_part(found))
 
 
 @pytest.fixture(scope="session")

@@ -145,8 +145,8 @@ class Predictions(NamedTuple):
 
     best_NT: Tensor
     """The likeliest next one."""
-    nll: float
-    """The mean of ``-log p`` of those that came next."""
+    nll_N: Tensor
+    """The mean of ``-log p`` of those that came next, of each window."""
 
 
 def predictions(logits_NTV: Tensor, ids_NT: Tensor) -> Predictions:
@@ -155,7 +155,7 @@ def predictions(logits_NTV: Tensor, ids_NT: Tensor) -> Predictions:
         functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:])
         for logits_TV, ids_T in zip(logits_NTV, ids_NT, strict=True)
     ]
-    return Predictions(logits_NTV.argmax(-1), torch.stack(lost).mean().item())
+    return Predictions(logits_NTV.argmax(-1), torch.stack(lost))
 
 
 class Trained(NamedTuple):
@@ -166,9 +166,11 @@ class Trained(NamedTuple):
     predicts: Predictions
 
     def compared(self, others: Predictions) -> tuple[float, float]:
-        """How many of the likeliest tokens agree, and perplexity as a multiple of the trained model's."""
-        same = (others.best_NT == self.predicts.best_NT).float().mean().item()
-        return same, float(torch.tensor(others.nll - self.predicts.nll).exp())
+        """How many of the likeliest tokens agree, and perplexity as a multiple of the trained model's; over
+        as many windows as the ``others`` have."""
+        windows = len(others.nll_N)
+        same = (others.best_NT == self.predicts.best_NT[:windows]).float().mean().item()
+        return same, float((others.nll_N - self.predicts.nll_N[:windows]).mean().exp())
 
 
 def read_trained(run: RunDirectory) -> Trained:

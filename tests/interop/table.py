@@ -30,13 +30,13 @@ largest, in their standard deviations; both are the worst of the models.
 REAL = """## Of a real model
 
 Written by `make interop` too: SmolLM2-135M-Instruct, quantized by runs that trained it for a moment (4 bits
-in a shape that groups of 128 divide), over {tokens} tokens of the built-in corpus. Counted are the tokens
-after which the loader predicts the same as the trained blocks do, computed with in float32; none is left
-out. Perplexity is a multiple of theirs. Packed files are computed with in float32, those of GGUF with
+in a shape that groups of 128 divide), over so many tokens of the built-in corpus. Counted are those after
+which the loader predicts the same as the trained blocks do, computed with in float32; none is left out.
+Perplexity is a multiple of theirs. Packed files are computed with in float32, those of GGUF with
 activations of 8 bits, as llama.cpp does: these are held to perplexity within 1 %, all else to 99 % too.
 
-| format | bits | group | loader | first prediction | perplexity |
-|---|---|---|---|---|---|
+| format | bits | group | loader | tokens | first prediction | perplexity |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -76,6 +76,7 @@ class Compared(NamedTuple):
     bits: int
     group_size: int
     loader: str
+    tokens: int
     agree: float
     ratio: float
     """Its perplexity as a multiple of the trained model's."""
@@ -119,13 +120,13 @@ def _title(part: str) -> str:
     return part.partition("\n")[0]
 
 
-def real_part(compared: Iterable[Compared], tokens: int) -> str:
+def real_part(compared: Iterable[Compared]) -> str:
     """The part of the page that is of a real model."""
     names = FORMATS.names()
     rows = sorted(compared, key=lambda each: (names.index(each.format), each.bits))
-    return REAL.format(tokens=tokens) + "".join(
-        f"| `{each.format}` | {each.bits} | {each.group_size} | {each.loader} | {100 * each.agree:.2f} % "
-        f"| {each.ratio:.5f} |\n"
+    return REAL + "".join(
+        f"| `{each.format}` | {each.bits} | {each.group_size} | {each.loader} | {each.tokens} "
+        f"| {100 * each.agree:.2f} % | {each.ratio:.5f} |\n"
         for each in rows
     )
 
