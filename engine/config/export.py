@@ -15,8 +15,8 @@ class ExportConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     formats: tuple[Annotated[str, FORMATS], ...] = (DEFAULT_FORMAT,)
     """The packed checkpoint is written in each of these layouts; none writes nothing."""
     dtype: ComputeDtype = "auto"
-    """What is not quantized is stored and declared in this type; auto takes the original's, or bfloat16 for
-    float32, and float16 for ``hf`` where the model fits that."""
+    """What is not quantized is stored and declared in this type; auto takes the original's, and bfloat16 (of
+    the same range, in half the space) for float32."""
     shard_gib: float = 4.0
     """A safetensors file takes at most this many GiB."""
 

@@ -388,8 +388,8 @@ FORMATS = Table(
             ),
             # SmolLM2-135M (benchmarks/README.md): 1 in 90 of its likeliest tokens became another.
             Caution(
-                text="a model that float16 cannot hold is written in bfloat16, which rounds each weight to 8 "
-                "binary digits and shows in what 2 and 3 bits predict: a packed format keeps all",
+                text="bfloat16 rounds each weight to 8 digits, which shows in what 2 and 3 bits predict: "
+                "export.dtype = float16 keeps 11 where the model's activations fit, a packed format all",
                 bits=(2, 3),
             ),
         ),

@@ -8,15 +8,11 @@ One linear that was quantized::
 The grid is still in the values, but the file is as large as the original's: this is for engines that read no
 packed format, for comparisons, and for tools that quantize in their own way. A product that float16 cannot
 hold is found before anything is written.
-
-The scales are float16, so a product has up to three digits more than that and eight more than bfloat16: a
-model of 2 or 3 bits predicts otherwise when each of its weights is rounded so far. Hence ``export.dtype =
-"auto"`` means float16 here wherever the model fits it (:func:`finer_dtype`), whatever the original's type.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -28,7 +24,7 @@ from engine.config.formats import Format
 from engine.errors import PreflightError
 from engine.export.layout import DoesNotFit, Layout, Linears
 from engine.export.reader import CheckpointReader
-from engine.export.stored import as_stored, check_activations, check_values, dtype_name, export_dtype
+from engine.export.stored import dtype_name
 from engine.quant.packed import PackedBlock, PackedWeight
 
 if TYPE_CHECKING:
@@ -113,34 +109,6 @@ class HuggingFace(Layout):
 
     def reader(self, directory: Path) -> HuggingFaceReader:
         return HuggingFaceReader(directory)
-
-
-def finer_dtype(
-    asked: str,
-    lm: CausalLM,
-    blocks: Iterable[PackedBlock],
-    form: Layout,
-    tokens_NT: Tensor,
-    poll: Callable[[], None] = lambda: None,
-) -> str:
-    """What ``export.dtype`` is for unpacked weights: ``float16`` where it is left to us, and numbers and
-    activations fit it; else what was ``asked``."""
-    if asked != "auto" or export_dtype(asked, lm) == torch.float16:
-        return asked
-
-    def stored() -> Iterator[PackedBlock]:
-        for index, block in enumerate(blocks):
-            poll()
-            yield as_stored(block, torch.float16, lm.block_prefix(index))
-
-    try:
-        if form.of(lm, torch.float16).refusal(stored()) is not None:
-            return asked
-        check_values(lm, torch.float16, poll)
-        known = check_activations(lm, torch.float16, tokens_NT, poll)
-    except PreflightError:
-        return asked
-    return "float16" if known else asked
 
 
 @dataclass(frozen=True)

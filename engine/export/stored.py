@@ -122,9 +122,8 @@ def outer_values(lm: CausalLM, values: Iterable[tuple[str, Tensor]]) -> Iterator
 
 def check_activations(
     lm: CausalLM, dtype: torch.dtype, tokens_NT: Tensor, poll: Callable[[], None] = lambda: None
-) -> bool:
-    """The original itself can be computed with in ``dtype``, as a reader of its export will; false where that
-    could not be tried here.
+) -> None:
+    """The original itself can be computed with in ``dtype``, as a reader of its export will.
 
     Asked for float16 alone: the others reach as far as float32 does. The original is read once, and a few
     tokens pass through it.
@@ -132,10 +131,8 @@ def check_activations(
     Raises:
         PreflightError: where its predictions are no numbers.
     """
-    if dtype != torch.float16 or lm.dtype == dtype:
-        return True
-    if not tokens_NT.numel():
-        return False
+    if dtype != torch.float16 or lm.dtype == dtype or not tokens_NT.numel():
+        return
     from engine.models.causal_lm import CausalLM
 
     few_1T = tokens_NT[:1, : GPU_TOKENS if lm.device.type == "cuda" else CPU_TOKENS].to(lm.device)
@@ -150,7 +147,7 @@ def check_activations(
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "not implemented for" not in str(error):
             raise
-        return False  # no such arithmetic on this machine: nothing is known
+        return  # no such arithmetic on this machine: nothing is known
     if not finite:
         raise PreflightError(
             f"its activations exceed {torch.finfo(dtype).max:.0f}, so an export that declares "
@@ -158,7 +155,6 @@ def check_activations(
             where=lm.source.name,
             hint="--set export.dtype=bfloat16",
         )
-    return True
 
 
 def check_values(lm: CausalLM, dtype: torch.dtype, poll: Callable[[], None] = lambda: None) -> None:

@@ -22,8 +22,7 @@ from engine.config.sameness import equivalent_command
 from engine.config.stages import STAGES
 from engine.config.writing import to_toml
 from engine.export.checkpoint import Export, add_to_card, room_beside_tensors
-from engine.export.hf import finer_dtype
-from engine.export.layout import DoesNotFit, Form, Layout, form_of
+from engine.export.layout import DoesNotFit, Form, form_of
 from engine.export.place import ExportPlace
 from engine.export.result import ExportResult
 from engine.export.verify import VerifyResult, verify
@@ -113,10 +112,9 @@ def _write(
 ) -> tuple[ExportResult, VerifyResult]:
     """A new export at ``path``, verified; an EqatError, and the old one, when it is not what was trained."""
     verified: list[VerifyResult] = []
-    dtype = _dtype(job, form)
 
     def is_trained(folder: Path) -> bool:
-        verified.append(_verify(job, form, folder, dtype, partial(count, True)))
+        verified.append(_verify(job, form, folder, partial(count, True)))
         for said in filter(None, (verified[0].rounded, verified[0].note)):
             add_to_card(folder, said)
         return verified[0].verified
@@ -128,7 +126,7 @@ def _write(
         block_for=job.packed,
         shard_bytes=int(job.config.export.shard_gib * 2**30),
         card=_card(job),
-        dtype=dtype,
+        dtype=job.config.export.dtype,
         on_block=partial(count, False),
         heads=job.heads,
     )
@@ -138,36 +136,18 @@ def _write(
     return written, verified[0]
 
 
-def _dtype(job: Job, form: Form) -> str:
-    """``export.dtype`` of one format: unpacked weights have more digits where nobody asked for fewer."""
-    asked = job.config.export.dtype
-    if not form.format.dense or not isinstance(form, Layout):
-        return asked
-    job.report.doing = "trying what float16 holds"
-    job.report.expect_silence(BEGIN_SILENCE)
-    blocks = (job.packed(index) for index in range(job.blocks))
-    return finer_dtype(asked, job.lm, blocks, form, _tokens(job), job.report.leave_if_asked)
-
-
-def _tokens(job: Job) -> torch.Tensor:
-    """A few, to compare by."""
+def _verify(job: Job, form: Form, folder: Path, on_block: Callable[[int, int], None]) -> VerifyResult:
+    """Read the files back and compare bits and logits."""
     tokens = job.tokens.any()
     if not len(tokens):
         tokens = torch.arange(VERIFY_TOKENS).remainder(job.lm.vocab_size).unsqueeze(0)
-    return tokens[:VERIFY_WINDOWS, :VERIFY_TOKENS]
-
-
-def _verify(
-    job: Job, form: Form, folder: Path, dtype: str, on_block: Callable[[int, int], None]
-) -> VerifyResult:
-    """Read the files back and compare bits and logits."""
     return verify(
         folder,
         form,
         job.lm,
         job.packed,
-        _tokens(job),
-        dtype=dtype,
+        tokens[:VERIFY_WINDOWS, :VERIFY_TOKENS],
+        dtype=job.config.export.dtype,
         on_block=on_block,
         heads=job.heads,
     )

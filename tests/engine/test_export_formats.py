@@ -204,14 +204,6 @@ def test_formats_of_different_sizes_are_written_in_one_run_as_large_as_planned(
     assert [(event.format, event.verified) for event in told] == [
         (name, True) for name in ("compressed-tensors", "awq", "mlx", "hf")
     ]
-    configs = {
-        event.format: json.loads((run.path / event.path / "config.json").read_text()) for event in told
-    }
-    # Of float32: unpacked weights keep as many digits as they can.
-    assert {name: said["dtype"] for name, said in configs.items()} == {
-        **dict.fromkeys(("compressed-tensors", "awq", "mlx"), "bfloat16"),
-        "hf": "float16",
-    }
     sizes = {event.format: event.bytes for event in told}
     assert sizes["awq"] < sizes["mlx"] < sizes["hf"]
     planned = of(run, events.Plan)[0].plan["export_bytes"]

@@ -26,7 +26,6 @@ from engine.architecture.refusals import refuse
 from engine.config.formats import FORMATS
 from engine.config.grid import Grid, GridConfig
 from engine.errors import PreflightError
-from engine.export.hf import finer_dtype
 from engine.export.layout import Linear, layout_of
 from engine.models.carried import carried
 from engine.quant.packed import PackedBlock, PackedWeight
@@ -211,34 +210,6 @@ def test_a_weight_that_float16_cannot_hold_is_found_before_it_is_written(llama: 
         write(tmp_path / "out", lm, source, blocks.__getitem__, layout=hf, dtype="float16")
     assert caught.value.hint == "--set export.dtype=bfloat16"
     assert list(tmp_path.iterdir()) == []
-
-
-def test_left_to_itself_it_is_float16_where_the_model_fits_that(llama: Path) -> None:
-    _, lm = open_model(llama)  # in float32, which is bfloat16 in formats that keep the integers
-    blocks, hf, ids = packed_blocks(lm, 2, 64), layout_of("hf"), some_ids(1, 16)
-    assert finer_dtype("auto", lm, blocks, hf, ids) == "float16"
-    assert finer_dtype("bfloat16", lm, blocks, hf, ids) == "bfloat16"
-    assert finer_dtype("auto", lm, blocks, hf, ids[:, :0]) == "auto"  # nothing to try it with
-    large = packed_blocks(lm, 2, 64)
-    large[1].linears["mlp.up_proj"].scale[0, 0] = 60000.0
-    assert finer_dtype("auto", lm, large, hf, ids) == "auto"
-
-
-@pytest.mark.parametrize(
-    ("name", "largest"),
-    [("model.norm.weight", 1e5), ("lm_head.weight", 6e4)],
-    ids=["a norm", "activations"],
-)
-def test_left_to_itself_it_is_the_originals_type_where_float16_does_not_reach(
-    tmp_path: Path, name: str, largest: float
-) -> None:
-    place = save_model(tmp_path / "large", tie_word_embeddings=False)
-    tensors = load_file(place / "model.safetensors")
-    tensors[name] *= largest / tensors[name].max()
-    save_file(tensors, place / "model.safetensors", {"format": "pt"})
-    _, lm = open_model(place)
-    blocks, ids = packed_blocks(lm, 2, 64), some_ids(1, 16)
-    assert finer_dtype("auto", lm, blocks, layout_of("hf"), ids) == "auto"
 
 
 def test_rounded_weights_are_not_taken_for_other_logits(llama: Path, tmp_path: Path) -> None:
