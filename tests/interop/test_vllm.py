@@ -93,7 +93,7 @@ def _computed(run: RunDirectory) -> Wanted:
     return Wanted(run, ids_NT, found.argmax(-1), logprobs, written[:, PROMPT:])
 
 
-@pytest.mark.timeout(900)  # it starts for a minute
+@pytest.mark.timeout(1800)  # it starts for a minute, and the first of a grid makes the run
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_vllm_predicts_what_transformers_does(
     case: Case, wanted: Callable[[Grid], Wanted], tmp_path: Path, served: list[Served]
