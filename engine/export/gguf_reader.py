@@ -161,7 +161,18 @@ class GGUFContent:
         for name, place in self.tensors.items():
             if place.type not in BLOCKS or place.start + place.nbytes > size:
                 raise ValueError(f"tensor {name[:80]} lies where it cannot lie")
+        self._alignment, self._start = alignment, start
         del self._data
+
+    def misplaced(self) -> str:
+        """The first tensor that does not begin where the one before it ends, for which llama.cpp refuses a
+        file: one of the two has another type or shape than its bytes have. Empty where there is none."""
+        end = self._start
+        for name, place in self.tensors.items():
+            if place.start != end:
+                return name
+            end += -(-place.nbytes // self._alignment) * self._alignment
+        return ""
 
     def bytes(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a tensor, row by row."""
@@ -214,6 +225,8 @@ class GGUFFileReader:
         self.path = found[0]
         self.config: dict[str, Any] = {}
         self.content = GGUFContent(self.path)
+        if name := self.content.misplaced():
+            raise damaged(self.path, f"tensor {name[:80]} does not begin where the one before it ends")
         self.architecture = str(self.content.metadata.get("general.architecture"))
         words = dict(_BLOCK)
         if self.architecture.startswith("gemma"):

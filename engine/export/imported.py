@@ -6,15 +6,17 @@ is the run's model, and where somebody asks for a weight, the dequantized one.
 
 What a run could not go on from is refused by its name: integers of other widths or in groups of other sizes,
 inputs in another order than their groups (``desc_act``), several grids, linears outside of the blocks that
-are quantized (a head), scales that are zero or that float16 cannot hold. Scales below zero, which auto-round
-makes on symmetric grids, stay what they are.
+are quantized, scales that are zero or that float16 cannot hold. Scales below zero, which auto-round makes on
+symmetric grids, stay what they are. Where a group has a bias in the place of a zero point (MLX), that has to
+be a whole multiple of the scale. An embedding and a head that are quantized as ``grid.head_bits`` has them
+are taken over as well.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +28,7 @@ from engine.architecture.description import QUANTIZATION, local_config, resolve_
 from engine.architecture.model_folder import ModelFolder
 from engine.architecture.refusals import refuse_model
 from engine.config.formats import FORMATS
-from engine.config.grid import BITS, GROUP_SIZES, Grid
+from engine.config.grid import BITS, GROUP_SIZES, HEAD_BITS, Grid, GridConfig
 from engine.config.model import ModelConfig
 from engine.errors import EqatError, PreflightError
 from engine.export.described import PLAIN, format_in
@@ -34,11 +36,13 @@ from engine.export.judging import UNFIT, faults
 from engine.export.layout import Layout, form_of
 from engine.export.reader import CheckpointReader, regular_groups
 from engine.models.causal_lm import CausalLM
+from engine.models.heads import head_names
 from engine.models.source import ModelSource, read_config
 from engine.models.weights import SafetensorsReader
 from engine.quant.packed import PackedBlock, PackedWeight
 from engine.quant.packing import bitpack
 
+NO_NAMES: Mapping[str, str] = {}
 ZERO_BIAS = "a bias of zeros, which the model does not have"
 
 
@@ -244,14 +248,29 @@ def unpack(weights: PackedWeights, linear: str) -> Unpacked:
     weights.check(linear)
     packed, where = weights.packed, weights.where(f"{linear}.weight")
     with fitting(linear, where):
-        parts = dict(packed.linear(linear).parts())
-        if not {"integers", "zero points", "scales"} <= parts.keys():
-            raise PreflightError(f"{packed.format} keeps no zero points: it cannot be imported", where=where)
-        codes, zeros, scales = parts["integers"], parts["zero points"], parts["scales"]
-        found = next(faults(parts), "") or _unfit(parts, packed.bits_of(linear))
+        parts, bits = dict(packed.linear(linear).parts()), packed.bits_of(linear)
+        found = next(faults(parts), "") or _unfit(parts, bits)
+        if not found and "biases" in parts:
+            parts["zero points"] = _zeros_of(parts["biases"], parts["scales"])
+            found = _inexact(parts, bits)
         if found:
             raise PreflightError(f"{linear}: {found}", where=where)
-        return Unpacked(codes, zeros, scales.to(torch.float16), packed.bits_of(linear))
+        codes, zeros, scales = parts["integers"], parts["zero points"], parts["scales"]
+        return Unpacked(codes, zeros.to(torch.uint8), scales.to(torch.float16), bits)
+
+
+def _zeros_of(biases: Tensor, scales: Tensor) -> Tensor:
+    """What ``-z * s`` was made of: whole numbers in float64, which may lie outside of the grid."""
+    return (-biases.double() / scales.double()).round() + 0.0
+
+
+def _inexact(parts: dict[str, Tensor], bits: int) -> str:
+    """What biases have that zero points of our grid cannot say; empty where there is nothing."""
+    zeros, biases = parts["zero points"], parts["biases"]
+    same = ((0.0 - zeros * parts["scales"].double()).to(biases.dtype) == biases) & (zeros >= 0)
+    if count := int((~(same & (zeros < 1 << bits))).sum()):
+        return f"{count} of {zeros.numel()} biases are no zero points: not a whole multiple of the scale"
+    return ""
 
 
 def _unfit(parts: dict[str, Tensor], bits: int) -> str:
@@ -312,8 +331,9 @@ class Grids:
         return Grid(first.bits, group_size, False, 1 if 1 in held and first.bits == 2 else None)
 
 
-def check_whole(lm: CausalLM, source: ImportedSource) -> None:
-    """The linears of the blocks are quantized, all of them, and nothing else is.
+def check_whole(lm: CausalLM, source: ImportedSource, heads: Mapping[str, str] = NO_NAMES) -> None:
+    """The linears of the blocks are quantized, all of them, and nothing else is but ``heads``, which are
+    taken over as well (:func:`quantized_heads`).
 
     Raises:
         PreflightError: names the first linear of which this is not so.
@@ -324,9 +344,10 @@ def check_whole(lm: CausalLM, source: ImportedSource) -> None:
             "is not quantized: only a checkpoint whose blocks are quantized as a whole can be imported",
             where=linear,
         )
-    for linear in sorted(source.weights.linears - wanted):
+    for linear in sorted(source.weights.linears - wanted - set(heads.values())):
         raise PreflightError(
-            "is quantized, and lies outside of the blocks: only linears of the blocks can be imported",
+            "is quantized, and lies outside of the blocks: only linears of the blocks can be imported, and "
+            "embedding and head together",
             where=linear,
         )
     for each in lm.names.leftovers:
@@ -335,6 +356,61 @@ def check_whole(lm: CausalLM, source: ImportedSource) -> None:
             raise PreflightError(
                 "is a bias that the model has no place for", where=f"{source.name}: {each.stored}"
             )
+
+
+def quantized_heads(lm: CausalLM, source: ImportedSource) -> dict[str, str]:
+    """Embedding and head, if both are quantized (or are one and the same): what the files call each, by its
+    name in the model."""
+    if not source.weights.linears:
+        return {}
+    weights = (lm.model.get_input_embeddings(), lm.model.get_output_embeddings())
+    if any(getattr(each, "weight", None) is None for each in weights):
+        return {}
+    names = {name: lm.names.stored[f"{name}.weight"].removesuffix(".weight") for name in head_names(lm)}
+    return names if source.weights.linears >= set(names.values()) else {}
+
+
+def imported_heads(source: ImportedSource, heads: Mapping[str, str], grid: Grid) -> dict[str, PackedWeight]:
+    """Embedding and head of the checkpoint by their names in the model, all of which are on ``grid``.
+
+    Raises:
+        PreflightError: for one that is on another, or that cannot be taken over.
+    """
+    return {name: _on_grid(source, stored, grid) for name, stored in heads.items()}
+
+
+def head_bits(source: ImportedSource, heads: Mapping[str, str], blocks: Grid) -> int:
+    """What ``grid.head_bits`` has to be for ``heads`` of a checkpoint whose blocks are on a grid; 0 where
+    there are none.
+
+    Raises:
+        PreflightError: for some that are on no grid which it can ask for.
+    """
+    if not heads:
+        return 0
+    bits = source.weights.packed.bits_of(next(iter(heads.values())))
+    grid = head_grid(bits, blocks)
+    if grid is None:
+        raise PreflightError(
+            f"an embedding and a head of {bits} bits cannot be imported", where=next(iter(heads.values()))
+        )
+    imported_heads(source, heads, grid)
+    return bits
+
+
+def head_grid(bits: int, blocks: Grid) -> Grid | None:
+    """The grid that ``grid.head_bits`` means where the blocks are on ``blocks``."""
+    if bits not in HEAD_BITS:
+        return None
+    held = blocks.fixed_zero_point is not None and not blocks.symmetric
+    config = GridConfig(
+        bits=blocks.bits,
+        group_size=blocks.group_size,
+        symmetric=blocks.symmetric,
+        zero_point="fixed" if held else "learned",
+        head_bits=bits,
+    )
+    return config.head
 
 
 def stored_linears(lm: CausalLM, index: int) -> dict[str, str]:
@@ -349,22 +425,24 @@ def imported_block(lm: CausalLM, source: ImportedSource, index: int, grid: Grid)
     Raises:
         PreflightError: for a linear that is on another one, or that cannot be taken over.
     """
-    linears = {}
-    for name, stored in stored_linears(lm, index).items():
-        found = unpack(source.weights, stored)
-        fixed = grid.fixed_zero_point
-        on_it = found.bits == grid.bits and (fixed is None or found.all_zeros_are(fixed))
-        if not on_it or found.group_size != (
-            grid.group_size if grid.group_size > 0 else found.codes_OI.shape[1]
-        ):
-            raise PreflightError(
-                f"is w{found.bits}g{found.group_size}, which is not the run's grid",
-                where=stored,
-                hint="eqat import finds the grid by itself",
-            )
-        words = bitpack(found.codes_OI, grid.bits, dim=1)
-        linears[name] = PackedWeight(words, found.scale_OG, found.zero_OG, grid)
+    linears = {name: _on_grid(source, stored, grid) for name, stored in stored_linears(lm, index).items()}
     return PackedBlock(linears, dict(_others(lm, index)))
+
+
+def _on_grid(source: ImportedSource, stored: str, grid: Grid) -> PackedWeight:
+    """The linear that the files call ``stored``, which is on ``grid``."""
+    found = unpack(source.weights, stored)
+    fixed = grid.fixed_zero_point
+    on_it = found.bits == grid.bits and (fixed is None or found.all_zeros_are(fixed))
+    size = grid.group_size if grid.group_size > 0 else found.codes_OI.shape[1]
+    if not on_it or found.group_size != size:
+        raise PreflightError(
+            f"is w{found.bits}g{found.group_size}, which is not the run's grid",
+            where=stored,
+            hint="eqat import finds the grid by itself",
+        )
+    words = bitpack(found.codes_OI, grid.bits, dim=1)
+    return PackedWeight(words, found.scale_OG, found.zero_OG, grid)
 
 
 def _others(lm: CausalLM, index: int) -> list[tuple[str, Tensor]]:

@@ -27,8 +27,10 @@ from engine.export.imported import (
     Grids,
     ImportedSource,
     check_whole,
+    head_bits,
     imported_block,
     imported_source,
+    quantized_heads,
     stored_linears,
     unpack,
 )
@@ -41,6 +43,8 @@ from engine.system.guarded import BadFile, read_text
 
 ALIKE = 0.02
 """Of the norm of a tensor: types of 16 bits round by less."""
+ROUNDED_ALIKE = 0.3
+"""The same of an embedding and a head that are quantized: 4 bits in groups round by a tenth."""
 
 
 class Importable(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +59,8 @@ class Importable(msgspec.Struct, frozen=True, kw_only=True):
     group_size: int
     symmetric: bool
     zero_point: Literal["learned", "fixed"]
+    head_bits: int = 0
+    """Of embedding and head, if these are quantized."""
     reference: str = ""
     """The original model; empty where none is named, or is at hand."""
 
@@ -69,7 +75,8 @@ def look_at(
     """
     source = imported_source(ModelConfig(source=str(path)))
     lm = CausalLM(source, CPU, torch.float32)
-    check_whole(lm, source)
+    heads = quantized_heads(lm, source)
+    check_whole(lm, source, heads)
     found = original_of(lm, source, reference)
     grids = Grids()
     for index in range(lm.blocks):
@@ -88,6 +95,7 @@ def look_at(
         group_size=grid.group_size,
         symmetric=grid.symmetric,
         zero_point="learned" if grid.symmetric or grid.fixed_zero_point is None else "fixed",
+        head_bits=head_bits(source, heads, grid),
         reference=found,
     )
 
@@ -156,10 +164,12 @@ def require_original(lm: CausalLM, other: CausalLM, name: str) -> None:
         PreflightError: names what is another one's.
     """
     require_alike(lm, other, name)
-    theirs = other.outer_state()
+    theirs, source = other.outer_state(), lm.source
+    heads = quantized_heads(lm, source) if isinstance(source, ImportedSource) else {}
     for tensor, ours in lm.outer_state().items():
         same = tensor in theirs and theirs[tensor].shape == ours.shape
-        if same and float((theirs[tensor] - ours).norm()) <= ALIKE * float(ours.norm()):
+        share = ROUNDED_ALIKE if tensor.removesuffix(".weight") in heads else ALIKE
+        if same and float((theirs[tensor] - ours).norm()) <= share * float(ours.norm()):
             continue
         raise PreflightError(
             f"its {tensor} is not that of the checkpoint",

@@ -152,7 +152,7 @@ class MLXReader(CheckpointReader):
 
     def linear(self, prefix: str) -> AffineLinear:
         words = self.stored(f"{prefix}.weight").view(torch.int32)
-        codes = torch.from_numpy(unpack_rows(words.numpy(), self._bits_of(prefix)))
+        codes = torch.from_numpy(unpack_rows(words.numpy(), self.bits_of(prefix)))
         scale, bias = self.stored(f"{prefix}.scales"), self.stored(f"{prefix}.biases")
         if scale.ndim != 2 or scale.shape != bias.shape or codes.shape[1] % max(1, scale.shape[1]):
             raise damaged(self.directory, f"the tensors of {prefix} do not fit together")
@@ -160,9 +160,9 @@ class MLXReader(CheckpointReader):
 
     def linear_shape(self, prefix: str) -> tuple[int, int]:
         outputs, words = self.stored_shape(f"{prefix}.weight")
-        return outputs, words * 32 // self._bits_of(prefix)
+        return outputs, words * 32 // self.bits_of(prefix)
 
-    def _bits_of(self, prefix: str) -> int:
+    def bits_of(self, prefix: str) -> int:
         return self._own_bits.get(prefix, self.bits)
 
     def _quantized(self) -> set[str]:

@@ -7,7 +7,14 @@ from dataclasses import replace
 from engine.config.model import ModelConfig
 from engine.config.run import RunConfig
 from engine.errors import PreflightError
-from engine.export.imported import ImportedSource, check_whole, imported_block, imported_source
+from engine.export.imported import (
+    NO_NAMES,
+    ImportedSource,
+    check_whole,
+    imported_block,
+    imported_source,
+    quantized_heads,
+)
 from engine.export.importing import require_original
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
@@ -19,7 +26,8 @@ def import_blocks(job: Job) -> None:
     """Every block of the checkpoint, as it is."""
     source = job.source
     assert isinstance(source, ImportedSource)
-    check_whole(job.lm, source)
+    heads = quantized_heads(job.lm, source) if job.config.grid.head_bits else NO_NAMES
+    check_whole(job.lm, source, heads)
     for index in range(job.blocks):
         job.report.block_started(index, job.blocks)
         if job.is_finished(index):

@@ -37,7 +37,7 @@ def import_checkpoint(
     detach: Detach = False,
     as_json: Json = False,
 ) -> int:
-    """Make a run of a quantized checkpoint: GPTQ, AWQ, compressed-tensors, auto-round or EfficientQAT.
+    """Make a run of a quantized checkpoint: GPTQ, AWQ, compressed-tensors, auto-round, MLX or EfficientQAT.
 
     Its integers, scales and zero points become the run's, bit for bit. eval, export and generate go on from
     there; --set e2e_qp.enabled=true trains its scales on. Without the original model (--reference, or the one
@@ -69,6 +69,8 @@ def import_checkpoint(
     original = found["reference"]
     said = f"its original is {cell(original, 200)}" if original else "its original is not known here"
     say(f"{found['format']}, w{found['bits']}g{found['group_size']}, {found['blocks']} blocks; {said}")
+    if found["head_bits"] and "grid.head_bits" in wanted:
+        raise UsageError("is what the checkpoint has", where="grid.head_bits", hint="leave it out")
     config = _config(preset, {**_imported(folder, found, wanted), **wanted})
     if dry_run:
         return actions.print_plan(config, place, as_json=as_json)
@@ -112,6 +114,8 @@ def _imported(folder: object, found: Mapping[str, Any], wanted: Mapping[str, obj
         "imported.reference": found["reference"],
         **{f"grid.{name}": found[name] for name in ("bits", "group_size", "symmetric", "zero_point")},
     }
+    if found["head_bits"]:
+        settings["grid.head_bits"] = found["head_bits"]
     if not found["reference"] and str(wanted.get("e2e_qp.enabled")).lower() == "true":
         settings["e2e_qp.loss"] = "cross_entropy"
         if "e2e_qp.loss" not in wanted:

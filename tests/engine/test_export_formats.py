@@ -8,8 +8,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from engine_runs import exported, failure, local_model, of, run_here
+from safetensors import safe_open
 from toy_format import ROW
 
 from engine.checkpoints.store import CheckpointStore
@@ -17,6 +19,7 @@ from engine.config.formats import FORMATS
 from engine.config.stages import STAGES
 from engine.errors import UsageError
 from engine.export.gguf_reader import GGUFContent
+from engine.export.judging import judge
 from engine.export.place import ExportPlace
 from engine.phases.export import recover_exports
 from engine.run import events
@@ -25,7 +28,7 @@ from engine.run.facts import block_entry, stage_entry
 from engine.run.state import load_state
 from engine.run.usable import newest_usable
 from eqat_tui.commands.looking import verify as verify_command
-from eqat_tui.judging import checkpoints_of
+from eqat_tui.judging import changed_files, checkpoints_of
 
 
 @pytest.fixture(autouse=True)
@@ -108,10 +111,45 @@ def test_verify_takes_the_name_of_a_run_and_looks_at_each_of_its_exports(
     shutil.rmtree(wanted[1])
     assert verify_command(run.id, runs_dir=place, as_json=True) == 0
     said = json.loads(capsys.readouterr().out)
-    assert (said["path"], said["sound"]) == (str(wanted[0]), True)
+    assert (said["path"], said["sound"], said["as_written"]) == (str(wanted[0]), True, True)
     shutil.rmtree(run.export_dir)
     with pytest.raises(UsageError, match="it has no export yet"):
         checkpoints_of(run.id, place)
+
+
+def test_an_integer_of_an_export_that_is_another_one_is_told(
+    finished_copy: Callable[..., RunDirectory],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def here(module: str, answer: str, path: Path, *_: object) -> dict[str, object]:
+        found = judge(path)  # in this process: another one takes seconds to start
+        return {**msgspec.to_builtins(found), answer: found.sound}
+
+    monkeypatch.setattr("eqat_tui.judging.said_by", here)
+    run = finished_copy()
+    folder = run.export_dir / "gptq_v2"
+    with (folder / "README.md").open("a") as card:
+        card.write("What somebody added.\n")
+    assert changed_files(folder) == []
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    with safe_open(file, "np") as opened:
+        words = next(name for name in opened.keys() if name.endswith("qweight"))  # noqa: SIM118
+        place = content.index(opened.get_tensor(words).tobytes())
+    file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    (folder / "tokenizer.json").unlink()
+    assert verify_command(str(folder), as_json=True) == 4
+    said = json.loads(capsys.readouterr().out)
+    assert (said["sound"], said["as_written"]) == (False, False)
+    assert said["problems"] == [
+        "model.safetensors: is not what was verified",
+        "tokenizer.json: is not there any more",
+    ]
+    # Elsewhere it is as good as any other.
+    assert changed_files(shutil.copytree(folder, run.path.parent / "elsewhere")) is None
+    run.events_path.unlink()
+    assert changed_files(folder) is None
 
 
 @pytest.mark.skipif(

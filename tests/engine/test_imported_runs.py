@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from engine.checkpoints.store import CheckpointStore
 from engine.config.grid import Grid
 from engine.errors import UsageError
+from engine.export.importing import look_at
 from engine.export.layout import layout_of
 from engine.plan.plan import make_plan
 from engine.quant.packed import PackedBlock
@@ -26,7 +27,7 @@ from engine.run.directory import RunDirectory
 from engine.run.redo import make_redo
 from engine.run.usable import newest_usable
 
-FORMATS = {3: ("gptq_v2", "compressed-tensors", "auto-round"), 4: ("awq",)}
+FORMATS = {3: ("gptq_v2", "compressed-tensors", "auto-round", "mlx"), 4: ("awq",)}
 CELLS = [(bits, name) for bits, names in FORMATS.items() for name in names]
 ORIGINAL = "random://tiny-llama"
 Make = Callable[..., RunDirectory]
@@ -80,8 +81,35 @@ def test_an_export_that_is_imported_is_measured_the_same_and_exported_to_the_sam
         for linear, weight in block.linears.items():
             parts = reader.linear(f"model.layers.{index}.{linear}").parts()
             assert torch.equal(weight.codes(), parts["integers"])
-            assert torch.equal(weight.zero_point, parts["zero points"])
+            zeros = parts["zero points"] if "zero points" in parts else -parts["biases"] / parts["scales"]
+            assert torch.equal(weight.zero_point.to(zeros.dtype), zeros)
             assert torch.equal(weight.scale, parts["scales"])
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [
+        ("mlx", {"grid.bits": 3, "grid.head_bits": 8}),
+        ("gptq_v2", {"grid.bits": 4, "grid.symmetric": True, "grid.group_size": -1}),
+    ],
+)
+def test_a_quantized_head_and_whole_rows_come_back_as_the_same_bytes(
+    make: Make, finished_once: Make, name: str, grid: dict[str, object]
+) -> None:
+    before = finished_once(**grid, **{"export.formats": [name]})
+    path = before.export_dir / name
+    found = look_at(path)
+    assert (found.head_bits, found.group_size) == (
+        grid.get("grid.head_bits", 0),
+        grid.get("grid.group_size", 32),
+    )
+    run = make(**settings(path, **grid, **{"export.formats": [name]}))
+    assert run_here(run) == 0, output(run)
+    assert measured(run) == {"imported": measured(before)["e2e_qp"]}
+    again, first = exported(run, name), exported(before, name)
+    assert {file for file in again.keys() | first.keys() if again.get(file) != first.get(file)} == {
+        "README.md"
+    }
 
 
 def test_end_to_end_training_goes_on_from_an_import_and_makes_its_loss_smaller(

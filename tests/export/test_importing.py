@@ -13,14 +13,20 @@ from typing import Any
 
 import pytest
 import torch
-from packed_models import open_model, packed_blocks, save_model, write
+from packed_models import open_model, packed_blocks, rounded_heads, save_model, write
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.config.grid import Grid
 from engine.config.model import ModelConfig
 from engine.errors import EqatError, PreflightError
-from engine.export.imported import imported_block, imported_source
+from engine.export.imported import (
+    check_whole,
+    imported_block,
+    imported_heads,
+    imported_source,
+    quantized_heads,
+)
 from engine.export.importing import Importable, look_at
 from engine.export.judging import judge
 from engine.export.layout import form_of
@@ -108,7 +114,7 @@ def require_same(found: list[PackedBlock], wanted: list[PackedBlock]) -> None:
     ("name", "bits"),
     [
         (name, bits)
-        for name in ("gptq_v2", "gptq", "compressed-tensors", "auto-round")
+        for name in ("gptq_v2", "gptq", "compressed-tensors", "auto-round", "mlx")
         for bits in (2, 3, 4, 8)
     ]
     + [("awq", 4)],
@@ -121,7 +127,7 @@ def test_integers_scales_and_zero_points_are_those_of_the_file(maker: Maker, nam
     require_same(blocks_in(path, Grid(bits, 64)), maker.blocks(bits))
 
 
-@pytest.mark.parametrize("name", ["gptq_v2", "compressed-tensors"])
+@pytest.mark.parametrize("name", ["gptq_v2", "compressed-tensors", "auto-round"])
 @pytest.mark.parametrize(
     ("options", "grid"),
     [
@@ -137,6 +143,40 @@ def test_a_grid_is_recognized(maker: Maker, name: str, options: dict[str, Any], 
     assert (found.bits, found.group_size, found.symmetric) == (grid.bits, grid.group_size, grid.symmetric)
     assert found.zero_point == ("fixed" if fixed else "learned")
     require_same(blocks_in(path, grid), maker.blocks(**{"bits": 3, **options}))
+
+
+@pytest.mark.parametrize(("options", "grid"), [({"symmetric": True}, Grid(3, 64, True)), ({}, Grid(3, 64))])
+def test_biases_of_mlx_are_zero_points_where_they_can_be(
+    maker: Maker, tmp_path: Path, options: dict[str, Any], grid: Grid
+) -> None:
+    path = maker("mlx", 3, **options)
+    assert look_at(path).symmetric == grid.symmetric
+    require_same(blocks_in(path, grid), maker.blocks(3, **options))
+    for number, wrong in enumerate((1e-3, 1.0, -100.0)):
+        moved = changed(path, tmp_path / str(number), set_(f"{LINEAR}.biases", lambda t, by=wrong: t + by))
+        assert re.search(r"up_proj: \d+ of 1536 biases are no zero points", refusal(moved))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("bits", "fixed"), [(8, False), (4, False), (4, True)])
+def test_a_quantized_embedding_and_head_are_taken_over(
+    tmp_path: Path, bits: int, fixed: bool, tied: bool
+) -> None:
+    source, lm = open_model(save_model(tmp_path / "fp", tie_word_embeddings=tied))
+    blocks, heads = packed_blocks(lm, 3, 64, symmetric=fixed), rounded_heads(lm, bits, 64, fixed)
+    path = write(tmp_path / "out", lm, source, blocks.__getitem__, layout=form_of("mlx"), heads=heads).path
+    found = look_at(path, str(tmp_path / "fp"))
+    assert (found.bits, found.head_bits, found.symmetric) == (3, bits, fixed)
+    assert found.reference == str(tmp_path / "fp")
+    held = imported_source(ModelConfig(source=str(path)))
+    opened = CausalLM(held, torch.device("cpu"), torch.float32)
+    names = quantized_heads(opened, held)
+    taken = imported_heads(held, names, next(iter(heads.values())).grid)
+    assert taken.keys() == heads.keys()
+    require_same([PackedBlock(taken)], [PackedBlock(heads)])
+    require_same(blocks_in(path, Grid(3, 64, fixed)), blocks)
+    with pytest.raises(PreflightError, match="lies outside of the blocks"):
+        check_whole(opened, held)
 
 
 # -- files that are not written as ours ----------------------------------------------------------------
@@ -407,7 +447,6 @@ def test_what_is_no_checkpoint_to_import_is_refused_by_its_name(
     model: Path, maker: Maker, tmp_path: Path
 ) -> None:
     assert "it is not quantized" in refusal(model)
-    assert "keeps no zero points" in refusal(maker("mlx", 4))
     assert "cannot be imported from" in refusal(maker("gguf", 4))
     assert "is not there" in refusal(tmp_path / "nowhere") or "does not exist" in refusal(
         tmp_path / "nowhere"

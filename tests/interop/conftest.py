@@ -27,17 +27,29 @@ def tried() -> Iterator[list[object]]:
     found: list[object] = []
     yield found
     if len(found) == len(test_formats.CASES) + len(gguf_models.CASES):
-        keep(tiny=page(found))
+        keep(page(found))
 
 
 @pytest.fixture(scope="session")
 def compared() -> Iterator[list[Any]]:
     """The same of real models."""
-    import real_models
     import test_real_models
     from table import keep, real_part
 
     found: list[Any] = []
     yield found
     if len(found) == len(test_real_models.CASES):
-        keep(real=real_part(found, real_models.WINDOWS * real_models.LENGTH))
+        keep(real_part(found))
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[list[Any]]:
+    """The same of vLLM."""
+    import real_models
+    import test_vllm
+    from table import keep, served_part
+
+    found: list[Any] = []
+    yield found
+    if len(found) == len(test_vllm.CASES):
+        keep(served_part(found, test_vllm.WINDOWS * real_models.LENGTH))

@@ -59,18 +59,20 @@ HEAD, GROUPS, WIDER_GROUPS, SHARING = 64, 3, 4, 3
 """Numbers a head, heads of keys and values, and the heads of queries that share one of those."""
 
 
-def finished_run(place: Path, grid: Grid, formats: list[str]) -> RunDirectory:
-    """The run of a grid in ``place``; one that is there already is taken as it is."""
+def finished_run(place: Path, grid: Grid, formats: list[str], *, train: bool = True) -> RunDirectory:
+    """The run of a grid in ``place``, only rounded unless it is to ``train``; one that is there already is
+    taken as it is."""
     if done := list(place.glob(f"*/export/{formats[-1]}")):
         return RunDirectory.open(done[0].parents[1])
-    wider = grid.group_size != 64
+    wider = bool(HIDDEN % grid.group_size)
     asked = {
         "model.source": widened(place / "wider") if wider else DEMO,
         "grid.bits": grid.bits,
         "grid.group_size": grid.group_size,
         "export.formats": formats,
         # Rounding alone is good at 4 bits, and end to end its scales are trained.
-        "block_ap.enabled": grid.bits < 4,
+        "block_ap.enabled": train and grid.bits < 4,
+        "e2e_qp.enabled": train,
     }
     run = RunDirectory.create(place, load("demo", overrides={**SHORT, **asked}))
     ended = subprocess.run([sys.executable, "-m", "engine", str(run.path)], capture_output=True, text=True)
@@ -143,8 +145,8 @@ class Predictions(NamedTuple):
 
     best_NT: Tensor
     """The likeliest next one."""
-    nll: float
-    """The mean of ``-log p`` of those that came next."""
+    nll_N: Tensor
+    """The mean of ``-log p`` of those that came next, of each window."""
 
 
 def predictions(logits_NTV: Tensor, ids_NT: Tensor) -> Predictions:
@@ -153,7 +155,7 @@ def predictions(logits_NTV: Tensor, ids_NT: Tensor) -> Predictions:
         functional.cross_entropy(logits_TV[:-1].float(), ids_T[1:])
         for logits_TV, ids_T in zip(logits_NTV, ids_NT, strict=True)
     ]
-    return Predictions(logits_NTV.argmax(-1), torch.stack(lost).mean().item())
+    return Predictions(logits_NTV.argmax(-1), torch.stack(lost))
 
 
 class Trained(NamedTuple):
@@ -164,9 +166,11 @@ class Trained(NamedTuple):
     predicts: Predictions
 
     def compared(self, others: Predictions) -> tuple[float, float]:
-        """How many of the likeliest tokens agree, and perplexity as a multiple of the trained model's."""
-        same = (others.best_NT == self.predicts.best_NT).float().mean().item()
-        return same, float(torch.tensor(others.nll - self.predicts.nll).exp())
+        """How many of the likeliest tokens agree, and perplexity as a multiple of the trained model's; over
+        as many windows as the ``others`` have."""
+        windows = len(others.nll_N)
+        same = (others.best_NT == self.predicts.best_NT[:windows]).float().mean().item()
+        return same, float((others.nll_N - self.predicts.nll_N[:windows]).mean().exp())
 
 
 def read_trained(run: RunDirectory) -> Trained:
@@ -192,6 +196,12 @@ def read_trained(run: RunDirectory) -> Trained:
         for index in range(lm.blocks):
             hidden = lm.run_block(packed(index).install_dense(lm.load_block(index)), index, hidden)
         return Trained(run, ids_NT, predictions(lm.head(hidden), ids_NT))
+
+
+def text_of(run: RunDirectory) -> Tensor:
+    """The text that a run's model is tried on."""
+    source = ModelSource.open(run.config().model)
+    return _text(source, CausalLM(source, torch.device("cpu"), torch.float32).vocab_size)
 
 
 def _text(source: ModelSource, rows: int) -> Tensor:

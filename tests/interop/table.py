@@ -30,14 +30,43 @@ largest, in their standard deviations; both are the worst of the models.
 REAL = """## Of a real model
 
 Written by `make interop` too: SmolLM2-135M-Instruct, quantized by runs that trained it for a moment (4 bits
-in a shape that groups of 128 divide), over {tokens} tokens of the built-in corpus. Counted are the tokens
-after which the loader predicts the same as the trained blocks do, computed with in float32; none is left
-out. Perplexity is a multiple of theirs. Packed files are computed with in float32, those of GGUF with
+in a shape that groups of 128 divide), over so many tokens of the built-in corpus. Counted are those after
+which the loader predicts the same as the trained blocks do, computed with in float32; none is left out.
+Perplexity is a multiple of theirs. Packed files are computed with in float32, those of GGUF with
 activations of 8 bits, as llama.cpp does: these are held to perplexity within 1 %, all else to 99 % too.
 
-| format | bits | group | loader | first prediction | perplexity |
-|---|---|---|---|---|---|
+| format | bits | group | loader | tokens | first prediction | perplexity |
+|---|---|---|---|---|---|---|
 """
+
+
+SERVED = """## In vLLM
+
+Written by the same tests where `tests/interop/install_vllm.sh` has put vLLM's CPU build beside them:
+SmolLM2-135M-Instruct again, at 4 bits, over {tokens} tokens, in float16. It is compared with transformers,
+which computes in float32 with the unpacked `compressed-tensors` export of the same run: tokens after which
+both predict the same, perplexity as a multiple, the mean difference of log-probabilities, and of 16 tokens
+that each writes after 32 how many are the same. vLLM's kernel wants AVX-512; where the last column says
+torch, there was none, and torch multiplied with the words that vLLM had read and arranged for it. 2 and 3
+bits have no kernel there.
+
+| format | bits | group | loader | first prediction | perplexity | log-probability | written | kernel |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+class Served(NamedTuple):
+    """What vLLM predicts with an export of a real model, beside transformers."""
+
+    format: str
+    bits: int
+    group_size: int
+    loader: str
+    kernel: bool
+    agree: float
+    ratio: float
+    apart: float
+    written: float
 
 
 class Compared(NamedTuple):
@@ -47,6 +76,7 @@ class Compared(NamedTuple):
     bits: int
     group_size: int
     loader: str
+    tokens: int
     agree: float
     ratio: float
     """Its perplexity as a multiple of the trained model's."""
@@ -72,23 +102,42 @@ class Tried(NamedTuple):
         return self.format, self.bits, self.group_size, self.symmetric
 
 
-def keep(*, tiny: str | None = None, real: str | None = None) -> None:
-    """Write one part of the page, and leave the other as its last whole run did."""
-    title = REAL.partition("\n")[0]
-    before, _, after = PAGE.read_text().partition(title)
-    tiny = before.rstrip("\n") + "\n" if tiny is None else tiny
-    real = title + after if real is None else real
-    PAGE.write_text(f"{tiny}\n{real}")
+def keep(part: str) -> None:
+    """Write one part of the page, which begins with its title, and leave the others as their last whole runs
+    did."""
+    parts = {_title(each): each for each in _parts(PAGE.read_text())}
+    parts[_title(part)] = part.rstrip("\n") + "\n"
+    order = [_title(text) for text in (HEAD, REAL, SERVED)]
+    PAGE.write_text("\n".join(parts[title] for title in order if title in parts))
 
 
-def real_part(compared: Iterable[Compared], tokens: int) -> str:
+def _parts(page: str) -> list[str]:
+    """Each with its title, the page's own or one of the second order."""
+    return [each.rstrip("\n") + "\n" for each in re.split(r"(?m)^(?=## )", page)]
+
+
+def _title(part: str) -> str:
+    return part.partition("\n")[0]
+
+
+def real_part(compared: Iterable[Compared]) -> str:
     """The part of the page that is of a real model."""
     names = FORMATS.names()
     rows = sorted(compared, key=lambda each: (names.index(each.format), each.bits))
-    return REAL.format(tokens=tokens) + "".join(
-        f"| `{each.format}` | {each.bits} | {each.group_size} | {each.loader} | {100 * each.agree:.2f} % "
-        f"| {each.ratio:.5f} |\n"
+    return REAL + "".join(
+        f"| `{each.format}` | {each.bits} | {each.group_size} | {each.loader} | {each.tokens} "
+        f"| {100 * each.agree:.2f} % | {each.ratio:.5f} |\n"
         for each in rows
+    )
+
+
+def served_part(served: Iterable[Served], tokens: int) -> str:
+    """The part of the page that is of vLLM."""
+    return SERVED.format(tokens=tokens) + "".join(
+        f"| `{each.format}` | {each.bits} | {each.group_size} | {each.loader} | {100 * each.agree:.2f} % "
+        f"| {each.ratio:.5f} | {each.apart:.4f} | {100 * each.written:.0f} % "
+        f"| {'its own' if each.kernel else 'torch'} |\n"
+        for each in served
     )
 
 

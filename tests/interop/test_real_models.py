@@ -80,15 +80,21 @@ def test_the_loader_predicts_what_the_run_trained(
     assert told_verified(model, case.format)
     if case.format == "gguf":
         agree, ratio, words = in_llama_cpp(folder, model)
+        tokens = model.ids_NT.numel()
     else:
         loader = LOADERS[case.format]
         options = {"dtype": torch.float32} if loader.sets_dtype else {}
-        logits, _ = loader.load(folder, model.ids_NT, **options)
-        agree, ratio = model.compared(predictions(logits, model.ids_NT))
+        ids_NT = model.ids_NT[: loader.windows]
+        logits, _ = loader.load(folder, ids_NT, **options)
+        agree, ratio = model.compared(predictions(logits, ids_NT))
+        tokens = ids_NT.numel()
         words = loader.words
-        assert agree >= 0.99
+    print(
+        f"{case}: {100 * agree:.2f} % of the likeliest tokens, perplexity {ratio:.5f} of the trained model's"
+    )
+    assert agree >= 0.99 or case.format == "gguf"
     assert ratio == pytest.approx(1, abs=0.01)
-    compared.append(Compared(case.format, case.grid.bits, case.grid.group_size, words, agree, ratio))
+    compared.append(Compared(case.format, case.grid.bits, case.grid.group_size, words, tokens, agree, ratio))
 
 
 def in_llama_cpp(folder: Path, model: Trained) -> tuple[float, float, str]:
