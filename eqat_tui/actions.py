@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ from engine.run.usable import is_damaged
 from engine.system.files import existing, is_virtual
 from eqat_tui.display import open_display
 from eqat_tui.follow import Follower, Left
-from eqat_tui.output import cell, error_words, one_line, print_json, say, show
+from eqat_tui.output import cell, error_words, one_line, print_json, ring, say, show
 from eqat_tui.run_text import report, shorten
 
 Told = Callable[[Mapping[str, Any]], str]
@@ -264,8 +263,8 @@ def follow(
     except Left:
         say(f"left; the engine goes on: eqat attach {typed(run)}, eqat stop {typed(run)}")
         return ExitCode.DONE if engine is None else ExitCode.ABORTED
-    if sys.stderr.isatty() and load_user_config().notify.bell:
-        sys.stderr.write("\a")
+    if load_user_config().notify.bell:
+        ring()
     shown = show_run(run)
     if as_json:
         print_json(shown)

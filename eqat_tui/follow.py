@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from engine.errors import ExitCode, run_is_gone
 from engine.run import control
@@ -29,6 +28,7 @@ from engine.run.status import read_status
 from engine.system.guarded import BadFile, bad_file
 from engine.system.log_bytes import tail
 from eqat_tui.display import Display
+from eqat_tui.hearing import hearing
 
 POLL_S = 0.2
 TAIL_BYTES = 1 << 16
@@ -84,7 +84,7 @@ class Follower:
         the run's lock tells that the run is over, and its last event how.
         """
         self._on_interrupt = on_interrupt
-        with _taking_signals(self):
+        with hearing(self._handlers()):
             try:
                 pid = start() if start is not None else None
                 if pid is None and look(self.run).work is not None:
@@ -177,6 +177,15 @@ class Follower:
 
     # -- Ctrl-C ------------------------------------------------------------------------------------
 
+    def _handlers(self) -> dict[int, Callable[[int, FrameType | None], None]]:
+        return {
+            signal.SIGINT: self.interrupted,
+            signal.SIGTERM: self.terminated,
+            signal.SIGTSTP: self.suspended,
+            signal.SIGCONT: self.continued,
+            signal.SIGUSR1: self.warned,
+        }
+
     def interrupted(self, number: int, frame: FrameType | None) -> None:
         """Signal handler: only counts. What follows from it happens between two polls."""
         self._interrupts += 1
@@ -241,23 +250,6 @@ class Follower:
         if self._continued:
             self._continued = False
             self.display.come_back()
-
-
-@contextmanager
-def _taking_signals(follower: Follower) -> Iterator[None]:
-    handlers: dict[int, Any] = {
-        signal.SIGINT: follower.interrupted,
-        signal.SIGTERM: follower.terminated,
-        signal.SIGUSR1: follower.warned,
-        signal.SIGTSTP: follower.suspended,
-        signal.SIGCONT: follower.continued,
-    }
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _shell_code(code: int) -> int:

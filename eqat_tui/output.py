@@ -258,3 +258,9 @@ def agrees(question: str) -> bool:
     except EOFError:  # Ctrl-D
         say("")
         return False
+
+
+def ring() -> None:
+    """The bell of the terminal that this is told to, if there is one."""
+    if sys.stderr.isatty():
+        print("\a", end="", file=sys.stderr, flush=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 from engine.errors import EqatError, ExitCode
 from engine.plan.plan import check, make_plan
 from engine.run.directory import RunDirectory
@@ -11,6 +13,8 @@ from engine.run.task import is_job
 
 ENDS = (ExitCode.STOPPED, ExitCode.ABORTED, ExitCode.TERMINATED)
 """A run that ends so was meant to end, and with it the sweep."""
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask for a sweep to end."""
 
 
 def is_at_work(run: RunDirectory | None) -> bool:

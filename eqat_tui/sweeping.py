@@ -8,11 +8,9 @@ at work or where that has ended, and goes on from there.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -41,9 +39,10 @@ from engine.system.guarded import open_regular
 from eqat_tui.configure import on_users_device
 from eqat_tui.display import open_display
 from eqat_tui.follow import Follower, Left
+from eqat_tui.hearing import hearing
 from eqat_tui.output import cell, error_words, one_line, print_json, say, show
 from eqat_tui.run_text import shorten
-from eqat_tui.sweep_members import ENDS, is_at_work, made, note, state_of
+from eqat_tui.sweep_members import ENDS, STOPS, is_at_work, made, note, state_of
 from eqat_tui.sweep_text import plan_text, sweep_text, totals_words
 from eqat_tui.sweeping_together import Together
 
@@ -189,7 +188,7 @@ class _Sweeper:
     def make_all(self) -> int:
         """Every run that is not done, in order; a request to stop ends the row."""
         codes: dict[int, int] = {}
-        with self._taking_signals():
+        with hearing(dict.fromkeys(STOPS, self._hear)):
             for number in self._order():
                 member = self.sweep.members[number]
                 run = self.sweep.run_of(member)
@@ -248,13 +247,3 @@ class _Sweeper:
     def _hear(self, number: int, frame: FrameType | None) -> None:
         """Signal handler, between two runs: no other is begun."""
         self._asked = True
-
-    @contextmanager
-    def _taking_signals(self) -> Iterator[None]:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        before = {number: signal.signal(number, self._hear) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

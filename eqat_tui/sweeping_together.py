@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import NamedTuple
 
@@ -20,9 +18,10 @@ from engine.run.shares import Share
 from engine.run.sweep import Sweep
 from eqat_tui.display import PlainDisplay
 from eqat_tui.follow import POLL_S, Follower, Left
+from eqat_tui.hearing import hearing
 from eqat_tui.output import cell, error_words, one_line, say
 from eqat_tui.run_text import shorten
-from eqat_tui.sweep_members import ENDS, is_at_work, made, note, state_of
+from eqat_tui.sweep_members import ENDS, STOPS, is_at_work, made, note, state_of
 
 PROGRESS_S = 60.0
 """Each run at work says where it is at most this often."""
@@ -52,7 +51,7 @@ class Together:
 
     def make_all(self) -> int:
         """Every run that is not done; a request to stop, or a run that was stopped, ends the row."""
-        with self._taking_signals():
+        with hearing(dict.fromkeys(STOPS, self._hear)):
             self._begin()
             while self._runs or (self._waiting and not self._asked):
                 while self._waiting and self._free and not self._asked:
@@ -149,13 +148,3 @@ class Together:
         for run in list(self._runs):
             heard = run.follower.warned if number == signal.SIGUSR1 else run.follower.interrupted
             heard(number, frame)
-
-    @contextmanager
-    def _taking_signals(self) -> Iterator[None]:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        before = {number: signal.signal(number, self._hear) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

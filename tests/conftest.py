@@ -14,6 +14,7 @@ os.environ["EQAT_CONFIG_DIR"] = "/nonexistent/eqat"
 if not glob.glob("/dev/nvidia[0-9]*"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Other tests run beside: how long one example takes says nothing. Where a failure would stop others' work,
@@ -23,8 +24,10 @@ settings.register_profile("ci", settings.get_profile("shared"), derandomize=True
 settings.load_profile("ci" if os.environ.get("CI") else "shared")
 
 
-def pytest_configure() -> None:
-    """Undo what whoever runs the tests was told to ignore (nohup, the shell of a CI).
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Undo what is ignored: by whoever runs the tests (nohup, the shell of a CI), and by an engine that ran
+    in this process (a terminal that hangs up is none of its business).
 
     Every process that a test starts would inherit it, and is to hear what it hears at a user's prompt.
     """

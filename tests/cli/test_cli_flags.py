@@ -40,9 +40,12 @@ PUBLIC = {
     "rm": {"--runs-dir", "--yes", "-y"},
     "gc": {"--runs-dir", "--tokens", "--dry-run", "--json"},
     "export": {"--format", "--to", "--set", "--runs-dir", "--detach", "--json"},
+    "push": {"--format", "--base-model", "--revision", "--private", "--yes", "-y", "--runs-dir"},
+    "paths": {"--runs-dir", "--json"},
+    "notify": {"--runs-dir"},
     "sweep": set(),
-    "sweep start": {*CONFIGURE, "--sweep", "--runs-dir", "--detach", "--dry-run", "--json"},
-    "sweep resume": {"--runs-dir", "--detach", "--json"},
+    "sweep start": {*CONFIGURE, "--sweep", "--jobs", "--runs-dir", "--detach", "--dry-run", "--json"},
+    "sweep resume": {"--jobs", "--runs-dir", "--detach", "--json"},
     "sweep show": {"--runs-dir", "--json", "--csv", "--markdown"},
 }
 

@@ -84,7 +84,7 @@ def test_paths_say_where_things_are_and_why(eqat: Eqat, tmp_path: Path) -> None:
     ("typed", "expected"),
     [
         ("eqat ru", ["run", "runs"]),
-        ("eqat plan demo", ["demo", "demo-w2"]),
+        ("eqat plan smo", ["smoke"]),
         ("eqat sweep st", ["start"]),
         ("eqat run demo --gro", ["--group-size"]),
     ],

@@ -292,7 +292,7 @@ def test_detached_it_outlives_whoever_began_it(eqat: Eqat, tmp_path: Path) -> No
     wait_until(lambda: outcomes(eqat) == ["done"])
     wait_until(lambda: holder(the_sweep(tmp_path).lock_path) is None)
     assert made["path"] == str(the_sweep(tmp_path).path)
-    assert "1 of 1 done" in (the_sweep(tmp_path).path / "sweep.log").read_text()
+    wait_until(lambda: "1 of 1 done" in (the_sweep(tmp_path).path / "sweep.log").read_text())
 
 
 # -- the folder of a sweep -----------------------------------------------------------------------------

@@ -140,7 +140,10 @@ def test_what_cannot_be_learned_is_one_line(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"instructions.source": "a/b", "e2e_qp.enabled": "false"}, "neither E2E-QP nor E2E-QAT is made"),
+        (
+            {"instructions.source": "a/b", "e2e_qp.enabled": "false"},
+            "neither E2E-QP nor E2E-QAT nor LR-QAT is made",
+        ),
         ({"instructions.source": "builtin"}, "is plain text, and instructions are conversations"),
         ({"instructions.source": "c4"}, "is plain text"),
         ({"instructions.split": "train"}, "instructions.source, which is not given"),

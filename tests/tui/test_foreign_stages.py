@@ -232,7 +232,8 @@ def test_a_real_run_of_an_extension_is_drawn_with_its_labels(tmp_path: Path) -> 
         assert "evaluate Toy network" in words
         assert "loss of Toy network" in words
         table = [plain(row) for row in result.perplexities(load_state(run), 100)]
-        assert [row.split("  ")[0] for row in table if row.startswith("Toy")] == ["Toy blocks", "Toy network"]
+        drawn_stages = [row.split("  ")[0] for row in table if row.startswith("Toy")]
+        assert drawn_stages == ["Toy blocks", "Toy network"] * 2, "perplexity, then divergence"
         text = printed(run)
         assert "Toy blocks" in text
         assert "Toy network" in text
