@@ -27,21 +27,12 @@ def told(tmp_path: Path) -> Path:
     return tmp_path / "told"
 
 
-def test_a_real_run_tells_that_it_is_done_and_that_it_has_failed(
-    eqat: Eqat, tmp_path: Path, told: Path
-) -> None:
+def test_a_real_run_tells_that_it_is_done(eqat: Eqat, tmp_path: Path, told: Path) -> None:
     done = eqat("run", "smoke", *QUICK, EQAT_CONFIG_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     (message,) = told.read_text().splitlines()
     assert "is done: perplexity of full precision " in message
     assert "perplexity of round-to-nearest " in message
-    (tmp_path / "short.txt").write_text("too little")
-    failed = eqat(
-        *("run", "smoke", "--device", "cpu", "--data", str(tmp_path / "short.txt")),
-        EQAT_CONFIG_DIR=str(tmp_path),
-    )
-    assert failed.returncode == 4, failed.stderr
-    assert " has failed: " in told.read_text().splitlines()[1]
 
 
 def test_a_message_can_be_tried(eqat: Eqat, tmp_path: Path, told: Path, finished_run: RunDirectory) -> None:

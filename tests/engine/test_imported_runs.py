@@ -68,7 +68,8 @@ def test_an_export_that_is_imported_is_measured_the_same_and_exported_to_the_sam
     run = make(**settings(path, bits, **{"export.formats": [name]}))
     assert run_here(run) == 0, output(run)
     before = RunDirectory.open(path.parents[1])
-    assert measured(run) == {"imported": measured(before)["e2e_qp"]}
+    # The one was read beside full precision, the other alone: the sums have other last bits.
+    assert measured(run) == {"imported": pytest.approx(measured(before)["e2e_qp"], rel=1e-9)}
     again, first = exported(run, name), exported(before, name)
     assert again.keys() == first.keys()
     assert {file for file in again if again[file] != first[file]} == {"README.md"}
@@ -105,7 +106,7 @@ def test_a_quantized_head_and_whole_rows_come_back_as_the_same_bytes(
     )
     run = make(**settings(path, **grid, **{"export.formats": [name]}))
     assert run_here(run) == 0, output(run)
-    assert measured(run) == {"imported": measured(before)["e2e_qp"]}
+    assert measured(run) == {"imported": pytest.approx(measured(before)["e2e_qp"], rel=1e-9)}
     again, first = exported(run, name), exported(before, name)
     assert {file for file in again.keys() | first.keys() if again.get(file) != first.get(file)} == {
         "README.md"
