@@ -9,7 +9,7 @@ SEQUENCES = 64
 """Training sequences, the first ones, from which input channels get what they count."""
 COARSE, FINE = 24, 12
 """Scales that are tried with each zero point: over the whole range, and around the best of them. With 64 and
-32, as published, the error on a real model's weights is the same to 0.03 % at 2 and 3 bits, and the search
+32, as published, the error on a real model's weights is the same to 0.04 % at 2 and 3 bits, and the search
 takes 2.5 times as long."""
 ZERO_POINTS = 16
 """Zero points that are tried at most: all of them up to 4 bits; with more, those around the one of the whole
