@@ -7,16 +7,12 @@ from typing import Any, Literal, Self
 
 import msgspec
 
-from engine.config import checks
 from engine.config.base import ComputeDtype, LearningRateScaling
 from engine.config.grid import GridConfig
 from engine.config.latents import Start
 from engine.config.stage_section import (
-    StageSection,
-    check_learning_rate,
-    check_micro_batch,
-    check_schedule,
-    check_sequences,
+    NetworkSection,
+    check_network,
     check_trained,
     trainable,
 )
@@ -24,7 +20,7 @@ from engine.config.stage_section import (
 Trained = Literal["weights", "scales", "zero_points", "norms"]
 
 
-class E2EQATConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class E2EQATConfig(NetworkSection, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """End-to-end training of weights and grid."""
 
     enabled: bool = False
@@ -83,13 +79,7 @@ class E2EQATConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_field
         self.check(name)
 
     def check(self, name: str) -> None:
-        check_sequences(name, self)
-        check_micro_batch(name, self.micro_batch_size, self.batch_size)
-        checks.between(f"{name}.text_weight", self.text_weight, 0.0, 10.0)
-        check_learning_rate(f"{name}.lr_weight", self.lr_weight)
-        check_learning_rate(f"{name}.lr_quant", self.lr_quant)
-        checks.between(f"{name}.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
-        check_schedule(name, self)
+        check_network(name, self, "lr_weight", "lr_quant")
 
     def resolved(self, grid: GridConfig) -> Self:
         """Learning rates that were left out follow the scaling; zero points that the grid fixes leave the
@@ -109,7 +99,3 @@ class E2EQATConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_field
     @classmethod
     def earlier(cls) -> Mapping[str, Any]:
         return {"text_weight": 0.0}
-
-    @classmethod
-    def decides(cls, field: str) -> bool:
-        return field not in ("micro_batch_size", "activation_checkpointing")

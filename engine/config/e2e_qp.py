@@ -7,22 +7,18 @@ from typing import Any, Literal, Self
 
 import msgspec
 
-from engine.config import checks
 from engine.config.base import ComputeDtype, LearningRateScaling
 from engine.config.grid import GridConfig
 from engine.config.stage_section import (
     NO_ZERO_POINTS,
-    StageSection,
-    check_learning_rate,
-    check_micro_batch,
-    check_schedule,
-    check_sequences,
+    NetworkSection,
+    check_network,
     check_trained,
 )
 from engine.errors import UsageError
 
 
-class E2EQPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class E2EQPConfig(NetworkSection, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """End-to-end training of quantization parameters (EfficientQAT, section 3.3)."""
 
     enabled: bool = True
@@ -80,12 +76,7 @@ class E2EQPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields
 
     def check(self, name: str) -> None:
         check_trained(f"{name}.train", self.train, self.train, enabled=self.enabled)
-        check_sequences(name, self)
-        check_micro_batch(name, self.micro_batch_size, self.batch_size)
-        checks.between(f"{name}.text_weight", self.text_weight, 0.0, 10.0)
-        check_learning_rate(f"{name}.lr", self.lr)
-        checks.between(f"{name}.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
-        check_schedule(name, self)
+        check_network(name, self, "lr")
 
     def resolved(self, grid: GridConfig) -> Self:
         """A learning rate that was left out follows bits and scaling."""
@@ -99,10 +90,6 @@ class E2EQPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields
     @classmethod
     def younger(cls) -> tuple[str, ...]:
         return ("text_weight",)
-
-    @classmethod
-    def decides(cls, field: str) -> bool:
-        return field not in ("micro_batch_size", "activation_checkpointing")
 
     @classmethod
     def as_written_now(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -11,11 +11,8 @@ from engine.config.base import ComputeDtype, LearningRateScaling
 from engine.config.grid import GridConfig
 from engine.config.latents import Downcast, Start
 from engine.config.stage_section import (
-    StageSection,
-    check_learning_rate,
-    check_micro_batch,
-    check_schedule,
-    check_sequences,
+    NetworkSection,
+    check_network,
     check_trained,
     trainable,
 )
@@ -25,7 +22,7 @@ LARGEST_RANK = 1024
 """Factors of more are no smaller than the weights of most models."""
 
 
-class LRQATConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class LRQATConfig(NetworkSection, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Low-rank quantization-aware training (LR-QAT, section 3)."""
 
     enabled: bool = False
@@ -103,13 +100,7 @@ class LRQATConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields
     def check(self, name: str) -> None:
         checks.count(f"{name}.rank", self.rank, most=LARGEST_RANK)
         checks.between(f"{name}.alpha", self.alpha, 1e-6, 1e6)
-        check_sequences(name, self)
-        check_micro_batch(name, self.micro_batch_size, self.batch_size)
-        checks.between(f"{name}.text_weight", self.text_weight, 0.0, 10.0)
-        check_learning_rate(f"{name}.lr_factors", self.lr_factors)
-        check_learning_rate(f"{name}.lr_quant", self.lr_quant)
-        checks.between(f"{name}.warmup_fraction", self.warmup_fraction, 0.0, 1.0)
-        check_schedule(name, self)
+        check_network(name, self, "lr_factors", "lr_quant")
 
     def resolved(self, grid: GridConfig) -> Self:
         """Learning rates that were left out follow the scaling; zero points that the grid fixes leave the
@@ -121,7 +112,3 @@ class LRQATConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields
             lr_factors=(1e-3 if absolute else 0.01) if self.lr_factors is None else self.lr_factors,
             lr_quant=(1e-5 if absolute else 0.005) if self.lr_quant is None else self.lr_quant,
         )
-
-    @classmethod
-    def decides(cls, field: str) -> bool:
-        return field not in ("micro_batch_size", "activation_checkpointing")

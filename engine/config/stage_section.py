@@ -29,6 +29,14 @@ class StageSection(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return self
 
 
+class NetworkSection(StageSection, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A section whose stage trains the whole network: it has the fields of :class:`NetworkTraining`."""
+
+    @classmethod
+    def decides(cls, field: str) -> bool:
+        return field not in ("micro_batch_size", "activation_checkpointing")
+
+
 class TrainingSection(Protocol):
     """The fields of a section whose stage trains on sequences."""
 
@@ -52,6 +60,28 @@ class TrainingSection(Protocol):
     def grad_clip(self) -> float: ...
     @property
     def patience(self) -> int: ...
+
+
+class NetworkTraining(TrainingSection, Protocol):
+    """The fields of one whose stage trains the whole network."""
+
+    @property
+    def micro_batch_size(self) -> int: ...
+    @property
+    def text_weight(self) -> float: ...
+    @property
+    def warmup_fraction(self) -> float: ...
+
+
+def check_network(name: str, training: NetworkTraining, *rates: str) -> None:
+    """What trainings of the whole network have in common; ``rates`` are the fields of learning rates."""
+    check_sequences(name, training)
+    check_micro_batch(name, training.micro_batch_size, training.batch_size)
+    checks.between(f"{name}.text_weight", training.text_weight, 0.0, 10.0)
+    for rate in rates:
+        check_learning_rate(f"{name}.{rate}", getattr(training, rate))
+    checks.between(f"{name}.warmup_fraction", training.warmup_fraction, 0.0, 1.0)
+    check_schedule(name, training)
 
 
 def check_sequences(name: str, training: TrainingSection) -> None:
