@@ -98,6 +98,10 @@ def _installed() -> Iterator[Found]:
             )
 
 
+HUB_VARIABLES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME")
+"""What decides where that is, the first that is set."""
+
+
 def hub_cache() -> Path:
     """Where huggingface_hub keeps models, by its own rules, without importing it."""
     home = os.environ.get("HF_HOME") or os.path.join(

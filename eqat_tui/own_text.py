@@ -11,6 +11,7 @@ import msgspec
 from engine.config.user import FOLDER_VARIABLE, UserConfig, load_user_config, user_config_path
 from engine.run.finding import default_runs_dir, full
 from engine.system.user_cache import CACHE_VARIABLE, token_cache
+from eqat_tui.models import HUB_VARIABLES, hub_cache
 from eqat_tui.output import cell, key_values
 
 
@@ -21,7 +22,7 @@ def owned(runs_dir: Path | None) -> dict[str, Any]:
         "config": _place(user_config_path(), _variable(FOLDER_VARIABLE)),
         "runs": _place(default_runs_dir(runs_dir), _runs_decided_by(runs_dir, config)),
         "tokens": _place(token_cache(), _variable(CACHE_VARIABLE)),
-        "hub": _place(_hub_cache(), _variable("HF_HUB_CACHE") or _variable("HF_HOME")),
+        "hub": _place(hub_cache(), next(filter(None, map(_variable, HUB_VARIABLES)), "")),
         "defaults": msgspec.to_builtins(config),
     }
 
@@ -38,15 +39,6 @@ def _runs_decided_by(flag: Path | None, config: UserConfig) -> str:
     if flag is not None:
         return "--runs-dir"
     return _variable("EQAT_RUNS_DIR") or ("config.toml" if config.runs_dir else "")
-
-
-def _hub_cache() -> Path:
-    """Where the hub's own library keeps what it has fetched (huggingface_hub, environment variables)."""
-    own = os.environ.get("HF_HUB_CACHE")
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"
-    )
-    return Path(os.path.expanduser(own or os.path.join(home, "hub")))
 
 
 def own_text(found: dict[str, Any]) -> str:

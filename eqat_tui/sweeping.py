@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -111,7 +111,7 @@ def _title(number: int, settings: dict[str, Any]) -> str:
     return f"run {number} ({settings_words(settings)})"
 
 
-def parts(found: Sequence[RunConfig], jobs: int) -> list[Share]:
+def parts(found: Iterable[RunConfig], jobs: int) -> list[Share]:
     """What of the machine each of ``jobs`` runs at a time has; 0 is as many as there are GPUs.
 
     Raises:
@@ -125,7 +125,7 @@ def parts(found: Sequence[RunConfig], jobs: int) -> list[Share]:
 
 def detach(sweep: Sweep, *, jobs: int, as_json: bool) -> int:
     """Carry a sweep out in a process of its own, which no terminal can end."""
-    parts([member.configuration() for member in sweep.members], jobs)  # what is wrong with it is told here
+    parts((member.configuration() for member in sweep.members), jobs)  # what is wrong with it is told here
     command = [sys.executable, "-P", "-m", "eqat_tui", "sweep", "resume", str(sweep.path), f"--jobs={jobs}"]
     with sweep.held():
         pass  # whoever carries it out already is named here, and not in a log
@@ -160,7 +160,7 @@ def carry_out(sweep: Sweep, *, jobs: int, as_json: bool) -> int:
     that of the one that was stopped."""
     say(f"sweep {sweep.id}")
     with sweep.held():
-        places = parts([member.configuration() for member in sweep.members], jobs)
+        places = parts((member.configuration() for member in sweep.members), jobs)
         code = _Sweeper(sweep).make_all() if len(places) == 1 else Together(sweep, places).make_all()
     shown = show_sweep(sweep)
     if as_json:

@@ -6,6 +6,7 @@ Each section lives in a file of its own, one owner for every default, with its u
 from __future__ import annotations
 
 import functools
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -75,6 +76,14 @@ def mistake(error: msgspec.ValidationError) -> tuple[str, str]:
     at `$.block_ap.train[0]`"."""
     what, _, path = str(error).partition(" - at `$")
     return what.replace("`", "").replace("Invalid enum value", "cannot be"), path.strip(".`")
+
+
+def takes(section: type[Section], where: str) -> str:
+    """What the field at ``where`` below ``section`` takes, in words; empty where there is none."""
+    kind: Any = section
+    for part in re.sub(r"\[.*?\]", "", where).split("."):
+        kind = field_types(kind).get(part) if is_section(kind) else None
+    return describe(kind) if kind is not None else ""
 
 
 def describe(kind: Any) -> str:

@@ -7,6 +7,7 @@ hints at what works.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from engine.errors import UsageError
@@ -20,6 +21,12 @@ def text(name: str, value: str, *, hint: str = "") -> None:
         raise UsageError("is empty", where=name, hint=hint)
     if not value.isprintable():
         raise UsageError(f"holds characters that cannot be printed: {value!r}", where=name)
+
+
+def device(name: str, value: str) -> None:
+    """Where torch computes."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", value, re.ASCII):
+        raise UsageError(f"cannot be {value!r}", where=name, hint="auto, cpu, cuda or cuda:N")
 
 
 def optional_text(name: str, value: str | None) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
 from engine.config import checks
 from engine.config.base import Section
-from engine.errors import UsageError
 
 LARGEST_SEED = 2**63 - 1  # what TOML and torch.manual_seed both hold
 
@@ -42,10 +40,7 @@ class RuntimeConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     disk."""
 
     def check(self, name: str) -> None:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device, re.ASCII):
-            raise UsageError(
-                f"cannot be {self.device!r}", where=f"{name}.device", hint="auto, cpu, cuda or cuda:N"
-            )
+        checks.device(f"{name}.device", self.device)
         checks.count(f"{name}.seed", self.seed, least=0, most=LARGEST_SEED)
         checks.count(f"{name}.threads", self.threads, least=0, most=4096)
         checks.not_negative(f"{name}.host_memory_gib", self.host_memory_gib, hint="0 takes what is free")

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from engine.config.base import Section, describe, field_types, is_section, mistake
+from engine.config import checks
+from engine.config.base import Section, field_types, is_section, mistake, takes
 from engine.errors import EqatError, UsageError
 from engine.system.guarded import NoFile, read_toml
 
@@ -57,10 +58,8 @@ class UserConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     notify: NotifyConfig = NotifyConfig()
 
     def check(self, name: str) -> None:
-        if self.device and not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", self.device, re.ASCII):
-            raise UsageError(
-                f"cannot be {self.device!r}", where=f"{name}device", hint="auto, cpu, cuda or cuda:N"
-            )
+        if self.device:
+            checks.device(f"{name}device", self.device)
         self.notify.check(f"{name}notify")
 
 
@@ -94,7 +93,7 @@ def load_user_config() -> UserConfig:
     except msgspec.ValidationError as error:
         what, place = mistake(error)
         field = re.sub(r"\[.*?\]", "", place)
-        raise UsageError(what, where=f"{path}: {field}", hint=_takes(field)) from error
+        raise UsageError(what, where=f"{path}: {field}", hint=takes(UserConfig, field)) from error
     return config
 
 
@@ -107,11 +106,3 @@ def _check_keys(tree: Mapping[str, Any], section: type[Section], prefix: str = "
             raise UsageError("there is no such field", where=f"{prefix}{key}", hint=hint)
         if is_section(fields[key]) and isinstance(value, Mapping):
             _check_keys(value, fields[key], f"{prefix}{key}.")
-
-
-def _takes(field: str) -> str:
-    """What a field takes, in words."""
-    kind: Any = UserConfig
-    for part in field.split("."):
-        kind = field_types(kind).get(part) if is_section(kind) else None
-    return describe(kind) if kind is not None else ""

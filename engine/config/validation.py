@@ -6,14 +6,13 @@ hints at what works.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from engine.config import checks
-from engine.config.base import Section, describe, field_types, is_section, mistake
+from engine.config.base import Section, field_types, mistake, takes
 from engine.config.calibration import mixture, texts_of
 from engine.config.run import RunConfig, run_config
 from engine.config.stage_section import StageSection
@@ -28,7 +27,7 @@ def convert(tree: Mapping[str, Any]) -> RunConfig:
         return msgspec.convert(tree, run_config())
     except msgspec.ValidationError as error:
         what, where = mistake(error)
-        raise UsageError(what, where=where or "config", hint=_takes(where)) from error
+        raise UsageError(what, where=where or "config", hint=takes(run_config(), where)) from error
 
 
 def _refuse_endless(tree: Mapping[str, Any], where: str = "") -> None:
@@ -39,15 +38,9 @@ def _refuse_endless(tree: Mapping[str, Any], where: str = "") -> None:
             if isinstance(each, Mapping):
                 _refuse_endless(each, place)
             elif isinstance(each, int) and each.bit_length() > 64:
-                raise UsageError(f"is a number of {each.bit_length()} bits", where=place, hint=_takes(place))
-
-
-def _takes(where: str) -> str:
-    """What the field at ``where`` takes, in words."""
-    kind: Any = run_config()
-    for part in re.sub(r"\[.*?\]", "", where).split("."):
-        kind = field_types(kind).get(part) if is_section(kind) else None
-    return describe(kind) if kind is not None else ""
+                raise UsageError(
+                    f"is a number of {each.bit_length()} bits", where=place, hint=takes(run_config(), place)
+                )
 
 
 def validate(config: RunConfig) -> None:
