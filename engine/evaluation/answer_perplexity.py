@@ -10,7 +10,6 @@ long answer counts for more than a short one::
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +19,7 @@ from torch import Tensor, nn
 from engine.config.runtime import StoreKind
 from engine.data.activations import make_store
 from engine.data.packing import Answers
-from engine.data.prefetch import READ_AHEAD, InPlace
-from engine.evaluation.perplexity import exponential, logits_nll
-from engine.models.ahead import one_ahead
-from engine.quant.packed import unpacked
+from engine.evaluation.perplexity import exponential, logits_nll, pass_blocks
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
@@ -48,32 +44,23 @@ def answer_perplexity(
     batches = [range(begin, min(begin + batch_size, windows)) for begin in range(0, windows, batch_size)]
     shape = (windows, length, lm.hidden_size)
     store = make_store(store_kind, shape, lm.dtype, lm.device, store_path, store_budget_bytes)
-    blocks, all_steps = one_ahead(block_for, lm.blocks, lm.device), (lm.blocks + 1) * windows
-
-    def positions(rows: range) -> Tensor | None:
-        found = answers.positions_NT
-        return None if found is None else found[rows.start : rows.stop]
-
     total = 0.0
-    with store, closing(blocks), torch.no_grad():
-        for batch in batches:
-            on_batch()
-            ids = windows_NT[batch.start : batch.stop].to(lm.device)
-            store.write(batch.start, lm.embed(ids, positions(batch)))
-        for index, block in blocks:
-            with unpacked(block, store.dtype), InPlace(store) as carried:
-                for number, batch in enumerate(batches, 1):
-                    on_batch()
-                    hidden = carried.read(batch, batches[number : number + READ_AHEAD])
-                    output = lm.run_block(block, index, hidden, positions_BT=positions(batch))
-                    carried.write(batch.start, output)
-                    on_progress(index * windows + batch.stop, all_steps)
-            del block  # before the next one is made
+    with store, torch.no_grad():
+        pass_blocks(
+            lm,
+            block_for,
+            windows_NT,
+            batches,
+            store,
+            on_progress,
+            on_batch,
+            positions_NT=answers.positions_NT,
+        )
         for batch in batches:
             on_batch()
             rows = slice(batch.start, batch.stop)
             total += _nll(lm, store.read(rows), windows_NT[rows], answers[rows])
-            on_progress(lm.blocks * windows + batch.stop, all_steps)
+            on_progress(lm.blocks * windows + batch.stop, (lm.blocks + 1) * windows)
     tokens = int(answers.counts_N.sum())
     return exponential(total / tokens), tokens
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from engine.config.runtime import StoreKind
-from engine.data.activations import make_store
+from engine.data.activations import ActivationStore, make_store
 from engine.data.prefetch import READ_AHEAD, InPlace
 from engine.errors import DataError
 from engine.models.ahead import one_ahead
@@ -70,6 +70,43 @@ class PerplexityResult:
         )
 
 
+def pass_blocks(
+    lm: CausalLM,
+    block_for: Callable[[int], nn.Module],
+    windows_NT: Tensor,
+    batches: Sequence[range],
+    store: ActivationStore,
+    on_progress: Callable[[int, int], None],
+    on_batch: Callable[[], None],
+    *,
+    positions_NT: Tensor | None = None,
+    often: int = 0,
+) -> None:
+    """Fill ``store`` with the windows' hidden states behind the last block. The callbacks are those of
+    :func:`perplexity`; batches of ``often`` windows are many, so that a block may be compiled for them."""
+    blocks, windows = one_ahead(block_for, lm.blocks, lm.device), len(windows_NT)
+
+    def positions(rows: range) -> Tensor | None:
+        return None if positions_NT is None else positions_NT[rows.start : rows.stop]
+
+    with closing(blocks):
+        for batch in batches:
+            on_batch()
+            ids = windows_NT[batch.start : batch.stop].to(lm.device)
+            store.write(batch.start, lm.embed(ids, positions(batch)))
+        for index, block in blocks:
+            with unpacked(block, store.dtype), InPlace(store) as carried:
+                for number, batch in enumerate(batches, 1):
+                    on_batch()
+                    hidden = carried.read(batch, batches[number : number + READ_AHEAD])
+                    output = lm.run_block(
+                        block, index, hidden, often=len(batch) == often, positions_BT=positions(batch)
+                    )
+                    carried.write(batch.start, output)
+                    on_progress(index * windows + batch.stop, (lm.blocks + 1) * windows)
+            del block  # before the next one is made
+
+
 def perplexity(
     lm: CausalLM,
     block_for: Callable[[int], nn.Module],
@@ -99,23 +136,11 @@ def perplexity(
     batches = [range(start, min(start + batch_size, windows)) for start in starts]
     shape = (windows, length, lm.hidden_size)
     store = make_store(store_kind, shape, dtype or lm.dtype, lm.device, store_path, store_budget_bytes)
-    blocks = one_ahead(block_for, lm.blocks, lm.device)
     total = torch.zeros((), dtype=torch.float64, device=lm.device)
     each: list[Tensor] = []
     # Not inference_mode: threads write into these tensors.
-    with store, closing(blocks), torch.no_grad():
-        for batch in batches:
-            on_batch()
-            store.write(batch.start, lm.embed(windows_NT[batch.start : batch.stop].to(lm.device)))
-        for index, block in blocks:
-            with unpacked(block, store.dtype), InPlace(store) as carried:
-                for number, batch in enumerate(batches, 1):
-                    on_batch()
-                    hidden = carried.read(batch, batches[number : number + READ_AHEAD])
-                    often = len(batch) == batch_size
-                    carried.write(batch.start, lm.run_block(block, index, hidden, often=often))
-                    on_progress(index * windows + batch.stop, (lm.blocks + 1) * windows)
-            del block  # before the next one is made
+    with store, torch.no_grad():
+        pass_blocks(lm, block_for, windows_NT, batches, store, on_progress, on_batch, often=batch_size)
         for batch in batches:
             on_batch()
             rows = slice(batch.start, batch.stop)
