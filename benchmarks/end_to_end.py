@@ -78,8 +78,8 @@ from engine.quant.slots import slots
 FAST = DEVICE.type == "cuda"
 AT_A_TIME = 16
 """Sequences that pass through blocks together."""
-OWN_MEMORY, WRITTEN_BYTES = 50 * GIB, 6 << 20
-"""For the writing of the model's own text, and of a document of it: SmolLM2's."""
+WRITTEN_BYTES = 6 << 20
+"""What the writing of a document of the model's own text takes: SmolLM2's."""
 
 
 class Made(NamedTuple):
@@ -132,7 +132,8 @@ class Lab:
 
     def _own(self, count: int) -> Tensor:
         begun = time.monotonic()
-        documents = documents_at_a_time(WRITTEN_BYTES, OWN_MEMORY)
+        memory = int(self.args.own_memory * GIB)
+        documents = documents_at_a_time(WRITTEN_BYTES, memory)
         own = own_windows(
             self.lm,
             self.encoder,
@@ -140,7 +141,7 @@ class Lab:
             length=self.args.length,
             seed=self.args.seed,
             documents=documents,
-            reserve=OWN_MEMORY // 2 if FAST else 0,
+            reserve=memory // 2 if FAST else 0,
         )
         print(f"wrote {count} sequences in {time.monotonic() - begun:.1f} s", file=sys.stderr, flush=True)
         return own
@@ -302,6 +303,7 @@ def main() -> None:
     parser.add_argument("--tokens")
     parser.add_argument("--held-out", nargs="*", default=[])
     parser.add_argument("--own-text", action="store_true")
+    parser.add_argument("--own-memory", type=float, default=50.0, help="GiB for the writing of own text")
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--sequences", type=int, default=512)

@@ -2,8 +2,10 @@
 
     python benchmarks/presets.py demo demo-w2 --device cpu --device cuda --seed 0 --seed 1
 
-Each combination is one ordinary run (``eqat run``); the table at the end is read from ``eqat show --json``.
-Seeds show the noise of training, which is the measure for whether two devices agree.
+Each combination is one ordinary run (``eqat run``; a ``.toml`` file is taken like a preset); the table at the
+end is read from ``eqat show --json``. Seeds show the noise of training, which is the measure for whether two
+devices agree. "wall" is the whole command, "around" what of it lies before the first phase and behind the
+last one, "others" the perplexities of further texts of ``evaluation.data``, first and last.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,13 @@ def eqat(*arguments: str, capture: bool = True) -> str:
 
 
 def run(preset: str, device: str, seed: int, extra: list[str], runs_dir: Path) -> dict[str, Any]:
+    """What the run shows of itself, and as ``wall`` the seconds of the whole command."""
     changes = [flag for change in extra for flag in ("--set", change)]
     place = ["--runs-dir", str(runs_dir)]
+    begun = time.monotonic()
     eqat("run", preset, "--device", device, "--set", f"runtime.seed={seed}", *changes, *place)
-    return json.loads(eqat("show", "latest", "--json", *place))
+    wall = time.monotonic() - begun
+    return {**json.loads(eqat("show", "latest", "--json", *place)), "wall": wall}
 
 
 def plan_of(shown: dict[str, Any], runs_dir: Path) -> dict[str, Any]:
@@ -40,26 +46,45 @@ def plan_of(shown: dict[str, Any], runs_dir: Path) -> dict[str, Any]:
     return next(event["plan"] for line in lines if (event := json.loads(line))["kind"] == "plan")
 
 
+TRAINED = ("rtn", "gptq", "block_ap", "e2e_qp", "e2e_qat", "lr_qat")
+"""In the order in which a run makes them."""
+
+
+def phases_of(shown: dict[str, Any], plan: dict[str, Any]) -> str:
+    """Seconds of every phase, as they were and as they were planned."""
+    planned = {phase["name"]: phase["seconds"] for phase in plan["phases"]}
+    return ", ".join(
+        f"{phase['name']} {phase['seconds']:.1f} ({planned.get(phase['name'], 0):.1f})"
+        for phase in shown["phases"]
+    )
+
+
 def row(preset: str, device: str, seed: int, shown: dict[str, Any], plan: dict[str, Any]) -> list[str]:
     perplexity = shown["perplexity"]
     kind = "peak_gpu_bytes" if plan["device"] == "cuda" else "peak_host_bytes"
     measured = max(phase[kind] or 0 for phase in shown["phases"])
     predicted = max(phase[kind] or 0 for phase in plan["phases"])
     seconds = {phase["name"]: phase["seconds"] for phase in shown["phases"]}
-    last = next(name for name in ("e2e_qat", "e2e_qp", "block_ap", "rtn") if perplexity.get(name))
-    made = [f"{seconds[name]:.0f}" for name in ("block_ap", "e2e_qp", "e2e_qat") if name in seconds]
+    made = [name for name in TRAINED if perplexity.get(name)]
+    last = made[-1]
+    before = [name for name in made[:-1] if name in ("gptq", "block_ap")]
+    others = [
+        f"{name} {text['fp']['perplexity']:,.2f} {text[last]['perplexity']:,.2f}"
+        for name, text in shown["texts"].items()
+    ]
     return [
         preset,
         device,
         str(seed),
-        *(
-            f"{perplexity[stage]:,.2f}" if perplexity.get(stage) else ""
-            for stage in ("fp", "rtn", "block_ap")
-        ),
+        *(f"{perplexity[stage]:,.2f}" if perplexity.get(stage) else "" for stage in ("fp", "rtn")),
+        ", ".join(f"{perplexity[name]:,.2f}" for name in before),
         f"{perplexity[last]:,.2f} ({last})",
         f"{perplexity[last] / perplexity['fp']:.3f}",
-        " + ".join(made),
+        ", ".join(others),
+        " + ".join(f"{seconds[name]:.0f}" for name in made if seconds.get(name, 0) >= 1),
         f"{sum(seconds.values()):.0f}",
+        f"{shown['wall']:.0f}",
+        f"{shown['wall'] - sum(seconds.values()):.1f}",
         f"{measured / MIB:,.0f}",
         f"{predicted / MIB:,.0f} ({predicted / measured - 1:+.0%})",
         str(all(export["verified"] for export in shown["exports"])),
@@ -67,8 +92,8 @@ def row(preset: str, device: str, seed: int, shown: dict[str, Any], plan: dict[s
 
 
 HEADER = [
-    *("preset", "device", "seed", "fp", "rtn", "Block-AP", "end", "÷ fp"),
-    *("training s", "total s", "peak MiB", "planned MiB", "verified"),
+    *("preset", "device", "seed", "fp", "rtn", "blocks", "end", "÷ fp", "others"),
+    *("training s", "phases s", "wall s", "around s", "peak MiB", "planned MiB", "verified"),
 ]
 
 
@@ -86,7 +111,9 @@ def main() -> None:
             for device in given.devices or ["auto"]:
                 for seed in given.seeds or [0]:
                     shown = run(preset, device, seed, given.changes, runs_dir)
-                    rows.append(row(preset, device, seed, shown, plan_of(shown, runs_dir)))
+                    plan = plan_of(shown, runs_dir)
+                    rows.append(row(preset, device, seed, shown, plan))
+                    print(f"{preset}, seed {seed}: {phases_of(shown, plan)}", file=sys.stderr, flush=True)
                     manifest = json.loads((runs_dir / shown["id"] / "run.json").read_text())
                     versions, devices[device] = manifest["versions"], manifest["device"]
     print("\n| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))

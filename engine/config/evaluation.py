@@ -33,7 +33,7 @@ class EvaluationConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields
     windows: int = 0
     """At most this many windows of each text are measured; 0 takes the whole text."""
     batch_size: int = 4
-    """A forward pass takes this many windows."""
+    """A forward pass takes this many windows, and on a GPU as many of a small model as fill it."""
     tasks: tuple[str, ...] = ()
     """These zero-shot tasks are asked: winogrande, piqa, hellaswag, arc_easy, arc_challenge, or .jsonl files
     of questions."""

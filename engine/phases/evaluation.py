@@ -136,7 +136,7 @@ def rounded_block(job: Job, index: int) -> nn.Module:
 
 def measure(job: Job, version: Version, stage: Stage, windows_NT: Tensor) -> Measurement:
     """Half as many windows at a time, from the beginning, as long as memory does not suffice."""
-    batch = job.config.evaluation.batch_size
+    batch = job.windows_together(windows_NT)
     full = full_version(job) if job.config.evaluation.divergence and stage.scope != "nothing" else None
     needed = windows_NT.numel() * job.lm.hidden_size * job.lm.dtype.itemsize * (1 if full is None else 2)
     while True:

@@ -176,8 +176,16 @@ class Job:
     def together(self, shape: Sequence[int]) -> int:
         """How many sequences of a stream ``[N, T, H]`` pass through a block together."""
         _, length, hidden = shape
-        numbers = int(self.store.fact(TOGETHER) or 0)
-        return together(streams_batch(self.config), length, hidden, numbers)
+        return together(streams_batch(self.config), length, hidden, self._numbers_together())
+
+    def windows_together(self, windows_NT: Tensor) -> int:
+        """How many windows pass through a block together where they are measured."""
+        windows, length = windows_NT.shape
+        batch, hidden = self.config.evaluation.batch_size, self.lm.hidden_size
+        return min(max(1, windows), together(batch, length, hidden, self._numbers_together()))
+
+    def _numbers_together(self) -> int:
+        return int(self.store.fact(TOGETHER) or 0)
 
     @torch.no_grad()
     def embed(self, tokens: Tensor, *stores: ActivationStore, positions_NT: Tensor | None = None) -> None:

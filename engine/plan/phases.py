@@ -23,6 +23,7 @@ from engine.plan.memory_terms import (
 )
 from engine.plan.own_text import writing_memory
 from engine.plan.passages import compiling_form, passing
+from engine.plan.portions import passed_together
 from engine.plan.rates import Speed, load_seconds, unpacking
 from engine.plan.streams import shares_teacher, teacher_bytes
 
@@ -69,19 +70,24 @@ def is_compared(work: Workload, stage: Stage) -> bool:
 
 def _passing_memory(work: Workload) -> dict[str, int]:
     section, arch = work.config.evaluation, work.arch
-    compute = work.model_bytes
-    tokens = section.batch_size * section.sequence_length
+    compute, windows = work.model_bytes, _windows_together(work)
+    tokens = windows * section.sequence_length
     # Packed, and unpacked while it is passed; on a GPU the next one is read meanwhile.
     block = compute * arch.params_per_block + arch.linear_params_per_block * work.config.grid.bits // 8
     return {
         "one block": block,
         **({"the next block": compute * arch.params_per_block} if work.cuda else {}),
         "activations or logits": max(
-            passing_bytes(arch, compute, section.batch_size, section.sequence_length)
+            passing_bytes(arch, compute, windows, section.sequence_length)
             + largest_linear(arch) * CONSTANTS.unpack_bytes,
             logits(work, tokens) * (4 * CONSTANTS.logits_evaluation + (compute if compute < 4 else 0)),
         ),
     }
+
+
+def _windows_together(work: Workload) -> int:
+    section = work.config.evaluation
+    return min(passed_together(work, section.batch_size, section.sequence_length), max(1, work.windows))
 
 
 def evaluation_seconds(work: Workload, stage: Stage, rates: Speed, stored_bytes: int) -> float:
@@ -89,7 +95,7 @@ def evaluation_seconds(work: Workload, stage: Stage, rates: Speed, stored_bytes:
     arch, section = work.arch, work.config.evaluation
     load, length = load_seconds(arch, stored_bytes), section.sequence_length
     head = work.windows * length * 2 * arch.vocab * arch.hidden / rates.flops
-    passed = arch.blocks * passing(work, rates, work.windows, length, section.batch_size)
+    passed = arch.blocks * passing(work, rates, work.windows, length, _windows_together(work))
     # A GPU computes while the next block is read.
     seconds = head + (max(load, passed) + load / arch.blocks if work.cuda else load + passed)
     seconds += answer_seconds(work, rates, stored_bytes)

@@ -8,7 +8,9 @@ from engine.architecture.families import Architecture
 from engine.plan.estimate import CONSTANTS, GPU_RATES, UNKNOWN_GPU, Workload
 
 COMPILING_PAYS = 30.0
-"""Seconds that compiling has to save; it takes up to half a minute."""
+"""Seconds that compiling a block's training has to save; it takes up to half a minute."""
+COMPILING_NETWORK_PAYS = 12.0
+"""The same for the blocks of a network that is trained as a whole: forward and backward of one block."""
 
 
 class StepCost(msgspec.Struct, frozen=True):

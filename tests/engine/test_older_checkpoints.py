@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from engine_runs import change, exported, failure, of, run_here
+from torch import Tensor
 
 from engine.architecture.description import TINY_LLAMA
 from engine.checkpoints.identity import deciding_fields, default_fields
@@ -16,6 +17,7 @@ from engine.config.derived import resolve
 from engine.config.loading import load
 from engine.config.run import RunConfig, silent_sections
 from engine.errors import IdentityError
+from engine.evaluation.measurement import Measurement, read
 from engine.methods.advance import Portions
 from engine.run import events, generations
 from engine.run.directory import RunDirectory
@@ -227,6 +229,28 @@ def test_streams_of_a_new_run_pass_in_portions_that_it_remembers(
     assert run_here(run) == 0
     assert set(passed) == {TOGETHER}
     assert exported(run) == whole
+
+
+def test_windows_that_are_measured_pass_in_portions_too(
+    make: Make, passed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[int, int]] = []
+
+    def watched(*args: object, batch_size: int, **options: object) -> Measurement:
+        windows = args[2]
+        assert isinstance(windows, Tensor)
+        found.append((batch_size, len(windows)))
+        return read(*args, batch_size=batch_size, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("engine.phases.evaluation.read", watched)
+    run = make(**{"evaluation.windows": 8, "evaluation.sequence_length": 16})
+    assert run_here(run) == 0
+    assert {batch for batch, _ in found} == {TOGETHER}
+    assert all(windows == 8 for _, windows in found)
+    found.clear()
+    few = make(**{"evaluation.windows": 3, "evaluation.sequence_length": 16})
+    assert run_here(few) == 0
+    assert {batch for batch, _ in found} == {3}
 
 
 def test_streams_of_a_run_from_before_that_pass_in_its_batches(

@@ -217,6 +217,19 @@ def test_many_sequences_of_a_small_model_pass_together_on_a_gpu(
     assert together(4, length, SHAPES[shape]["hidden_size"], plan.numbers_together) == expected
 
 
+def test_as_many_windows_of_a_small_model_are_measured_together_and_planned_for(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2 | SHAPES["135m"]))
+
+    def activations(batch: int, windows: int) -> int:
+        section = EvaluationConfig(sequence_length=1024, batch_size=batch, windows=windows)
+        config = RunConfig(model=ModelConfig(source=str(tmp_path)), evaluation=section)
+        phases = {phase.name: phase for phase in make_plan(config, machine=H200).phases}
+        return phases["evaluate_fp"].parts["activations or logits"]
+
+    assert activations(1, 4096) == activations(14, 4096) < activations(2000, 4096)
+    assert activations(2000, 14) == activations(1, 4096)
+
+
 def test_phases_follow_the_configuration() -> None:
     config = RunConfig(model=ModelConfig(source="random://tiny-llama"), grid=GridConfig(group_size=32))
     cpu = machine(gpu_name=None)

@@ -18,7 +18,7 @@ from engine.plan.costs import Steps, Text
 from engine.plan.estimate import CONSTANTS, Workload
 from engine.plan.memory_terms import Form, activation_bytes, largest_linear, logits
 from engine.plan.network_training import NetworkTraining
-from engine.plan.rates import COMPILING_PAYS, PassageCost, Speed, forward_flops, unpacking
+from engine.plan.rates import COMPILING_NETWORK_PAYS, PassageCost, Speed, forward_flops, unpacking
 
 
 class E2EQPCosts(NetworkTraining):
@@ -96,7 +96,7 @@ class E2EQPCosts(NetworkTraining):
         if work.config.runtime.compile == "on":
             return Steps(recorded=True, compiled=True)
         saved = self._traffic(work, rates.passage) - self._traffic(work, rates.compiled_passage)
-        return Steps(recorded=True, compiled=saved >= COMPILING_PAYS)
+        return Steps(recorded=True, compiled=saved >= COMPILING_NETWORK_PAYS)
 
     def _traffic(self, work: Workload, cost: PassageCost) -> float:
         """Seconds of all that lies between the products of blocks."""
