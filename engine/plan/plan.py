@@ -46,6 +46,7 @@ from engine.config.run import RunConfig
 from engine.config.runtime import StoreKind
 from engine.config.stages import Scope, learns_answers
 from engine.errors import DataError, EqatError, PreflightError
+from engine.plan.advice import better_recipe
 from engine.plan.costs import StageCosts, Steps, Text, made_costs
 from engine.plan.disk_model import assets_bytes
 from engine.plan.estimate import Workload
@@ -213,7 +214,12 @@ def make_plan(
         numbers_together=numbers_together(work),
         recomputes=recomputes(work),
         published=published(config.model.source, work.arch, config.grid),
-        warnings=tuple(filter(None, [*_warnings(work, model, unknown_text), promise])),
+        warnings=tuple(
+            filter(
+                None,
+                [*_warnings(work, model, unknown_text), better_recipe(work, machine.gpu_free), promise],
+            )
+        ),
         problems=(*_too_long(config, work.arch), *problems(work, store, place)),
         machine=machine,
     )

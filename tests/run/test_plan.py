@@ -30,7 +30,7 @@ from engine.config.runtime import RuntimeConfig
 from engine.errors import DataError, ExitCode, PreflightError
 from engine.plan.estimate import CONSTANTS, GIB, MIB
 from engine.plan.export_sizes import sizes
-from engine.plan.machine import detect
+from engine.plan.machine import Machine, detect
 from engine.plan.memory_model import phase_memory
 from engine.plan.paper import FIGURES, published
 from engine.plan.plan import Plan, check, make_plan
@@ -228,6 +228,27 @@ def test_as_many_windows_of_a_small_model_are_measured_together_and_planned_for(
 
     assert activations(1, 4096) == activations(14, 4096) < activations(2000, 4096)
     assert activations(2000, 14) == activations(1, 4096)
+
+
+def test_who_trains_scales_alone_is_told_where_integers_could_be_trained_too(
+    tmp_path: Path, llama: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2 | SHAPES["135m"]))
+    ours = RunConfig(model=ModelConfig(source=str(tmp_path)), grid=GridConfig(bits=2))
+
+    def told(config: RunConfig, there: Machine = H200) -> bool:
+        return any("train integers as well" in line for line in make_plan(config, machine=there).warnings)
+
+    assert told(ours)
+    assert told(with_setting(ours, "grid.bits", "3"))
+    assert not told(with_setting(ours, "grid.bits", "4"))
+    assert not told(ours, machine(gpu_name=None))
+    assert not told(ours, machine(gpu_free=2 * GIB)), "there is no room for it"
+    assert not told(paper(llama)), "a published recipe is followed"
+    done = with_setting(with_setting(ours, "e2e_qat.enabled", "true"), "e2e_qp.enabled", "false")
+    assert not told(done)
+    large = msgspec.structs.replace(ours, model=ModelConfig(source=llama))
+    assert not told(large), "not measured"
 
 
 def test_phases_follow_the_configuration() -> None:
