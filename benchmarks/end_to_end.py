@@ -72,6 +72,7 @@ from engine.models.source import ModelSource
 from engine.plan.own_text import documents_at_a_time
 from engine.quant.downcast import upcast
 from engine.quant.fake_linear import FakeQuantLinear, latent_linears, steps_of
+from engine.quant.low_rank import Kernel
 from engine.quant.packed import Kernels, PackedBlock
 from engine.quant.slots import slots
 
@@ -99,6 +100,7 @@ class Lab:
         self.lm = CausalLM(source, DEVICE, dtype())
         if FAST:
             Kernels.switch_on(DEVICE)
+            Kernel.switch_on(DEVICE)
             compile_passages(self.lm)
         self.encoder = Encoder(source.tokenizer(), rows=self.lm.vocab_size)
         self.blocks, self.network, self.val = self._text()

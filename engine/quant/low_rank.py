@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from engine.quant.downcast import downcast, upcast
 from engine.quant.fake_linear import FakeQuantLinear
 from engine.quant.grid import RELATIVE_SCALE_FLOOR
 from engine.quant.packed import PackedWeight, into_domain, smallest_trained
+
+if TYPE_CHECKING:
+    from engine.quant import low_rank_kernel
 
 OVERSAMPLED, POWERS = 8, 2
 """Of the search for singular vectors: directions beyond those that are wanted, and rounds."""
@@ -97,6 +100,11 @@ class _LowRankMatmul(torch.autograd.Function):
         ctx.frozen = frozen
         top = frozen.grid.top
         zero_OG = zero_point_OG.round().clamp_(0, top)
+        if _by_kernel(kept, a_Or, scale_OG):
+            from engine.quant import low_rank_kernel
+
+            latents = _latents(kept, origin_OG, a_Or, b_rI, scale_OG, zero_OG, frozen)
+            return functional.linear(x, low_rank_kernel.form(latents, x.dtype))
         q_OGg = _integers(latent_steps(kept, origin_OG, a_Or, b_rI, frozen), zero_OG).clamp_(0, top)
         weight_OGg = q_OGg.sub_(zero_OG.unsqueeze(-1)).mul_(scale_OG.unsqueeze(-1))
         return functional.linear(x, weight_OGg.flatten(1).to(x.dtype))
@@ -108,6 +116,8 @@ class _LowRankMatmul(torch.autograd.Function):
         wanted, grad_out = ctx.needs_input_grad, grads[0]
         scale, rounded_zero = scale_OG.unsqueeze(-1), zero_point_OG.round()
         zero_OG = rounded_zero.clamp(0, grid.top)
+        if _by_kernel(kept, a_Or, scale_OG):
+            return _backward_by_kernel(ctx, grad_out, zero_OG, rounded_zero)
         unclamped = _integers(latent_steps(kept, origin_OG, a_Or, b_rI, ctx.frozen), zero_OG)
         inside = (unclamped >= 0) & (unclamped <= grid.top)
         centred = unclamped.clamp_(0, grid.top).sub_(zero_OG.unsqueeze(-1))
@@ -131,6 +141,72 @@ class _LowRankMatmul(torch.autograd.Function):
             if wanted[4]:
                 grad_b = (a_Or.to(grad_OI.dtype).t() @ grad_OI).mul_(ratio).to(b_rI.dtype)
         return grad_x, None, None, grad_a, grad_b, grad_scale, grad_zero, None
+
+
+class Kernel:
+    """Whether weights on a GPU are made by :mod:`engine.quant.low_rank_kernel`."""
+
+    on = False
+
+    @classmethod
+    def switch_on(cls, device: torch.device) -> None:
+        """Use it from now on; raises what stands in its way and leaves it off."""
+        from engine.quant import low_rank_kernel
+
+        low_rank_kernel.try_out(device)
+        cls.on = True
+
+
+def _by_kernel(kept: Tensor, a_Or: Tensor, scale_OG: Tensor) -> bool:
+    if not Kernel.on:
+        return False
+    from engine.quant import low_rank_kernel
+
+    return low_rank_kernel.takes(kept, a_Or.shape[1], scale_OG.shape[1])
+
+
+def _latents(
+    kept: Tensor,
+    origin_OG: Tensor,
+    a_Or: Tensor,
+    b_rI: Tensor,
+    scale_OG: Tensor,
+    zero_OG: Tensor,
+    frozen: _Frozen,
+) -> low_rank_kernel.Latents:
+    from engine.quant import low_rank_kernel
+
+    tensors = kept, origin_OG, a_Or, b_rI, scale_OG, zero_OG
+    return low_rank_kernel.Latents(*tensors, frozen.grid.bits, frozen.ratio)
+
+
+def _backward_by_kernel(
+    ctx: Any, grad_out: Tensor, zero_OG: Tensor, rounded_zero: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The same gradients. A pass that needs the input's alone forms the weight and nothing else."""
+    from engine.quant import low_rank_kernel
+
+    x, kept, origin_OG, a_Or, b_rI, scale_OG, _ = ctx.saved_tensors
+    wanted, ratio = ctx.needs_input_grad, ctx.frozen.ratio
+    latents = _latents(kept, origin_OG, a_Or, b_rI, scale_OG, zero_OG, ctx.frozen)
+    grad_x = grad_a = grad_b = grad_scale = grad_zero = None
+    if any(wanted[3:7]):
+        grad_OI = grad_out.flatten(0, -2).t() @ x.flatten(0, -2)
+        weight, of_scale, outside = low_rank_kernel.gradients(latents, grad_OI, zero=wanted[6])
+        grad_scale = of_scale if wanted[5] else None
+        if outside is not None:
+            # Straight through the rounding of z, exact through its clamp.
+            moves = (rounded_zero >= 0) & (rounded_zero <= ctx.frozen.grid.top)
+            grad_zero = -outside * scale_OG * moves
+        if wanted[3]:
+            grad_a = (grad_OI @ b_rI.to(grad_OI.dtype).t()).mul_(ratio).to(a_Or.dtype)
+        if wanted[4]:
+            grad_b = (a_Or.to(grad_OI.dtype).t() @ grad_OI).mul_(ratio).to(b_rI.dtype)
+    else:
+        weight = low_rank_kernel.form(latents, grad_out.dtype)
+    if wanted[0]:
+        grad_x = grad_out @ weight
+    return grad_x, None, None, grad_a, grad_b, grad_scale, grad_zero, None
 
 
 class LowRankLinear(nn.Module):

@@ -1,0 +1,175 @@
+"""LR-QAT's weight, and the gradients behind it, in one pass over memory each (Triton).
+
+The plain form in :mod:`engine.quant.low_rank` makes the float32 sum ``V = L + (alpha / r) A B`` in memory and
+walks over it a dozen times. Here a tile of it lives in registers: the product of the factors costs ``2 r``
+operations a weight, which is nothing beside reading it.
+
+    form        reads L (1 byte a weight, or 2), writes W^ (2)
+    gradients   reads L and dW^, writes W^ once more (the input's gradient needs it) and dV in the place of
+                dW^; of every group the sums that are the gradients of scale and zero point
+
+Sums over a group stay inside one program, so that they do not depend on the order in which programs run: a
+tile holds whole groups, or a group whole tiles, whose sums torch adds up.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS, COLUMNS = 32, 128
+"""Of a tile."""
+NARROWEST = 16
+"""Of a tile that a group is divided into, and the fewest columns of factors that are multiplied."""
+WIDEST_RANK = 128
+"""Beyond it a tile's factors do not fit beside each other."""
+PRECISION = "tf32x3"
+"""The factors' product is nearly as exact as in float32: integers are what depends on it."""
+
+
+class Latents(NamedTuple):
+    """What a weight is made of."""
+
+    kept: Tensor
+    """``[O, I]``: bfloat16 or float16, or int8 in parts of a grid step."""
+    origin_OG: Tensor
+    """The zero point that int8 is counted from."""
+    a_Or: Tensor
+    b_rI: Tensor
+    scale_OG: Tensor
+    zero_OG: Tensor
+    """Whole, and on the grid."""
+    bits: int
+    ratio: float
+    """``alpha / r``."""
+
+
+def takes(kept: Tensor, rank: int, groups: int) -> bool:
+    """Whether the kernels can do this: latents of a byte or two, and groups that tiles divide, or that divide
+    tiles."""
+    if kept.dtype == torch.int32 or rank > WIDEST_RANK:
+        return False
+    return _width(kept.shape[1] // groups) > 0
+
+
+def _width(group: int) -> int:
+    """Columns of a tile; 0 where none suits."""
+    if COLUMNS % group == 0:
+        return COLUMNS
+    return next(
+        (width for width in (COLUMNS, COLUMNS // 2, COLUMNS // 4, NARROWEST) if group % width == 0), 0
+    )
+
+
+def form(latents: Latents, dtype: torch.dtype) -> Tensor:
+    """``(clamp(round(V) + z, 0, Q) - z) s``, computed in float32, rounded to ``dtype`` once, ``[O, I]``."""
+    weight = torch.empty(latents.kept.shape, dtype=dtype, device=latents.kept.device)
+    _launch(latents, weight, None, None)
+    return weight
+
+
+def gradients(latents: Latents, grad_OI: Tensor, *, zero: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The weight again, in the type of ``grad_OI``, which is contiguous and becomes ``dV``; and over every
+    group, float32 ``[O, G]``, the sum of ``(q - z) dW^``, and where ``zero`` asks for it that of ``dW^``
+    where the grid's ends cut."""
+    outputs, inputs = grad_OI.shape
+    group = inputs // latents.scale_OG.shape[1]
+    parts = inputs // min(group, _width(group))
+    weight = torch.empty_like(grad_OI)
+    sums = torch.empty(2 if zero else 1, outputs, parts, dtype=torch.float32, device=grad_OI.device)
+    _launch(latents, weight, grad_OI, sums)
+    whole = sums.view(len(sums), outputs, latents.scale_OG.shape[1], -1).sum(-1)
+    return weight, whole[0], whole[1] if zero else None
+
+
+def try_out(device: torch.device) -> None:
+    """Compile and run the kernels once; raises what stands in its way."""
+    one, thin = torch.ones(1, 1, device=device), torch.ones(1, 16, device=device)
+    kept = torch.zeros(1, 16, dtype=torch.int8, device=device)
+    latents = Latents(kept, one, one, thin, one, one, 2, 1.0)
+    gradients(latents, form(latents, torch.float32), zero=True)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _launch(latents: Latents, weight: Tensor, grad: Tensor | None, sums: Tensor | None) -> None:
+    outputs, inputs = latents.kept.shape
+    group, rank = inputs // latents.scale_OG.shape[1], latents.a_Or.shape[1]
+    width = _width(group)
+    launcher: Any = _tile[(triton.cdiv(outputs, ROWS), triton.cdiv(inputs, width))]
+    tensors = (tensor.contiguous() for tensor in latents[:6])
+    launcher(
+        *(*tensors, weight, weight if grad is None else grad, weight if sums is None else sums),
+        *(outputs, inputs, rank, latents.ratio),
+        BITS=latents.bits,
+        GROUP=group,
+        FIXED=latents.kept.dtype == torch.int8,
+        BACKWARD=grad is not None,
+        ZERO=sums is not None and len(sums) == 2,
+        RANK=max(NARROWEST, triton.next_power_of_2(rank)),
+        ROWS=ROWS,
+        COLUMNS=width,
+        PRECISION=PRECISION,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _tile(
+    kept_ptr, origin_ptr, a_ptr, b_ptr, scale_ptr, zero_ptr, weight_ptr, grad_ptr, sums_ptr,
+    outputs, inputs, rank, ratio,
+    BITS: tl.constexpr, GROUP: tl.constexpr, FIXED: tl.constexpr, BACKWARD: tl.constexpr, ZERO: tl.constexpr,
+    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    TOP: tl.constexpr = (1 << BITS) - 1
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    factor = tl.arange(0, RANK)
+    here = (row < outputs)[:, None] & (column < inputs)[None, :]
+    place = row.to(tl.int64)[:, None] * inputs + column[None, :]
+    group = row[:, None] * (inputs // GROUP) + (column // GROUP)[None, :]
+
+    a_at = row[:, None] * rank + factor[None, :]
+    b_at = factor[:, None] * inputs + column[None, :]
+    a = tl.load(a_ptr + a_at, mask=(row < outputs)[:, None] & (factor < rank)[None, :], other=0.0)
+    b = tl.load(b_ptr + b_at, mask=(factor < rank)[:, None] & (column < inputs)[None, :], other=0.0)
+    product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+
+    steps = tl.load(kept_ptr + place, mask=here, other=0).to(tl.float32)
+    if FIXED:
+        origin = tl.load(origin_ptr + group, mask=here, other=0).to(tl.float32)
+        steps = steps / (1 << (8 - BITS)) - (origin - (1 << (BITS - 1)))
+    steps = steps + ratio * product
+    scale = tl.load(scale_ptr + group, mask=here, other=0.0).to(tl.float32)
+    zero = tl.load(zero_ptr + group, mask=here, other=0.0).to(tl.float32)
+    # To the nearest integer, ties to even; far outside the grid any large number will do.
+    nearest = (tl.minimum(tl.maximum(steps, -1024.0), 1024.0) + 12582912.0) - 12582912.0
+    unclamped = nearest + zero
+    centred = tl.minimum(tl.maximum(unclamped, 0.0), TOP) - zero
+    tl.store(weight_ptr + place, (centred * scale).to(weight_ptr.dtype.element_ty), mask=here)
+    if BACKWARD:
+        inside = (unclamped >= 0.0) & (unclamped <= TOP)
+        grad = tl.load(grad_ptr + place, mask=here, other=0.0).to(tl.float32)
+        tl.store(
+            grad_ptr + place, tl.where(inside, grad * scale, 0.0).to(grad_ptr.dtype.element_ty), mask=here
+        )
+        parts = inputs // tl.minimum(GROUP, COLUMNS)
+        if GROUP < COLUMNS:
+            WHOLE: tl.constexpr = COLUMNS // GROUP
+            part = tl.program_id(1) * WHOLE + tl.arange(0, WHOLE)
+            target = row.to(tl.int64)[:, None] * parts + part[None, :]
+            there = (row < outputs)[:, None] & (part < parts)[None, :]
+            tl.store(sums_ptr + target, tl.sum(tl.reshape(centred * grad, ROWS, WHOLE, GROUP), 2), mask=there)
+            if ZERO:
+                cut = tl.reshape(tl.where(inside, 0.0, grad), ROWS, WHOLE, GROUP)
+                tl.store(sums_ptr + outputs * parts + target, tl.sum(cut, 2), mask=there)
+        else:
+            target = row.to(tl.int64) * parts + tl.program_id(1)
+            tl.store(sums_ptr + target, tl.sum(centred * grad, 1), mask=row < outputs)
+            if ZERO:
+                cut = tl.sum(tl.where(inside, 0.0, grad), 1)
+                tl.store(sums_ptr + outputs * parts + target, cut, mask=row < outputs)
