@@ -248,6 +248,8 @@ def _row(sweep: Sweep, number: int, member: Member) -> dict[str, Any]:
         "bits_per_weight": None,
         "size_bytes": {"fp": None, "quantized": None},
         "seconds": None,
+        "peak_gpu_bytes": None,
+        "peak_host_bytes": None,
         "error": failure,
     }
     run = sweep.run_of(member)
@@ -263,9 +265,15 @@ def _row(sweep: Sweep, number: int, member: Member) -> dict[str, Any]:
     return {
         **row,
         **{name: shown[name] for name in kept},
+        **{name: _peak(shown["phases"], name) for name in ("peak_gpu_bytes", "peak_host_bytes")},
         "outcome": shown["state"],
         "error": None if shown["state"] == "done" else _error(shown) or failure,
     }
+
+
+def _peak(phases: list[dict[str, Any]], name: str) -> int | None:
+    """The most memory that any phase took."""
+    return max((phase[name] for phase in phases if phase[name] is not None), default=None)
 
 
 def _error(shown: dict[str, Any]) -> dict[str, Any] | None:

@@ -190,16 +190,21 @@ def verify(
 
 
 def presets(as_json: Json = False) -> None:
-    """List the presets: complete configurations to start from."""
-    from eqat_tui.output import print_json, show, table
-    from eqat_tui.overview import preset_rows
+    """List the presets: complete configurations to start from, and sweeps, which make several runs.
 
-    rows = preset_rows()
+    eqat run and eqat plan take the former, eqat sweep takes both.
+    """
+    from eqat_tui.output import print_json, show, table
+    from eqat_tui.overview import preset_rows, sweep_rows
+
+    rows, sweeps = preset_rows(), sweep_rows()
     if as_json:
-        print_json(rows)
-    else:
-        cells = [(row["name"], f"w{row['bits']}g{row['group_size']}", row["description"]) for row in rows]
-        show(table(cells, header=("PRESET", "GRID", "")))
+        print_json([*({"kind": "run", **row} for row in rows), *({"kind": "sweep", **row} for row in sweeps)])
+        return
+    cells = [(row["name"], f"w{row['bits']}g{row['group_size']}", row["description"]) for row in rows]
+    several = [(row["name"], str(row["runs"] or "?"), row["description"]) for row in sweeps]
+    show(table(cells, header=("PRESET", "GRID", "")))
+    show("\n" + table(several, header=("SWEEP", "RUNS", "")))
 
 
 def doctor(

@@ -18,7 +18,7 @@ from eqat_tui.commands.options import (
     RemoteCode,
     RunsDir,
     Settings,
-    Target,
+    SweepTarget,
 )
 
 
@@ -64,7 +64,7 @@ Jobs = Annotated[
 
 @app.command()
 def start(
-    target: Target,
+    target: SweepTarget,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
@@ -91,8 +91,9 @@ def start(
 ) -> int:
     """Make a run of every combination of the swept values, one after the other or --jobs at a time.
 
-    What is swept is typed with --sweep or is the table [sweep] of the file ("grid.bits" = [2, 3, 4]); what is
-    typed replaces the file's values of that field.
+    What is swept is typed with --sweep or is the table [sweep] of the preset or file ("grid.bits" = [2, 3,
+    4]); what is typed replaces the file's values of that field. Of cases, the tables [sweep.case.NAME], some
+    are chosen by --sweep case=NAME,NAME. eqat presets lists sweeps that are ready to be made.
 
     Each run is an ordinary one. A run that fails does not stop the others. Ctrl-C stops the run at work
     resumably, and with it the sweep, as eqat stop RUN does; twice aborts. A closed terminal ends no run, but
