@@ -16,6 +16,7 @@ from eqat_tui.run_text import runs_table
 COMMANDS = (
     ("eqat run PRESET|FILE", "quantize a model and follow it; --dry-run shows the plan first"),
     ("eqat sweep PRESET|FILE", "make a run of every combination of some settings, and compare them"),
+    ("eqat queue add PRESET|FILE", "make runs one after the other, whoever is logged in"),
     ("eqat runs, show RUN", "what was made, and how good it is"),
     ("eqat attach, stop, resume RUN", "come back to a run, end it, go on with it"),
     ("eqat eval, export RUN", "measure or write a quantized model again"),

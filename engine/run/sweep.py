@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
@@ -26,6 +26,7 @@ from engine.errors import EqatError, PreflightError, UsageError
 from engine.run.directory import RunDirectory, make_new, slug, stamp
 from engine.run.finding import full
 from engine.run.lock import RunLock, holder
+from engine.run.members import GONE, UNREADABLE, WAITING, Failure, RunId
 from engine.run.proof import is_run
 from engine.run.shown import show_run
 from engine.system.files import atomic_write_json, disk_error
@@ -37,21 +38,8 @@ PREFIX = "sweep-"
 """Begins the name of a sweep's folder."""
 LOG = "sweep.log"
 """What a sweep without a terminal has told."""
-WAITING, GONE, UNREADABLE = "waiting", "gone", "unreadable"
-"""Of a run that is still to be made, one that was deleted or moved, and one that is damaged."""
 LARGEST = 64 << 20
 """Bytes of the file."""
-
-RunId = Annotated[str, msgspec.Meta(pattern=r"^[^/.\x00][^/\x00]*\Z", max_length=255)]
-
-
-class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a run could not be made or started; what happens later is told by the run itself."""
-
-    message: str
-    where: str = ""
-    hint: str = ""
-    exit_code: int = 1
 
 
 class Member(msgspec.Struct, kw_only=True):

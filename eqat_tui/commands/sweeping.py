@@ -27,7 +27,9 @@ class SweepGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the command in front that was left out."""
-        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+        if not args:
+            args = ["--help"]
+        elif args[0] not in self.commands and args[0] not in ("-h", "--help"):
             args = ["start", *args]
         found: list[str] = super().parse_args(ctx, args)
         return found
@@ -35,7 +37,6 @@ class SweepGroup(TyperGroup):
 
 app = typer.Typer(
     cls=SweepGroup,
-    no_args_is_help=True,
     rich_markup_mode=None,
     help="Make a run of every combination of some settings, and compare them in a table.",
     epilog="eqat sweep PRESET|FILE --sweep grid.bits=2,3,4 is short for eqat sweep start, whose --help tells "
