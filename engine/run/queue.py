@@ -20,6 +20,7 @@ from typing import Literal
 
 import msgspec
 
+from engine.config.derived import absolute_paths
 from engine.config.loading import from_toml
 from engine.config.run import RunConfig
 from engine.config.writing import to_toml
@@ -220,7 +221,7 @@ class Queue:
             raise UsageError(f"has {MOST_WAITING} entries already", where="queue")
         entry = Entry(
             number=self._file.next,
-            config=to_toml(config),
+            config=to_toml(absolute_paths(config)),  # it is made from another folder than it was typed in
             runs_dir=str(runs_dir.resolve()),
             added=time.time(),
             name=config.name,

@@ -93,7 +93,9 @@ class QueueScreen(WorkScreen):
         panel = self.query_one("#list", ListPanel)
         under = self._under()
         self._items = views.items(self._groups, self._folded)
-        panel.show(views.rows(self._items, self._folded, self._marked, max(20, panel.size.width - 3)))
+        width = max(20, panel.size.width - 3)
+        header, rows = views.rows(self._items, self._folded, self._marked, width)
+        panel.show(rows, header=header)
         if under is not None:  # the cursor stays on its line, wherever that has moved to
             place = next((i for i, item in enumerate(self._items) if item.key == under.key), None)
             if place is not None:

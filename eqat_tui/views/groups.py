@@ -10,15 +10,18 @@ from engine.run.members import WAITING
 from eqat_tui.groups import Group, Row
 from eqat_tui.lines import Line, Span, bar, cut, fit, line, plain, width_of, wrap
 from eqat_tui.measured import newest
-from eqat_tui.output import format_clock, format_number
+from eqat_tui.output import format_bits, format_bytes, format_clock, format_number, format_seconds
 from eqat_tui.run_text import shorten
 from eqat_tui.views.monitor import STATE_MARKS, STATE_ROLES
 from eqat_tui.words import block_place
 
 BAR = 10
 """Cells of a group's progress."""
-BESIDE = 17
-"""Cells of a row for its mark, its number, its perplexity and what lies between."""
+BESIDE = 9
+"""Cells of a row for its mark, its number, and what lies between."""
+LEAST = 12
+"""Cells for what a run is."""
+MEASURED = ("ppl", "bits", "size", "time")
 
 
 class Item(NamedTuple):
@@ -44,17 +47,56 @@ def items(groups: Sequence[Group], folded: Collection[str]) -> list[Item]:
     return found
 
 
-def rows(shown: Sequence[Item], folded: Collection[str], marked: Collection[str], width: int) -> list[Line]:
-    """Each item as a line."""
+def rows(
+    shown: Sequence[Item], folded: Collection[str], marked: Collection[str], width: int
+) -> tuple[Line, list[Line]]:
+    """A header, and each item as a line. What a run came to has columns, as far as there is room."""
     made = [item.row for item in shown if item.row is not None]
-    widest = max((width_of([(row.what, "")]) for row in made), default=0)
-    states = max((width_of([_state(row)]) for row in made), default=0)
-    room = max(12, min(widest, width - states - BESIDE))
-    return [
-        cut(_group(item.group, item.group.name in folded), width)
-        if item.row is None
-        else cut(_row(item.row, marked, room), width)
+    sizes = _sizes(made, width)
+    header = _cells("  ", "  #", [("", ""), ("state", ""), *((name, "") for name in MEASURED)], sizes)
+    lines = [
+        _group(item.group, item.group.name in folded) if item.row is None else _row(item.row, marked, sizes)
         for item in shown
+    ]
+    return cut(header, width), [cut(one, width) for one in lines]
+
+
+def _sizes(made: Sequence[Row], width: int) -> list[int]:
+    """Cells of the columns: what a run is, its state, and of what it came to as much as there is room for."""
+    measured = [_measured(row) for row in made if row.turn != "now"]
+    needed = [max([len(name), *(len(row[i]) for row in measured)]) for i, name in enumerate(MEASURED)]
+    # Where a run at work is takes the room of what it has not come to yet.
+    states = [width_of([_state(row)]) for row in made if row.turn != "now"]
+    state = max([len("state"), *states])
+    widest = max((width_of([(row.what, "")]) for row in made), default=0)
+    sizes = [min(widest, max(LEAST, width - state - BESIDE)), state]
+    for size in needed:
+        if BESIDE + sum(sizes) + 2 * (len(sizes) - 2) + 2 + size > width and len(sizes) > 2:
+            break
+        sizes.append(size)
+    spare = width - BESIDE - sum(sizes) - 2 * (len(sizes) - 2)
+    return [max(LEAST, sizes[0] + min(0, spare)), *sizes[1:]]
+
+
+def _cells(mark: str, number: str, cells: Sequence[Span], sizes: Sequence[int]) -> Line:
+    first, state, *measured = cells
+    line: Line = [(f"{mark}{number}  {plain(fit([first], sizes[0]))}  ", ""), *fit([state], sizes[1])]
+    for (text, role), size in zip(measured, sizes[2:], strict=False):
+        line.append((f"  {text:>{size}}", role))
+    return line
+
+
+def _measured(row: Row) -> list[str]:
+    """What a run came to."""
+    summary = row.summary
+    if summary is None:
+        return [""] * len(MEASURED)
+    perplexity, size, seconds = newest(summary["perplexity"]), summary["size_bytes"], summary["seconds"]
+    return [
+        format_number(perplexity) if perplexity is not None else "",
+        format_bits(summary["bits_per_weight"]) if size["quantized"] is not None else "",
+        format_bytes(size["quantized"]) if size["quantized"] is not None else "",
+        format_seconds(seconds) if seconds else "",
     ]
 
 
@@ -88,12 +130,13 @@ def _working(group: Group) -> tuple[str, str]:
     return ("run at work" if now else ""), "muted"
 
 
-def _row(row: Row, marked: Collection[str], room: int) -> Line:
-    mark = "*" if row.run is not None and row.run.id in marked else " "
-    perplexity = newest(row.summary["perplexity"]) if row.summary is not None else None
-    value = format_number(perplexity) if perplexity is not None else ""
-    what = plain(fit([(row.what, "")], room))
-    return [(f"{mark} {row.number:>3}  {what}  ", ""), _state(row), (f"  {value}".rstrip(), "")]
+def _row(row: Row, marked: Collection[str], sizes: Sequence[int]) -> Line:
+    mark = " *" if row.run is not None and row.run.id in marked else "  "
+    if row.turn == "now":
+        what = plain(fit([(row.what, "")], sizes[0]))
+        return [(f"{mark}{row.number:>3}  {what}  ", ""), _state(row)]
+    measured = [(text, "") for text in _measured(row)]
+    return _cells(mark, f"{row.number:>3}", [(row.what, ""), _state(row), *measured], sizes)
 
 
 def _state(row: Row) -> Span:

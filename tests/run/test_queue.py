@@ -132,6 +132,18 @@ def test_an_entry_has_another_turn_unless_its_run_is_done(queue: Queue, tmp_path
     assert (queue.entry(2).again, queue.entry(2).waits) == (1, True)
 
 
+def test_paths_are_those_of_where_it_was_typed(
+    queue: Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    with queue.changing():
+        entry = queue.add(load("smoke", overrides={"data.source": "a.txt"}), Path("runs"))
+    monkeypatch.chdir("/")
+    assert entry.configuration().data.source == str(tmp_path / "a.txt")
+    assert entry.runs_dir == str(tmp_path / "runs")
+
+
 def test_what_is_over_is_not_remembered_for_ever(queue: Queue, tmp_path: Path) -> None:
     with queue.changing():
         for _ in range(MOST_OVER):

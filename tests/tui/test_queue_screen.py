@@ -95,7 +95,7 @@ def test_entries_are_moved_and_taken_out_and_runs_are_compared(queue: Queue) -> 
         await press(pilot, "y")
         await until(pilot, lambda: order(queue) == [1, 2, 3, 4])
         await press(pilot, "P")
-        await until(pilot, lambda: "paused" in picture(app).splitlines()[2])
+        await until(pilot, lambda: "paused" in picture(app).splitlines()[3])
         # Folded groups show none of their runs; those of a group are compared, or those that are marked.
         await press(pilot, "g", "enter")
         await until(pilot, lambda: "tiny-llama w4g32 smoke" not in picture(app))
@@ -147,7 +147,7 @@ def test_no_line_is_wider_than_its_room(queue: Queue, width: int) -> None:
     )
     shown = views.items(groups, ())
     assert len(shown) == 2 + 5 + 3 + 1 + 2
-    for item, row in zip(shown, views.rows(shown, (), (), width), strict=True):
+    for item, row in zip(shown, views.rows(shown, (), (), width)[1], strict=True):
         assert width_of(row) <= width, plain(row)
         assert all(width_of(line) <= width for line in views.details(item, width))
 
@@ -157,7 +157,7 @@ def test_a_damaged_queue_is_told_and_hides_no_sweep(queue: Queue) -> None:
     found = read_groups(Path("runs"), Catalogue().read)
     assert [group.name for group in found] == ["queue", SWEEP]
     assert "queue.json" in found[0].problem
-    assert "cannot be read" in plain(views.rows(views.items(found, ()), (), (), 200)[0])
+    assert "cannot be read" in plain(views.rows(views.items(found, ()), (), (), 200)[1][0])
 
 
 def test_a_run_at_work_counts_by_what_it_has_behind_it() -> None:
@@ -170,6 +170,6 @@ def test_a_run_at_work_counts_by_what_it_has_behind_it() -> None:
     )
     group = Group("s", "s", "", rows, True, False, "")
     assert group.share == pytest.approx((1 + 0.75) / 3)
-    lines = [plain(line) for line in views.rows(views.items([group], ()), (), (), 100)]
+    lines = [plain(line) for line in views.rows(views.items([group], ()), (), (), 100)[1]]
     assert "1 of 3 done  at work" in lines[0]
     assert lines[2].endswith("▶ running Block-AP 3 of 0–5, 0:10 left")
