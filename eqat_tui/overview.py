@@ -11,6 +11,7 @@ from engine.errors import EqatError
 from engine.run.finding import default_runs_dir, list_runs
 from eqat_tui.actions import summaries
 from eqat_tui.output import table
+from eqat_tui.queue_text import left_alone
 from eqat_tui.run_text import runs_table
 
 COMMANDS = (
@@ -41,6 +42,8 @@ def overview_text() -> str:
         parts.append("recent runs\n" + "\n".join(f"  {line}" for line in listing.splitlines()))
     else:
         parts.append("no runs yet: eqat run demo makes one")
+    if waits := left_alone():
+        parts.append(waits)
     parts.append("eqat COMMAND --help tells more.")
     return "\n\n".join(parts)
 

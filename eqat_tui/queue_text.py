@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from engine.errors import EqatError
+from engine.run.queue import Queue
 from eqat_tui.output import cell, one_line, table
 from eqat_tui.run_text import ago
 from eqat_tui.words import model_name
@@ -44,6 +46,17 @@ def state_words(shown: Tree) -> str:
     if shown["worker"] is not None:
         return f" · at work (process {shown['worker']})" if shown["worker"] else " · at work"
     return " · nobody works on it: eqat queue resume goes on" if left else ""
+
+
+def left_alone() -> str:
+    """That runs wait in the queue and nobody works on it, as after a restart; empty where that is not so."""
+    try:
+        queue = Queue()
+        if queue.paused or queue.worker is not None or not queue.has_work:
+            return ""
+    except EqatError:  # which the commands of the queue tell
+        return ""
+    return "runs wait in the queue, and nobody works on it: eqat queue resume goes on"
 
 
 def note_of(row: Tree) -> str:

@@ -21,6 +21,7 @@ from engine.run.launch import exit_code, launch
 from engine.run.lock import RunLock
 from engine.run.members import failure_of, is_at_work
 from engine.run.queue import Entry, Over, Queue
+from engine.system.files import disk_error
 from eqat_tui.hearing import hearing
 from eqat_tui.output import cell, error_words, format_time, one_line, say
 from eqat_tui.sweep_members import STOPS
@@ -99,11 +100,12 @@ class Worker:
                 if problem is not None:
                     raise problem
                 return self._start(entry, run)
-            except EqatError as error:
+            except (EqatError, OSError) as error:
                 if is_at_work(entry.directory):  # an engine that has only just told of itself
                     return True
                 _tell(entry.number, f"error: {one_line(error_words(error))}")
-                entry.error, entry.over = failure_of(error), Over(outcome="failed", t=time.time())
+                told = error if isinstance(error, EqatError) else disk_error(error, Path(entry.runs_dir))
+                entry.error, entry.over = failure_of(told), Over(outcome="failed", t=time.time())
                 return True
 
     def _start(self, entry: Entry, run: RunDirectory | None) -> _Begun:
@@ -185,6 +187,8 @@ def _problem(entry: Entry) -> EqatError | None:
             check(make_plan(entry.configuration(), runs_dir=place))
     except EqatError as error:
         return error
+    except Exception as error:  # a bug that one entry meets must not stand in the way of all behind it
+        return EqatError(f"cannot be planned: {error_words(error)}", exit_code=ExitCode.BUG)
     return None
 
 

@@ -32,10 +32,10 @@ from engine.run.lock import RunLock, holder
 from engine.run.members import GONE, UNREADABLE, WAITING, Failure, RunId, is_at_work, state_of
 from engine.run.proof import is_run
 from engine.run.sweep import LARGEST
-from engine.system.files import atomic_write_json, disk_error
+from engine.system.files import atomic_write_json, disk_error, full_disk
 from engine.system.guarded import NoFile, read_struct
 from engine.system.ownership import require_own_folders
-from engine.system.user_state import queue_folder
+from engine.system.user_state import STATE_VARIABLE, queue_folder
 
 FILE = "queue.json"
 LOG = "queue.log"
@@ -179,7 +179,13 @@ class Queue:
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise disk_error(error, self.path) from error
+            if full_disk(error) is not None:
+                raise disk_error(error, self.path) from error
+            raise PreflightError(
+                f"cannot be made: {error.strerror}",
+                where=str(self.path),
+                hint=f"${STATE_VARIABLE} names another place for the queue",
+            ) from error
         require_own_folders(self.path, ())
         with _changing, _patient(RunLock(self.path / "change")):
             self.read()

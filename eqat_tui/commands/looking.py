@@ -22,6 +22,7 @@ def runs(
     from engine.run.finding import default_runs_dir, full, list_runs
     from eqat_tui.actions import summaries as summaries_of
     from eqat_tui.output import print_json, say, show
+    from eqat_tui.queue_text import left_alone
     from eqat_tui.run_text import runs_table
 
     place = default_runs_dir(runs_dir)
@@ -32,6 +33,8 @@ def runs(
         show(runs_table(summaries))
     else:
         say(f"no runs in {full(place)}; eqat run demo makes one")
+    if waits := left_alone():
+        say(waits)
 
 
 def show(run: Run, runs_dir: RunsDir = None, as_json: Json = False) -> None:

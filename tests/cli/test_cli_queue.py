@@ -24,6 +24,8 @@ from engine.run.queue import Queue, entry_state
 from engine.run.state import load_state
 from eqat_tui import queueing
 from eqat_tui.cli import _run_command
+from eqat_tui.queue_text import left_alone
+from eqat_tui.queue_worker import Worker
 
 pytestmark = pytest.mark.usefixtures("no_engine_outlives_its_test")
 
@@ -108,6 +110,7 @@ def test_kills_and_stops_lose_nothing_and_begin_nothing_twice(queue: Queue, tmp_
     process.send_signal(signal.SIGKILL)
     ended(process)
     assert (states(queue), queue.worker) == (["running", "waiting"], None)
+    assert "nobody works on it: eqat queue resume" in left_alone()
     # The next one follows it; a stop of the queue stops it so that it goes on.
     process = works(tmp_path, "works")
     wait_until(lambda: queue.worker == process.pid)
@@ -115,6 +118,7 @@ def test_kills_and_stops_lose_nothing_and_begin_nothing_twice(queue: Queue, tmp_
     ended(process)
     assert (states(queue), attempts(tmp_path)) == (["waiting", "waiting"], [1])
     assert load_state(run).outcome == "stopped"
+    assert left_alone() == ""  # as it is meant to be
     ended(process := works(tmp_path, "works"))  # paused
     assert (process.returncode, attempts(tmp_path)) == (0, [1])
     with queue.changing():
@@ -141,6 +145,19 @@ def test_kills_and_stops_lose_nothing_and_begin_nothing_twice(queue: Queue, tmp_
     # That one was aborted while nobody looked; the other one goes on where it was.
     assert (process.returncode, states(queue)) == (0, ["aborted", "done"])
     assert attempts(tmp_path) == [4, 1]
+
+
+def test_an_entry_that_cannot_even_be_planned_does_not_stop_the_others(queue: Queue, tmp_path: Path) -> None:
+    """Whatever is wrong with it: a configuration of an extension that is gone, a bug of ours."""
+    add(queue, tmp_path, 2, 3)
+    with queue.changing():
+        queue.entries[0].config += "\n[toy]\nturns = 3\n"
+        queue.entries[1].config = "not TOML"
+    assert Worker(queue).work() == 0
+    assert states(queue) == ["failed", "failed"]
+    told = [entry.error.message for entry in queue.entries if entry.error is not None]
+    assert "there is no such field" in told[0]
+    assert "TOML" in told[1]
 
 
 def test_killed_at_any_instant_it_goes_on(tmp_path: Path) -> None:

@@ -169,6 +169,16 @@ def test_changes_at_once_are_made_one_after_the_other(tmp_path: Path) -> None:
     assert numbers(Queue(tmp_path / "queue")) == list(range(1, 17))
 
 
+def test_a_place_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    nowhere = Queue(tmp_path / "file" / "queue")
+    with (
+        pytest.raises(PreflightError, match=r"file/queue: cannot be made: .*EQAT_STATE_DIR"),
+        nowhere.changing(),
+    ):
+        pass
+
+
 def test_a_damaged_file_is_named_and_stays(queue: Queue) -> None:
     file = queue.path / "queue.json"
     file.write_text(file.read_text()[:-20])
