@@ -26,7 +26,7 @@ from eqat_tui.hearing import hearing
 from eqat_tui.output import cell, error_words, format_time, one_line, say
 from eqat_tui.sweep_members import STOPS
 
-POLL_S = 0.5
+POLL_S = 0.2
 QUIET_S = 10.0
 """An engine has told of itself this long after it was started."""
 FULL_S = 5.0

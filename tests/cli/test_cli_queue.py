@@ -119,8 +119,7 @@ def test_kills_and_stops_lose_nothing_and_begin_nothing_twice(queue: Queue, tmp_
     assert (states(queue), attempts(tmp_path)) == (["waiting", "waiting"], [1])
     assert load_state(run).outcome == "stopped"
     assert left_alone() == ""  # as it is meant to be
-    ended(process := works(tmp_path, "works"))  # paused
-    assert (process.returncode, attempts(tmp_path)) == (0, [1])
+    assert (Worker(queue).work(), attempts(tmp_path)) == (0, [1])  # paused
     with queue.changing():
         queue.paused = False
     # So does a signal to whoever works on it.
