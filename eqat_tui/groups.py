@@ -125,8 +125,7 @@ def _sweep(path: Path, summaries: Summaries) -> Group:
 
 
 def _member(number: int, member: Member, run: RunDirectory | None, summary: Summary | None) -> Row:
-    nothing = "failed" if member.error is not None else GONE if member.run is not None else WAITING
-    state = summary["state"] if summary is not None else nothing
+    state = summary["state"] if summary is not None else member.unmade
     ended = state not in (WAITING, GONE, "created", "starting", "running", "hung")
     turn: Turn = "over" if ended else "now" if is_at_work(run) else "waiting"
     error = member.error.message if member.error is not None else ""

@@ -16,7 +16,7 @@ from engine.plan.plan import make_plan
 from engine.run import control
 from engine.run.directory import FOLDER_MODE, RunDirectory
 from engine.run.finding import check_runs_dir
-from engine.run.members import GONE, is_at_work
+from engine.run.members import is_at_work
 from engine.run.queue import Entry, Queue, entry_state
 from engine.run.shown import summarize
 from engine.system.files import disk_error
@@ -128,8 +128,6 @@ def _row(entry: Entry) -> dict[str, Any]:
         "error": msgspec.to_builtins(entry.error) if entry.error is not None else None,
     }
     if run is None:
-        if entry.over is not None and entry.run is not None and entry.error is None:
-            row["state"] = GONE
         return row
     try:
         row["summary"] = summarize(run)

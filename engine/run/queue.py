@@ -347,7 +347,9 @@ def entry_state(entry: Entry) -> str:
     """Where an entry is, in a word: ``waiting``, or the state of its run, or how its turn has ended."""
     run = entry.directory
     if run is None:
-        return WAITING if entry.over is None else entry.over.outcome
+        if entry.over is None:
+            return WAITING
+        return GONE if entry.run is not None and entry.error is None else entry.over.outcome
     if entry.over is None and not is_at_work(run):
         return WAITING
     return state_of(run)

@@ -59,6 +59,11 @@ class Member(msgspec.Struct, kw_only=True):
         """What the run is made with."""
         return from_toml(self.config, earlier=True)
 
+    @property
+    def unmade(self) -> str:
+        """What has become of it, where there is no run."""
+        return "failed" if self.error is not None else GONE if self.run is not None else WAITING
+
 
 class _File(msgspec.Struct, kw_only=True):
     schema: int = 1
@@ -230,7 +235,7 @@ def _row(sweep: Sweep, number: int, member: Member) -> dict[str, Any]:
         "number": number,
         "settings": member.settings,
         "id": None,
-        "outcome": "failed" if failure is not None else GONE if member.run is not None else WAITING,
+        "outcome": member.unmade,
         "perplexity": {},
         "accuracy": {},
         "bits_per_weight": None,

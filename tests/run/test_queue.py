@@ -129,6 +129,9 @@ def test_an_entry_has_another_turn_unless_its_run_is_done(queue: Queue, tmp_path
         queue.put_back([2])
         queue.settle()
     assert numbers(queue) == [1, 3, 4, 5, 2]
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    assert [entry_state(queue.entry(number)) for number in (1, 2)] == ["gone", "waiting"]
+    (tmp_path / "elsewhere").rename(tmp_path / "runs")
     assert (queue.entry(2).again, queue.entry(2).waits) == (1, True)
 
 
