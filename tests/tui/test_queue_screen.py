@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from app_tools import app_of, drive, picture, press, settled, told, until
+from app_tools import MONOCHROME, app_of, drive, picture, press, settled, told, until
 from logs import START
 from textual.pilot import Pilot
 
@@ -70,6 +70,14 @@ def test_the_queue_and_a_sweep_have_their_picture(
     drive(app_of(mode="queue"), script, size)
     assert "stays so; r gives it another turn" in taken[0]
     same_picture(f"queue-{size[0]}x{size[1]}", taken[0])
+
+
+def test_in_ascii_it_is_ascii(queue: Queue) -> None:
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: SWEEP in picture(app))
+        assert (await settled(pilot)).isascii(), picture(app)
+
+    drive(app_of(mode="queue", terminal=MONOCHROME), script)
 
 
 def order(queue: Queue) -> list[int]:
