@@ -20,7 +20,7 @@ from engine import __version__
 from engine.config.tables import load_extensions
 from engine.errors import EqatError, ExitCode, UsageError
 from engine.system.standard_streams import open_standard_streams
-from eqat_tui.commands import finished, importing, looking, own, running, sweeping, tidying
+from eqat_tui.commands import finished, importing, looking, own, queueing, running, sweeping, tidying
 from eqat_tui.commands.options import Ascii, ReadOnly
 
 app = typer.Typer(
@@ -133,6 +133,8 @@ COMMANDS: Mapping[str, Callable[..., int | None]] = {
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 app.add_typer(sweeping.app, name="sweep")
+app.add_typer(queueing.app, name="queue")
+app.add_typer(queueing.app, name="queue")
 # What eqat memory was called before the app had a screen that is called Monitor and shows something else.
 app.command("monitor", hidden=True)(looking.memory)
 

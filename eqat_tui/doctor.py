@@ -22,9 +22,10 @@ from typing import Literal
 import msgspec
 
 from engine.config.derived import resolve
-from engine.config.loading import load, preset_names
+from engine.config.loading import load, load_sweep, preset_names, sweep_names
 from engine.config.model import TINY_MODEL
 from engine.config.overrides import apply_overrides
+from engine.config.sweeps import axes_of, combinations, written_axes
 from engine.config.validation import validate
 from engine.errors import EqatError, PreflightError
 from engine.run.directory import RunDirectory
@@ -207,18 +208,24 @@ def disk(runs_dir: Path) -> Check:
 
 def presets() -> Check:
     """Every shipped preset can be read and is valid."""
-    names = preset_names()
+    names, sweeps = preset_names(), sweep_names()
     try:
         for name in names:
             config = load(name)
             if not config.model.source:  # one that wants --model is not broken
                 config = apply_overrides(config, {"model.source": TINY_MODEL})
             validate(resolve(config))
+        for name in sweeps:
+            base, table = load_sweep(name)
+            base = apply_overrides(base, {"model.source": TINY_MODEL})
+            combinations(base, axes_of(written_axes(table), (), ()))
     except EqatError as error:
         return Check(name="presets", status="failed", detail=str(error), hint="reinstall eqat")
-    if not names:
+    if not names or not sweeps:
         return Check(name="presets", status="failed", detail="none are installed", hint="reinstall eqat")
-    return Check(name="presets", status="ok", detail=f"{len(names)} presets, all valid")
+    return Check(
+        name="presets", status="ok", detail=f"{len(names)} presets and {len(sweeps)} sweeps, all valid"
+    )
 
 
 def smoke() -> Check:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from engine.config.loading import load, preset_names, preset_path
+from engine.config.loading import load, load_sweep, preset_names, preset_path, sweep_names, sweep_path
+from engine.config.sweeps import written_axes
 from engine.errors import EqatError
 from engine.run.finding import default_runs_dir, list_runs
 from eqat_tui.actions import summaries
 from eqat_tui.output import table
+from eqat_tui.queue_text import left_alone
 from eqat_tui.run_text import runs_table
 
 COMMANDS = (
     ("eqat run PRESET|FILE", "quantize a model and follow it; --dry-run shows the plan first"),
     ("eqat sweep PRESET|FILE", "make a run of every combination of some settings, and compare them"),
+    ("eqat queue add PRESET|FILE", "make runs one after the other, whoever is logged in"),
     ("eqat runs, show RUN", "what was made, and how good it is"),
     ("eqat attach, stop, resume RUN", "come back to a run, end it, go on with it"),
     ("eqat eval, export RUN", "measure or write a quantized model again"),
@@ -38,6 +42,8 @@ def overview_text() -> str:
         parts.append("recent runs\n" + "\n".join(f"  {line}" for line in listing.splitlines()))
     else:
         parts.append("no runs yet: eqat run demo makes one")
+    if waits := left_alone():
+        parts.append(waits)
     parts.append("eqat COMMAND --help tells more.")
     return "\n\n".join(parts)
 
@@ -69,4 +75,26 @@ def preset_rows() -> list[dict[str, Any]]:
                 "path": str(preset_path(name)),
             }
         )
+    return rows
+
+
+def sweep_rows() -> list[dict[str, Any]]:
+    """The shipped presets of sweeps: what each varies, and how many runs that makes."""
+    rows: list[dict[str, Any]] = []
+    for name in sweep_names():
+        row: dict[str, Any] = {"name": name, "description": "", "model": None, "swept": [], "runs": None}
+        try:
+            config, table = load_sweep(name)
+            axes = list(written_axes(table))
+        except EqatError as error:
+            rows.append({**row, "description": f"error: {error}"})
+            continue
+        row |= {
+            "description": config.description,
+            "model": config.model.source,
+            "swept": [axis.name for axis in axes],
+            "runs": math.prod(len(axis.values) for axis in axes),
+            "path": str(sweep_path(name)),
+        }
+        rows.append(row)
     return rows

@@ -11,6 +11,7 @@ import msgspec
 from engine.config.user import FOLDER_VARIABLE, UserConfig, load_user_config, user_config_path
 from engine.run.finding import default_runs_dir, full
 from engine.system.user_cache import CACHE_VARIABLE, token_cache
+from engine.system.user_state import STATE_VARIABLE, queue_folder
 from eqat_tui.models import HUB_VARIABLES, hub_cache
 from eqat_tui.output import cell, key_values
 
@@ -22,6 +23,7 @@ def owned(runs_dir: Path | None) -> dict[str, Any]:
         "config": _place(user_config_path(), _variable(FOLDER_VARIABLE)),
         "runs": _place(default_runs_dir(runs_dir), _runs_decided_by(runs_dir, config)),
         "tokens": _place(token_cache(), _variable(CACHE_VARIABLE)),
+        "queue": _place(queue_folder(), _variable(STATE_VARIABLE)),
         "hub": _place(hub_cache(), next(filter(None, map(_variable, HUB_VARIABLES)), "")),
         "defaults": msgspec.to_builtins(config),
     }
@@ -47,6 +49,7 @@ def own_text(found: dict[str, Any]) -> str:
         "defaults": _words(found["config"]),
         "runs": _words(found["runs"]),
         "tokenized text": _words(found["tokens"]),
+        "queue": _words(found["queue"]),
         "models and data sets": _words(found["hub"]),
     }
     defaults = found["defaults"]

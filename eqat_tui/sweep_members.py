@@ -7,33 +7,13 @@ import signal
 from engine.errors import EqatError, ExitCode
 from engine.plan.plan import check, make_plan
 from engine.run.directory import RunDirectory
-from engine.run.liveness import look
-from engine.run.sweep import UNREADABLE, Failure, Member, Sweep
-from engine.run.task import is_job
+from engine.run.members import failure_of
+from engine.run.sweep import Member, Sweep
 
 ENDS = (ExitCode.STOPPED, ExitCode.ABORTED, ExitCode.TERMINATED)
 """A run that ends so was meant to end, and with it the sweep."""
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask for a sweep to end."""
-
-
-def is_at_work(run: RunDirectory | None) -> bool:
-    """Whether an engine works on the run itself, and not on something beside it."""
-    if run is None:
-        return False
-    try:
-        work = look(run).work
-    except EqatError:  # which is told in its turn
-        return False
-    return work is not None and not is_job(work.task)
-
-
-def state_of(run: RunDirectory) -> str:
-    """The state of a run; none that there is where its log cannot be read, which its turn tells."""
-    try:
-        return look(run).state
-    except EqatError:
-        return UNREADABLE
 
 
 def made(sweep: Sweep, member: Member) -> RunDirectory:
@@ -50,10 +30,7 @@ def made(sweep: Sweep, member: Member) -> RunDirectory:
 
 def note(sweep: Sweep, member: Member, error: EqatError | None) -> None:
     """Write down what prevents a run, or that nothing does."""
-    found = None
-    if error is not None:
-        code = int(error.exit_code)
-        found = Failure(message=error.message, where=error.where, hint=error.hint, exit_code=code)
+    found = failure_of(error) if error is not None else None
     if found != member.error:
         member.error = found
         sweep.write()

@@ -94,18 +94,18 @@ def sweep_text(shown: Tree) -> str:
     rows, names, stages = shown["runs"], shown["swept"], _stages(shown)
     state = " · at work" if shown["at_work"] else ""
     head = f"{cell(shown['id'])} · {shown['done']} of {len(rows)} done{state}"
-    right = "r" + "l" * len(names) + "r" * (len(stages) + 3)
-    parts = [head, table([_cells(row, names, stages) for row in rows], header=_header(shown), right=right)]
+    right = "r" + "l" * len(names) + "r" * (len(stages) + 3 + len(_memories(shown)))
+    parts = [head, table([_cells(row, shown) for row in rows], header=_header(shown), right=right)]
     errors = [f"{row['number']}: {error_text(row)}" for row in rows if row["error"]]
     return "\n\n".join([*parts, *(["\n".join(errors)] if errors else [])])
 
 
 def sweep_markdown(shown: Tree) -> str:
     """A Markdown table, errors in a column of their own."""
-    names, stages = shown["swept"], _stages(shown)
-    right = [True, *[False] * len(names), *[True] * (len(stages) + 3), False, False, False]
+    numbers = len(_stages(shown)) + 3 + len(_memories(shown))
+    right = [True, *[False] * len(shown["swept"]), *[True] * numbers, False, False, False]
     lines = [[*_header(shown), "error"], ["--:" if one else ":--" for one in right]]
-    lines += [[*_cells(row, names, stages), error_text(row)] for row in shown["runs"]]
+    lines += [[*_cells(row, shown), error_text(row)] for row in shown["runs"]]
     escaped = [[_markdown(one) for one in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
@@ -117,11 +117,15 @@ def sweep_csv(shown: Tree) -> str:
     writer = csv.writer(text, lineterminator="\n")
     perplexities = [f"perplexity.{stage}" for stage in stages]
     writer.writerow(
-        ["number", *names, *perplexities, "bits_per_weight", "bytes", "seconds", "outcome", "id", "error"]
+        [
+            *("number", *names, *perplexities, "bits_per_weight", "bytes", "seconds"),
+            *("peak_gpu_bytes", "peak_host_bytes", "outcome", "id", "error"),
+        ]
     )
     for row in shown["runs"]:
         numbers = [row["perplexity"].get(stage) for stage in stages]
         numbers += [row["bits_per_weight"], row["size_bytes"]["quantized"], row["seconds"]]
+        numbers += [row["peak_gpu_bytes"], row["peak_host_bytes"]]
         values = [value_words(row["settings"].get(name)) for name in names]
         known = ["" if value is None else value for value in numbers]
         writer.writerow([row["number"], *values, *known, row["outcome"], row["id"] or "", error_text(row)])
@@ -140,7 +144,14 @@ def error_text(row: Tree) -> str:
 
 def _header(shown: Tree) -> list[str]:
     labels = [stage_label(stage) for stage in _stages(shown)]
-    return ["#", *shown["swept"], *labels, "bits", "size", "time", "outcome", "run"]
+    measured = ("bits", "size", "time", *_memories(shown).values())
+    return ["#", *shown["swept"], *labels, *measured, "outcome", "run"]
+
+
+def _memories(shown: Tree) -> dict[str, str]:
+    """The kinds of memory that any of its runs has taken, and what their columns are called."""
+    names = {"peak_gpu_bytes": "GPU", "peak_host_bytes": "memory"}
+    return {one: word for one, word in names.items() if any(row[one] is not None for row in shown["runs"])}
 
 
 def _stages(shown: Tree) -> list[str]:
@@ -150,14 +161,15 @@ def _stages(shown: Tree) -> list[str]:
     return [stage for stage in versions(measured) if stage in measured]
 
 
-def _cells(row: Tree, names: Sequence[str], stages: Sequence[str]) -> list[str]:
+def _cells(row: Tree, shown: Tree) -> list[str]:
     return [
         str(row["number"]),
-        *_values(names, row["settings"]),
-        *(format_number(row["perplexity"].get(stage)) for stage in stages),
+        *_values(shown["swept"], row["settings"]),
+        *(format_number(row["perplexity"].get(stage)) for stage in _stages(shown)),
         format_bits(row["bits_per_weight"]),
         format_bytes(row["size_bytes"]["quantized"]),
         format_seconds(row["seconds"]),
+        *(format_bytes(row[name]) for name in _memories(shown)),
         str(row["outcome"]),
         str(row["id"] or "–"),
     ]

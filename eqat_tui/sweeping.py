@@ -8,8 +8,6 @@ at work or where that has ended, and goes on from there.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -26,23 +24,24 @@ from engine.config.sweeps import (
     typed_axis,
     written_axes,
 )
-from engine.errors import EqatError, ExitCode, PreflightError, StopRequested
+from engine.errors import EqatError, ExitCode, StopRequested
 from engine.plan.machine import visible_gpus
 from engine.plan.several import SeveralPlans, plan_several
 from engine.run.directory import RunDirectory
 from engine.run.finding import check_runs_dir, default_runs_dir
-from engine.run.launch import launch, log_path, python_environment
+from engine.run.launch import launch, log_path
+from engine.run.members import is_at_work, state_of
 from engine.run.shares import ALL, Share, shares
 from engine.run.sweep import LOG, Member, Sweep, show_sweep
-from engine.system.files import disk_error, existing, is_virtual
-from engine.system.guarded import open_regular
+from engine.system.files import existing, is_virtual
 from eqat_tui.configure import on_users_device
+from eqat_tui.detached import start_detached
 from eqat_tui.display import open_display
 from eqat_tui.follow import Follower, Left
 from eqat_tui.hearing import hearing
 from eqat_tui.output import cell, error_words, one_line, print_json, say, show
 from eqat_tui.run_text import shorten
-from eqat_tui.sweep_members import ENDS, STOPS, is_at_work, made, note, state_of
+from eqat_tui.sweep_members import ENDS, STOPS, made, note
 from eqat_tui.sweep_text import plan_text, sweep_text, totals_words
 from eqat_tui.sweeping_together import Together
 
@@ -126,28 +125,9 @@ def parts(found: Iterable[RunConfig], jobs: int) -> list[Share]:
 def detach(sweep: Sweep, *, jobs: int, as_json: bool) -> int:
     """Carry a sweep out in a process of its own, which no terminal can end."""
     parts((member.configuration() for member in sweep.members), jobs)  # what is wrong with it is told here
-    command = [sys.executable, "-P", "-m", "eqat_tui", "sweep", "resume", str(sweep.path), f"--jobs={jobs}"]
     with sweep.held():
         pass  # whoever carries it out already is named here, and not in a log
-    try:
-        log = open_regular(
-            sweep.path / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, root=sweep.path
-        )
-    except OSError as error:
-        raise disk_error(error, sweep.path / LOG) from error
-    try:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env=python_environment(),
-        )
-    except OSError as error:
-        raise PreflightError(f"cannot be started: {error.strerror}", where=sys.executable) from error
-    finally:
-        os.close(log)
+    child = start_detached(["sweep", "resume", str(sweep.path), f"--jobs={jobs}"], sweep.path / LOG)
     if as_json:
         print_json({"id": sweep.id, "path": str(sweep.path), "pid": child.pid})
     else:

@@ -10,6 +10,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The defaults of whoever runs the tests change nothing in them.
 os.environ["EQAT_CONFIG_DIR"] = "/nonexistent/eqat"
+os.environ["EQAT_STATE_DIR"] = "/nonexistent/eqat"
 # Without a GPU, Triton's interpreter runs the kernels that are tested.
 if not glob.glob("/dev/nvidia[0-9]*"):
     os.environ.setdefault("TRITON_INTERPRET", "1")

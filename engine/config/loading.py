@@ -35,14 +35,23 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in presets_dir().glob("*.toml"))
 
 
+def sweep_names() -> list[str]:
+    """The presets of sweeps, each of which asks for several runs; :func:`load_sweep` accepts them, sorted."""
+    return sorted(path.stem for path in (presets_dir() / "sweeps").glob("*.toml"))
+
+
 def preset_path(name: str) -> Path:
     """The file of a preset; :class:`UsageError` with near names for an unknown one."""
     names = preset_names()
     if name not in names:
-        raise UsageError(
-            f"there is no preset {name!r}", hint=suggest(name, names) or "eqat presets lists them"
-        )
+        near = suggest(name, [*names, *sweep_names()])
+        raise UsageError(f"there is no preset {name!r}", hint=near or "eqat presets lists them")
     return presets_dir() / f"{name}.toml"
+
+
+def sweep_path(name: str) -> Path:
+    """The file of a preset of a sweep."""
+    return presets_dir() / "sweeps" / f"{name}.toml"
 
 
 def configuration_file(name_or_path: str) -> Path:
@@ -50,7 +59,9 @@ def configuration_file(name_or_path: str) -> Path:
     path = Path(os.path.expanduser(name_or_path))
     if os.path.isfile(path / "config.toml"):
         return path / "config.toml"
-    return path if path.suffix == ".toml" or len(path.parts) > 1 else preset_path(name_or_path)
+    if path.suffix == ".toml" or len(path.parts) > 1:
+        return path
+    return sweep_path(name_or_path) if name_or_path in sweep_names() else preset_path(name_or_path)
 
 
 def load(name_or_path: str, *, overrides: Mapping[str, object] | None = None) -> RunConfig:
@@ -61,6 +72,12 @@ def load(name_or_path: str, *, overrides: Mapping[str, object] | None = None) ->
     :func:`~engine.config.validation.validate`.
     """
     path = configuration_file(name_or_path)
+    if path == sweep_path(name_or_path):
+        raise UsageError(
+            "asks for several runs, not for one",
+            where=name_or_path,
+            hint=f"eqat sweep {name_or_path} makes them; with --dry-run it shows their plan",
+        )
     return apply_overrides(_from_layers(name_or_path, path, _read_layers(path, seen=())), overrides or {})
 
 

@@ -26,6 +26,8 @@ LABELS = ("name", "description")
 """Fields that say what a run is called, and are no part of what is computed."""
 SWEEP = "sweep"
 """The table of a file that says what a sweep of it varies (:mod:`engine.config.sweeps`)."""
+CASE = "case"
+"""In that table, what differs in several fields at once."""
 
 
 class RunConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -70,7 +72,7 @@ def register_section(name: str, kind: type[Section]) -> None:
         ValueError: for a name that is taken or is no plain word in lower case, and for a section that is
             enabled by default.
     """
-    if not is_name(name) or name == SWEEP:
+    if not is_name(name) or name in (SWEEP, CASE):
         raise ValueError(f"{name!r} is no name for a section")
     if name in field_types(run_config()):
         raise ValueError(f"there is a section {name!r} already")

@@ -10,6 +10,16 @@ In a file it is the table ``[sweep]``, of fields with lists of values; text in i
     [sweep]
     "grid.bits" = [2, 3, 4]
     "data.mix" = ["c4:0.8,wikitext2:0.2", ["c4:1"]]
+
+What differs in several fields at once is a case, of which each has a name. Every case is combined with every
+value of the other fields; typed, ``case=peqa`` chooses some of them::
+
+    [sweep.case.peqa]
+    e2e_qp.enabled = true
+
+    [sweep.case.full-qat]
+    e2e_qat.enabled = true
+    e2e_qat.start = "latents"
 """
 
 from __future__ import annotations
@@ -18,28 +28,41 @@ import itertools
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from engine.config.derived import absolute_paths, resolve
 from engine.config.fields import field_type, value_of
 from engine.config.lists import members, value_words
 from engine.config.overrides import apply_overrides, takes_list
-from engine.config.run import LABELS, SWEEP, RunConfig
+from engine.config.run import CASE, LABELS, SWEEP, RunConfig
 from engine.config.validation import validate
 from engine.errors import UsageError
 
 MOST_RUNS = 500
 """Of a sweep; more are a mistake in typing."""
 _TYPED = re.compile(r"\s*([a-z0-9_]+(?:\.[a-z0-9_]+)*)\s*=(.*)", re.DOTALL)
+_CASE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
 _OPTION = "--sweep"
 
 
 class Axis(NamedTuple):
-    """A field and the values that it has in turn."""
+    """A field and the values that it has in turn, or ``case`` and the names of cases."""
 
     name: str
     values: tuple[Any, ...]
     """Each as text that is still to be read, or as the value itself."""
+    cases: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    """What each case sets, by its name."""
+
+    @property
+    def fields(self) -> set[str]:
+        """Every field that it sets."""
+        return {field for case in self.cases.values() for field in case} if self.name == CASE else {self.name}
+
+    def overrides(self, value: Any) -> Mapping[str, Any]:
+        """What one of its values sets."""
+        return self.cases[value] if self.name == CASE else {self.name: value}
 
 
 class Combination(NamedTuple):
@@ -66,7 +89,7 @@ def typed_axis(text: str) -> Axis:
     name, typed = match.groups()
     if "|" in typed:
         parts = typed.split("|")
-    elif not takes_list(field_type(name)):
+    elif name == CASE or not takes_list(field_type(name)):
         parts = typed.split(",")
     elif len(members(typed)) > 1:
         raise UsageError(
@@ -89,12 +112,40 @@ def written_axes(table: Mapping[str, Any], prefix: str = "") -> Iterator[Axis]:
     """
     for key, value in table.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
+        if name == CASE:
+            yield _written_cases(value)
+        elif isinstance(value, Mapping):
             yield from written_axes(value, f"{name}.")
         elif not isinstance(value, list) or not value:
             raise UsageError("must be a list of values", where=f"{SWEEP}.{name}", hint="like [2, 3, 4]")
         else:
             yield Axis(name, tuple(value))
+
+
+def _written_cases(table: Any) -> Axis:
+    """The tables ``[sweep.case.NAME]``."""
+    where = f"{SWEEP}.{CASE}"
+    if not isinstance(table, Mapping) or not table:
+        raise UsageError("must be tables of settings", where=where, hint=f"like [{where}.peqa]")
+    cases = {}
+    for name, settings in table.items():
+        if not _CASE_NAME.fullmatch(name):
+            raise UsageError(
+                f"{name!r} is no name for a case", where=where, hint="letters, digits, - and _, like full-qat"
+            )
+        if not isinstance(settings, Mapping):
+            raise UsageError("must be a table of settings", where=f"{where}.{name}")
+        cases[name] = dict(_flat(settings))
+    return Axis(CASE, tuple(cases), cases)
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Fields by dotted names, however they are written."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def axes_of(written: Iterable[Axis], typed: Sequence[Axis], fixed: Collection[str]) -> list[Axis]:
@@ -106,10 +157,16 @@ def axes_of(written: Iterable[Axis], typed: Sequence[Axis], fixed: Collection[st
     """
     found: dict[str, Axis] = {}
     for axes in (written, typed):
-        seen: set[str] = set()
+        named: set[str] = set()
         for axis in axes:
-            _check_field(axis.name, seen, fixed)
-            found[axis.name] = axis
+            if axis.name in named:
+                raise UsageError("is swept twice", where=axis.name, hint="name all its values at once")
+            named.add(axis.name)
+            found[axis.name] = _chosen(axis, found.get(CASE)) if axis.name == CASE else axis
+    seen: set[str] = set()
+    for axis in found.values():
+        for name in sorted(axis.fields):
+            _check_field(name, seen, fixed)
     if not found:
         raise UsageError(
             "nothing is swept",
@@ -119,12 +176,24 @@ def axes_of(written: Iterable[Axis], typed: Sequence[Axis], fixed: Collection[st
     return list(found.values())
 
 
+def _chosen(axis: Axis, written: Axis | None) -> Axis:
+    """Cases by their names: those of the file, or what was typed of them."""
+    if axis.cases:
+        return axis
+    known = written.cases if written is not None else {}
+    for name in axis.values:
+        if name not in known:
+            hint = f"there are {', '.join(known)}" if known else f"a file has them as [{SWEEP}.{CASE}.NAME]"
+            raise UsageError(f"there is no case {name!r}", where=CASE, hint=hint)
+    return Axis(CASE, axis.values, known)
+
+
 def _check_field(name: str, seen: set[str], fixed: Collection[str]) -> None:
     field_type(name)
     if name in LABELS:
         raise UsageError("is a label, by which no two runs differ", where=name, hint="sweep another field")
     if name in seen:
-        raise UsageError("is swept twice", where=name, hint="name all its values at once")
+        raise UsageError("is swept, and set by a case", where=name, hint="leave one of them out")
     if name in fixed:
         raise UsageError("is set and swept", where=name, hint="leave one of them out")
     seen.add(name)
@@ -149,18 +218,21 @@ def combinations(base: RunConfig, axes: Sequence[Axis]) -> list[Combination]:
 def _check_values(base: RunConfig, axis: Axis) -> None:
     seen: list[Any] = []
     for value in axis.values:
-        found = value_of(apply_overrides(base, {axis.name: value}), axis.name)
+        found = value if axis.name == CASE else value_of(apply_overrides(base, {axis.name: value}), axis.name)
         if found in seen:
             raise UsageError(f"has the value {value_words(found)} twice", where=axis.name)
         seen.append(found)
 
 
 def _combined(base: RunConfig, axes: Sequence[Axis], values: Sequence[Any], number: int) -> Combination:
-    names = [axis.name for axis in axes]
-    config = apply_overrides(base, dict(zip(names, values, strict=True)))
-    values = [value_of(config, name) for name in names]
-    plain = (list(value) if isinstance(value, tuple) else value for value in values)
-    settings = dict(zip(names, plain, strict=True))
+    overrides: dict[str, Any] = {}
+    for axis, value in zip(axes, values, strict=True):
+        overrides |= axis.overrides(value)
+    config = apply_overrides(base, overrides)
+    settings: dict[str, Any] = {}
+    for axis, value in zip(axes, values, strict=True):
+        found = value if axis.name == CASE else value_of(config, axis.name)
+        settings[axis.name] = list(found) if isinstance(found, tuple) else found
     config = resolve(config)
     try:
         validate(config)

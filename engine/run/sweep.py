@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
@@ -26,6 +26,7 @@ from engine.errors import EqatError, PreflightError, UsageError
 from engine.run.directory import RunDirectory, make_new, slug, stamp
 from engine.run.finding import full
 from engine.run.lock import RunLock, holder
+from engine.run.members import GONE, UNREADABLE, WAITING, Failure, RunId
 from engine.run.proof import is_run
 from engine.run.shown import show_run
 from engine.system.files import atomic_write_json, disk_error
@@ -37,21 +38,8 @@ PREFIX = "sweep-"
 """Begins the name of a sweep's folder."""
 LOG = "sweep.log"
 """What a sweep without a terminal has told."""
-WAITING, GONE, UNREADABLE = "waiting", "gone", "unreadable"
-"""Of a run that is still to be made, one that was deleted or moved, and one that is damaged."""
 LARGEST = 64 << 20
 """Bytes of the file."""
-
-RunId = Annotated[str, msgspec.Meta(pattern=r"^[^/.\x00][^/\x00]*\Z", max_length=255)]
-
-
-class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """Why a run could not be made or started; what happens later is told by the run itself."""
-
-    message: str
-    where: str = ""
-    hint: str = ""
-    exit_code: int = 1
 
 
 class Member(msgspec.Struct, kw_only=True):
@@ -70,6 +58,11 @@ class Member(msgspec.Struct, kw_only=True):
     def configuration(self) -> RunConfig:
         """What the run is made with."""
         return from_toml(self.config, earlier=True)
+
+    @property
+    def unmade(self) -> str:
+        """What has become of it, where there is no run."""
+        return "failed" if self.error is not None else GONE if self.run is not None else WAITING
 
 
 class _File(msgspec.Struct, kw_only=True):
@@ -242,12 +235,14 @@ def _row(sweep: Sweep, number: int, member: Member) -> dict[str, Any]:
         "number": number,
         "settings": member.settings,
         "id": None,
-        "outcome": "failed" if failure is not None else GONE if member.run is not None else WAITING,
+        "outcome": member.unmade,
         "perplexity": {},
         "accuracy": {},
         "bits_per_weight": None,
         "size_bytes": {"fp": None, "quantized": None},
         "seconds": None,
+        "peak_gpu_bytes": None,
+        "peak_host_bytes": None,
         "error": failure,
     }
     run = sweep.run_of(member)
@@ -263,9 +258,15 @@ def _row(sweep: Sweep, number: int, member: Member) -> dict[str, Any]:
     return {
         **row,
         **{name: shown[name] for name in kept},
+        **{name: _peak(shown["phases"], name) for name in ("peak_gpu_bytes", "peak_host_bytes")},
         "outcome": shown["state"],
         "error": None if shown["state"] == "done" else _error(shown) or failure,
     }
+
+
+def _peak(phases: list[dict[str, Any]], name: str) -> int | None:
+    """The most memory that any phase took."""
+    return max((phase[name] for phase in phases if phase[name] is not None), default=None)
 
 
 def _error(shown: dict[str, Any]) -> dict[str, Any] | None:

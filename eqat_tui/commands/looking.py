@@ -22,6 +22,7 @@ def runs(
     from engine.run.finding import default_runs_dir, full, list_runs
     from eqat_tui.actions import summaries as summaries_of
     from eqat_tui.output import print_json, say, show
+    from eqat_tui.queue_text import left_alone
     from eqat_tui.run_text import runs_table
 
     place = default_runs_dir(runs_dir)
@@ -32,6 +33,8 @@ def runs(
         show(runs_table(summaries))
     else:
         say(f"no runs in {full(place)}; eqat run demo makes one")
+    if waits := left_alone():
+        say(waits)
 
 
 def show(run: Run, runs_dir: RunsDir = None, as_json: Json = False) -> None:
@@ -190,16 +193,21 @@ def verify(
 
 
 def presets(as_json: Json = False) -> None:
-    """List the presets: complete configurations to start from."""
-    from eqat_tui.output import print_json, show, table
-    from eqat_tui.overview import preset_rows
+    """List the presets: complete configurations to start from, and sweeps, which make several runs.
 
-    rows = preset_rows()
+    eqat run and eqat plan take the former, eqat sweep takes both.
+    """
+    from eqat_tui.output import print_json, show, table
+    from eqat_tui.overview import preset_rows, sweep_rows
+
+    rows, sweeps = preset_rows(), sweep_rows()
     if as_json:
-        print_json(rows)
-    else:
-        cells = [(row["name"], f"w{row['bits']}g{row['group_size']}", row["description"]) for row in rows]
-        show(table(cells, header=("PRESET", "GRID", "")))
+        print_json([*({"kind": "run", **row} for row in rows), *({"kind": "sweep", **row} for row in sweeps)])
+        return
+    cells = [(row["name"], f"w{row['bits']}g{row['group_size']}", row["description"]) for row in rows]
+    several = [(row["name"], str(row["runs"] or "?"), row["description"]) for row in sweeps]
+    show(table(cells, header=("PRESET", "GRID", "")))
+    show("\n" + table(several, header=("SWEEP", "RUNS", "")))
 
 
 def doctor(

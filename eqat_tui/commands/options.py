@@ -30,6 +30,13 @@ def _presets(incomplete: str) -> list[str]:
     return [name for name in preset_names() if name.startswith(incomplete)]
 
 
+def _presets_and_sweeps(incomplete: str) -> list[str]:
+    """The same where several runs are made."""
+    from engine.config.loading import sweep_names
+
+    return [name for name in sweep_names() if name.startswith(incomplete)] + _presets(incomplete)
+
+
 def _run_ids(context: typer.Context, incomplete: str) -> list[str]:
     """Completes a run's id, the newest first. Shells evaluate what they are given: only plain names are."""
     from engine.errors import EqatError
@@ -56,6 +63,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Target = Annotated[
     str,
     typer.Argument(metavar="PRESET|FILE", help="A preset, or a .toml file.", autocompletion=_presets),
+]
+SweepTarget = Annotated[
+    str,
+    typer.Argument(
+        metavar="PRESET|FILE",
+        help="A preset, of a sweep or of one run, or a .toml file.",
+        autocompletion=_presets_and_sweeps,
+    ),
 ]
 Run = Annotated[
     str,

@@ -18,7 +18,7 @@ from eqat_tui.commands.options import (
     RemoteCode,
     RunsDir,
     Settings,
-    Target,
+    SweepTarget,
 )
 
 
@@ -27,7 +27,9 @@ class SweepGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the command in front that was left out."""
-        if args and args[0] not in self.commands and args[0] not in ("-h", "--help"):
+        if not args:
+            args = ["--help"]
+        elif args[0] not in self.commands and args[0] not in ("-h", "--help"):
             args = ["start", *args]
         found: list[str] = super().parse_args(ctx, args)
         return found
@@ -35,7 +37,6 @@ class SweepGroup(TyperGroup):
 
 app = typer.Typer(
     cls=SweepGroup,
-    no_args_is_help=True,
     rich_markup_mode=None,
     help="Make a run of every combination of some settings, and compare them in a table.",
     epilog="eqat sweep PRESET|FILE --sweep grid.bits=2,3,4 is short for eqat sweep start, whose --help tells "
@@ -64,7 +65,7 @@ Jobs = Annotated[
 
 @app.command()
 def start(
-    target: Target,
+    target: SweepTarget,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
@@ -91,8 +92,9 @@ def start(
 ) -> int:
     """Make a run of every combination of the swept values, one after the other or --jobs at a time.
 
-    What is swept is typed with --sweep or is the table [sweep] of the file ("grid.bits" = [2, 3, 4]); what is
-    typed replaces the file's values of that field.
+    What is swept is typed with --sweep or is the table [sweep] of the preset or file ("grid.bits" = [2, 3,
+    4]); what is typed replaces the file's values of that field. Of cases, the tables [sweep.case.NAME], some
+    are chosen by --sweep case=NAME,NAME. eqat presets lists sweeps that are ready to be made.
 
     Each run is an ordinary one. A run that fails does not stop the others. Ctrl-C stops the run at work
     resumably, and with it the sweep, as eqat stop RUN does; twice aborts. A closed terminal ends no run, but

@@ -77,6 +77,13 @@ SCREENS = Table(
         tip="Memory and load of this machine, live",
         code="eqat_tui.screens.memory:MemoryScreen",
     ),
+    ScreenRow(
+        name="queue",
+        key="6",
+        label="Queue",
+        tip="The queue of this machine and the sweeps: progress, order, comparison",
+        code="eqat_tui.screens.queue:QueueScreen",
+    ),
 )
 
 

@@ -24,15 +24,22 @@ class TopBar(Panel):
         """Mark the tab of ``mode``."""
         if right is not None:
             self.right = right
-        self.show([beside(self._tabs(mode), self.right, self.size.width)])
+        width = self.size.width
+        made = [
+            self._tabs(mode, name, short=short)
+            for name, short in ((" eqat ", width < 70), (" ", width < 70), (" ", True))
+        ]
+        # What the screen has to say counts for more than whole names.
+        room = width - width_of(self.right)
+        tabs = next((tabs for tabs in made if width_of(tabs) < room), made[-1])
+        self.show([beside(tabs, self.right, width)])
 
-    def _tabs(self, mode: str) -> Line:
-        short = self.size.width < 70
-        spans: Line = [(" eqat ", "strong")]
+    def _tabs(self, mode: str, name: str, *, short: bool) -> Line:
+        spans: Line = [(name, "strong")]
         for key in screen_keys():
             here = key.action == mode
-            name = key.label[:3] if short else key.label
-            label = f"[{key.shown} {name}]" if here else f" {key.shown} {name} "
+            word = key.label[:3] if short else key.label
+            label = f"[{key.shown} {word}]" if here else f" {key.shown} {word} "
             spans.append((label, "strong accent" if here else "muted"))
         return spans
 

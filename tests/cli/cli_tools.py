@@ -24,7 +24,7 @@ def environment(**extra: str) -> dict[str, str]:
     kept = {
         key: value for key, value in os.environ.items() if not key.startswith("EQAT_") and key != "COLUMNS"
     }
-    nobodys = {"EQAT_CONFIG_DIR": os.environ["EQAT_CONFIG_DIR"]}
+    nobodys = {name: os.environ[name] for name in ("EQAT_CONFIG_DIR", "EQAT_STATE_DIR")}
     return {**kept, "PYTHONPATH": str(REPOSITORY), "TERM": "dumb", **nobodys, **extra}
 
 

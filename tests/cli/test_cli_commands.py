@@ -41,11 +41,15 @@ def test_version_is_the_engines(eqat: Eqat) -> None:
 
 
 def test_presets_lists_all_of_them_with_their_grids(eqat: Eqat) -> None:
-    rows = json.loads(eqat("presets", "--json").stdout)
+    tree = json.loads(eqat("presets", "--json").stdout)
+    rows = [row for row in tree if row["kind"] == "run"]
     assert [row["name"] for row in rows] == preset_names()
+    assert {row["name"]: row["runs"] for row in tree if row["kind"] == "sweep"}["e2e-qp-gain"] == 8
     assert {"smoke", "demo", "demo-w2", "llama-2-7b-w2g64"} <= {row["name"] for row in rows}
     assert all(row["bits"] in (2, 3, 4, 8) and row["description"] for row in rows)
-    assert "demo-w2" in eqat("presets").stdout
+    listed = eqat("presets").stdout
+    assert "demo-w2" in listed
+    assert "lr-qat-vs-others" in listed
 
 
 def test_plan_and_dry_run_say_the_same_and_start_nothing(eqat: Eqat, tmp_path: Path) -> None:

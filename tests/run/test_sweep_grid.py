@@ -9,6 +9,7 @@ import pytest
 from engine.config.loading import load, load_sweep
 from engine.config.sweeps import (
     MOST_RUNS,
+    Combination,
     axes_of,
     combinations,
     settings_words,
@@ -131,3 +132,62 @@ def test_a_field_of_a_file_without_a_list_of_values_is_refused(tmp_path: Path, l
     file.write_text('extends = "smoke"\nsweep = 3\n')
     with pytest.raises(UsageError, match="sweep: must be a table"):
         load_sweep(str(file))
+
+
+# -- cases ---------------------------------------------------------------------------------------------
+
+CASES = """extends = "smoke"
+[sweep]
+"grid.bits" = [2, 3]
+[sweep.case.peqa]
+block_ap.enabled = false
+"e2e_qp.epochs" = 3
+[sweep.case.as-it-is]
+"""
+
+
+def cased(tmp_path: Path, *typed: str, text: str = CASES, **fixed: object) -> list[Combination]:
+    file = tmp_path / "cases.toml"
+    file.write_text(text)
+    base, table = load_sweep(str(file))
+    axes = axes_of(written_axes(table), [typed_axis(one) for one in typed], fixed)
+    return combinations(base, axes)
+
+
+def test_a_case_sets_several_fields_and_is_combined_with_all_values(tmp_path: Path) -> None:
+    found = cased(tmp_path)
+    assert [one.settings for one in found] == [
+        {"grid.bits": bits, "case": case} for bits in (2, 3) for case in ("peqa", "as-it-is")
+    ]
+    assert [one.config.block_ap.enabled for one in found] == [False, True] * 2
+    assert [one.config.e2e_qp.epochs for one in found] == [3, 1, 3, 1]
+    chosen = cased(tmp_path, "case=as-it-is", "runtime.seed=1,2")
+    assert [settings_words(one.settings) for one in chosen[:2]] == [
+        f"grid.bits=2, case=as-it-is, runtime.seed={seed}" for seed in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("typed", "text", "words"),
+    [
+        (["case=peqa,lora"], CASES, "case: there is no case 'lora' (there are peqa, as-it-is)"),
+        (["case=peqa"], 'extends = "smoke"\n', "there is no case 'peqa' (a file has them"),
+        (["case=peqa,peqa"], CASES, "case: has the value peqa twice"),
+        (["e2e_qp.epochs=1,2"], CASES, "e2e_qp.epochs: is swept, and set by a case"),
+        ([], CASES + "block_ap.epoch = 3\n", "block_ap.epoch: there is no such field"),
+        ([], CASES + "block_ap.epochs = 'many'\n", "block_ap.epochs: cannot be 'many'"),
+        ([], CASES + "block_ap.epochs = 0\n", "run 2 (grid.bits=2, case=as-it-is): block_ap.epochs"),
+        ([], CASES + "[sweep.case.'a,b']\n", "'a,b' is no name for a case"),
+        ([], 'extends = "smoke"\n[sweep]\ncase = ["peqa"]\n', "sweep.case: must be tables of settings"),
+        ([], 'extends = "smoke"\n[sweep.case]\npeqa = 3\n', "sweep.case.peqa: must be a table of settings"),
+    ],
+)
+def test_mistakes_in_cases_are_one_line(tmp_path: Path, typed: list[str], text: str, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        cased(tmp_path, *typed, text=text)
+    assert words in str(caught.value)
+
+
+def test_what_a_case_sets_cannot_be_set_as_well(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"block_ap\.enabled: is set and swept"):
+        cased(tmp_path, **{"block_ap.enabled": True})

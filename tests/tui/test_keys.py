@@ -131,7 +131,7 @@ def test_every_key_is_in_the_help_and_in_the_palette(recorded: Recorded) -> None
 
     async def script(pilot: Play, app: EqatApp) -> None:
         await shown(pilot)
-        for key in ("1", "2", "3", "4", "5"):
+        for key in ("1", "2", "3", "4", "5", "6"):
             await press(pilot, key)
             screen = app.screen
             assert isinstance(screen, WorkScreen)

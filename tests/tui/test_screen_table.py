@@ -33,7 +33,7 @@ class ToyScreen(WorkScreen):
 
 @pytest.fixture
 def toy() -> Iterator[ScreenRow]:
-    row = ScreenRow(name="toy", key="6", label="Toy", tip="Play", code=f"{__name__}:ToyScreen")
+    row = ScreenRow(name="toy", key="7", label="Toy", tip="Play", code=f"{__name__}:ToyScreen")
     SCREENS.register(row)
     yield row
     SCREENS.unregister("toy")
@@ -41,20 +41,20 @@ def toy() -> Iterator[ScreenRow]:
 
 def test_a_screen_is_one_row_and_one_file(toy: ScreenRow) -> None:
     async def script(pilot: Pilot[Any], app: EqatApp) -> None:
-        await until(pilot, lambda: " 6 Toy " in picture(app))
+        await until(pilot, lambda: " 7 Toy " in picture(app))
         commands = {command.title: command.help for command in app.get_system_commands(app.screen)}
         assert commands["Toy"] == "Play"
         assert commands["wave (Toy: w)"] == "Go to Toy. Say hello"
-        await press(pilot, "6")
-        await until(pilot, lambda: "[6 Toy]" in picture(app) and "toys" in picture(app))
+        await press(pilot, "7")
+        await until(pilot, lambda: "[7 Toy]" in picture(app) and "toys" in picture(app))
         await press(pilot, "w")
         assert told(app) == ["hello from runs"]
         await press(pilot, "question_mark")
-        await until(pilot, lambda: "6  Toy           Play" in picture(app) and "Say hello" in picture(app))
+        await until(pilot, lambda: "7  Toy           Play" in picture(app) and "Say hello" in picture(app))
         await press(pilot, "escape", "4")
         await until(pilot, lambda: "[4 Runs]" in picture(app))
-        await pilot.click("#top-bar", offset=(picture(app).splitlines()[0].index("6 Toy"), 0))
-        await until(pilot, lambda: "[6 Toy]" in picture(app))
+        await pilot.click("#top-bar", offset=(picture(app).splitlines()[0].index("7 Toy"), 0))
+        await until(pilot, lambda: "[7 Toy]" in picture(app))
 
     drive(app_of(mode="memory"), script, size=(100, 30))
 
