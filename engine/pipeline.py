@@ -30,7 +30,7 @@ from engine.phases.copies import copy_verified, verified_exports
 from engine.phases.evaluation import evaluate
 from engine.phases.export import export, recover_exports
 from engine.phases.job import Job
-from engine.phases.joining import Call, Prepared
+from engine.phases.joining import Call, Prepared, together
 from engine.phases.measured import measure_as_asked
 from engine.phases.prepare import prepare
 from engine.phases.samples import write_samples
@@ -110,7 +110,7 @@ class Pipeline:
     def _call_others(self, phase: str) -> None:
         """To a phase that all processes do together; the others of a run wait while the first does the rest
         alone."""
-        if self.job.world.several and (not phase or (phase in STAGES and STAGES[phase].ranks == "together")):
+        if self.job.world.several and (not phase or together(phase) is not None):
             self.job.world.told(Call.to(phase, self.job))
 
     def _work_of(self, phase: str) -> Callable[[], None]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 from engine.checkpoints.followed import Contents, FollowedStore, contents_of
 from engine.config.run import RunConfig
+from engine.config.stages import STAGES, measured_stage
+from engine.config.tables import load_named
 from engine.data.encoding import Encoder
 from engine.models.causal_lm import CausalLM
+from engine.phases.evaluation import evaluate
 from engine.phases.imported import open_source
 from engine.phases.job import Job, compute_dtype
 from engine.phases.prepare import compile_passages, switch_on_kernels
@@ -42,6 +47,17 @@ class Call(NamedTuple):
     @classmethod
     def to(cls, phase: str, job: Job) -> Call:
         return cls(phase, contents_of(job.store))
+
+
+def together(phase: str) -> Callable[[Job], None] | None:
+    """What all processes do in a phase; none where the first does it alone."""
+    measured = measured_stage(phase)
+    if measured:
+        return partial(evaluate, stage=STAGES[measured])
+    if phase in STAGES and STAGES[phase].ranks == "together":
+        work: Callable[[Job], None] = load_named(STAGES[phase].run)
+        return work
+    return None
 
 
 def joined(

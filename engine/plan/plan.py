@@ -208,7 +208,7 @@ def make_plan(
         recovery=recovery,
         calibration=learned_words(config),
         begin=_begin(config, model),
-        evaluation_windows=work.windows,
+        evaluation_windows=evaluation_windows(config, work.arch)[0],
         seconds=seconds,
         time_basis=f"estimate: operations and memory traffic counted, at {place.rates.basis}",
         fast=_trains(work, "block", place.rates).recorded,
@@ -345,7 +345,8 @@ def _workload(
     work = Workload(arch=model.architecture, config=share_of(config), cuda=cuda, windows=windows)
     if config.runtime.gpus > 1:
         adding = adding_seconds(work, machine.gpu_name or "", 1.0)
-        work = msgspec.structs.replace(work, whole=config, adding=adding)
+        share = -(-windows // config.runtime.gpus)
+        work = msgspec.structs.replace(work, whole=config, adding=adding, windows=share)
     open_ones = [costs for costs in made_costs(config) if costs.micro_batch(config) == 0]
     for costs in open_ones:
         work = costs.with_micro_batch(work, 1)

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from engine.config.run import RunConfig
-from engine.config.stages import STAGES
+from engine.config.stages import STAGES, measured_stage
 from engine.plan.estimate import Workload, time_text
 from engine.plan.machine import Machine
 
@@ -48,7 +48,7 @@ def shown(config: RunConfig, field: str, value: Any) -> Any:
 
 def processes(work: Workload, phase: str) -> int:
     """How many compute a phase."""
-    together = phase in STAGES and STAGES[phase].ranks == "together"
+    together = measured_stage(phase) or (phase in STAGES and STAGES[phase].ranks == "together")
     return work.config.runtime.gpus if together else 1
 
 

@@ -19,13 +19,18 @@ import psutil
 import torch
 
 from engine.config.run import RunConfig
-from engine.config.stages import STAGES
-from engine.config.tables import load_named
 from engine.errors import ExitCode
 from engine.failures import as_eqat_error
-from engine.phases.joining import Call, Prepared, joined
+from engine.phases.joining import Call, Prepared, joined, together
 from engine.process import choose_device, prepare_process
-from engine.ranks.others import LEADER_KEY, Failure, failure_key, ready_key
+from engine.ranks.others import (
+    JOINING_KEY,
+    LEADER_KEY,
+    READY_SECONDS,
+    Failure,
+    failure_key,
+    ready_key,
+)
 from engine.ranks.place import Place
 from engine.ranks.reporter import QuietReporter
 from engine.run.control import STOP_SIGNALS
@@ -47,6 +52,8 @@ def work(run: RunDirectory, config: RunConfig, attempt: int, place: Place) -> in
         report = QuietReporter(run, attempt, device, place.rank)
         prepare_process(config.runtime, device)
         store.set(ready_key(place.rank), "1")
+        while not store.check([JOINING_KEY]):
+            time.sleep(READY_SECONDS)
         world = open_world(store, place.rank, place.size, device)
         prepared: Any = world.told(None)
         assert isinstance(prepared, Prepared)
@@ -57,8 +64,10 @@ def work(run: RunDirectory, config: RunConfig, attempt: int, place: Place) -> in
             if not call.phase:
                 return 0
             job.store.take(call.contents)  # type: ignore[attr-defined]
+            work_of_all = together(call.phase)
+            assert work_of_all is not None
             with report.phase(call.phase):
-                load_named(STAGES[call.phase].run)(job)
+                work_of_all(job)
     except BaseException as error:
         _wait_for_what_came_first(error)
         failure = as_eqat_error(error, report.position() if report else "starting", config)

@@ -74,6 +74,9 @@ def ready_key(rank: int) -> str:
     return f"eqat/ready/{rank}"
 
 
+JOINING_KEY = "eqat/joining"
+"""Under which the first process says that it joins the others: until then, however long it prepares the run,
+none of them may wait in a library that loses patience."""
 LEADER_KEY = "eqat/leader"
 """Under which the first process says which one it is."""
 
@@ -105,7 +108,6 @@ class Others:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._report: Reporter | None = None
-        self._joined = False
 
     # Watching
 
@@ -163,7 +165,7 @@ class Others:
         while not self.store.check([ready_key(rank) for rank in range(1, self.size)]):
             time.sleep(READY_SECONDS)
             self.hear(time.monotonic() - began)
-        self._joined = True
+        self.store.set(JOINING_KEY, "1")
         return open_world(self.store, 0, self.size, self.device, self.hear)
 
     def close(self) -> None:

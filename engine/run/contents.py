@@ -36,7 +36,9 @@ STREAM_NAMES = "|".join(get_args(StreamName))
 """The same as a regular expression."""
 # The engine's activations: where they live while it computes, and as they are stored for a resumption.
 _RANK = "(?:-[1-9][0-9]{0,3})?"
-_ACTIVATIONS = re.compile(rf"(?:(?:{STREAM_NAMES}){_RANK}|evaluation(?:-full)?|tasks-[0-9]{{1,9}})\.bin")
+_ACTIVATIONS = re.compile(
+    rf"(?:(?:{STREAM_NAMES}|evaluation(?:-full)?){_RANK}|tasks-[0-9]{{1,9}})\.bin",
+)
 _STREAM = re.compile(rf"streams-[0-9]{{3,9}}-(?:{STREAM_NAMES})\.raw")
 REQUEST = re.compile(r"([0-9]{20}-[0-9a-f]{8})\.(?:json|done)")
 """A request to an engine, open or answered; its id."""
