@@ -226,8 +226,8 @@ def measured(args: argparse.Namespace, gpus: int, what: list[str]) -> list[dict[
     return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
 
 
-def whole_run(args: argparse.Namespace, gpus: int, folder: Path) -> dict[str, Any]:
-    """Seconds of the trainings of a run, by its own events."""
+def whole_run(args: argparse.Namespace, gpus: int, folder: Path) -> dict[str, Any] | None:
+    """Seconds of the trainings of a run, by its own events; none where it was refused or failed, and why."""
     tiny = args.shape == "tiny"
     train, length = (16, 32) if tiny else (args.sequences, 1024)
     took, perplexities, each = [], [], {}
@@ -260,7 +260,8 @@ def whole_run(args: argparse.Namespace, gpus: int, folder: Path) -> dict[str, An
         )
         log = event_log.read_events(run.events_path)[0]
         if ended.returncode:
-            raise SystemExit(str([event for event in log if isinstance(event, events.Error)]))
+            print(*(e for e in log if isinstance(e, events.Error)), sep="\n", file=sys.stderr, flush=True)
+            return None
         for event in log:
             if isinstance(event, events.Warning):
                 print(event.message, file=sys.stderr)
@@ -361,7 +362,7 @@ def main() -> None:
     if "run" in args.what:
         with tempfile.TemporaryDirectory() as name:
             make_model(args.shape, Path(name))
-            found += [whole_run(args, gpus, Path(name)) for gpus in counts]
+            found += filter(None, (whole_run(args, gpus, Path(name)) for gpus in counts))
     ordered = [one for what in WHAT for one in found if one["what"] == what]
     table("what | GPUs | took | peak GiB | loss | as fast", rows(ordered))
     print(f"{args.shape}; {where()}")

@@ -438,8 +438,8 @@ def _warnings(
     yield from longer_than_trained(config, arch)
     if unknown_text:
         yield (
-            f"the size of the evaluation text is not known: {work.windows} windows are assumed; "
-            "set evaluation.windows to bound it"
+            "the size of the evaluation text is not known: "
+            f"{evaluation_windows(config, arch)[0]} windows are assumed; set evaluation.windows to bound it"
         )
 
 
