@@ -120,7 +120,7 @@ def _heed_other_size(store: CheckpointStore, config: RunConfig, report: Reporter
     now = counts_as(store.identity, GPUS, store.defaults)
     if not store.generation or before == now:
         return
-    said = f"the run goes on with {now} GPUs and not {before}: the result will have other last bits"
+    said = f"{GPUS} is {now} and was {before}: the result will have other last bits"
     training = store.fact(TRAINING)
     if training is not None:
         batch = getattr(config, training["phase"]).batch_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,17 @@ from engine.config.block_ap import BlockAPConfig
 from engine.config.e2e_qat import E2EQATConfig
 from engine.config.e2e_qp import E2EQPConfig
 from engine.config.grid import GridConfig
+from engine.config.lr_qat import LRQATConfig
 from engine.config.model import ModelConfig
 from engine.data import sampler
-from engine.data.activations import ActivationStore, make_store
+from engine.data.activations import ActivationStore, DeviceStore, make_store
+from engine.errors import NonFiniteError
 from engine.methods.blockwise.block_ap import train_block
 from engine.methods.blockwise.reconstruction import Streams
 from engine.methods.blockwise.rtn import round_to_nearest
 from engine.methods.network.e2e_qat import train_weights
 from engine.methods.network.e2e_qp import train_scales
+from engine.methods.network.lr_qat import low_rank_linears, train_factors
 from engine.methods.network.network import NetworkData
 from engine.methods.network.teacher import Teacher
 from engine.models.causal_lm import CausalLM
@@ -43,7 +46,7 @@ BATCH = 4
 
 @pytest.fixture
 def lm(tmp_path: Path) -> CausalLM:
-    folder = tiny.build(tmp_path / "model", "llama2", num_hidden_layers=2)
+    folder = tiny.build(tmp_path / "model", "llama2", num_hidden_layers=1)
     return CausalLM(ModelSource.open(ModelConfig(source=str(folder))), CPU, torch.float32)
 
 
@@ -53,16 +56,20 @@ def stored(hidden: Tensor) -> ActivationStore:
     return store
 
 
-def block(world: World, lm: CausalLM, options: dict[str, Any]) -> tuple[dict[str, Tensor], Any, list[str]]:
-    """A block's training: what came of it, its losses, and what was warned of."""
+def block(
+    world: World, lm: CausalLM, options: dict[str, Any]
+) -> tuple[dict[str, Tensor], Any, list[str], int]:
+    """A block's training: what came of it, its losses, what was warned of, and how many sequences passed at a
+    time."""
     options = dict(options)
+    val = options.pop("val", VAL)
     fast, train = options.pop("fast", False) and world.several, options.pop("sequences", TRAIN)
-    hidden = lm.embed(tiny.tokens(train + VAL, LENGTH))
+    hidden = lm.embed(tiny.tokens(train + val, LENGTH))
     target = lm.run_block(lm.load_block(0), 0, hidden)
     here = slice(world.rank, None, world.size)
     values = {"batch_size": BATCH, "epochs": 2, "lr_weight": 1e-3, "lr_quant": 1e-3, "loss": "mse", **options}
     config = BlockAPConfig(
-        sequences=train, val_sequences=VAL, sequence_length=LENGTH, lr_scaling="absolute", **values
+        sequences=train, val_sequences=val, sequence_length=LENGTH, lr_scaling="absolute", **values
     )
     heard, trained = Heard(due=world.rank == 0), lm.load_block(0, dtype=torch.float32)
     result = train_block(
@@ -75,7 +82,7 @@ def block(world: World, lm: CausalLM, options: dict[str, Any]) -> tuple[dict[str
         fast=fast,
     )
     losses = result.initial_loss, result.final_loss, result.val_loss, result.steps
-    return result.packed.tensors(), losses, [code for code, _ in heard.warnings]
+    return result.packed.tensors(), losses, [code for code, _ in heard.warnings], result.micro_batch
 
 
 def taught(lm: CausalLM, world: World) -> NetworkData:
@@ -110,6 +117,18 @@ def integers(world: World, lm: CausalLM, options: dict[str, Any]) -> tuple[dict[
     return values_of(blocks), (result.initial_loss, result.val_loss), [code for code, _ in heard.warnings]
 
 
+def factors(world: World, lm: CausalLM, options: dict[str, Any]) -> tuple[dict[str, Tensor], Any, list[str]]:
+    config = LRQATConfig(**network(options), lr_factors=1e-3, lr_quant=1e-3, rank=4)
+    packed = round_to_nearest(lm.load_block(0), lm.linear_names(0), GRID)
+    made = lm.load_block(0)
+    low_rank_linears(made, latent_linears(made, packed, None), config, 7)
+    heard = Heard(due=world.rank == 0)
+    result = train_factors(
+        *(lm, [made], taught(lm, world), config), seed=5, dtype=torch.float32, progress=heard, world=world
+    )
+    return values_of([made]), (result.initial_loss, result.val_loss), [code for code, _ in heard.warnings]
+
+
 def network(options: dict[str, Any]) -> dict[str, Any]:
     return {
         "sequences": TRAIN,
@@ -135,12 +154,12 @@ def values_of(blocks: list[nn.Module]) -> dict[str, Tensor]:
 WHOLE_MATRIX = 1 << 14
 """Values that a program of the fast step's kernel holds: the interpreter is slow for each program."""
 CASES: list[tuple[int, Callable[..., Any], dict[str, Any]]] = [
-    (4, block, {}),
-    (2, block, {"start": "search", "grad_clip": 0.5, "patience": 1}),
-    (2, block, {"start": "gptq", "train": ("scales", "norms")}),
+    (4, block, {"start": "search", "grad_clip": 0.5}),
+    (2, block, {"start": "gptq", "train": ("scales", "norms"), "epochs": 1}),
     (2, block, {"fast": True, "epochs": 1, "sequences": 6}),
     (2, scales, {}),
-    (2, integers, {}),
+    (2, integers, {"epochs": 1}),
+    (2, factors, {"epochs": 1}),
 ]
 
 
@@ -163,8 +182,9 @@ def test_the_result_is_that_of_one_process(
     # One process alone that sees the batches that the ranks see together.
     strata = sampler.strata_of(BATCH, ranks)
     monkeypatch.setattr(sampler, "strata_of", lambda batch, size: strata)
-    alone, losses, _ = train(ALONE, lm, options)
-    assert first[1] == pytest.approx(losses, rel=1e-4)
+    alone, losses, *_ = train(ALONE, lm, options)
+    # GPTQ rounds to integers: a sum in another order turns one over.
+    assert first[1] == pytest.approx(losses, rel=1e-2 if options.get("start") == "gptq" else 1e-4)
     for name, expected in alone.items():
         found = first[0][name]
         if expected.is_floating_point():
@@ -173,6 +193,44 @@ def test_the_result_is_that_of_one_process(
             assert error < 2e-3 * expected.float().abs().mean(), name
         else:
             assert (found != expected).float().mean() < 0.02, name
+
+
+def starved(world: World, lm: CausalLM) -> Any:
+    """A training in which one rank has memory for a single sequence at a time."""
+    read = DeviceStore._read_into
+
+    def scarce(store: DeviceStore, positions: Sequence[int], target: Tensor) -> None:
+        if world.rank == 1 and len(positions) > 1:
+            raise torch.OutOfMemoryError("no memory for two")
+        read(store, positions, target)
+
+    DeviceStore._read_into = scarce  # type: ignore[method-assign]
+    return block(world, lm, {"epochs": 1})
+
+
+def test_memory_of_one_rank_is_that_of_all(lm: CausalLM, tmp_path: Path) -> None:
+    first, second = together(2, tmp_path, starved, lm)
+    assert all(torch.equal(one, second[0][name]) for name, one in first[0].items())
+    assert first[2] == [], "where memory suffices nothing is said"
+    assert second[2] == ["micro_batch"]
+    assert (first[3], second[3]) == (1, 1), "sequences at a time, from the next step on"
+
+
+def poisoned(world: World, lm: CausalLM) -> Any:
+    """A training whose loss is not finite on one rank."""
+    embed = lm.embed
+    if world.rank == 1:
+        lm.embed = lambda *given: embed(*given) * float("nan")  # type: ignore[method-assign]
+    try:
+        block(world, lm, {"val": 0})
+    except NonFiniteError as error:
+        return str(error)
+
+
+def test_all_ranks_give_up_where_one_diverges(lm: CausalLM, tmp_path: Path) -> None:
+    first, second = together(2, tmp_path, poisoned, lm)
+    assert "not finite in 3 steps in a row" in first
+    assert second == first
 
 
 def several_things(world: World) -> dict[str, Any]:
