@@ -17,7 +17,7 @@ from typing import get_args
 # torch.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from engine.attempt import attempt
+from engine.attempt import attempt, follow, place_in
 from engine.config.model import BeginOfText
 from engine.errors import EqatError, ExitCode
 from engine.run.control import STOP_SIGNALS
@@ -48,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="an operational setting, this time"
     )
+    parser.add_argument(
+        "--allow-world-size-change", action="store_true", help="go on with another number of GPUs"
+    )
     arguments = parser.parse_args(argv)
     overrides: dict[str, object] = dict(item.partition("=")[::2] for item in arguments.set)
     if arguments.format is not None:
@@ -58,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         prompt=arguments.prompt,
         new_tokens=arguments.new_tokens,
         export_to=arguments.to,
+        allows_other_size=arguments.allow_world_size_change,
         how=How(
             texts=tuple(arguments.text),
             sequence_length=arguments.context,
@@ -72,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         run = RunDirectory.open(arguments.run_dir)
-        return _attempt(run, asked)
+        place = place_in(run, asked)
+        return follow(run, asked, place) if place is not None and place.rank else _attempt(run, asked)
     except EqatError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return int(error.exit_code)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 import traceback
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from engine.config.derived import resolve
 from engine.config.fields import is_operational
 from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
+from engine.config.runtime import GPUS
 from engine.config.tables import load_extensions
 from engine.config.validation import validate
 from engine.errors import (
@@ -23,6 +28,7 @@ from engine.errors import (
     first_line,
     run_is_gone,
 )
+from engine.ranks.place import Place, place_of
 from engine.run import event_log, events
 from engine.run.directory import RunDirectory
 from engine.run.launch import this_attempt
@@ -33,6 +39,11 @@ from engine.run.task import Asked, check_prompt
 from engine.starting import Starting, starting
 from engine.system.files import full_disk
 from engine.system.printable import printable
+
+if TYPE_CHECKING:
+    from engine.ranks.others import Others
+    from engine.reporter import Reporter
+    from engine.training.world import World
 
 
 def attempt(run: RunDirectory, asked: Asked) -> int:
@@ -69,10 +80,34 @@ def attempt(run: RunDirectory, asked: Asked) -> int:
             raise failure from error
 
 
+def follow(run: RunDirectory, asked: Asked, place: Place) -> int:
+    """Another process than the first of a run that several compute together; the exit code."""
+    from engine.offline import everything_is_local, offline
+
+    config = _configuration(run, asked)
+    with offline(everything_is_local(config)):
+        from engine.ranks import follower
+
+        return follower.work(run, config, this_attempt(run), place)
+
+
+def place_in(run: RunDirectory, asked: Asked) -> Place | None:
+    """Where this process stands among several that compute ``run`` together; none where it starts others
+    itself, or is alone."""
+    load_extensions()
+    try:
+        return place_of(_configuration(run, asked).runtime.gpus) if asked.task == "run" else None
+    except EqatError:
+        if os.environ.get("RANK", "0") != "0":
+            raise
+        return None  # the attempt says it where it is heard
+
+
 def _configuration(run: RunDirectory, asked: Asked) -> RunConfig:
     """The run's, with what is asked for this time."""
     for name in asked.overrides:
-        if not is_operational(name):
+        # Of how many GPUs a checkpoint is, its own identity says.
+        if not is_operational(name) and name != GPUS:
             raise IdentityError(
                 "decides what is computed, so a run cannot go on with another value",
                 where=name,
@@ -146,30 +181,43 @@ def _work(
     from engine.pipeline import Pipeline
     from engine.plan.plan import Plan, check, make_plan
     from engine.process import choose_device, prepare_process, started_event
+    from engine.ranks.others import begin
     from engine.reporter import Reporter
     from engine.telemetry import Telemetry
 
     voice.says("looking for the device")
-    device = choose_device(config.runtime.device)
+    gpus = config.runtime.gpus if asked.task == "run" else 1
+    place = place_of(gpus)
+    device = choose_device(config.runtime.device, gpus, place.local if place else 0)
+    others: Others | None = None
+    if gpus > 1:
+        voice.says("starting the other processes")
+        others = begin(run, _settings(asked), number, gpus, device, place)
     voice.close()
     report = Reporter(run, number, device, task=asked.task)
     report.listen()
+    if others is not None:
+        others.watch(report, lambda error: _end(run, report, error))
     telemetry = Telemetry(device, run.path, report.emit)
     outcome: events.Outcome = "done"
     code = ExitCode.DONE
     plan: Plan | None = None
     try:
-        prepare_process(config.runtime, device)
+        runtime = msgspec.structs.replace(config.runtime, gpus=gpus)
+        prepare_process(runtime, device)
         report.emit(started_event(run, device, asked.task, leaves))
         planned = as_asked(config, asked.how) if asked.how.is_asked else config
+        # What is done with a finished run is done by one process.
+        planned = msgspec.structs.replace(planned, runtime=runtime)
         plan = make_plan(planned, device=str(device), runs_dir=run.path)
         report.emit(events.Plan(plan=plan.to_dict()))
         # What is done with a finished run waits for room, as the run itself does once it works.
         check(plan, waits_for_room=asked.task != "run")
-        Pipeline(run, config, plan, report, device, asked)()
+        Pipeline(run, config, plan, report, device, asked, join=others.join if others else _alone)()
     except StopRequested as stop:
         outcome, code = ("aborted" if stop.abort else "stopped"), stop.exit_code
-    except BaseException as error:
+    except BaseException as raised:
+        error = raised if others is None else others.why(raised)
         failure = as_eqat_error(error, report.position(), config, plan.machine if plan else None)
         if report.is_gone():  # whatever broke because of it
             failure = run_is_gone(run.path)
@@ -183,8 +231,32 @@ def _work(
                 print(f"error: {printable(str(failure))}", file=sys.stderr, flush=True)
         outcome, code = "failed", failure.exit_code
     finally:
+        if others is not None:
+            others.close()
         telemetry.close()
         exported = asked.task == "export" and outcome == "done"
         report.finish(outcome, code, leaves=None if exported else leaves)
         report.close()
     return int(code)
+
+
+def _settings(asked: Asked) -> list[str]:
+    """The engine's arguments that change how it computes."""
+    return [part for name, value in asked.overrides.items() for part in ("--set", f"{name}={value}")]
+
+
+def _alone() -> World:
+    from engine.training.world import ALONE
+
+    return ALONE
+
+
+def _end(run: RunDirectory, report: Reporter, error: EqatError) -> None:
+    """Another process is lost, and this one waits for it in a library that does not come back."""
+    from engine.run.notify import notify, occasion_of
+
+    report.fail(error)
+    report.finish("failed", error.exit_code)
+    report.close()
+    notify(run, occasion_of(int(error.exit_code)))
+    os._exit(int(error.exit_code))

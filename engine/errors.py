@@ -20,6 +20,7 @@ class ExitCode(IntEnum):
     IDENTITY = 8
     STOPPED = 75
     ABORTED = 130
+    KILLED = 137
     TERMINATED = 143
 
 

@@ -23,12 +23,14 @@ from functools import partial
 import torch
 
 from engine.config.run import RunConfig
+from engine.config.runtime import GPUS
 from engine.config.stages import EVALUATE, STAGES, last_stage, measured_stage, phases_of
 from engine.config.tables import load_named
 from engine.phases.copies import copy_verified, verified_exports
 from engine.phases.evaluation import evaluate
 from engine.phases.export import export, recover_exports
 from engine.phases.job import Job
+from engine.phases.joining import Call, Prepared, together
 from engine.phases.measured import measure_as_asked
 from engine.phases.prepare import prepare
 from engine.phases.samples import write_samples
@@ -50,7 +52,8 @@ class Pipeline:
     report: Reporter
     device: torch.device
     asked: Asked = field(default_factory=Asked)
-    world: World = ALONE
+    join: Callable[[], World] = lambda: ALONE
+    """Gives the other processes that compute with this one, once they are there."""
 
     job: Job = field(init=False)
 
@@ -72,7 +75,9 @@ class Pipeline:
             self.prepare()
         for name in self.phases()[1:]:
             with self.report.phase(name):
+                self._call_others(name)
                 self._work_of(name)()
+        self._call_others("")
         if self.asked.task == "run":
             # A finished run keeps what it made, and nothing that only helped to make it.
             remove_cache(self.run)
@@ -94,9 +99,19 @@ class Pipeline:
 
     def prepare(self) -> None:
         """Open everything that the phases work with."""
+        allowed = (GPUS,) if self.asked.allows_other_size else ()
         self.job = prepare(
-            self.run, self.config, self.plan, self.report, self.device, self.asked.task, self.world
+            self.run, self.config, self.plan, self.report, self.device, self.asked.task, may_differ=allowed
         )
+        self.report.doing = "waiting for the other processes" if self.config.runtime.gpus > 1 else ""
+        self.job.world = self.join()
+        self.job.world.told(Prepared.of(self.job))
+
+    def _call_others(self, phase: str) -> None:
+        """To a phase that all processes do together; the others of a run wait while the first does the rest
+        alone."""
+        if self.job.world.several and (not phase or together(phase) is not None):
+            self.job.world.told(Call.to(phase, self.job))
 
     def _work_of(self, phase: str) -> Callable[[], None]:
         measured = measured_stage(phase)

@@ -20,10 +20,14 @@ from engine.run.directory import RunDirectory
 RECORDED_PACKAGES = ("torch", "transformers", "safetensors", "datasets", "tokenizers", "numpy", "triton")
 
 
-def choose_device(name: str) -> torch.device:
-    """The torch device of ``runtime.device``; ``auto`` takes the GPU when there is one that torch can use."""
+def choose_device(name: str, gpus: int = 1, number: int = 0) -> torch.device:
+    """The torch device of ``runtime.device``; ``auto`` takes the GPU when there is one that torch can use. Of
+    a run on several ``gpus`` it is that of its process of this ``number``."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        # Several processes share a CPU only where that was asked for.
+        name = "cuda" if torch.cuda.is_available() or gpus > 1 else "cpu"
+    if gpus > 1 and name == "cuda":
+        name = f"cuda:{number}"
     if not name.startswith("cuda"):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -45,7 +49,7 @@ def choose_device(name: str) -> torch.device:
 
 def prepare_process(runtime: RuntimeConfig, device: torch.device) -> None:
     """Threads, seeds and determinism. Call once, before the first tensor."""
-    torch.set_num_threads(runtime.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(runtime.threads or max(1, len(os.sched_getaffinity(0)) // runtime.gpus))
     torch.manual_seed(runtime.seed)
     # The libraries' objects, hundreds of thousands, live as long as the process: every collection of garbage
     # between two phases would look at all of them again.

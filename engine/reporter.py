@@ -42,7 +42,8 @@ class Reporter:
     ) -> None:
         self.run, self.attempt, self.device, self.task = run, attempt, device, task
         self._place = FolderIdentity.at(run.path)
-        clean_temporaries(run)
+        if rank == 0:
+            clean_temporaries(run)
         self.events = event_log.EventWriter(run.events_path, attempt, rank=rank)
         self.started = time.monotonic()
         self.phases: list[str] = []
@@ -70,7 +71,8 @@ class Reporter:
         self._waits_since = 0.0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._keep_status, name="status", daemon=True)
-        self._thread.start()
+        if rank == 0:
+            self._thread.start()
 
     def begin(self, phases: list[str], predicted_seconds: Mapping[str, float]) -> None:
         """Announce what is to come: the phases, and how long the plan thinks each will take."""
@@ -356,5 +358,6 @@ class Reporter:
 
     def close(self) -> None:
         self._done.set()
-        self._thread.join(timeout=5)
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
         self.events.close()

@@ -13,6 +13,7 @@ from engine.config.derived import resolve
 from engine.config.fields import field_names, is_operational
 from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
+from engine.config.runtime import GPUS
 from engine.config.user import load_user_config
 from engine.config.validation import validate
 from engine.config.writing import to_dict
@@ -120,8 +121,16 @@ def start(
     return follow(run, engine=lambda: launch(run, args=args), as_json=as_json, told=told)
 
 
-def resume(run: RunDirectory, overrides: Mapping[str, str], *, detach: bool, as_json: bool) -> int:
-    """Start the engine again on a run that is not over, with other operational settings, if given."""
+def resume(
+    run: RunDirectory,
+    overrides: Mapping[str, str],
+    *,
+    other_size: bool = False,
+    detach: bool,
+    as_json: bool,
+) -> int:
+    """Start the engine again on a run that is not over, with other operational settings, if given;
+    ``other_size`` allows another number of GPUs than its checkpoint is of."""
     state, work = look(run)
     if work is not None and work.state != "starting":  # whose launch refuses a second one
         job = f"{state}, and its {job_name(work.task)} is " if is_job(work.task) else ""
@@ -130,7 +139,8 @@ def resume(run: RunDirectory, overrides: Mapping[str, str], *, detach: bool, as_
         if not is_damaged(run.checkpoints_dir):
             raise UsageError("is done already", where=run.id, hint=f"eqat show {typed(run)} shows the result")
         say("it was done, and its checkpoint is damaged: what is damaged is trained again")
-    return start(run, args=operational(run, overrides), detach=detach, as_json=as_json)
+    args = [*operational(run, overrides), *(["--allow-world-size-change"] if other_size else [])]
+    return start(run, args=args, detach=detach, as_json=as_json)
 
 
 def operational(run: RunDirectory, overrides: Mapping[str, str]) -> list[str]:
@@ -140,7 +150,7 @@ def operational(run: RunDirectory, overrides: Mapping[str, str]) -> list[str]:
         UsageError: for one that decides what is computed, or that the others do not fit.
     """
     for name in overrides:
-        if name in field_names() and not is_operational(name):
+        if name in field_names() and not is_operational(name) and name != GPUS:
             raise UsageError(
                 "decides what is computed, so this run cannot go on with another value",
                 where=name,

@@ -24,6 +24,7 @@ def build_config(
     group_size: int | None = None,
     data: str | None = None,
     device: str | None = None,
+    gpus: int | None = None,
     settings: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> RunConfig:
@@ -34,6 +35,7 @@ def build_config(
         group_size=group_size,
         data=data,
         device=device,
+        gpus=gpus,
         settings=settings,
         trust_remote_code=trust_remote_code,
     )
@@ -69,6 +71,7 @@ def typed_settings(
     group_size: int | None = None,
     data: str | None = None,
     device: str | None = None,
+    gpus: int | None = None,
     settings: Sequence[str] = (),
     trust_remote_code: bool = False,
 ) -> dict[str, object]:
@@ -79,6 +82,7 @@ def typed_settings(
         "grid.group_size": group_size,
         **(dict([text_setting(data)]) if data is not None else {}),
         "runtime.device": device,
+        "runtime.gpus": gpus,
         "model.trust_remote_code": True if trust_remote_code else None,
     }
     overrides = {name: value for name, value in flags.items() if value is not None}

@@ -59,6 +59,8 @@ def totals(plan: Mapping[str, Any]) -> dict[str, str]:
     """What the whole run takes and leaves."""
     machine = plan["machine"]
     lines = {"time": f"about {format_seconds(plan['seconds'])} ({plan['time_basis']})"}
+    if plan["together"]:
+        lines["together"] = one_line(plan["together"])
     if plan["device"] == "cuda":
         free = format_bytes(machine["gpu_free"])
         lines["GPU memory"] = f"{format_bytes(plan['peak_gpu_bytes'])} of {free} free"

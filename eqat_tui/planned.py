@@ -26,6 +26,7 @@ SHAPE: Mapping[str, Any] = {
     "parameters": None,
     "blocks": None,
     "device": "",
+    "together": "",
     "phases": [{"name": "", "peak_gpu_bytes": None, "peak_host_bytes": None, "seconds": None}],
     "peak_gpu_bytes": None,
     "peak_host_bytes": None,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from engine.checkpoints.identity import counts_as, differing_field
 from engine.checkpoints.tensorfile import safetensors_chunks
+from engine.config.runtime import GPUS
 from engine.errors import DamagedRun, IdentityError
 from engine.run.generations import SCHEMA, Generation, highest, prune, publish
 from engine.run.objects import (
@@ -57,7 +58,8 @@ class CheckpointStore:
     """Entries (named dictionaries of tensors) and facts (small JSON values) of one run.
 
     ``identity`` is what the checkpoint depends on, by field (``model``, ``data``, ``block_ap.epochs``, ...);
-    ``defaults`` is what a field counts as that the identity of an older checkpoint lacks.
+    ``defaults`` is what a field counts as that the identity of an older checkpoint lacks. A field that
+    ``may_differ`` is taken over from the run.
     """
 
     def __init__(
@@ -66,11 +68,12 @@ class CheckpointStore:
         identity: Mapping[str, str],
         *,
         defaults: Mapping[str, str] | None = None,
+        may_differ: Container[str] = (),
         on_damage: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.directory = directory
         self.identity = dict(identity)
-        self.defaults = dict(defaults or {})
+        self.defaults, self._may_differ = dict(defaults or {}), may_differ
         if not os.path.lexists(directory):
             make_folder(directory)
         make_folder(objects_path(directory), root=directory.parent)
@@ -93,7 +96,16 @@ class CheckpointStore:
         if found.schema < SCHEMA:
             added = {name: self.identity[name] for name in ADDED_SINCE_SCHEMA_2 if name in self.identity}
             defaults = added | defaults
-        name = differing_field(found.identity, self.identity, defaults)
+        there = {name: value for name, value in found.identity.items() if name not in self._may_differ}
+        here = {name: value for name, value in self.identity.items() if name not in self._may_differ}
+        name = differing_field(there, here, defaults)
+        if name == GPUS:
+            raise IdentityError(
+                f"the checkpoint was made on {counts_as(there, name, defaults)} GPUs, and on "
+                f"{counts_as(here, name, defaults)} the result would have other last bits",
+                where=name,
+                hint=f"eqat resume --gpus {counts_as(there, name, defaults)}, or --allow-world-size-change",
+            )
         if name is not None:
             raise IdentityError(
                 f"the checkpoint was made with {_shown(counts_as(found.identity, name, defaults))}, "
@@ -106,6 +118,11 @@ class CheckpointStore:
     def generation(self) -> int:
         """Number of the generation that this continues; 0 when nothing was committed yet."""
         return self._current.number
+
+    @property
+    def current(self) -> Generation:
+        """What the next commit publishes, as far as it is put."""
+        return self._current
 
     def __contains__(self, name: str) -> bool:
         return name in self._current.entries

@@ -6,11 +6,19 @@ from typing import Literal
 
 from engine.config import checks
 from engine.config.base import Section
+from engine.errors import UsageError
 
 LARGEST_SEED = 2**63 - 1  # what TOML and torch.manual_seed both hold
 
+MOST_GPUS = 64
+"""Of one machine; a larger number is a mistake in typing."""
+
 StoreKind = Literal["device", "host", "disk"]
 """Where activations can live between two blocks (:mod:`engine.data.activations`)."""
+
+
+GPUS = "runtime.gpus"
+"""The field that says how many GPUs add up their gradients: it decides, and another number may be allowed."""
 
 
 class RuntimeConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -18,6 +26,9 @@ class RuntimeConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     device: str = "auto"
     """The run computes on ``auto`` (a GPU when there is one), ``cpu``, ``cuda`` or ``cuda:N``."""
+    gpus: int = 1
+    """So many GPUs of this machine compute together, each with its share of every batch (on the CPU: so many
+    processes)."""
     seed: int = 0
     """The seed decides which text is drawn and in which order it is seen."""
     threads: int = 0
@@ -41,6 +52,19 @@ class RuntimeConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def check(self, name: str) -> None:
         checks.device(f"{name}.device", self.device)
+        checks.count(f"{name}.gpus", self.gpus, most=MOST_GPUS)
+        if self.gpus > 1 and ":" in self.device:
+            raise UsageError(
+                f"{self.device} is one GPU, and {name}.gpus = {self.gpus}",
+                where=f"{name}.device",
+                hint="leave it at auto; CUDA_VISIBLE_DEVICES says which GPUs are taken",
+            )
+        if self.gpus > 1 and self.streams == "stored":
+            raise UsageError(
+                "a run on several GPUs computes its activations again after a restart",
+                where=f"{name}.streams",
+                hint=f"{name}.streams = auto",
+            )
         checks.count(f"{name}.seed", self.seed, least=0, most=LARGEST_SEED)
         checks.count(f"{name}.threads", self.threads, least=0, most=4096)
         checks.not_negative(f"{name}.host_memory_gib", self.host_memory_gib, hint="0 takes what is free")
@@ -50,4 +74,8 @@ class RuntimeConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @classmethod
     def decides(cls, field: str) -> bool:
-        return field in ("seed", "deterministic")
+        return field in ("seed", "deterministic", "gpus")
+
+    @classmethod
+    def silent(cls) -> tuple[str, ...]:
+        return ("gpus",)

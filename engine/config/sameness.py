@@ -19,15 +19,16 @@ from engine.config.writing import essential, flat, leave_out_defaults, to_dict
 def config_hash(config: RunConfig) -> str:
     """SHA-256 of everything that decides the result, learning rates resolved.
 
-    Left out: the labels, ``runtime`` except its seed, since where a run computes is not what it computes, and
-    what versions before did not know and did as it is done by default. Two configurations with the same hash
-    may continue each other's checkpoints.
+    Left out: the labels, ``runtime`` except its seed and how many GPUs add up (where a run computes is not
+    what it computes), and what versions before did not know and did as it is done by default. Two
+    configurations with the same hash may continue each other's checkpoints.
     """
     tree = essential(resolve(config))
     for label in LABELS:
         del tree[label]
     leave_out_defaults(tree, config, lambda section: section.younger())
-    tree["runtime"] = {"seed": config.runtime.seed}
+    gpus = {"gpus": config.runtime.gpus} if config.runtime.gpus > 1 else {}
+    tree["runtime"] = {"seed": config.runtime.seed, **gpus}
     return hashlib.sha256(msgspec.json.encode(tree, order="deterministic")).hexdigest()
 
 
@@ -46,7 +47,7 @@ def equivalent_command(config: RunConfig) -> str:
         if base.get(key) != value
         and key not in LABELS
         and not (key == "data.source" and mixture(config.data))  # the mixture stands in its place
-        and (not key.startswith("runtime.") or key == "runtime.seed")
+        and (not key.startswith("runtime.") or key in ("runtime.seed", "runtime.gpus"))
     ]
     return shlex.join(shlex.split(" ".join(["eqat run", config.name, *changes])))
 

@@ -48,6 +48,9 @@ class Stage(msgspec.Struct, frozen=True, kw_only=True):
     reads_text: bool = False
     """It learns from calibration text: its section has ``sequences``, ``val_sequences`` and
     ``sequence_length``."""
+    ranks: Literal["", "alone", "together"] = ""
+    """How a run on several GPUs makes it: one process alone while the others wait, or all of them together;
+    not at all, where it does not say."""
     answers: bool = False
     """It can learn the answers of conversations (``instructions``) in the place of text."""
     entries_prefix: str = ""
@@ -94,6 +97,7 @@ STAGES = Table(
         run="engine.phases.blocks:round_blocks",
         block="engine.phases.evaluation:rounded_block",
         costs="engine.plan.stages.rtn:RoundingCosts",
+        ranks="alone",
         about="Every weight goes to the nearest point of its group's grid.",
     ),
     Stage(
@@ -104,6 +108,7 @@ STAGES = Table(
         offered=False,
         run="engine.phases.imported:import_blocks",
         costs="engine.plan.stages.imported:ImportCosts",
+        ranks="alone",
         about="The blocks are those of a quantized checkpoint, integer by integer.",
     ),
     Stage(
@@ -113,6 +118,7 @@ STAGES = Table(
         result="after Block-AP",
         run="engine.phases.blocks:train_blocks",
         costs="engine.plan.stages.block_ap:BlockAPCosts",
+        ranks="together",
         reads_text=True,
         about="Block-AP trains one block at a time with all its parameters.",
         part_of="EfficientQAT",
@@ -124,6 +130,7 @@ STAGES = Table(
         result="after GPTQ",
         run="engine.phases.blocks:quantize_blocks",
         costs="engine.plan.stages.gptq:GPTQCosts",
+        ranks="together",
         reads_text=True,
         about="GPTQ rounds column by column, and what is left of a matrix makes up for it.",
     ),
@@ -134,6 +141,7 @@ STAGES = Table(
         result="after E2E-QP",
         run="engine.phases.end_to_end:train_end_to_end",
         costs="engine.plan.stages.e2e_qp:E2EQPCosts",
+        ranks="together",
         reads_text=True,
         answers=True,
         entries_prefix="scales",
@@ -147,6 +155,7 @@ STAGES = Table(
         result="after E2E-QAT",
         run="engine.phases.end_to_end:train_weights_end_to_end",
         costs="engine.plan.stages.e2e_qat:E2EQATCosts",
+        ranks="together",
         reads_text=True,
         answers=True,
         entries_prefix="integers",
@@ -159,6 +168,7 @@ STAGES = Table(
         result="after LR-QAT",
         run="engine.phases.end_to_end:train_low_rank_end_to_end",
         costs="engine.plan.stages.lr_qat:LRQATCosts",
+        ranks="together",
         reads_text=True,
         answers=True,
         entries_prefix="lowrank",

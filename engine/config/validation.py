@@ -14,6 +14,7 @@ import msgspec
 from engine.config import checks
 from engine.config.base import Section, field_types, mistake, takes
 from engine.config.calibration import mixture, texts_of
+from engine.config.ranks import check_ranks
 from engine.config.run import RunConfig, run_config
 from engine.config.stage_section import StageSection
 from engine.config.stages import STAGES, learns_answers
@@ -68,6 +69,7 @@ def validate(config: RunConfig) -> None:
             hint="name another text, such as builtin or c4",
         )
     _one_trains_the_scales(config)
+    check_ranks(config)
 
 
 def _one_trains_the_scales(config: RunConfig) -> None:

@@ -2,13 +2,19 @@
 
 The order of epoch *e* is a permutation seeded by (seed, e), so position *n* can be computed without
 having visited the positions before it: resuming is arithmetic, not replay. One batch is the *effective*
-batch of an optimizer step; with several ranks each takes its own share of it, so that the same
-sequences meet in the same step whatever the number of ranks.
+batch of an optimizer step.
+
+With several ranks each has the sequences of its own, ``i mod world_size == rank``, and a batch has to have as
+many of each rank. So sequence ``i`` belongs to stratum ``i mod 8``, each stratum has an order of its own, and
+a batch takes the same number out of each: then 1, 2, 4 and 8 ranks see the same batches. A batch that 8 does
+not divide has fewer strata (:func:`strata_of`), and a process alone, which needs none, has one order of all
+(``strata=0``).
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,6 +25,17 @@ from engine.errors import IdentityError
 
 GROUPED_BATCHES = 50
 """Batches among which sequences of like length are sought."""
+STRATA = 8
+"""Among which the sequences are dealt out where several ranks train."""
+
+
+def strata_of(batch_size: int, world_size: int) -> int:
+    """Into how many strata sequences fall, of which a batch takes the same number each; 0 for one order of
+    all, as a process alone has it. It is the same for as many numbers of ranks as can be."""
+    if world_size == 1:
+        return 0
+    common = math.gcd(STRATA, batch_size)
+    return world_size if common % world_size else common
 
 
 class Batch(NamedTuple):
@@ -47,14 +64,20 @@ class BatchSampler:
         world_size: int = 1,
         drop_last: bool = False,
         lengths: Tensor | None = None,
+        strata: int | None = None,
     ) -> None:
-        """``lengths`` of the sequences make batches of sequences of like length."""
+        """``lengths`` of the sequences make batches of sequences of like length; ``strata`` is how many there
+        are (:func:`strata_of` where it is not given)."""
         if count < 1 or batch_size < 1 or epochs < 0:
             raise ValueError(f"{count} sequences in batches of {batch_size} for {epochs} epochs")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
         if batch_size % world_size:
             raise ValueError(f"the effective batch of {batch_size} does not divide over {world_size} ranks")
+        strata = strata_of(batch_size, world_size) if strata is None else strata
+        if strata and (batch_size % strata or strata % world_size):
+            raise ValueError(f"{strata} strata for batches of {batch_size} over {world_size} ranks")
+        self.strata = strata
         self.count = count
         self.batch_size = batch_size
         self.epochs = epochs
@@ -86,19 +109,32 @@ class BatchSampler:
     def _draw(self, epoch: int) -> Tensor:
         digest = hashlib.blake2b(f"{self.seed}/{epoch}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        if self.strata:
+            return self._stratified(generator)
         order = torch.randperm(self.count, generator=generator)
         return order if self._lengths is None else self._grouped(order, self._lengths, generator)
+
+    def _stratified(self, generator: torch.Generator) -> Tensor:
+        """Batches one after the other, each with as many of every stratum; the last one with what is left."""
+        each = self.batch_size // self.strata
+        orders = []
+        for stratum in range(min(self.strata, self.count)):
+            own = torch.arange(stratum, self.count, self.strata)
+            order = own[torch.randperm(len(own), generator=generator)]
+            if self._lengths is not None:
+                order = _sorted_within(order, self._lengths, GROUPED_BATCHES * each)
+            orders.append(order.split(each))
+        batches = [
+            torch.cat([order[step] for order in orders if step < len(order)])
+            for step in range(-(-self.count // self.batch_size))
+        ]
+        return torch.cat(batches if self._lengths is None else _mixed(batches, self.batch_size, generator))
 
     def _grouped(self, order: Tensor, lengths: Tensor, generator: torch.Generator) -> Tensor:
         """The order with sequences of like length in a batch: sorted within large parts, so that the company
         of a sequence is another each time, and the batches mixed. A smaller batch stays the last one."""
-        parts = order.split(GROUPED_BATCHES * self.batch_size)
-        # Stable, so that equal lengths stay in the order that was drawn.
-        ordered = torch.cat([part[lengths[part].argsort(descending=True, stable=True)] for part in parts])
-        batches = list(ordered.split(self.batch_size))
-        rest = [batches.pop()] if len(batches[-1]) < self.batch_size else []
-        mixed = torch.randperm(len(batches), generator=generator).tolist()
-        return torch.cat([*(batches[index] for index in mixed), *rest])
+        ordered = _sorted_within(order, lengths, GROUPED_BATCHES * self.batch_size)
+        return torch.cat(_mixed(list(ordered.split(self.batch_size)), self.batch_size, generator))
 
     def __iter__(self) -> Iterator[Batch]:
         while self.step < self.steps:
@@ -118,9 +154,17 @@ class BatchSampler:
             return None
         return self._share(self.order(self.step // self.steps_per_epoch), self.step)
 
+    def whole(self, step: int) -> Tensor:
+        """The sequences of all ranks that make up a step."""
+        return self._whole(self.order(step // self.steps_per_epoch), step)
+
     def _share(self, order: Tensor, step: int) -> Tensor:
+        whole = self._whole(order, step)
+        return whole.clone() if self.world_size == 1 else whole[whole % self.world_size == self.rank]
+
+    def _whole(self, order: Tensor, step: int) -> Tensor:
         first = step % self.steps_per_epoch * self.batch_size
-        return order[first : first + self.batch_size].tensor_split(self.world_size)[self.rank].clone()
+        return order[first : first + self.batch_size]
 
     def __len__(self) -> int:
         return self.steps
@@ -140,14 +184,30 @@ class BatchSampler:
             "epochs": self.epochs,
             "seed": self.seed,
             "drop_last": int(self.drop_last),
+            **({"strata": self.strata} if self.strata else {}),
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue where another sampler of the same settings stood."""
-        for name, value in self.state_dict().items():
-            if name != "step" and state.get(name) != value:
+        for name, value in {"strata": 0, **self.state_dict()}.items():
+            there = state.get(name, 0 if name == "strata" else None)
+            if name != "step" and there != value:
                 raise IdentityError(
-                    f"the saved order has {name} = {state.get(name)}, this run has {value}",
+                    f"the saved order has {name} = {there}, this run has {value}",
                     where="batch sampler",
                 )
         self.seek(int(state["step"]))
+
+
+def _sorted_within(order: Tensor, lengths: Tensor, part: int) -> Tensor:
+    """The longest first within parts of so many."""
+    # Stable, so that equal lengths stay in the order that was drawn.
+    parts = order.split(part)
+    return torch.cat([one[lengths[one].argsort(descending=True, stable=True)] for one in parts])
+
+
+def _mixed(batches: list[Tensor], size: int, generator: torch.Generator) -> list[Tensor]:
+    """Batches in another order; one smaller than ``size`` stays the last."""
+    rest = [batches.pop()] if len(batches[-1]) < size else []
+    mixed = torch.randperm(len(batches), generator=generator).tolist()
+    return [*(batches[index] for index in mixed), *rest]

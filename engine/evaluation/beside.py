@@ -34,7 +34,7 @@ from engine.config.runtime import StoreKind
 from engine.data.activations import ActivationStore, make_store
 from engine.data.prefetch import READ_AHEAD, InPlace
 from engine.errors import DataError
-from engine.evaluation.perplexity import PerplexityResult, exponential
+from engine.evaluation.perplexity import PerplexityResult, exponential, interleaved
 from engine.models.ahead import one_ahead
 from engine.quant.packed import unpacked
 
@@ -78,6 +78,16 @@ class Beside:
     """Of each window, the relative error of the hidden states behind each block."""
     windows: tuple[Divergence, ...]
     """Of each window."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Beside]) -> Beside:
+        """As :meth:`PerplexityResult.joined`."""
+        return cls(
+            PerplexityResult.joined([part.full for part in parts]),
+            PerplexityResult.joined([part.other for part in parts]),
+            interleaved([part.window_errors for part in parts]),
+            interleaved([part.windows for part in parts]),
+        )
 
     def divergence(self, first: int = 0, last: int | None = None) -> Divergence:
         """Over the windows from ``first`` to ``last``, which is not among them; all are of one length."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,15 @@ class Measurement:
     result: PerplexityResult
     beside: Beside | None = None
     """Against full precision, where that was read as well."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Measurement]) -> Measurement:
+        """As :meth:`PerplexityResult.joined`."""
+        compared = [part.beside for part in parts if part.beside is not None]
+        if compared:
+            found = Beside.joined(compared)
+            return cls(found.other, found)
+        return cls(PerplexityResult.joined([part.result for part in parts]))
 
     def text(self, name: str, first: int, last: int) -> TextMeasure:
         """Of the text called ``name``."""

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from engine.quant.packed import unpacked
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
 
+T = TypeVar("T")
 NO_LABEL = -100
 """In the place of a token that nothing predicts."""
 
@@ -68,6 +69,19 @@ class PerplexityResult:
         return PerplexityResult(
             exponential(mean), mean, self.tokens * len(part) // count, self.seconds * share, part
         )
+
+    @classmethod
+    def joined(cls, parts: Sequence[PerplexityResult]) -> PerplexityResult:
+        """Of all windows, where each of several processes has measured its share: every so-many-th one."""
+        windows = interleaved([part.window_nll for part in parts])
+        mean = math.fsum(windows) / len(windows)
+        tokens, seconds = sum(part.tokens for part in parts), max(part.seconds for part in parts)
+        return cls(exponential(mean), mean, tokens, seconds, windows)
+
+
+def interleaved(parts: Sequence[Sequence[T]]) -> tuple[T, ...]:
+    """One of each in turn; the first ones may have one more."""
+    return tuple(one for turn in range(len(parts[0])) for part in parts for one in part[turn : turn + 1])
 
 
 def pass_blocks(

@@ -53,7 +53,8 @@ class _GPTQ(OnStreams):
     def make(self, index: int, streams: Streams) -> None:
         job, config = self.job, self.config
         block = self.load(index, streams)
-        on = BlockOnStream(job.lm, index, block, streams[QUANTIZED], self.text.train, self.dtype)
+        measured = len(job.world.share(self.text.train))
+        on = BlockOnStream(job.lm, index, block, streams[QUANTIZED], measured, self.dtype, job.world)
         sequences = micro_batch_after(job.store.fact(MICRO_BATCH)) or config.batch_size
         at_once = AtOnce(sequences, rounded_at_a_time(job.device))
         packed, found = gptq_block(on, config, job.config.grid, job.report, at_once)
@@ -74,7 +75,7 @@ class _BlockAP(OnStreams):
                 job.lm,
                 index,
                 block,
-                reconstruction.Streams(streams[FULL], streams[QUANTIZED], self.text.train),
+                reconstruction.Streams(streams[FULL], streams[QUANTIZED], self.text.train, job.world),
                 self.config,
                 job.config.grid,
                 seed=job.seed(index),

@@ -151,7 +151,7 @@ def _data(job: Job, stage: Stage) -> Iterator[NetworkData]:
     text = job.tokens.of(stage.name)
     taught = teacher(job, stage) if is_taught(job, stage) else None
     try:
-        yield NetworkData(text.tokens_NT, text.train, taught, text.answers)
+        yield NetworkData(text.tokens_NT, text.train, taught, text.answers, job.world)
     finally:
         if taught is not None:
             taught.close()

@@ -54,9 +54,9 @@ def evaluate(job: Job, stage: Stage, *, again: bool = False) -> None:
                 "tokens": result.tokens,
                 "seconds": result.seconds,
                 "nll": grouped(result.window_nll) if math.isfinite(result.perplexity) else [],
-                **_ask(of, Version(of.lm, block_for, outer)),
+                **(_ask(of, Version(of.lm, block_for, outer)) if not of.world.rank else {}),
                 **_further(of, found),
-                **_answers(of, block_for),
+                **(_answers(of, block_for) if not of.world.rank else {}),
             }
         job.store.remember(name, known)
         job.checkpoints.commit(job.report.phase_name)
@@ -74,7 +74,7 @@ def evaluate(job: Job, stage: Stage, *, again: bool = False) -> None:
             **{name: value for name, value in known.items() if name not in ("nll", "further")},
         )
     )
-    if said := doubted(job, stage):
+    if not job.world.rank and (said := doubted(job, stage)):
         job.report.warning(MEASUREMENT, said, hint=CHECK)
 
 
@@ -135,7 +135,16 @@ def rounded_block(job: Job, index: int) -> nn.Module:
 
 
 def measure(job: Job, version: Version, stage: Stage, windows_NT: Tensor) -> Measurement:
-    """Half as many windows at a time, from the beginning, as long as memory does not suffice."""
+    """Half as many windows at a time, from the beginning, as long as memory does not suffice. Several
+    processes each measure a share of them, where there are enough."""
+    ranks = job.world.size if len(windows_NT) >= job.world.size else 1
+    if ranks > 1:
+        own = _measure_here(job, version, stage, windows_NT[job.world.rank :: ranks])
+        return Measurement.joined(job.world.gathered(own))
+    return _measure_here(job, version, stage, windows_NT)
+
+
+def _measure_here(job: Job, version: Version, stage: Stage, windows_NT: Tensor) -> Measurement:
     batch = job.windows_together(windows_NT)
     full = full_version(job) if job.config.evaluation.divergence and stage.scope != "nothing" else None
     needed = windows_NT.numel() * job.lm.hidden_size * job.lm.dtype.itemsize * (1 if full is None else 2)
@@ -162,6 +171,7 @@ def full_version(job: Job) -> Version | None:
 def _read(
     job: Job, version: Version, full: Version | None, windows_NT: Tensor, batch_size: int
 ) -> Measurement:
+    rank = f"-{job.world.rank}" if job.world.rank else ""
     return read(
         version,
         full,
@@ -169,8 +179,11 @@ def _read(
         given=max(1, len(job.encoder.begin)),
         batch_size=batch_size,
         store_kind=job.plan.activation_store,
-        store_paths=(job.run.cache_dir / "evaluation-full.bin", job.run.cache_dir / "evaluation.bin"),
-        store_budget_bytes=host_budget(job.config, job.plan.machine) // 2,
+        store_paths=(
+            job.run.cache_dir / f"evaluation-full{rank}.bin",
+            job.run.cache_dir / f"evaluation{rank}.bin",
+        ),
+        store_budget_bytes=host_budget(job.config, job.plan.machine) // (2 * job.world.size),
         on_progress=partial(_tell, job, 0),
         on_batch=job.report.leave_if_asked,
     )

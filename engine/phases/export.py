@@ -195,11 +195,13 @@ def _card(job: Job) -> dict[str, Any]:
     config = job.config
     tells = mixture(config.data) or config.instructions.source is not None
     evaluation, begin = job.tokens.evaluation, job.encoder.words()
+    # Where it was computed is left out; over how many GPUs gradients were added up decides.
+    runtime = RuntimeConfig(seed=config.runtime.seed, gpus=config.runtime.gpus)
     return {
         "base_model": config.imported.reference or config.model.source,
         "imported": config.imported.enabled,
         "command": equivalent_command(config),
-        "config": to_toml(msgspec.structs.replace(config, runtime=RuntimeConfig(seed=config.runtime.seed))),
+        "config": to_toml(msgspec.structs.replace(config, runtime=runtime)),
         "perplexity": job.perplexities,
         "answer_perplexity": job.answer_perplexities,
         "answers": _answers_in_words(job),

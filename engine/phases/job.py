@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +64,10 @@ class Job:
     from them."""
 
     def __post_init__(self) -> None:
-        self.checkpoints = Checkpoints(self.store, self.report, self.config.runtime)
+        runtime = self.config.runtime
+        if self.world.rank:  # the first rank has the same state, and keeps it
+            runtime = msgspec.structs.replace(runtime, checkpoint_minutes=0.0)
+        self.checkpoints = Checkpoints(self.store, self.report, runtime)
 
     @property
     def device(self) -> torch.device:
@@ -155,7 +159,9 @@ class Job:
     # Activations
 
     def activations(self, name: str, tokens: Tensor, dtype: torch.dtype) -> ActivationStore:
-        """Room for the hidden states of ``tokens``; waits while the disk has none."""
+        """Room for the hidden states of ``tokens``, those of them that lie on this rank; waits while the disk
+        has none."""
+        file = f"{name}-{self.world.rank}.bin" if self.world.rank else f"{name}.bin"
         shape = (*tokens.shape, self.lm.hidden_size)
 
         def reserve() -> ActivationStore:
@@ -165,9 +171,9 @@ class Job:
                 shape,
                 dtype,
                 self.device,
-                path=self.run.cache_dir / f"{name}.bin",
-                # Two streams live at the same time.
-                budget_bytes=host_budget(self.config, self.plan.machine) // 2,
+                path=self.run.cache_dir / file,
+                # Two streams live at the same time, on every rank.
+                budget_bytes=host_budget(self.config, self.plan.machine) // (2 * self.world.size),
             )
 
         needed = math.prod(shape) * dtype.itemsize

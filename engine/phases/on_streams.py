@@ -4,6 +4,8 @@ A stream is a function of the text and of the blocks before it, so it need not b
 run brings its streams to the first unfinished block: from the files of the last stored border, where the plan
 has them stored, else from the text; then through the finished blocks, by the code that did it first.
 
+With several ranks each has its share of the sequences, and sends them through every block itself.
+
 A block that is finished is committed while the quantized stream passes it. Once that is done nothing of it
 can be lost: a kill in the middle of the passage costs the passage.
 """
@@ -38,6 +40,8 @@ class OnStreams:
     def __init__(self, job: Job) -> None:
         self.job, self.config = job, getattr(job.config, self.stage)
         self.text = job.tokens.of(self.stage)
+        self.tokens_NT = self.text.tokens_NT[job.world.rank :: job.world.size]
+        """Of the sequences that lie here."""
         self.dtype = compute_dtype(self.config.compute_dtype, job.device)
 
     def make(self, index: int, streams: Streams) -> None:
@@ -78,7 +82,7 @@ class OnStreams:
         job, streams = self.job, dict[str, ActivationStore]()
         with ExitStack() as opened:
             for name in self.names:
-                streams[name] = job.activations(name, self.text.tokens_NT, self.dtype)
+                streams[name] = job.activations(name, self.tokens_NT, self.dtype)
                 opened.callback(self._close, streams[name])
             yield streams
 
@@ -92,7 +96,7 @@ class OnStreams:
         border = stored_at(self.job, streams)
         if border is not None:
             return border
-        self.job.embed(self.text.tokens_NT, *streams.values())
+        self.job.embed(self.tokens_NT, *streams.values())
         return 0
 
     def _replay(self, index: int, streams: Streams) -> None:
@@ -123,7 +127,7 @@ class OnStreams:
         sequences were what memory sufficed for."""
         job, store = self.job, self.job.store
         store.remember(losses_fact(index), dict(losses))
-        if micro_batch < self.config.batch_size:
+        if micro_batch < self.config.batch_size // job.world.size:
             before = store.fact(MICRO_BATCH)
             history = before if isinstance(before, list) else []
             store.remember(MICRO_BATCH, [*history, [index, micro_batch]])

@@ -37,12 +37,13 @@ def pass_through(
 ) -> None:
     """The stream called ``name`` through block ``index``, in place; ``beside`` is entered meanwhile.
     Positions are those of packed samples."""
-    fact = halvings_fact(name)
-    portions = Portions(job.together(stream.shape), job.store.fact(fact) or ())
+    kept = job.store.fact(halvings_fact(name, job.world.rank)) or ()
+    portions = Portions(job.together(stream.shape), kept)
     with beside or nullcontext():
         advance(job.lm, index, block, stream, portions, dtype, job.report, positions_NT)
-    if portions.halvings:
-        job.store.remember(fact, [list(halving) for halving in portions.halvings])
+    for rank, halvings in enumerate(job.world.gathered(portions.halvings)):
+        if halvings:
+            job.store.remember(halvings_fact(name, rank), [list(halving) for halving in halvings])
 
 
 def stored_at(job: Job, streams: Mapping[str, ActivationStore]) -> int | None:

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 
 import torch
 
-from engine.checkpoints.identity import deciding_fields, default_fields
+from engine.checkpoints.identity import counts_as, deciding_fields, default_fields
+from engine.checkpoints.snapshots import forget_snapshot
 from engine.checkpoints.store import CheckpointStore
 from engine.config.run import RunConfig
+from engine.config.runtime import GPUS
 from engine.config.stages import measured_stage, network_stages, phases_of, stages_of, versions
 from engine.config.tasks import task_name
 from engine.data.encoding import Encoder
+from engine.data.sampler import strata_of
 from engine.data.tasks import questions
 from engine.errors import DamagedRun, UsageError
 from engine.evaluation.tasks import TokenizedTask, tokenize
@@ -33,10 +36,9 @@ from engine.plan.plan import Plan
 from engine.quant.packed import Kernels
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
-from engine.run.facts import TOGETHER, done_fact, eval_fact, micro_batch_fact
+from engine.run.facts import TOGETHER, TRAINING, done_fact, eval_fact, micro_batch_fact
 from engine.run.task import Task
 from engine.run.trained import UNTRAINED
-from engine.training.world import ALONE, World
 
 
 def prepare(
@@ -46,16 +48,18 @@ def prepare(
     report: Reporter,
     device: torch.device,
     task: Task,
-    world: World = ALONE,
+    *,
+    may_differ: tuple[str, ...] = (),
 ) -> Job:
-    """Everything that the phases work with.
+    """Everything that the phases work with; settings that ``may_differ`` may be others than those of the
+    checkpoint that the run goes on from.
 
     Raises:
         EqatError: for a model, a text or a checkpoint that cannot be used.
         UsageError: when ``task`` needs a run that has finished training, and this one has not.
     """
     report.expect_silence(PREPARE_SILENCE)
-    _switch_on_kernels(config, device, report)
+    switch_on_kernels(config, device, report)
     report.doing = "opening the model"
     source = open_source(config)
     lm = CausalLM(source, device, compute_dtype("auto", device))
@@ -64,7 +68,7 @@ def prepare(
     if task in ("run", "export") and (said := in_words(lm)):
         report.warning("tensors", f"the checkpoint is not the model's alone: {said}")
     if task == "run" and plan.compiles_passages:
-        lm.compile(expect_silence=report.expect_silence, on_failure=lambda why: _slower(report, why))
+        compile_passages(lm, report)
     encoder = Encoder(source.tokenizer(), rows=lm.vocab_size, bos=config.model.bos)
     report.doing = "reading the text"
     identity = {name: value for name, value in source.identity().items() if name not in ("path", "name")}
@@ -83,12 +87,14 @@ def prepare(
         run.checkpoints_dir,
         {**deciding_fields(config), **made_from},
         defaults=default_fields(config),
+        may_differ=may_differ,
         on_damage=lambda message: report.warning("checkpoint", message),
     )
+    _heed_other_size(store, config, report)
     share_origin(run, store, report)
     warn_of_changes(run, device, report)
     write_manifest(run, config, source, encoder, device, made_from)
-    job = Job(run, config, plan, report, source, lm, encoder, tokens, store, world)
+    job = Job(run, config, plan, report, source, lm, encoder, tokens, store)
     if config.evaluation.enabled and task in ("run", "eval"):
         job.tasks = _questions(job)
     if task != "run":
@@ -107,6 +113,23 @@ def prepare(
     return job
 
 
+def _heed_other_size(store: CheckpointStore, config: RunConfig, report: Reporter) -> None:
+    """Of a run that goes on with another number of GPUs: a training whose batches would be others begins
+    anew."""
+    before = counts_as(store.current.identity, GPUS, store.defaults)
+    now = counts_as(store.identity, GPUS, store.defaults)
+    if not store.generation or before == now:
+        return
+    said = f"{GPUS} is {now} and was {before}: the result will have other last bits"
+    training = store.fact(TRAINING)
+    if training is not None:
+        batch = getattr(config, training["phase"]).batch_size
+        if training["sampler"].get("strata", 0) != strata_of(batch, config.runtime.gpus):
+            forget_snapshot(store)
+            said += ", and the training that was interrupted begins anew, with other batches"
+    report.warning("changed", said)
+
+
 def _remember_portions(job: Job) -> None:
     """How much passes at a time, as the plan of the first attempt chose; the first checkpoint keeps it,
     before anything is trained of the whole network. A run with a checkpoint that does not say passes its
@@ -119,7 +142,12 @@ def _remember_portions(job: Job) -> None:
             job.store.remember(name, chosen)
 
 
-def _switch_on_kernels(config: RunConfig, device: torch.device, report: Reporter) -> None:
+def compile_passages(lm: CausalLM, report: Reporter) -> None:
+    """Blocks are compiled for the streams that pass through them, and for perplexity."""
+    lm.compile(expect_silence=report.expect_silence, on_failure=lambda why: _slower(report, why))
+
+
+def switch_on_kernels(config: RunConfig, device: torch.device, report: Reporter) -> None:
     """Packed weights are unpacked by one kernel where Triton works, else by torch's operations."""
     if device.type != "cuda" or config.runtime.compile == "off":
         return

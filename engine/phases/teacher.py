@@ -50,7 +50,10 @@ def _text(job: Job, stage: Stage) -> _Text:
         return alone
     streamed = job.tokens.of(streamed_stage(job.config).name).tokens_NT
     rows = positions(own, streamed)
-    return alone if rows is None else _Text("full", streamed, rows)
+    ranks = job.world.size
+    if rows is None or (ranks > 1 and bool((rows % ranks != torch.arange(len(rows)) % ranks).any())):
+        return alone  # also where a rank's share of the one is not its share of the other
+    return _Text("full", streamed, rows)
 
 
 def _dtype(job: Job) -> torch.dtype:
@@ -75,17 +78,19 @@ def teacher(job: Job, stage: Stage) -> Teacher:
     text = _text(job, stage)
     if job.full is not None:
         full, job.full = job.full, None
-        return Teacher(full, text.rows)
-    stream = job.activations("teacher", text.tokens, _dtype(job))
+        return Teacher(full, text.rows, job.world)
+    here = slice(job.world.rank, None, job.world.size)
+    tokens, positions_NT = text.tokens[here], None if text.positions is None else text.positions[here]
+    stream = job.activations("teacher", tokens, _dtype(job))
     if stored_at(job, {"teacher": stream}) is None:
         teaching = original(job)
-        teaching.embed(text.tokens, stream, positions_NT=text.positions)
+        teaching.embed(tokens, stream, positions_NT=positions_NT)
         for index in range(job.blocks):
             block = teaching.lm.load_block(index, dtype=torch.float32)
-            pass_through(teaching, index, block, text.name, stream, _dtype(job), positions_NT=text.positions)
+            pass_through(teaching, index, block, text.name, stream, _dtype(job), positions_NT=positions_NT)
             job.report.leave_if_asked()
         _store(job, stream)
-    return Teacher(stream, text.rows)
+    return Teacher(stream, text.rows, job.world)
 
 
 def _store(job: Job, stream: ActivationStore) -> None:

@@ -57,8 +57,9 @@ def disk_peaks(
     log = float(CONSTANTS.events_per_block * work.arch.blocks)
     for phase, kept in _kept(work, recovery.streams_every, snapshots, assets).items():
         log += CONSTANTS.events_rate * seconds[phase] if phase != "prepare" else 0.0
-        files = CONSTANTS.run_files + own_text_bytes(work.config) + int(log) + 3 * generation_bytes(work.arch)
-        nameless = phase_memory(work, phase).stored if store == "disk" else 0
+        files = CONSTANTS.run_files + own_text_bytes(work.asked) + int(log) + 3 * generation_bytes(work.arch)
+        memory = phase_memory(work, phase)
+        nameless = memory.processes * memory.stored if store == "disk" else 0
         peaks[phase] = files + nameless + kept
     return peaks
 

@@ -233,6 +233,15 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     one, until that is settled."""
     short_of_memory: bool = True
     """Where that is left to the plan, a training of the whole network recomputes activations."""
+    whole: RunConfig | None = None
+    """Of a run on several GPUs, of which ``config`` is the share of one (:mod:`engine.plan.ranks`)."""
+    adding: float = 0.0
+    """Seconds in which several GPUs add up a byte."""
+
+    @property
+    def asked(self) -> RunConfig:
+        """The configuration of the run, of all GPUs."""
+        return self.whole or self.config
 
     def bytes_of(self, dtype: str) -> int:
         """Bytes of a number in a configured compute dtype."""

@@ -21,6 +21,7 @@ from engine.plan.estimate import CONSTANTS, GIB, Workload, size_text
 from engine.plan.machine import Machine
 from engine.plan.memory_model import host_memory, phase_memory
 from engine.plan.own_text import writing_memory
+from engine.plan.ranks import shown
 from engine.plan.rates import Speed
 from engine.plan.recovery_model import Recovery, recovery
 from engine.plan.time_model import phase_seconds
@@ -302,12 +303,14 @@ def _smaller(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     for ladder in ladders:
         for value in ladder.values:
             changed = _change(config, ladder.section, ladder.field, value)
-            yield f"{ladder.section}.{ladder.field} = {str(value).lower()}", changed
+            told = shown(config, ladder.field, value)
+            yield f"{ladder.section}.{ladder.field} = {str(told).lower()}", changed
     said: dict[str, str] = {}
     for ladder in ladders:
         for value in ladder.values:
             config = _change(config, ladder.section, ladder.field, value)
-            said[f"{ladder.section}.{ladder.field}"] = str(value).lower()
+            told = shown(config, ladder.field, value)
+            said[f"{ladder.section}.{ladder.field}"] = str(told).lower()
             yield ", ".join(f"{name} = {value}" for name, value in said.items()), config
 
 

@@ -27,12 +27,18 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """What a run that is resumed has written already counts as free: it is part of what the run needs."""
     cpus: int
     avx512: bool = True
+    gpus: int = 0
+    """That CUDA would show."""
 
 
-def detect(directory: Path | None = None, device: str = "auto") -> Machine:
+def detect(directory: Path | None = None, device: str = "auto", gpus: int = 1) -> Machine:
     """This machine now; ``directory`` is where runs are written, or one of them; ``device`` says which GPU is
-    meant."""
+    meant. Of several ``gpus`` the one counts that has least."""
     name, free, total = (None, 0, 0) if device == "cpu" else _gpu(_index(device))
+    for other in range(1, gpus) if name is not None else ():
+        another, its_free, its_total = _gpu(other)
+        if another is not None:
+            free, total = min(free, its_free), min(total, its_total)
     place = directory or Path.cwd()
     return Machine(
         gpu_name=name,
@@ -42,6 +48,7 @@ def detect(directory: Path | None = None, device: str = "auto") -> Machine:
         disk_free=shutil.disk_usage(existing(place)).free + _written(place),
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         avx512=_has_avx512(),
+        gpus=0 if name is None else len(visible_gpus()),
     )
 
 

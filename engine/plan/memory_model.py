@@ -14,6 +14,7 @@ from engine.plan.costs import costs_of
 from engine.plan.estimate import CONSTANTS, Workload
 from engine.plan.memory_terms import Memory, largest_tensor, quantized_head
 from engine.plan.phases import evaluation_memory, export_memory, prepare_memory
+from engine.plan.ranks import processes
 
 
 def phase_memory(work: Workload, phase: str) -> Memory:
@@ -23,7 +24,7 @@ def phase_memory(work: Workload, phase: str) -> Memory:
     measured = measured_stage(phase)
     if phase == "export" or (measured and STAGES[measured].scope != "nothing"):
         outer |= quantized_head(work)
-    return msgspec.structs.replace(memory, device=outer | memory.device)
+    return msgspec.structs.replace(memory, device=outer | memory.device, processes=processes(work, phase))
 
 
 def _beside_the_outer_tensors(work: Workload, phase: str) -> Memory:
@@ -35,7 +36,13 @@ def _beside_the_outer_tensors(work: Workload, phase: str) -> Memory:
 
 
 def host_memory(work: Workload, memory: Memory, store: StoreKind) -> int:
-    """Resident memory of the process in a phase."""
+    """Resident memory of the process in a phase; of all of them, where there are several."""
+    idle = CONSTANTS.base_cuda_host if work.cuda else CONSTANTS.base_cpu
+    waiting = work.config.runtime.gpus - memory.processes
+    return memory.processes * _of_process(work, memory, store) + waiting * idle
+
+
+def _of_process(work: Workload, memory: Memory, store: StoreKind) -> int:
     stored = self_held(work, memory, store) + memory.written + memory.aside
     if not work.cuda:
         return CONSTANTS.base_cpu + CONSTANTS.math_workspace + sum(memory.device.values()) + stored

@@ -28,6 +28,8 @@ class Memory(msgspec.Struct, frozen=True):
     """Host memory of a checkpoint being written."""
     aside: int = 0
     """Host memory of a training's first and best state, which a GPU does not keep."""
+    processes: int = 1
+    """That hold as much, each on a GPU of its own."""
 
     def gpu(self, store: StoreKind) -> int:
         return sum(self.device.values()) + (self.stored if store == "device" else 0)

@@ -72,7 +72,9 @@ class NetworkTraining(TrainingCosts):
         load = load_seconds(work.arch, stored_bytes)
         again = self.teacher_text(work.config) is not None and not shares_teacher(work)
         taught = self.teacher_seconds(work, rates) if again else 0.0
-        return load + self.training_seconds(work, rates) + taught
+        section = self.section(work.config)
+        steps = section.epochs * math.ceil(section.sequences / section.batch_size)
+        return load + self.training_seconds(work, rates) + steps * self.adding_seconds(work) + taught
 
     def teacher_seconds(self, work: Workload, rates: Speed) -> float:
         """Its text through the full-precision blocks."""

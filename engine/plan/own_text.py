@@ -69,7 +69,7 @@ def _documents(config: RunConfig) -> int:
 
 def writing_memory(work: Workload) -> dict[str, int]:
     """What is there at least while text is written; empty where none is."""
-    count = min(LEAST_DOCUMENTS, _documents(work.config))
+    count = min(LEAST_DOCUMENTS, _documents(work.asked))
     if not count:
         return {}
     blocks = work.arch.blocks * work.arch.params_per_block * work.model_bytes
@@ -78,7 +78,7 @@ def writing_memory(work: Workload) -> dict[str, int]:
 
 def writing_seconds(work: Workload, rates: Speed, stored_bytes: int) -> float:
     """Steps of all documents, at launches or at what is moved and computed."""
-    documents, arch = _documents(work.config), work.arch
+    documents, arch = _documents(work.asked), work.arch
     if not documents:
         return 0.0
     steps = DOCUMENT_TOKENS * math.ceil(documents / MOST_DOCUMENTS)

@@ -67,6 +67,7 @@ from engine.plan.opened import opened
 from engine.plan.paper import Published, published
 from engine.plan.passages import compiles_passages
 from engine.plan.portions import numbers_together
+from engine.plan.ranks import adding_seconds, in_words, obstacles, share_of
 from engine.plan.rates import Speed, speed
 from engine.plan.recovery_model import Recovery, broken_promise
 from engine.plan.streams import refuse_unknown_teacher, stream_bytes
@@ -142,6 +143,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...]
     problems: tuple[Problem, ...]
     machine: Machine
+    gpus: int = 1
+    together: str = ""
+    """What several GPUs bring, in words; empty for one."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for events and ``--json``."""
@@ -171,7 +175,7 @@ def make_plan(
     refuse(model.architecture, model.config, config.grid, config.export.formats)
     _refuse_tokens(config, model)
     wanted = device or config.runtime.device
-    machine = machine or detect(runs_dir, wanted)
+    machine = machine or detect(runs_dir, wanted, config.runtime.gpus)
     work, unknown_text = _workload(config, model, machine, wanted)
     work = settle_network(work, machine, _rates(work, machine))
     place = _place(work, model, machine)
@@ -179,6 +183,8 @@ def make_plan(
     recovery = place.recovery(work, store)
     phases = tuple(_phases(work, store, place, recovery))
     promise = broken_promise(work, place.trainings(work), place.seconds(work), recovery)
+    seconds = sum(phase.seconds for phase in phases)
+    alone = _seconds_alone(config, seconds, machine, wanted, runs_dir)
     size = sizes(work.arch, config.grid, config.export.formats, number_bytes(config.export.dtype))
     return Plan(
         model=config.model.source,
@@ -203,8 +209,8 @@ def make_plan(
         recovery=recovery,
         calibration=learned_words(config),
         begin=_begin(config, model),
-        evaluation_windows=work.windows,
-        seconds=sum(phase.seconds for phase in phases),
+        evaluation_windows=evaluation_windows(config, work.arch)[0],
+        seconds=seconds,
         time_basis=f"estimate: operations and memory traffic counted, at {place.rates.basis}",
         fast=_trains(work, "block", place.rates).recorded,
         compiles=_trains(work, "block", place.rates).compiled,
@@ -214,15 +220,36 @@ def make_plan(
         numbers_together=numbers_together(work),
         recomputes=recomputes(work),
         published=published(config.model.source, work.arch, config.grid),
-        warnings=tuple(
-            filter(
-                None,
-                [*_warnings(work, model, unknown_text), better_recipe(work, machine.gpu_free), promise],
-            )
+        warnings=_present(
+            *_warnings(config, work, model, unknown_text), better_recipe(work, machine.gpu_free), promise
         ),
-        problems=(*_too_long(config, work.arch), *problems(work, store, place)),
+        problems=(
+            *_too_long(config, work.arch),
+            *(
+                Problem(where="runtime.gpus", message=message, hint=hint)
+                for message, hint in obstacles(config, machine, seconds, alone)
+            ),
+            *problems(work, store, place),
+        ),
         machine=machine,
+        gpus=config.runtime.gpus,
+        together=in_words(config, seconds, alone),
     )
+
+
+def _seconds_alone(
+    config: RunConfig, seconds: float, machine: Machine, device: str, runs_dir: Path | None
+) -> float:
+    """What one GPU would take for it."""
+    if config.runtime.gpus == 1:
+        return seconds
+    runtime = msgspec.structs.replace(config.runtime, gpus=1)
+    one = msgspec.structs.replace(config, runtime=runtime)
+    return make_plan(one, machine=machine, device=device, runs_dir=runs_dir).seconds
+
+
+def _present(*lines: str) -> tuple[str, ...]:
+    return tuple(line for line in lines if line)
 
 
 def _too_long(config: RunConfig, arch: Architecture) -> Iterator[Problem]:
@@ -322,7 +349,11 @@ def _workload(
     """What is to be done, and whether the size of the evaluation text is a guess."""
     cuda = device.startswith("cuda") or (device == "auto" and machine.gpu_name is not None)
     windows, unknown_text = evaluation_windows(config, model.architecture)
-    work = Workload(arch=model.architecture, config=config, cuda=cuda, windows=windows)
+    work = Workload(arch=model.architecture, config=share_of(config), cuda=cuda, windows=windows)
+    if config.runtime.gpus > 1:
+        adding = adding_seconds(work, machine.gpu_name or "", 1.0)
+        share = -(-windows // config.runtime.gpus)
+        work = msgspec.structs.replace(work, whole=config, adding=adding, windows=share)
     open_ones = [costs for costs in made_costs(config) if costs.micro_batch(config) == 0]
     for costs in open_ones:
         work = costs.with_micro_batch(work, 1)
@@ -339,7 +370,7 @@ def _named(found: Iterable[StageCosts]) -> frozenset[str]:
 
 
 def _rates(work: Workload, machine: Machine) -> Speed:
-    cpus = work.config.runtime.threads or machine.cpus
+    cpus = work.config.runtime.threads or max(1, machine.cpus // work.config.runtime.gpus)
     return speed(work.cuda, machine.gpu_name or "", cpus, machine.avx512)
 
 
@@ -374,8 +405,10 @@ def _phases(work: Workload, store: StoreKind, place: Place, recovery: Recovery) 
 # ------------------------------------------------------------------------------------------- warnings
 
 
-def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> Iterator[str]:
-    config, arch = work.config, work.arch
+def _warnings(
+    config: RunConfig, work: Workload, model: ModelDescription, unknown_text: bool
+) -> Iterator[str]:
+    arch = work.arch
     texts = _texts(config)
     share = evaluated_share(config.data, config.evaluation.data)
     if texts and config.evaluation.enabled and share:
@@ -412,8 +445,8 @@ def _warnings(work: Workload, model: ModelDescription, unknown_text: bool) -> It
     yield from longer_than_trained(config, arch)
     if unknown_text:
         yield (
-            f"the size of the evaluation text is not known: {work.windows} windows are assumed; "
-            "set evaluation.windows to bound it"
+            "the size of the evaluation text is not known: "
+            f"{evaluation_windows(config, arch)[0]} windows are assumed; set evaluation.windows to bound it"
         )
 
 

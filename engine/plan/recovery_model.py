@@ -75,6 +75,8 @@ def recovery(
     if wanted == "recomputed" or (wanted == "auto" and streams is None):
         set_so = "set by runtime.streams" if wanted == "recomputed" else "no block is trained"
         return model.recovery("recomputed", 0, set_so)
+    if runtime.gpus > 1:
+        return model.recovery("recomputed", 0, "each of several GPUs computes its share")
     blocks = work.arch.blocks
     every = model.smallest_interval(streams) if streams else blocks
     if streams is None or wanted == "stored":

@@ -41,6 +41,11 @@ class TrainingCosts(StageCosts):
         of_block = trained_parameters(work.arch, work.config.grid, self.trains(work.config))
         return self.trained_blocks(work) * of_block
 
+    def adding_seconds(self, work: Workload) -> float:
+        """Of a step of several GPUs: adding up their gradients."""
+        number = work.bytes_of(self.section(work.config).compute_dtype)
+        return work.adding * number * self.trained_parameters(work) if work.adding else 0.0
+
     def copies_bytes(self, work: Workload) -> int:
         """The state at the start, and with validation the best one, as float32."""
         return 4 * self.trained_parameters(work) * (2 if self.section(work.config).val_sequences else 1)

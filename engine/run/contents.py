@@ -35,12 +35,15 @@ StreamName = Literal["full", "quantized", "teacher"]
 STREAM_NAMES = "|".join(get_args(StreamName))
 """The same as a regular expression."""
 # The engine's activations: where they live while it computes, and as they are stored for a resumption.
-_ACTIVATIONS = re.compile(rf"(?:{STREAM_NAMES}|evaluation(?:-full)?|tasks-[0-9]{{1,9}})\.bin")
+_RANK = "(?:-[1-9][0-9]{0,3})?"
+_ACTIVATIONS = re.compile(
+    rf"(?:(?:{STREAM_NAMES}|evaluation(?:-full)?){_RANK}|tasks-[0-9]{{1,9}})\.bin",
+)
 _STREAM = re.compile(rf"streams-[0-9]{{3,9}}-(?:{STREAM_NAMES})\.raw")
 REQUEST = re.compile(r"([0-9]{20}-[0-9a-f]{8})\.(?:json|done)")
 """A request to an engine, open or answered; its id."""
-LOG = re.compile(r"attempt-([0-9]{3,9})\.log")
-"""The output of an attempt; its number."""
+LOG = re.compile(r"attempt-([0-9]{3,9})(?:-rank-[1-9][0-9]{0,3})?\.log")
+"""The output of an attempt, of the first process of several or of another one; the attempt's number."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 """SHA-256 of what it is the name of."""
 GENERATION = re.compile(rf"generation-([0-9]{{6,9}})(?:-({DIGEST.pattern}))?\.json")

@@ -75,9 +75,9 @@ def losses_fact(index: int) -> str:
     return f"losses-{index:03d}"
 
 
-def halvings_fact(stream: str) -> str:
-    """Name of where on its way fewer sequences of a stream passed at a time."""
-    return f"halvings-{stream}"
+def halvings_fact(stream: str, rank: int = 0) -> str:
+    """Name of where on its way fewer sequences of a stream passed at a time, of a rank's share of it."""
+    return f"halvings-{stream}-{rank}" if rank else f"halvings-{stream}"
 
 
 class Losses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -123,6 +123,7 @@ class Sampler(msgspec.Struct, frozen=True):
     epochs: Few
     seed: int
     drop_last: Literal[0, 1]
+    strata: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)] = 0
 
     def __post_init__(self) -> None:
         if self.step > self.epochs * math.ceil(self.count / self.batch_size):
@@ -192,7 +193,7 @@ def _kinds(stages: tuple[str, ...]) -> tuple[tuple[re.Pattern[str], Any, bool], 
         (rf"eval_({'|'.join((*stages, PACKED))})", Evaluated, False),
         (STREAMS, StreamsFact, False),
         (TRAINING, TrainingFact, True),
-        (halvings_fact(f"({STREAM_NAMES})"), Halvings, True),
+        (halvings_fact(f"({STREAM_NAMES})") + "(-[1-9][0-9]{0,3})?", Halvings, True),
         (MICRO_BATCH, MicroBatches | Annotated[int, msgspec.Meta(ge=1, le=1 << 31)], True),
         (TOGETHER, Annotated[int, msgspec.Meta(ge=1, le=1 << 40)], True),
         (rf"({networks})_micro_batch", Annotated[int, msgspec.Meta(ge=1, le=1 << 31)], True),

@@ -156,9 +156,9 @@ def this_attempt(run: RunDirectory) -> int:
     return next_attempt(run)
 
 
-def log_path(run: RunDirectory, attempt: int) -> Path:
-    """Where the engine's output of ``attempt`` goes."""
-    return run.logs_dir / f"attempt-{attempt:03d}.log"
+def log_path(run: RunDirectory, attempt: int, rank: int = 0) -> Path:
+    """Where the engine's output of ``attempt`` goes, or that of another of its processes."""
+    return run.logs_dir / f"attempt-{attempt:03d}{f'-rank-{rank}' if rank else ''}.log"
 
 
 def _new_log(run: RunDirectory) -> tuple[int, int]:

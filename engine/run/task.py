@@ -52,6 +52,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """How the task ``eval`` measures; as it stands, it repeats the run's own measure."""
     export_to: Path | None = None
     """Where the task ``export`` copies its checkpoints as well."""
+    allows_other_size: bool = False
+    """The run may go on with another number of GPUs than its checkpoint was made with."""
 
 
 def check_prompt(prompt: str, new_tokens: int) -> None:

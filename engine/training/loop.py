@@ -77,10 +77,14 @@ class Method:
         """Tokens of each training sequence, where batches are to be of sequences of like length."""
         return None
 
+    def weigh(self, rows: Tensor) -> int:
+        """How much sequences count in a mean: by their number."""
+        return len(rows)
+
     def shares(self, parts: Sequence[Tensor]) -> list[float]:
         """What part of a batch's mean loss each of its micro-batches is; together they are one."""
-        rows = sum(map(len, parts))
-        return [len(part) / rows for part in parts]
+        weights = [self.weigh(part) for part in parts]
+        return [weight / sum(weights) for weight in weights]
 
     def stepper(self, settings: Settings) -> Stepper:
         """The optimizer, new."""
@@ -91,6 +95,7 @@ class Method:
             device=settings.device,
             dtype=settings.dtype,
             betas=settings.betas,
+            world=settings.world,
         )
 
     def micro_step(self, rows: Tensor, weight: float, scale: Callable[[Tensor], Tensor]) -> Tensor:
@@ -118,7 +123,11 @@ class Method:
         """The parameters have got other values than a step gave them."""
 
     def validate(self, micro_batch: int) -> float | None:
-        """Mean loss over the validation sequences, so many at a time; none without any."""
+        """Mean loss over the validation sequences that lie here, so many at a time; none without any."""
+        raise NotImplementedError
+
+    def validated(self) -> int:
+        """How much these count beside those of other ranks."""
         raise NotImplementedError
 
 
@@ -154,16 +163,20 @@ class Training:
         """``train`` sequences are trained on; ``snapshot`` is where to continue, and is used up. Without a
         ``keeper`` a stop loses what was trained."""
         self.method, self.settings, self.progress, self.keeper = method, settings, progress, keeper
-        self.best = BestState([p for group in method.groups for p in group.parameters])
+        self.world = settings.world
+        parameters = [p for group in method.groups for p in group.parameters]
+        self.world.alike(parameters)
+        self.best = BestState(parameters)
         self.sampler = BatchSampler(
             train,
             settings.batch_size,
             settings.epochs,
             settings.seed,
-            *settings.world,
+            self.world.rank,
+            self.world.size,
             lengths=method.lengths,
         )
-        self.position = Position(micro_batch=settings.micro_batch)
+        self.position = Position(micro_batch=self._most_at_a_time())
         self.loss = torch.zeros((), device=settings.device)
         self.stepper = self.method.stepper(self.settings)
         self._steps_here = 0
@@ -189,7 +202,7 @@ class Training:
     def _train(self) -> None:
         position, settings = self.position, self.settings
         if not position.started:
-            position.initial_val = self.with_memory(self.method.validate)
+            position.initial_val = self._validate()
             self.best.keep_if_best(position.initial_val, at_start=True)
             position.started = True
         while position.epochs_done < settings.epochs and not self._patience_is_over():
@@ -199,6 +212,11 @@ class Training:
         self.best.load_best()
         self.method.refresh()
 
+    def _validate(self) -> float | None:
+        """Over the sequences of all ranks."""
+        own = self.with_memory(self.method.validate)
+        return self.world.mean(own, self.method.validated()) if self.world.several else own
+
     def _patience_is_over(self) -> bool:
         return 0 < self.settings.patience <= self.position.stale
 
@@ -207,23 +225,52 @@ class Training:
         warmup = math.ceil(settings.warmup_fraction * self.sampler.steps)
         factor = rate_factor(settings.schedule, step, self.sampler.steps, settings.lr_final_fraction, warmup)
         self.stepper.set_lr(self.lr_factor * factor)
-        self.loss = self.with_memory(lambda micro_batch: self._accumulate(rows, micro_batch))
+        loss = self.with_memory(lambda micro_batch: self._accumulate(rows, micro_batch))
+        micro_batch, due = self._agreed()
+        self.loss = self.stepper.average(loss, self._part(step, rows))
         self.stepper.step(self.loss)
         self.method.project()
         self.position.steps_done += 1
         self._steps_here += 1
-        if self.progress.due():
+        if micro_batch < self.position.micro_batch:
+            self.position.micro_batch = micro_batch
+            self.method.memory_is_short(micro_batch)
+        if self.progress.due() if due is None else due:
             self.stepper.check(step)
             self._report(step + 1)
         self.boundary()
 
+    def _most_at_a_time(self) -> int:
+        """As many sequences as are wanted, and no more than this rank has of a batch."""
+        settings = self.settings
+        share = settings.batch_size // self.world.size if self.world.several else settings.micro_batch
+        return min(settings.micro_batch, share)
+
+    def _agreed(self) -> tuple[int, bool | None]:
+        """With how many sequences at a time every rank has memory, and whether the first one reports; what a
+        process alone decides later is none."""
+        own = self.position.micro_batch
+        if not self.world.several:
+            return own, None
+        # All ranks look at what a report reads back in the same step, for that decides.
+        silent = self.world.rank > 0 or not self.progress.due()
+        least, silent_all = self.world.least([own, int(silent)])
+        return least, not silent_all
+
+    def _part(self, step: int, rows: Tensor) -> float:
+        """How much of the step is this rank's."""
+        if not self.world.several:
+            return 1.0
+        return self.method.weigh(rows) / self.method.weigh(self.sampler.whole(step))
+
     def _accumulate(self, rows: Tensor, micro_batch: int) -> Tensor:
         loss = torch.zeros((), device=self.settings.device)
-        parts = rows.split(micro_batch)
+        parts = _split(rows, micro_batch)
         next_batch = self.sampler.upcoming()
-        following = [*parts[1:], *([] if next_batch is None else next_batch.split(micro_batch)[:1])]
+        following = [*parts[1:], *([] if next_batch is None else _split(next_batch, micro_batch)[:1])]
         for part, share, after in zip_longest(parts, self.method.shares(parts), following):
-            loss += self.method.micro_step(part, share, self.stepper.scale)
+            if part is not None:  # of the last batch of an epoch a rank may have nothing
+                loss += self.method.micro_step(part, share, self.stepper.scale)
             if after is not None:
                 self.method.upcoming(after)
         return loss
@@ -232,7 +279,7 @@ class Training:
         """Validate and keep the best."""
         position, step = self.position, self.sampler.step
         self.stepper.check(step - 1, last=step == self.sampler.steps)
-        val = self.with_memory(self.method.validate)
+        val = self._validate()
         improved = self.best.keep_if_best(val)
         if val is not None:
             self.progress.metric(
@@ -367,7 +414,12 @@ class Training:
             **{name: facts[name] for name in Position.__dataclass_fields__ if name in facts}
         )
         # Memory may have sufficed for fewer sequences only, and may be short by order now.
-        self.position.micro_batch = min(self.position.micro_batch, self.settings.micro_batch)
+        self.position.micro_batch = min(self.position.micro_batch, self._most_at_a_time())
         self.loss = snapshot.tensors["loss"].to(self.settings.device)
         self.stepper.load_state_dict(snapshot.part("step."))
         self.best.load_state_dict(snapshot.part("best."))
+
+
+def _split(rows: Tensor, micro_batch: int) -> Sequence[Tensor]:
+    """In portions; none of nothing."""
+    return rows.split(micro_batch) if len(rows) else ()

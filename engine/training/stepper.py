@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from engine.training.averaged import Averaged
 from engine.training.precision import LossScale
 from engine.training.snapshot import Snapshot
+from engine.training.world import ALONE, World
 
 # A run of this many bad steps means that the weights themselves are bad, not one unlucky batch.
 BAD_STEPS_IN_A_ROW = 3
@@ -59,8 +61,9 @@ class Stepper:
         device: torch.device,
         dtype: torch.dtype,
         betas: tuple[float, float] = BETAS,
+        world: World = ALONE,
     ) -> None:
-        self.betas = betas
+        self.betas, self.world, self.device = betas, world, device
         self.groups = [g for g in groups if g.parameters]
         self.parameters = [p for g in self.groups for p in g.parameters]
         self.grad_clip = grad_clip
@@ -78,6 +81,7 @@ class Stepper:
         self.steps = 0
         self.grad_norm = torch.zeros((), device=device)
         self._lr_factor = 1.0
+        self._averaged: Averaged | None = None
 
     def set_lr(self, factor: float) -> None:
         self._lr_factor = factor
@@ -90,6 +94,28 @@ class Stepper:
         for group in self.groups:
             rates.setdefault(group.kind, []).append(group.lr * self._lr_factor)
         return {kind: sum(values) / len(values) for kind, values in rates.items()}
+
+    # Several ranks
+
+    def average(self, loss: Tensor, part: float) -> Tensor:
+        """Make the gradients, and the ``loss`` that is handed back, those of the batch of all ranks, of which
+        this one had ``part``."""
+        if not self.world.several:
+            return loss
+        return self._average(self.parameters, loss, part)
+
+    def _average(self, parameters: list[nn.Parameter], loss: Tensor, part: float) -> Tensor:
+        if self._averaged is None:
+            self._averaged = Averaged(self.world, parameters, self.device)
+        gradients = [p.grad for p in parameters]
+        # What no rank has a gradient of is not trained by this step, as by one process.
+        lacks = self.world.least([gradient is None for gradient in gradients])
+        loss = self._averaged(gradients, loss, part)
+        for parameter, gradient, lacking in zip(parameters, self._averaged.gradients, lacks, strict=True):
+            parameter.grad = None if lacking else gradient
+        return loss
+
+    # A step
 
     @torch.no_grad()
     def step(self, loss: Tensor) -> None:

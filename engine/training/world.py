@@ -1,15 +1,219 @@
-"""Which of several processes that train one model together this one is."""
+"""The processes that train one model together, each on a share of the sequences.
+
+Sequence ``i`` lies with rank ``i mod size``. Whatever is trained is the same on every rank, bit for bit: the
+gradients are added up before each step (:mod:`engine.training.averaged`), and everything that is decided from
+numbers is decided from numbers that all ranks have.
+
+:data:`ALONE` is one process, which agrees with itself at no cost. :class:`Together` is several: what lies on
+a GPU is added up there by NCCL; what the host knows (sums of losses, whether memory was short, how far the
+first rank is) goes through gloo, and while it waits for others, a process hears what it is asked.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+LONGEST_WAIT_DAYS = 365
+"""For others, before a library takes them for dead: as long as a full disk may be waited for. Whoever watches
+the processes ends them much sooner where one has died."""
+EAGER_SECONDS, SHORT, LONG = 0.02, 5e-5, 2e-3
+"""Others are asked for often at first, later on rarely; seconds."""
+HEARING_SECONDS = 0.2
+HINTS = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+"""Processes of one machine find each other also where its name leads nowhere."""
 
 
-class World(NamedTuple):
-    """Which of how many processes that train one model together this one is."""
+@dataclass(frozen=True)
+class World:
+    """Which of how many processes this one is; here the only one."""
 
     rank: int = 0
     size: int = 1
 
+    @property
+    def several(self) -> bool:
+        return self.size > 1
+
+    # The share of the sequences
+
+    def share(self, count: int) -> range:
+        """Which of the first ``count`` sequences lie here."""
+        return range(self.rank, count, self.size)
+
+    def own(self, rows: Tensor) -> Tensor:
+        """Those of ``rows`` that lie here."""
+        return rows if self.size == 1 else rows[rows % self.size == self.rank]
+
+    def places(self, rows: Tensor) -> Tensor:
+        """Where these sequences, which lie here, are among those that do."""
+        return rows if self.size == 1 else rows // self.size
+
+    # What all know
+
+    def add_(self, tensor: Tensor) -> None:
+        """Put the sum over all ranks in the place of a tensor of the device."""
+
+    def alike(self, tensors: Iterable[Tensor]) -> None:
+        """Give tensors of the device the values that they have on the first rank."""
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Of numbers of the host, over all ranks; the same bits on each."""
+        return list(values)
+
+    def least(self, values: Sequence[int]) -> list[int]:
+        """The smallest of each over all ranks."""
+        return list(values)
+
+    def told(self, value: T) -> T:
+        """What the first rank says."""
+        return value
+
+    def gathered(self, value: T) -> list[T]:
+        """What every rank says, in their order."""
+        return [value]
+
+    def mean(self, value: float | None, weight: float) -> float | None:
+        """Of every rank's ``value``, each counting by its ``weight``; none where nothing has any."""
+        if self.size == 1:
+            return value
+        total, weights = self.sums([(value or 0.0) * weight if weight else 0.0, weight])
+        return total / weights if weights else None
+
 
 ALONE = World()
+
+
+@dataclass(frozen=True)
+class Together(World):
+    """One of several processes of this machine."""
+
+    hears: Callable[[float], None] = field(default=lambda waited: None, compare=False)
+    """Called while this process waits for others, with how many seconds it has; what it raises ends that."""
+
+    def add_(self, tensor: Tensor) -> None:
+        import torch.distributed as dist
+
+        if tensor.is_cuda:
+            dist.all_reduce(tensor)  # in the order of the current stream; the host goes on
+        else:
+            self._wait(dist.all_reduce(tensor, async_op=True))
+
+    def alike(self, tensors: Iterable[Tensor]) -> None:
+        import torch.distributed as dist
+
+        for tensor in tensors:
+            whole = tensor.detach().contiguous()
+            if tensor.is_cuda:
+                dist.broadcast(whole, 0)
+            else:
+                self._wait(dist.broadcast(whole, 0, async_op=True))
+            if whole.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(whole)
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        tensor = torch.tensor(list(values), dtype=torch.float64)
+        self.add_(tensor)
+        found: list[float] = tensor.tolist()
+        return found
+
+    def least(self, values: Sequence[int]) -> list[int]:
+        import torch.distributed as dist
+
+        tensor = torch.tensor(list(values), dtype=torch.int64)
+        self._wait(dist.all_reduce(tensor, dist.ReduceOp.MIN, async_op=True))
+        found: list[int] = tensor.tolist()
+        return found
+
+    def told(self, value: T) -> T:
+        import torch.distributed as dist
+
+        said = _packed(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
+        length = torch.tensor([len(said)])
+        self._wait(dist.broadcast(length, 0, async_op=True))
+        if self.rank:
+            said = torch.empty(int(length), dtype=torch.uint8)
+        self._wait(dist.broadcast(said, 0, async_op=True))
+        return value if self.rank == 0 else _unpacked(said)
+
+    def gathered(self, value: T) -> list[T]:
+        import torch.distributed as dist
+
+        said = _packed(value)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        self._wait(dist.all_gather(lengths, torch.tensor([len(said)]), async_op=True))
+        most = max(map(int, lengths))
+        padded = torch.zeros(most, dtype=torch.uint8)
+        padded[: len(said)] = said
+        found = [torch.empty_like(padded) for _ in range(self.size)]
+        self._wait(dist.all_gather(found, padded, async_op=True))
+        return [_unpacked(one[: int(length)]) for one, length in zip(found, lengths, strict=True)]
+
+    def _wait(self, work: Any) -> None:
+        """Until all ranks have come so far."""
+        began = heard = time.monotonic()
+        while not work.is_completed():
+            now = time.monotonic()
+            time.sleep(SHORT if now - began < EAGER_SECONDS else LONG)
+            if now - heard >= HEARING_SECONDS:
+                heard = now
+                self.hears(now - began)
+        work.wait()  # raises what went wrong
+
+
+def _packed(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+def _unpacked(said: Tensor) -> Any:
+    # Of our own other processes, which this one or the user's torchrun has started.
+    return pickle.loads(said.numpy().tobytes())
+
+
+def meeting_place(host: str, port: int, size: int, *, hosts: bool) -> Any:
+    """Where the processes find each other: a connection to it, and with ``hosts`` the place itself (at any
+    port that is free, where that is 0)."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    return TCPStore(host, port, size, is_master=hosts, wait_for_workers=False)
+
+
+def open_world(
+    store: Any,
+    rank: int,
+    size: int,
+    device: torch.device,
+    hears: Callable[[float], None] = lambda waited: None,
+) -> Together:
+    """Join the others, which meet at ``store``."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    for name, value in HINTS.items():
+        os.environ.setdefault(name, value)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    wait = timedelta(days=LONGEST_WAIT_DAYS)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+    world = Together(rank, size, hears)
+    # The first meeting of all makes the connections, and NCCL's buffers before others take the memory.
+    world.add_(torch.zeros(1, device=device))
+    world.least([0])
+    return world
+
+
+def close_world() -> None:
+    """Leave the others."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -94,6 +94,10 @@ Data = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Gpus = Annotated[
+    int | None,
+    typer.Option("--gpus", metavar="N", help="Compute on N GPUs of this machine together."),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any field of the configuration; repeatable."),

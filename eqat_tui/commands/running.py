@@ -13,6 +13,7 @@ from eqat_tui.commands.options import (
     Data,
     Detach,
     Device,
+    Gpus,
     GroupSize,
     Json,
     Model,
@@ -32,6 +33,7 @@ def run(
     group_size: GroupSize = None,
     data: Data = None,
     device: Device = None,
+    gpus: Gpus = None,
     settings: Settings = None,
     trust_remote_code: RemoteCode = False,
     runs_dir: RunsDir = None,
@@ -56,6 +58,7 @@ def run(
         group_size=group_size,
         data=data,
         device=device,
+        gpus=gpus,
         settings=settings or (),
         trust_remote_code=trust_remote_code,
     )
@@ -74,6 +77,7 @@ def plan(
     group_size: GroupSize = None,
     data: Data = None,
     device: Device = None,
+    gpus: Gpus = None,
     settings: Settings = None,
     trust_remote_code: RemoteCode = False,
     runs_dir: RunsDir = None,
@@ -91,6 +95,7 @@ def plan(
         group_size=group_size,
         data=data,
         device=device,
+        gpus=gpus,
         settings=settings or (),
         trust_remote_code=trust_remote_code,
     )
@@ -108,6 +113,14 @@ def resume(
             help="Train blocks K... again, in a new run; blocks are counted from 0.",
         ),
     ] = None,
+    gpus: Gpus = None,
+    allow_world_size_change: Annotated[
+        bool,
+        typer.Option(
+            "--allow-world-size-change",
+            help="With --gpus: go on with another number of GPUs, to other last bits.",
+        ),
+    ] = False,
     settings: Settings = None,
     runs_dir: RunsDir = None,
     detach: Detach = False,
@@ -122,14 +135,18 @@ def resume(
     With --from-block K a new run is made that shares the blocks before K with this one and trains the others
     again, with whatever --set changes; K = the number of blocks repeats only the end-to-end training.
     """
+    from engine.config.runtime import GPUS
     from eqat_tui import actions
     from eqat_tui.configure import parse_settings
 
     found = actions.find(run, runs_dir)
     overrides = parse_settings(settings or ())
+    if gpus is not None:
+        overrides[GPUS] = str(gpus)
     if from_block is not None:
         return actions.redo(found, from_block, overrides, detach=detach, as_json=as_json)
-    return actions.resume(found, overrides, detach=detach, as_json=as_json)
+    other_size = allow_world_size_change
+    return actions.resume(found, overrides, other_size=other_size, detach=detach, as_json=as_json)
 
 
 def attach(

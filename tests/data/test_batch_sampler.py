@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.data.sampler import BatchSampler
+from engine.data.sampler import BatchSampler, strata_of
 from engine.errors import IdentityError
 
 counts = st.integers(1, 40)
@@ -48,14 +48,46 @@ def test_resumed_order_is_the_uninterrupted_order(
     assert steps_of(second) == whole[stop:]
 
 
-@given(counts, st.integers(1, 4), st.integers(1, 3), seeds)
-def test_ranks_together_take_the_batch_of_one_rank(count: int, per_rank: int, world: int, seed: int) -> None:
-    batch = per_rank * world
-    alone = steps_of(BatchSampler(count, batch, 2, seed))
-    ranks = [steps_of(BatchSampler(count, batch, 2, seed, rank, world)) for rank in range(world)]
-    for (epoch, step, indices), *shares in zip(alone, *ranks, strict=True):
-        assert all((share[0], share[1]) == (epoch, step) for share in shares)
-        assert [index for share in shares for index in share[2]] == indices
+@given(
+    counts, st.sampled_from([(2, 2), (4, 4), (4, 2), (8, 8), (16, 2), (6, 3), (12, 4)]), seeds, st.booleans()
+)
+def test_ranks_together_take_the_batches_of_the_schedule(
+    count: int, shape: tuple[int, int], seed: int, grouped: bool
+) -> None:
+    """Whatever the number of ranks that divides a batch: each takes what lies with it, and all of it."""
+    batch, most = shape
+    lengths = torch.arange(count) * 7 % 11 if grouped else None
+    strata = strata_of(batch, most)
+    schedule = BatchSampler(count, batch, 2, seed, lengths=lengths, strata=strata)
+    assert all(len(order.unique()) == count for order in map(schedule.order, range(2)))
+    whole = steps_of(schedule)
+    assert [len(rows) for _, _, rows in whole[: count // batch]] == [batch] * (count // batch)
+    for world in (n for n in (1, 2, 3, 4, 8) if most % n == 0):
+        ranks = [
+            BatchSampler(count, batch, 2, seed, rank, world, lengths=lengths, strata=strata)
+            for rank in range(world)
+        ]
+        assert world == 1 or strata_of(batch, world) == strata, "it is the same for as many as can be"
+        for (epoch, step, rows), *shares in zip(whole, *map(steps_of, ranks), strict=True):
+            assert all(share[:2] == (epoch, step) for share in shares)
+            assert sorted(row for share in shares for row in share[2]) == sorted(rows)
+            assert all(row % world == rank for rank, share in enumerate(shares) for row in share[2])
+            assert max(len(share[2]) for share in shares) <= batch // world
+            assert ranks[0].whole(step).tolist() == rows
+
+
+def test_a_schedule_for_ranks_goes_on_only_as_one() -> None:
+    stratified = BatchSampler(50, 4, 2, seed=7, rank=1, world_size=2)
+    stratified.seek(3)
+    two = BatchSampler(50, 4, 2, seed=7, rank=0, world_size=4)
+    two.load_state_dict(stratified.state_dict())
+    assert two.step == 3
+    alone = BatchSampler(50, 4, 2, seed=7)
+    assert "strata" not in alone.state_dict()
+    with pytest.raises(IdentityError, match="strata = 4, this run has 0"):
+        alone.load_state_dict(stratified.state_dict())
+    with pytest.raises(IdentityError, match="strata = 0, this run has 4"):
+        stratified.load_state_dict(alone.state_dict())
 
 
 def test_order_depends_on_seed_and_epoch_and_not_on_global_randomness() -> None:

@@ -125,9 +125,13 @@ def train_block(
         start = searched_start(lm, index, block, streams, grids, dtype, progress, at_once, kernel=kernels)
     elif config.start == "gptq":
         gptq = gptq or GPTQConfig()
-        measured = min(gptq.sequences, streams.train)
-        on = BlockOnStream(lm, index, block, streams.quantized, measured, dtype)
+        measured = streams.here(min(gptq.sequences, streams.train))
+        on = BlockOnStream(lm, index, block, streams.quantized, measured, dtype, world)
         start = latents(on, gptq, grid, progress, at_once).start
+    if start is not None:
+        # Every rank has computed it from the same sums; that it is the same to the last bit is not left to
+        # libraries.
+        world.alike([*block.parameters(), *(one for pair in start.ranges.values() for one in pair)])
     reconstruction = _reconstruction(
         *(lm, index, block, streams, config, grid, dtype, progress), start=start, fast=fast, compiles=compiles
     )
@@ -161,10 +165,10 @@ def _trained(
     reconstruction.poll = training.boundary
     noted = training.position.noted
     if "initial_loss" not in noted:
-        noted["initial_loss"] = training.with_memory(reconstruction.report_loss)
+        noted["initial_loss"] = _report_loss(reconstruction, training)
     if trains:
         training.run()
-    final = training.with_memory(reconstruction.report_loss)
+    final = _report_loss(reconstruction, training)
     position = training.position
     if not math.isfinite(final):
         # Every later block would be trained on what this one puts out.
@@ -186,6 +190,14 @@ def _trained(
         position.micro_batch,
         {name: linear.kept_latent(keeps) for name, linear in reconstruction.linears.items()} if keeps else {},
     )
+
+
+def _report_loss(reconstruction: Reconstruction, training: Training) -> float:
+    """On the same training sequences before and after, of all ranks."""
+    own = training.with_memory(reconstruction.report_loss)
+    found = training.world.mean(own, reconstruction.reported())
+    assert found is not None, "sequences are trained on"
+    return found
 
 
 def _reconstruction(

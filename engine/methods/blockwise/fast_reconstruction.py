@@ -64,6 +64,7 @@ class FastReconstruction(Reconstruction):
             dtype=settings.dtype,
             on_failure=self.on_failure,
             betas=settings.betas,
+            world=settings.world,
         )
         self._stepper.requantize()
         quantized = any(set(self.config.train) & {"weights", "scales", "zero_points"})
@@ -121,7 +122,7 @@ class FastReconstruction(Reconstruction):
             stepper.sums_up = True
         if (len(rows), weight) != self._usual:
             return self._unusual(rows, weight)
-        self.prefetch.read_into(rows, self._inputs)
+        self.prefetch.read_into(self.places(rows), self._inputs)
         loss, gradients = self._graph() if self._ran else self._forward_backward()
         stepper.gradients = self._sums or gradients
         stepper.fixed = self._ran and (self._graph.recorded or bool(self._sums))
@@ -133,7 +134,9 @@ class FastReconstruction(Reconstruction):
 
     def _unusual(self, rows: Tensor, weight: float) -> Tensor:
         """A batch of another size: plainly, its gradients to where the others' would be."""
-        loss, gradients = self._differentiate(self.prefetch.read(rows), weight, reconstruction_loss)
+        loss, gradients = self._differentiate(
+            self.prefetch.read(self.places(rows)), weight, reconstruction_loss
+        )
         if self._sums:
             self._stepper.gradients = self._sums
         elif self._graph.recorded:

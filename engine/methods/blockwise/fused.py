@@ -29,8 +29,10 @@ from engine.quant.quant_step import (
     Moments,
     QuantStep,
 )
+from engine.training.averaged import Averaged
 from engine.training.snapshot import Snapshot
 from engine.training.stepper import BETAS, ParameterGroup, Stepper
+from engine.training.world import ALONE, World
 
 
 class FusedStepper(Stepper):
@@ -40,6 +42,9 @@ class FusedStepper(Stepper):
     weights in their order, then those of ``others`` in theirs. ``fixed`` says that they will lie at the same
     addresses from now on; then the step is recorded. ``sums_up`` says that they are added to, and have to be
     zero after a step.
+
+    With several ranks the step reads what all of them have got together, which lies at the same addresses
+    whatever became of ``gradients``.
     """
 
     def __init__(
@@ -52,9 +57,16 @@ class FusedStepper(Stepper):
         dtype: torch.dtype,
         on_failure: Callable[[str], None],
         betas: tuple[float, float] = BETAS,
+        world: World = ALONE,
     ) -> None:
         super().__init__(
-            groups, weight_decay=weight_decay, grad_clip=0.0, device=device, dtype=dtype, betas=betas
+            groups,
+            weight_decay=weight_decay,
+            grad_clip=0.0,
+            device=device,
+            dtype=dtype,
+            betas=betas,
+            world=world,
         )
         self.linears = list(linears)
         self.gradients: Sequence[Tensor] = ()
@@ -129,11 +141,24 @@ class FusedStepper(Stepper):
         self._lr_factor = factor
         self._factor.fill_(factor)
 
+    def average(self, loss: Tensor, part: float) -> Tensor:
+        if not self.world.several:
+            return loss
+        if self._averaged is None:
+            quantized = [linear.quantized for linear in self.linears if linear.quantized is not None]
+            trained = [weight for weight in quantized if weight.requires_grad]
+            self._averaged = Averaged(self.world, [*trained, *self.others], self.device)
+        found: Sequence[Tensor | None] = self.gradients or [None] * len(self._averaged.gradients)
+        loss = self._averaged(found, loss, part)
+        if self.sums_up and self.gradients:
+            torch._foreach_zero_(list(self.gradients))
+        return loss
+
     @torch.no_grad()
     def step(self, loss: Tensor) -> None:
         self.steps += 1
         self._loss.copy_(loss)
-        if self.fixed and self._ran:
+        if (self.fixed or self._averaged is not None) and self._ran:
             self._graph()
         else:
             self._apply()
@@ -142,7 +167,8 @@ class FusedStepper(Stepper):
         self._ran = True
 
     def _apply(self) -> None:
-        gradients, controls, factor = self.gradients, self._controls, self._factor
+        gradients = self.gradients if self._averaged is None else self._averaged.gradients
+        controls, factor = self._controls, self._factor
         norms = torch._foreach_norm(list(gradients), 2.0, dtype=torch.float32)
         skip = self.judge(torch.stack(norms).norm(), self._loss)
         self._count.add_(1 - skip)
@@ -168,7 +194,7 @@ class FusedStepper(Stepper):
         self.apply(skip)
         for parameter in self.others:
             parameter.grad = None
-        if self.sums_up:
+        if self.sums_up and self._averaged is None:
             torch._foreach_zero_(list(gradients))
 
     def drop_gradients(self) -> None:

@@ -43,6 +43,7 @@ from engine.quant.slots import slots
 from engine.training.loop import OTHERS_HINT
 from engine.training.precision import autocast
 from engine.training.progress import Progress
+from engine.training.world import ALONE, World
 
 if TYPE_CHECKING:
     from engine.data.activations import ActivationStore
@@ -71,9 +72,10 @@ class BlockOnStream:
     stream: ActivationStore
     """The quantized stream, which has not passed the block."""
     sequences: int
-    """Of the stream, the first ones, that are measured."""
+    """Of the stream, the first ones, that are measured; of those that lie on this rank."""
     dtype: torch.dtype
     """Of the forward pass."""
+    world: World = ALONE
 
 
 def gptq_block(
@@ -85,7 +87,9 @@ def gptq_block(
 ) -> tuple[PackedBlock, Latents]:
     """Quantize a block in place, and say how that went."""
     found = latents(on, config, grid, progress, at_once)
-    linears = wrap_linears(on.block, grid.of_each(found.start.ranges), ranges=found.start.ranges)
+    ranges = found.start.ranges
+    on.world.alike([*on.block.parameters(), *(one for pair in ranges.values() for one in pair)])
+    linears = wrap_linears(on.block, grid.of_each(ranges), ranges=ranges)
     packed = freeze_block(on.block, linears)
     packed.install(on.block)
     return packed, found
@@ -150,6 +154,7 @@ def _round(
 
     fewer = "with {before} sequences at a time; going on with {now}"
     found, sequences = with_memory(measure, at_once.sequences, 1, halved(fewer))
+    found = _of_all_ranks(found, on.world, weight_OI)
     if found is None:
         ranges = _ranges(config, grid, None)
         return round_to_nearest_point(weight_OI, of_group, ranges), at_once._replace(sequences=sequences)
@@ -186,6 +191,18 @@ def _tell_of_infinite(
             "everywhere, and their weights are rounded to nearest",
             hint="float16 overflows in some models: compute_dtype = bfloat16, or float32",
         )
+
+
+def _of_all_ranks(found: Tensor | None, world: World, weight_OI: Tensor) -> Tensor | None:
+    """The sum over what every rank's sequences give; none where none gives anything."""
+    if not world.several:
+        return found
+    inputs = weight_OI.shape[1]
+    if all(world.least([found is None])):
+        return None
+    total = torch.zeros((inputs, inputs), device=weight_OI.device) if found is None else found
+    world.add_(total)
+    return total
 
 
 def rounded_at_a_time(device: torch.device) -> int:

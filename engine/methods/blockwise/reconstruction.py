@@ -23,6 +23,7 @@ from engine.quant.fake_linear import FakeQuantLinear, wrap_linears
 from engine.training.loop import Method
 from engine.training.precision import autocast
 from engine.training.stepper import ParameterGroup
+from engine.training.world import ALONE, World
 
 if TYPE_CHECKING:
     from engine.data.activations import ActivationStore
@@ -37,15 +38,22 @@ REPORT_SHARE = 8
 @dataclass(frozen=True)
 class Streams:
     """The two activation streams ``[N, T, H]``: ``train`` training sequences, then the validation
-    sequences."""
+    sequences. With several ranks the stores hold those that lie here."""
 
     full: ActivationStore
     quantized: ActivationStore
     train: int
+    """Of all ranks."""
+    world: World = ALONE
 
     @property
     def sequences(self) -> int:
+        """That lie here."""
         return self.full.shape[0]
+
+    def here(self, count: int) -> int:
+        """How many of the first ``count`` sequences lie here."""
+        return len(self.world.share(count))
 
 
 def reconstruction_loss(
@@ -131,12 +139,17 @@ class Reconstruction(Method):
         return function(self.block, hidden, arguments, target, self.config.loss, self.dtype, **options)
 
     def micro_step(self, rows: Tensor, weight: float, scale: Callable[[Tensor], Tensor]) -> Tensor:
-        loss = self.training_loss(self.prefetch.read(rows), self.train_loss) * weight
+        tensors = self.prefetch.read(self.places(rows))
+        loss = self.training_loss(tensors, self.train_loss) * weight
         scale(loss).backward()
         return loss.detach()
 
     def upcoming(self, rows: Tensor) -> None:
-        self.prefetch.expect(rows)
+        self.prefetch.expect(self.places(rows))
+
+    def places(self, rows: Tensor) -> Tensor:
+        """Where training sequences lie in the streams."""
+        return self.streams.world.places(rows)
 
     def close(self) -> None:
         """Give back what only training needs."""
@@ -147,18 +160,27 @@ class Reconstruction(Method):
             linear.project()
 
     def validate(self, micro_batch: int) -> float | None:
-        if self.streams.sequences == self.streams.train:
+        if not self.validated():
             return None
-        return self.mean_loss(self.streams.train, self.streams.sequences, micro_batch)
+        streams = self.streams
+        return self.mean_loss(streams.here(streams.train), streams.sequences, micro_batch)
+
+    def validated(self) -> int:
+        return self.streams.sequences - self.streams.here(self.streams.train)
 
     def report_loss(self, micro_batch: int) -> float:
+        """Mean loss over the first training sequences, those of them that lie here."""
+        return self.mean_loss(0, self.reported(), micro_batch) if self.reported() else 0.0
+
+    def reported(self) -> int:
+        """How many of them lie here."""
         train = self.streams.train
         count = min(REPORT_SEQUENCES, max(math.ceil(train / REPORT_SHARE), 4), train)
-        return self.mean_loss(0, count, micro_batch)
+        return self.streams.here(count)
 
     @torch.no_grad()
     def mean_loss(self, first: int, last: int, micro_batch: int) -> float:
-        """Mean loss over sequences ``first`` to ``last``."""
+        """Mean loss over sequences ``first`` to ``last`` of those that lie here."""
         total = torch.zeros((), dtype=torch.float64, device=self.lm.device)
         parts = [range(a, min(a + micro_batch, last)) for a in range(first, last, micro_batch)]
         for rows, following in zip_longest(parts, parts[1:]):

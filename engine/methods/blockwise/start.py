@@ -22,6 +22,7 @@ from engine.quant.slots import slots
 from engine.training.loop import OTHERS_HINT
 from engine.training.precision import autocast
 from engine.training.progress import Progress
+from engine.training.world import World
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
@@ -85,9 +86,25 @@ def searched_start(
         progress.warning("memory", f"block {index}: {what}", hint=OTHERS_HINT)
 
     found, sequences = with_memory(squares, at_once.sequences, 1, passes)
+    found = _of_all_ranks(found, block, grids, streams.world)
     channels = {name: channel_weights(of_linear) for name, of_linear in found.items()}
     starts, values = with_memory(ranges, at_once.values, LEAST_VALUES, searches)
     return Start(starts, AtOnce(sequences, values))
+
+
+def _of_all_ranks(
+    found: dict[str, Tensor], block: nn.Module, grids: Mapping[str, Grid], world: World
+) -> dict[str, Tensor]:
+    """Sums over what every rank was given."""
+    if not world.several:
+        return found
+    linears = {slot.name: slot.linear() for slot in slots(block, grids)}
+    lacks = dict(zip(linears, world.least([name not in found for name in linears]), strict=True))
+    for name, linear in linears.items():
+        if name not in found:
+            found[name] = torch.zeros(linear.weight.shape[1], device=linear.weight.device)
+        world.add_(found[name])
+    return {name: total for name, total in found.items() if not lacks[name]}
 
 
 def with_memory(
@@ -133,6 +150,7 @@ def input_squares(
     hooks = [slot.linear().register_forward_pre_hook(adds_to(slot.name)) for slot in slots(block, grids)]
     try:
         count = min(SEQUENCES, streams.train)
+        count = streams.here(count)
         for first in range(0, count, batch):
             progress.leave_if_asked()
             hidden = streams.quantized.read(range(first, min(first + batch, count)))

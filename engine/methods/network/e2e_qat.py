@@ -139,6 +139,7 @@ class _FastWeights(_Weights):
             dtype=settings.dtype,
             on_failure=self._told or (lambda why: None),
             betas=settings.betas,
+            world=settings.world,
         )
         self._stepper.requantize()
         return self._stepper

@@ -14,7 +14,7 @@ whole (:mod:`engine.methods.network.head_loss`). The teacher's last hidden state
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -37,7 +37,7 @@ from engine.training.progress import Keeper, Progress
 from engine.training.schedule import Schedule
 from engine.training.snapshot import Snapshot
 from engine.training.stepper import BETAS, Stepper
-from engine.training.world import World
+from engine.training.world import ALONE, World
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
@@ -52,6 +52,8 @@ class NetworkData:
     teacher: Teacher | None
     answers: Answers | None = None
     """What of the windows is to be learned; none where every token is."""
+    world: World = ALONE
+    """Whose ranks each have their share of it, and of what the teacher put out."""
 
 
 @dataclass(frozen=True)
@@ -206,11 +208,9 @@ class Network(Method):
         answers = self.data.answers
         return None if answers is None or answers.packed else answers.lengths_N[: self.data.train]
 
-    def shares(self, parts: Sequence[Tensor]) -> list[float]:
-        if self.data.answers is None:
-            return super().shares(parts)
-        counts = [int(self.data.answers.counts_N[part].sum()) for part in parts]
-        return [count / sum(counts) for count in counts]
+    def weigh(self, rows: Tensor) -> int:
+        answers = self.data.answers
+        return len(rows) if answers is None else int(answers.counts_N[rows].sum())
 
     def _answers_of(self, rows: Tensor, answers: Answers) -> _Batch:
         """What is read, and the answers in it, which are to be predicted."""
@@ -297,7 +297,7 @@ class Network(Method):
 
     @torch.no_grad()
     def validate(self, micro_batch: int) -> float | None:
-        rows = torch.arange(self.data.train, self.data.tokens.shape[0])
+        rows = self._validation_rows()
         if not len(rows):
             return None
         total = torch.zeros((), device=self.lm.device)
@@ -310,6 +310,12 @@ class Network(Method):
             loss = self.head.value(flat_TH, batch.labels_T, batch.teacher_TH)
             total += loss * (share / batch.predictions)
         return total.item()
+
+    def validated(self) -> int:
+        return self.weigh(self._validation_rows())
+
+    def _validation_rows(self) -> Tensor:
+        return self.data.world.own(torch.arange(self.data.train, self.data.tokens.shape[0]))
 
 
 class NetworkSection(TrainingSection, Protocol):

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from engine.data.prefetch import Prefetcher
+from engine.training.world import ALONE, World
 
 if TYPE_CHECKING:
     from engine.data.activations import ActivationStore
 
 
 class Teacher:
-    """The full-precision model's last hidden states; ``rows`` says where each sequence lies in the store."""
+    """The full-precision model's last hidden states; ``rows`` says where each sequence lies in the store, of
+    which this one holds a rank's share."""
 
-    def __init__(self, store: ActivationStore, rows: Tensor | None = None) -> None:
-        self.store, self._rows = store, rows
+    def __init__(self, store: ActivationStore, rows: Tensor | None = None, world: World = ALONE) -> None:
+        self.store, self._rows, self._world = store, rows, world
         self._prefetch = Prefetcher((store,))
 
     def read(self, rows: Tensor) -> Tensor:
@@ -31,7 +33,7 @@ class Teacher:
         self._prefetch.expect(self._places(rows))
 
     def _places(self, rows: Tensor) -> Tensor:
-        return rows if self._rows is None else self._rows[rows]
+        return self._world.places(rows if self._rows is None else self._rows[rows])
 
     def close(self) -> None:
         """Give the hidden states back."""

@@ -1,0 +1,1 @@
+"""A run that several processes compute together: the first one, which is the run's engine, and the others."""

@@ -1,0 +1,114 @@
+"""A run that several processes compute (here on the CPU): the same each time, and whatever happens to one of
+them, it ends all of them and nothing that was kept is lost."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import psutil
+import pytest
+from engine_runs import Child, exported, failure, make_run, of, output, start
+from several import forked_ranks
+from waiting import wait_until
+
+from engine.run import events
+from engine.run.directory import RunDirectory
+from engine.run.liveness import run_state
+
+Make = Callable[..., RunDirectory]
+Engine = Callable[..., Child]
+
+# Long enough to interfere.
+TWO = {
+    "runtime.gpus": 2,
+    "block_ap.sequences": 8,
+    "block_ap.epochs": 6,
+    "e2e_qp.sequences": 8,
+    "e2e_qp.epochs": 6,
+    "evaluation.windows": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What TWO exports when nobody interferes."""
+    run = make_run(tmp_path_factory.mktemp("two"), TWO)
+    assert start(run, before=forked_ranks).code() == 0, output(run)
+    return exported(run)
+
+
+def other_rank(child: Child) -> psutil.Process:
+    """The second process of a run."""
+    found: list[psutil.Process] = []
+
+    def there() -> bool:
+        found[:] = psutil.Process(child.pid).children()
+        return bool(found)
+
+    child.until(there)
+    return found[0]
+
+
+def steps(run: RunDirectory, phase: str) -> int:
+    return sum(e.phase == phase for e in of(run, events.Metric))
+
+
+def test_it_goes_on_from_whatever_ends_it_to_the_same_export(
+    make: Make, engine: Engine, uninterrupted: dict[str, str]
+) -> None:
+    run = make(**TWO)
+    # Asked to stop by way of the second process: both end, with the state of the training kept.
+    child = engine(run, before=forked_ranks)
+    second = other_rank(child)
+    child.until(lambda: steps(run, "block_ap") > 1)
+    second.send_signal(signal.SIGTERM)
+    assert child.code() == 75, output(run)
+    wait_until(lambda: not second.is_running())
+    assert run_state(run) == "stopped"
+    assert any(event.step for event in of(run, events.CheckpointCommitted))
+
+    # The second one is killed: the run says which, and ends.
+    child = engine(run, before=forked_ranks)
+    second = other_rank(child)
+    seen = steps(run, "block_ap") + steps(run, "e2e_qp")
+    child.until(lambda: steps(run, "block_ap") + steps(run, "e2e_qp") > seen + 2)
+    second.kill()
+    assert child.code() == 137, output(run)
+    error = of(run, events.Error)[-1]
+    assert f"rank 1 (process {second.pid}) was ended by SIGKILL" in error.message
+    assert "Traceback" not in output(run)
+    assert run_state(run) == "failed"
+
+    # The first one is killed: the second one goes by itself.
+    child = engine(run, before=forked_ranks)
+    second = other_rank(child)
+    child.until(lambda: steps(run, "e2e_qp"))
+    child.send(signal.SIGKILL)
+    wait_until(lambda: not second.is_running())
+    assert run_state(run) == "crashed"
+    assert f"the first process ({child.pid}) is gone, and so is rank 1" in output(run)
+
+    assert engine(run, before=forked_ranks).code() == 0, output(run)
+    assert exported(run) == uninterrupted
+
+
+def unlike_the_second() -> None:
+    """In this process: the other ranks are forked, and find another configuration."""
+    forked_ranks()
+    from engine.ranks import others
+
+    fork = others.start_process
+
+    def broken(arguments: list[str], environment: dict[str, str], log: int) -> others.Process:
+        return fork([*arguments, "--set", "runtime.device=cuda"], environment, log)
+
+    others.start_process = broken
+
+
+def test_why_another_process_fails_is_said(make: Make, engine: Engine) -> None:
+    run = make(**TWO)
+    assert engine(run, before=unlike_the_second).code() == 3, output(run)
+    error = failure(run, 3)
+    assert error.where == "rank 1, runtime.device"
+    assert "no usable GPU" in error.message
