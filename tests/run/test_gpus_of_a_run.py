@@ -1,4 +1,4 @@
-"""What is asked for by ``--gpus``: shared out evenly or refused, planned as the share of one GPU, and told from
+"""What ``--gpus`` asks for: shared out evenly or refused, planned as the share of one GPU, and told from
 one process to the next."""
 
 from __future__ import annotations
