@@ -198,7 +198,7 @@ def compute(args: argparse.Namespace) -> None:
         if world.rank == 0:
             print(json.dumps({"what": what, "gpus": world.size, **found}), flush=True)
     if place is not None:
-        world.told(None)  # nobody goes while another still reads
+        world.least([0])  # nobody goes while another still reads
         close_world()
 
 

@@ -105,13 +105,13 @@ class Pipeline:
         )
         self.report.doing = "waiting for the other processes" if self.config.runtime.gpus > 1 else ""
         self.job.world = self.join()
-        self.job.world.told(Prepared.of(self.job))
+        self.job.world.tell(Prepared.of(self.job))
 
     def _call_others(self, phase: str) -> None:
         """To a phase that all processes do together; the others of a run wait while the first does the rest
         alone."""
         if self.job.world.several and (not phase or together(phase) is not None):
-            self.job.world.told(Call.to(phase, self.job))
+            self.job.world.tell(Call.to(phase, self.job))
 
     def _work_of(self, phase: str) -> Callable[[], None]:
         measured = measured_stage(phase)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,7 +22,7 @@ class Contents(NamedTuple):
 
     number: int
     entries: dict[str, str]
-    facts: dict[str, object]
+    facts: dict[str, Any]
 
 
 def contents_of(store: CheckpointStore) -> Contents:

@@ -140,7 +140,7 @@ def measure(job: Job, version: Version, stage: Stage, windows_NT: Tensor) -> Mea
     ranks = job.world.size if len(windows_NT) >= job.world.size else 1
     if ranks > 1:
         own = _measure_here(job, version, stage, windows_NT[job.world.rank :: ranks])
-        return Measurement.joined(job.world.gathered(own))
+        return Measurement.joined(job.world.gathered(own, Measurement))
     return _measure_here(job, version, stage, windows_NT)
 
 

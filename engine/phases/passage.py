@@ -41,7 +41,7 @@ def pass_through(
     portions = Portions(job.together(stream.shape), kept)
     with beside or nullcontext():
         advance(job.lm, index, block, stream, portions, dtype, job.report, positions_NT)
-    for rank, halvings in enumerate(job.world.gathered(portions.halvings)):
+    for rank, halvings in enumerate(job.world.gathered(portions.halvings, list[tuple[int, int]])):
         if halvings:
             job.store.remember(halvings_fact(name, rank), [list(halving) for halving in halvings])
 

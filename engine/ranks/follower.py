@@ -18,6 +18,7 @@ import msgspec
 import psutil
 import torch
 
+from engine.checkpoints.followed import FollowedStore
 from engine.config.run import RunConfig
 from engine.errors import ExitCode
 from engine.failures import as_eqat_error
@@ -39,7 +40,7 @@ from engine.system.printable import printable
 from engine.training.world import meeting_place, open_world
 
 LOOK_SECONDS = 0.5
-FAILED_SECONDS = 5.0
+FAILED_SECONDS = 1.0
 
 
 def work(run: RunDirectory, config: RunConfig, attempt: int, place: Place) -> int:
@@ -55,15 +56,13 @@ def work(run: RunDirectory, config: RunConfig, attempt: int, place: Place) -> in
         while not store.check([JOINING_KEY]):
             time.sleep(READY_SECONDS)
         world = open_world(store, place.rank, place.size, device)
-        prepared: Any = world.told(None)
-        assert isinstance(prepared, Prepared)
-        job = joined(run, config, prepared, report, device, world)
+        job = joined(run, config, world.told(Prepared), report, device, world)
         while True:
-            call: Any = world.told(None)
-            assert isinstance(call, Call)
+            call = world.told(Call)
             if not call.phase:
                 return 0
-            job.store.take(call.contents)  # type: ignore[attr-defined]
+            assert isinstance(job.store, FollowedStore)
+            job.store.take(call.contents)
             work_of_all = together(call.phase)
             assert work_of_all is not None
             with report.phase(call.phase):

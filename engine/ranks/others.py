@@ -33,6 +33,8 @@ GRACE_SECONDS = 15.0
 """In which the first process ends by itself once another is lost; a library may never notice."""
 PATIENCE_SECONDS = 30.0
 """For which a stop waits for the end of a step, where another process does not come."""
+REASON_SECONDS = 5.0
+"""In which another process that ends says why."""
 READY_SECONDS = 0.05
 
 
@@ -142,7 +144,7 @@ class Others:
         """``error``, or the end of another process if it came of that."""
         if isinstance(error, EqatError) or not isinstance(error, RuntimeError):
             return error
-        until = time.monotonic() + 10 * WATCH_SECONDS
+        until = time.monotonic() + REASON_SECONDS
         while self.failure is None and time.monotonic() < until:
             self.failure = self._look()
             time.sleep(READY_SECONDS)

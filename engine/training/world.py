@@ -12,12 +12,12 @@ first rank is) goes through gloo, and while it waits for others, a process hears
 from __future__ import annotations
 
 import os
-import pickle
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -74,12 +74,11 @@ class World:
         """The smallest of each over all ranks."""
         return list(values)
 
-    def told(self, value: T) -> T:
-        """What the first rank says."""
-        return value
+    def tell(self, value: Any) -> None:
+        """Say something to the other ranks, which hear it (:meth:`Together.told`)."""
 
-    def gathered(self, value: T) -> list[T]:
-        """What every rank says, in their order."""
+    def gathered(self, value: T, kind: type[T]) -> list[T]:
+        """What every rank says, in their order; ``kind`` is its type."""
         return [value]
 
     def mean(self, value: float | None, weight: float) -> float | None:
@@ -134,18 +133,24 @@ class Together(World):
         found: list[int] = tensor.tolist()
         return found
 
-    def told(self, value: T) -> T:
+    def tell(self, value: Any) -> None:
         import torch.distributed as dist
 
-        said = _packed(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
-        length = torch.tensor([len(said)])
-        self._wait(dist.broadcast(length, 0, async_op=True))
-        if self.rank:
-            said = torch.empty(int(length), dtype=torch.uint8)
+        said = _packed(value)
+        self._wait(dist.broadcast(torch.tensor([len(said)]), 0, async_op=True))
         self._wait(dist.broadcast(said, 0, async_op=True))
-        return value if self.rank == 0 else _unpacked(said)
 
-    def gathered(self, value: T) -> list[T]:
+    def told(self, kind: type[T]) -> T:
+        """What the first rank tells; ``kind`` is its type."""
+        import torch.distributed as dist
+
+        length = torch.zeros(1, dtype=torch.int64)
+        self._wait(dist.broadcast(length, 0, async_op=True))
+        said = torch.empty(int(length), dtype=torch.uint8)
+        self._wait(dist.broadcast(said, 0, async_op=True))
+        return _unpacked(said, kind)
+
+    def gathered(self, value: T, kind: type[T]) -> list[T]:
         import torch.distributed as dist
 
         said = _packed(value)
@@ -156,7 +161,7 @@ class Together(World):
         padded[: len(said)] = said
         found = [torch.empty_like(padded) for _ in range(self.size)]
         self._wait(dist.all_gather(found, padded, async_op=True))
-        return [_unpacked(one[: int(length)]) for one, length in zip(found, lengths, strict=True)]
+        return [_unpacked(one[: int(length)], kind) for one, length in zip(found, lengths, strict=True)]
 
     def _wait(self, work: Any) -> None:
         """Until all ranks have come so far."""
@@ -170,13 +175,35 @@ class Together(World):
         work.wait()  # raises what went wrong
 
 
+class _Tensor(msgspec.Struct):
+    """A tensor on its way."""
+
+    dtype: str
+    shape: list[int]
+    data: bytes
+
+
 def _packed(value: Any) -> Tensor:
-    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    """Structs, dataclasses, tuples, numbers, text and tensors of the host as bytes."""
+
+    def plain(tensor: Any) -> _Tensor:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        name = str(tensor.dtype).removeprefix("torch.")
+        return _Tensor(name, list(tensor.shape), flat.view(torch.uint8).numpy().tobytes())
+
+    encoded = bytearray(msgspec.msgpack.encode(value, enc_hook=plain))  # never empty
+    return torch.frombuffer(encoded, dtype=torch.uint8)
 
 
-def _unpacked(said: Tensor) -> Any:
-    # Of our own other processes, which this one or the user's torchrun has started.
-    return pickle.loads(said.numpy().tobytes())
+def _unpacked(said: Tensor, kind: type[T]) -> T:
+    def tensor(kind: type, found: Any) -> Tensor:
+        parts = msgspec.convert(found, _Tensor)
+        made = torch.empty(parts.shape, dtype=getattr(torch, parts.dtype))
+        if parts.data:
+            made.view(-1).view(torch.uint8).numpy()[:] = memoryview(parts.data)
+        return made
+
+    return msgspec.msgpack.decode(said.numpy().tobytes(), type=kind, dec_hook=tensor)
 
 
 def meeting_place(host: str, port: int, size: int, *, hosts: bool) -> Any:

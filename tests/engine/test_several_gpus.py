@@ -23,10 +23,10 @@ Engine = Callable[..., Child]
 TWO = {
     "runtime.gpus": 2,
     "block_ap.sequences": 8,
-    "block_ap.epochs": 6,
+    "block_ap.epochs": 5,
     "e2e_qp.sequences": 8,
-    "e2e_qp.epochs": 6,
-    "evaluation.windows": 2,
+    "e2e_qp.epochs": 5,
+    "evaluation.windows": 3,
 }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from engine.errors import DataError, StopRequested
 from engine.evaluation.beside import Beside, Version, beside, compared
+from engine.evaluation.measurement import Measurement
 from engine.evaluation.perplexity import perplexity
 from engine.models.causal_lm import CausalLM
 
@@ -109,6 +110,27 @@ def test_a_part_of_the_windows_is_what_it_is_alone(tmp_path: Path) -> None:
     assert given.other.perplexity == pytest.approx(
         perplexity(lm, lambda i: worse(lm, i), windows(), given=3).perplexity, rel=1e-6
     )
+
+
+def test_shares_of_the_windows_make_up_the_whole(tmp_path: Path) -> None:
+    """As several processes read them: every second one each."""
+    _, lm = saved(tmp_path, "llama")
+    both = Version(lm, lm.load_block), Version(lm, lambda i: worse(lm, i))
+    parts = (slice(None), slice(0, None, 2), slice(1, None, 2))
+    found = [beside(*both, windows()[rows]) for rows in parts]
+    whole, *shares = (Measurement(one.other, one) for one in found)
+    joined = Measurement.joined(shares)
+    assert joined.result.window_nll == pytest.approx(whole.result.window_nll, rel=1e-5)
+    assert joined.result.perplexity == pytest.approx(whole.result.perplexity, rel=1e-6)
+    assert joined.result.tokens == whole.result.tokens
+    assert joined.block_errors(1, 4) == pytest.approx(whole.block_errors(1, 4), rel=1e-4)
+    one, other = joined.divergence(1, 4), whole.divergence(1, 4)
+    assert one is not None
+    assert other is not None
+    assert one.kl == pytest.approx(other.kl, rel=1e-4)
+    alone = Measurement.joined([Measurement(share.result) for share in shares])
+    assert alone.beside is None
+    assert alone.result == joined.result
 
 
 @pytest.mark.parametrize("kind", ["host", "disk"])

@@ -32,10 +32,11 @@ from engine.methods.network.network import NetworkData
 from engine.methods.network.teacher import Teacher
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
+from engine.phases.text import Windows
 from engine.quant import quant_step
 from engine.quant.fake_linear import latent_linears
 from engine.training.averaged import Averaged
-from engine.training.world import ALONE, World
+from engine.training.world import ALONE, Together, World
 
 CPU = torch.device("cpu")
 GRID = GridConfig(bits=2, group_size=32)
@@ -157,7 +158,7 @@ CASES: list[tuple[int, Callable[..., Any], dict[str, Any]]] = [
     (4, block, {"start": "search", "grad_clip": 0.5}),
     (2, block, {"start": "gptq", "train": ("scales", "norms"), "epochs": 1}),
     (2, block, {"fast": True, "epochs": 1, "sequences": 6}),
-    (2, scales, {}),
+    (2, scales, {"epochs": 1}),
     (2, integers, {"epochs": 1}),
     (2, factors, {"epochs": 1}),
 ]
@@ -242,14 +243,21 @@ def several_things(world: World) -> dict[str, Any]:
     loss = averaged(given or [None, None], lost, parts[world.rank])
     values = torch.tensor([float(world.rank)])
     world.alike([values])
+    said = Windows(torch.arange(6).view(2, 3), 1)
+    assert isinstance(world, Together)
+    told = world.told(Windows) if world.rank else said
+    if not world.rank:
+        world.tell(said)
+    assert told.answers is None
+    told = (told.tokens_NT.tolist(), told.train)
     return {
         "loss": loss.item(),
         "gradients": [gradient.tolist() for gradient in averaged.gradients],
         "alike": values.item(),
         "sums": world.sums([world.rank, 0.5]),
         "least": world.least([world.rank, -world.rank]),
-        "told": world.told({"rank": world.rank}),
-        "gathered": world.gathered("x" * world.rank),
+        "told": told,
+        "gathered": world.gathered("x" * world.rank, str),
         "mean": world.mean(float(world.rank), 0 if world.rank == 3 else 1),
         "none": world.mean(None, 0),
         "share": list(world.share(9)),
@@ -267,7 +275,7 @@ def test_what_ranks_know_together(tmp_path: Path) -> None:
         "alike": 0.0,
         "sums": [6.0, 2.0],
         "least": [0, -3],
-        "told": {"rank": 0},
+        "told": ([[0, 1, 2], [3, 4, 5]], 1),
         "gathered": ["", "x", "xx", "xxx"],
         "mean": 1.0,
         "none": None,
