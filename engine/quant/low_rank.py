@@ -18,6 +18,7 @@ rounded once (:meth:`LowRankLinear.freeze`): what is saved has no factors.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -117,7 +118,8 @@ class _LowRankMatmul(torch.autograd.Function):
         scale, rounded_zero = scale_OG.unsqueeze(-1), zero_point_OG.round()
         zero_OG = rounded_zero.clamp(0, grid.top)
         if _by_kernel(kept, a_Or, scale_OG):
-            return _backward_by_kernel(ctx, grad_out, zero_OG, rounded_zero)
+            latents = _latents(kept, origin_OG, a_Or, b_rI, scale_OG, zero_OG, ctx.frozen)
+            return _backward_by_kernel(latents, x, grad_out, wanted, rounded_zero)
         unclamped = _integers(latent_steps(kept, origin_OG, a_Or, b_rI, ctx.frozen), zero_OG)
         inside = (unclamped >= 0) & (unclamped <= grid.top)
         centred = unclamped.clamp_(0, grid.top).sub_(zero_OG.unsqueeze(-1))
@@ -181,14 +183,16 @@ def _latents(
 
 
 def _backward_by_kernel(
-    ctx: Any, grad_out: Tensor, zero_OG: Tensor, rounded_zero: Tensor
+    latents: low_rank_kernel.Latents,
+    x: Tensor,
+    grad_out: Tensor,
+    wanted: Sequence[bool],
+    rounded_zero: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """The same gradients. A pass that needs the input's alone forms the weight and nothing else."""
     from engine.quant import low_rank_kernel
 
-    x, kept, origin_OG, a_Or, b_rI, scale_OG, _ = ctx.saved_tensors
-    wanted, ratio = ctx.needs_input_grad, ctx.frozen.ratio
-    latents = _latents(kept, origin_OG, a_Or, b_rI, scale_OG, zero_OG, ctx.frozen)
+    a_Or, b_rI, scale_OG, ratio = latents.a_Or, latents.b_rI, latents.scale_OG, latents.ratio
     grad_x = grad_a = grad_b = grad_scale = grad_zero = None
     if any(wanted[3:7]):
         grad_OI = grad_out.flatten(0, -2).t() @ x.flatten(0, -2)
@@ -196,7 +200,7 @@ def _backward_by_kernel(
         grad_scale = of_scale if wanted[5] else None
         if outside is not None:
             # Straight through the rounding of z, exact through its clamp.
-            moves = (rounded_zero >= 0) & (rounded_zero <= ctx.frozen.grid.top)
+            moves = latents.zero_OG == rounded_zero
             grad_zero = -outside * scale_OG * moves
         if wanted[3]:
             grad_a = (grad_OI @ b_rI.to(grad_OI.dtype).t()).mul_(ratio).to(a_Or.dtype)

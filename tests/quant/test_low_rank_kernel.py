@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
@@ -81,6 +82,25 @@ def test_output_and_gradients_are_those_of_the_plain_form(
         assert ((one.float() - other.float()).abs().max() / wide) < (
             2e-2 if one.dtype == torch.bfloat16 else 2e-4
         )
+
+
+def test_a_recomputed_layer_has_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, frozen = layer((40, 256, 128), 3, "fixed", 8, torch.float32)
+    x = torch.randn(2, 256, device=DEVICE)
+    monkeypatch.setattr(Kernel, "on", True)
+    found = []
+    for recomputed in (False, True):
+        trained = [tensor.clone().requires_grad_() for tensor in tensors[2:]]
+        arguments = (x.clone().requires_grad_(), *tensors[:2], *trained, frozen)
+        out = (
+            checkpoint(_LowRankMatmul.apply, *arguments, use_reentrant=False)
+            if recomputed
+            else _LowRankMatmul.apply(*arguments)
+        )
+        out.square().sum().backward()
+        found.append([out, *(tensor.grad for tensor in trained)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_groups_that_no_tile_divides_and_packed_integers_are_left_to_the_plain_form() -> None:
