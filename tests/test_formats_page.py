@@ -24,6 +24,7 @@ def table() -> ModuleType:
 def test_the_table_in_the_readme_is_the_one_that_was_written(table: ModuleType) -> None:
     readme, page = table.README.read_text(), table.PAGE.read_text()
     assert table.with_summary(readme, page) == readme
+    assert all(f"{title}\n" in page for title in ("# What was loaded", "## Of a real model", "## In vLLM"))
 
 
 def test_every_format_was_loaded(table: ModuleType) -> None:
