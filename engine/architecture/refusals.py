@@ -11,7 +11,7 @@ from engine.architecture.headers import FLOATS, TensorInfo
 from engine.architecture.layers import STRUCTURES, depth, expected_unfit
 from engine.architecture.limits import MOST_BLOCKS
 from engine.architecture.unfit import Unfit
-from engine.config.formats import FORMATS, Format, nearest
+from engine.config.formats import FORMATS, Format, cannot_hold, nearest
 from engine.config.grid import BITS, GROUP_SIZES, GridConfig
 from engine.errors import PreflightError
 
@@ -171,12 +171,9 @@ def _refuse_packing(
     for row in wanted:
         if why := row.refusal(arch, config, grid):
             other = nearest(row, grid.shared, fits=holds)
-            raise PreflightError(
-                f"{row.label} cannot hold {why}",
-                where="export.formats",
-                hint=(f"{other} can; or " if other else "")
-                + f"choose a grid that it holds, or leave {row.name} out of export.formats",
-            )
+            field = "export.formats"
+            leave = f"choose a grid that it holds, or leave {row.name} out of {field}"
+            raise cannot_hold(row, why, field, (f"{other} can; or " if other else "") + leave)
         row.require_libraries()  # last: nobody installs them for what it cannot hold
     along_outputs = [row.name for row in wanted if row.words_along_outputs]
 

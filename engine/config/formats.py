@@ -210,8 +210,17 @@ def symmetric_matmul_nbits_bytes(outputs: int, inputs: int, bits: int, group_siz
 
 
 SERVERS_WANT_OTHERS = (
-    "choose compressed-tensors for vLLM (from 0.22 on) and SGLang, which read GPTQ files of symmetric 4 and "
-    "8 bits only"
+    Caution(
+        text="choose compressed-tensors for vLLM (from 0.22 on) and SGLang, which read GPTQ files of "
+        "symmetric 4 and 8 bits only",
+        bits=(4, 8),
+        symmetric=(False,),
+    ),
+    Caution(
+        text="choose compressed-tensors for vLLM, which from 0.22 on reads GPTQ files of symmetric 4 and 8 "
+        "bits only; SGLang reads 2 and 3 bits in neither",
+        bits=(2, 3),
+    ),
 )
 
 THROUGH_GPTQMODEL = (
@@ -239,10 +248,7 @@ FORMATS = Table(
         tensors=("qweight", "qzeros", "scales", "g_idx"),
         costs="engine.config.formats:gptq_bytes",
         loading=THROUGH_GPTQMODEL,
-        cautions=(
-            Caution(text=SERVERS_WANT_OTHERS, symmetric=(False,)),
-            Caution(text=SERVERS_WANT_OTHERS, symmetric=(True,), bits=(2, 3)),
-        ),
+        cautions=(*SERVERS_WANT_OTHERS, HUMMING),
         instead=("compressed-tensors",),
     ),
     Format(
@@ -267,9 +273,20 @@ FORMATS = Table(
                 symmetric=(False,),
             ),
             Caution(
-                text="vLLM reads 2 and 3 bits from 0.31 on, SGLang 4 and 8 bits only; the library itself "
-                "packs 3 bits in this way from 0.18 on",
+                text="vLLM reads asymmetric 2 and 3 bits from 0.31 on, on GPUs alone; SGLang reads 4 and "
+                "8 bits only",
                 bits=(2, 3),
+                symmetric=(False,),
+            ),
+            Caution(
+                text="vLLM reads symmetric 2 and 3 bits from 0.25 on, on GPUs alone; SGLang reads 4 and "
+                "8 bits only",
+                bits=(2, 3),
+                symmetric=(True,),
+            ),
+            Caution(
+                text="the library itself packs 3 bits without a gap, as these files do, from 0.18 on",
+                bits=(3,),
             ),
             HUMMING,
         ),
@@ -330,6 +347,7 @@ FORMATS = Table(
                 bits=(8,),
                 symmetric=(False,),
             ),
+            HUMMING,
         ),
         instead=("gptq_v2",),
     ),
@@ -347,8 +365,8 @@ FORMATS = Table(
                 "holds every one, or the export may be refused when it is to be written",
                 free_zero_points=True,
             ),
-            Caution(text=SERVERS_WANT_OTHERS, symmetric=(False,)),
-            Caution(text=SERVERS_WANT_OTHERS, symmetric=(True,), bits=(2, 3)),
+            *SERVERS_WANT_OTHERS,
+            HUMMING,
         ),
         instead=("gptq_v2",),
     ),
@@ -446,6 +464,24 @@ def nearest(row: Format, grid: Grid, *, fits: Callable[[Format], bool] = lambda 
 
 DEFAULT_FORMAT = FORMATS.names()[0]
 """What is written where nothing else is asked for."""
+
+
+def cannot_hold(row: Format, why: str, where: str, hint: str) -> PreflightError:
+    """``row`` cannot hold ``why``; the hint names what to do instead."""
+    return PreflightError(f"{row.label} cannot hold {why}", where=where, hint=hint)
+
+
+def refuse_unheld(where: str, names: Iterable[str], grid: GridConfig) -> None:
+    """Raise :class:`PreflightError` for the first of ``names``, asked for in ``where``, that cannot hold a
+    grid which is what it is; it says which format can."""
+
+    def lacks(row: Format) -> str:
+        return row.lacks(grid.shared) or row.lacks_head(grid.head_bits)
+
+    for row in map(FORMATS.__getitem__, names):
+        if why := lacks(row):
+            other = nearest(row, grid.shared, fits=lambda each: not lacks(each))
+            raise cannot_hold(row, why, where, f"{other} can" if other else f"leave {row.name} out")
 
 
 def refuse_unknown(field: str, names: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from engine.config.formats import DEFAULT_FORMAT, FORMATS
+from engine.config.formats import DEFAULT_FORMAT, FORMATS, refuse_unheld
 from engine.errors import UsageError
 from engine.run.task import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS, NEW_TOKENS, check_prompt
 from eqat_tui.commands.options import Detach, Device, Json, RemoteCode, Run, RunsDir, Settings, folder_of
@@ -126,6 +126,7 @@ def export(
 
     names = _formats(format)
     found = actions.find_trained(run, runs_dir)
+    refuse_unheld("--format", names, found.config().grid)
     args = ["--task", "export", *actions.operational(found, parse_settings(settings or ()))]
     for name in names or found.config().export.formats or (DEFAULT_FORMAT,):
         args += ["--format", name]

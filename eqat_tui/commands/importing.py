@@ -22,12 +22,16 @@ def import_checkpoint(
         typer.Option(
             "--reference",
             metavar="MODEL",
-            help="The model it was made from: measured as full precision, and E2E-QP's teacher.",
+            help="The model it was made from: measured as full precision, and teacher of what is trained.",
         ),
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option("--preset", metavar="PRESET|FILE", help="Take data, evaluation and E2E-QP from it."),
+        typer.Option(
+            "--preset",
+            metavar="PRESET|FILE",
+            help="Take data, evaluation and settings of stages from it; what is trained is --set.",
+        ),
     ] = None,
     data: Data = None,
     device: Device = None,
@@ -41,8 +45,8 @@ def import_checkpoint(
 
     Its integers, scales and zero points become the run's, bit for bit. eval, export and generate go on from
     there; --set e2e_qp.enabled=true trains its scales on. Without the original model (--reference, or the one
-    that the checkpoint names, if it is on this machine) nothing is measured in full precision, and E2E-QP
-    learns from cross-entropy.
+    that the checkpoint names, if it is on this machine) nothing is measured in full precision, and what is
+    trained learns from cross-entropy.
     """
     import os
     import sys
@@ -62,7 +66,7 @@ def import_checkpoint(
     wanted = _wanted(settings, data, device)
     place = default_runs_dir(runs_dir)
     moving = colour_wanted(sys.stderr) and not as_json
-    _config(preset, {**_made_of(folder), **wanted})  # what was mistyped is told before anything is read
+    config_of(preset, {**made_of(folder), **wanted})  # what was mistyped is told before anything is read
     found = importable(folder, reference and os.path.expanduser(reference), told(moving))
     if moving:
         say("\r\033[K", end="")
@@ -71,7 +75,11 @@ def import_checkpoint(
     say(f"{found['format']}, w{found['bits']}g{found['group_size']}, {found['blocks']} blocks; {said}")
     if found["head_bits"] and "grid.head_bits" in wanted:
         raise UsageError("is what the checkpoint has", where="grid.head_bits", hint="leave it out")
-    config = _config(preset, {**_imported(folder, found, wanted), **wanted})
+    settled = {**_imported(folder, found), **wanted}
+    config = config_of(preset, settled)
+    while loss := taught_by_text(config, settled):
+        settled |= loss
+        config = config_of(preset, settled)
     if dry_run:
         return actions.print_plan(config, place, as_json=as_json)
     check_runs_dir(place)
@@ -95,35 +103,45 @@ def _wanted(settings: list[str] | None, data: str | None, device: str | None) ->
     return wanted
 
 
-def _made_of(folder: object) -> dict[str, object]:
+def made_of(folder: object) -> dict[str, object]:
     """What makes a run one of imported blocks."""
+    from engine.config.run import run_config
+    from engine.config.stages import STAGES
+
+    sections = [stage.name for stage in STAGES if stage.name in run_config().__struct_fields__]
+    # A preset may train this or that: of an import only what is typed.
     return {
+        **{f"{name}.enabled": False for name in sections},
         "model.source": str(folder),
         "imported.enabled": True,
-        "block_ap.enabled": False,
-        "e2e_qp.enabled": False,
     }
 
 
-def _imported(folder: object, found: Mapping[str, Any], wanted: Mapping[str, object]) -> dict[str, object]:
+def _imported(folder: object, found: Mapping[str, Any]) -> dict[str, object]:
     """What follows from the checkpoint, and is not typed."""
-    from eqat_tui.output import say
-
     settings: dict[str, object] = {
-        **_made_of(folder),
+        **made_of(folder),
         "imported.reference": found["reference"],
         **{f"grid.{name}": found[name] for name in ("bits", "group_size", "symmetric", "zero_point")},
     }
     if found["head_bits"]:
         settings["grid.head_bits"] = found["head_bits"]
-    if not found["reference"] and str(wanted.get("e2e_qp.enabled")).lower() == "true":
-        settings["e2e_qp.loss"] = "cross_entropy"
-        if "e2e_qp.loss" not in wanted:
-            say("without its original, E2E-QP learns from cross-entropy, not from a teacher's prediction")
     return settings
 
 
-def _config(preset: str | None, overrides: Mapping[str, object]) -> RunConfig:
+def taught_by_text(config: RunConfig, settled: Mapping[str, object]) -> dict[str, object]:
+    """The loss of a stage that would learn from an original that is not known here, unless it is settled."""
+    from engine.plan.streams import taught_stage
+    from eqat_tui.output import say
+
+    stage = taught_stage(config)
+    if stage is None or not config.imported.lacks_original or f"{stage.name}.loss" in settled:
+        return {}
+    say(f"without its original, {stage.label} learns from cross-entropy, not from a teacher's prediction")
+    return {f"{stage.name}.loss": "cross_entropy"}
+
+
+def config_of(preset: str | None, overrides: Mapping[str, object]) -> RunConfig:
     """A preset, a file or the defaults, with these settings."""
     from engine.config.derived import resolve
     from engine.config.loading import load

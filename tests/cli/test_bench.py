@@ -110,6 +110,12 @@ def test_a_loader_that_crashes_is_a_row_and_hides_no_other(
     assert (second["status"], second["agreement"], second["compared_with"]) == ("measured", None, None)
     assert benching.outcome(found) == 0
     assert [each.loader for each in benched(copied)] == ["gptqmodel"]
+    shutil.rmtree(copied.eval_dir)
+    copied.eval_dir.touch()
+    told: list[str] = []
+    again = benching.bench(copied, ["gptq_v2"], heard=told.append, **asked)
+    assert again["rows"] == found["rows"], "what cannot be kept is lost"
+    assert told[-1].startswith("warning: what was measured is not kept in the run: ")
 
 
 @pytest.mark.parametrize(

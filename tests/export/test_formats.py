@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from engine.architecture.description import describe
 from engine.architecture.refusals import refuse
 from engine.config.derived import resolve
-from engine.config.formats import FORMATS
+from engine.config.formats import FORMATS, refuse_unheld
 from engine.config.grid import Grid, GridConfig
 from engine.config.loading import load
 from engine.config.validation import validate
@@ -145,6 +145,25 @@ def test_what_a_format_cannot_hold_is_refused_before_the_run(model: Path) -> Non
     refuse(described.architecture, described.config, GridConfig(bits=4, group_size=32), ["toy"])
 
 
+@pytest.mark.parametrize(
+    ("name", "grid", "says"),
+    [
+        ("awq", {"bits": 2}, "AWQ cannot hold 2 bits (compressed-tensors can)"),
+        ("onnx", {"bits": 3}, "ONNX cannot hold 3 bits"),
+        ("mlx", {"bits": 4, "group_size": 256}, "MLX cannot hold groups of 256 (compressed-tensors can)"),
+        ("awq", {"bits": 4, "head_bits": 8}, "of 8 bits (grid.head_bits) (gguf can)"),
+    ],
+)
+def test_what_a_finished_run_cannot_be_written_in_is_told_with_what_it_can(
+    name: str, grid: dict[str, int], says: str
+) -> None:
+    refuse_unheld("--format", ["gguf"], GridConfig(**grid))  # type: ignore[arg-type]
+    with pytest.raises(PreflightError) as caught:
+        refuse_unheld("--format", ["gguf", name], GridConfig(**grid))  # type: ignore[arg-type]
+    assert str(caught.value).startswith("--format: ")
+    assert says in str(caught.value)
+
+
 @pytest.mark.parametrize(("fixed", "warned"), [(None, True), (1, False), (2, False)])
 def test_only_zero_points_that_may_become_0_are_warned_of(fixed: int | None, warned: bool) -> None:
     said = FORMATS["gptq"].warnings(Grid(2, 64, fixed_zero_point=fixed))
@@ -193,8 +212,9 @@ def test_the_bytes_of_a_linear_are_those_in_the_file(
     assert layout.format.linear_bytes(weight.out_features, weight.in_features, Grid(bits, group)) == found
 
 
-def test_a_caution_that_counts_outputs_names_the_first_that_is_odd() -> None:
-    row = FORMATS["compressed-tensors"]
+@pytest.mark.parametrize("name", ["gptq_v2", "compressed-tensors", "auto-round"])
+def test_a_caution_that_counts_outputs_names_the_first_that_is_odd(name: str) -> None:
+    row = FORMATS[name]
     two, four = Grid(2, 64), Grid(4, 64)
     (said,) = set(row.warnings(two, [128, 576, 192])) - set(row.warnings(two, [128, 256]))
     assert said.endswith(

@@ -61,9 +61,11 @@ HEAD, GROUPS, WIDER_GROUPS, SHARING = 64, 3, 4, 3
 
 def finished_run(place: Path, grid: Grid, formats: list[str], *, train: bool = True) -> RunDirectory:
     """The run of a grid in ``place``, only rounded unless it is to ``train``; one that is there already is
-    taken as it is."""
+    taken as it is, or goes on."""
     if done := list(place.glob(f"*/export/{formats[-1]}")):
         return RunDirectory.open(done[0].parents[1])
+    if begun := list(place.glob("*/run.json")):
+        return _made(RunDirectory.open(begun[0].parent))
     wider = bool(HIDDEN % grid.group_size)
     asked = {
         "model.source": widened(place / "wider") if wider else DEMO,
@@ -74,7 +76,10 @@ def finished_run(place: Path, grid: Grid, formats: list[str], *, train: bool = T
         "block_ap.enabled": train and grid.bits < 4,
         "e2e_qp.enabled": train,
     }
-    run = RunDirectory.create(place, load("demo", overrides={**SHORT, **asked}))
+    return _made(RunDirectory.create(place, load("demo", overrides={**SHORT, **asked})))
+
+
+def _made(run: RunDirectory) -> RunDirectory:
     ended = subprocess.run([sys.executable, "-m", "engine", str(run.path)], capture_output=True, text=True)
     if ended.returncode:
         raise AssertionError(ended.stdout + ended.stderr)

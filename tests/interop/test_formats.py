@@ -125,7 +125,7 @@ def test_the_loader_computes_what_was_trained(tmp_path: Path, tried: list[Tried]
 def test_the_lines_that_screen_and_card_show_load_it(tmp_path: Path, name: str) -> None:
     source, lm = open_model(save_model(tmp_path / "fp", tie_word_embeddings=True))
     blocks = packed_blocks(lm, 4, 64, symmetric=name in NO_ZERO)
-    result = write(tmp_path / "out", lm, source, blocks.__getitem__, layout=form_of(name))
+    result = write(tmp_path / "an export", lm, source, blocks.__getitem__, layout=form_of(name))
     found: dict[str, Any] = {}
     exec(loading_snippet(result.path, name), found)
     assert found["tokenizer"].encode("hello")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from packed_models import (
 from table import Tried
 
 from engine.export.layout import form_of
+from eqat_tui.views.result import loading_snippet
 
 if place := os.environ.get("EQAT_LLAMA_CPP"):  # a folder that has it, beside an environment that has not
     import sys
@@ -124,6 +126,20 @@ def test_llama_cpp_predicts_as_the_trained_model(
             worst=((have - want).abs().max() / want.std()).item(),
         )
     )
+
+
+def test_the_lines_that_screen_and_card_show_load_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, lm = open_model(save_model(tmp_path / "fp"))
+    blocks = packed_blocks(lm, 4, 64)
+    result = write(tmp_path / "an export", lm, source, blocks.__getitem__, layout=form_of("gguf"))
+    card = (result.path / "README.md").read_text().partition("## Loading")[2]
+    (shown,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(result.path)  # where whoever reads the card has its file
+    for lines in (loading_snippet(result.path, "gguf"), shown):
+        found: dict[str, Any] = {}
+        exec(lines, found)
+        assert found["model"].tokenize(b"hello")
+        found["model"].close()
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
