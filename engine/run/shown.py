@@ -135,6 +135,7 @@ def render(
         "perplexity": run.perplexity(),
         "answer_perplexity": run.answer_perplexity(),
         "accuracy": run.accuracy(),
+        "scores": msgspec.to_builtins(run.scores()),
         "evaluation": _evaluation(run),
         "divergence": msgspec.to_builtins(run.divergence()),
         "block_errors": msgspec.to_builtins(run.block_errors()),

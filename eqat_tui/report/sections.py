@@ -18,7 +18,7 @@ from eqat_tui.output import cell, format_bytes, format_number, format_seconds, f
 from eqat_tui.planned import known
 from eqat_tui.report.curves import charts_of
 from eqat_tui.report.markup import Child, Html, join, table, tag
-from eqat_tui.run_text import ANSWERS, accuracy_rows, doubts, error_line, facts, title
+from eqat_tui.run_text import ANSWERS, accuracy_rows, doubts, error_line, facts, score_rows, title
 
 Tree = Mapping[str, Any]
 MOST_WARNINGS = 50
@@ -92,6 +92,9 @@ def _measured(shown: Tree) -> Html | None:
         parts.append(table(answers, head=[ANSWERS, "", "of full precision"]))
     if shown.get("accuracy"):
         head, *answered = accuracy_rows(shown["accuracy"])
+        parts.append(table([list(row) for row in answered], head=list(head)))
+    if shown.get("scores"):
+        head, *answered = score_rows(shown["scores"])
         parts.append(table([list(row) for row in answered], head=list(head)))
     return _part("How good it is", *parts)
 

@@ -66,7 +66,7 @@ def by_hand(lm: CausalLM, row: Row) -> float:
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_scores_are_those_of_each_row_alone(lm: CausalLM, stored: bool, tmp_path: Path) -> None:
-    from engine.evaluation import tasks as module
+    from engine.evaluation import rows as module
 
     rows = random_rows(lm, 23)
     with pytest.MonkeyPatch.context() as patch:
@@ -248,7 +248,9 @@ def test_a_file_that_is_not_there_is_refused_in_words(tmp_path: Path) -> None:
         questions(str(tmp_path / "none.jsonl"))
 
 
-@pytest.mark.parametrize("value", ["boolq", "piqa,piqa", "a/x.jsonl,b/x.jsonl"])
+@pytest.mark.parametrize(
+    "value", ["bool q", "piqa,piqa", "a/x.jsonl,b/x.jsonl", "mmlu:5,mmlu:5", "mmlu:101", "lm-eval/"]
+)
 def test_wrong_names_are_found_before_anything_runs(value: str) -> None:
     with pytest.raises(UsageError) as caught:
         validate(resolve(apply_overrides(load("smoke"), {"evaluation.tasks": value})))
