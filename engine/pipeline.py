@@ -95,7 +95,14 @@ class Pipeline:
     def prepare(self) -> None:
         """Open everything that the phases work with."""
         self.job = prepare(
-            self.run, self.config, self.plan, self.report, self.device, self.asked.task, self.world
+            self.run,
+            self.config,
+            self.plan,
+            self.report,
+            self.device,
+            self.asked.task,
+            self.world,
+            asks=not self.asked.how.is_asked,
         )
 
     def _work_of(self, phase: str) -> Callable[[], None]:

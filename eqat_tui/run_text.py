@@ -12,10 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from engine.config.stages import full_precision, phase_label, stage_label, versions
 from engine.run.events import MEASUREMENT
 from engine.run.liveness import WORKING
-from engine.run.measures import MOST_SCORES
+from engine.run.measures import EQAT, MOST_SCORES, TaskScore
 from engine.run.task import job_name
 from eqat_tui.bench_text import measured_table
 from eqat_tui.divergence_text import as_text, results_table, tables
@@ -152,20 +154,16 @@ def score_rows(scores: Mapping[str, Sequence[Tree]]) -> list[tuple[str, ...]]:
     """What lm-eval made of each version's answers: a row a number, a column a stage; the first row names
     them."""
     stages = [stage for stage in versions(scores) if stage in scores]
-    found = {stage: {_score_name(one): one for one in scores[stage]} for stage in stages}
+    found = {stage: {msgspec.convert(one, TaskScore).name: one for one in scores[stage]} for stage in stages}
     names = list(dict.fromkeys(name for stage in stages for name in found[stage]))[:MOST_SCORES]
-    by = next((one["by"] for stage in stages for one in scores[stage] if one.get("by")), "lm-eval")
+    asked = (one["by"] for stage in stages for one in scores[stage])
+    by = next((who for who in asked if who and who != EQAT), "tasks")
     rows = [(cell(by, LONGEST_TASK), *(stage_label(stage) for stage in stages))]
     rows += [
         (cell(name, LONGEST_SCORE), *(_score_words(found[stage].get(name)) for stage in stages))
         for name in names
     ]
     return rows
-
-
-def _score_name(one: Tree) -> str:
-    shots = f" {one['shots']}-shot" if one.get("shots") else ""
-    return f"{one['task']}{shots}, {one['metric']}"
 
 
 def _score_words(one: Tree | None) -> str:

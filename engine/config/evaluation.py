@@ -36,7 +36,7 @@ class EvaluationConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields
     """A forward pass takes this many windows."""
     tasks: tuple[str, ...] = ()
     """These tasks are asked: winogrande, piqa, hellaswag, arc_easy, arc_challenge, .jsonl files of questions,
-    or any of lm-eval's, like gsm8k, mmlu:5 for five examples before each question, or lm-eval/piqa."""
+    or lm-eval's, like gsm8k, mmlu:5 or lm-eval/piqa."""
     task_limit: int = 0
     """At most this many questions of each task are asked; 0 takes all."""
     task_folder: str = ""

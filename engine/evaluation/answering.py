@@ -118,7 +118,7 @@ class _Answers:
         import jinja2
 
         for turns in (chat_history, [turn for turn in chat_history if turn["role"] != "system"]):
-            with contextlib.suppress(jinja2.exceptions.TemplateError):
+            with contextlib.suppress(jinja2.exceptions.TemplateError, ValueError):
                 written: str = self.tokenizer.apply_chat_template(
                     turns,
                     tokenize=False,
@@ -127,7 +127,7 @@ class _Answers:
                 )
                 return written
         raise PreflightError(
-            "the model's chat template cannot write the questions",
+            "the model has no chat template that can write the questions",
             where="evaluation.task_chat",
             hint="leave it at false",
         )

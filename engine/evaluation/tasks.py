@@ -22,6 +22,7 @@ from engine.architecture.positions import PositionTable
 from engine.data.encoding import Encoder
 from engine.data.tasks import Question
 from engine.evaluation.rows import pass_rows, rows_bytes
+from engine.run.measures import EQAT, TaskScore
 
 if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
@@ -59,6 +60,19 @@ class Accuracy:
     @property
     def stderr(self) -> float:
         return math.sqrt(self.accuracy * (1 - self.accuracy) / max(1, self.questions - 1))
+
+
+def own_score(task: str, found: Accuracy) -> TaskScore:
+    """The same as numbers of lm-eval's tasks are kept."""
+    return TaskScore(
+        task=task,
+        metric="acc",
+        value=found.accuracy,
+        stderr=found.stderr,
+        shots=0,
+        questions=found.questions,
+        by=EQAT,
+    )
 
 
 def tokenize(

@@ -181,7 +181,7 @@ def _score_table(card: dict[str, Any]) -> str:
         return ""
     found = {stage.name: {one.name: one for one in measured[stage.name].scores} for stage in stages}
     names = list(dict.fromkeys(name for one in found.values() for name in one))
-    by = next(one.by for stage in stages for one in measured[stage.name].scores)
+    by = next((one.by for stage in stages for one in measured[stage.name].scores if one.by), "lm-eval")
     rows = []
     for name in names:
         words = (_score_words(found[stage.name].get(name)) for stage in stages)
@@ -194,4 +194,5 @@ def _score_table(card: dict[str, Any]) -> str:
 def _score_words(one: TaskScore | None) -> str:
     if one is None or one.value is None:
         return "–"
-    return f"{one.value:.4f}" + (f" ± {one.stderr:.4f}" if one.stderr else "")
+    form = ".4f" if abs(one.value) < 1000 else ".4g"
+    return f"{one.value:{form}}" + (f" ± {one.stderr:{form}}" if one.stderr else "")

@@ -57,8 +57,8 @@ def evaluate(job: Job, stage: Stage, *, again: bool = False) -> None:
                 "tokens": result.tokens,
                 "seconds": result.seconds,
                 "nll": grouped(result.window_nll) if math.isfinite(result.perplexity) else [],
-                **_ask(of, Version(of.lm, block_for, outer)),
-                **_further(of, found, _scores(of, Version(of.lm, block_for, outer))),
+                **ask_questions(of, Version(of.lm, block_for, outer)),
+                **_further(of, found, ask_lm_eval(of, Version(of.lm, block_for, outer))),
                 **_answers(of, block_for),
             }
         job.store.remember(name, known)
@@ -180,7 +180,7 @@ def _read(
     )
 
 
-def _scores(job: Job, version: Version) -> tuple[TaskScore, ...]:
+def ask_lm_eval(job: Job, version: Version) -> tuple[TaskScore, ...]:
     """Tasks that lm-eval asks, where there are any."""
     if job.harness is None:
         return ()
@@ -247,7 +247,7 @@ def _tokens(job: Job) -> tuple[float, float, float, float]:
     return job.tokens.measured().numel(), asked, answers, harness
 
 
-def _ask(job: Job, version: Version) -> dict[str, dict[str, float]]:
+def ask_questions(job: Job, version: Version) -> dict[str, dict[str, float]]:
     """Zero-shot tasks, where there are any."""
     if not job.tasks:
         return {}

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from engine.checkpoints.identity import deciding_fields, default_fields
 from engine.checkpoints.store import CheckpointStore
 from engine.config.run import RunConfig
 from engine.config.stages import measured_stage, network_stages, phases_of, stages_of, versions
-from engine.config.tasks import lm_task, require_lm_eval, task_name
 from engine.data.encoding import Encoder
-from engine.data.tasks import questions
-from engine.errors import DamagedRun, PreflightError, UsageError
-from engine.evaluation.answering import too_large
-from engine.evaluation.harness import HarnessTasks, find_tasks
-from engine.evaluation.tasks import TokenizedTask, tokenize
+from engine.errors import DamagedRun, UsageError
 from engine.export.layout import form_of
 from engine.export.stored import check_activations, check_values
 from engine.gpu.compiled import SWITCH_HINT
 from engine.models.carried import in_words
 from engine.models.causal_lm import CausalLM
-from engine.phases.asking import TASKS_SILENCE, means_of
+from engine.phases.asking import find_questions
 from engine.phases.evaluation import recall
 from engine.phases.heads import quantize_heads
 from engine.phases.identity import digest, share_origin, warn_of_changes, write_manifest
@@ -50,8 +43,10 @@ def prepare(
     device: torch.device,
     task: Task,
     world: World = ALONE,
+    *,
+    asks: bool = True,
 ) -> Job:
-    """Everything that the phases work with.
+    """Everything that the phases work with; the questions of tasks where the run ``asks`` its own.
 
     Raises:
         EqatError: for a model, a text or a checkpoint that cannot be used.
@@ -92,9 +87,8 @@ def prepare(
     warn_of_changes(run, device, report)
     write_manifest(run, config, source, encoder, device, made_from)
     job = Job(run, config, plan, report, source, lm, encoder, tokens, store, world)
-    if config.evaluation.enabled and task in ("run", "eval"):
-        job.tasks = _questions(job)
-        job.harness = _of_lm_eval(job)
+    if config.evaluation.enabled and task in ("run", "eval") and asks:
+        find_questions(job)
     if task != "run":
         _require_finished(job, task)
     else:
@@ -145,36 +139,6 @@ def _slower(report: Reporter, why: str) -> None:
         f"evaluation and streams are slower, blocks cannot be compiled: {why}",
         hint=SWITCH_HINT,
     )
-
-
-def _questions(job: Job) -> Mapping[str, TokenizedTask]:
-    """Early, so that a task that cannot be read does not wait for the first evaluation to say so."""
-    found = {}
-    for name in job.config.evaluation.tasks:
-        if lm_task(name) is not None:
-            continue
-        job.report.leave_if_asked()
-        job.report.expect_silence(PREPARE_SILENCE)
-        asked = questions(name, job.config.evaluation.task_limit)
-        found[task_name(name)] = tokenize(asked, job.encoder, job.lm.position_table)
-    return found
-
-
-def _of_lm_eval(job: Job) -> HarnessTasks | None:
-    """The tasks that lm-eval asks, found as early; those that let a model write which has no room for that
-    are refused before anything is trained."""
-    section = job.config.evaluation
-    asked = [task for name in section.tasks if (task := lm_task(name)) is not None]
-    if not asked:
-        return None
-    require_lm_eval(section.tasks)
-    job.report.doing = "reading tasks"
-    job.report.expect_silence(TASKS_SILENCE)
-    found = find_tasks(asked, folder=section.task_folder, limit=section.task_limit, chat=section.task_chat)
-    job.report.expect_silence(PREPARE_SILENCE)
-    if found.lets_write and (problem := too_large(job.lm, means_of(job))):
-        raise PreflightError(problem, where="evaluation.tasks", hint="leave out tasks that let it write")
-    return found
 
 
 def _require_finished(job: Job, task: Task) -> None:

@@ -21,7 +21,7 @@ from engine.config.writing import flat, to_dict
 from engine.errors import UsageError, first_line
 from engine.run.directory import RunDirectory
 from engine.run.events import BULK, Eval
-from engine.run.measured import measured
+from engine.run.measured import asked_later, measured, with_later
 from engine.run.state import RunState, load_state
 
 LETTERS = string.ascii_uppercase
@@ -52,6 +52,7 @@ class Compared:
             digests = None  # without them it is known by names
         self.others = measured(run)
         """What eqat eval measured of it otherwise."""
+        self.scores = with_later(self.state.scores(), asked_later(run))
         self.digests: dict[str, Any] = digests if isinstance(digests, dict) else {}
 
     @property
@@ -292,8 +293,7 @@ def _scores(runs: Sequence[Compared], *, comparable: bool) -> list[Row]:
     """What lm-eval made of the answers by version, task and metric; of one thing where as many questions were
     asked by the same version of lm-eval."""
     rows: list[Row] = []
-    told = [run.state.scores() for run in runs]
-    answered = [{stage: {score.name: score for score in of[stage]} for stage in of} for of in told]
+    answered = [{stage: {one.name: one for one in run.scores[stage]} for stage in run.scores} for run in runs]
     for stage in versions(name for one in answered for name in one):
         names = dict.fromkeys(name for one in answered for name in one.get(stage, {}))
         for name in list(names)[: MOST_ROWS - len(rows)]:

@@ -13,6 +13,8 @@ MOST_TEXTS = 32
 """That are shown; nobody names as many."""
 MOST_SCORES = 256
 """Numbers of tasks that are kept and shown."""
+EQAT = "eqat"
+"""Who asks the tasks of the table (:mod:`engine.config.tasks`), lm-eval the others."""
 MOST_ERRORS = 1024
 """Blocks whose error is shown; no model has as many."""
 
@@ -76,8 +78,9 @@ class TaskScore(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """Task, examples and metric in words."""
-        return f"{self.task}{f' {self.shots}-shot' if self.shots else ''}, {self.metric}"
+        """Task, examples and metric in words; and who asked, where that was not lm-eval."""
+        shots = f" {self.shots}-shot" if self.shots else ""
+        return f"{self.task}{shots}, {self.metric}{f' ({EQAT})' if self.by == EQAT else ''}"
 
 
 class Further(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -33,6 +33,16 @@ metric_list:
   - metric: word_perplexity
   - metric: bits_per_byte
 """
+SIGNS = """
+include: letters.yaml
+task: signs
+doc_to_text: "{{{{question}}}} ->"
+"""
+BOTH = """
+group: both
+task: [letters, signs]
+aggregate_metric_list: [{{metric: acc}}]
+"""
 WRITTEN = """
 task: written
 dataset_path: json
@@ -51,7 +61,7 @@ filter_list:
 
 
 def write_tasks(folder: Path, questions: int = 12) -> Path:
-    """The folder, with three tasks and what they ask; choices are of several lengths, some of one token."""
+    """The folder, with tasks and what they ask; choices are of several lengths, some of one token."""
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
 
@@ -65,6 +75,7 @@ def write_tasks(folder: Path, questions: int = 12) -> Path:
     (folder / "letters.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = [{"text": words(2, 90)} for _ in range(4)]
     (folder / "whole.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
-    for name, text in (("letters", CHOICES), ("whole", WHOLE), ("written", WRITTEN)):
+    files = {"letters": CHOICES, "whole": WHOLE, "written": WRITTEN, "signs": SIGNS, "both": BOTH}
+    for name, text in files.items():
         (folder / f"{name}.yaml").write_text(text.format(folder=folder))
     return folder

@@ -13,7 +13,7 @@ import torch
 from harness_tasks import write_tasks
 
 from engine.config.model import ModelConfig
-from engine.config.tasks import LmTask, lm_task
+from engine.config.tasks import LmTask
 from engine.data.encoding import Encoder
 from engine.errors import DataError, PreflightError, StopRequested, UsageError
 from engine.evaluation.answering import Means, answering
@@ -124,6 +124,17 @@ def test_every_answer_is_the_one_of_lm_evals_own_model(
         assert [same for _, same in found] == [same for _, same in expected]
     assert model.max_length == hf.max_length == 256
     assert list(tmp_path.iterdir()) == []
+    # Texts of several lengths are written together, some with stops that others lack.
+    wanted = {"until": ["q"], "max_gen_toks": 16, "do_sample": False}
+    texts = [
+        Instance(request_type="generate_until", doc={}, arguments=(text, options), idx=index)
+        for index, text in enumerate(("cold", "blue " * 60, "a", "stone water"))
+        for options in (wanted, {**wanted, "until": ["\n"], "max_gen_toks": 5})
+    ]
+    expected_texts = hf.generate_until(texts, disable_tqdm=True)
+    model.means = Means(batch_size=2)
+    assert model.generate_until(texts) == expected_texts
+    assert len(set(expected_texts)) > 3
 
 
 def test_random_numbers_of_a_training_are_left_alone(lm: CausalLM, tasks: HarnessTasks) -> None:
@@ -183,22 +194,14 @@ def _find_without_defaults(name: str, place: Path) -> HarnessTasks:
         return find_tasks([LmTask(name)], folder=str(place))
 
 
+def test_a_group_has_the_numbers_of_its_members_together(lm: CausalLM, place: Path) -> None:
+    tasks = _find_without_defaults("both", place)
+    found = ours(lm, tasks)
+    assert list(found) == ["both, acc"]
+    assert found["both, acc"].questions == 24
+
+
 def test_a_limit_holds_for_each_task(lm: CausalLM, place: Path) -> None:
     tasks = find_tasks([LmTask("letters")], folder=str(place), limit=3)
     assert tasks.questions == 3
     assert ours(lm, tasks)["letters, acc"].questions == 3
-
-
-@pytest.mark.parametrize(
-    ("typed", "meant"),
-    [
-        ("piqa", None),
-        ("mine.jsonl", None),
-        ("lm-eval/piqa", LmTask("piqa")),
-        ("piqa:0", LmTask("piqa", 0)),
-        ("mmlu:5", LmTask("mmlu", 5)),
-        ("bool q", None),
-    ],
-)
-def test_which_names_are_lm_evals(typed: str, meant: LmTask | None) -> None:
-    assert lm_task(typed) == meant

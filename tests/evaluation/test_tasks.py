@@ -17,12 +17,12 @@ from engine.config.field_docs import field_help
 from engine.config.loading import load
 from engine.config.model import ModelConfig
 from engine.config.overrides import apply_overrides
-from engine.config.tasks import TASKS, Task
+from engine.config.tasks import TASKS, LmTask, Task, lm_task, require_lm_eval
 from engine.config.validation import validate
 from engine.data import tasks as asking
 from engine.data.encoding import Encoder
 from engine.data.tasks import Question, questions
-from engine.errors import DataError, StopRequested, UsageError
+from engine.errors import DataError, PreflightError, StopRequested, UsageError
 from engine.evaluation.tasks import Row, TokenizedTask, _scores, accuracies, tokenize
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
@@ -265,3 +265,28 @@ def test_real_questions_are_read_and_tokenized(file: str) -> None:
     task = tokenize(found, Encoder(tiny.byte_tokenizer(300)))
     assert len(task.spans) == 50
     assert all(row.scored < len(row.ids) for row in task.rows)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("piqa", None),
+        ("mine.jsonl", None),
+        ("lm-eval/piqa", LmTask("piqa")),
+        ("piqa:0", LmTask("piqa", 0)),
+        ("mmlu:5", LmTask("mmlu", 5)),
+        ("bool q", None),
+    ],
+)
+def test_which_names_are_lm_evals(typed: str, meant: LmTask | None) -> None:
+    assert lm_task(typed) == meant
+
+
+def test_a_task_of_lm_eval_says_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.config import tasks as module
+
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    require_lm_eval(["piqa", "mine.jsonl"])
+    with pytest.raises(PreflightError, match="lm-eval, which may know it, is not installed") as caught:
+        require_lm_eval(["piqa", "mmlu:5"])
+    assert caught.value.hint == "pip install 'eqat[tasks]'"
