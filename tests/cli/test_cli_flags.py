@@ -35,6 +35,7 @@ PUBLIC = {
     "doctor": {"--runs-dir", "--quick", "--json"},
     "eval": {
         *("--data", "--sequence-length", "--windows", "--bos", "--reference", "--out", "--device"),
+        *("--tasks", "--task-limit", "--task-folder", "--task-chat"),
         *("--trust-remote-code", "--runs-dir", "--detach", "--json"),
     },
     "rm": {"--runs-dir", "--yes", "-y"},
