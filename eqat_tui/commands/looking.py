@@ -115,7 +115,8 @@ def log_to(
         typer.Option(
             "--to",
             metavar="FILE|FOLDER",
-            help="A new file of lines, else standard output; TensorBoard's new folder, else tensorboard/RUN.",
+            help="A new file of lines, else standard output; TensorBoard's new folder, else tensorboard/RUN; "
+            "the folder of wandb or trackio.",
         ),
     ] = None,
     follow: Annotated[
@@ -126,7 +127,8 @@ def log_to(
     """Hand what a run has logged to another program: losses, learning rates, memory, perplexities.
 
     The log is read from outside, afterwards or with --follow as it grows: nothing that happens here stops the
-    run. jsonl is a line of JSON for each event; tensorboard needs pip install tensorboard.
+    run. jsonl is a line of JSON for each event; the others need pip install of their name. wandb and trackio
+    stay on this machine unless WANDB_MODE or TRACKIO_SPACE_ID says otherwise.
     """
     from eqat_tui import actions
     from eqat_tui.output import say
