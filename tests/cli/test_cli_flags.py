@@ -29,7 +29,7 @@ PUBLIC = {
     "runs": {"--runs-dir", "--limit", "-n", "--json"},
     "show": {"--runs-dir", "--json"},
     "compare": {"--runs-dir", "--json"},
-    "report": {"--to", "--runs-dir"},
+    "report": {"--to", "--charts", "--png", "--runs-dir"},
     "log-to": {"--to", "--follow", "-f", "--runs-dir"},
     "presets": {"--json"},
     "doctor": {"--runs-dir", "--quick", "--json"},
