@@ -78,7 +78,7 @@ def _tasks(state: RunState) -> Chart | None:
             if one.value is not None and one.better == "larger" and 0 <= one.value <= 1:
                 shares.setdefault(cell(one.name, MOST_NAME), {})[stage] = one.value
     rows = [
-        Mark(f"{task}, {stage_label(stage)}", 100 * value, f"{100 * value:.1f}", index)
+        Mark(task, 100 * value, f"{100 * value:.1f} {stage_label(stage)}", index)
         for task, values in list(shares.items())[:MOST_SHARES]
         for index, (stage, value) in enumerate(values.items())
     ]

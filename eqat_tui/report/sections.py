@@ -95,7 +95,10 @@ def _measured(shown: Tree) -> Html | None:
         parts.append(table([list(row) for row in answered], head=list(head)))
     if shown.get("scores"):
         head, *answered = score_rows(shown["scores"])
-        parts.append(table([list(row) for row in answered], head=list(head)))
+        numbers: list[list[Child]] = [
+            [row[0], *(tag("span", one, class_="number") for one in row[1:])] for row in answered
+        ]
+        parts.append(table(numbers, head=list(head)))
     return _part("How good it is", *parts)
 
 

@@ -31,6 +31,7 @@ h2 {{ font-size: 1.25rem; margin: 2.5rem 0 .5rem; overflow-wrap: anywhere; }}
 h3 {{ font-size: 1rem; margin: 1.5rem 0 .5rem; }}
 p, ul {{ margin: .5rem 0; overflow-wrap: anywhere; }}
 .muted {{ color: var(--muted); }}
+.number {{ white-space: nowrap; }}
 .best {{ color: var(--good); font-weight: 600; }}
 .note {{ border-left: .25rem solid var(--warn); background: var(--warn-back); padding: .5rem .75rem; }}
 .error {{ border-left: .25rem solid var(--bad); background: var(--bad-back); padding: .5rem .75rem; }}
