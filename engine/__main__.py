@@ -45,6 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int, help="with --task eval: in windows of so many tokens")
     parser.add_argument("--windows", type=int, help="with --task eval: at most so many of each text")
     parser.add_argument("--bos", choices=get_args(BeginOfText), help="with --task eval: how they begin")
+    parser.add_argument("--ask", action="append", default=[], help="with --task eval: this task; repeatable")
+    parser.add_argument("--task-limit", type=int, help="with --task eval: so many questions of each")
+    parser.add_argument("--task-folder", help="with --task eval: of task files")
+    parser.add_argument("--task-chat", action="store_true", default=None, help="with --task eval")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="an operational setting, this time"
     )
@@ -67,6 +71,10 @@ def main(argv: list[str] | None = None) -> int:
             sequence_length=arguments.context,
             windows=arguments.windows,
             bos=arguments.bos,
+            tasks=tuple(arguments.ask),
+            task_limit=arguments.task_limit,
+            task_folder=arguments.task_folder,
+            task_chat=arguments.task_chat,
         ),
     )
     # Libraries create files too: whatever the umask allows, nobody else may write into a run.

@@ -209,6 +209,8 @@ def _work(
         planned = as_asked(config, asked.how) if asked.how.is_asked else config
         # What is done with a finished run is done by one process.
         planned = msgspec.structs.replace(planned, runtime=runtime)
+        if asked.task not in ("run", "eval"):  # it asks no questions, so it need not be able to
+            planned = apply_overrides(planned, {"evaluation.tasks": (), "evaluation.task_folder": ""})
         plan = make_plan(planned, device=str(device), runs_dir=run.path)
         report.emit(events.Plan(plan=plan.to_dict()))
         # What is done with a finished run waits for room, as the run itself does once it works.

@@ -18,7 +18,7 @@ from engine.config.data import BUILTIN, OWN, DataConfig
 from engine.config.model import PACKAGE, RANDOM
 from engine.config.run import RunConfig
 from engine.config.stages import learns_answers, stages_of
-from engine.config.tasks import TASKS
+from engine.config.tasks import TASKS, lm_task
 
 _VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 _SWITCHES = (
@@ -45,8 +45,13 @@ def everything_is_local(config: RunConfig) -> bool:
         and (not trains or all(_text_is_local(text.data) for text in texts_of(config.data)))
         and (not answers or _text_is_local(config.instructions.data))
         and (not evaluation.enabled or all(map(_text_is_local, evaluation.every_text())))
-        and (not evaluation.enabled or not any(task in TASKS for task in evaluation.tasks))
+        and (not evaluation.enabled or not any(map(_may_fetch, evaluation.tasks)))
     )
+
+
+def _may_fetch(task: str) -> bool:
+    """Whether its questions may come from a hub; only lm-eval knows where those of its tasks are."""
+    return task in TASKS or lm_task(task) is not None
 
 
 def _model_is_local(source: str) -> bool:

@@ -101,7 +101,14 @@ class Pipeline:
         """Open everything that the phases work with."""
         allowed = (GPUS,) if self.asked.allows_other_size else ()
         self.job = prepare(
-            self.run, self.config, self.plan, self.report, self.device, self.asked.task, may_differ=allowed
+            self.run,
+            self.config,
+            self.plan,
+            self.report,
+            self.device,
+            self.asked.task,
+            may_differ=allowed,
+            asks=not self.asked.how.is_asked,
         )
         self.report.doing = "waiting for the other processes" if self.config.runtime.gpus > 1 else ""
         self.job.world = self.join()

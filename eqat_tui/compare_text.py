@@ -23,7 +23,7 @@ from eqat_tui.output import (
     one_line,
     table,
 )
-from eqat_tui.run_text import ANSWERS, LONGEST_TASK
+from eqat_tui.run_text import ANSWERS, LONGEST_SCORE, LONGEST_TASK
 from eqat_tui.words import model_name
 
 MARK = "◂"
@@ -74,6 +74,8 @@ def row_name(row: Row) -> str:
         return f"perplexity, {label}" if row.stage == full_precision() else label
     if row.name == "answer_perplexity":
         return f"{ANSWERS}, {stage_label(row.stage or '')}"
+    if row.name == "score":
+        return f"{cell(row.task or '', LONGEST_SCORE)}, {stage_label(row.stage or '')}"
     if row.name == "accuracy":
         return f"{cell(row.task or '', LONGEST_TASK)}, {stage_label(row.stage or '')}"
     return {"size_bytes": "size", "bits_per_weight": "bits per weight", "seconds": "time"}[row.name]

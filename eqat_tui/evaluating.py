@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import msgspec
 
@@ -18,7 +18,8 @@ from engine.config.formats import FORMATS
 from engine.config.lists import members
 from engine.config.model import PACKAGE, RANDOM, TINY_MODEL, BeginOfText, ModelConfig
 from engine.config.run import RunConfig
-from engine.errors import DataError, ExitCode, UsageError
+from engine.config.tasks import require_lm_eval
+from engine.errors import DataError, EqatError, ExitCode, UsageError
 from engine.run.directory import RunDirectory
 from engine.run.measured import How, MeasureRequest, as_asked, by_flags, refuse_endless
 from engine.run.proof import is_run
@@ -35,6 +36,7 @@ from eqat_tui.output import (
     say,
     show,
 )
+from eqat_tui.run_text import score_table
 
 Tree = Mapping[str, Any]
 
@@ -42,7 +44,29 @@ Tree = Mapping[str, Any]
 # -- what is asked ------------------------------------------------------------------------------------
 
 
-def how_of(data: Sequence[str] | None, length: int | None, windows: int | None, bos: str | None) -> How:
+class Tasks(NamedTuple):
+    """What was typed of tasks."""
+
+    names: Sequence[str] = ()
+    limit: int | None = None
+    folder: str | None = None
+    chat: bool = False
+
+    def check(self) -> None:
+        """UsageError for what is typed about tasks where none is named, and for a folder that is none."""
+        if not self.names and (self.limit is not None or self.folder is not None or self.chat):
+            raise UsageError("names no task", where="--tasks", hint="winogrande, piqa, gsm8k, mmlu:5, ...")
+        if self.folder is not None and not os.path.isdir(os.path.expanduser(self.folder)):
+            raise DataError("no such folder", where=self.folder, hint="check --task-folder")
+
+
+def how_of(
+    data: Sequence[str] | None,
+    length: int | None,
+    windows: int | None,
+    bos: str | None,
+    tasks: Tasks = Tasks(),  # noqa: B008  # it is not changed
+) -> How:
     """What was typed; local texts become absolute, since an engine may work elsewhere.
 
     Raises:
@@ -52,22 +76,32 @@ def how_of(data: Sequence[str] | None, length: int | None, windows: int | None, 
         raise UsageError("names no text", where="--data", hint="wikitext2, c4, builtin, or a path")
     if bos is not None and bos not in get_args(BeginOfText):
         raise UsageError(f"there is no {bos!r}", where="--bos", hint=", ".join(get_args(BeginOfText)))
+    tasks.check()
     texts = [text for typed in data or () for text in ([typed] if _is_file(typed) else members(typed))]
     how = How(
         texts=tuple(with_source(text, _absolute, share=False) for text in texts),
         sequence_length=length,
         windows=windows,
         bos=bos,  # type: ignore[arg-type]
+        tasks=tuple(_absolute(name) if name.endswith(".jsonl") else name for name in _names(tasks.names)),
+        task_limit=tasks.limit,
+        task_folder=None if tasks.folder is None else _absolute(tasks.folder),
+        task_chat=tasks.chat or None,
     )
     # What is wrong with a text or a number does not depend on the model.
     try:
         config = as_asked(RunConfig(model=ModelConfig(source=TINY_MODEL)), how)
-    except UsageError as error:
+        require_lm_eval(how.tasks)
+    except EqatError as error:
         raise by_flags(error) from error
     for text in config.evaluation.every_text():
         if is_path(text.source) and not os.path.exists(local_path(text.source)):
             raise DataError("no such file or folder", where=text.source, hint="check --data")
     return how
+
+
+def _names(typed: Sequence[str]) -> list[str]:
+    return [name for text in typed for name in ([text] if _is_file(text) else members(text))]
 
 
 def _is_file(text: str) -> bool:
@@ -125,7 +159,7 @@ def request_of(
     """
     if reference == "":
         raise UsageError("is empty", where="--reference", hint="name the model")
-    refuse_endless(as_asked(RunConfig(model=ModelConfig(source=TINY_MODEL)), how))
+    refuse_endless(as_asked(RunConfig(model=ModelConfig(source=TINY_MODEL)), how), how)
     runtime = msgspec.structs.replace(RunConfig().runtime, device=device or "auto")
     runtime.check("runtime")
     return MeasureRequest(
@@ -144,11 +178,14 @@ def arguments_of(run: RunDirectory, how: How) -> list[str]:
         UsageError: where the run's settings and what is asked do not fit.
     """
     if how.is_asked:
-        refuse_endless(as_asked(run.config(), how))
+        refuse_endless(as_asked(run.config(), how), how)
     args = [part for text in how.texts for part in ("--text", text)]
     for name, value in (("--context", how.sequence_length), ("--windows", how.windows), ("--bos", how.bos)):
         args += [] if value is None else [name, str(value)]
-    return args
+    for name, given in (("--task-limit", how.task_limit), ("--task-folder", how.task_folder)):
+        args += [] if given is None else [name, str(given)]
+    args += [part for task in how.tasks for part in ("--ask", task)]
+    return [*args, *(["--task-chat"] if how.task_chat else [])]
 
 
 # -- a checkpoint -------------------------------------------------------------------------------------
@@ -218,9 +255,13 @@ def checkpoint_text(found: Tree) -> str:
     """What was measured of a checkpoint, for a person."""
     name = f"{cell(found['source'], 200)}: {found['label']}, {cell(found['model_type'])}"
     against = f"\n  against {cell(found['reference'], 200)}" if found["reference"] else ""
-    return f"{name} with {found['blocks']} blocks{against}\n\n{results_table(found['measured'])}"
+    tables = [results_table(found["measured"])] if found["measured"] else []
+    tables += [score_table({"": found["scores"]})] if found["scores"] else []
+    return "\n\n".join([f"{name} with {found['blocks']} blocks{against}", *tables])
 
 
 def told_of_run(shown: Tree) -> str:
     """What is kept of a run beside its own measure, after one more was measured."""
-    return results_table(shown["measured"])
+    tables = [results_table(shown["measured"])] if shown["measured"] else []
+    tables += [score_table(shown["scores"])] if shown["scores"] else []
+    return "\n\n".join(tables)

@@ -12,9 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from engine.config.stages import full_precision, phase_label, stage_label, versions
 from engine.run.events import MEASUREMENT
 from engine.run.liveness import WORKING
+from engine.run.measures import EQAT, MOST_SCORES, TaskScore
 from engine.run.task import job_name
 from eqat_tui.bench_text import measured_table
 from eqat_tui.divergence_text import as_text, results_table, tables
@@ -41,6 +44,8 @@ Tree = Mapping[str, Any]
 LONGEST_SAMPLE = 100_000
 MOST_TASKS = 100
 LONGEST_TASK = 60
+LONGEST_SCORE = 120
+"""Characters of a task with its metric."""
 MOST_DOUBTS = 10
 LONGEST_BEGIN = 200
 """Characters of how sequences begin."""
@@ -67,6 +72,8 @@ def report(run: Tree, *, with_error: bool = True) -> str:
         parts.append(perplexity_table(run["answer_perplexity"], ANSWERS))
     if run.get("accuracy"):
         parts.append(accuracy_table(run["accuracy"]))
+    if run.get("scores"):
+        parts.append(score_table(run["scores"]))
     if run.get("bench"):
         parts.append(measured_table(run["bench"]))
     parts.append(key_values(facts(run)))
@@ -141,6 +148,36 @@ def accuracy_rows(accuracy: Mapping[str, Mapping[str, float]]) -> list[tuple[str
         means = (sum(accuracy[stage].values()) / len(accuracy[stage]) for stage in stages)
         rows.append(("mean", *map(percent, means)))
     return rows
+
+
+def score_rows(scores: Mapping[str, Sequence[Tree]]) -> list[tuple[str, ...]]:
+    """What lm-eval made of each version's answers: a row a number, a column a stage; the first row names
+    them."""
+    stages = [stage for stage in versions(scores) if stage in scores]
+    found = {stage: {msgspec.convert(one, TaskScore).name: one for one in scores[stage]} for stage in stages}
+    names = list(dict.fromkeys(name for stage in stages for name in found[stage]))[:MOST_SCORES]
+    asked = (one["by"] for stage in stages for one in scores[stage])
+    by = next((who for who in asked if who and who != EQAT), "tasks")
+    rows = [(cell(by, LONGEST_TASK), *(stage_label(stage) for stage in stages))]
+    rows += [
+        (cell(name, LONGEST_SCORE), *(_score_words(found[stage].get(name)) for stage in stages))
+        for name in names
+    ]
+    return rows
+
+
+def _score_words(one: Tree | None) -> str:
+    """A number and its standard error."""
+    if one is None or one["value"] is None:
+        return "–"
+    error = f" ± {format_number(one['stderr'], 2)}" if one.get("stderr") else ""
+    return f"{format_number(one['value'])}{error}"
+
+
+def score_table(scores: Mapping[str, Sequence[Tree]]) -> str:
+    """The same as text."""
+    head, *rows = [(f"  {first}", *others) for first, *others in score_rows(scores)]
+    return table(rows, header=head, right="l" + "r" * (len(head) - 1))
 
 
 def accuracy_table(accuracy: Mapping[str, Mapping[str, float]]) -> str:

@@ -231,6 +231,17 @@ def _judged(path: Path, folder: Path) -> StampedFile:
     return StampedFile.of(path)
 
 
+def unlinked(path: Path) -> Path:
+    """The blob of a hub cache that ``path``, an entry of a snapshot there, leads to; ``path`` itself where it
+    is no such link, for whoever follows no others."""
+    if not os.path.islink(path):
+        return path
+    folder, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    snapshots = folder.parent
+    is_snapshot = snapshots.name == "snapshots" and _is_repository(snapshots.parent)
+    return target if is_snapshot and target.parent == snapshots.parent / "blobs" else path
+
+
 def _in_hub_cache(target: Path, folder: Path) -> bool:
     """A blob of a hub cache, or a file of a snapshot of the repository that ``folder`` is one of."""
     if target.parent.name == "blobs" and _is_repository(target.parent.parent):

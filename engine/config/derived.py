@@ -15,7 +15,7 @@ from engine.config.calibration import mixture, with_source
 from engine.config.fields import value_of
 from engine.config.run import RunConfig, silent_sections
 from engine.config.stage_section import StageSection
-from engine.config.tasks import TASKS
+from engine.config.tasks import TASKS, lm_task
 from engine.config.validation import convert
 from engine.config.writing import to_dict
 
@@ -61,5 +61,8 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         tree["data"]["mix"] = [with_source(part, absolute) for part in mix]
     evaluation = tree["evaluation"]
     evaluation["texts"] = [with_source(text, absolute, share=False) for text in evaluation["texts"]]
-    evaluation["tasks"] = [name if name in TASKS else absolute(name) for name in evaluation["tasks"]]
+    evaluation["tasks"] = [
+        name if name in TASKS or lm_task(name) is not None else absolute(name) for name in evaluation["tasks"]
+    ]
+    evaluation["task_folder"] = absolute(evaluation["task_folder"])
     return convert(tree)

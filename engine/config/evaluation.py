@@ -12,7 +12,7 @@ from engine.config.base import Section
 from engine.config.calibration import part_name, read_text, same_text
 from engine.config.corpora import CORPORA, corpus_name
 from engine.config.data import OPTIONS, DataConfig
-from engine.config.tasks import TASKS, task_name
+from engine.config.tasks import MOST_SHOTS, TASKS, lm_task, task_name
 from engine.errors import UsageError
 
 
@@ -35,10 +35,15 @@ class EvaluationConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields
     batch_size: int = 4
     """A forward pass takes this many windows, and on a GPU as many of a small model as fill it."""
     tasks: tuple[str, ...] = ()
-    """These zero-shot tasks are asked: winogrande, piqa, hellaswag, arc_easy, arc_challenge, or .jsonl files
-    of questions."""
+    """These tasks are asked: winogrande, piqa, hellaswag, arc_easy, arc_challenge, .jsonl files of questions,
+    or lm-eval's, like gsm8k, mmlu:5 or lm-eval/piqa."""
     task_limit: int = 0
     """At most this many questions of each task are asked; 0 takes all."""
+    task_folder: str = ""
+    """A folder of task files (.yaml) for lm-eval, whose names come before its own. Python code that they
+    name is run."""
+    task_chat: bool = False
+    """Questions of lm-eval's tasks are put as a conversation, in the model's chat template."""
 
     def check(self, name: str) -> None:
         self.data.check(f"{name}.data")
@@ -53,16 +58,28 @@ class EvaluationConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields
         checks.count(f"{name}.windows", self.windows, least=0)
         checks.count(f"{name}.batch_size", self.batch_size)
         checks.count(f"{name}.task_limit", self.task_limit, least=0)
+        self._check_tasks(f"{name}.tasks")
+        if self.task_folder and not any(map(lm_task, self.tasks)):
+            raise UsageError("is for tasks of lm-eval", where=f"{name}.task_folder", hint="name one in tasks")
+
+    def _check_tasks(self, name: str) -> None:
         for task in self.tasks:
-            if task not in TASKS and not task.endswith(".jsonl"):
+            asked = lm_task(task)
+            if asked is None and task not in TASKS and not task.endswith(".jsonl"):
                 raise UsageError(
                     f"there is no task {task!r}",
-                    where=f"{name}.tasks",
-                    hint=f"{', '.join(TASKS.names())}, or a .jsonl file of questions",
+                    where=name,
+                    hint=f"{', '.join(TASKS.names())}, a .jsonl file of questions, or a name of lm-eval's",
                 )
-        names = [task_name(task) for task in self.tasks]
+            if asked is not None and (asked.shots or 0) > MOST_SHOTS:
+                raise UsageError(
+                    f"{task}: at most {MOST_SHOTS} examples stand before a question",
+                    where=name,
+                    hint="name fewer",
+                )
+        names = [lm_task(task) or task_name(task) for task in self.tasks]
         if len(set(names)) < len(names):
-            raise UsageError("two tasks have the same name", where=f"{name}.tasks", hint="name each once")
+            raise UsageError("two tasks have the same name", where=name, hint="name each once")
 
     def _check_texts(self, name: str) -> None:
         first = part_name(self.data)
@@ -104,11 +121,11 @@ class EvaluationConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields
 
     @classmethod
     def younger(cls) -> tuple[str, ...]:
-        return ("texts", "divergence")
+        return ("texts", "divergence", "task_folder", "task_chat")
 
     @classmethod
     def silent(cls) -> tuple[str, ...]:
-        return ("texts", "divergence")
+        return ("texts", "divergence", "task_folder", "task_chat")
 
     @classmethod
     def as_written_now(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ from engine.config.data import BUILTIN, DataConfig
 from engine.data.columns import Rows
 from engine.data.parts import Part, held_out_bucket
 from engine.errors import DataError, first_line
+from engine.system.hub_answers import answer_of, asking_again
 
 HINT = f"check name, subset, split and network; offline, use data.source = {BUILTIN!r} or a file"
 """For a data set that cannot be read."""
@@ -107,7 +108,11 @@ class HubText:
 
         source = self.source
         with self._reported():
-            names = list(get_dataset_split_names(source.repo, source.subset, revision=source.revision))
+            names = list(
+                asking_again(
+                    lambda: get_dataset_split_names(source.repo, source.subset, revision=source.revision)
+                )
+            )
         splits = {"train": "train" if "train" in names else names[0]}
         validation = next((name for name in ("validation", "valid", "val", "dev") if name in names), None)
         evaluation = "test" if "test" in names else validation
@@ -142,7 +147,7 @@ class HubText:
         """The column of one stream; whatever goes wrong on the way is a :class:`DataError`."""
         rows_read, where = self._read, self._where
         with self._reported():
-            stream = load()
+            stream = asking_again(load)
             if seed is not None:
                 stream = stream.shuffle(seed=seed, buffer_size=_SHUFFLE_ROWS)
             rows = iter(stream)
@@ -177,8 +182,10 @@ def hub_rows(
         return _reported(source.where, hint)
 
     with reported():
-        stream = load_dataset(
-            source.repo, source.subset, split=source.split, revision=source.revision, streaming=True
+        stream = asking_again(
+            lambda: load_dataset(
+                source.repo, source.subset, split=source.split, revision=source.revision, streaming=True
+            )
         )
         if seed is not None:
             stream = stream.shuffle(seed=seed, buffer_size=_SHUFFLE_ROWS)
@@ -197,6 +204,10 @@ def _reported(where: str, hint: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        answer = answer_of(error)
+        said, remedy = answer.words() if answer is not None else ("", "")
+        if said:
+            raise DataError(said, where=where, hint=remedy) from error
         reason = first_line(error)
         raise DataError(f"cannot be read from the hub: {reason}", where=where, hint=hint) from error
 

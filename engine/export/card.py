@@ -30,7 +30,7 @@ from engine.config.stages import STAGES
 from engine.evaluation.plausible import CHECK
 from engine.export.layout import Form, Linears, group_sizes
 from engine.export.result import ExportResult
-from engine.run.measures import Further
+from engine.run.measures import Further, TaskScore
 
 
 def model_card(
@@ -51,6 +51,7 @@ def model_card(
         _answer_table(card),
         _texts_table(card),
         _accuracy_table(card),
+        _score_table(card),
     ]
     if card.get("command"):
         parts.append(f"## How it was made\n\n```\n{card['command']}\n```\n")
@@ -170,3 +171,28 @@ def _accuracy_table(card: dict[str, Any]) -> str:
     ]
     head = f"| model | {' | '.join(tasks)} |\n|---|{'---|' * len(tasks)}\n"
     return "## Zero-shot accuracy, %\n\n" + head + "\n".join(rows) + "\n"
+
+
+def _score_table(card: dict[str, Any]) -> str:
+    """What lm-eval made of the answers, with standard errors."""
+    measured: dict[str, Further] = card.get("further") or {}
+    stages = [stage for stage in STAGES if stage.name in measured and measured[stage.name].scores]
+    if not stages:
+        return ""
+    found = {stage.name: {one.name: one for one in measured[stage.name].scores} for stage in stages}
+    names = list(dict.fromkeys(name for one in found.values() for name in one))
+    by = next((one.by for stage in stages for one in measured[stage.name].scores if one.by), "lm-eval")
+    rows = []
+    for name in names:
+        words = (_score_words(found[stage.name].get(name)) for stage in stages)
+        rows.append(f"| {name.replace('|', '/')} | {' | '.join(words)} |")
+    labels = " | ".join(stage.card_label for stage in stages)
+    head = f"| task | {labels} |\n|---|{'---|' * len(stages)}\n"
+    return f"## Tasks, asked by {by}\n\n" + head + "\n".join(rows) + "\n"
+
+
+def _score_words(one: TaskScore | None) -> str:
+    if one is None or one.value is None:
+        return "–"
+    form = ".4f" if abs(one.value) < 1000 else ".4g"
+    return f"{one.value:{form}}" + (f" ± {one.stderr:{form}}" if one.stderr else "")

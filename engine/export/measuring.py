@@ -32,11 +32,17 @@ from engine.config.model import ModelConfig
 from engine.config.run import RunConfig
 from engine.config.runtime import StoreKind
 from engine.config.tables import load_extensions
+from engine.config.tasks import lm_task, require_lm_eval, task_name
 from engine.data.encoding import Encoder
+from engine.data.tasks import questions
 from engine.data.tokens import token_windows
 from engine.errors import EqatError, ExitCode, PreflightError
+from engine.evaluation.answering import Means, answering
 from engine.evaluation.beside import Version
+from engine.evaluation.harness import ask, find_tasks
 from engine.evaluation.measurement import Measurement, read, result_of
+from engine.evaluation.room import free_for_blocks
+from engine.evaluation.tasks import accuracies, own_score, tokenize
 from engine.export.described import PLAIN, format_in
 from engine.export.imported import refuse_description
 from engine.export.judging import UNFIT
@@ -51,6 +57,7 @@ from engine.plan.fit import host_budget
 from engine.plan.machine import detect
 from engine.process import choose_device, device_name, prepare_process
 from engine.run.measured import How, MeasureRequest, as_asked, by_flags
+from engine.run.measures import TaskScore
 from engine.system.files import make_folder
 from engine.system.user_cache import token_cache
 
@@ -128,16 +135,19 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
         with foreign("the tokenizer cannot be loaded", request.source):
             tokenizer = opened.lm.source.tokenizer()
         encoder = Encoder(tokenizer, rows=opened.lm.vocab_size, bos=config.model.bos)
-        say({"doing": "reading the text"})
-        texts = windows_of(config, encoder, warnings)
+        say({"doing": "reading the text" if request.how.reads_texts else "reading tasks"})
+        asks = _Questions(config, opened.lm, encoder)
+        texts = windows_of(config, encoder, warnings) if request.how.reads_texts else []
         full = None
         if request.reference:
             say({"doing": "opening the reference"})
             full = Opened(reference, device)
             require_comparable(opened.lm, full.lm, request.reference)
-        found = _read(config, opened, full, torch.cat(texts), len(encoder.begin), warnings)
+        found = _read(config, opened, full, torch.cat(texts), len(encoder.begin), warnings) if texts else None
+        scores = asks.answers()
     results, first = [], 0
-    for name, windows in zip(config.evaluation.text_names(), texts, strict=True):
+    for name, windows in zip(config.evaluation.text_names(), texts, strict=False):
+        assert found is not None
         results.append(
             result_of(
                 found,
@@ -158,7 +168,49 @@ def measure(request: MeasureRequest) -> dict[str, Any]:
         "reference": request.reference or None,
         "warnings": warnings,
         "measured": msgspec.to_builtins(results),
+        "scores": msgspec.to_builtins(scores),
     }
+
+
+class _Questions:
+    """Tasks that a checkpoint is asked, found before anything is measured."""
+
+    def __init__(self, config: RunConfig, lm: CausalLM, encoder: Encoder) -> None:
+        self.config, self.lm, self.encoder = config, lm, encoder
+        section = config.evaluation
+        require_lm_eval(section.tasks)
+        own = [name for name in section.tasks if lm_task(name) is None]
+        self.own = {
+            task_name(name): tokenize(questions(name, section.task_limit), encoder, lm.position_table)
+            for name in own
+        }
+        asked = [task for name in section.tasks if (task := lm_task(name)) is not None]
+        options = {"folder": section.task_folder, "limit": section.task_limit, "chat": section.task_chat}
+        self.others = find_tasks(asked, **options) if asked else None  # type: ignore[arg-type]
+
+    def answers(self) -> list[TaskScore]:
+        """Of the tasks that eqat asks itself first, then of lm-eval's."""
+        scores: list[TaskScore] = []
+        place = token_cache().parent
+        make_folder(place)
+        if self.own:
+            say({"doing": "asking questions"})
+            found = accuracies(
+                self.lm, self.lm.load_block, self.own, folder=place, on_progress=partial(_tell, 1)
+            )
+            scores += [own_score(name, one) for name, one in found.items()]
+        if self.others is not None:
+            say({"doing": "asking lm-eval's questions"})
+            config = self.config
+            free = partial(free_for_blocks, config, self.lm.device, detect(place, "cpu"))
+            means = Means(
+                folder=place,
+                batch_size=config.evaluation.batch_size,
+                free_for_blocks=free,
+                on_progress=partial(_tell, 1),
+            )
+            scores += ask(self.others, answering(self.lm, self.encoder, self.lm.load_block, means))
+        return scores
 
 
 def _within_reach(config: RunConfig, lm: CausalLM, how: How, warnings: list[str]) -> RunConfig:

@@ -27,6 +27,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from engine.architecture.model_folder import unlinked
 from engine.config.grid import BITS
 from engine.errors import PreflightError
 from engine.system.guarded import (
@@ -278,7 +279,7 @@ class CheckpointReader(ABC):
         entry = self._entry(name)
         data = bytearray(entry.size)
         try:
-            with os.fdopen(open_regular(entry.path), "rb") as file:
+            with os.fdopen(open_regular(unlinked(entry.path)), "rb") as file:
                 file.seek(entry.start)
                 count = file.readinto(data)
         except OSError as error:
@@ -305,7 +306,7 @@ class CheckpointReader(ABC):
     def _list_tensors(self) -> dict[str, Entry]:
         index = self.directory / "model.safetensors.index.json"
         try:
-            weight_map = read_struct(index, _Index, LARGE).weight_map
+            weight_map = read_struct(unlinked(index), _Index, LARGE).weight_map
         except NoFile:
             return _read_header(self.directory / "model.safetensors")
         found: dict[str, Entry] = {}
@@ -361,7 +362,7 @@ class PackedSource:
 def _read_header(path: Path) -> dict[str, Entry]:
     """Where each tensor of a safetensors file is; the safetensors library judges whether it is sound."""
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
+        with os.fdopen(open_regular(unlinked(path)), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if length > min(LARGE, size - 8):
@@ -409,7 +410,7 @@ def packed_model(
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint; BadFile for anything else."""
-    return read_object(path, SMALL)
+    return read_object(unlinked(path), SMALL)
 
 
 def quantization_of(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 from engine.architecture.headers import INDEX_NAME, SINGLE_NAME, read_index
 from engine.errors import EqatError, ExitCode, PreflightError, first_line
 from engine.system.files import full_disk
+from engine.system.hub_answers import answer_of, asking_again
 from engine.system.stamps import StampedFile
 
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "tokenizer.model.*", "*.vocab", "bpe.codes"]
@@ -51,7 +52,7 @@ def download(repo: str, revision: str | None, *, trust_remote_code: bool = False
 def _fetch(repo: str, action: Callable[[], Result]) -> Result:
     """Run a download; every way in which it can fail becomes one sentence."""
     try:
-        return action()
+        return asking_again(action)
     except GatedRepoError as error:
         raise PreflightError(
             "the repository is gated and this account has no access",
@@ -67,6 +68,7 @@ def _fetch(repo: str, action: Callable[[], Result]) -> Result:
             hint="check the spelling; a private repository needs `hf auth login`",
         ) from error
     except LocalEntryNotFoundError as error:
+        _tell_answer(repo, error)
         raise PreflightError(
             "the hub cannot be reached and the model is not complete in the local cache",
             where=repo,
@@ -82,14 +84,24 @@ def _fetch(repo: str, action: Callable[[], Result]) -> Result:
                 where=repo,
                 hint="free some space, or set HF_HOME to a disk that has it",
             ) from error
+        _tell_answer(repo, error)
         raise PreflightError(
             f"the download was interrupted: {first_line(error)}",
             where=repo,
             hint="run again; finished files are kept and the rest continues",
         ) from error
     except Exception as error:  # the HTTP library's own errors, which differ between hub versions
+        _tell_answer(repo, error)
         raise PreflightError(
             f"the download failed: {first_line(error)}",
             where=repo,
             hint="run again; finished files are kept and the rest continues",
         ) from error
+
+
+def _tell_answer(repo: str, error: Exception) -> None:
+    """PreflightError where the hub itself said why it gives nothing."""
+    answer = answer_of(error)
+    said, hint = answer.words() if answer is not None else ("", "")
+    if said:
+        raise PreflightError(said, where=repo, hint=hint) from error

@@ -24,16 +24,19 @@ from engine.evaluation.plausible import CHECK, doubt, grouped
 from engine.evaluation.tasks import Accuracy, accuracies, hidden_bytes
 from engine.export.stored import as_stored, outer_values
 from engine.methods.blockwise.rtn import round_to_nearest
+from engine.phases.asking import scores
 from engine.phases.imported import original
 from engine.phases.job import Job
 from engine.plan.fit import host_budget
 from engine.run import events
 from engine.run.events import MEASUREMENT
 from engine.run.facts import eval_fact
-from engine.run.measures import Further
+from engine.run.measures import Further, TaskScore
 
 ACTIVATIONS = "the file of an evaluation's activations"
 """What a full disk has no room for while a model is evaluated."""
+TOKENS_OF_A_QUESTION = 400
+"""Of lm-eval, with all of its choices."""
 PARTS = 1000
 """Of which so many are done, where two different things are counted."""
 BlockFor = Callable[[int], nn.Module]
@@ -47,16 +50,17 @@ def evaluate(job: Job, stage: Stage, *, again: bool = False) -> None:
         of = original(job) if stage.baseline else job
         block_for: BlockFor = partial(load_named(stage.block), of)
         with values_of(of, stage) as outer:
-            found = measure(of, Version(of.lm, block_for, outer), stage, of.tokens.measured())
+            version, first = Version(of.lm, block_for, outer), not of.world.rank
+            found = measure(of, version, stage, of.tokens.measured())
             result = found.result.of_part(0, len(of.tokens.evaluation))
             known = {
                 "perplexity": finite(result.perplexity),
                 "tokens": result.tokens,
                 "seconds": result.seconds,
                 "nll": grouped(result.window_nll) if math.isfinite(result.perplexity) else [],
-                **(_ask(of, Version(of.lm, block_for, outer)) if not of.world.rank else {}),
-                **_further(of, found),
-                **(_answers(of, block_for) if not of.world.rank else {}),
+                **(ask_questions(of, version) if first else {}),
+                **_further(of, found, ask_lm_eval(of, version) if first else ()),
+                **(_answers(of, block_for) if first else {}),
             }
         job.store.remember(name, known)
         job.checkpoints.commit(job.report.phase_name)
@@ -69,6 +73,7 @@ def evaluate(job: Job, stage: Stage, *, again: bool = False) -> None:
             corpus=corpus_name(job.config.evaluation.data),
             begin=job.encoder.words(),
             texts=further.texts,
+            scores=further.scores,
             divergence=further.divergence,
             block_errors=further.block_errors,
             **{name: value for name, value in known.items() if name not in ("nll", "further")},
@@ -189,11 +194,21 @@ def _read(
     )
 
 
-def _further(job: Job, found: Measurement) -> dict[str, Any]:
+def ask_lm_eval(job: Job, version: Version) -> tuple[TaskScore, ...]:
+    """Tasks that lm-eval asks, where there are any."""
+    if job.harness is None:
+        return ()
+    with version.outer():
+        asked = partial(scores, job, version.block_for, partial(_tell, job, 3))
+        return job.checkpoints.patiently(asked, 0, ACTIVATIONS, job.run.cache_dir)
+
+
+def _further(job: Job, found: Measurement, asked: tuple[TaskScore, ...]) -> dict[str, Any]:
     """What is remembered of a measurement besides the perplexity of the run's own text, if there is more."""
     own = len(job.tokens.evaluation)
     further = Further(
         texts=tuple(found.text(name, *span) for name, span in job.tokens.spans().items()),
+        scores=asked,
         divergence=found.divergence(0, own),
         block_errors=found.block_errors(0, own),
     )
@@ -226,7 +241,8 @@ def _answers(job: Job, block_for: BlockFor) -> dict[str, float | int | None]:
 
 
 def _tell(job: Job, part: int, done: int, of: int) -> None:
-    """How far the phase is: perplexity (0), tasks (1), answers (2), each as much of it as it has tokens."""
+    """How far the phase is: perplexity (0), tasks (1), answers (2), tasks of lm-eval (3), each as much of it
+    as it has tokens."""
     tokens = _tokens(job)
     if sum(map(bool, tokens)) == 1:
         job.report.step(done, of)
@@ -235,15 +251,17 @@ def _tell(job: Job, part: int, done: int, of: int) -> None:
     job.report.step(round(PARTS * passed / sum(tokens)), PARTS)
 
 
-def _tokens(job: Job) -> tuple[float, float, float]:
-    """Of the texts, of the tasks' questions and of the held-out conversations."""
+def _tokens(job: Job) -> tuple[float, float, float, float]:
+    """Of the texts, of the tasks' questions, of the held-out conversations, and about so many of what lm-eval
+    asks, which is written only when it is asked."""
     hidden, held_out = job.lm.hidden_size * job.lm.dtype.itemsize, job.tokens.held_out
     asked = hidden_bytes(job.lm, job.tasks) / hidden if job.tasks else 0.0
     answers = 0 if held_out is None else held_out.tokens_NT.numel()
-    return job.tokens.measured().numel(), asked, answers
+    harness = 0 if job.harness is None else job.harness.questions * TOKENS_OF_A_QUESTION
+    return job.tokens.measured().numel(), asked, answers, harness
 
 
-def _ask(job: Job, version: Version) -> dict[str, dict[str, float]]:
+def ask_questions(job: Job, version: Version) -> dict[str, dict[str, float]]:
     """Zero-shot tasks, where there are any."""
     if not job.tasks:
         return {}

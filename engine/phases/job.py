@@ -19,6 +19,7 @@ from engine.config.run import RunConfig
 from engine.config.stages import Stage, network_stages, stages_of
 from engine.data.activations import ActivationStore, make_store
 from engine.data.encoding import Encoder
+from engine.evaluation.harness import HarnessTasks
 from engine.evaluation.tasks import TokenizedTask
 from engine.export.stored import as_stored, export_dtype, outer_as_stored, stored_outer
 from engine.models.causal_lm import CausalLM
@@ -53,6 +54,8 @@ class Job:
     world: World = ALONE
     tasks: Mapping[str, TokenizedTask] = field(default_factory=dict)
     """Questions of zero-shot tasks, by the task's name."""
+    harness: HarnessTasks | None = None
+    """Tasks that lm-eval asks."""
     perplexities: dict[str, float] = field(default_factory=dict)
     """By stage, as far as measured."""
     answer_perplexities: dict[str, float] = field(default_factory=dict)

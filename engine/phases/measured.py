@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -11,15 +12,17 @@ from engine.config.stages import Stage
 from engine.config.tables import load_named
 from engine.data.encoding import Encoder
 from engine.data.tokens import token_windows
-from engine.errors import DataError
+from engine.errors import DataError, EqatError
 from engine.evaluation.beside import Version
 from engine.evaluation.measurement import result_of
-from engine.phases.evaluation import measure, values_of
+from engine.evaluation.tasks import Accuracy, own_score
+from engine.phases.asking import find_questions
+from engine.phases.evaluation import ask_lm_eval, ask_questions, measure, values_of
 from engine.phases.imported import original
 from engine.phases.job import Job
 from engine.phases.text import PREPARE_SILENCE, Tokens
 from engine.process import device_name
-from engine.run.measured import How, as_asked, by_flags, keep
+from engine.run.measured import Asked, How, Measured, as_asked, by_flags, keep
 
 
 def measure_as_asked(job: Job, stage: Stage, how: How) -> None:
@@ -30,27 +33,41 @@ def measure_as_asked(job: Job, stage: Stage, how: How) -> None:
     """
     of = asked_job(job, how)
     of = original(of) if stage.baseline else of
-    windows = of.tokens.measured()
     with values_of(of, stage) as outer:
-        block_for = partial(load_named(stage.block), of)
-        found = measure(of, Version(of.lm, block_for, outer), stage, windows)
+        version = Version(of.lm, partial(load_named(stage.block), of), outer)
+        measured = _on_texts(of, stage, version) if how.reads_texts else []
+        keep(job.run, measured, _asked(of, stage, version))
+
+
+def _on_texts(of: Job, stage: Stage, version: Version) -> list[Measured]:
+    windows = of.tokens.measured()
+    found = measure(of, version, stage, windows)
     names = of.config.evaluation.text_names()
     spans = [(0, len(of.tokens.evaluation)), *of.tokens.spans().values()]
-    keep(
-        job.run,
-        [
-            result_of(
-                found,
-                name,
-                span,
-                stage=stage.name,
-                sequence_length=windows.shape[1],
-                begin=of.encoder.words(),
-                device=device_name(job.device),
-            )
-            for name, span in zip(names, spans, strict=True)
-        ],
-    )
+    return [
+        result_of(
+            found,
+            name,
+            span,
+            stage=stage.name,
+            sequence_length=windows.shape[1],
+            begin=of.encoder.words(),
+            device=device_name(of.device),
+        )
+        for name, span in zip(names, spans, strict=True)
+    ]
+
+
+def _asked(of: Job, stage: Stage, version: Version) -> list[Asked]:
+    """Answers to tasks, those that eqat asks itself first."""
+    own = ask_questions(of, version)
+    found = [
+        own_score(name, Accuracy(share, int(own["questions"][name])))
+        for name, share in own.get("accuracy", {}).items()
+    ]
+    device, now = device_name(of.device), time.time()
+    found += ask_lm_eval(of, version)
+    return [Asked(stage=stage.name, score=score, device=device, t=now) for score in found]
 
 
 def asked_job(job: Job, how: How) -> Job:
@@ -62,7 +79,7 @@ def asked_job(job: Job, how: How) -> Job:
         raise table.refusal("--sequence-length", section.sequence_length)
     encoder = Encoder(job.source.tokenizer(), rows=job.lm.vocab_size, bos=config.model.bos)
     read: list[torch.Tensor] = []
-    for data in section.every_text():
+    for data in section.every_text() if how.reads_texts else ():
         job.report.leave_if_asked()
         job.report.expect_silence(PREPARE_SILENCE)
         try:
@@ -77,5 +94,12 @@ def asked_job(job: Job, how: How) -> Job:
         except DataError as error:
             raise by_flags(error) from error
         read.append(windows)
-    tokens = Tokens({}, read[0], further=dict(zip(section.text_names()[1:], read[1:], strict=True)))
-    return replace(job, config=config, encoder=encoder, tokens=tokens, tasks={})
+    nothing = torch.zeros((0, section.sequence_length), dtype=torch.long)
+    further = dict(zip(section.text_names()[1:], read[1:], strict=True)) if read else {}
+    tokens = Tokens({}, read[0] if read else nothing, further=further)
+    of = replace(job, config=config, encoder=encoder, tokens=tokens, tasks={}, harness=None)
+    try:
+        find_questions(of)
+    except EqatError as error:
+        raise by_flags(error) from error
+    return of

@@ -23,8 +23,8 @@ from engine.data.encoding import Encoder
 from engine.data.parts import Part
 from engine.data.tokens import load_windows, store_windows, windows_file
 from engine.evaluation.own_text import own_windows
+from engine.evaluation.room import free_for_blocks
 from engine.models.causal_lm import CausalLM
-from engine.phases.room import free_for_blocks
 from engine.plan.machine import Machine
 from engine.plan.own_text import (
     DOCUMENT_TOKENS,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from engine.checkpoints.identity import counts_as, deciding_fields, default_fields
@@ -12,17 +10,15 @@ from engine.checkpoints.store import CheckpointStore
 from engine.config.run import RunConfig
 from engine.config.runtime import GPUS
 from engine.config.stages import measured_stage, network_stages, phases_of, stages_of, versions
-from engine.config.tasks import task_name
 from engine.data.encoding import Encoder
 from engine.data.sampler import strata_of
-from engine.data.tasks import questions
 from engine.errors import DamagedRun, UsageError
-from engine.evaluation.tasks import TokenizedTask, tokenize
 from engine.export.layout import form_of
 from engine.export.stored import check_activations, check_values
 from engine.gpu.compiled import SWITCH_HINT
 from engine.models.carried import in_words
 from engine.models.causal_lm import CausalLM
+from engine.phases.asking import find_questions
 from engine.phases.evaluation import recall
 from engine.phases.heads import quantize_heads
 from engine.phases.identity import digest, share_origin, warn_of_changes, write_manifest
@@ -50,9 +46,10 @@ def prepare(
     task: Task,
     *,
     may_differ: tuple[str, ...] = (),
+    asks: bool = True,
 ) -> Job:
     """Everything that the phases work with; settings that ``may_differ`` may be others than those of the
-    checkpoint that the run goes on from.
+    checkpoint that the run goes on from. The questions of tasks are read where the run ``asks`` its own.
 
     Raises:
         EqatError: for a model, a text or a checkpoint that cannot be used.
@@ -95,8 +92,8 @@ def prepare(
     warn_of_changes(run, device, report)
     write_manifest(run, config, source, encoder, device, made_from)
     job = Job(run, config, plan, report, source, lm, encoder, tokens, store)
-    if config.evaluation.enabled and task in ("run", "eval"):
-        job.tasks = _questions(job)
+    if config.evaluation.enabled and task in ("run", "eval") and asks:
+        find_questions(job)
     if task != "run":
         _require_finished(job, task)
     else:
@@ -169,17 +166,6 @@ def _slower(report: Reporter, why: str) -> None:
         f"evaluation and streams are slower, blocks cannot be compiled: {why}",
         hint=SWITCH_HINT,
     )
-
-
-def _questions(job: Job) -> Mapping[str, TokenizedTask]:
-    """Early, so that a task that cannot be read does not wait for the first evaluation to say so."""
-    found = {}
-    for name in job.config.evaluation.tasks:
-        job.report.leave_if_asked()
-        job.report.expect_silence(PREPARE_SILENCE)
-        asked = questions(name, job.config.evaluation.task_limit)
-        found[task_name(name)] = tokenize(asked, job.encoder, job.lm.position_table)
-    return found
 
 
 def _require_finished(job: Job, task: Task) -> None:

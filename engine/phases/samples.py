@@ -14,10 +14,10 @@ from engine import telemetry
 from engine.config.stages import full_precision
 from engine.errors import UsageError
 from engine.evaluation.continuation import continuation, prompt_ids
+from engine.evaluation.room import free_for_blocks
 from engine.models.skeleton import text_config
 from engine.phases.imported import original
 from engine.phases.job import Job
-from engine.phases.room import free_for_blocks
 from engine.run import events
 from engine.run.task import NEW_TOKENS
 

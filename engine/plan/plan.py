@@ -45,6 +45,7 @@ from engine.config.learning import learned_words
 from engine.config.run import RunConfig
 from engine.config.runtime import StoreKind
 from engine.config.stages import Scope, learns_answers
+from engine.config.tasks import require_lm_eval
 from engine.errors import DataError, EqatError, PreflightError
 from engine.plan.advice import better_recipe
 from engine.plan.costs import StageCosts, Steps, Text, made_costs
@@ -170,6 +171,7 @@ def make_plan(
         UsageError: for a training that would learn from an original model which is not known.
     """
     _check_local_text(config)
+    require_lm_eval(config.evaluation.tasks if config.evaluation.enabled else ())
     refuse_unknown_teacher(config)
     model = described(config)
     refuse(model.architecture, model.config, config.grid, config.export.formats)
@@ -283,6 +285,9 @@ def _check_local_text(config: RunConfig) -> None:
     if config.instructions.source is not None:
         used.append(("instructions.source", config.instructions.data, True))
     evaluation = config.evaluation
+    folder = evaluation.task_folder
+    if evaluation.enabled and folder and not os.path.isdir(local_path(folder)):
+        raise DataError("no such folder", where=folder, hint="check evaluation.task_folder")
     used.append(("evaluation.data.source", evaluation.data, evaluation.enabled))
     used += [("evaluation.texts", data, evaluation.enabled) for data in evaluation.every_text()[1:]]
     for name, data, wanted in used:

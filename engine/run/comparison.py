@@ -21,7 +21,7 @@ from engine.config.writing import flat, to_dict
 from engine.errors import UsageError, first_line
 from engine.run.directory import RunDirectory
 from engine.run.events import BULK, Eval
-from engine.run.measured import measured
+from engine.run.measured import asked_later, measured, with_later
 from engine.run.state import RunState, load_state
 
 LETTERS = string.ascii_uppercase
@@ -52,6 +52,7 @@ class Compared:
             digests = None  # without them it is known by names
         self.others = measured(run)
         """What eqat eval measured of it otherwise."""
+        self.scores = with_later(self.state.scores(), asked_later(run))
         self.digests: dict[str, Any] = digests if isinstance(digests, dict) else {}
 
     @property
@@ -131,8 +132,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """One number of every run."""
 
     name: str
-    """One of ``perplexity``, ``of_full_precision``, ``kl``, ``top1``, ``accuracy``, ``size_bytes``,
-    ``bits_per_weight`` and ``seconds``."""
+    """One of ``perplexity``, ``of_full_precision``, ``kl``, ``top1``, ``accuracy``, ``score``,
+    ``size_bytes``, ``bits_per_weight`` and ``seconds``."""
     stage: str | None = None
     """The version of the model that it is of, where it is of one."""
     task: str | None = None
@@ -164,6 +165,7 @@ def results(runs: Sequence[Compared], found: Difference) -> list[Row]:
         *_other_texts(runs, comparable=alike),
         *_measured_later(runs, comparable=alike),
         *_accuracies(runs, comparable=alike),
+        *_scores(runs, comparable=alike),
         Row(name="size_bytes", values=tuple(e.bytes if e else None for e in exports), comparable=alike),
         Row(
             name="bits_per_weight",
@@ -282,6 +284,29 @@ def _accuracies(runs: Sequence[Compared], *, comparable: bool) -> list[Row]:
                     values=tuple(one.get(stage, {}).get(task) for one in answered),
                     comparable=comparable and not _differ(asked),
                     better="larger",
+                )
+            )
+    return rows
+
+
+def _scores(runs: Sequence[Compared], *, comparable: bool) -> list[Row]:
+    """What lm-eval made of the answers by version, task and metric; of one thing where as many questions were
+    asked by the same version of lm-eval."""
+    rows: list[Row] = []
+    answered = [{stage: {one.name: one for one in run.scores[stage]} for stage in run.scores} for run in runs]
+    for stage in versions(name for one in answered for name in one):
+        names = dict.fromkeys(name for one in answered for name in one.get(stage, {}))
+        for name in list(names)[: MOST_ROWS - len(rows)]:
+            found = [one.get(stage, {}).get(name) for one in answered]
+            asked = [(one.questions, one.by, one.better) if one else None for one in found]
+            rows.append(
+                Row(
+                    name="score",
+                    stage=stage,
+                    task=name,
+                    values=tuple(one.value if one else None for one in found),
+                    comparable=comparable and not _differ(asked),
+                    better=next(one.better for one in found if one),
                 )
             )
     return rows

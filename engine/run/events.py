@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from engine.errors import EqatError
-from engine.run.measures import Divergence, TextMeasure
+from engine.run.measures import Divergence, TaskScore, TextMeasure
 
 VERSION = 1
 
@@ -150,6 +150,8 @@ class Eval(Event, frozen=True, kw_only=True, tag="eval"):
     questions: dict[str, int] = {}
     texts: tuple[TextMeasure, ...] = ()
     """Other texts that were measured."""
+    scores: tuple[TaskScore, ...] = ()
+    """Of tasks that lm-eval asked."""
     divergence: Divergence | None = None
     """From full precision, on ``corpus``."""
     block_errors: tuple[float | None, ...] = ()

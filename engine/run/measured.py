@@ -2,12 +2,12 @@
 another text, at another context or by another protocol; ``eval/measured.json``.
 
 The run's own measure stays what it is. The file has one result a version of the model, a text, a context and
-a protocol, the newest; a new measurement replaces its own and leaves the others.
+a protocol, and one a number of a task, the newest; a new measurement replaces its own and leaves the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -21,7 +21,7 @@ from engine.config.validation import validate
 from engine.errors import EqatError, UsageError
 from engine.run.contents import MEASURED
 from engine.run.directory import FOLDER_MODE, RunDirectory
-from engine.run.measures import Divergence
+from engine.run.measures import MOST_SCORES, Divergence, TaskScore
 from engine.system.files import atomic_write_json, make_folder
 from engine.system.guarded import read_struct
 
@@ -39,11 +39,20 @@ class How(msgspec.Struct, frozen=True, kw_only=True):
     sequence_length: int | None = None
     windows: int | None = None
     bos: BeginOfText | None = None
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
+    task_folder: str | None = None
+    task_chat: bool | None = None
 
     @property
     def is_asked(self) -> bool:
         """Whether anything is to be otherwise than in the run."""
         return self != How()
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether perplexity is measured: not where only tasks are named."""
+        return not self.tasks or bool(self.texts) or (self.sequence_length, self.windows) != (None, None)
 
 
 class MeasureRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,9 +95,24 @@ class Measured(msgspec.Struct, kw_only=True):
         return self.stage, self.corpus, self.sequence_length, self.begin, self.tokens
 
 
+class Asked(msgspec.Struct, kw_only=True):
+    """A number of a task that a version of the model was asked."""
+
+    stage: str
+    score: TaskScore
+    device: str = ""
+    t: float = 0.0
+    """When, in seconds since 1970."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.stage, self.score.name
+
+
 class _File(msgspec.Struct, kw_only=True):
     schema: int = 1
     results: list[Measured] = []
+    scores: list[Asked] = []
 
 
 def as_asked(config: RunConfig, how: How) -> RunConfig:
@@ -97,12 +121,17 @@ def as_asked(config: RunConfig, how: How) -> RunConfig:
     Raises:
         UsageError: for a text that is none, or a number that cannot be.
     """
-    changes: dict[str, Any] = {"evaluation.enabled": True, "evaluation.tasks": ()}
+    changes: dict[str, Any] = {"evaluation.enabled": True, "evaluation.tasks": how.tasks}
+    if not how.tasks:
+        changes["evaluation.task_folder"] = ""
     if how.texts:
         changes["evaluation.data"] = how.texts
     others = {
         "evaluation.sequence_length": how.sequence_length,
         "evaluation.windows": how.windows,
+        "evaluation.task_limit": how.task_limit,
+        "evaluation.task_folder": how.task_folder,
+        "evaluation.task_chat": how.task_chat,
         "model.bos": how.bos,
     }
     changes |= {name: value for name, value in others.items() if value is not None}
@@ -117,6 +146,10 @@ FLAGS = {
     "evaluation.texts": "--data",
     "evaluation.data.source": "--data",
     "evaluation.data": "--data",
+    "evaluation.task_limit": "--task-limit",
+    "evaluation.task_folder": "--task-folder",
+    "evaluation.task_chat": "--task-chat",
+    "evaluation.tasks": "--tasks",
     "model.bos": "--bos",
 }
 """What one types for a field where something is measured."""
@@ -130,8 +163,10 @@ def by_flags(error: EqatError) -> EqatError:
     return EqatError(error.message, exit_code=error.exit_code, where=where, hint=hint)
 
 
-def refuse_endless(config: RunConfig) -> None:
+def refuse_endless(config: RunConfig, how: How) -> None:
     """UsageError for a text that is streamed and has no end that anybody would wait for."""
+    if not how.reads_texts:
+        return
     for data in config.evaluation.every_text() if not config.evaluation.windows else ():
         name = origin(data)
         if name in CORPORA and CORPORA[name].test_characters is None and not is_path(data.source):
@@ -140,13 +175,32 @@ def refuse_endless(config: RunConfig) -> None:
 
 def measured(run: RunDirectory) -> list[Measured]:
     """What was measured, the oldest first; nothing where nothing was, or where the file is none of ours."""
+    return _kept(run).results[-MOST_RESULTS:]
+
+
+def asked_later(run: RunDirectory) -> list[Asked]:
+    """Numbers of tasks, likewise."""
+    return [one for one in _kept(run).scores[-MOST_SCORES:] if one.score.is_sound]
+
+
+def with_later(
+    scores: Mapping[str, Iterable[TaskScore]], later: Iterable[Asked]
+) -> dict[str, tuple[TaskScore, ...]]:
+    """Numbers of tasks by stage: those of the run, and what was asked later, which is newer."""
+    found = {stage: {one.name: one for one in known} for stage, known in scores.items()}
+    for one in later:
+        found.setdefault(one.stage, {})[one.score.name] = one.score
+    return {stage: tuple(named.values())[:MOST_SCORES] for stage, named in found.items()}
+
+
+def _kept(run: RunDirectory) -> _File:
     try:
-        return read_struct(run.eval_dir / MEASURED, _File, root=run.path).results[-MOST_RESULTS:]
+        return read_struct(run.eval_dir / MEASURED, _File, root=run.path)
     except EqatError:
-        return []
+        return _File()
 
 
-def keep(run: RunDirectory, found: Iterable[Measured]) -> None:
+def keep(run: RunDirectory, found: Iterable[Measured], scores: Iterable[Asked] = ()) -> None:
     """Write results beside those that are there.
 
     Raises:
@@ -157,7 +211,10 @@ def keep(run: RunDirectory, found: Iterable[Measured]) -> None:
     for one in found:
         results.pop(one.key, None)  # the newest is the last
         results[one.key] = one
+    asked = {one.key: one for one in asked_later(run)}
+    for score in scores:
+        asked.pop(score.key, None)
+        asked[score.key] = score
+    file = _File(results=list(results.values())[-MOST_RESULTS:], scores=list(asked.values())[-MOST_SCORES:])
     make_folder(run.eval_dir, root=run.path, mode=FOLDER_MODE)
-    atomic_write_json(
-        run.eval_dir / MEASURED, _File(results=list(results.values())[-MOST_RESULTS:]), root=run.path
-    )
+    atomic_write_json(run.eval_dir / MEASURED, file, root=run.path)

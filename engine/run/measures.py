@@ -4,12 +4,17 @@ checkpoint and ``eqat show --json`` have it."""
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import msgspec
 
 MOST_TOKENS = 1 << 62
 MOST_TEXTS = 32
 """That are shown; nobody names as many."""
+MOST_SCORES = 256
+"""Numbers of tasks that are kept and shown."""
+EQAT = "eqat"
+"""Who asks the tasks of the table (:mod:`engine.config.tasks`), lm-eval the others."""
 MOST_ERRORS = 1024
 """Blocks whose error is shown; no model has as many."""
 
@@ -49,10 +54,41 @@ class TextMeasure(msgspec.Struct, frozen=True, kw_only=True):
         return whole and 0 <= self.tokens <= MOST_TOKENS and (not self.divergence or self.divergence.is_sound)
 
 
+class TaskScore(msgspec.Struct, frozen=True, kw_only=True):
+    """One number of a task that lm-eval asked."""
+
+    task: str
+    metric: str
+    """As lm-eval calls it, with the filter of the answers where there are several: ``acc_norm``."""
+    value: float | None
+    """None when it was not a finite number."""
+    stderr: float | None = None
+    shots: int | None = None
+    """Examples before each question; none where those of a group's members differ."""
+    questions: int = 0
+    better: Literal["larger", "smaller"] = "larger"
+    by: str = ""
+    """What asked, with its version."""
+
+    @property
+    def is_sound(self) -> bool:
+        """As above."""
+        numbers = (self.value or 0.0, self.stderr or 0.0)
+        return all(map(math.isfinite, numbers)) and 0 <= self.questions <= MOST_TOKENS
+
+    @property
+    def name(self) -> str:
+        """Task, examples and metric in words; and who asked, where that was not lm-eval."""
+        shots = f" {self.shots}-shot" if self.shots else ""
+        return f"{self.task}{shots}, {self.metric}{f' ({EQAT})' if self.by == EQAT else ''}"
+
+
 class Further(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All of it of one version of the model, as a checkpoint remembers it."""
 
     texts: tuple[TextMeasure, ...] = ()
+    scores: tuple[TaskScore, ...] = ()
+    """Of tasks that lm-eval asked."""
     divergence: Divergence | None = None
     """On the run's own text."""
     block_errors: tuple[float | None, ...] = ()
@@ -61,7 +97,7 @@ class Further(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     def __post_init__(self) -> None:
         # Damage that leaves a number may leave one that none of these can be.
-        sound = all(one.is_sound for one in self.texts)
+        sound = all(one.is_sound for one in self.texts) and all(one.is_sound for one in self.scores)
         sound = sound and (self.divergence is None or self.divergence.is_sound)
         if not sound or not all(0 <= error < math.inf for error in self.block_errors if error is not None):
             raise ValueError("a number is not what it is said to be")

@@ -17,7 +17,7 @@ from engine.run.deaths import why_gone
 from engine.run.directory import RunDirectory
 from engine.run.events import Event
 from engine.run.liveness import Look, Work, last_events, look
-from engine.run.measured import measured
+from engine.run.measured import asked_later, measured, with_later
 from engine.run.redo import read_origin
 from engine.run.state import RunState, load_state
 from engine.run.status import Status, read_launched
@@ -37,6 +37,7 @@ def show_run(run: RunDirectory) -> dict[str, Any]:
     tree = render(state, state=found.state, work=found.work, config=_config(run))
     tree["calibration"] = _calibration(run)
     tree["why_gone"] = _why_gone(run, state, found)
+    tree["scores"] = json_safe(msgspec.to_builtins(with_later(state.scores(), asked_later(run))))
     tree["measured"] = [json_safe(msgspec.to_builtins(one)) for one in measured(run)]
     tree["bench"] = [msgspec.to_builtins(measured) for measured in benched(run)]
     return {**tree, "path": str(run.path), "origin": origin(run)}
@@ -135,6 +136,7 @@ def render(
         "perplexity": run.perplexity(),
         "answer_perplexity": run.answer_perplexity(),
         "accuracy": run.accuracy(),
+        "scores": msgspec.to_builtins(run.scores()),
         "evaluation": _evaluation(run),
         "divergence": msgspec.to_builtins(run.divergence()),
         "block_errors": msgspec.to_builtins(run.block_errors()),

@@ -19,7 +19,7 @@ from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.run.event_log import read_events
 from engine.run.events import Event
-from engine.run.measures import MOST_ERRORS, MOST_TEXTS, Divergence, TextMeasure
+from engine.run.measures import MOST_ERRORS, MOST_SCORES, MOST_TEXTS, Divergence, TaskScore, TextMeasure
 from engine.run.status import Status, read_status
 from engine.run.task import RUN, is_job
 from engine.run.thinning import MAX_METRICS, MAX_READINGS, Bulk, appended, before
@@ -231,6 +231,11 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
             for stage in versions(self.evaluations)
             if (found := self.evaluations.get(stage)) is not None and found.answer_tokens
         }
+
+    def scores(self) -> dict[str, tuple[TaskScore, ...]]:
+        """Of tasks that lm-eval asked, by stage."""
+        found = {stage: self.evaluations.get(stage) for stage in versions(self.evaluations)}
+        return {stage: one.scores[:MOST_SCORES] for stage, one in found.items() if one and one.scores}
 
     def smallest_export(self) -> events.Export | None:
         """The export whose size stands for the run's: some formats unpack what was quantized."""

@@ -47,6 +47,25 @@ def evaluate(
             "text; never.",
         ),
     ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            metavar="NAME,...",
+            help="Ask tasks: winogrande, piqa, hellaswag, arc_easy, arc_challenge, .jsonl files, any of "
+            "lm-eval's like gsm8k or mmlu:5. Alone, no perplexity is measured.",
+        ),
+    ] = None,
+    task_limit: Annotated[
+        int | None, typer.Option("--task-limit", help="At most so many questions of each task.")
+    ] = None,
+    task_folder: Annotated[
+        str | None,
+        typer.Option("--task-folder", metavar="FOLDER", help="Of task files for lm-eval; their code is run."),
+    ] = None,
+    task_chat: Annotated[
+        bool, typer.Option("--task-chat", help="Put lm-eval's questions in the model's chat template.")
+    ] = False,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -63,7 +82,7 @@ def evaluate(
     detach: Detach = False,
     as_json: Json = False,
 ) -> int:
-    """Measure perplexity: of a run's quantized model again or otherwise, or of any checkpoint.
+    """Measure perplexity or ask tasks: of a run's quantized model again or otherwise, or of any checkpoint.
 
     What is measured of a run on another --data, at another --sequence-length or --bos is kept beside it, for
     show and compare. Of a run, and of a checkpoint with --reference, the divergence from full precision is
@@ -71,7 +90,8 @@ def evaluate(
     """
     from eqat_tui import actions, evaluating
 
-    how = evaluating.how_of(data, sequence_length, windows, bos)
+    asked = evaluating.Tasks(tasks or (), task_limit, task_folder, task_chat)
+    how = evaluating.how_of(data, sequence_length, windows, bos, asked)
     if (checkpoint := evaluating.checkpoint_of(target)) is not None:
         if detach:
             raise UsageError("is for runs", where="--detach", hint="a checkpoint has no log to follow")

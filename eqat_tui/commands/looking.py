@@ -86,21 +86,44 @@ def report(
             "--to", metavar="FILE", help="Write it here; - prints it. Else RUN.html in this folder."
         ),
     ] = None,
+    charts: Annotated[
+        str | None,
+        typer.Option(
+            "--charts",
+            metavar="FOLDER",
+            help="Write each chart into this folder, as SVG; and the page only where --to names one.",
+        ),
+    ] = None,
+    png: Annotated[
+        bool, typer.Option("--png", help="Charts as PNG as well; needs pip install resvg-py.")
+    ] = False,
     runs_dir: RunsDir = None,
 ) -> None:
     """Write a report on a run, or on several: one HTML page that needs no network.
 
     Charts of losses, memory, perplexity and size; warnings, settings, versions, and the command that makes
-    the run again. A report that is there already is replaced, no other file ever is.
+    the run again. A report that is there already is replaced, no other file ever is. --charts writes the
+    charts alone, each as a picture.
     """
     from eqat_tui import actions
     from eqat_tui.output import cell, say, show
     from eqat_tui.report.page import report_page
+    from eqat_tui.report.pictures import pictures, write_pictures
     from eqat_tui.report.place import check_place, default_file, write_report
 
     if to == "":
         raise UsageError("is empty", where="--to", hint="name a file, or - for standard output")
+    if charts == "":
+        raise UsageError("is empty", where="--charts", hint="name a folder")
+    if png and charts is None:
+        raise UsageError("is for charts", where="--png", hint="name their folder with --charts")
     found = [actions.find(ref, runs_dir) for ref in runs]
+    if charts is not None:
+        folder = Path(os.path.expanduser(charts))
+        written = write_pictures(folder, pictures(found), png=png)
+        say(f"wrote {len(written)} pictures into {cell(str(folder), 1000)}")
+        if to is None:
+            return
     if to == "-":
         show(report_page(found))
         return
@@ -118,7 +141,8 @@ def log_to(
         typer.Option(
             "--to",
             metavar="FILE|FOLDER",
-            help="A new file of lines, else standard output; TensorBoard's new folder, else tensorboard/RUN.",
+            help="A new file of lines, else standard output; TensorBoard's new folder, else tensorboard/RUN; "
+            "the folder of wandb or trackio.",
         ),
     ] = None,
     follow: Annotated[
@@ -129,7 +153,8 @@ def log_to(
     """Hand what a run has logged to another program: losses, learning rates, memory, perplexities.
 
     The log is read from outside, afterwards or with --follow as it grows: nothing that happens here stops the
-    run. jsonl is a line of JSON for each event; tensorboard needs pip install tensorboard.
+    run. jsonl is a line of JSON for each event; the others need pip install of their name. wandb and trackio
+    stay on this machine unless WANDB_MODE or TRACKIO_SPACE_ID says otherwise.
     """
     from eqat_tui import actions
     from eqat_tui.output import say

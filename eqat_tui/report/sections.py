@@ -18,7 +18,7 @@ from eqat_tui.output import cell, format_bytes, format_number, format_seconds, f
 from eqat_tui.planned import known
 from eqat_tui.report.curves import charts_of
 from eqat_tui.report.markup import Child, Html, join, table, tag
-from eqat_tui.run_text import ANSWERS, accuracy_rows, doubts, error_line, facts, title
+from eqat_tui.run_text import ANSWERS, accuracy_rows, doubts, error_line, facts, score_rows, title
 
 Tree = Mapping[str, Any]
 MOST_WARNINGS = 50
@@ -93,6 +93,12 @@ def _measured(shown: Tree) -> Html | None:
     if shown.get("accuracy"):
         head, *answered = accuracy_rows(shown["accuracy"])
         parts.append(table([list(row) for row in answered], head=list(head)))
+    if shown.get("scores"):
+        head, *answered = score_rows(shown["scores"])
+        numbers: list[list[Child]] = [
+            [row[0], *(tag("span", one, class_="number") for one in row[1:])] for row in answered
+        ]
+        parts.append(table(numbers, head=list(head)))
     return _part("How good it is", *parts)
 
 

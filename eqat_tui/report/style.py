@@ -5,6 +5,10 @@ see red and green alike (after Okabe and Ito), and stand out from the background
 4.5 to 1.
 """
 
+from __future__ import annotations
+
+import re
+
 _LIGHT = """
   --back: #ffffff; --panel: #f6f7f9; --text: #1a1d21; --muted: #5a6270; --rule: #d5d9e0;
   --series1: #0068a8; --series2: #b84e00; --series3: #007a58; --series4: #8a3f9c;
@@ -27,6 +31,7 @@ h2 {{ font-size: 1.25rem; margin: 2.5rem 0 .5rem; overflow-wrap: anywhere; }}
 h3 {{ font-size: 1rem; margin: 1.5rem 0 .5rem; }}
 p, ul {{ margin: .5rem 0; overflow-wrap: anywhere; }}
 .muted {{ color: var(--muted); }}
+.number {{ white-space: nowrap; }}
 .best {{ color: var(--good); font-weight: 600; }}
 .note {{ border-left: .25rem solid var(--warn); background: var(--warn-back); padding: .5rem .75rem; }}
 .error {{ border-left: .25rem solid var(--bad); background: var(--bad-back); padding: .5rem .75rem; }}
@@ -68,3 +73,17 @@ svg .fill3 {{ fill: var(--series3); }} svg .fill4 {{ fill: var(--series4); }}
   figure, .note, .error, pre {{ print-color-adjust: exact; -webkit-print-color-adjust: exact; }}
 }}
 """
+
+
+def picture_style() -> str:
+    """The rules of the charts for a picture that is a file of its own: light, and in colours that need no
+    variable, which not every program that draws SVG knows."""
+    colours = dict(re.findall(r"--([\w-]+): (#\w+);", _LIGHT))
+    rules = [rule for rule in STYLE.splitlines() if rule.startswith(("svg text", "svg ."))]
+    rules.append("svg text.title { font-weight: 600; font-size: 14px; }")
+    return re.sub(r"var\(--([\w-]+)\)", lambda found: colours[found[1]], "\n".join(rules))
+
+
+def background() -> str:
+    """The colour behind such a picture."""
+    return re.findall(r"--back: (#\w+);", _LIGHT)[0]

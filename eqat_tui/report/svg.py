@@ -58,7 +58,7 @@ def lines(
     x_name: str,
     log: bool = False,
     from_zero: bool = False,
-) -> Html | None:
+) -> Chart | None:
     """A chart of lines; nothing where there is nothing to draw."""
     drawn = [(one, _drawable(one, log)) for one in series]
     points = [point for _, found in drawn for point in found if point is not None]
@@ -92,7 +92,7 @@ class Mark(NamedTuple):
     series: int = 0
 
 
-def marks(title: str, rows: Sequence[Mark], *, log: bool = False) -> Html | None:
+def marks(title: str, rows: Sequence[Mark], *, log: bool = False) -> Chart | None:
     """A bar for each number; on a logarithmic axis, which has no zero for a bar to begin at, a dot."""
     shown = [row for row in rows if row.value is not None and 0 < row.value < LARGEST]
     if not shown:
@@ -122,7 +122,19 @@ def marks(title: str, rows: Sequence[Mark], *, log: bool = False) -> Html | None
     return _figure(title, said, body, bottom + TOP)
 
 
-def _figure(title: str, said: str, body: Sequence[Html], height: float) -> Html:
+class Chart(Html):
+    """A figure of a page, which is a file of its own as well (:mod:`eqat_tui.report.pictures`)."""
+
+    caption: str
+    said: str
+    """What it shows, for who hears it."""
+    body: Html
+    """What is in the picture."""
+    height: float
+    """Of the picture, which is ``WIDTH`` wide."""
+
+
+def _figure(title: str, said: str, body: Sequence[Html], height: float) -> Chart:
     picture = tag(
         "svg",
         tag("title", title),
@@ -132,7 +144,9 @@ def _figure(title: str, said: str, body: Sequence[Html], height: float) -> Html:
         aria_label=f"{title}: {said}",
         viewBox=f"0 0 {WIDTH} {height:.0f}",
     )
-    return tag("figure", tag("figcaption", title), picture)
+    chart = Chart(tag("figure", tag("figcaption", title), picture))
+    chart.caption, chart.said, chart.body, chart.height = title, said, join(*body), height
+    return chart
 
 
 # -- lines ---------------------------------------------------------------------------------------------

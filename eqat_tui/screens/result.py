@@ -27,6 +27,9 @@ from engine.system.guarded import read_bytes
 from eqat_tui.feed import RunView
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import Line, line, wrap
+from eqat_tui.report.page import report_page
+from eqat_tui.report.pictures import default_folder, pictures, write_pictures
+from eqat_tui.report.place import check_place, default_file, write_report
 from eqat_tui.run_text import shorten
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Ask, MarkdownReader
@@ -64,6 +67,7 @@ class ResultScreen(WorkScreen):
         Key("m", "card", "card", "The model card of each packed checkpoint, as it was written"),
         Key("y", "copy", "copy", "Copy the lines of Python that load the packed checkpoints"),
         Key("t", "replay", "replay", "Show the run from its beginning again, at any speed"),
+        Key("W", "report", "report", "Write the report (HTML) and its charts (SVG) into this folder"),
     )
     ABOUT = "What came of the run. Perplexity is measured on the same tokens before, between and after."
     WRITES = frozenset({"sample", "export", "evaluate", "stop"})
@@ -249,6 +253,18 @@ class ResultScreen(WorkScreen):
             pages.append((str(card), text))
         if pages:
             self.app.push_screen(MarkdownReader(pages))
+
+    def do_report(self) -> None:
+        run = self.eqat.current()
+        file, folder = default_file([run]), default_folder([run])
+
+        def write() -> None:
+            check_place(file)
+            write_pictures(folder, pictures([run]))
+            write_report(file, report_page([run]))
+
+        here = shorten(Path.cwd())
+        self.eqat.in_background(write, f"wrote {file} and charts in {folder}/ into {here}")
 
     def do_copy(self) -> None:
         assert self._view is not None

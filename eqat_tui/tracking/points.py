@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from engine.run import events
 from engine.run.events import Event
-from engine.run.measures import MOST_TEXTS
+from engine.run.measures import MOST_SCORES, MOST_TEXTS
 from eqat_tui.output import cell, one_line
 
 MOST_NAME = 100
@@ -95,6 +95,9 @@ def _evaluation(event: events.Eval, count: int) -> Point:
     if event.answer_tokens:
         values[f"answer_perplexity/{stage}"] = event.answer_perplexity
     values |= {f"accuracy/{_name(task)}/{stage}": share for task, share in event.accuracy.items()}
+    for score in event.scores[:MOST_SCORES]:
+        shots = f" {score.shots}-shot" if score.shots else ""
+        values[f"{_name(score.task)}{shots}/{_name(score.metric)}/{stage}"] = score.value
     if event.divergence is not None:
         values |= {f"kl/{stage}": event.divergence.kl, f"top1/{stage}": event.divergence.top1}
     for one in event.texts[:MOST_TEXTS]:

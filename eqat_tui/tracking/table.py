@@ -65,4 +65,16 @@ TRACKERS = Table(
         library="tensorboard",
         install="pip install tensorboard",
     ),
+    Tracker(
+        name="wandb",
+        sink="eqat_tui.tracking.hosted:open_wandb",
+        library="wandb",
+        install="pip install wandb",
+    ),
+    Tracker(
+        name="trackio",
+        sink="eqat_tui.tracking.hosted:open_trackio",
+        library="trackio",
+        install="pip install trackio",
+    ),
 )

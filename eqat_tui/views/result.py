@@ -25,6 +25,7 @@ from eqat_tui.run_text import (
     accuracy_rows,
     facts,
     measurement_doubts,
+    score_rows,
     shorten,
 )
 from eqat_tui.views.monitor import MOST_LINES, what
@@ -81,7 +82,18 @@ def _answers(state: RunState, width: int) -> list[Line]:
 
 
 def _tasks(state: RunState, width: int) -> list[Line]:
-    """Zero-shot tasks, where a run was asked any."""
+    """Tasks, where a run was asked any."""
+    lines: list[Line] = []
+    if scores := state.scores():
+        made = score_rows(msgspec.to_builtins(scores))
+        rows: list[list[str | Span]] = [[(name, "muted") for name in made[0]]]
+        rows += [list(row) for row in made[1:]]
+        found = columns(rows, widths_of(rows), right="l" + "r" * (len(rows[0]) - 1))
+        lines = [line(), *(cut(row, width) for row in found)]
+    return _accuracies(state, width) + lines
+
+
+def _accuracies(state: RunState, width: int) -> list[Line]:
     accuracy = state.accuracy()
     if not accuracy:
         return []

@@ -15,9 +15,12 @@ from engine.config.derived import resolve
 from engine.config.loading import load
 from engine.config.overrides import apply_overrides
 from engine.run import events
-from engine.run.comparison import Compared, Difference, differing_settings, results
+from engine.run.comparison import Compared, Difference, Row, differing_settings, results
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter
+from engine.run.measured import Asked, keep
+from engine.run.measures import TaskScore
+from engine.run.shown import show_run
 from eqat_tui.compare_text import compare_text, compare_tree, sentences
 
 MADE_FROM = {"model": "m" * 64, "evaluation text": "e" * 64}
@@ -132,6 +135,35 @@ def test_accuracies_count_where_as_many_questions_were_asked_and_larger_ones_are
     }
     assert "70.0 % ◂" in compare_text(runs)
     assert "accuracy" not in marked(pair(asked(0.6, 100), asked(0.7, 50)))
+
+
+def test_scores_count_where_the_same_was_asked_and_what_was_asked_later_counts_too(
+    made: Callable[..., RunDirectory],
+) -> None:
+    def score(value: float, **more: Any) -> TaskScore:
+        known = {"task": "wikitext", "metric": "bits_per_byte", "better": "smaller", "questions": 9}
+        return TaskScore(value=value, by="lm-eval 0.4.13", **{**known, **more})
+
+    def asked(value: float, **more: Any) -> RunDirectory:
+        return made(measured={"scores": (score(value, **more),)})
+
+    def rows(runs: list[Compared]) -> list[Row]:
+        return [row for row in results(runs, Difference(runs)) if row.name == "score" and row.stage == "fp"]
+
+    runs = pair(asked(0.6), asked(0.7))
+    (row,) = rows(runs)
+    assert (row.task, row.values, row.best) == ("wikitext, bits_per_byte", (0.6, 0.7), (0,))
+    assert "wikitext, bits_per_byte, full precision" in compare_text(runs)
+    (row,) = rows(pair(asked(0.6), asked(0.7, questions=8)))
+    assert row.best == ()
+    one, other = asked(0.6), asked(0.6)
+    later = [score(0.5), score(0.25, task="mmlu", metric="acc", better="larger", shots=5)]
+    keep(other, [], [Asked(stage="fp", score=found) for found in later])
+    found = {row.task: row for row in rows(pair(one, other))}
+    assert found["wikitext, bits_per_byte"].values == (0.6, 0.5)
+    assert found["mmlu 5-shot, acc"].values == (None, 0.25)
+    names = [(one["task"], one["value"]) for one in show_run(other)["scores"]["fp"]]
+    assert names == [("wikitext", 0.5), ("mmlu", 0.25)]
 
 
 def test_a_damaged_run_is_an_empty_column_that_is_explained(made: Callable[..., RunDirectory]) -> None:

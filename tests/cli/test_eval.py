@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engine.errors import EqatError, ExitCode, UsageError
 from engine.run.directory import RunDirectory
 from engine.run.measured import How, Measured, keep, measured
-from eqat_tui.evaluating import checkpoint_of, how_of, request_of
+from eqat_tui.evaluating import Tasks, arguments_of, checkpoint_of, how_of, request_of
 
 STORIES = Path(__file__).parents[2].parent / "shared/models/stories260K"
 
@@ -73,6 +73,11 @@ def test_texts_are_told_apart_and_made_absolute(tmp_path: Path, monkeypatch: pyt
         ((None, 1, None, None), "--sequence-length", ExitCode.USAGE),
         ((None, None, -1, None), "--windows", ExitCode.USAGE),
         ((None, None, None, "sometimes"), "--bos", ExitCode.USAGE),
+        ((None, None, None, None, Tasks(["bool q"])), "--tasks", ExitCode.USAGE),
+        ((None, None, None, None, Tasks(["piqa"], limit=-1)), "--task-limit", ExitCode.USAGE),
+        ((None, None, None, None, Tasks(limit=3)), "--tasks", ExitCode.USAGE),
+        ((None, None, None, None, Tasks(["piqa"], folder="nowhere")), "nowhere", ExitCode.DATA),
+        ((None, None, None, None, Tasks(["piqa"], folder=".")), "--task-folder", ExitCode.USAGE),
     ],
 )
 def test_a_mistake_is_told_by_its_flag(asked: Any, where: str, code: ExitCode) -> None:
@@ -136,6 +141,18 @@ def test_what_is_kept_replaces_its_own_and_leaves_the_others(new_run: Callable[[
     (run.eval_dir / "measured.json").write_text("{")
     assert measured(run) == []
     assert How() == How(texts=())
+
+
+def test_tasks_alone_measure_no_text_and_reach_the_engine_as_typed(
+    tmp_path: Path, finished_run: RunDirectory
+) -> None:
+    (tmp_path / "mine.jsonl").write_text("")
+    how = how_of(None, None, None, None, Tasks([f"piqa,{tmp_path}/mine.jsonl"], limit=7))
+    assert (how.tasks, how.reads_texts, how.is_asked) == (("piqa", f"{tmp_path}/mine.jsonl"), False, True)
+    assert how_of(["builtin"], None, None, None, Tasks(["piqa"])).reads_texts
+    assert arguments_of(finished_run, how) == [
+        *("--task-limit", "7", "--ask", "piqa", "--ask", f"{tmp_path}/mine.jsonl"),
+    ]
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the shared models are not here")

@@ -7,8 +7,10 @@ import json
 import math
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ import pytest
 from cli_tools import Eqat, ended, environment, start_eqat
 from waiting import PATIENCE, wait_until
 
+from engine.errors import PreflightError
 from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter, read_events
 from engine.run.finding import list_runs
 from engine.run.liveness import run_state
+from eqat_tui.tracking.hosted import open_trackio
 from eqat_tui.tracking.points import Point, Points
 
 RUN = ("run", "smoke")
@@ -117,7 +121,7 @@ def test_whatever_becomes_of_a_tracker_the_run_goes_on(
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (("mlflow", "latest"), 2, "there is no tracker 'mlflow' (jsonl, tensorboard)"),
+        (("mlflow", "latest"), 2, "there is no tracker 'mlflow' (jsonl, tensorboard, wandb, trackio)"),
         (("jsonl", "nothing-like-it"), 2, "there is no run"),
         (("jsonl", "latest", "--to", "mine"), 2, "mine: exists already"),
         (("jsonl", "latest", "--to", "missing/x"), 2, "cannot be written"),
@@ -199,3 +203,62 @@ def test_tensorboard_is_written_without_torch(finished_run: RunDirectory, tmp_pa
     )
     assert done.stdout == "[]\n"
     assert list((tmp_path / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trackio") is None, reason="trackio is not installed")
+def test_trackio_has_what_was_logged(eqat: Eqat, finished_run: RunDirectory, tmp_path: Path) -> None:
+    done = eqat("log-to", "trackio", finished_run.id, "--to", "kept", **_path())
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    with sqlite3.connect(tmp_path / "kept" / "eqat.db") as database:
+        rows = database.execute("select step, metrics from metrics where run_name = ?", (finished_run.id,))
+        logged = [(step, json.loads(metrics)) for step, metrics in rows]
+    assert [(step, one["block_ap/loss"]) for step, one in logged if "block_ap/loss" in one] == [(1, 0.25)]
+    assert any(one.get("outcome") == "done" for _, one in logged)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_wandb_has_what_was_logged_and_asks_nobody(
+    eqat: Eqat, finished_run: RunDirectory, tmp_path: Path
+) -> None:
+    done = eqat("log-to", "wandb", finished_run.id, "--to", "kept", **_path())
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    (file,) = (tmp_path / "kept" / "wandb").glob("offline-run-*/*.wandb")
+    content = file.read_bytes()
+    for said in (b"block_ap/loss", b"block_ap/step", b"perplexity/block_ap", b"23.67", b"grid.bits"):
+        assert said in content, said
+    inside = eqat("log-to", "wandb", finished_run.id, "--to", str(finished_run.path), **_path())
+    assert (inside.returncode, "lies inside a run" in inside.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+def test_a_tracker_that_fails_is_one_line(
+    where: str, finished_run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever such a library does, anywhere: stood in for by one that fails in one place."""
+
+    def broken(name: str) -> Callable[..., Any]:
+        def called(*args: Any, **more: Any) -> Any:
+            if name == where:
+                raise RuntimeError("no room\nat all")
+            return types.SimpleNamespace(log=broken("log"))
+
+        return called
+
+    monkeypatch.setitem(
+        sys.modules, "trackio", types.SimpleNamespace(init=broken("init"), finish=broken("finish"))
+    )
+
+    def handed_on() -> None:
+        sink = open_trackio(finished_run, None)
+        sink.write([Point(1.0, 1, {"a/b": 1.0})])
+        sink.close()
+
+    with pytest.raises(PreflightError) as caught:
+        handed_on()
+    assert str(caught.value).startswith("trackio: no room (")
+
+
+def _path() -> dict[str, str]:
+    """Where an installation beside this one keeps the libraries, as in other tests here."""
+    kept = os.environ.get("PYTHONPATH", "")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (environment()["PYTHONPATH"], kept)))}

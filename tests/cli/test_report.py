@@ -32,6 +32,15 @@ def test_a_dash_prints_the_page(eqat: Eqat, finished_run: RunDirectory, tmp_path
     assert list(tmp_path.glob("*.html")) == []
 
 
+def test_charts_are_written_alone(eqat: Eqat, finished_run: RunDirectory, tmp_path: Path) -> None:
+    done = eqat("report", "latest", "--charts", "drawn")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert (tmp_path / "drawn" / "size-of-the-weights.svg").exists()
+    assert list(tmp_path.glob("*.html")) == []
+    refused = eqat("report", "latest", "--png")
+    assert (refused.returncode, "--png: is for charts" in refused.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("to", "words"),
     [

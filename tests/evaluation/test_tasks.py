@@ -17,12 +17,12 @@ from engine.config.field_docs import field_help
 from engine.config.loading import load
 from engine.config.model import ModelConfig
 from engine.config.overrides import apply_overrides
-from engine.config.tasks import TASKS, Task
+from engine.config.tasks import TASKS, LmTask, Task, lm_task, require_lm_eval
 from engine.config.validation import validate
 from engine.data import tasks as asking
 from engine.data.encoding import Encoder
 from engine.data.tasks import Question, questions
-from engine.errors import DataError, StopRequested, UsageError
+from engine.errors import DataError, PreflightError, StopRequested, UsageError
 from engine.evaluation.tasks import Row, TokenizedTask, _scores, accuracies, tokenize
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
@@ -66,7 +66,7 @@ def by_hand(lm: CausalLM, row: Row) -> float:
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_scores_are_those_of_each_row_alone(lm: CausalLM, stored: bool, tmp_path: Path) -> None:
-    from engine.evaluation import tasks as module
+    from engine.evaluation import rows as module
 
     rows = random_rows(lm, 23)
     with pytest.MonkeyPatch.context() as patch:
@@ -248,7 +248,9 @@ def test_a_file_that_is_not_there_is_refused_in_words(tmp_path: Path) -> None:
         questions(str(tmp_path / "none.jsonl"))
 
 
-@pytest.mark.parametrize("value", ["boolq", "piqa,piqa", "a/x.jsonl,b/x.jsonl"])
+@pytest.mark.parametrize(
+    "value", ["bool q", "piqa,piqa", "a/x.jsonl,b/x.jsonl", "mmlu:5,mmlu:5", "mmlu:101", "lm-eval/"]
+)
 def test_wrong_names_are_found_before_anything_runs(value: str) -> None:
     with pytest.raises(UsageError) as caught:
         validate(resolve(apply_overrides(load("smoke"), {"evaluation.tasks": value})))
@@ -263,3 +265,28 @@ def test_real_questions_are_read_and_tokenized(file: str) -> None:
     task = tokenize(found, Encoder(tiny.byte_tokenizer(300)))
     assert len(task.spans) == 50
     assert all(row.scored < len(row.ids) for row in task.rows)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("piqa", None),
+        ("mine.jsonl", None),
+        ("lm-eval/piqa", LmTask("piqa")),
+        ("piqa:0", LmTask("piqa", 0)),
+        ("mmlu:5", LmTask("mmlu", 5)),
+        ("bool q", None),
+    ],
+)
+def test_which_names_are_lm_evals(typed: str, meant: LmTask | None) -> None:
+    assert lm_task(typed) == meant
+
+
+def test_a_task_of_lm_eval_says_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.config import tasks as module
+
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    require_lm_eval(["piqa", "mine.jsonl"])
+    with pytest.raises(PreflightError, match="lm-eval, which may know it, is not installed") as caught:
+        require_lm_eval(["piqa", "mmlu:5"])
+    assert caught.value.hint == "pip install 'eqat[tasks]'"

@@ -72,6 +72,27 @@ def test_an_export_of_ours_is_sound(written: Callable[[str], Path], name: str) -
     assert found.grids == ({grid: found.linears} if grid else {})
 
 
+@pytest.mark.parametrize("name", ["gptq_v2", "mlx", "hf"])
+def test_a_snapshot_of_a_hub_cache_is_read_through_its_links(
+    written: Callable[[str], Path], name: str, tmp_path: Path
+) -> None:
+    """As the hub's library keeps it; links that lead anywhere else are followed as little as before."""
+    repository = tmp_path / "models--somebody--model"
+    snapshot, blobs = repository / "snapshots" / ("a" * 40), repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(written(name).iterdir())):
+        os.link(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    assert format_in(snapshot) == name
+    found = judge(snapshot)
+    assert (found.problems, found.format) == ([], name)
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to(written(name) / "config.json")
+    with pytest.raises(PreflightError, match="links are not followed here"):
+        format_in(snapshot)
+
+
 def test_a_gguf_file_is_named_by_itself_where_its_folder_has_others(
     written: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import html
 import math
 import re
+import struct
 from collections.abc import Callable
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import msgspec
 import pytest
@@ -19,14 +22,17 @@ from logs import RECORDED, Log, finished, make_run, write_log
 
 from engine.config.loading import load
 from engine.config.sameness import config_hash
+from engine.errors import EqatError, PreflightError, UsageError
 from engine.run import events
 from engine.run.directory import RunDirectory
+from engine.run.measures import TaskScore
 from engine.run.state import load_state
 from engine.system.printable import hides
 from eqat_tui.charts import Series
 from eqat_tui.report.curves import training
 from eqat_tui.report.markup import Html, tag
 from eqat_tui.report.page import report_page
+from eqat_tui.report.pictures import as_svg, pictures, write_pictures
 from eqat_tui.report.style import _DARK, _LIGHT
 from eqat_tui.report.svg import HEIGHT, LEFT, RIGHT, TOP, WIDTH, Mark, lines, marks
 
@@ -132,6 +138,8 @@ def test_a_page_is_ascii_so_that_nothing_can_mistake_its_encoding(tmp_path: Path
     run = make_run(tmp_path / "runs", None)
     write_log(run, evil("größer als 中 👩\u200d🔬", run.id))
     made = report_page([run])
+    for chart in pictures([run]).values():
+        ElementTree.fromstring(as_svg(chart))
     assert made.isascii()
     assert "größer als 中 👩\u200d🔬 (größer" in check(made).text("li")
 
@@ -158,6 +166,83 @@ def test_several_runs_are_compared_and_then_told_of_one_by_one(recorded: Recorde
     assert [words[:2] for words in page.words["h2"]] == ["A:", "B:"]
     assert "B is not finished: no time is marked." in page.text("p")
     assert page.words["figcaption"][:2] == ["Perplexity (logarithmic)", "Final loss of each block"]
+
+
+def test_charts_are_pictures_of_their_own_that_need_nothing_else(recorded: Recorded, tmp_path: Path) -> None:
+    runs = [recorded("finished"), recorded("stopped")]
+    alone = pictures(runs[:1])
+    assert [chart.caption for chart in alone.values()] == check(report_page(runs[:1])).words["figcaption"]
+    both = pictures(runs)
+    assert {name.partition("-")[0] for name in both} == {"all", "a", "b"}
+    written = write_pictures(tmp_path / "charts", both)
+    assert sorted(path.stem for path in written) == sorted(both)
+    for file in written:
+        text = file.read_text()
+        root = ElementTree.fromstring(text)  # well-formed, as a program that knows no HTML reads it
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert root.get("viewBox") == f"0 0 {root.get('width')} {root.get('height')}"
+        assert not re.search(r"var\(|url\(|@import|href", text)
+        assert (both[file.stem].caption in text, "#" in text) == (True, True)
+    assert len(write_pictures(tmp_path / "charts", both)) == len(both)  # newer ones take their place
+
+
+def test_charts_are_written_over_nothing_of_anybody(recorded: Recorded, tmp_path: Path) -> None:
+    run = recorded("finished")
+    charts = pictures([run])
+    name = next(iter(charts))
+    for ending, png in ((".svg", False), (".png", True)):
+        mine = tmp_path / f"{name}{ending}"
+        mine.write_text("mine")
+        if png and find_spec("resvg_py") is None:
+            with pytest.raises(PreflightError, match="resvg-py is not installed"):
+                write_pictures(tmp_path, charts, png=True)
+        else:
+            with pytest.raises(UsageError, match="is no chart of eqat"):
+                write_pictures(tmp_path, charts, png=png)
+        assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [mine.name]
+        mine.unlink()
+    with pytest.raises(UsageError, match="lies inside a run"):
+        write_pictures(run.path / "charts", charts)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(EqatError):
+        write_pictures(tmp_path / "file", charts)
+
+
+@pytest.mark.skipif(find_spec("resvg_py") is None, reason="resvg-py is an extra: pip install 'eqat[png]'")
+def test_a_png_shows_the_chart(recorded: Recorded, tmp_path: Path) -> None:
+    charts = pictures([recorded("finished")])
+    files = [file for file in write_pictures(tmp_path, charts, png=True) if file.suffix == ".png"]
+    assert len(files) == len(charts)
+    for file in files:
+        content = file.read_bytes()
+        wide, high = struct.unpack(">II", content[16:24])
+        assert (content[:8], wide) == (b"\x89PNG\r\n\x1a\n", 2 * WIDTH)
+        assert abs(high - 2 * (charts[file.stem].height + 38)) <= 2
+        assert len(content) > 3000  # an empty picture is smaller
+
+
+def test_tasks_are_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs", None)
+    log = finished(run.id)
+    log.events = [
+        msgspec.structs.replace(
+            event,
+            accuracy={"piqa": 0.5},
+            scores=(
+                TaskScore(task="mmlu", metric="acc", value=0.25, shots=5),
+                TaskScore(task="wikitext", metric="word_perplexity", value=0.9, better="smaller"),
+            ),
+        )
+        if isinstance(event, events.Eval)
+        else event
+        for event in log.events
+    ]
+    write_log(run, log.events)
+    drawn = pictures([run])["tasks"]
+    assert "mmlu 5-shot, acc" in drawn.said
+    assert "25.0" in drawn.said
+    assert "wikitext" not in drawn.said
+    assert "mmlu 5-shot, acc" in check(report_page([run])).text("th")
 
 
 def evil(word: str, run_id: str) -> list[events.Event]:

@@ -145,3 +145,21 @@ def test_where_the_directory_is_gone_nothing_is_started_in_it(recorded: Recorded
 
     drive(app_of(run, view, mode="result"), script)
     assert not run.launch_path.exists()
+
+
+def test_the_report_and_its_charts_are_written_where_the_app_was_started(
+    recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = recorded("finished")
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await shown(pilot)
+        await press(pilot, "W")
+        await until(pilot, lambda: any("charts in" in said for said in told(app)))
+
+    drive(app_of(run, view_of(run, "done"), mode="result"), script)
+    assert sorted(path.name for path in here.iterdir()) == [f"{run.id}-charts", f"{run.id}.html"]
+    assert (here / f"{run.id}-charts" / "size-of-the-weights.svg").exists()
