@@ -19,6 +19,9 @@ from engine.plan.stages.e2e_qp import E2EQPCosts
 
 PASSES = 3
 """Plain unpackings' worth of traffic that one float weight takes: decoded, added to, rounded, scaled."""
+FORM, GRADIENT = 0.75, 2.0
+"""The same by one kernel each, in unpackings by a kernel, which take 4 bytes a weight: a byte is read and two
+are written to make a weight, and its gradient takes 8. Reckoned, not measured."""
 
 
 class LRQATCosts(E2EQPCosts):
@@ -66,10 +69,13 @@ class LRQATCosts(E2EQPCosts):
     def unpacked_seconds(self, work: Workload, rates: Speed, micro_steps: int) -> float:
         """Every weight once in each pass; the factors' products, and those of their gradients."""
         arch, rank = work.arch, self.section(work.config).rank
-        passes = 3 if self.recomputes(work) else 2
-        traffic = PASSES * arch.linear_params_per_block * rates.unpack_per_weight
-        products = 2 * rank * arch.linear_params_per_block * (passes + 2) / rates.flops
-        return micro_steps * arch.blocks * (passes * traffic + products)
+        passes, weights = 3 if self.recomputes(work) else 2, arch.linear_params_per_block
+        if self.steps(work, rates).recorded and self.section(work.config).downcast != "integer":
+            traffic = (FORM * passes + GRADIENT) * weights * rates.kernel_unpack_per_weight
+        else:
+            traffic = PASSES * passes * weights * rates.unpack_per_weight
+        products = 2 * rank * weights * (passes + 2) / rates.flops
+        return micro_steps * arch.blocks * (traffic + products)
 
     def result_bytes(self, work: Workload) -> int:
         norms = "norms" in self.trains(work.config)
