@@ -94,11 +94,13 @@ def follow(run: RunDirectory, asked: Asked, place: Place) -> int:
 def place_in(run: RunDirectory, asked: Asked) -> Place | None:
     """Where this process stands among several that compute ``run`` together; none where it starts others
     itself, or is alone."""
-    load_extensions()
+    if asked.task != "run" or "RANK" not in os.environ:
+        return None
     try:
-        return place_of(_configuration(run, asked).runtime.gpus) if asked.task == "run" else None
+        load_extensions()
+        return place_of(_configuration(run, asked).runtime.gpus)
     except EqatError:
-        if os.environ.get("RANK", "0") != "0":
+        if os.environ["RANK"] != "0":
             raise
         return None  # the attempt says it where it is heard
 

@@ -110,7 +110,6 @@ class Pipeline:
             may_differ=allowed,
             asks=not self.asked.how.is_asked,
         )
-        self.report.doing = "waiting for the other processes" if self.config.runtime.gpus > 1 else ""
         self.job.world = self.join()
         self.job.world.tell(Prepared.of(self.job))
 

@@ -163,6 +163,8 @@ class Others:
 
     def join(self) -> Together:
         """Once all of them are there."""
+        assert self._report is not None
+        self._report.doing = "waiting for the other processes"
         began = time.monotonic()
         while not self.store.check([ready_key(rank) for rank in range(1, self.size)]):
             time.sleep(READY_SECONDS)

@@ -43,19 +43,19 @@ class Averaged:
         """As they are after a call: of all ranks."""
 
     @torch.no_grad()
-    def __call__(self, gradients: Sequence[Tensor | None], loss: Tensor, part: float) -> Tensor:
+    def __call__(self, gradients: Sequence[Tensor | None], loss: Tensor, part: float | None) -> Tensor:
         """The mean loss of all ranks, and in ``self.gradients`` its gradients. ``part`` is this rank's of the
-        batch; a gradient that it has not counts as zero."""
+        batch, none where all ranks have as much; a gradient that it has not counts as zero."""
         own = [(view, g) for view, g in zip(self.gradients, gradients, strict=True) if g is not None]
-        if not part or len(own) < len(self.gradients):
+        if part == 0 or len(own) < len(self.gradients):
             for buffer in self._buffers.values():
                 buffer.zero_()
-        if part:
+        if part != 0:
             if own:
                 torch._foreach_copy_([view for view, _ in own], [gradient for _, gradient in own])
             self._loss.copy_(loss)
-            for buffer in self._buffers.values():
-                buffer.mul_(part)
         for buffer in self._buffers.values():
-            self._world.add_(buffer)
+            if part:
+                buffer.mul_(part)
+            self._world.add_(buffer, mean=part is None)
         return self._loss.clone()

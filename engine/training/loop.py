@@ -227,7 +227,7 @@ class Training:
         self.stepper.set_lr(self.lr_factor * factor)
         loss = self.with_memory(lambda micro_batch: self._accumulate(rows, micro_batch))
         micro_batch, due = self._agreed()
-        self.loss = self.stepper.average(loss, self._part(step, rows))
+        self.loss = self.stepper.average(loss, self._part(step))
         self.stepper.step(self.loss)
         self.method.project()
         self.position.steps_done += 1
@@ -257,11 +257,13 @@ class Training:
         least, silent_all = self.world.least([own, int(silent)])
         return least, not silent_all
 
-    def _part(self, step: int, rows: Tensor) -> float:
-        """How much of the step is this rank's."""
+    def _part(self, step: int) -> float | None:
+        """How much of the step is this rank's; none where all ranks have as much."""
         if not self.world.several:
-            return 1.0
-        return self.method.weigh(rows) / self.method.weigh(self.sampler.whole(step))
+            return None
+        whole, size = self.sampler.whole(step), self.world.size
+        weights = [self.method.weigh(whole[whole % size == rank]) for rank in range(size)]
+        return None if len({*weights}) == 1 else weights[self.world.rank] / sum(weights)
 
     def _accumulate(self, rows: Tensor, micro_batch: int) -> Tensor:
         loss = torch.zeros((), device=self.settings.device)

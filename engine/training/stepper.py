@@ -97,14 +97,14 @@ class Stepper:
 
     # Several ranks
 
-    def average(self, loss: Tensor, part: float) -> Tensor:
+    def average(self, loss: Tensor, part: float | None) -> Tensor:
         """Make the gradients, and the ``loss`` that is handed back, those of the batch of all ranks, of which
-        this one had ``part``."""
+        this one had ``part`` (none: as much as each)."""
         if not self.world.several:
             return loss
         return self._average(self.parameters, loss, part)
 
-    def _average(self, parameters: list[nn.Parameter], loss: Tensor, part: float) -> Tensor:
+    def _average(self, parameters: list[nn.Parameter], loss: Tensor, part: float | None) -> Tensor:
         if self._averaged is None:
             self._averaged = Averaged(self.world, parameters, self.device)
         gradients = [p.grad for p in parameters]

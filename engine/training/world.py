@@ -29,8 +29,15 @@ the processes ends them much sooner where one has died."""
 EAGER_SECONDS, SHORT, LONG = 0.02, 5e-5, 2e-3
 """Others are asked for often at first, later on rarely; seconds."""
 HEARING_SECONDS = 0.2
-HINTS = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-"""Processes of one machine find each other also where its name leads nowhere."""
+HINTS = {
+    # Processes of one machine find each other also where its name leads nowhere.
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    # Whoever watches the processes says which of them died; torch would end this one before it could.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+}
+"""For the libraries, where the user says nothing else."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +67,8 @@ class World:
 
     # What all know
 
-    def add_(self, tensor: Tensor) -> None:
-        """Put the sum over all ranks in the place of a tensor of the device."""
+    def add_(self, tensor: Tensor, *, mean: bool = False) -> None:
+        """Put the sum over all ranks, or the mean, in the place of a tensor of the device."""
 
     def alike(self, tensors: Iterable[Tensor]) -> None:
         """Give tensors of the device the values that they have on the first rank."""
@@ -99,13 +106,16 @@ class Together(World):
     hears: Callable[[float], None] = field(default=lambda waited: None, compare=False)
     """Called while this process waits for others, with how many seconds it has; what it raises ends that."""
 
-    def add_(self, tensor: Tensor) -> None:
+    def add_(self, tensor: Tensor, *, mean: bool = False) -> None:
         import torch.distributed as dist
 
         if tensor.is_cuda:
-            dist.all_reduce(tensor)  # in the order of the current stream; the host goes on
-        else:
-            self._wait(dist.all_reduce(tensor, async_op=True))
+            # In the order of the current stream; the host goes on.
+            dist.all_reduce(tensor, dist.ReduceOp.AVG if mean else dist.ReduceOp.SUM)
+            return
+        self._wait(dist.all_reduce(tensor, async_op=True))
+        if mean:
+            tensor.div_(self.size)
 
     def alike(self, tensors: Iterable[Tensor]) -> None:
         import torch.distributed as dist

@@ -3,15 +3,18 @@ them, it ends all of them and nothing that was kept is lost."""
 
 from __future__ import annotations
 
+import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import psutil
 import pytest
+import torch
 from engine_runs import Child, exported, failure, make_run, of, output, start
 from several import forked_ranks
 from waiting import wait_until
 
+from engine.ranks import others
 from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.run.liveness import run_state
@@ -93,22 +96,65 @@ def test_it_goes_on_from_whatever_ends_it_to_the_same_export(
     assert exported(run) == uninterrupted
 
 
-def unlike_the_second() -> None:
-    """In this process: the other ranks are forked, and find another configuration."""
+def with_another_device() -> None:
+    """In this process: the other ranks are forked, and look for a GPU."""
     forked_ranks()
-    from engine.ranks import others
-
     fork = others.start_process
 
-    def broken(arguments: list[str], environment: dict[str, str], log: int) -> others.Process:
+    def broken(arguments: Sequence[str], environment: dict[str, str], log: int) -> others.Process:
         return fork([*arguments, "--set", "runtime.device=cuda"], environment, log)
 
     others.start_process = broken
 
 
-def test_why_another_process_fails_is_said(make: Make, engine: Engine) -> None:
-    run = make(**TWO)
-    assert engine(run, before=unlike_the_second).code() == 3, output(run)
-    error = failure(run, 3)
-    assert error.where == "rank 1, runtime.device"
-    assert "no usable GPU" in error.message
+def with_a_full_disk() -> None:
+    """In this process: the other ranks are forked, and have no room for a file of any size."""
+    forked_ranks()
+    fork = others.start_process
+
+    def starved(arguments: Sequence[str], environment: dict[str, str], log: int) -> others.Process:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))
+        try:
+            return fork(arguments, environment, log)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    others.start_process = starved
+
+
+@pytest.mark.parametrize(
+    ("before", "code", "where", "what"),
+    [
+        (with_another_device, 3, "rank 1, runtime.device", "no usable GPU"),
+        (with_a_full_disk, 7, "rank 1, ", "no room for"),
+    ],
+)
+def test_why_another_process_fails_is_said(
+    before: Callable[[], None], code: int, where: str, what: str, make: Make, engine: Engine
+) -> None:
+    run = make(**TWO, **{"runtime.activation_store": "disk", "evaluation.enabled": False})
+    assert engine(run, before=before).code() == code, output(run)
+    error = failure(run, code)
+    assert error.where.startswith(where)
+    assert what in error.message
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_two_gpus_do_what_two_processes_do(make: Make, engine: Engine, deterministic: bool) -> None:
+    """With torch's kernels, the same bytes twice; with ours, recorded steps and NCCL, a loss as good."""
+    settings = {**TWO, "runtime.device": "cuda", "runtime.deterministic": deterministic}
+    runs = [make(**settings) for _ in range(2)]
+    for run in runs:
+        assert engine(run, module=True).code() == 0, output(run)
+        assert [event.message for event in of(run, events.Warning)] == []
+    if deterministic:
+        assert exported(runs[0]) == exported(runs[1])
+    on_cpu = make(**TWO)
+    assert engine(on_cpu, module=True).code() == 0, output(on_cpu)
+    found, expected = (
+        [e.val_loss for e in of(run, events.BlockFinished) if e.val_loss is not None]
+        for run in (runs[0], on_cpu)
+    )
+    assert found == pytest.approx(expected, rel=0.05)

@@ -141,7 +141,7 @@ class FusedStepper(Stepper):
         self._lr_factor = factor
         self._factor.fill_(factor)
 
-    def average(self, loss: Tensor, part: float) -> Tensor:
+    def average(self, loss: Tensor, part: float | None) -> Tensor:
         if not self.world.several:
             return loss
         if self._averaged is None:
