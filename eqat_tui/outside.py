@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from engine.errors import EqatError, ExitCode, UsageError
 from engine.run.proof import is_run
 from engine.system.files import disk_error
+from engine.system.guarded import BadFile, open_regular
 
 
 def outside_runs(place: Path, hint: str) -> None:
@@ -24,3 +26,14 @@ def write_failed(error: Exception, place: Path, hint: str) -> EqatError:
         return EqatError(found.message, exit_code=found.exit_code, where=str(place), hint="free some space")
     message = found.message if isinstance(found, EqatError) else f"cannot be written: {found}"
     return UsageError(message, where=str(place), hint=hint)
+
+
+def begins_with(file: Path, sign: str) -> bool:
+    """Whether the file is a regular one that begins so; what a link leads to is not looked at."""
+    if file.is_symlink():
+        return False
+    try:
+        with os.fdopen(open_regular(file), "rb") as there:
+            return there.read(len(sign)) == sign.encode()
+    except (OSError, BadFile):
+        return False

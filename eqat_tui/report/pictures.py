@@ -17,8 +17,7 @@ from engine.run.comparison import compared, named_twice
 from engine.run.directory import RunDirectory
 from engine.run.state import load_state
 from engine.system.files import atomic_write
-from engine.system.guarded import BadFile, open_regular
-from eqat_tui.outside import outside_runs, write_failed
+from eqat_tui.outside import begins_with, outside_runs, write_failed
 from eqat_tui.report.curves import charts_across, charts_of
 from eqat_tui.report.markup import Html, tag
 from eqat_tui.report.place import default_file
@@ -122,21 +121,11 @@ def as_png(svg: str) -> bytes:
 
 def _check(folder: Path, name: str, endings: Sequence[str]) -> None:
     """UsageError for a file of somebody else's; a PNG is ours where the SVG beside it is."""
-    ours = _is_ours(folder / f"{name}.svg")
+    ours = begins_with(folder / f"{name}.svg", SIGN)
     for ending in endings:
         file = folder / f"{name}{ending}"
         if os.path.lexists(file) and (not ours or file.is_symlink() or not file.is_file()):
             raise UsageError("exists and is no chart of eqat", where=str(file), hint=ANOTHER)
-
-
-def _is_ours(file: Path) -> bool:
-    if file.is_symlink():
-        return False
-    try:
-        with os.fdopen(open_regular(file), "rb") as there:
-            return there.read(len(SIGN)) == SIGN.encode()
-    except (OSError, BadFile):
-        return False
 
 
 def _slug(title: str) -> str:

@@ -9,8 +9,7 @@ from pathlib import Path
 from engine.errors import EqatError, UsageError
 from engine.run.directory import RunDirectory
 from engine.system.files import atomic_write
-from engine.system.guarded import BadFile, open_regular
-from eqat_tui.outside import outside_runs, write_failed
+from eqat_tui.outside import begins_with, outside_runs, write_failed
 from eqat_tui.report.page import SIGN
 
 ANOTHER = "choose another file with --to"
@@ -32,7 +31,7 @@ def check_place(file: Path) -> None:
         return
     if file.is_dir():
         raise UsageError("is a folder", where=where, hint="name a file: --to FOLDER/report.html")
-    if not _is_report(file):
+    if not begins_with(file, SIGN):
         raise UsageError("exists and is no report of eqat", where=where, hint=ANOTHER)
 
 
@@ -48,14 +47,3 @@ def write_report(file: Path, page: str) -> None:
         atomic_write(file, page.encode("utf-8"))
     except EqatError as error:
         raise write_failed(error, file, ANOTHER) from error
-
-
-def _is_report(file: Path) -> bool:
-    """Whether the file is one that was written here; what a link leads to is not looked at."""
-    if file.is_symlink():
-        return False
-    try:
-        with os.fdopen(open_regular(file), "rb") as there:
-            return there.read(len(SIGN)) == SIGN.encode()
-    except (OSError, BadFile):
-        return False

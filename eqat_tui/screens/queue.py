@@ -13,15 +13,15 @@ from engine.run.queue import DOWN, UP, Queue
 from eqat_tui.groups import QUEUE, Group, Row, read_groups
 from eqat_tui.keys import Key, bindings
 from eqat_tui.lines import line
-from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Confirm
-from eqat_tui.screens.runs import MOST_COMPARED, REFRESH_S, Catalogue, CompareScreen
+from eqat_tui.screens.looking import LookingScreen
+from eqat_tui.screens.runs import MOST_COMPARED, Catalogue, CompareScreen
 from eqat_tui.views import groups as views
 from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel
 
 
-class QueueScreen(WorkScreen):
+class QueueScreen(LookingScreen):
     """The queue and the sweeps."""
 
     KEYS = (
@@ -50,38 +50,17 @@ class QueueScreen(WorkScreen):
         self._folded: set[str] = set()
         self._known: set[str] = set()
         self._marked: set[str] = set()
-        self._loaded = self._reading = False
 
     def body(self) -> Iterable[Widget]:
         yield ListPanel(id="list", classes="section", title="queue and sweeps")
         yield Panel(id="details", classes="section", title="group")
 
-    def on_mount(self) -> None:
-        self.query_one("#list").focus()
-        self.set_interval(REFRESH_S, self._look)
-        self._look()
+    def read(self) -> list[Group]:
+        return read_groups(self.eqat.runs_dir, self._catalogue.read)
 
-    def on_screen_resume(self) -> None:
-        super().on_screen_resume()
-        self._look()
-
-    def _look(self) -> None:
-        if self._reading or not self.is_current:
-            return
-        self._reading = True
-
-        def read() -> None:
-            found: list[Group] = []
-            try:
-                found = read_groups(self.eqat.runs_dir, self._catalogue.read)
-            except Exception as error:  # whatever it is, the next look may find it gone
-                self.app.call_from_thread(self.eqat.tell, error)
-            self.app.call_from_thread(self._took, found)
-
-        self.eqat.in_thread(read)
-
-    def _took(self, found: list[Group]) -> None:
-        self._reading, self._loaded, self._groups = False, True, found
+    def took(self, found: list[Group] | None) -> None:
+        found = found or []
+        self._groups = found
         for index, group in enumerate(found):
             if group.name not in self._known:  # all but the queue and the newest sweep begin folded
                 self._known.add(group.name)
@@ -106,7 +85,7 @@ class QueueScreen(WorkScreen):
 
     def _fill_details(self) -> None:
         width = self.size.width
-        shown = views.details(self._under(), width) if self._loaded else views.nothing_here(width)
+        shown = views.details(self._under(), width) if self.loaded else views.nothing_here(width)
         self.query_one("#details", Panel).show(shown)
 
     def _under(self) -> views.Item | None:
@@ -202,7 +181,7 @@ class QueueScreen(WorkScreen):
             with queue.changing():
                 queue.settle()
                 change(queue)
-            self.app.call_from_thread(self._look)
+            self.app.call_from_thread(self.look)
 
         self.eqat.in_background(work, done)
 
@@ -235,7 +214,7 @@ class QueueScreen(WorkScreen):
     def _act(self, act: Callable[[Queue], Any], done: str) -> None:
         def work() -> None:
             act(Queue())
-            self.app.call_from_thread(self._look)
+            self.app.call_from_thread(self.look)
 
         self.eqat.in_background(work, done)
 

@@ -25,6 +25,7 @@ from eqat_tui.output import error_words, format_bytes
 from eqat_tui.run_text import UNREADABLE
 from eqat_tui.screens.base import WorkScreen, show_input
 from eqat_tui.screens.dialogs import Confirm
+from eqat_tui.screens.looking import LookingScreen
 from eqat_tui.views import comparison
 from eqat_tui.views import runs as views
 from eqat_tui.widgets.chart_panel import ChartPanel
@@ -32,7 +33,6 @@ from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel, ScrollPanel, entitle
 from eqat_tui.widgets.typed import TypedInput
 
-REFRESH_S = 2.0
 MOST_COMPARED = 4
 
 
@@ -71,7 +71,7 @@ class Catalogue:
         return (sizes, held, time.time() if held else 0)
 
 
-class RunsScreen(WorkScreen):
+class RunsScreen(LookingScreen):
     """The list of runs."""
 
     KEYS = (
@@ -120,41 +120,18 @@ class RunsScreen(WorkScreen):
         self._marked: frozenset[str] = frozenset()
         self._sort: views.SortBy = "started"
         self._words = ""
-        self._loaded = self._reading = False
 
     def body(self) -> Iterable[Widget]:
         yield TypedInput(placeholder="words to look for; enter keeps, esc forgets them", id="filter")
         yield ListPanel(id="list", classes="section", title="runs")
         yield Panel(id="details", classes="section", title="run")
 
-    def on_mount(self) -> None:
-        self.query_one("#list").focus()
-        self.set_interval(REFRESH_S, self._look)
-        self._look()
+    def read(self) -> tuple[dict[str, RunDirectory], list[dict[str, Any]]]:
+        runs = list_runs(self.eqat.runs_dir)
+        return {run.id: run for run in runs}, self._catalogue.read(runs)
 
-    def on_screen_resume(self) -> None:
-        super().on_screen_resume()
-        self._look()
-
-    def _look(self) -> None:
-        if self._reading or not self.is_current:
-            return
-        self._reading = True
-
-        def read() -> None:
-            runs: list[RunDirectory] = []
-            found: list[dict[str, Any]] = []
-            try:
-                runs = list_runs(self.eqat.runs_dir)
-                found = self._catalogue.read(runs)
-            except Exception as error:  # whatever it is, the next look may find it gone
-                self.app.call_from_thread(self.eqat.tell, error)
-            self.app.call_from_thread(self._took, {run.id: run for run in runs}, found)
-
-        self.eqat.in_thread(read)
-
-    def _took(self, runs: dict[str, RunDirectory], found: list[dict[str, Any]]) -> None:
-        self._reading, self._loaded, self._runs, self._all = False, True, runs, found
+    def took(self, found: tuple[dict[str, RunDirectory], list[dict[str, Any]]] | None) -> None:
+        self._runs, self._all = found or ({}, [])
         self.refill()
 
     def refill(self) -> None:
@@ -178,7 +155,7 @@ class RunsScreen(WorkScreen):
         run = self._under()
         if run is not None:
             details.show(views.details(run, width))
-        elif not self._loaded:
+        elif not self.loaded:
             details.show([line(("looking …", "muted")), line(), line()])
         elif self._all:
             details.show([line(("no run has all of these words; / changes them", "muted")), line(), line()])
@@ -231,7 +208,7 @@ class RunsScreen(WorkScreen):
             self.eqat.open_run(self._directory(), mode="result" if run["state"] == "done" else "monitor")
         except EqatError as error:
             self.eqat.tell(error)
-            self._look()
+            self.look()
 
     def do_filter(self) -> None:
         show_input(self, self.query_one("#filter", Input))
@@ -332,7 +309,7 @@ class RunsScreen(WorkScreen):
         freed = housekeeping.delete_run(run)
         self._marked -= {run.id}
         self.app.call_from_thread(self.notify, f"deleted {run.id} ({format_bytes(freed)})")
-        self.app.call_from_thread(self._look)
+        self.app.call_from_thread(self.look)
 
 
 class CompareScreen(WorkScreen):
