@@ -240,6 +240,7 @@ def main() -> None:
 def end_to_end(args: argparse.Namespace) -> tuple[float, float, float]:
     """Milliseconds of a layer and of the rest of a micro-step, and its peak in GiB."""
     options: Any = SimpleNamespace(
+        method="e2e_qp",
         shape=args.shape,
         vocabulary=args.vocabulary,
         steps=5,

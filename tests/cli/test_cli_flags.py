@@ -11,9 +11,12 @@ from eqat_tui.configure import build_config
 
 CONFIGURE = {"--model", "--bits", "--group-size", "--data", "--device", "--set", "--trust-remote-code"}
 PUBLIC = {
-    "run": {*CONFIGURE, "--runs-dir", "--detach", "--dry-run", "--json"},
-    "plan": {*CONFIGURE, "--runs-dir", "--json"},
-    "resume": {"--from-block", "--set", "--runs-dir", "--detach", "--json"},
+    "run": {*CONFIGURE, "--gpus", "--runs-dir", "--detach", "--dry-run", "--json"},
+    "plan": {*CONFIGURE, "--gpus", "--runs-dir", "--json"},
+    "resume": {
+        *("--from-block", "--set", "--gpus", "--allow-world-size-change"),
+        *("--runs-dir", "--detach", "--json"),
+    },
     "attach": {"--runs-dir", "--plain", "--read-only", "--ascii", "--json"},
     "replay": {"--runs-dir", "--speed", "--ascii"},
     "memory": {"--runs-dir", "--ascii"},

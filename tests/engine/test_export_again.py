@@ -339,9 +339,9 @@ def test_an_export_that_waits_for_room_can_be_stopped(
 
 
 def small_memory() -> None:
-    from engine.evaluation import tasks
+    from engine.evaluation import rows
 
-    tasks.CPU_MEMORY = 0
+    rows.CPU_MEMORY = 0
 
 
 @pytest.mark.parametrize("what", ["perplexity", "tasks"])

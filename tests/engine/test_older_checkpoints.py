@@ -81,7 +81,7 @@ def test_every_deciding_field_of_the_configuration_has_a_default() -> None:
         """Without those of a young section that is not used, and those that are silent: they are in no
         identity."""
         silent = {*silent_sections(config), "grid.head_bits", "evaluation.texts", "e2e_qp.text_weight"}
-        silent |= {"evaluation.task_folder", "evaluation.task_chat"}
+        silent |= {"evaluation.task_folder", "evaluation.task_chat", "runtime.gpus"}
         found = default_fields(config)
         return {
             name: value
