@@ -26,7 +26,7 @@ from engine.run.liveness import look, run_state
 from engine.run.state import load_state
 
 pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
-EPOCHS = 24
+EPOCHS = 16
 
 
 @pytest.fixture
