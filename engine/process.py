@@ -35,7 +35,7 @@ def choose_device(name: str, gpus: int = 1, number: int = 0) -> torch.device:
             "no usable GPU: "
             + ("this torch is a CPU build" if torch.version.cuda is None else "torch finds no CUDA device"),
             where="runtime.device",
-            hint="use --device cpu, or install the CUDA build of torch and check nvidia-smi",
+            hint="use --set runtime.device=cpu, or install the CUDA build of torch and check nvidia-smi",
         )
     index = int(name.partition(":")[2] or 0)
     if index >= torch.cuda.device_count():

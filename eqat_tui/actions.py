@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -175,7 +176,7 @@ def redo(
 def typed(run: RunDirectory) -> str:
     """What to type for ``run`` here: its id where runs are looked for, else its path."""
     found = default_runs_dir() / run.id
-    return run.id if found.exists() and found.samefile(run.path) else shorten(run.path)
+    return run.id if found.exists() and found.samefile(run.path) else shlex.quote(shorten(run.path))
 
 
 def stop(run: RunDirectory, *, abort: bool, wait: bool) -> int:

@@ -37,10 +37,14 @@ def plan_text(plan: Mapping[str, Any]) -> str:
 def heading(plan: Mapping[str, Any]) -> str:
     """The model and where it would run."""
     machine = plan["machine"]
-    place = machine["gpu_name"] if plan["device"] == "cuda" else f"{machine['cpus']} CPU cores"
+    place = machine["gpu_name"] if plan["device"] == "cuda" else _cores(machine["cpus"])
     name, kind = cell(model_name(plan["model"])), cell(plan["model_type"])
     count = format_parameters(plan["parameters"])
     return f"{name}: {kind}, {count} parameters, {plan['blocks']} blocks, on {cell(place)}"
+
+
+def _cores(count: int) -> str:
+    return f"{count} CPU core{'' if count == 1 else 's'}"
 
 
 def phase_table(plan: Mapping[str, Any]) -> str:

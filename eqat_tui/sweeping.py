@@ -8,6 +8,7 @@ at work or where that has ended, and goes on from there.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -155,7 +156,7 @@ def carry_out(sweep: Sweep, *, jobs: int, as_json: bool) -> int:
 def typed(sweep: Sweep) -> str:
     """What to type for ``sweep`` here: its name where runs are looked for, else its path."""
     found = default_runs_dir() / sweep.id
-    return sweep.id if found.exists() and found.samefile(sweep.path) else shorten(sweep.path)
+    return sweep.id if found.exists() and found.samefile(sweep.path) else shlex.quote(shorten(sweep.path))
 
 
 class _Sweeper:

@@ -24,7 +24,10 @@ from engine.data.parts import Part, held_out_bucket
 from engine.errors import DataError, first_line
 from engine.system.hub_answers import answer_of, asking_again
 
-HINT = f"check name, subset, split and network; offline, use data.source = {BUILTIN!r} or a file"
+HINT = (
+    "check name, subset, split and network; offline, data.source and evaluation.data may be "
+    f"{BUILTIN} or files"
+)
 """For a data set that cannot be read."""
 _SHUFFLE_ROWS = 1000  # rows held while shuffling a stream: documents of 5 KB make 5 MB
 _HELD_OUT = {"validation": range(10), "evaluation": range(10, 20)}

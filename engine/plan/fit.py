@@ -182,7 +182,9 @@ def problems(work: Workload, store: StoreKind, place: Place) -> Iterator[Problem
     machine = place.machine
     if work.cuda and machine.gpu_name is None:
         yield Problem(
-            where="runtime.device", message="no usable NVIDIA GPU was found", hint="use --device cpu"
+            where="runtime.device",
+            message="no usable NVIDIA GPU was found",
+            hint="use --set runtime.device=cpu",
         )
         return
     limits = _limits(work, machine)
@@ -193,7 +195,11 @@ def problems(work: Workload, store: StoreKind, place: Place) -> Iterator[Problem
             message=f"{size_text(peak_gpu(work, store))} of GPU memory are needed and "
             f"{size_text(limits.gpu)} are free on this {machine.gpu_name}",
             hint=_remedy(work, store, place)
-            or (OTHER_TEXT if phase == "prepare" else "use a GPU with more memory, or --device cpu"),
+            or (
+                OTHER_TEXT
+                if phase == "prepare"
+                else "use a GPU with more memory, or --set runtime.device=cpu"
+            ),
         )
     if peak_host(work, store) > limits.host:
         phase = max(work.phases(), key=lambda name: host_memory(work, phase_memory(work, name), store))

@@ -75,7 +75,10 @@ def obstacles(config: RunConfig, machine: Machine, seconds: float, alone: float)
     if gpus == 1 or config.runtime.device == "cpu":
         return
     if machine.gpu_name is None:
-        yield f"{gpus} GPUs are asked for, and there is none", f"--device cpu computes in {gpus} processes"
+        yield (
+            f"{gpus} GPUs are asked for, and there is none",
+            f"--set runtime.device=cpu computes in {gpus} processes",
+        )
     elif machine.gpus < gpus:
         yield f"{gpus} GPUs are asked for, and {machine.gpus} can be seen", f"--gpus {machine.gpus}"
     elif seconds > alone:

@@ -158,6 +158,7 @@ def results(runs: Sequence[Compared], found: Difference) -> list[Row]:
     """What came of each run; perplexities and accuracies by version of the model."""
     exports = [run.state.smallest_export() for run in runs]
     alike = not found.models
+    one_format = len({export.format for export in exports if export is not None}) < 2
     return [
         *_perplexities(runs, comparable=alike and not found.measures),
         *_divergences(runs, comparable=alike and not found.measures),
@@ -166,7 +167,11 @@ def results(runs: Sequence[Compared], found: Difference) -> list[Row]:
         *_measured_later(runs, comparable=alike),
         *_accuracies(runs, comparable=alike),
         *_scores(runs, comparable=alike),
-        Row(name="size_bytes", values=tuple(e.bytes if e else None for e in exports), comparable=alike),
+        Row(
+            name="size_bytes",
+            values=tuple(e.bytes if e else None for e in exports),
+            comparable=alike and one_format,
+        ),
         Row(
             name="bits_per_weight",
             values=tuple(e.bits_per_weight if e else None for e in exports),

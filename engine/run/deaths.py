@@ -15,6 +15,7 @@ import signal
 from engine.errors import ExitCode
 from engine.run.directory import RunDirectory
 from engine.run.launch import log_path
+from engine.run.lock import TAKEN
 from engine.run.status import read_status
 from engine.system.guarded import BadFile
 from engine.system.log_bytes import tail
@@ -57,16 +58,18 @@ def why_gone(run: RunDirectory, attempt: int, *, code: int | None = None, latest
     status = read_status(run) if latest else None
     if status is not None and status.attempt == attempt and status.failure:
         return status.failure
-    return _printed(run, attempt) or (_disk(run) if latest else "") or _ended(code) or KILLED
+    refused = code == ExitCode.PREFLIGHT
+    return _printed(run, attempt, refused) or (_disk(run) if latest else "") or _ended(code) or KILLED
 
 
-def _printed(run: RunDirectory, attempt: int) -> str:
-    """What the end of its log says."""
+def _printed(run: RunDirectory, attempt: int, refused: bool) -> str:
+    """What the end of its log says. That somebody else works on the run is why a second engine did not begin,
+    one that was ``refused``; it tells nothing of why the first is gone, whose number it may have."""
     try:
         text = tail(log_path(run, attempt), TAIL_BYTES)[0].decode(errors="replace")
     except (OSError, BadFile):
         return ""
-    said = _SAID.findall(text)
+    said = [line for line in _SAID.findall(text) if refused or TAKEN not in line]
     if said:
         return str(said[-1])[:LONGEST]
     for pattern, words in _PRINTED:

@@ -94,12 +94,13 @@ class RunLock:
         return already_worked_on(pid, str(run), run.name)
 
 
+TAKEN = "the run is already being worked on by"
+
+
 def already_worked_on(pid: int, where: str, run_id: str) -> PreflightError:
     """What is said to a second one that wants to work on a run; ``pid`` is 0 where it is not known."""
     who = f"process {pid}" if pid else "another process"
-    return PreflightError(
-        f"the run is already being worked on by {who}", where=where, hint=f"eqat attach {run_id} follows it"
-    )
+    return PreflightError(f"{TAKEN} {who}", where=where, hint=f"eqat attach {run_id} follows it")
 
 
 def holder(path: str | os.PathLike[str]) -> int | None:

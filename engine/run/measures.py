@@ -8,6 +8,8 @@ from typing import Literal
 
 import msgspec
 
+from engine.config.tasks import MOST_SHOTS
+
 MOST_TOKENS = 1 << 62
 MOST_TEXTS = 32
 """That are shown; nobody names as many."""
@@ -77,10 +79,15 @@ class TaskScore(msgspec.Struct, frozen=True, kw_only=True):
         return all(map(math.isfinite, numbers)) and 0 <= self.questions <= MOST_TOKENS
 
     @property
+    def examples(self) -> str:
+        """How many examples there were, in words behind the task's name; nothing where there were none, or a
+        log has a number that cannot be one."""
+        return f" {self.shots}-shot" if self.shots and 0 < self.shots <= MOST_SHOTS else ""
+
+    @property
     def name(self) -> str:
         """Task, examples and metric in words; and who asked, where that was not lm-eval."""
-        shots = f" {self.shots}-shot" if self.shots else ""
-        return f"{self.task}{shots}, {self.metric}{f' ({EQAT})' if self.by == EQAT else ''}"
+        return f"{self.task}{self.examples}, {self.metric}{f' ({EQAT})' if self.by == EQAT else ''}"
 
 
 class Further(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -110,6 +110,8 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint: events.CheckpointCommitted | None = None
     exports: dict[str, events.Export] = {}
     """The latest export of each format."""
+    own_formats: frozenset[str] = frozenset()
+    """Those that the run itself wrote, not a later export."""
     samples: dict[str, events.Sample] = {}
     """The latest text that each version of the model wrote, by stage."""
     acknowledged: tuple[events.ControlAck, ...] = ()
@@ -238,8 +240,10 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
         return {stage: one.scores[:MOST_SCORES] for stage, one in found.items() if one and one.scores}
 
     def smallest_export(self) -> events.Export | None:
-        """The export whose size stands for the run's: some formats unpack what was quantized."""
-        return min(self.exports.values(), key=lambda done: done.bytes, default=None)
+        """The export whose size stands for the run's: some formats unpack what was quantized. One that was
+        asked for later changes nothing of it, where the run has some of its own."""
+        own = [done for name, done in self.exports.items() if name in self.own_formats]
+        return min(own or self.exports.values(), key=lambda done: done.bytes, default=None)
 
     def accuracy(self) -> dict[str, dict[str, float]]:
         """Share of right answers by stage and task, for stages that were asked."""
@@ -417,7 +421,8 @@ def _export(state: RunState, event: events.Export) -> RunState:
     others = {name: done for name, done in state.exports.items() if name != event.format}
     if len(others) >= MAX_EXPORTS:
         del others[next(iter(others))]
-    return _change(state, exports={**others, event.format: event})
+    own = state.own_formats | ({event.format} if event.attempt == state.attempt else set())
+    return _change(state, exports={**others, event.format: event}, own_formats=own)
 
 
 def _sample(state: RunState, event: events.Sample) -> RunState:

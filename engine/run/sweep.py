@@ -10,6 +10,7 @@ One process carries a sweep out at a time; it holds ``lock``. Everybody else rea
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -157,7 +158,7 @@ class Sweep:
             raise PreflightError(
                 f"is being carried out by {f'process {pid}' if pid else 'another process'} already",
                 where=self.id,
-                hint=f"eqat sweep show {self.id} shows how far it is",
+                hint=f"eqat sweep show {shlex.quote(str(self.path))} shows how far it is",
             )
 
     @property

@@ -118,6 +118,9 @@ def report(
     if png and charts is None:
         raise UsageError("is for charts", where="--png", hint="name their folder with --charts")
     found = [actions.find(ref, runs_dir) for ref in runs]
+    file = Path(os.path.expanduser(to)) if to is not None else default_file(found)
+    if to != "-" and (to is not None or charts is None):
+        check_place(file)  # before a picture is drawn
     if charts is not None:
         folder = Path(os.path.expanduser(charts))
         written = write_pictures(folder, pictures(found), png=png)
@@ -127,8 +130,6 @@ def report(
     if to == "-":
         show(report_page(found))
         return
-    file = Path(os.path.expanduser(to)) if to is not None else default_file(found)
-    check_place(file)
     write_report(file, report_page(found))
     say(f"wrote {cell(str(file), 1000)}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -87,6 +88,8 @@ class ResultScreen(WorkScreen):
     def __init__(self) -> None:
         super().__init__()
         self._view: RunView | None = None
+        self._since = 0.0
+        """When this run came into view."""
         self._prompt = FIRST_PROMPT
         self._origin: tuple[str, dict[str, Any] | None] | None = None
         """Of the run with that id."""
@@ -109,6 +112,8 @@ class ResultScreen(WorkScreen):
 
     def take(self, view: RunView) -> None:
         before, self._view = self._view, view
+        if before is None or before.id != view.id:
+            self._since = time.time()
         self.refill()
         if before is not None and before.id == view.id:
             self._tell_news(before, view)
@@ -117,7 +122,8 @@ class ResultScreen(WorkScreen):
         """What was started here has an end: say so, and show it where it is further down."""
         for name, done in view.state.exports.items():
             old = before.state.exports.get(name)
-            if old is None or old.t != done.t:
+            # A long log is read in parts: what it tells of long ago is no news.
+            if (old is None or old.t != done.t) and done.t >= self._since:
                 where = done.copied_to or shorten(views.export_path(view.path, done.path))
                 words = "written and verified" if done.verified else "written and NOT verified"
                 copied = "copied to" if done.copied_to else "in"

@@ -96,8 +96,7 @@ def _evaluation(event: events.Eval, count: int) -> Point:
         values[f"answer_perplexity/{stage}"] = event.answer_perplexity
     values |= {f"accuracy/{_name(task)}/{stage}": share for task, share in event.accuracy.items()}
     for score in event.scores[:MOST_SCORES]:
-        shots = f" {score.shots}-shot" if score.shots else ""
-        values[f"{_name(score.task)}{shots}/{_name(score.metric)}/{stage}"] = score.value
+        values[f"{_name(score.task)}{score.examples}/{_name(score.metric)}/{stage}"] = score.value
     if event.divergence is not None:
         values |= {f"kl/{stage}": event.divergence.kl, f"top1/{stage}": event.divergence.top1}
     for one in event.texts[:MOST_TEXTS]:

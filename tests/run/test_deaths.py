@@ -21,6 +21,7 @@ from engine.run.deaths import KILLED, why_gone
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter
 from engine.run.liveness import run_state
+from engine.run.lock import already_worked_on
 from engine.run.shown import show_run
 from engine.run.state import load_state
 from engine.run.status import Status, write_status
@@ -50,6 +51,10 @@ def printed(run: RunDirectory, text: str, attempt: int = 1) -> None:
         (f"{TRACEBACK}ModuleNotFoundError: No module named 'torch'\n", "No module named 'torch'"),
         ("Fatal Python error: Bus error\n\nThread 0x1:\n", "Bus error"),
         ("error: model.source: is gone (choose another)\n", "model.source: is gone"),
+        (
+            "error: runs/x: the run is already being worked on by process 7 (eqat attach x follows it)\n",
+            KILLED,
+        ),
     ],
 )
 def test_the_end_of_its_log_says_why(run: RunDirectory, text: str, words: str) -> None:
@@ -58,6 +63,12 @@ def test_the_end_of_its_log_says_why(run: RunDirectory, text: str, words: str) -
     assert words in found
     assert "\n" not in found
     assert (found == KILLED) == (words == KILLED)
+
+
+def test_of_a_second_engine_it_is_said_that_the_first_was_at_work(run: RunDirectory) -> None:
+    printed(run, f"error: {already_worked_on(7, str(run.path), run.id)}\n")
+    assert "already being worked on by process 7" in why_gone(run, 1, code=3)
+    assert why_gone(run, 1, code=-9) == KILLED, "the log is that of another engine"
 
 
 def test_its_status_says_it_where_the_log_had_no_room(run: RunDirectory) -> None:

@@ -321,7 +321,11 @@ def test_a_stated_budget_decides_instead_of_free_memory(llama: str) -> None:
 
 PROBLEMS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     # (machine, configuration on top of the paper's, words of the first problem)
-    ({"gpu_name": None}, {"runtime": RuntimeConfig(device="cuda")}, ["runtime.device", "--device cpu"]),
+    (
+        {"gpu_name": None},
+        {"runtime": RuntimeConfig(device="cuda")},
+        ["runtime.device", "--set runtime.device=cpu"],
+    ),
     (
         {"gpu_free": 60 * GIB},
         {"runtime": RuntimeConfig(activation_store="device")},
