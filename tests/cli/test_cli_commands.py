@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pytest
 from cli_tools import Eqat, environment, story
 from waiting import PATIENCE
 
-from engine.config.loading import preset_names
+from engine.config.loading import load, preset_names
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter
 
@@ -267,3 +268,13 @@ def test_a_plan_of_several_formats_says_what_each_takes(eqat: Eqat) -> None:
     planned = json.loads(eqat("plan", "smoke", "--device", "cpu", "--json", *formats).stdout)
     assert set(planned["export_sizes"]) == {"gptq_v2", "hf"}
     assert sum(planned["export_sizes"].values()) == planned["export_bytes"]
+
+
+def test_what_a_hint_says_to_type_can_be_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from eqat_tui.actions import typed
+
+    monkeypatch.chdir(tmp_path)
+    run = RunDirectory.create(tmp_path / "my runs", load("smoke"))
+    assert shlex.split(f"eqat resume {typed(run)}") == ["eqat", "resume", f"my runs/{run.id}"]
+    plain = RunDirectory.create(tmp_path / "runs", load("smoke"))
+    assert typed(plain) == plain.id

@@ -37,6 +37,9 @@ def test_charts_are_written_alone(eqat: Eqat, finished_run: RunDirectory, tmp_pa
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert (tmp_path / "drawn" / "size-of-the-weights.svg").exists()
     assert list(tmp_path.glob("*.html")) == []
+    nowhere = eqat("report", "latest", "--to", "no folder/r.html", "--charts", "more")
+    assert (nowhere.returncode, "lies in no folder" in nowhere.stderr) == (2, True)
+    assert not (tmp_path / "more").exists(), "what cannot be written whole is not begun"
     refused = eqat("report", "latest", "--png")
     assert (refused.returncode, "--png: is for charts" in refused.stderr) == (2, True)
 

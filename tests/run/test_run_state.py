@@ -15,12 +15,14 @@ from engine.config.derived import resolve
 from engine.config.loading import load
 from engine.config.writing import to_dict
 from engine.run import events, state
+from engine.run.comparison import Compared, Difference, results
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter
 from engine.run.liveness import run_state
 from engine.run.shown import render, show_run, summarize
 from engine.run.state import RunState, load_state
 from engine.run.status import Status, write_status
+from engine.run.task import Task
 from engine.run.thinning import MAX_METRICS, MAX_READINGS
 
 CONFIG = resolve(load("smoke"))
@@ -260,6 +262,49 @@ def test_show_has_every_promised_field(finished: RunDirectory) -> None:
     assert shown["exports"][0]["verified"] is True
     assert {"format", "path", "verified", "max_logit_diff"} <= set(shown["exports"][0])
     assert shown["exports"][0]["card"] == f"{shown['exports'][0]['path']}/README.md"
+
+
+def exported(run: RunDirectory, attempt: int, task: Task, name: str, size: int) -> None:
+    """A later attempt that writes this export."""
+    with EventWriter(run.events_path, attempt) as writer:
+        writer.emit(started(attempt=attempt, task=task))
+        writer.emit(
+            events.Export(
+                format=name,
+                path=f"export/{name}",
+                verified=True,
+                bytes=size,
+                fp_bytes=400,
+                bits_per_weight=4.5,
+            )
+        )
+        writer.emit(events.RunFinished(outcome="done", exit_code=0, seconds=1.0))
+
+
+def test_an_export_that_is_asked_for_later_changes_no_size(finished: RunDirectory) -> None:
+    exported(finished, 2, "export", "gguf", 90)
+    shown = show_run(finished)
+    assert [export["format"] for export in shown["exports"]] == ["gptq_v2", "gguf"]
+    assert (shown["size_bytes"]["quantized"], shown["bits_per_weight"]) == (100, 4.63)
+    exported(finished, 3, "export", "gptq_v2", 100)
+    assert show_run(finished)["size_bytes"]["quantized"] == 100, "written again it is the run's own still"
+
+
+def test_sizes_of_unlike_formats_are_not_set_against_each_other(
+    finished: RunDirectory, tmp_path: Path
+) -> None:
+    other = RunDirectory.create(tmp_path / "runs", CONFIG)
+    exported(other, 1, "run", "gguf", 90)
+    third = RunDirectory.create(tmp_path / "runs", CONFIG)
+    exported(third, 1, "run", "gptq_v2", 90)
+
+    def smallest(*runs: RunDirectory) -> tuple[int, ...]:
+        compared = [Compared(run, letter) for run, letter in zip(runs, "AB", strict=True)]
+        rows = results(compared, Difference(compared))
+        return next(row.best for row in rows if row.name == "size_bytes")
+
+    assert smallest(finished, third) == (1,)
+    assert smallest(finished, other) == ()
 
 
 def test_summary_says_the_same_as_show(finished: RunDirectory) -> None:
