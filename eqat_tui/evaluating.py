@@ -13,13 +13,14 @@ from typing import Any, NamedTuple, get_args
 import msgspec
 
 from engine.config.calibration import with_source
-from engine.config.corpora import is_hub_id, is_path, local_path
+from engine.config.corpora import is_hub_id, is_path
 from engine.config.formats import FORMATS
 from engine.config.lists import members
 from engine.config.model import PACKAGE, RANDOM, TINY_MODEL, BeginOfText, ModelConfig
 from engine.config.run import RunConfig
-from engine.config.tasks import require_lm_eval
+from engine.config.tasks import QUESTIONS, require_lm_eval
 from engine.errors import DataError, EqatError, ExitCode, UsageError
+from engine.plan.plan import refuse_missing
 from engine.run.directory import RunDirectory
 from engine.run.measured import How, MeasureRequest, as_asked, by_flags, refuse_endless
 from engine.run.proof import is_run
@@ -83,7 +84,7 @@ def how_of(
         sequence_length=length,
         windows=windows,
         bos=bos,  # type: ignore[arg-type]
-        tasks=tuple(_absolute(name) if name.endswith(".jsonl") else name for name in _names(tasks.names)),
+        tasks=tuple(_absolute(name) if name.endswith(QUESTIONS) else name for name in _names(tasks.names)),
         task_limit=tasks.limit,
         task_folder=None if tasks.folder is None else _absolute(tasks.folder),
         task_chat=tasks.chat or None,
@@ -95,8 +96,11 @@ def how_of(
     except EqatError as error:
         raise by_flags(error) from error
     for text in config.evaluation.every_text():
-        if is_path(text.source) and not os.path.exists(local_path(text.source)):
-            raise DataError("no such file or folder", where=text.source, hint="check --data")
+        if is_path(text.source):
+            refuse_missing(text.source, "check --data")
+    for task in how.tasks:
+        if task.endswith(QUESTIONS):
+            refuse_missing(task, "check --tasks")
     return how
 
 

@@ -12,7 +12,7 @@ from engine.config.base import Section
 from engine.config.calibration import part_name, read_text, same_text
 from engine.config.corpora import CORPORA, corpus_name
 from engine.config.data import OPTIONS, DataConfig
-from engine.config.tasks import MOST_SHOTS, TASKS, lm_task, task_name
+from engine.config.tasks import MOST_SHOTS, QUESTIONS, TASKS, lm_task, task_name
 from engine.errors import UsageError
 
 
@@ -65,7 +65,7 @@ class EvaluationConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields
     def _check_tasks(self, name: str) -> None:
         for task in self.tasks:
             asked = lm_task(task)
-            if asked is None and task not in TASKS and not task.endswith(".jsonl"):
+            if asked is None and task not in TASKS and not task.endswith(QUESTIONS):
                 raise UsageError(
                     f"there is no task {task!r}",
                     where=name,

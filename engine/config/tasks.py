@@ -59,6 +59,8 @@ TASKS = Table(
 LM_EVAL = "lm-eval/"
 """Before a name that is lm-eval's, where it would otherwise be one of the table."""
 INSTALL_LM_EVAL = "pip install 'eqat[tasks]'"
+QUESTIONS = ".jsonl"
+"""How a file of questions of one's own ends."""
 MOST_SHOTS = 100
 _LM_TASK = re.compile(r"(?P<name>[\w.+()\-]{1,120})(:(?P<shots>[0-9]{1,4}))?")
 
@@ -73,7 +75,7 @@ class LmTask(NamedTuple):
 
 def lm_task(name: str) -> LmTask | None:
     """What of lm-eval's is meant; None for a task of the table, a file, and what can be no name."""
-    if name in TASKS or name.endswith(".jsonl"):
+    if name in TASKS or name.endswith(QUESTIONS):
         return None
     found = _LM_TASK.fullmatch(name.removeprefix(LM_EVAL))
     if found is None:

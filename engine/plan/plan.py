@@ -45,7 +45,7 @@ from engine.config.learning import learned_words
 from engine.config.run import RunConfig
 from engine.config.runtime import StoreKind
 from engine.config.stages import Scope, learns_answers
-from engine.config.tasks import require_lm_eval
+from engine.config.tasks import QUESTIONS, require_lm_eval
 from engine.errors import DataError, EqatError, PreflightError
 from engine.plan.advice import better_recipe
 from engine.plan.costs import StageCosts, Steps, Text, made_costs
@@ -291,13 +291,20 @@ def _check_local_text(config: RunConfig) -> None:
     used.append(("evaluation.data.source", evaluation.data, evaluation.enabled))
     used += [("evaluation.texts", data, evaluation.enabled) for data in evaluation.every_text()[1:]]
     for name, data, wanted in used:
-        path = local_path(data.source)
-        if not wanted or not is_path(data.source):
-            continue
-        if not os.path.exists(path):
-            raise DataError("no such file or folder", where=data.source, hint=f"check {name}")
-        if os.path.isfile(path) and path.stat().st_size == 0:
-            raise DataError("the file is empty", where=data.source, hint=f"check {name}")
+        if wanted and is_path(data.source):
+            refuse_missing(data.source, f"check {name}")
+    for task in evaluation.tasks if evaluation.enabled else ():
+        if task.endswith(QUESTIONS):
+            refuse_missing(task, "check evaluation.tasks")
+
+
+def refuse_missing(source: str, hint: str) -> None:
+    """DataError for a file or folder that is not there, or has nothing in it."""
+    path = local_path(source)
+    if not os.path.exists(path):
+        raise DataError("no such file or folder", where=source, hint=hint)
+    if os.path.isfile(path) and path.stat().st_size == 0:
+        raise DataError("the file is empty", where=source, hint=hint)
 
 
 def described(config: RunConfig) -> ModelDescription:

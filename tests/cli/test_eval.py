@@ -18,7 +18,7 @@ import torch
 from cli_tools import Eqat, environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from engine.errors import EqatError, ExitCode, UsageError
+from engine.errors import DataError, EqatError, ExitCode, UsageError
 from engine.run.directory import RunDirectory
 from engine.run.measured import How, Measured, keep, measured
 from eqat_tui.evaluating import Tasks, arguments_of, checkpoint_of, how_of, request_of
@@ -146,10 +146,14 @@ def test_what_is_kept_replaces_its_own_and_leaves_the_others(new_run: Callable[[
 def test_tasks_alone_measure_no_text_and_reach_the_engine_as_typed(
     tmp_path: Path, finished_run: RunDirectory
 ) -> None:
-    (tmp_path / "mine.jsonl").write_text("")
+    (tmp_path / "mine.jsonl").write_text('{"query": "a", "choices": ["b", "c"], "gold": 0}\n')
     how = how_of(None, None, None, None, Tasks([f"piqa,{tmp_path}/mine.jsonl"], limit=7))
     assert (how.tasks, how.reads_texts, how.is_asked) == (("piqa", f"{tmp_path}/mine.jsonl"), False, True)
     assert how_of(["builtin"], None, None, None, Tasks(["piqa"])).reads_texts
+    (tmp_path / "empty.jsonl").write_text("")
+    for name, words in (("empty", "the file is empty"), ("none", "no such file")):
+        with pytest.raises(DataError, match=words):
+            how_of(None, None, None, None, Tasks([f"{tmp_path}/{name}.jsonl"]))
     assert arguments_of(finished_run, how) == [
         *("--task-limit", "7", "--ask", "piqa", "--ask", f"{tmp_path}/mine.jsonl"),
     ]
