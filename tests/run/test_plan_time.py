@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from plan_tools import H200, PAPER, machine, paper
+from plan_tools import H200, LLAMA_2, PAPER, SHAPES, machine, paper
 
 from engine.config.derived import resolve
 from engine.config.evaluation import EvaluationConfig
@@ -46,6 +48,34 @@ def test_what_end_to_end_training_takes_is_estimated(llama: str) -> None:
     assert plan.compiles_e2e
     assert not plan.recomputes
     assert 0.9 < seconds["e2e_qp"] / (34.7e-3 * 1024 * 32) < 1.2
+
+
+@pytest.mark.parametrize(
+    ("sequences", "epochs", "compiled", "measured"),
+    [(1024, 2, False, 24.7), (2048, 4, True, 13.5 + 37e-3 * 1024)],
+)
+def test_a_small_network_is_planned_with_the_gaps_between_its_kernels(
+    tmp_path: Path, sequences: int, epochs: int, compiled: bool, measured: float
+) -> None:
+    """Seconds of E2E-QAT of SmolLM2 on an H200, teacher and validation included: a short one, whose steps are
+    recorded, as it was; a long one by the steps of a benchmark, recorded and compiled, and by what the same
+    training took before its first step."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2 | SHAPES["135m"]))
+    config = apply_overrides(
+        load("small"),
+        {
+            "model.source": str(tmp_path),
+            "data.mix": [],
+            "data.source": "builtin",
+            "block_ap.sequences": sequences // 2,
+            "e2e_qat.sequences": sequences,
+            "e2e_qat.epochs": epochs,
+        },
+    )
+    plan = make_plan(resolve(config), machine=H200)
+    assert plan.compiles_e2e == compiled
+    (planned,) = [phase.seconds for phase in plan.phases if phase.name == "e2e_qat"]
+    assert planned == pytest.approx(measured, rel=0.15)
 
 
 def test_passages_are_compiled_where_many_pass(llama: str) -> None:

@@ -122,10 +122,11 @@ class E2EQPCosts(NetworkTraining):
         cost = rates.compiled_passage if steps.compiled else rates.passage
         traffic = self._traffic(work, cost)
         unpacked = self.unpacked_seconds(work, rates, micro_steps)
-        # Recorded, a micro-step is one launch, and its kernels still follow each other.
-        recorded = (rates.fast if steps.compiled else rates.recorded).launch
-        launches = micro_steps * arch.blocks * (recorded if steps.recorded else cost.launch * factor)
-        return max(flops / rates.flops + traffic + unpacked, launches)
+        working, passed = flops / rates.flops + traffic + unpacked, micro_steps * arch.blocks
+        if steps.recorded:  # one launch, whose kernels still follow each other
+            gap = CONSTANTS.gpu_fast_gap if steps.compiled else CONSTANTS.gpu_recorded_gap
+            return working + passed * gap
+        return max(working, passed * cost.launch * factor)
 
     def unpacked_seconds(self, work: Workload, rates: Speed, micro_steps: int) -> float:
         """What goes over the weights beside their products."""
