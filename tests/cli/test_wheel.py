@@ -18,6 +18,8 @@ sys.argv = sys.argv[1:]
 print(engine.__file__, flush=True)
 main()
 """
+PRESETS = sorted((REPOSITORY / "presets").rglob("*.toml"))
+"""Of runs, and of sweeps in a folder of their own."""
 builder = pytest.importorskip("hatchling.builders.wheel", reason="hatchling builds the wheel")
 
 
@@ -36,7 +38,7 @@ def test_the_wheel_has_what_the_program_reads_and_nothing_else(wheel: Path) -> N
         for path in (REPOSITORY / folder).rglob("*")
         if path.is_file() and path.suffix not in (".pyc", ".so") and "__pycache__" not in path.parts
     }
-    presets = {f"engine/presets/{path.name}" for path in (REPOSITORY / "presets").glob("*.toml")}
+    presets = {f"engine/{path.relative_to(REPOSITORY)}" for path in PRESETS}
     assert {name for name in names if ".dist-info/" not in name} == here | presets
     assert len(presets) > 20
     assert not any(name.startswith(("tests/", "benchmarks/", "docs/")) for name in names)
@@ -58,4 +60,4 @@ def test_what_is_installed_from_it_works_without_a_clone(wheel: Path, tmp_path: 
     where, _, printed = done.stdout.partition("\n")
     assert (done.returncode, where) == (0, str(site / "engine" / "__init__.py")), done.stderr
     names = {preset["name"] for preset in json.loads(printed)}
-    assert names == {path.stem for path in (REPOSITORY / "presets").glob("*.toml")}
+    assert names == {path.stem for path in PRESETS}
