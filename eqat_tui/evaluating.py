@@ -20,7 +20,7 @@ from engine.config.model import PACKAGE, RANDOM, TINY_MODEL, BeginOfText, ModelC
 from engine.config.run import RunConfig
 from engine.config.tasks import QUESTIONS, require_lm_eval
 from engine.errors import DataError, EqatError, ExitCode, UsageError
-from engine.plan.plan import refuse_missing
+from engine.plan.local_files import refuse_missing
 from engine.run.directory import RunDirectory
 from engine.run.measured import How, MeasureRequest, as_asked, by_flags, refuse_endless
 from engine.run.proof import is_run

@@ -31,13 +31,12 @@ from engine.architecture.special_tokens import (
 )
 from engine.config.calibration import (
     evaluated_share,
-    mixture,
     part_name,
     percent,
     shared_out,
     texts_of,
 )
-from engine.config.corpora import evaluation_characters, is_path, local_path, origin
+from engine.config.corpora import evaluation_characters, local_path, origin
 from engine.config.data import DataConfig
 from engine.config.evaluation import EvaluationConfig
 from engine.config.formats import FORMATS
@@ -45,8 +44,8 @@ from engine.config.learning import learned_words
 from engine.config.run import RunConfig
 from engine.config.runtime import StoreKind
 from engine.config.stages import Scope, learns_answers
-from engine.config.tasks import QUESTIONS, require_lm_eval
-from engine.errors import DataError, EqatError, PreflightError
+from engine.config.tasks import require_lm_eval
+from engine.errors import EqatError, PreflightError
 from engine.plan.advice import better_recipe
 from engine.plan.costs import StageCosts, Steps, Text, made_costs
 from engine.plan.disk_model import assets_bytes
@@ -62,6 +61,7 @@ from engine.plan.fit import (
     settle_network,
 )
 from engine.plan.lengths import longer_than_trained, too_long
+from engine.plan.local_files import check_local_files
 from engine.plan.machine import Machine, detect
 from engine.plan.memory_model import host_memory, phase_memory
 from engine.plan.opened import opened
@@ -170,7 +170,7 @@ def make_plan(
         DataError: for a local text file or folder that is not there.
         UsageError: for a training that would learn from an original model which is not known.
     """
-    _check_local_text(config)
+    check_local_files(config, reads_text=bool(_texts(config)))
     require_lm_eval(config.evaluation.tasks if config.evaluation.enabled else ())
     refuse_unknown_teacher(config)
     model = described(config)
@@ -276,35 +276,6 @@ def _texts(config: RunConfig) -> list[Text]:
     """The calibration texts of the stages; conversations are none."""
     plain = [costs for costs in made_costs(config) if not learns_answers(config, costs.stage)]
     return [text for text in (costs.text(config) for costs in plain) if text is not None]
-
-
-def _check_local_text(config: RunConfig) -> None:
-    """A mistyped path should not cost a run; what is in the files is for the engine to judge."""
-    name = "data.mix" if mixture(config.data) else "data.source"
-    used = [(name, text.data, bool(_texts(config))) for text in texts_of(config.data)]
-    if config.instructions.source is not None:
-        used.append(("instructions.source", config.instructions.data, True))
-    evaluation = config.evaluation
-    folder = evaluation.task_folder
-    if evaluation.enabled and folder and not os.path.isdir(local_path(folder)):
-        raise DataError("no such folder", where=folder, hint="check evaluation.task_folder")
-    used.append(("evaluation.data.source", evaluation.data, evaluation.enabled))
-    used += [("evaluation.texts", data, evaluation.enabled) for data in evaluation.every_text()[1:]]
-    for name, data, wanted in used:
-        if wanted and is_path(data.source):
-            refuse_missing(data.source, f"check {name}")
-    for task in evaluation.tasks if evaluation.enabled else ():
-        if task.endswith(QUESTIONS):
-            refuse_missing(task, "check evaluation.tasks")
-
-
-def refuse_missing(source: str, hint: str) -> None:
-    """DataError for a file or folder that is not there, or has nothing in it."""
-    path = local_path(source)
-    if not os.path.exists(path):
-        raise DataError("no such file or folder", where=source, hint=hint)
-    if os.path.isfile(path) and path.stat().st_size == 0:
-        raise DataError("the file is empty", where=source, hint=hint)
 
 
 def described(config: RunConfig) -> ModelDescription:
