@@ -15,18 +15,17 @@ from engine import telemetry
 from engine.checkpoints.snapshots import SnapshotKeeper, resumable
 from engine.config.latents import Start
 from engine.config.stages import STAGES, Stage
-from engine.gpu.compiled import SWITCH_HINT
 from engine.methods.network.e2e_qat import train_weights
 from engine.methods.network.e2e_qp import train_scales
 from engine.methods.network.lr_qat import low_rank_linears, train_factors
 from engine.methods.network.network import NetworkData
 from engine.methods.network.norms import trained_norms
 from engine.phases.job import Job, compute_dtype
+from engine.phases.kernels import switch_on_low_rank_kernel
 from engine.phases.latents import latents
 from engine.phases.passage import forget_streams
 from engine.phases.teacher import is_taught, teacher
 from engine.quant.fake_linear import FakeQuantLinear, kept_norm, latent_linears
-from engine.quant.low_rank import Kernel
 from engine.quant.packed import Kernels, PackedLinear, PackedWeight
 from engine.quant.slots import slots
 from engine.run.facts import done_fact, stage_entry
@@ -78,7 +77,7 @@ def train_low_rank_end_to_end(job: Job) -> None:
     if job.is_done(stage):
         return
     config = msgspec.structs.replace(job.config.lr_qat, micro_batch_size=job.micro_batch(stage))
-    _switch_on_kernel(job)
+    switch_on_low_rank_kernel(job)
     dtype = compute_dtype(config.compute_dtype, job.device)
     with _data(job, stage) as data:
         blocks: list[nn.Module] = []
@@ -96,22 +95,6 @@ def train_low_rank_end_to_end(job: Job) -> None:
             train_factors(job.lm, blocks, data, config, dtype=dtype, **arguments)
     trained = [{name: linear.freeze() for name, linear in of_block.items()} for of_block in linears]
     _commit(job, stage, _renewed(blocks, trained))
-
-
-def _switch_on_kernel(job: Job) -> None:
-    """Weights of low rank are made by a kernel of their own where Triton works."""
-    if not Kernels.on or not job.takes_kernels:
-        return
-    try:
-        Kernel.switch_on(job.device)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # as in prepare
-        job.report.warning(
-            "compile",
-            f"LR-QAT is slower, Triton does not work here: {str(error).strip()[:200]}",
-            hint=SWITCH_HINT,
-        )
 
 
 def _latent_blocks(

@@ -17,7 +17,8 @@ from engine.models.causal_lm import CausalLM
 from engine.phases.evaluation import evaluate
 from engine.phases.imported import open_source
 from engine.phases.job import Job, compute_dtype
-from engine.phases.prepare import compile_passages, switch_on_kernels
+from engine.phases.kernels import switch_on_kernels
+from engine.phases.prepare import compile_passages
 from engine.phases.text import Tokens
 from engine.plan.plan import Plan
 from engine.reporter import Reporter

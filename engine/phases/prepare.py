@@ -25,11 +25,11 @@ from engine.phases.identity import digest, share_origin, warn_of_changes, write_
 from engine.phases.imported import open_reference, open_source
 from engine.phases.instructions import check_packing
 from engine.phases.job import Job, compute_dtype
+from engine.phases.kernels import switch_on_kernels
 from engine.phases.own_text import OwnText
 from engine.phases.text import PREPARE_SILENCE, draw_tokens
 from engine.plan.lengths import too_long
 from engine.plan.plan import Plan
-from engine.quant.packed import Kernels
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
 from engine.run.facts import TOGETHER, TRAINING, done_fact, eval_fact, micro_batch_fact
@@ -142,22 +142,6 @@ def _remember_portions(job: Job) -> None:
 def compile_passages(lm: CausalLM, report: Reporter) -> None:
     """Blocks are compiled for the streams that pass through them, and for perplexity."""
     lm.compile(expect_silence=report.expect_silence, on_failure=lambda why: _slower(report, why))
-
-
-def switch_on_kernels(config: RunConfig, device: torch.device, report: Reporter) -> None:
-    """Packed weights are unpacked by one kernel where Triton works, else by torch's operations."""
-    if device.type != "cuda" or config.runtime.compile == "off":
-        return
-    try:
-        Kernels.switch_on(device)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of Triton, its compiler, the host's compiler, the driver
-        report.warning(
-            "compile",
-            f"packed weights are slower, Triton does not work here: {str(error).strip()[:200]}",
-            hint=SWITCH_HINT,
-        )
 
 
 def _slower(report: Reporter, why: str) -> None:
