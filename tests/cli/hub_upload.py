@@ -7,20 +7,18 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
 from typing import Any
+
+from hub_server import HubServer, QuietHandler
 
 TOKEN = "hf_the_token_of_a_test"
 
 
-class UploadHub(ThreadingHTTPServer):
+class UploadHub(HubServer):
     """What was asked for and what was sent."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.made: list[dict[str, Any]] = []
         self.branches: list[str] = []
         self.files: dict[str, bytes] = {}
@@ -31,30 +29,17 @@ class UploadHub(ThreadingHTTPServer):
         self.refuse = 0
         """Answers with this to everything."""
 
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
 
 @contextmanager
 def upload_hub() -> Iterator[UploadHub]:
     """A hub at work."""
     server = UploadHub()
-    thread = Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with server.at_work():
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     server: UploadHub
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
     def _answer(self, tree: object, status: int = 200) -> None:
         body = json.dumps(tree).encode()

@@ -11,21 +11,19 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from urllib.parse import parse_qs, unquote, urlparse
+
+from hub_server import HubServer, QuietHandler
 
 COMMIT = "a" * 40
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(HubServer):
     """What it has, how it fails, and what it was asked for."""
 
-    daemon_threads = True
-
     def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.folder = folder
         self.asked: list[str] = []
         """Requests for files, with their ranges."""
@@ -47,10 +45,6 @@ class Hub(ThreadingHTTPServer):
         self.status, self.times, self.of = status, times, of
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
 
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
     def files(self, kind: str, repo: str) -> list[str]:
         base = self.folder / kind / repo
         return sorted(str(path.relative_to(base)) for path in base.rglob("*") if path.is_file())
@@ -60,22 +54,13 @@ class Hub(ThreadingHTTPServer):
 def hub_at_work(folder: Path) -> Iterator[Hub]:
     """A hub of what lies in ``folder``."""
     server = Hub(folder)
-    thread = Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
+    with server.at_work():
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
     def _answer(self, status: int, body: object = b"", headers: Mapping[str, str] | None = None) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
