@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.errors import PreflightError
 from engine.quant.packed import PackedBlock, PackedWeight
@@ -114,16 +114,19 @@ def stored_outer(
 @contextmanager
 def outer_values(lm: CausalLM, values: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
     """The model with other values of parameters outside its blocks, by name; as before afterwards."""
-    parameters = dict(lm.model.named_parameters())
-    before: dict[str, Tensor] = {}
+    before: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for name, value in values:
-            original = before[name] = parameters[name].data
-            parameters[name].data = value.to(original.device, original.dtype).reshape(original.shape)
+            # By its name alone: this happens at every portion of logits, and a list of all parameters takes
+            # longer than they do.
+            parameter = lm.model.get_parameter(name)
+            original = parameter.data
+            before.append((parameter, original))
+            parameter.data = value.to(original.device, original.dtype).reshape(original.shape)
         yield
     finally:
-        for name, original in before.items():
-            parameters[name].data = original
+        for parameter, original in reversed(before):
+            parameter.data = original
 
 
 def check_activations(

@@ -258,7 +258,7 @@ def _tokens(job: Job) -> tuple[float, float, float, float]:
     asked = hidden_bytes(job.lm, job.tasks) / hidden if job.tasks else 0.0
     answers = 0 if held_out is None else held_out.tokens_NT.numel()
     harness = 0 if job.harness is None else job.harness.questions * TOKENS_OF_A_QUESTION
-    return job.tokens.measured().numel(), asked, answers, harness
+    return job.tokens.measured_numel(), asked, answers, harness
 
 
 def ask_questions(job: Job, version: Version) -> dict[str, dict[str, float]]:

@@ -53,6 +53,10 @@ class Tokens:
         """All windows that are evaluated: of the run's own text, then of each other one."""
         return torch.cat([self.evaluation, *self.further.values()]) if self.further else self.evaluation
 
+    def measured_numel(self) -> int:
+        """How many tokens these are; told of every step, so nothing is put together for it."""
+        return sum(windows.numel() for windows in (self.evaluation, *self.further.values()))
+
     def spans(self) -> dict[str, tuple[int, int]]:
         """The first window among them of each other text, and the one behind its last."""
         found, end = {}, len(self.evaluation)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from engine.plan.estimate import Workload
 
-TOGETHER = 1 << 23
-"""Numbers of hidden states that fill a GPU: 16 sequences of 1024 tokens with 512 numbers each, half of a 7B
-model's sequence of 4096 tokens."""
+TOGETHER = 1 << 25
+"""Numbers of hidden states that fill a GPU: 56 sequences of 1024 tokens with 576 numbers each, two of a 7B
+model's of 4096 tokens."""
 
 
 def numbers_together(work: Workload) -> int:
