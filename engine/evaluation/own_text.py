@@ -23,6 +23,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from engine.data.encoding import Encoder
 from engine.errors import DataError
+from engine.evaluation.writing import Writer, writes
 from engine.plan.own_text import DOCUMENT_TOKENS
 
 if TYPE_CHECKING:
@@ -62,11 +63,16 @@ def own_windows(
     starts = torch.tensor([[*begin, token] for token in _first_tokens(encoder, count, seed, lm.vocab_size)])
     written: list[Tensor] = []
     with lm.whole(lm.load_block) as model, _drawing(lm.device):
-        _make_room(reserve, lm.device)
+        recorded = lm.device.type == "cuda" and writes(model, starts.shape[1] + each - 1)
+        if not recorded:
+            _make_room(reserve, lm.device)
         for index, part in enumerate(starts.split(documents)):
             torch.manual_seed(1_000_003 * seed + index)
             heard = _Heard(told, index * documents * each, count * each)
-            written.append(_written(model, part, each - 1, heard))
+            found = None
+            if recorded and each > 1:
+                found = Writer(model, part.to(lm.device), each - 1)(heard.of(len(part)))
+            written.append(_written(model, part, each - 1, heard) if found is None else found.cpu())
     # Documents stand one after the other behind what a sequence begins with.
     text = torch.cat(written)[:, len(begin) if encoder.begin else 0 :]
     text = text[:, :each].reshape(windows, -1)[:, :room]
@@ -105,6 +111,10 @@ class _Heard(StoppingCriteria):  # type: ignore[misc]  # transformers is not typ
 
     def __init__(self, told: Callable[[int, int], None], before: int, total: int) -> None:
         self._told, self._done, self._total = told, before, total
+
+    def of(self, documents: int) -> Callable[[int], None]:
+        """The same for a writer of so many documents, who tells how long they are."""
+        return lambda tokens: self._told(self._done + documents * tokens, self._total)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         self._done += input_ids.shape[0]
