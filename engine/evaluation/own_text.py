@@ -69,14 +69,24 @@ def own_windows(
         for index, part in enumerate(starts.split(documents)):
             torch.manual_seed(1_000_003 * seed + index)
             heard = _Heard(told, index * documents * each, count * each)
-            found = None
-            if recorded and each > 1:
-                found = Writer(model, part.to(lm.device), each - 1)(heard.of(len(part)))
+            found = _recorded(model, part.to(lm.device), each - 1, heard.of(len(part))) if recorded else None
             written.append(_written(model, part, each - 1, heard) if found is None else found.cpu())
     # Documents stand one after the other behind what a sequence begins with.
     text = torch.cat(written)[:, len(begin) if encoder.begin else 0 :]
     text = text[:, :each].reshape(windows, -1)[:, :room]
     return torch.cat([torch.tensor(encoder.begin, dtype=torch.int64).expand(windows, -1), text], 1)
+
+
+def _recorded(model: Any, starts: Tensor, tokens: int, told: Callable[[int], None]) -> Tensor | None:
+    """The same as :func:`_written`, faster; none for a model whose forward wants something else."""
+    if not tokens:
+        return starts
+    try:
+        return Writer(model, starts, tokens)(told)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError):
+        return None
 
 
 def _written(model: Any, starts: Tensor, tokens: int, heard: _Heard) -> Tensor:
