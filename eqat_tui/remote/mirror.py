@@ -8,12 +8,10 @@ not crashed.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import select
 import shlex
-import shutil
 import subprocess
 import tempfile
 import threading
@@ -31,6 +29,7 @@ from engine.run.sight import FromAfar, SeenFromAfar
 from engine.run.status import Status
 from engine.system.log_bytes import LONGEST_LINE
 from eqat_tui.output import format_time
+from eqat_tui.remote.rooms import room
 from eqat_tui.remote.ssh import Destination, no_ssh
 from eqat_tui.remote.wire import SILENT_S, TOP_FILES, Again, File, Hello, Seen, Told, decode, newer
 
@@ -126,7 +125,6 @@ class Connection:
         arguments = ["tail-events", self.ref, *([] if came_before else self._flags)]
         if self._log:
             arguments += ["--from", str(self._offset), "--log", self._log]
-        patience = SILENT_S if came_before else math.inf  # the first time somebody may be typing a password
         with tempfile.TemporaryFile() as said:
             try:
                 child = subprocess.Popen(
@@ -141,7 +139,7 @@ class Connection:
             assert child.stdout is not None
             try:
                 with child.stdout:
-                    for line in self._lines(child.stdout.fileno(), patience=patience):
+                    for line in self._lines(child.stdout.fileno()):
                         self._hear(line)
             finally:
                 self.hang_up()
@@ -149,13 +147,15 @@ class Connection:
             said.seek(0)
             return code, said.read()
 
-    def _lines(self, stream: int, *, patience: float) -> Iterator[bytes]:
-        """The whole lines that come, until nothing does for so many seconds or the connection is broken off.
-        What ssh has started may go on writing when it is gone; nobody waits for that."""
+    def _lines(self, stream: int) -> Iterator[bytes]:
+        """The whole lines that come, until nothing does for too long or the connection is broken off.
+
+        What ssh has started may go on writing when ssh is gone; nobody waits for that.
+        """
         poll = select.poll()
         poll.register(stream, select.POLLIN)
         rest = b""
-        while not (self._hung_up or self._over.is_set()) and time.monotonic() - self._heard < patience:
+        while not (self._hung_up or self._over.is_set() or self._is_silent()):
             if not poll.poll(200):
                 continue
             piece = os.read(stream, PIECE)
@@ -166,6 +166,10 @@ class Connection:
             yield from lines
             if len(rest) > LONGEST_LINE:
                 rest = b""  # no event is as long, and what comes of it is no line of ours
+
+    def _is_silent(self) -> bool:
+        """Whether nothing has come for too long. The first time somebody may be typing a password."""
+        return self.run is not None and time.monotonic() - self._heard > SILENT_S
 
     def hang_up(self) -> None:
         """Break the connection off; unless everything is over, another one is made."""
@@ -316,11 +320,10 @@ def _ended(child: subprocess.Popen[bytes]) -> int:
 @contextmanager
 def attached(destination: Destination, ref: str, *, runs_dir: str | None = None) -> Iterator[Mirror]:
     """Inside, the run ``ref`` of over there is a run here; ``runs_dir`` is where runs are kept there."""
-    room = Path(tempfile.mkdtemp(prefix="eqat-attach-"))
     flags = ("--runs-dir", runs_dir) if runs_dir is not None else ()
-    connection = Connection(destination, ref, flags, room)
-    try:
-        yield connection.open()
-    finally:
-        connection.close()
-        shutil.rmtree(room, ignore_errors=True)
+    with room() as folder:
+        connection = Connection(destination, ref, flags, folder)
+        try:
+            yield connection.open()
+        finally:
+            connection.close()

@@ -75,7 +75,7 @@ def state_span(view: RunView) -> Span:
     """The state with its mark, as words and colour."""
     words: str = view.liveness
     if view.trouble:
-        return "? connection lost", "warn"
+        return "? no connection", "warn"
     if view.waiting:
         return "‖ paused: disk full", "warn"
     if view.replay is not None:

@@ -45,6 +45,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Elsew
     made = Elsewhere(tmp_path / "elsewhere")
     for name, value in made.variables.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("EQAT_CACHE_DIR", str(made.place / "cache"))
     monkeypatch.setattr(mirrors, "PAUSES_S", (0.0,))
     yield made
     for run in list_runs(made.there / "runs"):
@@ -85,11 +86,20 @@ def follows_there(elsewhere: Elsewhere, script: str) -> RunDirectory:
     return run
 
 
+def says(elsewhere: Elsewhere, *messages: dict[str, object]) -> Destination:
+    """A program over there that says this and then nothing."""
+    program, lines = elsewhere.place / "says", elsewhere.place / "lines"
+    lines.write_text("".join(json.dumps(message) + "\n" for message in messages))
+    program.write_text(f"#!/bin/sh\ncat {lines}\nexec sleep 60\n")
+    program.chmod(0o755)
+    return Destination("gpu1", (), str(program))
+
+
 def attach(elsewhere: Elsewhere, *arguments: str) -> subprocess.Popen[str]:
     """``eqat attach ARGUMENTS`` here."""
     return subprocess.Popen(
         [sys.executable, "-m", "eqat_tui", "attach", *arguments, "--remote-command", EQAT_THERE],
-        env=environment(**elsewhere.variables),
+        env=environment(**elsewhere.variables, EQAT_CACHE_DIR=str(elsewhere.place / "cache")),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -236,19 +246,21 @@ def test_a_machine_that_cannot_be_seen_has_not_crashed_its_run(elsewhere: Elsewh
     assert run_state(run) == "running"
 
 
-def test_a_connection_that_is_only_silent_counts_as_lost(elsewhere: Elsewhere) -> None:
-    follows_there(elsewhere, "works")
-    with pytest.MonkeyPatch.context() as patch:
-        elsewhere.cut(100_000_000)
-        with attached(GPU1, "latest") as found:
-            patch.setattr(mirrors, "SILENT_S", -1.0)
-            found.sight.hang_up()  # the first connection is not watched: passwords
-            wait_until(lambda: len(elsewhere.asked()) >= 3)  # each is hung up
+def test_a_connection_that_is_only_silent_counts_as_lost(
+    elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a laptop wakes up in another network: nobody says that the connection is gone."""
+    monkeypatch.setattr(mirrors, "SILENT_S", 0.5)
+    hello = {"kind": "hello", "eqat": "0.1.0", "id": "silent", "path": "/x", "log": "", "start": 0}
+    destination = says(elsewhere, hello, {"kind": "look", "now": 1.0, "state": "running"})
+    with attached(destination, "latest") as found:
+        wait_until(lambda: len(elsewhere.asked()) >= 3)  # each is hung up
+        assert found.sight.look().state == "running"
 
 
 def test_lines_say_once_that_a_connection_was_lost_and_once_that_it_is_back(elsewhere: Elsewhere) -> None:
     run = follows_there(elsewhere, "works")
-    elsewhere.cut(60_000, *[-1] * 2)
+    elsewhere.cut(40_000, *[-1] * 2)
     process = attach(elsewhere, "gpu1:latest")
     assert process.stderr is not None
     said = ""
@@ -418,7 +430,6 @@ echo '{{"kind":"weather","sun":true}}'
 
 def test_nothing_is_written_outside_of_the_copy(elsewhere: Elsewhere, tmp_path: Path) -> None:
     """Whatever the other machine says."""
-    bad = elsewhere.place / "bad"
     lines = [
         {
             "kind": "hello",
@@ -444,14 +455,29 @@ def test_nothing_is_written_outside_of_the_copy(elsewhere: Elsewhere, tmp_path: 
         ),
         {"kind": "look", "now": 1.0},
     ]
-    (elsewhere.place / "lines").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    bad.write_text(f"#!/bin/sh\ncat {elsewhere.place / 'lines'}\nsleep 60\n")
-    bad.chmod(0o755)
-    with attached(Destination("gpu1", (), str(bad)), "latest") as found:
+    with attached(says(elsewhere, *lines), "latest") as found:
         room = found.path.parent
         files = sorted(str(path.relative_to(room)) for path in room.rglob("*") if path.is_file())
         assert files == ["run/config.toml", "run/events.jsonl"]
     assert not room.exists()
+
+
+def test_copies_that_a_killed_viewer_has_left_are_removed_by_the_next_one(
+    elsewhere: Elsewhere, run_there: RunDirectory
+) -> None:
+    follows_there(elsewhere, "works")
+    rooms = elsewhere.place / "cache" / "attached"
+    process = attach(elsewhere, "gpu1:latest")
+    assert process.stderr is not None
+    process.stderr.readline()
+    with attached(GPU1, "latest"):
+        assert len(list(rooms.iterdir())) == 2  # one that lives is left alone
+        process.kill()
+        process.communicate()
+    assert len(list(rooms.iterdir())) == 1
+    with attached(GPU1, "latest") as found:
+        assert list(rooms.iterdir()) == [found.path.parent]
+    assert list(rooms.iterdir()) == []
 
 
 # -- names ---------------------------------------------------------------------------------------------

@@ -17,7 +17,11 @@ PUBLIC = {
         *("--from-block", "--set", "--gpus", "--allow-world-size-change"),
         *("--runs-dir", "--detach", "--json"),
     },
-    "attach": {"--runs-dir", "--plain", "--read-only", "--ascii", "--json"},
+    "attach": {
+        *("--runs-dir", "--plain", "--read-only", "--ascii", "--json"),
+        *("--ssh-option", "--remote-command"),
+    },
+    "tail-events": {"--from", "--log", "--once", "--runs-dir"},
     "replay": {"--runs-dir", "--speed", "--ascii"},
     "memory": {"--runs-dir", "--ascii"},
     "monitor": {"--runs-dir", "--ascii"},

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from cli_tools import REPOSITORY
 from waiting import wait_until
+
+REPOSITORY = Path(__file__).parents[2]
 
 EQAT_THERE = f"{shlex.quote(sys.executable)} -m eqat_tui"
 
