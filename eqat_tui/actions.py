@@ -136,7 +136,9 @@ def resume(
     state, work = look(run)
     if work is not None and work.state != "starting":  # whose launch refuses a second one
         job = f"{state}, and its {job_name(work.task)} is " if is_job(work.task) else ""
-        raise UsageError(f"is {job}{work.state}", where=run.id, hint=f"eqat attach {typed(run)} follows it")
+        # The same as what a second engine is told: which of the two looks first is the system's to decide.
+        attach = f"eqat attach {typed(run)}"
+        raise PreflightError(f"is {job}{work.state}", where=run.id, hint=f"{attach} follows it")
     if state == "done":
         if not is_damaged(run.checkpoints_dir):
             raise UsageError("is done already", where=run.id, hint=f"eqat show {typed(run)} shows the result")
