@@ -63,6 +63,7 @@ PUBLIC = {
     "sweep": set(),
     "sweep start": {*CONFIGURE, "--sweep", "--jobs", "--runs-dir", "--detach", "--dry-run", "--json"},
     "sweep resume": {"--jobs", "--runs-dir", "--detach", "--json"},
+    "sweep list": {"--runs-dir", "--json"},
     "sweep show": {"--runs-dir", "--json", "--csv", "--markdown"},
 }
 
