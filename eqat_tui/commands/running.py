@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from engine.errors import UsageError
 from eqat_tui.commands.options import (
     Ascii,
     Bits,
@@ -174,11 +175,11 @@ def attach(
         ),
     ] = None,
     remote_command: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--remote-command", metavar="COMMAND", help="Of HOST:RUN: what eqat is called over there."
         ),
-    ] = "eqat",
+    ] = None,
 ) -> int:
     """Show a run again, from any terminal, as often as wanted. Leaving never ends it.
 
@@ -195,11 +196,14 @@ def attach(
     app = None if plain or as_json else Look(ascii_only, read_only)
     there = ssh.split(run)
     if there is None:
+        if ssh_options or remote_command:
+            option = "--ssh-option" if ssh_options else "--remote-command"
+            raise UsageError("is for a run of another machine, HOST:RUN", where=option)
         return attach_to(find(run, runs_dir), runs_dir, app=app, as_json=as_json)
     from eqat_tui.remote.mirror import attached
 
     host, ref = there
-    destination = ssh.Destination(host, ssh.options_of(ssh_options or ()), remote_command)
+    destination = ssh.Destination(host, ssh.options_of(ssh_options or ()), remote_command or "eqat")
     with attached(destination, ref, runs_dir=None if runs_dir is None else str(runs_dir)) as found:
         return attach_to(found, None, app=app, as_json=as_json)
 

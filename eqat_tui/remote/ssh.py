@@ -105,7 +105,14 @@ class Destination(NamedTuple):
 
 
 def _program() -> list[str]:
-    return shlex.split(os.environ.get(SSH_VARIABLE) or "ssh")
+    return _words(os.environ.get(SSH_VARIABLE) or "ssh", f"${SSH_VARIABLE}")
+
+
+def _words(text: str, where: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"cannot be read: {error}", where=where, hint="quote it as in a shell") from error
 
 
 def split(ref: str) -> tuple[str, str] | None:
@@ -122,10 +129,7 @@ def split(ref: str) -> tuple[str, str] | None:
 
 def options_of(given: Sequence[str]) -> tuple[str, ...]:
     """``--ssh-option '-p 2222'``, each of one or several words."""
-    try:
-        return tuple(word for text in given for word in shlex.split(text))
-    except ValueError as error:
-        raise UsageError(f"cannot be read: {error}", where="--ssh-option", hint="as in: '-p 2222'") from error
+    return tuple(word for text in given for word in _words(text, "--ssh-option"))
 
 
 def no_ssh(error: OSError) -> PreflightError:

@@ -128,10 +128,7 @@ class Teller:
             return  # not there yet, or a network file system that hiccups
 
     def _is_another(self) -> bool:
-        """Whether the log is another one than before, or shorter than what was told of it."""
-        if not self._log:
-            self._log = log_mark(self.run.events_path)
-            return False
+        """Whether the log is another one than before, shorter than what was told of it, or there at last."""
         if self._offset and not head(self.run.events_path, 1, self._offset - 1):
             return True
         return log_mark(self.run.events_path) not in ("", self._log)

@@ -66,7 +66,7 @@ class Told(Message, frozen=True, kw_only=True, tag="event"):
 
 
 class Again(Message, frozen=True, kw_only=True, tag="again"):
-    """The log is another one than before; it is told from its beginning."""
+    """The log is another one than before, or the first one; it is told from its beginning."""
 
     log: str
 

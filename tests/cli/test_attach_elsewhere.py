@@ -160,9 +160,9 @@ def test_no_event_is_lost_or_doubled_wherever_the_connection_is_cut(
     """A log that grows meanwhile, with a torn line and a second attempt in it."""
     chance = random.Random(seed)
     told(run_there, metrics=20)
-    elsewhere.cut(*[chance.choice([-1, chance.randrange(1, 30_000)]) for _ in range(5)])
+    elsewhere.cut(*[chance.choice([-1, chance.randrange(1, 15_000)]) for _ in range(5)])
     if elsewhere.cuts_left() and (elsewhere.place / "cuts").read_text().startswith("-1"):
-        elsewhere.cut(chance.randrange(1, 30_000), -1, chance.randrange(1, 30_000))
+        elsewhere.cut(chance.randrange(1, 15_000), -1, chance.randrange(1, 15_000))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mirrors, "SILENT_S", 60.0)
 
@@ -181,6 +181,7 @@ def test_no_event_is_lost_or_doubled_wherever_the_connection_is_cut(
     assert here.state == there.state
     assert here.liveness == there.liveness == "done"
     assert found.sight.beginnings == 0
+    assert len(elsewhere.asked()) >= 3
 
 
 def test_a_cut_in_the_middle_of_a_line_is_gone_on_with_at_that_line(
@@ -194,6 +195,21 @@ def test_a_cut_in_the_middle_of_a_line_is_gone_on_with_at_that_line(
     second = elsewhere.asked()[1]
     assert "--from" in second
     assert "--from 0 " not in second
+
+
+def test_a_log_that_begins_while_one_looks_is_not_told_again_after_a_cut(
+    elsewhere: Elsewhere, run_there: RunDirectory
+) -> None:
+    with attached(GPU1, "latest") as found:
+        told(run_there, metrics=2)
+        wait_until(lambda: whole(found.events_path) == whole(run_there.events_path))
+        found.sight.hang_up()
+        wait_until(lambda: len(elsewhere.asked()) == 2)
+        told(run_there, attempt=2)
+        wait_until(lambda: whole(found.events_path) == whole(run_there.events_path))
+        assert found.sight.beginnings == 0
+        size = run_there.events_path.stat().st_size
+        assert 0 < int(elsewhere.asked()[1].partition("--from ")[2].split()[0]) < size
 
 
 def test_a_log_that_was_replaced_is_told_from_its_beginning(
@@ -362,6 +378,20 @@ def test_an_eqat_that_is_not_on_the_path_over_there_is_one_line_with_its_flag(
         assert ended_with.stderr.count("\n") == 1
         assert "there is no " in ended_with.stderr
         assert "--remote-command" in ended_with.stderr
+
+
+def test_options_that_mean_nothing_or_cannot_be_read_are_one_line(eqat: Eqat, elsewhere: Elsewhere) -> None:
+    for arguments, says in (
+        (("latest", "--ssh-option", "-p 2"), "--ssh-option: is for a run of another machine, HOST:RUN"),
+        (("latest", "--remote-command", "x"), "--remote-command: is for a run of another machine, HOST:RUN"),
+        (("gpu1:latest", "--ssh-option", "-p '2"), "--ssh-option: cannot be read: No closing quotation"),
+    ):
+        found = eqat("attach", *arguments)
+        assert (found.returncode, found.stderr.count("\n")) == (2, 1), found.stderr
+        assert says in found.stderr
+    found = eqat("attach", "gpu1:latest", EQAT_SSH="ssh 'x")
+    assert (found.returncode, found.stderr.count("\n")) == (2, 1), found.stderr
+    assert "$EQAT_SSH: cannot be read" in found.stderr
 
 
 def test_no_ssh_here_is_one_line(eqat: Eqat) -> None:
