@@ -22,7 +22,7 @@ from engine.run.events import Export
 from engine.run.launch import launch
 from engine.run.measured import measured
 from engine.run.shown import CARD, json_safe, origin, render
-from engine.run.sight import SeenFromAfar
+from engine.run.sight import SeenFromAfar, sight_of
 from engine.run.trained import UNTRAINED, has_trained
 from engine.system.copying import check_target
 from engine.system.guarded import read_bytes
@@ -168,7 +168,7 @@ class ResultScreen(WorkScreen):
             self._origin = run.id, origin(run)
         shown = render(view.state, state=view.liveness, config=view.config)
         later = [json_safe(msgspec.to_builtins(one)) for one in measured(run)]
-        more = {"path": view.path, "origin": self._origin[1], "measured": later}
+        more = {"path": sight_of(run).place, "origin": self._origin[1], "measured": later}
         return views.figures({**shown, **more}, width)
 
     def _snippet(self, view: RunView) -> str:
