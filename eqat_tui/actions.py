@@ -29,6 +29,7 @@ from engine.run.lock import holder, is_held, opened_by
 from engine.run.proof import is_run
 from engine.run.redo import make_redo
 from engine.run.shown import show_run, summarize
+from engine.run.sight import SeenFromAfar, sight_of
 from engine.run.state import RunState, load_state
 from engine.run.status import read_launched
 from engine.run.task import JOBS, is_job, job_name
@@ -135,7 +136,9 @@ def resume(
     state, work = look(run)
     if work is not None and work.state != "starting":  # whose launch refuses a second one
         job = f"{state}, and its {job_name(work.task)} is " if is_job(work.task) else ""
-        raise UsageError(f"is {job}{work.state}", where=run.id, hint=f"eqat attach {typed(run)} follows it")
+        # The same as what a second engine is told: which of the two looks first is the system's to decide.
+        attach = f"eqat attach {typed(run)}"
+        raise PreflightError(f"is {job}{work.state}", where=run.id, hint=f"{attach} follows it")
     if state == "done":
         if not is_damaged(run.checkpoints_dir):
             raise UsageError("is done already", where=run.id, hint=f"eqat show {typed(run)} shows the result")
@@ -179,6 +182,11 @@ def typed(run: RunDirectory) -> str:
     return run.id if found.exists() and found.samefile(run.path) else shlex.quote(shorten(run.path))
 
 
+def types(run: RunDirectory, command: str) -> str:
+    """What to type for a ``command`` of eqat on ``run``, here or over there."""
+    return run.sight.types(command) if isinstance(run, SeenFromAfar) else f"eqat {command} {typed(run)}"
+
+
 def stop(run: RunDirectory, *, abort: bool, wait: bool) -> int:
     """Ask the engine to stop or to abort."""
     state, work = look(run)
@@ -206,8 +214,8 @@ def _goes_on(run: RunDirectory, task: str, state: str) -> str:
     """How what was stopped is taken up again. A job keeps nothing: it is begun anew, and costs its run
     nothing."""
     if not is_job(task):
-        return f"eqat resume {typed(run)} goes on"
-    again = f": {JOBS[task][1]} {typed(run)} begins it anew" if task in JOBS else ""
+        return f"{types(run, 'resume')} goes on"
+    again = f": {types(run, JOBS[task][1].removeprefix('eqat '))} begins it anew" if task in JOBS else ""
     return f"the run stays {state}{again}"
 
 
@@ -221,12 +229,12 @@ def kill(run: RunDirectory) -> int:
 def _left_of(run: RunDirectory, state: RunState) -> str:
     """What a run that broke off leaves, and how it goes on; of a job, that the run is what it was."""
     if state.job is not None:
-        found = run_state(run)
+        found = sight_of(run).look().state
         if found == "done" or state.at_work is state.job or state.job.outcome != "failed":
             return _goes_on(run, state.job.task, found)
     if state.checkpoint is None:
-        return f"nothing was checkpointed yet: eqat resume {typed(run)} begins anew"
-    return f"what was checkpointed is kept: eqat resume {typed(run)} goes on"
+        return f"nothing was checkpointed yet: {types(run, 'resume')} begins anew"
+    return f"what was checkpointed is kept: {types(run, 'resume')} goes on"
 
 
 def kill_engine(run: RunDirectory) -> int:
@@ -272,7 +280,7 @@ def follow(
     try:
         code = follower.follow(start=engine, on_interrupt="leave" if engine is None else "stop")
     except Left:
-        say(f"left; the engine goes on: eqat attach {typed(run)}, eqat stop {typed(run)}")
+        say(f"left; the engine goes on: {types(run, 'attach')}, {types(run, 'stop')}")
         return ExitCode.DONE if engine is None else ExitCode.ABORTED
     if load_user_config().notify.bell:
         ring()
@@ -292,10 +300,11 @@ def _tell_end(run: RunDirectory, state: RunState, code: int) -> None:
     if state.job is not None and code in (ExitCode.STOPPED, ExitCode.ABORTED, ExitCode.TERMINATED):
         say(f"{'stopped' if code == ExitCode.STOPPED else 'aborted'}; {_left_of(run, state)}")
     elif code == ExitCode.STOPPED:
-        say(f"stopped; eqat resume {typed(run)} goes on")
+        say(f"stopped; {types(run, 'resume')} goes on")
     elif code in (ExitCode.ABORTED, ExitCode.TERMINATED):
-        say(f"aborted; eqat resume {typed(run)} goes on from its last checkpoint")
+        say(f"aborted; {types(run, 'resume')} goes on from its last checkpoint")
     elif code != ExitCode.DONE:
         if code == ExitCode.BUG:
-            say(f"log: {shorten(log_path(run, state.newest_attempt))}")
+            log = log_path(run, state.newest_attempt)
+            say(f"log: {shorten(f'{sight_of(run).place}/{log.relative_to(run.path)}')}")
         say(_left_of(run, state))

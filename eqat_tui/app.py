@@ -28,6 +28,7 @@ from textual.widgets import Input
 
 from engine.errors import EqatError
 from engine.run.directory import RunDirectory
+from engine.run.sight import SeenFromAfar
 from engine.system.printable import printable_lines
 from eqat_tui.feed import Feed, LiveFeed, ReplayFeed, RunView
 from eqat_tui.job_control import in_foreground, shell_waits
@@ -148,7 +149,10 @@ class EqatApp(App[str]):
         """End the app; whatever runs goes on."""
         message = ""
         if self.view is not None and self.view.live:
-            message = f"{self.view.id} goes on;\neqat attach {self.view.id[-4:]} shows it again"
+            run = self.current()
+            here = f"eqat attach {self.view.id[-4:]}"
+            again = run.sight.types("attach") if isinstance(run, SeenFromAfar) else here
+            message = f"{self.view.id} goes on;\n{again} shows it again"
         self.exit(message)
 
     def get_line_filters(self) -> Sequence[LineFilter]:

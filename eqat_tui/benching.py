@@ -15,7 +15,7 @@ import msgspec
 
 from engine.config.formats import FORMATS
 from engine.config.loaders import LOADERS, loaders_of, unread
-from engine.errors import EqatError, ExitCode, UsageError
+from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.benched import MOST_TOKENS, Measured, Request, keep
 from engine.run.directory import RunDirectory
 from engine.run.housekeeping import exports
@@ -50,10 +50,11 @@ def exported_formats(run: RunDirectory, wanted: Sequence[str]) -> list[str]:
     """The formats that ``run`` has an export in, or those of them that are ``wanted``.
 
     Raises:
-        UsageError: where there is none, or an engine is at work on the run.
+        UsageError: where there is none.
+        PreflightError: where an engine is at work on the run.
     """
     if (work := look(run).work) is not None:
-        raise UsageError(
+        raise PreflightError(
             "an engine works on it, which would be measured too",
             where=run.id,
             hint=f"eqat stop {run.id}" if work.task == "run" else "wait until it is done",

@@ -106,6 +106,7 @@ COMMANDS: Mapping[str, Callable[..., int | None]] = {
     "plan": running.plan,
     "resume": running.resume,
     "attach": running.attach,
+    "tail-events": running.tail_events,
     "replay": running.replay,
     "memory": looking.memory,
     "stop": running.stop,
@@ -133,7 +134,6 @@ COMMANDS: Mapping[str, Callable[..., int | None]] = {
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 app.add_typer(sweeping.app, name="sweep")
-app.add_typer(queueing.app, name="queue")
 app.add_typer(queueing.app, name="queue")
 # What eqat memory was called before the app had a screen that is called Monitor and shows something else.
 app.command("monitor", hidden=True)(looking.memory)

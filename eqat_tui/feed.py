@@ -24,10 +24,10 @@ from engine.run.deaths import KILLED, why_gone
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventFollower, read_events
 from engine.run.events import AnyEvent
-from engine.run.liveness import WORKING, State, Work, look
-from engine.run.lock import holder
+from engine.run.liveness import WORKING, State, Work
+from engine.run.sight import sight_of
 from engine.run.state import RunState
-from engine.run.status import Status, read_launched, read_status
+from engine.run.status import Status, read_launched
 from engine.run.task import is_job
 from eqat_tui.journal import Entry, Journal, silent_words
 from eqat_tui.log_tail import log_tail
@@ -66,6 +66,10 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True):
     replay: Replay | None = None
     launched: float | None = None
     """When the engine was started, while it has not said anything yet."""
+    host: str = ""
+    """The other machine that the run is on, as it was named to get there; empty for one of this machine."""
+    trouble: str = ""
+    """Why the machine of the run cannot be seen now; then all of this is of when it was seen last."""
 
     @property
     def live(self) -> bool:
@@ -144,30 +148,38 @@ class LiveFeed:
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
-        self._follower = EventFollower(run.events_path)
-        self._state = RunState(id=run.id)
-        self._journal = Journal(run)
+        self._sight = sight_of(run)
         self._config: dict[str, Any] | None = None
         self._problem = ""
         self._looked_at_config = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self._beginnings = self._sight.beginnings
+        self._follower = EventFollower(self.run.events_path)
+        self._state = RunState(id=self.run.id)
+        self._journal = Journal(self.run)
 
     def poll(self) -> RunView:
         """What is on disk now; reads only what is new."""
-        now = time.time()
+        now = self._sight.now()
         try:
             return self._look(now)
         except Exception as error:  # a thread calls this: what ended it would end the looking, in silence
             return self._view(now, "gone", problem=f"cannot be read: {error_words(error)}")
 
     def _look(self, now: float) -> RunView:
-        if not self.run.config_toml.exists():
+        if not self._sight.there() or not self.run.config_toml.exists():
             return self._view(now, "gone", problem="the run's directory is gone")
+        if self._sight.beginnings != self._beginnings:
+            self._begin()
         problem = self._read_config()
         new = self._follower.poll()
-        found = look(self.run)
+        found = self._sight.look()
         self._state = self._state.apply_all(new)
         self._journal.take(new)
-        self._state = msgspec.structs.replace(self._state, id=self.run.id).with_status(read_status(self.run))
+        status = self._sight.status()
+        self._state = msgspec.structs.replace(self._state, id=self.run.id).with_status(status)
         return self._view(now, found.state, work=found.work, problem=problem or self._newer())
 
     def _view(self, now: float, liveness: Liveness, *, work: Work | None = None, problem: str) -> RunView:
@@ -184,18 +196,17 @@ class LiveFeed:
                 liveness = "starting"
         job = work if work is not None and is_job(work.task) else None
         cut_off = liveness == "crashed" or (state.job is not None and state.job.outcome is None)
-        why = why_gone(self.run, self._newest(), latest=True) if cut_off and work is None else ""
+        why = self._sight.why_gone(self._newest()) if cut_off and work is None else ""
         requests: tuple[control.Request, ...] = ()
         tail: tuple[str, ...] = ()
         pid: int | None = None
         if work is not None:
-            requests = tuple(control.pending(self.run))
-            pid = holder(self.run.lock_path)
+            requests, pid = self._sight.requests(), self._sight.pid()
         if liveness in ("crashed", "hung") or (liveness == "failed" and self._state.exit_code == 1):
             tail = tuple(log_tail(self.run, self._state.attempt))
         return RunView(
             id=self.run.id,
-            path=str(self.run.path),
+            path=self._sight.place,
             state=state,
             liveness=liveness,
             now=now,
@@ -208,6 +219,8 @@ class LiveFeed:
             pid=pid,
             problem=problem,
             launched=launched,
+            host=self._sight.host,
+            trouble=self._sight.trouble(),
         )
 
     def _told(self, work: Work | None, why: str) -> tuple[Entry, ...]:

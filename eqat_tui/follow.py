@@ -11,20 +11,18 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import PurePath
 from types import FrameType
 from typing import Literal, NamedTuple
 
 from engine.errors import ExitCode, run_is_gone
 from engine.run import control
-from engine.run.deaths import why_gone
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventFollower
 from engine.run.events import AnyEvent, RunFinished
 from engine.run.launch import exit_code, log_path, next_attempt, refuse_second
-from engine.run.liveness import look
-from engine.run.lock import holder
+from engine.run.sight import sight_of
 from engine.run.state import RunState
-from engine.run.status import read_status
 from engine.system.guarded import BadFile, bad_file
 from engine.system.log_bytes import tail
 from eqat_tui.display import Display
@@ -52,8 +50,8 @@ class Follower:
     def __init__(self, run: RunDirectory, display: Display) -> None:
         self.run = run
         self.display = display
-        self.state = RunState(id=run.id)
-        self._events = EventFollower(run.events_path)
+        self._sight = sight_of(run)
+        self._begin()
         self._finished: RunFinished | None = None
         self._interrupts = 0
         self._handled = 0
@@ -64,7 +62,13 @@ class Follower:
         self._on_interrupt: OnInterrupt = "stop"
         self._waiting = ""
         self._said_hung = False
+        self._trouble = ""
         self._looked = float("-inf")
+
+    def _begin(self) -> None:
+        self.state = RunState(id=self.run.id)
+        self._beginnings = self._sight.beginnings
+        self._events = EventFollower(self.run.events_path)
 
     @property
     def asked_to_end(self) -> bool:
@@ -87,7 +91,7 @@ class Follower:
         with hearing(self._handlers()):
             try:
                 pid = start() if start is not None else None
-                if pid is None and look(self.run).work is not None:
+                if pid is None and self._sight.look().work is not None:
                     self._take()
                     self.display.join(self.state)
                 code = self._until_gone(pid)
@@ -117,13 +121,17 @@ class Follower:
         now = time.monotonic()
         if now - self._looked >= 1.0:
             self._looked = now
-            work = look(self.run).work
-            if pid is None and (work is None or not os.path.isdir(self.run.path)):
+            self._sight.require()
+            work = self._sight.look().work
+            if pid is None and (work is None or not self._sight.there()):
                 return Gone(True, None)
+            self._tell_trouble()
             self._tell_hung(work is not None and work.state == "hung")
         return Gone(False, None)
 
     def _poll(self) -> list[AnyEvent]:
+        if self._sight.beginnings != self._beginnings:
+            self._begin()
         try:
             return self._events.poll()
         except OSError as error:
@@ -135,7 +143,7 @@ class Follower:
             self.state = self.state.apply(event)
             if isinstance(event, RunFinished):
                 self._finished = event
-        self.state = self.state.with_status(read_status(self.run))
+        self.state = self.state.with_status(self._sight.status())
         self._tell_waiting()
         self.display.update(self.state, new)
 
@@ -145,11 +153,11 @@ class Follower:
             return self.state.exit_code  # over before we came
         if self._finished is not None and code in (None, 0, self._finished.exit_code):
             return self._finished.exit_code
-        if not os.path.isdir(self.run.path):
-            raise run_is_gone(self.run.path)
+        if not self._sight.there():
+            raise run_is_gone(PurePath(self._sight.place))
         if code == ExitCode.PREFLIGHT:
             refuse_second(self.run)  # two were started at once, and the other has the run
-        ended = read_status(self.run)
+        ended = self._sight.status()
         if ended is not None and ended.outcome is not None and ended.attempt >= self.state.newest_attempt:
             if ended.failure:
                 self.display.note(f"error: {ended.failure}")
@@ -164,9 +172,16 @@ class Follower:
 
     def _tell_hung(self, hung: bool) -> None:
         if hung and not self._said_hung:
-            pid = holder(self.run.lock_path)
+            pid = self._sight.pid()
             self.display.note(f"no sign of life from the engine (process {pid}); still waiting")
         self._said_hung = hung
+
+    def _tell_trouble(self) -> None:
+        """Once when the machine of the run cannot be seen any more, and once when it can again."""
+        trouble = self._sight.trouble()
+        if bool(trouble) != bool(self._trouble):
+            self.display.note(trouble or "connected again")
+        self._trouble = trouble
 
     def _tell_waiting(self) -> None:
         status = self.state.at_work.status
@@ -260,18 +275,20 @@ def _shell_code(code: int) -> int:
 def print_tail(run: RunDirectory, code: int | None, display: Display, lines: int = 20) -> None:
     """Say that the engine died without a last word, and show its last lines."""
     attempt = max(1, next_attempt(run) - 1)
-    log = log_path(run, attempt)
+    log, sight = log_path(run, attempt), sight_of(run)
     how = {None: "", 0: " with exit code 0"}.get(code, f" with exit code {code}" if (code or 0) > 0 else "")
     if code is not None and code < 0:
         how = f" by signal {_signal_name(-code)}"
-    display.note(f"error: the engine ended{how} without saying why; the end of {log}:")
+    display.note(
+        f"error: the engine ended{how} without saying why; the end of {sight.place}/logs/{log.name}:"
+    )
     try:
         last = tail(log, TAIL_BYTES)[0].decode(errors="replace").splitlines()[-lines:]
     except (OSError, BadFile) as error:
         last = [f"({error})"]
     for line in last or ["(empty)"]:
         display.note(f"  {line}")
-    display.note(f"why: {why_gone(run, attempt, code=code)}")
+    display.note(f"why: {sight.why_gone(attempt, code)}")
 
 
 def _signal_name(number: int) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from engine.config.sweeps import settings_words
 from engine.errors import EqatError
 from engine.run.directory import RunDirectory
 from engine.run.members import GONE, WAITING, is_at_work
-from engine.run.queue import Entry, Queue, entry_state
+from engine.run.queue import Entry, Place, Queue, entry_state
 from engine.run.sweep import Member, Sweep, list_sweeps
 from engine.system.user_state import machine_name
 from eqat_tui.output import error_words
@@ -23,7 +23,6 @@ QUEUE = "queue"
 
 Summary = dict[str, Any]
 Summaries = Callable[[Sequence[RunDirectory]], list[Summary]]
-Turn = Literal["waiting", "now", "over"]
 
 
 class Row(NamedTuple):
@@ -33,7 +32,7 @@ class Row(NamedTuple):
     what: str
     """What it is, or by what it differs from the others."""
     state: str
-    turn: Turn
+    turn: Place
     run: RunDirectory | None
     summary: Summary | None
     error: str
@@ -105,9 +104,8 @@ def _queue(summaries: Summaries) -> Group:
 def _queued(entry: Entry, run: RunDirectory | None, summary: Summary | None) -> Row:
     group = "channel" if entry.group_size == -1 else f"g{entry.group_size}"
     what = f"{model_name(entry.model)} w{entry.bits}{group} {entry.name}"
-    turn: Turn = "over" if entry.over is not None else "now" if is_at_work(run) else "waiting"
     error = entry.error.message if entry.error is not None else ""
-    return Row(entry.number, what, entry_state(entry), turn, run, summary, error or _error(summary))
+    return Row(entry.number, what, entry_state(entry), entry.place, run, summary, error or _error(summary))
 
 
 def _sweep(path: Path, summaries: Summaries) -> Group:
@@ -127,7 +125,7 @@ def _sweep(path: Path, summaries: Summaries) -> Group:
 def _member(number: int, member: Member, run: RunDirectory | None, summary: Summary | None) -> Row:
     state = summary["state"] if summary is not None else member.unmade
     ended = state not in (WAITING, GONE, "created", "starting", "running", "hung")
-    turn: Turn = "over" if ended else "now" if is_at_work(run) else "waiting"
+    turn: Place = "over" if ended else "now" if is_at_work(run) else "waiting"
     error = member.error.message if member.error is not None else ""
     return Row(number, settings_words(member.settings), state, turn, run, summary, error or _error(summary))
 

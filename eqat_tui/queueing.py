@@ -16,7 +16,6 @@ from engine.plan.plan import make_plan
 from engine.run import control
 from engine.run.directory import FOLDER_MODE, RunDirectory
 from engine.run.finding import check_runs_dir
-from engine.run.members import is_at_work
 from engine.run.queue import Entry, Queue, entry_state
 from engine.run.shown import summarize
 from engine.system.files import disk_error
@@ -108,9 +107,7 @@ def show_queue(queue: Queue) -> dict[str, Any]:
 
 
 def _row(entry: Entry) -> dict[str, Any]:
-    run = entry.directory
-    working = is_at_work(run)
-    turn = "over" if entry.over is not None else "now" if working else "waiting"
+    run, turn = entry.directory, entry.place
     row: dict[str, Any] = {
         "number": entry.number,
         "turn": turn,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from eqat_tui.output import (
     one_line,
     table,
 )
+from eqat_tui.run_text import ago
 
 Tree = Mapping[str, Any]
 LONGEST_VALUE = 40
@@ -84,6 +86,25 @@ def totals_words(plans: SeveralPlans) -> str:
         f"about {format_seconds(plans.seconds)}, {format_bytes(plans.disk_bytes)} of "
         f"{format_bytes(plans.disk_free)} free on the disk"
     )
+
+
+# -- several -------------------------------------------------------------------------------------------
+
+
+def sweeps_text(rows: Sequence[Tree]) -> str:
+    """A line a sweep: how far it is, what became of runs that are not done, and what it sweeps."""
+    now = time.time()
+    cells = [
+        [
+            cell(row["id"]),
+            f"{row['done']} of {row['runs']}" + (", at work" if row["at_work"] else ""),
+            ", ".join(f"{count} {state}" for state, count in row["states"].items() if state != "done") or "–",
+            cell(", ".join(row["swept"])),
+            ago(row["made"], now),
+        ]
+        for row in rows
+    ]
+    return table(cells, header=["SWEEP", "DONE", "OTHERS", "SWEPT", "MADE"])
 
 
 # -- the result ----------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from engine.run.finding import check_runs_dir, default_runs_dir
 from engine.run.launch import launch, log_path
 from engine.run.members import is_at_work, state_of
 from engine.run.shares import ALL, Share, shares
-from engine.run.sweep import LOG, Member, Sweep, show_sweep
+from engine.run.sweep import LOG, Member, Sweep, list_sweeps, show_sweep, summarize_sweep
 from engine.system.files import existing, is_virtual
 from eqat_tui.configure import on_users_device
 from eqat_tui.detached import start_detached
@@ -45,6 +45,17 @@ from eqat_tui.run_text import shorten
 from eqat_tui.sweep_members import ENDS, STOPS, made, note
 from eqat_tui.sweep_text import plan_text, sweep_text, totals_words
 from eqat_tui.sweeping_together import Together
+
+
+def summaries(runs_dir: Path) -> list[dict[str, Any]]:
+    """A row for each sweep; one that cannot be read is named on stderr and hides no other."""
+    rows = []
+    for path in list_sweeps(runs_dir):
+        try:
+            rows.append(summarize_sweep(Sweep.open(path)))
+        except EqatError as error:
+            say(f"{cell(path.name)} is left out: {one_line(error_words(error))}")
+    return rows
 
 
 def combined(target: str, swept: Sequence[str], fixed: dict[str, object]) -> list[Combination]:

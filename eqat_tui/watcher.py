@@ -74,13 +74,14 @@ def _same(one: RunView, other: RunView) -> bool:
             one.state is other.state
             or (one.state.event_count, one.at_work.status) == (other.state.event_count, other.at_work.status)
         )
-        and (one.liveness, one.job, one.requests, one.replay, one.problem)
+        and (one.liveness, one.job, one.requests, one.replay, one.problem, one.trouble)
         == (
             other.liveness,
             other.job,
             other.requests,
             other.replay,
             other.problem,
+            other.trouble,
         )
         and not one.hung
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 import msgspec
@@ -17,8 +18,14 @@ from engine.config.stage_section import (
     check_trained,
     trainable,
 )
+from engine.errors import UsageError
 
-Trained = Literal["weights", "scales", "zero_points", "norms"]
+Trained = Literal["weights", "scales", "zero_points", "norms", "rounding", "clipping"]
+WITHIN: Mapping[Trained, tuple[Trained, ...]] = {
+    "rounding": ("weights",),
+    "clipping": ("scales", "zero_points"),
+}
+"""What is trained only in part, and what it is a part of."""
 
 
 class BlockAPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,7 +34,8 @@ class BlockAPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fiel
     enabled: bool = True
     """Block-AP trains block by block; without it the blocks are only rounded."""
     train: tuple[Trained, ...] = ("weights", "scales", "zero_points", "norms")
-    """Block-AP trains these, but for zero points where the grid fixes them."""
+    """Block-AP trains these, but for zero points where the grid fixes them. ``rounding`` is of the weights
+    only which way each goes, ``clipping`` of scales and zero points only by how much a range is narrowed."""
     sequences: int = 512
     """A block is trained on this many sequences."""
     val_sequences: int = 16
@@ -67,9 +75,27 @@ class BlockAPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fiel
     compute_dtype: ComputeDtype = "auto"
     """The forward pass computes in this type; auto takes bfloat16 on a GPU and float32 on the CPU."""
 
+    @property
+    def trains_parts(self) -> bool:
+        """Whether something is trained only in part."""
+        return not WITHIN.keys().isdisjoint(self.train)
+
     def check_on(self, grid: GridConfig, name: str) -> None:
         check_trained(f"{name}.train", self.train, trainable(self.train, grid), enabled=self.enabled)
+        if self.enabled:
+            self._check_parts(grid, f"{name}.train")
         self.check(name)
+
+    def _check_parts(self, grid: GridConfig, name: str) -> None:
+        for part, wholes in WITHIN.items():
+            whole = next((one for one in wholes if one in self.train), None)
+            if part in self.train and whole is not None:
+                raise UsageError(
+                    f"{part} is a part of training {whole}", where=name, hint="name one of the two"
+                )
+        if "clipping" in self.train and grid.fixes_zero_points:
+            hint = "scales are what such a grid has to train"
+            raise UsageError("clipping moves zero points, and this grid fixes them", where=name, hint=hint)
 
     def check(self, name: str) -> None:
         check_sequences(name, self)

@@ -7,7 +7,7 @@ parser, nested ten thousand levels deep, is a row and not an error of the file; 
 infinite.
 
 Text is UTF-8. A file of another encoding is refused by its name: UTF-16 without a mark would pass for UTF-8
-with a zero after each letter.
+with a zero after each letter. So is binary data, also where somebody has made UTF-8 of it.
 """
 
 from __future__ import annotations
@@ -50,6 +50,10 @@ _FORMATS = {
 """What files begin with that are no text, whatever they are called."""
 _MOST_ZEROS = 0.3
 """Of a file's beginning, in a text; every second byte of English in UTF-16 is one."""
+_CONTROLS = bytes({*range(32), 127} - set(b"\b\t\n\v\f\r\x1b"))
+"""What is in no text; escapes colour the output of programs, and old manuals print bold by going back."""
+_MOST_CONTROLS = 0.01
+"""Of a piece of text. Of bytes drawn by lot every tenth is one, of the same made UTF-8 one in fifteen."""
 _LONGEST_NUMBER = 4000
 """Digits; from 4300 on Python refuses to read a number."""
 
@@ -78,6 +82,9 @@ def readable(path: Path) -> Iterator[None]:
         raise
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
+        around = error.object[max(0, error.start - _HEAD) : error.start + _HEAD]
+        if _is_binary(around):
+            raise _binary(path) from error
         raise DataError(
             f"not UTF-8 text: it holds the byte 0x{byte:02x}, as Latin-1 and Windows-1252 have it "
             f"({error.reason})",
@@ -131,7 +138,7 @@ def refuse_encoding(head: bytes, path: Path) -> None:
         )
     marked = next((name for mark, name in _MARKS if head.startswith(mark)), None)
     zeros = head.count(0) > _MOST_ZEROS * len(head)
-    if marked or zeros:
+    if marked or (zeros and not _is_binary(head.replace(b"\0", b""))):
         raise DataError(
             f"is {marked} text, not UTF-8"
             if marked
@@ -139,6 +146,22 @@ def refuse_encoding(head: bytes, path: Path) -> None:
             where=str(path),
             hint=f"convert the file, for example: iconv -f {marked or 'UTF-16'} -t UTF-8",
         )
+    if _is_binary(head):
+        raise _binary(path)
+
+
+def _is_binary(piece: bytes) -> bool:
+    """Whether a piece of a file is no text in any encoding of a byte a letter, nor in UTF-8."""
+    found = len(piece) - len(piece.translate(None, _CONTROLS))
+    return found > max(2, _MOST_CONTROLS * len(piece))
+
+
+def _binary(path: Path) -> DataError:
+    return DataError(
+        "is binary data and no text: it is full of control characters",
+        where=str(path),
+        hint="use a file of text; if it is UTF-16 in truth, convert it: iconv -f UTF-16LE -t UTF-8",
+    )
 
 
 def json_rows(file: StampedFile) -> Iterator[tuple[int, Any]]:

@@ -207,14 +207,14 @@ def _trained(
     """Types and shapes of what is trained in a block."""
     for linear in arch.linears:
         grid_shape = (linear.out_features, grid.shared.groups(linear.in_features))
-        if "weights" in train:
+        if "weights" in train or "rounding" in train:
             yield "F32", (linear.out_features, linear.in_features)
         if "factors" in train and factors is not None:
             yield factors.dtype, (linear.out_features, factors.rank)
             yield factors.dtype, (factors.rank, linear.in_features)
-        if "scales" in train:
+        if "scales" in train or "clipping" in train:
             yield "F32", grid_shape
-        if "zero_points" in train and not grid.fixes_zero_points:
+        if ("zero_points" in train or "clipping" in train) and not grid.fixes_zero_points:
             yield "F32", grid_shape
     if "norms" in train:
         for _, width in norms(arch):

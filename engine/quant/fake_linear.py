@@ -36,7 +36,7 @@ from engine.quant.packed import (
 )
 from engine.quant.slots import slots
 
-TRAINED = ("weight", "scale", "zero_point", "quantized")
+TRAINED = ("weight", "scale", "zero_point", "quantized", "low", "high")
 """A linear's parameters that its packed weight stands for."""
 
 
@@ -71,6 +71,13 @@ class FakeQuantLinear(nn.Module):
         self.quantized: nn.Parameter | None
         """``[O, I]`` in the arithmetic's dtype; none in the plain form."""
         self.register_parameter("quantized", None)
+        self.low: nn.Parameter | None
+        """The ends of each group's range ``[O, G]``, where only these are trained (:meth:`only_clip`)."""
+        self.high: nn.Parameter | None
+        self.register_parameter("low", None)
+        self.register_parameter("high", None)
+        self._started: Tensor | None = None
+        self._ends: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of_linear(
@@ -110,11 +117,44 @@ class FakeQuantLinear(nn.Module):
         self.quantized = nn.Parameter(torch.empty_like(self.weight, dtype=dtype))
         return self.quantized
 
+    def only_round(self) -> nn.Parameter:
+        """From now on the weight may leave its place by half a grid step at most.
+
+        What is trained of it is which way it is rounded: AutoRound's ``V`` in [-1/2, 1/2] (arXiv 2309.05516)
+        in the weight's own units.
+        """
+        self._started = self.weight.detach().clone()
+        return self.weight
+
+    def only_clip(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """From now on scale and zero point follow from the ends of each group's range::
+
+            s = (high - low) / Q,   z = -low / s
+
+        These begin where they are and stay within the smallest and the largest weight of the group, 0
+        included: OmniQuant's learnable weight clipping (arXiv 2308.13137), whose ``beta`` and ``gamma`` are
+        the ends divided by those weights.
+        """
+        weight_OGg = self.weight.detach().reshape(*self.scale.shape, -1)
+        self._ends = weight_OGg.amin(-1).clamp_(max=0), weight_OGg.amax(-1).clamp_(min=0)
+        low = -self.zero_point.detach() * self.scale.detach()
+        self.low = nn.Parameter(low)
+        self.high = nn.Parameter(low + self.grid.top * self.scale.detach())
+        self.project()
+        return self.low, self.high
+
+    def _range(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, ``[O, G]``."""
+        if self.low is None or self.high is None:
+            return self.scale, self.zero_point
+        scale = (self.high - self.low) / self.grid.top
+        return scale, -self.low / scale
+
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor | None = self.quantized
         if weight is None:
             function = fake_quantize_steps if self.in_steps else fake_quantize
-            weight = function(self.weight, self.scale, self.zero_point, self.grid.bits)
+            weight = function(self.weight, *self._range(), self.grid.bits)
         bias = None if self.bias is None else self.bias.to(weight.dtype)
         if not torch.is_autocast_enabled(x.device.type):
             weight = weight.to(x.dtype)
@@ -123,9 +163,21 @@ class FakeQuantLinear(nn.Module):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Bring scale and zero point back into their domain after an optimizer step."""
+        """Bring what is trained back into its domain after an optimizer step; twice is as good as once."""
+        if self.low is not None and self.high is not None and self._ends is not None:
+            least, most = self._ends
+            self.low.copy_(torch.minimum(torch.maximum(self.low, least), torch.zeros_like(least)))
+            self.high.copy_(torch.maximum(torch.minimum(self.high, most), torch.zeros_like(most)))
+            self.high.copy_(torch.maximum(self.high, self.low + self.grid.top * self.scale_floor))
+            for parameter, value in zip((self.scale, self.zero_point), self._range(), strict=True):
+                parameter.copy_(value)
         self.scale.copy_(into_domain(self.scale, self.scale_floor))
         self.zero_point.clamp_(0, self.grid.top)
+        if self._started is not None:
+            half = (self.scale / 2).unsqueeze(-1)
+            started = self._started.reshape(*self.scale.shape, -1)
+            weight_OGg = self.weight.view(*self.scale.shape, -1)
+            weight_OGg.copy_(torch.minimum(torch.maximum(weight_OGg, started - half), started + half))
 
     @torch.no_grad()
     def freeze(self) -> PackedWeight:

@@ -52,6 +52,10 @@ _changing = threading.Lock()
 """A lock of the file system tells processes apart, and no threads."""
 
 
+Place = Literal["waiting", "now", "over"]
+"""Where an entry is in the row."""
+
+
 class Over(msgspec.Struct, frozen=True, kw_only=True):
     """How the turn of an entry has ended."""
 
@@ -96,9 +100,18 @@ class Entry(msgspec.Struct, kw_only=True):
         return RunDirectory(path.resolve()) if path is not None and is_run(path) else None
 
     @property
-    def waits(self) -> bool:
-        """Whether its turn is still to come, so that it has a place in the row."""
-        return self.over is None and not is_at_work(self.directory)
+    def place(self) -> Place:
+        """Whether its turn is still to come, so that it has a place in the row, is now or is over.
+
+        Also where nobody has noted that yet: whoever worked on the queue was killed, and its run has ended.
+        """
+        if self.over is not None:
+            return "over"
+        run = self.directory
+        if is_at_work(run):
+            return "now"
+        state = state_of(run) if run is not None else None
+        return "over" if turn_of(state, attempt_of(run), self.again, seen=False) == "over" else "waiting"
 
 
 class _File(msgspec.Struct, kw_only=True):
@@ -109,6 +122,7 @@ class _File(msgspec.Struct, kw_only=True):
 
 
 Turn = Literal["start", "follow", "over"]
+"""What is to be done with an entry."""
 
 
 def turn_of(state: str | None, attempt: int, again: int, *, seen: bool) -> Turn:
@@ -217,7 +231,7 @@ class Queue:
     @property
     def has_work(self) -> bool:
         """Whether an entry waits or is at work."""
-        return any(entry.over is None for entry in self.entries)
+        return any(entry.place != "over" for entry in self.entries)
 
     # -- changes, each for whoever is changing it --------------------------------------------------
 
@@ -264,10 +278,10 @@ class Queue:
         """Give an entry that waits another place among those that do: ``first``, ``last``, ``up``, ``down``,
         or before the one of a number."""
         entry = self.entry(number)
-        if not entry.waits:
+        if entry.place != "waiting":
             what = "is at work" if entry.over is None else "is over"
             raise UsageError(what, where=f"entry {number}", hint="only what waits is moved")
-        row = [one for one in self.entries if one.waits]
+        row = [one for one in self.entries if one.place == "waiting"]
         here = row.index(entry)
         row.remove(entry)
         row.insert(self._place(place, here, row), entry)
@@ -344,12 +358,15 @@ def attempt_of(run: RunDirectory | None) -> int:
 
 
 def entry_state(entry: Entry) -> str:
-    """Where an entry is, in a word: ``waiting``, or the state of its run, or how its turn has ended."""
+    """Where an entry is, in a word: ``waiting``, or the state of its run, or how its turn has ended.
+
+    A run that was cut off is called so, although it goes on in its next turn.
+    """
     run = entry.directory
     if run is None:
         if entry.over is None:
             return WAITING
         return GONE if entry.run is not None and entry.error is None else entry.over.outcome
-    if entry.over is None and not is_at_work(run):
-        return WAITING
-    return state_of(run)
+    state = state_of(run)
+    again = entry.over is None and entry.again and entry.again == attempt_of(run)
+    return WAITING if again or (entry.over is None and state == "created") else state

@@ -13,12 +13,12 @@ from engine.config.writing import to_dict
 from engine.errors import EqatError
 from engine.run import events
 from engine.run.benched import benched
-from engine.run.deaths import why_gone
 from engine.run.directory import RunDirectory
 from engine.run.events import Event
 from engine.run.liveness import Look, Work, last_events, look
 from engine.run.measured import asked_later, measured, with_later
 from engine.run.redo import read_origin
+from engine.run.sight import sight_of
 from engine.run.state import RunState, load_state
 from engine.run.status import Status, read_launched
 from engine.run.task import is_job
@@ -33,14 +33,15 @@ def show_run(run: RunDirectory) -> dict[str, Any]:
     metrics = [event for event in last_events(run) if isinstance(event, events.Metric)]
     if metrics and (metrics[-1].attempt, metrics[-1].phase) == (state.attempt, state.phase):
         state = state.apply(metrics[-1])
-    found = look(run)
+    sight = sight_of(run)
+    found = sight.look()
     tree = render(state, state=found.state, work=found.work, config=_config(run))
     tree["calibration"] = _calibration(run)
     tree["why_gone"] = _why_gone(run, state, found)
     tree["scores"] = json_safe(msgspec.to_builtins(with_later(state.scores(), asked_later(run))))
     tree["measured"] = [json_safe(msgspec.to_builtins(one)) for one in measured(run)]
     tree["bench"] = [msgspec.to_builtins(measured) for measured in benched(run)]
-    return {**tree, "path": str(run.path), "origin": origin(run)}
+    return {**tree, "path": sight.place, "origin": origin(run)}
 
 
 def _why_gone(run: RunDirectory, state: RunState, found: Look) -> str | None:
@@ -49,7 +50,7 @@ def _why_gone(run: RunDirectory, state: RunState, found: Look) -> str | None:
     if found.work is not None or not cut_off:
         return None
     launched = read_launched(run)
-    return why_gone(run, max(state.newest_attempt, launched.attempt if launched is not None else 0))
+    return sight_of(run).why_gone(max(state.newest_attempt, launched.attempt if launched is not None else 0))
 
 
 _NOT_SUMMARIZED = events.BULK | {"block.started", "block.finished"}

@@ -27,7 +27,7 @@ from engine.errors import EqatError, PreflightError, UsageError
 from engine.run.directory import RunDirectory, make_new, slug, stamp
 from engine.run.finding import full
 from engine.run.lock import RunLock, holder
-from engine.run.members import GONE, UNREADABLE, WAITING, Failure, RunId
+from engine.run.members import GONE, UNREADABLE, WAITING, Failure, RunId, state_of
 from engine.run.proof import is_run
 from engine.run.shown import show_run
 from engine.system.files import atomic_write_json, disk_error
@@ -219,14 +219,30 @@ def show_sweep(sweep: Sweep) -> dict[str, Any]:
     """What ``eqat sweep show --json`` prints: a row a run, whether it is made, at work or over."""
     rows = [_row(sweep, number, member) for number, member in enumerate(sweep.members, 1)]
     return {
+        **_head(sweep),
+        "done": sum(row["outcome"] == "done" for row in rows),
+        "runs": rows,
+    }
+
+
+def summarize_sweep(sweep: Sweep) -> dict[str, Any]:
+    """One row of ``eqat sweep list --json``: what is swept, and how many of its runs are in each state."""
+    states: dict[str, int] = {}
+    for member in sweep.members:
+        run = sweep.run_of(member)
+        state = state_of(run) if run is not None else member.unmade
+        states[state] = states.get(state, 0) + 1
+    return {**_head(sweep), "runs": len(sweep.members), "done": states.get("done", 0), "states": states}
+
+
+def _head(sweep: Sweep) -> dict[str, Any]:
+    return {
         "id": sweep.id,
         "path": str(sweep.path),
         "target": sweep._file.target,
         "made": sweep._file.made,
         "at_work": sweep.at_work,
         "swept": list(sweep.members[0].settings) if sweep.members else [],
-        "done": sum(row["outcome"] == "done" for row in rows),
-        "runs": rows,
     }
 
 

@@ -62,6 +62,13 @@ def tail(path: Path, size: int) -> tuple[bytes, bool]:
         return log.read(size), size >= end
 
 
+def head(path: Path, size: int, offset: int = 0) -> bytes:
+    """At most ``size`` bytes from ``offset`` on; raises as :func:`whole_lines`."""
+    with os.fdopen(open_regular(path), "rb", buffering=0) as log:
+        log.seek(offset)
+        return log.read(size)
+
+
 def _next_data(fd: int, offset: int, size: int) -> int:
     """``offset``, or where the hole that it lies in ends."""
     try:

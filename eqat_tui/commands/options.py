@@ -37,7 +37,7 @@ def _presets_and_sweeps(incomplete: str) -> list[str]:
     return [name for name in sweep_names() if name.startswith(incomplete)] + _presets(incomplete)
 
 
-def _run_ids(context: typer.Context, incomplete: str) -> list[str]:
+def run_ids(context: typer.Context, incomplete: str) -> list[str]:
     """Completes a run's id, the newest first. Shells evaluate what they are given: only plain names are."""
     from engine.errors import EqatError
     from engine.run.finding import default_runs_dir, list_runs
@@ -75,7 +75,7 @@ SweepTarget = Annotated[
 Run = Annotated[
     str,
     typer.Argument(
-        metavar="RUN", help="Any part of an id or name, a path, or latest.", autocompletion=_run_ids
+        metavar="RUN", help="Any part of an id or name, a path, or latest.", autocompletion=run_ids
     ),
 ]
 Model = Annotated[

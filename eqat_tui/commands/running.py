@@ -23,6 +23,7 @@ from eqat_tui.commands.options import (
     RunsDir,
     Settings,
     Target,
+    run_ids,
 )
 
 
@@ -150,7 +151,14 @@ def resume(
 
 
 def attach(
-    run: Run,
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|HOST:RUN",
+            help="Any part of an id or name, a path, or latest; behind HOST: of another machine.",
+            autocompletion=run_ids,
+        ),
+    ],
     runs_dir: RunsDir = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Lines of progress instead of the app, as in a pipe.")
@@ -158,22 +166,77 @@ def attach(
     read_only: ReadOnly = False,
     ascii_only: Ascii = False,
     as_json: Json = False,
+    ssh_options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ssh-option",
+            metavar="OPTION",
+            help="Of HOST:RUN: an option of ssh, as '-p 2222'; repeatable. $EQAT_SSH replaces ssh.",
+        ),
+    ] = None,
+    remote_command: Annotated[
+        str | None,
+        typer.Option(
+            "--remote-command", metavar="COMMAND", help="Of HOST:RUN: what eqat is called over there."
+        ),
+    ] = None,
 ) -> int:
     """Show a run again, from any terminal, as often as wanted. Leaving never ends it.
 
+    HOST:RUN is a run of another machine, over your own ssh; HOST is whatever ssh takes, and --runs-dir is
+    over there. A lost connection is made again, and the run goes on meanwhile.
+
     In a pipe, with --plain or --json it follows the run in lines until its end and exits as the run does.
     """
-    from engine.run.liveness import run_state
-    from engine.run.status import read_launched
-    from eqat_tui import actions
-    from eqat_tui.terminal import Look, can_open_app, open_app
+    from eqat_tui.actions import find
+    from eqat_tui.attaching import attach as attach_to
+    from eqat_tui.remote import ssh
+    from eqat_tui.terminal import Look
 
-    found = actions.find(run, runs_dir)
-    if run_state(found) == "created" and read_launched(found) is None:
-        raise UsageError("was never started", where=found.id, hint=f"eqat resume {found.id} starts it")
-    if can_open_app() and not (plain or as_json):
-        return open_app(runs_dir, run=found, look=Look(ascii_only, read_only))
-    return actions.follow(found, engine=None, as_json=as_json)
+    app = None if plain or as_json else Look(ascii_only, read_only)
+    there = ssh.split(run)
+    if there is None:
+        if ssh_options or remote_command:
+            option = "--ssh-option" if ssh_options else "--remote-command"
+            raise UsageError("is for a run of another machine, HOST:RUN", where=option)
+        return attach_to(find(run, runs_dir), runs_dir, app=app, as_json=as_json)
+    from eqat_tui.remote.mirror import attached
+
+    host, ref = there
+    destination = ssh.Destination(host, ssh.options_of(ssh_options or ()), remote_command or "eqat")
+    with attached(destination, ref, runs_dir=None if runs_dir is None else str(runs_dir)) as found:
+        return attach_to(found, None, app=app, as_json=as_json)
+
+
+def tail_events(
+    run: Run,
+    offset: Annotated[
+        int, typer.Option("--from", min=0, metavar="OFFSET", help="Byte of events.jsonl to begin at.")
+    ] = 0,
+    log: Annotated[
+        str,
+        typer.Option(
+            "--log",
+            metavar="MARK",
+            help="What the log was known by; where that is another now, everything is told.",
+        ),
+    ] = "",
+    once: Annotated[
+        bool, typer.Option("--once", help="What there is now, instead of going on with what comes.")
+    ] = False,
+    runs_dir: RunsDir = None,
+) -> int:
+    """Print what happens in a run, as JSON lines, until nobody reads them any more.
+
+    This is what eqat attach HOST:RUN reads over ssh: who speaks (hello), the run's small files (file), its
+    events with the byte behind each (event), and who works on it (look), which is said at least every five
+    seconds.
+    """
+    from eqat_tui import actions
+    from eqat_tui.remote.telling import tell
+
+    tell(actions.find(run, runs_dir), offset=offset, log=log, once=once)
+    return 0
 
 
 def replay(

@@ -143,6 +143,25 @@ def resume(
     return (sweeping.detach if detach else sweeping.carry_out)(found, jobs=jobs, as_json=as_json)
 
 
+@app.command("list")
+def list_made(runs_dir: RunsDir = None, as_json: Json = False) -> None:
+    """List the sweeps, newest first: what each sweeps, and what has become of its runs."""
+    from engine.run.finding import default_runs_dir, full
+    from eqat_tui import sweeping
+    from eqat_tui.output import print_json, say
+    from eqat_tui.output import show as show_text
+    from eqat_tui.sweep_text import sweeps_text
+
+    place = default_runs_dir(runs_dir)
+    rows = sweeping.summaries(place)
+    if as_json:
+        print_json(rows)
+    elif rows:
+        show_text(sweeps_text(rows))
+    else:
+        say(f"no sweeps in {full(place)}; eqat sweep PRESET --sweep grid.bits=2,3,4 makes one")
+
+
 @app.command()
 def show(
     sweep: SweepRef,

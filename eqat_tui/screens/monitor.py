@@ -11,6 +11,7 @@ from textual.widget import Widget
 
 from engine.config.stages import STAGES
 from engine.run.launch import launch
+from engine.run.sight import SeenFromAfar
 from engine.run.task import job_name
 from eqat_tui.feed import ReplayFeed, RunView
 from eqat_tui.keys import Key, bindings
@@ -251,6 +252,8 @@ class MonitorScreen(WorkScreen):
             return "this is a replay; esc leaves it"
         if view.replay is None and any(key.action == action for key in REPLAY_KEYS):
             return "this is no replay"
+        if view.trouble and action in self.WRITES:
+            return view.trouble
         running = view.live
         if action in ("stop", "abort", "kill") and not running:
             return f"the run is {view.liveness}: no engine works on it"
@@ -288,7 +291,11 @@ class MonitorScreen(WorkScreen):
         ask_to("abort", self, self._view)
 
     def do_resume(self) -> None:
-        self.eqat.start_engine(self.eqat.current(), launch)
+        run = self.eqat.current()
+        if isinstance(run, SeenFromAfar):
+            self.eqat.in_background(run.sight.resume, f"{run.sight.host} was asked to go on with it")
+        else:
+            self.eqat.start_engine(run, launch)
 
     def do_kill(self) -> None:
         run = self.eqat.current()
@@ -297,7 +304,9 @@ class MonitorScreen(WorkScreen):
             if yes:
                 from eqat_tui.actions import kill_engine
 
-                self.eqat.in_background(lambda: kill_engine(run), "the engine was killed")
+                afar = run.sight if isinstance(run, SeenFromAfar) else None
+                kills = afar.kill if afar is not None else lambda: kill_engine(run)
+                self.eqat.in_background(kills, "the engine was killed")
 
         question = Confirm(
             "Kill the engine?", "It has no time for a checkpoint; the last one is kept.", "kill"

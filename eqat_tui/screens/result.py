@@ -22,6 +22,7 @@ from engine.run.events import Export
 from engine.run.launch import launch
 from engine.run.measured import measured
 from engine.run.shown import CARD, json_safe, origin, render
+from engine.run.sight import SeenFromAfar, sight_of
 from engine.run.trained import UNTRAINED, has_trained
 from engine.system.copying import check_target
 from engine.system.guarded import read_bytes
@@ -167,7 +168,7 @@ class ResultScreen(WorkScreen):
             self._origin = run.id, origin(run)
         shown = render(view.state, state=view.liveness, config=view.config)
         later = [json_safe(msgspec.to_builtins(one)) for one in measured(run)]
-        more = {"path": str(run.path), "origin": self._origin[1], "measured": later}
+        more = {"path": sight_of(run).place, "origin": self._origin[1], "measured": later}
         return views.figures({**shown, **more}, width)
 
     def _snippet(self, view: RunView) -> str:
@@ -188,6 +189,9 @@ class ResultScreen(WorkScreen):
             return f"there is no run yet: {key_of('setup')} sets one up"
         if view.replay is not None and action != "replay":
             return f"this is a replay; open the run from {key_of('runs')}"
+        run = self.eqat.current()
+        if isinstance(run, SeenFromAfar) and action in ("sample", "export", "evaluate", "card"):
+            return f"its files are on {run.sight.host}: ssh there for it"
         if view.liveness == "gone" and action != "stop":
             return "the run's directory is gone"
         if action in ("sample", "export", "evaluate"):

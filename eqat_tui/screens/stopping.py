@@ -5,6 +5,7 @@ from __future__ import annotations
 from engine.errors import EqatError
 from engine.run import control
 from engine.run.directory import RunDirectory
+from engine.run.sight import SeenFromAfar
 from engine.run.task import job_name
 from eqat_tui.feed import RunView
 from eqat_tui.screens.base import WorkScreen
@@ -36,6 +37,11 @@ def _consequence(request: control.Action, view: RunView) -> str:
 
 def ask_engine(screen: WorkScreen, run: RunDirectory, request: control.Action) -> None:
     """Leave a request for the engine of ``run``."""
+    if isinstance(run, SeenFromAfar):  # another machine takes its time
+        screen.eqat.in_background(
+            lambda: run.sight.ask(request), f"{run.sight.host} was asked to {request} it"
+        )
+        return
     try:
         control.request(run, request)
     except (EqatError, OSError) as error:

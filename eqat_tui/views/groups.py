@@ -172,6 +172,8 @@ def details(item: Item | None, width: int) -> list[Line]:
         lines.append(line((row.error, "bad")))
     elif group.is_queue and row.state in ("stopped", "aborted") and row.turn == "over":
         lines.append(line((f"was {row.state} and stays so; r gives it another turn", "warn")))
+    elif group.is_queue and row.state == "crashed" and row.turn == "waiting":
+        lines.append(line(("was cut off, and goes on when the queue does", "warn")))
     else:
         lines.append(line((shorten(str(row.run.path)) if row.run is not None else "", "muted")))
     return [cut(one, width) for one in lines]

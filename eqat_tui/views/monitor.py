@@ -74,6 +74,8 @@ def grid_name(config: Mapping[str, Any]) -> str:
 def state_span(view: RunView) -> Span:
     """The state with its mark, as words and colour."""
     words: str = view.liveness
+    if view.trouble:
+        return "? no connection", "warn"
     if view.waiting:
         return "‖ paused: disk full", "warn"
     if view.replay is not None:
@@ -92,7 +94,8 @@ def title(view: RunView, width: int) -> Line:
     attempt = f"attempt {view.state.attempt}" if view.state.attempt > 1 else ""
     right = line((attempt or view.state.device, "muted"))
     room = max(0, width - width_of(right) - 2 - len(what(view.config)) - 2)
-    name = view.id if len(view.id) <= room else f"…{view.id[len(view.id) - room + 1 :]}" if room > 1 else ""
+    name = f"{view.host}:{view.id}" if view.host else view.id
+    name = name if len(name) <= room else f"…{name[len(name) - room + 1 :]}" if room > 1 else ""
     left = line((what(view.config), "strong"), "  ", (name, "muted"))  # of a long name the end tells it apart
     return beside(cut(left, width - width_of(right) - 2), right, width)
 
@@ -235,6 +238,8 @@ def _bar_line(left: Line, share: float | None, role: str, right: Line, width: in
 def notices(view: RunView, width: int) -> list[Line]:
     """What went wrong or was asked for, and what to do about it; empty while all is well."""
     lines: list[Line] = []
+    if view.trouble:
+        lines += few(wrap(f"? {view.trouble}", width, "warn"), MOST_LINES)
     if view.problem:
         lines += few(wrap(f"! {view.problem}", width, "warn"), MOST_LINES)
     if view.waiting:

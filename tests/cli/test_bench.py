@@ -328,5 +328,5 @@ def test_a_run_that_an_engine_works_on_is_not_measured(
     (run.export_dir / "hf").mkdir()
     with RunLock(run.lock_path):
         answer = eqat("bench", "latest")
-    assert answer.returncode == 2
+    assert answer.returncode == 3
     assert "an engine works on it" in answer.stderr

@@ -17,7 +17,11 @@ PUBLIC = {
         *("--from-block", "--set", "--gpus", "--allow-world-size-change"),
         *("--runs-dir", "--detach", "--json"),
     },
-    "attach": {"--runs-dir", "--plain", "--read-only", "--ascii", "--json"},
+    "attach": {
+        *("--runs-dir", "--plain", "--read-only", "--ascii", "--json"),
+        *("--ssh-option", "--remote-command"),
+    },
+    "tail-events": {"--from", "--log", "--once", "--runs-dir"},
     "replay": {"--runs-dir", "--speed", "--ascii"},
     "memory": {"--runs-dir", "--ascii"},
     "monitor": {"--runs-dir", "--ascii"},
@@ -59,6 +63,7 @@ PUBLIC = {
     "sweep": set(),
     "sweep start": {*CONFIGURE, "--sweep", "--jobs", "--runs-dir", "--detach", "--dry-run", "--json"},
     "sweep resume": {"--jobs", "--runs-dir", "--detach", "--json"},
+    "sweep list": {"--runs-dir", "--json"},
     "sweep show": {"--runs-dir", "--json", "--csv", "--markdown"},
 }
 

@@ -14,12 +14,14 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from cli_tools import (
     EQAT_WITH_SCRIPTED_ENGINE,
@@ -38,6 +40,8 @@ from engine.run.finding import list_runs
 from engine.run.liveness import run_state
 from engine.run.lock import holder
 from engine.run.state import load_state
+from engine.run.status import Launched
+from engine.system.files import atomic_write_json
 from eqat_tui import actions
 
 RUN = ("run", "smoke", "--device", "cpu")
@@ -111,6 +115,36 @@ def test_resume_starts_the_next_attempt_and_does_not_retell_the_first(tmp_path: 
     assert (process.returncode, load_state(run).attempt) == (0, 2)
     assert "the engine will stop" not in err
     assert "23.67" in out
+
+
+@pytest.mark.parametrize("command", ["resume", "eval", "export", "generate"])
+def test_a_run_that_somebody_works_on_is_refused_with_one_code_whatever_was_wanted(
+    tmp_path: Path, command: str
+) -> None:
+    ended(start_eqat(tmp_path, "works", *RUN, "--detach"))
+    run = working_run(tmp_path)
+    extra = {"generate": ["--prompt", "x"]}.get(command, [])
+    process = start_eqat(tmp_path, "works", command, run.id, *extra)
+    _, err = ended(process)
+    assert (process.returncode, run_state(run)) == (3, "running"), err
+    assert f"eqat attach {run.id} follows it" in err
+
+
+def test_a_run_whose_engine_is_only_starting_is_not_resumed_with_another_code(tmp_path: Path) -> None:
+    """Between the launch of an engine and its lock lie seconds."""
+    ended(start_eqat(tmp_path, "works", *RUN, "--detach"))
+    run = working_run(tmp_path)
+    assert actions.stop(run, abort=False, wait=True) == 0
+    with subprocess.Popen(["sleep", "60"]) as engine:
+        created = psutil.Process(engine.pid).create_time()
+        begun = Launched(pid=engine.pid, host=socket.gethostname(), attempt=2, t=time.time(), created=created)
+        atomic_write_json(run.launch_path, begun)
+        assert run_state(run) == "starting"
+        process = start_eqat(tmp_path, "works", "resume", run.id)
+        _, err = ended(process)
+        engine.kill()
+    assert process.returncode == 3
+    assert f"already being worked on by process {engine.pid} (eqat attach {run.id} follows it)" in err
 
 
 def test_a_failing_run_shows_its_error_and_returns_its_exit_code(tmp_path: Path) -> None:

@@ -191,6 +191,32 @@ def test_real_runs_are_made_and_compared_and_none_is_made_twice(eqat: Eqat, tmp_
     assert eqat("sweep", "resume", "latest").returncode == 0
 
 
+def test_the_list_tells_of_every_sweep_what_became_of_its_runs(eqat: Eqat, tmp_path: Path) -> None:
+    nothing = eqat("sweep", "list")
+    assert (nothing.returncode, nothing.stdout) == (0, "")
+    assert f"no sweeps in {tmp_path / 'runs'}" in nothing.stderr
+    assert eqat("sweep", "list", "--json").stdout.strip() == "[]"
+    ended(start_eqat(tmp_path, "2=finishes,3=fails", *TWO))
+    newest = made_of_two(tmp_path)
+    damaged = tmp_path / "runs" / "sweep-20200101-0000-broken-0000"
+    damaged.mkdir()
+    (damaged / "sweep.json").write_text("{")
+    found = eqat("sweep", "list", "--json")
+    assert found.returncode == 0
+    assert "sweep-20200101-0000-broken-0000 is left out: " in found.stderr
+    rows = json.loads(found.stdout)
+    assert rows[0]["id"] == newest.id
+    assert [(row["runs"], row["done"], row["states"], row["swept"], row["at_work"]) for row in rows] == [
+        (2, 0, {"waiting": 2}, ["grid.bits"], False),
+        (2, 1, {"done": 1, "failed": 1}, ["grid.bits"], False),
+    ]
+    table = eqat("sweep", "list").stdout.splitlines()
+    assert table[0].split() == ["SWEEP", "DONE", "OTHERS", "SWEPT", "MADE"]
+    assert table[1].startswith(newest.id)
+    assert "0 of 2  2 waiting  grid.bits" in table[1]
+    assert "1 of 2  1 failed   grid.bits" in table[2]
+
+
 # -- what ends a sweep ---------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from text_files import (
 
 from engine.config.data import DataConfig
 
+RANDOM = random.Random(5).randbytes(5000)
 NEVER: dict[str, tuple[str, bytes, str]] = {
     "half a character": ("a.jsonl", b'{"text": "\\ud83d"}\n', "a.jsonl:1"),
     "nesting": ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "a.jsonl:1"),
@@ -32,6 +34,18 @@ NEVER: dict[str, tuple[str, bytes, str]] = {
     "an archive called text": ("a.txt", gzip.compress(b"text", mtime=0), "is a gzip file"),
     "a table called text": ("a.jsonl", b"PAR1" + bytes(40), "is a Parquet file"),
     "zeros": ("a.txt", bytes(5000), "no text"),
+    "bytes drawn by lot": ("a.txt", RANDOM, "a.txt: is binary data and no text"),
+    "a few of them": ("a.txt", RANDOM[:100], "is binary data and no text"),
+    "the same, called rows": ("a.jsonl", RANDOM, "is binary data and no text"),
+    "the same, compressed": ("a.txt.gz", gzip.compress(RANDOM, mtime=0), "is binary data and no text"),
+    "the same, converted to UTF-8": (
+        "a.txt",
+        RANDOM.decode("latin-1").encode(),
+        "is binary data and no text",
+    ),
+    "a program": ("a.txt", Path(sys.executable).resolve().read_bytes()[:50_000], "is binary data"),
+    "UTF-16 without a mark or zeros": ("a.txt", "Привет".encode("utf-16-le") * 9, "if it is UTF-16 in truth"),
+    "text with bytes drawn by lot behind it": ("a.txt", b"text " * 2000 + RANDOM, "is binary data"),
     "a wrong name": ("a.jsonl.gz", b'{"text": "x"}', "a.jsonl.gz"),
     "half an archive": ("a.txt.gz", gzip.compress(b"text " * 1000, mtime=0)[:30], "a.txt.gz"),
     "a damaged archive": (
@@ -58,6 +72,15 @@ def test_whatever_is_wrong_in_a_text_is_one_line_with_the_files_name(name: str, 
         error = failure(DataConfig(source=str(tmp_path / file)), part)
         assert says in str(error)
         assert len(str(error).encode()) < 3000
+
+
+def test_text_with_a_few_control_characters_is_text(tmp_path: Path) -> None:
+    """Colours of a terminal, bold print of an old manual, ends of pages, and an odd letter now and then."""
+    text = "\x1b[1mNAME\x1b[0m\n" * 50 + "l\bls\bs lists\f\n" * 50 + "word " * 200 + "\x01\x02 one more\x7f"
+    (tmp_path / "a.txt").write_text(text)
+    assert text_of(tmp_path / "a.txt") == [text]
+    (tmp_path / "b.txt").write_bytes("Caf\xe9 \x93quoted\x94 ".encode("latin-1") * 100)
+    assert "as Latin-1 and Windows-1252 have it" in str(failure(DataConfig(source=str(tmp_path / "b.txt"))))
 
 
 @pytest.mark.parametrize("kind", ["struct", "bytes", "twice", "integers"])

@@ -184,7 +184,9 @@ def test_of_two_resumes_at_once_the_loser_says_who_works(make: Make) -> None:
     both = [eqat(run, "resume", run.id) for _ in range(2)]
     said = {process: process.communicate(timeout=120)[1] for process in both}
     lost = [process for process in both if process.returncode]
-    assert sorted(process.returncode for process in both) in ([0, 2], [0, 3]), said
+    # 2 only where the other was done already, which a tiny run may be.
+    late = "is done already" in "".join(said.values())
+    assert sorted(process.returncode for process in both) == [0, 2 if late else 3], said
     words = said[lost[0]].splitlines()[-1]
     assert (
         "already being worked on by process" in words or "is running" in words or "is done already" in words

@@ -158,6 +158,12 @@ def test_interrupted_at_every_boundary_it_ends_with_the_same_bits(
         assert rest.seen <= listener.seen - left.facts["sampler"]["step"], "it took steps again"
 
 
+@pytest.mark.parametrize("train", [("rounding", "clipping"), ("rounding", "scales", "zero_points")])
+def test_what_is_trained_in_part_ends_with_the_same_bits_too(lm: CausalLM, train: tuple[str, ...]) -> None:
+    """What bounds it is no state of the training: it is where the block started."""
+    test_interrupted_at_every_boundary_it_ends_with_the_same_bits(lm, block_ap, {"train": train})
+
+
 @pytest.mark.parametrize("method", [block_ap, e2e_qp])
 def test_interrupted_again_and_again_it_ends_with_the_same_bits(
     lm: CausalLM, method: Callable[..., dict[str, Tensor]]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from engine.errors import PreflightError
 from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter
@@ -181,5 +182,5 @@ def test_stopping_a_job_speaks_of_the_job(done: RunDirectory, capsys: pytest.Cap
 
 
 def test_a_run_that_is_being_evaluated_is_not_resumed(done: RunDirectory) -> None:
-    with evaluating(done), pytest.raises(Exception, match="is done, and its evaluation is running"):
+    with evaluating(done), pytest.raises(PreflightError, match="is done, and its evaluation is running"):
         actions.resume(done, {}, detach=True, as_json=False)

@@ -16,6 +16,8 @@ from engine.run.event_log import EventWriter
 from engine.run.events import RunFinished, RunStarted
 from engine.run.lock import RunLock
 from engine.run.queue import MOST_OVER, Over, Queue, entry_state, turn_of
+from eqat_tui.queue_text import queue_text
+from eqat_tui.queueing import show_queue
 
 CONFIG = resolve(load("smoke"))
 
@@ -132,7 +134,45 @@ def test_an_entry_has_another_turn_unless_its_run_is_done(queue: Queue, tmp_path
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     assert [entry_state(queue.entry(number)) for number in (1, 2)] == ["gone", "waiting"]
     (tmp_path / "elsewhere").rename(tmp_path / "runs")
-    assert (queue.entry(2).again, queue.entry(2).waits) == (1, True)
+    assert (queue.entry(2).again, queue.entry(2).place) == (1, "waiting")
+    assert entry_state(queue.entry(2)) == "waiting"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state", "place", "left"),
+    [
+        ("done", "done", "over", False),
+        ("failed", "failed", "over", False),
+        ("stopped", "stopped", "over", False),
+        (None, "crashed", "waiting", True),  # killed with whoever worked on the queue: it goes on
+        ("never started", "waiting", "waiting", True),
+    ],
+)
+def test_what_is_said_of_a_run_that_ended_while_nobody_worked_on_the_queue(
+    tmp_path: Path, outcome: str | None, state: str, place: str, left: bool
+) -> None:
+    """Whoever worked on it was killed, so nobody has noted how the turn ended."""
+    queue = Queue(tmp_path / "queue")
+    run = RunDirectory.create(tmp_path / "runs", CONFIG)
+    with queue.changing():
+        entry = queue.add(CONFIG, tmp_path / "runs")
+        entry.run = run.id
+    if outcome != "never started":
+        with EventWriter(run.events_path, 1) as writer:
+            writer.emit(RunStarted(id=run.id, pid=1, host="", device="cpu", versions={}, argv=[]))
+            with RunLock(run.lock_path):
+                assert (entry_state(entry), entry.place) == ("running", "now")
+            if outcome is not None:
+                writer.emit(RunFinished(outcome=outcome, exit_code=0, seconds=1.0))  # type: ignore[arg-type]
+    assert (entry_state(entry), entry.place, queue.has_work) == (state, place, left)
+    (row,) = show_queue(queue)["entries"]
+    assert (row["state"], row["turn"]) == (state, place)
+    said = queue_text(show_queue(queue))
+    assert ("nobody works on it" in said) == left
+    assert ("was cut off, and goes on from its last checkpoint" in said) == (outcome is None)
+    with queue.changing():
+        queue.settle()
+    assert (entry_state(queue.entries[0]), queue.entries[0].place) == (state, place)  # noted, it is the same
 
 
 def test_paths_are_those_of_where_it_was_typed(

@@ -71,7 +71,10 @@ def test_the_experiments_are_the_promised_ones() -> None:
     ]
     sets = [set(one.config.block_ap.train) for one in runs_of("block-ap-trainables")]
     both = {"scales", "zero_points"}
-    assert sets == [both, {"weights"}, {"weights", *both}, {"weights", *both, "norms"}]
+    assert sets == [
+        *({"clipping"}, both, {"rounding"}, {"weights"}, {"rounding", *both}, {"weights", *both}),
+        {"weights", *both, "norms"},
+    ]
     assert [one.config.lr_qat.rank for one in runs_of("lr-qat-ranks")] == [1, 8, 32, 128]
     assert len({one.config.lr_qat.downcast for one in runs_of("lr-qat-downcasts")}) == 4
 

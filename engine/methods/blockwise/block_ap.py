@@ -103,7 +103,8 @@ def train_block(
     ``streams.full`` has passed the block already, ``streams.quantized`` has not. ``dtype`` is the arithmetic
     of the forward pass; parameters are float32 throughout. ``micro_batch`` sequences pass at a time (all of a
     batch, when not given); ``snapshot`` is the state to continue from, ``keeper`` keeps such states. ``fast``
-    takes the steps by :mod:`engine.methods.blockwise.fast_reconstruction` where that is possible,
+    takes the steps by :mod:`engine.methods.blockwise.fast_reconstruction` where that is possible (its kernel
+    knows neither ``rounding`` nor ``clipping``),
     ``compiles`` compiles them. ``kernels`` has Triton search for where grids start, if that is possible.
     ``keeps`` is the form in which the latents behind the integers are kept; ``gptq`` says how a start from
     GPTQ is made, as by default when not given.
@@ -112,7 +113,8 @@ def train_block(
         NonFiniteError: if training diverges and two restarts at lower learning rates do not help.
         StopRequested: at a step boundary, after a stop was asked for.
     """
-    fast, kernels = fast and bool(config.train), kernels and config.start == "search"
+    fast = fast and bool(config.train) and not config.trains_parts
+    kernels = kernels and config.start == "search"
     if (fast or kernels) and _obstacle_is_said(lm.device, index, progress, fast=fast, kernels=kernels):
         fast = kernels = False
     noted = {} if snapshot is None else snapshot.facts["noted"]

@@ -159,6 +159,12 @@ class Reconstruction(Method):
         for linear in self.linears.values():
             linear.project()
 
+    def refresh(self) -> None:
+        """Ends of ranges that were put back bring their scales and zero points with them."""
+        for linear in self.linears.values():
+            if linear.low is not None:
+                linear.project()
+
     def validate(self, micro_batch: int) -> float | None:
         if not self.validated():
             return None
@@ -213,6 +219,11 @@ def _parameter_groups(
         unit = linear.scale.mean().item() if relative else 1.0
         if "weights" in config.train:
             add("weights", linear.weight, config.lr_weight * unit)
+        elif "rounding" in config.train:
+            add("rounding", linear.only_round(), config.lr_weight * unit)
+        if "clipping" in config.train and linear.grid.fixed_zero_point is None:
+            for end in linear.only_clip():
+                add("clipping", end, config.lr_quant * unit)
         if "scales" in config.train:
             add("scales", linear.scale, config.lr_quant * unit)
         if "zero_points" in config.train and linear.grid.fixed_zero_point is None:

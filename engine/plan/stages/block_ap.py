@@ -51,7 +51,8 @@ class BlockAPCosts(BlockTraining):
         )
         at_a_time = min(passed_together(work, batch, length), section.sequences + section.val_sequences)
         advancing = passing_bytes(arch, compute, at_a_time, length)
-        weights = arch.params_per_block + 3 * arch.groups_per_block(work.config.grid.group_size)
+        kept = arch.linear_params_per_block if "rounding" in section.train else 0
+        weights = arch.params_per_block + kept + 3 * arch.groups_per_block(work.config.grid.group_size)
         return {
             "weights of a block": 4 * weights,
             "optimizer": 8 * self.stepped_weights(work),
@@ -100,6 +101,10 @@ class BlockAPCosts(BlockTraining):
 
     def steps(self, work: Workload, rates: Speed) -> Steps:
         return Steps(recorded=self._recorded(work), compiled=self._compiled(work, rates))
+
+    def may_compile(self, work: Workload) -> bool:
+        """What is trained only in part takes plain steps."""
+        return super().may_compile(work) and not self.section(work.config).trains_parts
 
     def _recorded(self, work: Workload) -> bool:
         """On every GPU, where it can: clipping needs the gradients' norm before the step."""
