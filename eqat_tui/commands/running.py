@@ -8,21 +8,28 @@ import typer
 
 from engine.errors import UsageError
 from eqat_tui.commands.options import (
+    Account,
     Ascii,
     Bits,
+    Cpus,
     Data,
     Detach,
     Device,
     Gpus,
     GroupSize,
     Json,
+    Memory,
     Model,
+    On,
+    Partition,
     ReadOnly,
     RemoteCode,
     Run,
     RunsDir,
+    Sbatch,
     Settings,
     Target,
+    TimeLimit,
 )
 
 
@@ -37,20 +44,32 @@ def run(
     settings: Settings = None,
     trust_remote_code: RemoteCode = False,
     runs_dir: RunsDir = None,
+    on: On = "local",
+    partition: Partition = "",
+    account: Account = "",
+    time: TimeLimit = "",
+    cpus: Cpus = 0,
+    memory: Memory = "",
+    sbatch: Sbatch = None,
     detach: Detach = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and start nothing.")] = False,
     as_json: Json = False,
 ) -> int:
     """Quantize a model: start a run and follow it. Ctrl-C stops it resumably; twice aborts it.
 
-    Closing the terminal never ends a run: eqat attach RUN follows it again.
-    """
+    Closing the terminal never ends a run: eqat attach RUN follows it again. With --on slurm it is given to
+    Slurm and this returns at once; --dry-run then prints the script."""
     from engine.plan.plan import check, make_plan
     from engine.run.directory import RunDirectory
     from engine.run.finding import check_runs_dir, default_runs_dir
     from eqat_tui import actions
+    from eqat_tui.clusters.asked import AskedOfSlurm, goes_to_slurm
     from eqat_tui.configure import build_config
 
+    asked = AskedOfSlurm(
+        partition=partition, account=account, time=time, cpus=cpus, memory=memory, more=tuple(sbatch or ())
+    )
+    slurm = goes_to_slurm(on, asked)
     config = build_config(
         target,
         model=model,
@@ -63,6 +82,10 @@ def run(
         trust_remote_code=trust_remote_code,
     )
     place = default_runs_dir(runs_dir)
+    if slurm:
+        from eqat_tui.clusters.submitting import submit_new
+
+        return submit_new(config, place, asked, dry_run=dry_run, as_json=as_json)
     if dry_run:
         return actions.print_plan(config, place, as_json=as_json)
     check_runs_dir(place)  # before its room: what cannot be written often has none either
@@ -123,6 +146,13 @@ def resume(
     ] = False,
     settings: Settings = None,
     runs_dir: RunsDir = None,
+    on: On = "local",
+    partition: Partition = "",
+    account: Account = "",
+    time: TimeLimit = "",
+    cpus: Cpus = 0,
+    memory: Memory = "",
+    sbatch: Sbatch = None,
     detach: Detach = False,
     as_json: Json = False,
 ) -> int:
@@ -137,16 +167,23 @@ def resume(
     """
     from engine.config.runtime import GPUS
     from eqat_tui import actions
+    from eqat_tui.clusters.asked import AskedOfSlurm, goes_to_slurm
     from eqat_tui.configure import parse_settings
 
+    asked = AskedOfSlurm(
+        partition=partition, account=account, time=time, cpus=cpus, memory=memory, more=tuple(sbatch or ())
+    )
+    slurm = asked if goes_to_slurm(on, asked) else None
     found = actions.find(run, runs_dir)
     overrides = parse_settings(settings or ())
     if gpus is not None:
         overrides[GPUS] = str(gpus)
     if from_block is not None:
-        return actions.redo(found, from_block, overrides, detach=detach, as_json=as_json)
+        return actions.redo(found, from_block, overrides, slurm=slurm, detach=detach, as_json=as_json)
     other_size = allow_world_size_change
-    return actions.resume(found, overrides, other_size=other_size, detach=detach, as_json=as_json)
+    return actions.resume(
+        found, overrides, other_size=other_size, slurm=slurm, detach=detach, as_json=as_json
+    )
 
 
 def attach(

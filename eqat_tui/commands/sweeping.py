@@ -9,16 +9,23 @@ from typer.core import TyperGroup
 
 from engine.errors import UsageError
 from eqat_tui.commands.options import (
+    Account,
     Bits,
+    Cpus,
     Data,
     Device,
     GroupSize,
     Json,
+    Memory,
     Model,
+    On,
+    Partition,
     RemoteCode,
     RunsDir,
+    Sbatch,
     Settings,
     SweepTarget,
+    TimeLimit,
 )
 
 
@@ -53,12 +60,13 @@ DetachSweep = Annotated[
 ]
 
 Jobs = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--jobs",
         min=0,
         metavar="N",
-        help="Runs at a time, each with a GPU (or some cores) of its own; 0: as many as there are GPUs.",
+        help="Runs at a time, each with a GPU (or some cores) of its own; 0: as many as there are GPUs. One "
+        "where this is left out; with --on slurm as many as there is room for.",
     ),
 ]
 
@@ -83,7 +91,14 @@ def start(
     settings: Settings = None,
     trust_remote_code: RemoteCode = False,
     runs_dir: RunsDir = None,
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
+    on: On = "local",
+    partition: Partition = "",
+    account: Account = "",
+    time: TimeLimit = "",
+    cpus: Cpus = 0,
+    memory: Memory = "",
+    sbatch: Sbatch = None,
     detach: DetachSweep = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan of all runs and start nothing.")
@@ -98,12 +113,17 @@ def start(
 
     Each run is an ordinary one. A run that fails does not stop the others. Ctrl-C stops the run at work
     resumably, and with it the sweep, as eqat stop RUN does; twice aborts. A closed terminal ends no run, but
-    no other is begun: eqat sweep resume goes on. With --detach the sweep outlives the terminal.
-    """
+    no other is begun: eqat sweep resume goes on. With --detach the sweep outlives the terminal. With --on
+    slurm the runs are one array of jobs, and this returns at once; --dry-run then prints the script."""
     from engine.run.finding import default_runs_dir
     from eqat_tui import sweeping
+    from eqat_tui.clusters.asked import AskedOfSlurm, goes_to_slurm
     from eqat_tui.configure import typed_settings
 
+    asked = AskedOfSlurm(
+        partition=partition, account=account, time=time, cpus=cpus, memory=memory, more=tuple(sbatch or ())
+    )
+    slurm = goes_to_slurm(on, asked)
     fixed = typed_settings(
         model=model,
         bits=bits,
@@ -115,6 +135,14 @@ def start(
     )
     found = sweeping.combined(target, sweep or (), fixed)
     place = default_runs_dir(runs_dir)
+    if slurm:
+        from eqat_tui.clusters import submitting
+
+        if dry_run:
+            return submitting.dry_sweep(found, place, asked, jobs or 0)
+        made = submitting.new_sweep(target, found, place)
+        return submitting.submit_sweep(made, asked, together=jobs or 0, as_json=as_json)
+    jobs = 1 if jobs is None else jobs
     together = len(sweeping.parts([one.config for one in found], jobs))
     plans = sweeping.planned(found, place, together)
     if dry_run:
@@ -127,7 +155,14 @@ def start(
 def resume(
     sweep: SweepRef,
     runs_dir: RunsDir = None,
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
+    on: On = "local",
+    partition: Partition = "",
+    account: Account = "",
+    time: TimeLimit = "",
+    cpus: Cpus = 0,
+    memory: Memory = "",
+    sbatch: Sbatch = None,
     detach: DetachSweep = False,
     as_json: Json = False,
 ) -> int:
@@ -138,8 +173,18 @@ def resume(
     from engine.run.finding import default_runs_dir
     from engine.run.sweep import find_sweep
     from eqat_tui import sweeping
+    from eqat_tui.clusters.asked import AskedOfSlurm, goes_to_slurm
 
+    asked = AskedOfSlurm(
+        partition=partition, account=account, time=time, cpus=cpus, memory=memory, more=tuple(sbatch or ())
+    )
+    slurm = goes_to_slurm(on, asked)
     found = find_sweep(default_runs_dir(runs_dir), sweep)
+    if slurm:
+        from eqat_tui.clusters.submitting import submit_sweep
+
+        return submit_sweep(found, asked, together=jobs or 0, as_json=as_json)
+    jobs = 1 if jobs is None else jobs
     return (sweeping.detach if detach else sweeping.carry_out)(found, jobs=jobs, as_json=as_json)
 
 

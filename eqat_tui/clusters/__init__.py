@@ -1,0 +1,1 @@
+"""Runs that a cluster makes: what Slurm is asked for, and what its jobs do."""
