@@ -129,8 +129,20 @@ def kill(submitted: Submitted) -> None:
 
 
 def _cancel(submitted: Submitted, *how: str) -> None:
-    # The name as well: of another cluster's job with this number nothing may be ended.
-    _command("scancel", *how, f"--name={submitted.name}", submitted.job, patience=SUBMIT_PATIENCE_S)
+    # Of another cluster's job with this number nothing may be ended. scancel could ask for the name itself,
+    # but then it takes all tasks of an array that wait for the one that is meant.
+    require_slurm("scancel")
+    forget()
+    could_ask, job = known(submitted, os.getuid())
+    if not could_ask:
+        raise PreflightError("does not answer", where="squeue", hint="try it again once Slurm does")
+    if job is None or job.kind == "over":
+        raise UsageError(
+            f"job {submitted.job} is over, or none of yours",
+            where="Slurm",
+            hint="eqat runs shows what is left",
+        )
+    _command("scancel", *how, submitted.job, patience=SUBMIT_PATIENCE_S)
     forget()
 
 

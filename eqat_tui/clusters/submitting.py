@@ -12,11 +12,12 @@ from pathlib import Path
 
 from engine.config.run import RunConfig
 from engine.config.sweeps import Combination, settings_words
-from engine.errors import EqatError, ExitCode
+from engine.errors import EqatError, ExitCode, UsageError
 from engine.plan.plan import make_plan
 from engine.run import slurm
 from engine.run.directory import RunDirectory
 from engine.run.finding import check_runs_dir
+from engine.run.housekeeping import delete_run
 from engine.run.launch import python_environment, refuse_second
 from engine.run.members import is_at_work, state_of
 from engine.run.submitted import Submitted, write_submitted
@@ -38,7 +39,11 @@ def submit_new(
     _check(config)
     slurm.require_slurm()
     run = RunDirectory.create(runs_dir, config)
-    return submit_run(run, (), asked, as_json=as_json)
+    try:
+        return submit_run(run, (), asked, as_json=as_json)
+    except UsageError:  # Slurm has refused it: what was typed is to be typed again, and makes another
+        delete_run(run)
+        raise
 
 
 def submit_run(run: RunDirectory, args: Sequence[str], asked: AskedOfSlurm, *, as_json: bool) -> int:

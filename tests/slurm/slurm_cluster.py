@@ -18,6 +18,7 @@ from pathlib import Path
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol")
 PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"))
 NODES = ("n1", "n2")
+Eqat = Callable[..., "subprocess.CompletedProcess[str]"]
 
 CONF = """
 ClusterName=eqat
@@ -53,8 +54,8 @@ SlurmdTimeout=5
 KillWait=2
 MinJobAge=300
 ReturnToService=2
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=2
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=2
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1} CPUs=2 RealMemory=4096
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2} CPUs=2 RealMemory=4096
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
 """
@@ -80,7 +81,7 @@ class Cluster:
         return {"SLURM_CONF": str(self.conf), "PATH": PATH}
 
     def start(self) -> None:
-        """Start everything and wait until the nodes are idle."""
+        """Start slurmctld; its nodes are down until they are started."""
         ports = free_ports(3)
         values = dict(zip(("ctld", *NODES), ports, strict=True))
         host = socket.gethostname()
@@ -89,13 +90,12 @@ class Cluster:
         for name in ("state", *(f"spool-{node}" for node in NODES)):
             (self.folder / name).mkdir()
         self._ctld = self._daemon("slurmctld", "-D", "-i")
-        for node in NODES:
-            self.start_node(node)
-        self.wait(lambda: set(self.node_states().values()) == {"idle"}, "the nodes are not idle")
+        self.wait(lambda: set(self.node_states()) == set(NODES), "slurmctld does not answer")
 
     def start_node(self, node: str) -> None:
-        """Start a node's slurmd."""
+        """Start a node's slurmd, and wait until it takes jobs."""
         self._slurmds[node] = self._daemon("slurmd", "-D", "-N", node)
+        self.wait(lambda: self.node_states()[node] in ("idle", "mix", "alloc"), f"{node} takes no jobs")
 
     def fail_node(self, node: str) -> None:
         """As when its power fails: slurmd, the jobs' keepers and what they keep are killed at once."""

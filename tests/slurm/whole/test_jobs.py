@@ -1,0 +1,205 @@
+"""Whole runs by a real Slurm of two nodes: warned, put aside, cut off, cancelled. Minutes: ``make slurm``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from slurm_cluster import Cluster, Eqat
+from waiting import wait_until
+
+from engine.run import slurm
+from engine.run.directory import RunDirectory
+from engine.run.event_log import read_events
+from engine.run.events import AnyEvent, BlockStarted, RunFinished, RunStarted
+from engine.run.finding import list_runs
+from engine.run.liveness import look, run_state
+from engine.run.status import read_status
+
+SLOW = "block_ap.epochs=24"
+"""A block takes a few seconds, so that there is time for something to happen in it."""
+SMALL = (
+    *("smoke", "--device", "cpu", "--set", "runtime.threads=1", "--set", "evaluation.windows=4"),
+    *("--set", "block_ap.sequences=4", "--set", "block_ap.val_sequences=2", "--set", "block_ap.batch_size=2"),
+)
+WEIGHTS = "export/gptq_v2/model.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nodes(cluster: Cluster) -> Iterator[Cluster]:
+    """Both nodes at work, and this process one that may ask their Slurm."""
+    before = {name: os.environ.get(name) for name in cluster.environment}
+    os.environ.update(cluster.environment)
+    for node in ("n1", "n2"):
+        cluster.start_node(node)
+    yield cluster
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """What the run exports that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = [sys.executable, "-m", "eqat_tui", "run", *SMALL, "--set", SLOW, "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return (Path(json.loads(done.stdout)["path"]) / WEIGHTS).read_bytes()
+
+
+def submitted(eqat: Eqat, folder: Path, *more: str) -> tuple[RunDirectory, str]:
+    """A slow run that Slurm was given, and its job."""
+    told = json.loads(eqat("run", *SMALL, "--set", SLOW, "--on", "slurm", "--json", *more).stdout)
+    (run,) = list_runs(folder / "runs")
+    return run, told["job"]
+
+
+def of(run: RunDirectory, kind: type[AnyEvent]) -> list[Any]:
+    return [event for event in read_events(run.events_path)[0] if isinstance(event, kind)]
+
+
+def trains(run: RunDirectory, attempt: int = 1, block: int = 1) -> Callable[[], bool]:
+    """Whether an attempt has begun with a block."""
+    return lambda: any(one.attempt == attempt and one.block == block for one in of(run, BlockStarted))
+
+
+def attached(folder: Path, run: RunDirectory) -> subprocess.Popen[str]:
+    """``eqat attach``, in lines."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "eqat_tui", "attach", str(run.path), "--plain"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_run_that_is_warned_of_its_end_goes_on_in_the_same_job_to_the_same_bytes(
+    eqat: Eqat, cluster: Cluster, tmp_path: Path, undisturbed: bytes
+) -> None:
+    # A minute is Slurm's shortest time; its warning comes on its own, some time before.
+    run, job = submitted(eqat, tmp_path, "--time", "1", "--sbatch=--signal=B:USR1@58")
+    wait_until(lambda: look(run).work is not None and run.status_path.exists())
+    follower = attached(tmp_path, run)
+    wait_until(lambda: of(run, RunFinished))
+    assert [(one.outcome, one.exit_code) for one in of(run, RunFinished)] == [("stopped", 75)]
+    assert run_state(run) == "waiting"
+    assert f"waiting in Slurm as job {job}" in eqat("runs").stdout
+    wait_until(lambda: run_state(run) in ("starting", "running"))
+    cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    told, _ = follower.communicate(timeout=300)
+    assert follower.returncode == 0, told
+    assert f"waiting in Slurm as job {job}" in told
+    assert len(of(run, RunStarted)) >= 2
+    assert (run.path / WEIGHTS).read_bytes() == undisturbed
+    assert "the job goes back into the queue" in (run.logs_dir / f"slurm-{job}.log").read_text()
+
+
+def test_a_run_that_is_put_aside_for_another_goes_on_to_the_same_bytes(
+    eqat: Eqat, cluster: Cluster, tmp_path: Path, undisturbed: bytes
+) -> None:
+    run, job = submitted(eqat, tmp_path, "--cpus", "2")
+    wait_until(trains(run))
+    cluster.command("sbatch", "--partition=high", "-N2", "-c2", "--output=/dev/null", "--wrap", "sleep 3")
+    wait_until(lambda: of(run, RunFinished))
+    assert [one.outcome for one in of(run, RunFinished)] == ["stopped"]  # by Slurm's SIGTERM
+    wait_until(lambda: cluster.job_state(job) == "PENDING")
+    slurm.forget()
+    assert run_state(run) == "waiting"
+    wait_until(lambda: run_state(run) == "done")
+    assert (run.path / WEIGHTS).read_bytes() == undisturbed
+
+
+def test_a_run_whose_node_fails_goes_on_at_another_to_the_same_bytes(
+    eqat: Eqat, cluster: Cluster, tmp_path: Path, undisturbed: bytes
+) -> None:
+    run, job = submitted(eqat, tmp_path, "--sbatch=--nodelist=n1")
+    wait_until(trains(run))
+    assert "on n1" in eqat("runs").stdout
+    cluster.command("scontrol", "update", f"JobId={job}", "ReqNodeList=n1,n2", check=False)
+    cluster.fail_node("n1")
+    wait_until(lambda: cluster.job_state(job) in ("PENDING", "RUNNING") and "n1" not in where(cluster, job))
+    cluster.command("scontrol", "update", f"JobId={job}", "ReqNodeList=", check=False)
+    wait_until(lambda: run_state(run) == "done")
+    assert [one.outcome for one in of(run, RunFinished)] == ["done"]
+    status = read_status(run)
+    assert status is not None
+    assert (status.host, status.job) == ("n2", job)
+    assert (run.path / WEIGHTS).read_bytes() == undisturbed
+    cluster.start_node("n1")
+
+
+def where(cluster: Cluster, job: str) -> str:
+    return cluster.command("squeue", "-h", "--states=all", "-j", job, "-o", "%N", check=False)
+
+
+def test_a_run_that_is_stopped_is_not_put_back_and_goes_on_when_asked(
+    eqat: Eqat, cluster: Cluster, tmp_path: Path, undisturbed: bytes
+) -> None:
+    run, job = submitted(eqat, tmp_path)
+    wait_until(trains(run))
+    eqat("stop", "latest", "--wait")
+    assert run_state(run) == "stopped"
+    wait_until(lambda: cluster.job_state(job) not in ("RUNNING", "COMPLETING"))
+    assert cluster.job_state(job) == "FAILED"  # exit code 75
+    assert run_state(run) == "stopped"
+    again = json.loads(eqat("resume", "latest", "--on", "slurm", "--json").stdout)["job"]
+    wait_until(lambda: len(of(run, RunStarted)) == 2)
+    wait_until(trains(run, attempt=2, block=2))
+    cluster.command("scancel", again)  # which is a stop as well
+    wait_until(lambda: run_state(run) == "stopped")
+    eqat("resume", "latest", "--on", "slurm")
+    wait_until(lambda: run_state(run) == "done")
+    assert (run.path / WEIGHTS).read_bytes() == undisturbed
+
+
+def test_a_run_that_is_killed_is_not_begun_again(eqat: Eqat, cluster: Cluster, tmp_path: Path) -> None:
+    run, job = submitted(eqat, tmp_path)
+    wait_until(trains(run))
+    # As from a machine that shares the files and nothing else, where the engine's process cannot be killed.
+    from engine.run.stopping import job_at_work, kill_job
+
+    found = job_at_work(run)
+    assert found is not None
+    kill_job(run, found)
+    wait_until(lambda: run_state(run) == "crashed")
+    time.sleep(2.0)
+    assert cluster.job_state(job) in ("FAILED", "CANCELLED")
+
+
+def test_of_an_array_of_four_runs_one_fails_and_the_others_are_done(
+    eqat: Eqat, cluster: Cluster, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("One sentence of the text after another is written here. " * 4000)
+    cluster.command("scontrol", "update", "PartitionName=low", "State=DOWN")
+    done = eqat(
+        *("sweep", *SMALL, "--set", "block_ap.epochs=1", "--on", "slurm", "--json"),
+        *("--sweep", f"data.source=builtin,{text}", "--sweep", "grid.bits=3,4"),
+        *("--set", "data.source=builtin"),
+        code=None,
+    )
+    rows = json.loads(done.stdout)["runs"]
+    assert [row["outcome"] for row in rows] == ["waiting"] * 4
+    text.rename(tmp_path / "gone.txt")
+    cluster.command("scontrol", "update", "PartitionName=low", "State=UP")
+
+    def outcomes() -> list[str]:
+        return [
+            row["outcome"] for row in json.loads(eqat("sweep", "show", "latest", "--json").stdout)["runs"]
+        ]
+
+    wait_until(lambda: not {"waiting", "starting", "running"} & set(outcomes()))
+    assert outcomes() == ["done", "done", "failed", "failed"]
+    (tmp_path / "gone.txt").rename(text)
+    eqat("sweep", "resume", "latest", "--on", "slurm")
+    wait_until(lambda: outcomes() == ["done"] * 4)
