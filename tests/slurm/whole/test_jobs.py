@@ -23,8 +23,11 @@ from engine.run.finding import list_runs
 from engine.run.liveness import look, run_state
 from engine.run.status import read_status
 
+REPOSITORY = Path(__file__).parents[3]
 SLOW = "block_ap.epochs=24"
 """A block takes a few seconds, so that there is time for something to happen in it."""
+SLOWER = "block_ap.epochs=160"
+"""The run takes longer than Slurm's shortest time."""
 SMALL = (
     *("smoke", "--device", "cpu", "--set", "runtime.threads=1", "--set", "evaluation.windows=4"),
     *("--set", "block_ap.sequences=4", "--set", "block_ap.val_sequences=2", "--set", "block_ap.batch_size=2"),
@@ -44,20 +47,23 @@ def nodes(cluster: Cluster) -> Iterator[Cluster]:
         os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What the run exports that nothing happens to."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    command = [sys.executable, "-m", "eqat_tui", "run", *SMALL, "--set", SLOW, "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+def made_here(folder: Path, setting: str) -> bytes:
+    """What a run exports that nothing happens to."""
+    command = [sys.executable, "-m", "eqat_tui", "run", *SMALL, "--set", setting, "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return (Path(json.loads(done.stdout)["path"]) / WEIGHTS).read_bytes()
 
 
-def submitted(eqat: Eqat, folder: Path, *more: str) -> tuple[RunDirectory, str]:
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return made_here(tmp_path_factory.mktemp("undisturbed"), SLOW)
+
+
+def submitted(eqat: Eqat, folder: Path, *more: str, setting: str = SLOW) -> tuple[RunDirectory, str]:
     """A slow run that Slurm was given, and its job."""
-    told = json.loads(eqat("run", *SMALL, "--set", SLOW, "--on", "slurm", "--json", *more).stdout)
+    told = json.loads(eqat("run", *SMALL, "--set", setting, "--on", "slurm", "--json", *more).stdout)
     (run,) = list_runs(folder / "runs")
     return run, told["job"]
 
@@ -76,7 +82,7 @@ def attached(folder: Path, run: RunDirectory) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "eqat_tui", "attach", str(run.path), "--plain"],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -84,10 +90,10 @@ def attached(folder: Path, run: RunDirectory) -> subprocess.Popen[str]:
 
 
 def test_a_run_that_is_warned_of_its_end_goes_on_in_the_same_job_to_the_same_bytes(
-    eqat: Eqat, cluster: Cluster, tmp_path: Path, undisturbed: bytes
+    eqat: Eqat, cluster: Cluster, tmp_path: Path
 ) -> None:
     # A minute is Slurm's shortest time; its warning comes on its own, some time before.
-    run, job = submitted(eqat, tmp_path, "--time", "1", "--sbatch=--signal=B:USR1@58")
+    run, job = submitted(eqat, tmp_path, "--time", "1", "--sbatch=--signal=B:USR1@40", setting=SLOWER)
     wait_until(lambda: look(run).work is not None and run.status_path.exists())
     follower = attached(tmp_path, run)
     wait_until(lambda: of(run, RunFinished))
@@ -100,7 +106,8 @@ def test_a_run_that_is_warned_of_its_end_goes_on_in_the_same_job_to_the_same_byt
     assert follower.returncode == 0, told
     assert f"waiting in Slurm as job {job}" in told
     assert len(of(run, RunStarted)) >= 2
-    assert (run.path / WEIGHTS).read_bytes() == undisturbed
+    (tmp_path / "here").mkdir()
+    assert (run.path / WEIGHTS).read_bytes() == made_here(tmp_path / "here", SLOWER)
     assert "the job goes back into the queue" in (run.logs_dir / f"slurm-{job}.log").read_text()
 
 
