@@ -20,7 +20,7 @@ from engine.config.validation import validate
 from engine.config.writing import to_dict
 from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.directory import RunDirectory
-from engine.run.elsewhere import refuse_if_elsewhere
+from engine.run.elsewhere import lives_elsewhere
 from engine.run.events import BULK
 from engine.run.finding import check_runs_dir, default_runs_dir, find_run
 from engine.run.launch import launch, log_path
@@ -30,8 +30,8 @@ from engine.run.proof import is_run
 from engine.run.redo import make_redo
 from engine.run.shown import show_run, summarize
 from engine.run.state import RunState, load_state
-from engine.run.status import read_launched
-from engine.run.stopping import ask_to_end, job_at_work, kill_job
+from engine.run.status import read_launched, read_status
+from engine.run.stopping import ask_to_end, end_job, job_at_work
 from engine.run.task import JOBS, is_job, job_name
 from engine.run.trained import refuse_untrained
 from engine.run.usable import is_damaged
@@ -259,21 +259,8 @@ def _left_of(run: RunDirectory, state: RunState) -> str:
 def kill_engine(run: RunDirectory) -> str:
     """Kill the engine of ``run`` and wait until it is gone; what was killed, in words."""
     pid = holder(run.lock_path)
-    job = job_at_work(run) if pid is None or not opened_by(run.lock_path, pid) else None
-    if job is not None:
-        kill_job(run, job)
-        return f"job {job.job}"
-    if pid is None:
-        refuse_if_elsewhere(run)
-        raise UsageError(f"is not running ({run_state(run)})", where=run.id)
-    if not opened_by(run.lock_path, pid):
-        launched = read_launched(run)
-        host = launched.host if launched is not None else "an unknown host"
-        raise PreflightError(
-            f"its engine (process {pid}, started on {host}) cannot be killed from here",
-            where=run.id,
-            hint="it runs on another host, in another container or as another user; kill it there",
-        )
+    if pid is None or not opened_by(run.lock_path, pid):
+        return _kill_elsewhere(run, pid)
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -290,6 +277,26 @@ def kill_engine(run: RunDirectory) -> str:
             )
         time.sleep(0.05)
     return f"process {pid}"
+
+
+def _kill_elsewhere(run: RunDirectory, pid: int | None) -> str:
+    """The same of one that is no process of this machine, as far as there is a way; ``pid`` has the lock."""
+    status = read_status(run)
+    away = lives_elsewhere(run, status, time.time())
+    if pid is None and not away:
+        raise UsageError(f"is not running ({run_state(run)})", where=run.id)
+    job = job_at_work(run)
+    if job is not None:
+        end_job(run, job)
+        return f"job {job.job}"
+    launched = read_launched(run)
+    started = launched.host if launched is not None else "an unknown host"
+    pid, host = (status.pid, status.host) if away and status is not None else (pid, started)
+    raise PreflightError(
+        f"its engine (process {pid}, started on {host}) cannot be killed from here",
+        where=run.id,
+        hint="it runs on another host, in another container or as another user; kill it there",
+    )
 
 
 def follow(

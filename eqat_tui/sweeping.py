@@ -47,11 +47,14 @@ from eqat_tui.sweep_text import plan_text, sweep_text, totals_words
 from eqat_tui.sweeping_together import Together
 
 
-def combined(target: str, swept: Sequence[str], fixed: dict[str, object]) -> list[Combination]:
-    """The runs that a preset or file asks for with ``--sweep`` and other settings on top."""
+def combined(
+    target: str, swept: Sequence[str], fixed: dict[str, object], *, here: bool = True
+) -> list[Combination]:
+    """The runs that a preset or file asks for with ``--sweep`` and other settings on top; those that are not
+    made ``here`` without the device that the user has chosen on this machine."""
     base, table = load_sweep(target)
     axes = axes_of(written_axes(table), [typed_axis(text) for text in swept], fixed)
-    named = "runtime.device" in {*fixed, *(axis.name for axis in axes)}
+    named = not here or "runtime.device" in {*fixed, *(axis.name for axis in axes)}
     return combinations(on_users_device(apply_overrides(base, fixed), named=named), axes)
 
 

@@ -14,6 +14,7 @@ import time
 
 from engine.errors import PreflightError
 from engine.run.directory import RunDirectory
+from engine.run.lock import is_held
 from engine.run.status import Status, read_status
 from engine.system import this_machine
 
@@ -41,6 +42,11 @@ def lives_elsewhere(run: RunDirectory, status: Status | None, now: float) -> boo
     except OSError:
         return False
     return abs(now - written) < SILENT_S
+
+
+def is_worked_on(run: RunDirectory) -> bool:
+    """Whether an engine has the run's lock, or lives elsewhere; without a look at the log."""
+    return is_held(run.lock_path) or lives_elsewhere(run, read_status(run), time.time())
 
 
 def refuse_if_elsewhere(run: RunDirectory) -> None:

@@ -140,7 +140,13 @@ def _is_away(
     if status.attempt < max(newest, begun):
         return False  # what a former attempt has left
     mark = _last_mark(run, events)
-    return not (isinstance(mark, RunFinished) and mark.attempt == status.attempt)
+    if isinstance(mark, RunFinished) and mark.attempt == status.attempt:
+        return False
+    submitted = read_submitted(run) if status.job else None
+    if submitted is None or submitted.job != status.job:
+        return True
+    _, job = _asked(run, submitted)  # Slurm knows sooner than silence does
+    return job is None or job.kind != "over"
 
 
 def _in_a_batch(run: RunDirectory, events: list[AnyEvent], status: Status | None) -> Work | None:
@@ -148,10 +154,12 @@ def _in_a_batch(run: RunDirectory, events: list[AnyEvent], status: Status | None
     submitted = read_submitted(run)
     if submitted is None:
         return None
-    could_ask, job = _asked(run, submitted)
     newest = max((event.attempt for event in events), default=0)
     unheard = max((event.t for event in events), default=0.0) < submitted.t
     stopped = _outcome(run, events) in (None, "stopped") if events else True
+    if not (unheard or stopped):
+        return None  # it has ended for good
+    could_ask, job = _asked(run, submitted)
     if not could_ask:  # what was written down is all that is known
         return Work(RUN, newest + 1, "waiting") if unheard or (submitted.returns and stopped) else None
     if job is None or job.kind == "over":

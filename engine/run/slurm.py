@@ -5,7 +5,9 @@ more often than every few seconds, however many runs are looked at."""
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -67,6 +69,8 @@ _asking = threading.Lock()
 def known(submitted: Submitted, owner: int) -> tuple[bool, Job | None]:
     """Whether Slurm could be asked, and the job, unless it does not know it (any more). ``owner`` is the user
     id of whoever submitted it."""
+    if submitted.cluster and submitted.cluster != cluster():
+        return False, None
     with _asking:
         answer = _answers.get(owner)
         now = time.time()
@@ -77,6 +81,17 @@ def known(submitted: Submitted, owner: int) -> tuple[bool, Job | None]:
         return False, None
     job = answer.jobs.get(submitted.job)
     return True, job if job is not None and job.name == submitted.name else None
+
+
+@functools.cache
+def cluster() -> str:
+    """What the cluster is called that this machine belongs to; empty where that cannot be asked."""
+    try:
+        told = _command("scontrol", "show", "config", patience=PATIENCE_S)
+    except EqatError:
+        return ""
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", told, re.MULTILINE)
+    return printable(found[1])[:LONGEST] if found else ""
 
 
 def forget() -> None:
@@ -119,30 +134,31 @@ def submit(script: str, options: Sequence[str], environment: Mapping[str, str]) 
 
 
 def cancel(submitted: Submitted) -> None:
-    """Take a job out of Slurm. One that has begun is stopped as by a signal, and keeps its checkpoint."""
-    _cancel(submitted)
+    """Take a job out of Slurm. One that has begun hears SIGTERM, by which its engine stops with a checkpoint;
+    what is left of it after Slurm's KillWait (half a minute by default) is killed. It is not begun again.
 
-
-def kill(submitted: Submitted) -> None:
-    """End everything that a job has started, at once; it is not begun again."""
-    _cancel(submitted, "--signal=KILL", "--full")
-
-
-def _cancel(submitted: Submitted, *how: str) -> None:
+    Raises:
+        PreflightError: where Slurm cannot be asked.
+        UsageError: where it does not know the job.
+    """
     # Of another cluster's job with this number nothing may be ended. scancel could ask for the name itself,
     # but then it takes all tasks of an array that wait for the one that is meant.
     require_slurm("scancel")
     forget()
     could_ask, job = known(submitted, os.getuid())
     if not could_ask:
-        raise PreflightError("does not answer", where="squeue", hint="try it again once Slurm does")
+        raise PreflightError(
+            f"job {submitted.job} cannot be asked for",
+            where="squeue",
+            hint=f"try it on a machine of the cluster {submitted.cluster}".rstrip(),
+        )
     if job is None or job.kind == "over":
         raise UsageError(
             f"job {submitted.job} is over, or none of yours",
             where="Slurm",
             hint="eqat runs shows what is left",
         )
-    _command("scancel", *how, submitted.job, patience=SUBMIT_PATIENCE_S)
+    _command("scancel", submitted.job, patience=SUBMIT_PATIENCE_S)
     forget()
 
 

@@ -13,8 +13,8 @@ from engine.run.liveness import look
 from engine.run.status import read_status
 from engine.run.submitted import Submitted, read_submitted
 
-KILL_SECONDS = 60.0
-"""How long a killed job may take to be gone."""
+KILL_SECONDS = 180.0
+"""How long a job may take to be gone: Slurm lets it end by itself first."""
 
 
 def ask_to_end(run: RunDirectory, action: Action) -> str:
@@ -42,19 +42,19 @@ def job_at_work(run: RunDirectory) -> Submitted | None:
     return submitted if status.job == submitted.job else None
 
 
-def kill_job(run: RunDirectory, submitted: Submitted) -> None:
+def end_job(run: RunDirectory, submitted: Submitted) -> None:
     """End a job with everything in it, and return when nobody works on the run any more.
 
     Raises:
         PreflightError: where there is no Slurm here, or the job does not go.
     """
     run.require_own()
-    slurm.kill(submitted)
+    slurm.cancel(submitted)
     deadline = time.monotonic() + KILL_SECONDS
     while _is_there(run, submitted):
         if time.monotonic() > deadline:
             raise PreflightError(
-                f"Slurm's job {submitted.job} was killed and is not gone yet",
+                f"Slurm's job {submitted.job} was cancelled and is not gone yet",
                 where=run.id,
                 hint=f"squeue --job={submitted.job} says why",
             )

@@ -26,6 +26,8 @@ class Submitted(msgspec.Struct, frozen=True, kw_only=True):
     """Slurm's number; of an array, the task's behind it."""
     name: Name
     """What the job is called: of two with one number, the run's own is told by it."""
+    cluster: str = ""
+    """What the cluster is called; empty where that was not known."""
     t: float
     """Seconds since 1970: when it was submitted, has begun, or was about to be put back."""
     returns: bool = False

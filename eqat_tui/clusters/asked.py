@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-import msgspec
-
-from engine.config.run import RunConfig
 from engine.errors import UsageError
+
+if TYPE_CHECKING:  # commands that only look at something load this module, and no configuration
+    from engine.config.run import RunConfig
 
 WARN_S = 120
 """Seconds before its end that a job is warned: time for a checkpoint."""
@@ -31,7 +32,7 @@ _MEMORY = re.compile(r"[0-9]+[KMGT]?", re.IGNORECASE)
 _GPUS = ("--gres", "--gpus", "-G", "--gpus-per-node", "--gpus-per-task", "--gpus-per-socket")
 
 
-class AskedOfSlurm(msgspec.Struct, frozen=True, kw_only=True):
+class AskedOfSlurm(NamedTuple):
     """Where and for how long a job may run, and what it is given; empty or 0 is the cluster's default."""
 
     partition: str = ""
@@ -70,7 +71,9 @@ class AskedOfSlurm(msgspec.Struct, frozen=True, kw_only=True):
                 raise UsageError(
                     f"{option!r} is no option", where="--sbatch", hint="like --sbatch=--nice=100"
                 )
-            if name in OURS or (len(option) > 2 and option[:2] in OURS and option[1] != "-"):
+            # getopt takes the beginning of a long option for it, and what follows a letter for its value.
+            long = name.startswith("--") and any(own.startswith(name) for own in OURS)
+            if long or (not name.startswith("--") and option[:2] in OURS):
                 raise UsageError(f"{name} is not to be chosen", where="--sbatch", hint="eqat sets it itself")
 
     def options(self, configs: Sequence[RunConfig]) -> list[str]:

@@ -72,7 +72,7 @@ def _run_of(place: Path) -> tuple[RunDirectory, str]:
     """The job's run, and what the job is called."""
     if not is_sweep(place):
         run = RunDirectory.open(place)
-        return run, job_name(run.id)
+        return run, job_name(run.path.name)
     sweep = Sweep.open(place)
     task = os.environ.get("SLURM_ARRAY_TASK_ID", "")
     if not task.isdecimal() or not 1 <= int(task) <= len(sweep.members):
@@ -89,7 +89,8 @@ def _make(run: RunDirectory, name: str, args: Sequence[str]) -> int:
         raise UsageError(
             "is started by Slurm", where="eqat_tui.clusters.job", hint="eqat run FILE --on slurm"
         )
-    job = Submitted(job=number, name=name, t=time.time())
+    cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
+    job = Submitted(job=number, name=name, cluster=cluster, t=time.time())
     write_submitted(run, job)
     if run_state(run) == "done":  # it was put back too late to be of use
         return ExitCode.DONE

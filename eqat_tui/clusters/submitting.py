@@ -33,10 +33,10 @@ def submit_new(
     config: RunConfig, runs_dir: Path, asked: AskedOfSlurm, *, dry_run: bool, as_json: bool
 ) -> int:
     """Make a run and give it to Slurm."""
+    _check(config)
     if dry_run:
         return _tell(Path("RUN"), asked.options([config]), runs_dir)
     check_runs_dir(runs_dir)
-    _check(config)
     slurm.require_slurm()
     run = RunDirectory.create(runs_dir, config)
     try:
@@ -50,11 +50,11 @@ def submit_run(run: RunDirectory, args: Sequence[str], asked: AskedOfSlurm, *, a
     """Give a run that nobody works on to Slurm; ``args`` are its engine's."""
     run.require_own()
     refuse_second(run)
-    name = job_name(run.id)
-    log = literal(run.logs_dir) + "/slurm-%j.log"
+    name, place = job_name(run.path.name), run.path.resolve()
+    log = literal(place / run.logs_dir.name) + "/slurm-%j.log"
     options = [*named(name, log), *asked.options([run.config()])]
-    job = slurm.submit(script(run.path, args), options, python_environment())
-    write_submitted(run, Submitted(job=job, name=name, t=time.time()))
+    job = slurm.submit(script(place, args), options, python_environment())
+    write_submitted(run, Submitted(job=job, name=name, cluster=slurm.cluster(), t=time.time()))
     if as_json:
         print_json({"id": run.id, "path": str(run.path), "job": job})
     else:
@@ -82,15 +82,17 @@ def submit_sweep(sweep: Sweep, asked: AskedOfSlurm, *, together: int, as_json: b
 
 def _submit_members(sweep: Sweep, numbers: Sequence[int], asked: AskedOfSlurm, together: int) -> None:
     name = job_name(sweep.id)
-    log = literal(sweep.path) + "/slurm-%A_%a.log"
+    log = literal(sweep.path.resolve()) + "/slurm-%A_%a.log"
     tasks = [number + 1 for number in numbers]
     configs = [sweep.members[number].configuration() for number in numbers]
     options = [*named(name, log, array_of(tasks, together)), *asked.options(configs)]
-    job = slurm.submit(script(sweep.path), options, python_environment())
+    job = slurm.submit(script(sweep.path.resolve()), options, python_environment())
     for number, task in zip(numbers, tasks, strict=True):
         run = sweep.run_of(sweep.members[number])
         if run is not None:
-            write_submitted(run, Submitted(job=f"{job}_{task}", name=name, t=time.time()))
+            write_submitted(
+                run, Submitted(job=f"{job}_{task}", name=name, cluster=slurm.cluster(), t=time.time())
+            )
     say(f"given to Slurm as job {job}: {len(tasks)} runs")
 
 

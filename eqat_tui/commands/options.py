@@ -105,28 +105,6 @@ Settings = Annotated[
 Detach = Annotated[bool, typer.Option("--detach", help="Print the run's id and return at once.")]
 Ascii = Annotated[bool, typer.Option("--ascii", help="In the app: ASCII characters only.")]
 ReadOnly = Annotated[bool, typer.Option("--read-only", help="In the app: look, and change nothing.")]
-On = Annotated[
-    str,
-    typer.Option("--on", metavar="PLACE", help="local: on this machine. slurm: as a job of this cluster's."),
-]
-Partition = Annotated[str, typer.Option("--partition", metavar="NAME", help="Of Slurm.")]
-Account = Annotated[str, typer.Option("--account", metavar="NAME", help="Of Slurm: who pays.")]
-TimeLimit = Annotated[
-    str,
-    typer.Option(
-        "--time",
-        metavar="TIME",
-        help="With --on slurm: what a job may take (4:00:00); a run that takes longer goes on in another.",
-    ),
-]
-Cpus = Annotated[int, typer.Option("--cpus", min=0, metavar="N", help="With --on slurm: cores of a run.")]
-Memory = Annotated[str, typer.Option("--memory", metavar="SIZE", help="With --on slurm: of the host, 64G.")]
-Sbatch = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--sbatch", metavar="OPTION", help="Any option of sbatch, --sbatch=--gres=gpu:a100:1; repeatable."
-    ),
-]
 RemoteCode = Annotated[
     bool,
     typer.Option(

@@ -7,32 +7,28 @@ from typing import Annotated
 import typer
 
 from engine.errors import UsageError
+from eqat_tui.clusters.asked import AskedOfSlurm
+from eqat_tui.commands.cluster_options import on_a_cluster
 from eqat_tui.commands.options import (
-    Account,
     Ascii,
     Bits,
-    Cpus,
     Data,
     Detach,
     Device,
     Gpus,
     GroupSize,
     Json,
-    Memory,
     Model,
-    On,
-    Partition,
     ReadOnly,
     RemoteCode,
     Run,
     RunsDir,
-    Sbatch,
     Settings,
     Target,
-    TimeLimit,
 )
 
 
+@on_a_cluster
 def run(
     target: Target,
     model: Model = None,
@@ -44,13 +40,7 @@ def run(
     settings: Settings = None,
     trust_remote_code: RemoteCode = False,
     runs_dir: RunsDir = None,
-    on: On = "local",
-    partition: Partition = "",
-    account: Account = "",
-    time: TimeLimit = "",
-    cpus: Cpus = 0,
-    memory: Memory = "",
-    sbatch: Sbatch = None,
+    slurm: AskedOfSlurm | None = None,
     detach: Detach = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and start nothing.")] = False,
     as_json: Json = False,
@@ -63,13 +53,8 @@ def run(
     from engine.run.directory import RunDirectory
     from engine.run.finding import check_runs_dir, default_runs_dir
     from eqat_tui import actions
-    from eqat_tui.clusters.asked import AskedOfSlurm, goes_to_slurm
     from eqat_tui.configure import build_config
 
-    asked = AskedOfSlurm(
-        partition=partition, account=account, time=time, cpus=cpus, memory=memory, more=tuple(sbatch or ())
-    )
-    slurm = goes_to_slurm(on, asked)
     config = build_config(
         target,
         model=model,
@@ -80,12 +65,13 @@ def run(
         gpus=gpus,
         settings=settings or (),
         trust_remote_code=trust_remote_code,
+        here=slurm is None,
     )
     place = default_runs_dir(runs_dir)
-    if slurm:
+    if slurm is not None:
         from eqat_tui.clusters.submitting import submit_new
 
-        return submit_new(config, place, asked, dry_run=dry_run, as_json=as_json)
+        return submit_new(config, place, slurm, dry_run=dry_run, as_json=as_json)
     if dry_run:
         return actions.print_plan(config, place, as_json=as_json)
     check_runs_dir(place)  # before its room: what cannot be written often has none either
@@ -125,6 +111,7 @@ def plan(
     return actions.print_plan(config, default_runs_dir(runs_dir), as_json=as_json)
 
 
+@on_a_cluster
 def resume(
     run: Run,
     from_block: Annotated[
@@ -146,13 +133,7 @@ def resume(
     ] = False,
     settings: Settings = None,
     runs_dir: RunsDir = None,
-    on: On = "local",
-    partition: Partition = "",
-    account: Account = "",
-    time: TimeLimit = "",
-    cpus: Cpus = 0,
-    memory: Memory = "",
-    sbatch: Sbatch = None,
+    slurm: AskedOfSlurm | None = None,
     detach: Detach = False,
     as_json: Json = False,
 ) -> int:
@@ -167,13 +148,8 @@ def resume(
     """
     from engine.config.runtime import GPUS
     from eqat_tui import actions
-    from eqat_tui.clusters.asked import AskedOfSlurm, goes_to_slurm
     from eqat_tui.configure import parse_settings
 
-    asked = AskedOfSlurm(
-        partition=partition, account=account, time=time, cpus=cpus, memory=memory, more=tuple(sbatch or ())
-    )
-    slurm = asked if goes_to_slurm(on, asked) else None
     found = actions.find(run, runs_dir)
     overrides = parse_settings(settings or ())
     if gpus is not None:

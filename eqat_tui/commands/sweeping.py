@@ -8,24 +8,19 @@ import typer
 from typer.core import TyperGroup
 
 from engine.errors import UsageError
+from eqat_tui.clusters.asked import AskedOfSlurm
+from eqat_tui.commands.cluster_options import on_a_cluster
 from eqat_tui.commands.options import (
-    Account,
     Bits,
-    Cpus,
     Data,
     Device,
     GroupSize,
     Json,
-    Memory,
     Model,
-    On,
-    Partition,
     RemoteCode,
     RunsDir,
-    Sbatch,
     Settings,
     SweepTarget,
-    TimeLimit,
 )
 
 
@@ -72,6 +67,7 @@ Jobs = Annotated[
 
 
 @app.command()
+@on_a_cluster
 def start(
     target: SweepTarget,
     sweep: Annotated[
@@ -92,13 +88,7 @@ def start(
     trust_remote_code: RemoteCode = False,
     runs_dir: RunsDir = None,
     jobs: Jobs = None,
-    on: On = "local",
-    partition: Partition = "",
-    account: Account = "",
-    time: TimeLimit = "",
-    cpus: Cpus = 0,
-    memory: Memory = "",
-    sbatch: Sbatch = None,
+    slurm: AskedOfSlurm | None = None,
     detach: DetachSweep = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan of all runs and start nothing.")
@@ -117,13 +107,8 @@ def start(
     slurm the runs are one array of jobs, and this returns at once; --dry-run then prints the script."""
     from engine.run.finding import default_runs_dir
     from eqat_tui import sweeping
-    from eqat_tui.clusters.asked import AskedOfSlurm, goes_to_slurm
     from eqat_tui.configure import typed_settings
 
-    asked = AskedOfSlurm(
-        partition=partition, account=account, time=time, cpus=cpus, memory=memory, more=tuple(sbatch or ())
-    )
-    slurm = goes_to_slurm(on, asked)
     fixed = typed_settings(
         model=model,
         bits=bits,
@@ -133,15 +118,15 @@ def start(
         settings=settings or (),
         trust_remote_code=trust_remote_code,
     )
-    found = sweeping.combined(target, sweep or (), fixed)
+    found = sweeping.combined(target, sweep or (), fixed, here=slurm is None)
     place = default_runs_dir(runs_dir)
-    if slurm:
+    if slurm is not None:
         from eqat_tui.clusters import submitting
 
         if dry_run:
-            return submitting.dry_sweep(found, place, asked, jobs or 0)
+            return submitting.dry_sweep(found, place, slurm, jobs or 0)
         made = submitting.new_sweep(target, found, place)
-        return submitting.submit_sweep(made, asked, together=jobs or 0, as_json=as_json)
+        return submitting.submit_sweep(made, slurm, together=jobs or 0, as_json=as_json)
     jobs = 1 if jobs is None else jobs
     together = len(sweeping.parts([one.config for one in found], jobs))
     plans = sweeping.planned(found, place, together)
@@ -152,17 +137,12 @@ def start(
 
 
 @app.command()
+@on_a_cluster
 def resume(
     sweep: SweepRef,
     runs_dir: RunsDir = None,
     jobs: Jobs = None,
-    on: On = "local",
-    partition: Partition = "",
-    account: Account = "",
-    time: TimeLimit = "",
-    cpus: Cpus = 0,
-    memory: Memory = "",
-    sbatch: Sbatch = None,
+    slurm: AskedOfSlurm | None = None,
     detach: DetachSweep = False,
     as_json: Json = False,
 ) -> int:
@@ -173,17 +153,12 @@ def resume(
     from engine.run.finding import default_runs_dir
     from engine.run.sweep import find_sweep
     from eqat_tui import sweeping
-    from eqat_tui.clusters.asked import AskedOfSlurm, goes_to_slurm
 
-    asked = AskedOfSlurm(
-        partition=partition, account=account, time=time, cpus=cpus, memory=memory, more=tuple(sbatch or ())
-    )
-    slurm = goes_to_slurm(on, asked)
     found = find_sweep(default_runs_dir(runs_dir), sweep)
-    if slurm:
+    if slurm is not None:
         from eqat_tui.clusters.submitting import submit_sweep
 
-        return submit_sweep(found, asked, together=jobs or 0, as_json=as_json)
+        return submit_sweep(found, slurm, together=jobs or 0, as_json=as_json)
     jobs = 1 if jobs is None else jobs
     return (sweeping.detach if detach else sweeping.carry_out)(found, jobs=jobs, as_json=as_json)
 

@@ -40,6 +40,8 @@ def test_a_job_has_the_gpus_of_its_run_unless_other_ones_are_asked_for() -> None
         (AskedOfSlurm(more=("script.sh",)), "--sbatch"),
         (AskedOfSlurm(more=("--array=1-9",)), "--sbatch"),
         (AskedOfSlurm(more=("-a1-9",)), "--sbatch"),
+        (AskedOfSlurm(more=("--arr=1-9",)), "--sbatch"),
+        (AskedOfSlurm(more=("-W",)), "--sbatch"),
         (AskedOfSlurm(more=("--wrap=id",)), "--sbatch"),
         (AskedOfSlurm(more=("-Jname",)), "--sbatch"),
     ],

@@ -53,6 +53,7 @@ def test_a_run_that_waits_is_shown_as_such_and_is_nobody_elses(
     assert again["job"] != job
     assert f"waiting in Slurm as job {again['job']}" in eqat("runs").stdout
     eqat("stop", "latest")
+    (run.logs_dir / f"slurm-{job}.log").write_text("what the job has told is the run's own\n")
     eqat("rm", "latest", "--yes")
     assert list_runs(tmp_path / "runs") == []
 
@@ -125,11 +126,25 @@ def test_the_scheduler_is_asked_once_for_many_runs(
     slurm.forget()
 
 
+def test_what_another_cluster_was_given_is_not_looked_for_in_this_one(
+    eqat: Eqat, cluster: Cluster, tmp_path: Path
+) -> None:
+    eqat("run", *SMOKE)
+    run = only_run(tmp_path)
+    mine = read_submitted(run)
+    assert mine is not None
+    assert mine.cluster == "eqat"
+    write_submitted(run, Submitted(job="4711", name=mine.name, cluster="far-away", t=time.time()))
+    assert "waiting in Slurm as job 4711 (which cannot be asked from here)" in eqat("runs").stdout
+    assert "the cluster far-away" in eqat("stop", "latest", code=3).stderr
+
+
 @pytest.mark.usefixtures("no_slurm")
 def test_where_slurm_cannot_be_asked_what_was_written_down_is_believed(tmp_path: Path) -> None:
     from engine.config.loading import load
 
     slurm.forget()
+    slurm.cluster.cache_clear()
     run = RunDirectory.create(tmp_path / "runs", load("smoke"))
     write_submitted(run, Submitted(job="7_2", name=f"eqat-{run.id}", t=time.time()))
     assert look(run).state == "waiting"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from engine.run.events import AnyEvent, BlockStarted, RunFinished, RunStarted
 from engine.run.finding import list_runs
 from engine.run.liveness import look, run_state
 from engine.run.status import read_status
+from engine.run.stopping import end_job, job_at_work
 
 REPOSITORY = Path(__file__).parents[3]
 SLOW = "block_ap.epochs=24"
@@ -169,31 +171,33 @@ def test_a_run_that_is_stopped_is_not_put_back_and_goes_on_when_asked(
     assert (run.path / WEIGHTS).read_bytes() == undisturbed
 
 
-def test_a_run_that_is_killed_is_not_begun_again(eqat: Eqat, cluster: Cluster, tmp_path: Path) -> None:
+def test_an_engine_that_does_not_answer_is_ended_from_another_machine_and_not_begun_again(
+    eqat: Eqat, cluster: Cluster, tmp_path: Path
+) -> None:
     run, job = submitted(eqat, tmp_path)
     wait_until(trains(run))
-    # As from a machine that shares the files and nothing else, where the engine's process cannot be killed.
-    from engine.run.stopping import job_at_work, kill_job
-
+    status = read_status(run)
+    assert status is not None
+    os.kill(status.pid, signal.SIGSTOP)  # Slurm wakes it by SIGCONT, and it can still checkpoint
+    # What `eqat stop --kill` does where the engine is no process of this machine.
     found = job_at_work(run)
     assert found is not None
-    kill_job(run, found)
-    wait_until(lambda: run_state(run) == "crashed")
-    time.sleep(2.0)
-    assert cluster.job_state(job) in ("FAILED", "CANCELLED")
+    end_job(run, found)
+    assert run_state(run) == "stopped"
+    time.sleep(3.0)
+    assert cluster.job_state(job) == "CANCELLED"
+    assert run_state(run) == "stopped"
 
 
 def test_of_an_array_of_four_runs_one_fails_and_the_others_are_done(
-    eqat: Eqat, cluster: Cluster, tmp_path: Path
+    eqat: Eqat, cluster: Cluster, tmp_path: Path, undisturbed: bytes
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("One sentence of the text after another is written here. " * 4000)
     cluster.command("scontrol", "update", "PartitionName=low", "State=DOWN")
     done = eqat(
-        *("sweep", *SMALL, "--set", "block_ap.epochs=1", "--on", "slurm", "--json"),
+        *("sweep", *SMALL, "--set", SLOW, "--on", "slurm", "--json"),
         *("--sweep", f"data.source=builtin,{text}", "--sweep", "grid.bits=3,4"),
-        *("--set", "data.source=builtin"),
-        code=None,
     )
     rows = json.loads(done.stdout)["runs"]
     assert [row["outcome"] for row in rows] == ["waiting"] * 4
@@ -205,8 +209,15 @@ def test_of_an_array_of_four_runs_one_fails_and_the_others_are_done(
             row["outcome"] for row in json.loads(eqat("sweep", "show", "latest", "--json").stdout)["runs"]
         ]
 
+    second = RunDirectory.open(tmp_path / "runs" / rows[1]["id"])
+    wait_until(trains(second))
+    cluster.command(
+        "scancel", "--signal=USR1", "--batch", rows[1]["batch"]["job"]
+    )  # as before its time is over
     wait_until(lambda: not {"waiting", "starting", "running"} & set(outcomes()))
     assert outcomes() == ["done", "done", "failed", "failed"]
+    assert [one.outcome for one in of(second, RunFinished)] == ["stopped", "done"]
+    assert (second.path / WEIGHTS).read_bytes() == undisturbed  # which is of 4 bits, too
     (tmp_path / "gone.txt").rename(text)
     eqat("sweep", "resume", "latest", "--on", "slurm")
     wait_until(lambda: outcomes() == ["done"] * 4)
