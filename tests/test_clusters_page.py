@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
+import yaml
 
 from engine.config.fields import field_names
 from engine.config.loading import preset_names
@@ -73,6 +75,14 @@ def test_the_numbers_are_those_of_the_program() -> None:
     assert f"--signal=B:USR1@{WARN_S}" in HEAD
     assert PAGE.count(f"B:USR1@{WARN_S}") == 2
     assert (WARN_S, SILENT_S, ASK_EVERY_S) == (120, 120.0, 5.0)  # two minutes, two minutes, five seconds
+
+
+def test_the_file_for_skypilot_can_be_read_and_its_script_too() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    task = yaml.safe_load(text)
+    assert {"resources", "volumes", "setup", "run"} <= task.keys()
+    assert task["envs"]["EQAT_RUNS_DIR"].startswith(next(iter(task["volumes"])))
+    subprocess.run(["bash", "-n"], input=task["run"], text=True, check=True)
 
 
 def test_the_readme_leads_there() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -60,15 +59,3 @@ def eqat(cluster: Cluster, tmp_path: Path) -> Eqat:
         return done
 
     return call
-
-
-@pytest.fixture
-def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine that has no command of Slurm's."""
-    python = tmp_path / "bin"
-    python.mkdir()
-    for name in ("env", "sh"):
-        found = shutil.which(name)
-        assert found is not None
-        (python / name).symlink_to(found)
-    monkeypatch.setenv("PATH", str(python))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from slurm_cluster import Cluster, Eqat
 
+from engine.config.loading import load
 from engine.errors import PreflightError, UsageError
 from engine.run import slurm
 from engine.run.directory import RunDirectory
@@ -141,10 +142,6 @@ def test_what_another_cluster_was_given_is_not_looked_for_in_this_one(
 
 @pytest.mark.usefixtures("no_slurm")
 def test_where_slurm_cannot_be_asked_what_was_written_down_is_believed(tmp_path: Path) -> None:
-    from engine.config.loading import load
-
-    slurm.forget()
-    slurm.cluster.cache_clear()
     run = RunDirectory.create(tmp_path / "runs", load("smoke"))
     write_submitted(run, Submitted(job="7_2", name=f"eqat-{run.id}", t=time.time()))
     assert look(run).state == "waiting"
@@ -152,4 +149,3 @@ def test_where_slurm_cannot_be_asked_what_was_written_down_is_believed(tmp_path:
         refuse_second(run)
     with pytest.raises(PreflightError, match=r"no Slurm on this machine .*delete submitted.json"):
         slurm.cancel(Submitted(job="7_2", name="eqat-x", t=0.0))
-    slurm.forget()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,8 +24,10 @@ from engine.run.event_log import read_events
 from engine.run.events import AnyEvent, BlockStarted, RunFinished, RunStarted
 from engine.run.finding import list_runs
 from engine.run.liveness import look, run_state
+from engine.run.shown import summarize
 from engine.run.status import read_status
 from engine.run.stopping import end_job, job_at_work
+from eqat_tui.run_text import state_words
 
 REPOSITORY = Path(__file__).parents[3]
 SLOW = "block_ap.epochs=24"
@@ -186,6 +190,28 @@ def test_an_engine_that_does_not_answer_is_ended_from_another_machine_and_not_be
     assert run_state(run) == "stopped"
     time.sleep(3.0)
     assert cluster.job_state(job) == "CANCELLED"
+    assert run_state(run) == "stopped"
+
+
+def test_the_script_on_the_page_stops_with_a_checkpoint_when_it_is_warned(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    page = (REPOSITORY / "docs" / "clusters.md").read_text()
+    script = page.partition("```bash\n")[2].partition("```")[0]
+    started = shlex.join([sys.executable, "-m", "eqat_tui", "run", *SMALL, "--set", SLOW])
+    ours, found = re.subn(r"eqat run .* --runs-dir .*", f"{started} --runs-dir {tmp_path}/runs", script)
+    assert found == 1
+    (tmp_path / "job.sh").write_text(ours.replace("#SBATCH --gres=gpu:1\n", ""))
+    output = f"--output={tmp_path}/out.log"
+    environment = f"--export=ALL,PYTHONPATH={REPOSITORY}"
+    job = cluster.command("sbatch", "--parsable", output, environment, str(tmp_path / "job.sh")).strip()
+    wait_until(lambda: list_runs(tmp_path / "runs"))
+    (run,) = list_runs(tmp_path / "runs")
+    wait_until(trains(run))
+    assert "on n" in state_words(summarize(run))
+    cluster.command("scancel", "--signal=USR1", "--batch", job)
+    wait_until(lambda: cluster.job_state(job) == "FAILED")
+    assert "ExitCode=75:0" in cluster.command("scontrol", "show", "job", job)
     assert run_state(run) == "stopped"
 
 
