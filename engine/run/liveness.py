@@ -156,9 +156,10 @@ def _in_a_batch(run: RunDirectory, events: list[AnyEvent], status: Status | None
         return None
     newest = max((event.attempt for event in events), default=0)
     unheard = max((event.t for event in events), default=0.0) < submitted.t
-    stopped = _outcome(run, events) in (None, "stopped") if events else True
-    if not (unheard or stopped):
-        return None  # it has ended for good
+    outcome = _outcome(run, events) if events else None
+    if outcome == "done" and not unheard:
+        return None  # Slurm need not be asked
+    stopped = outcome in (None, "stopped")
     could_ask, job = _asked(run, submitted)
     if not could_ask:  # what was written down is all that is known
         return Work(RUN, newest + 1, "waiting") if unheard or (submitted.returns and stopped) else None
@@ -171,7 +172,7 @@ def _in_a_batch(run: RunDirectory, events: list[AnyEvent], status: Status | None
     # It was heard of, says nothing any more, and its job is not over: on a machine that cannot be asked it
     # hangs.
     cut_off = status is not None and is_elsewhere(status) and status.job == submitted.job
-    return Work(RUN, newest, "hung") if cut_off and _outcome(run, events) is None else None
+    return Work(RUN, newest, "hung") if cut_off and outcome is None else None
 
 
 def _asked(run: RunDirectory, submitted: Submitted) -> tuple[bool, slurm.Job | None]:
