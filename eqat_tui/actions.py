@@ -146,15 +146,23 @@ def resume(
         say("it was done, and its checkpoint is damaged: what is damaged is trained again")
     args = [*operational(run, overrides), *(["--allow-world-size-change"] if other_size else [])]
     if slurm is not None:
-        return _submit(run, args, slurm, as_json=as_json)
+        return _submit(run, args, slurm, overrides, as_json=as_json)
     return start(run, args=args, detach=detach, as_json=as_json)
 
 
-def _submit(run: RunDirectory, args: Sequence[str], asked: AskedOfSlurm, *, as_json: bool) -> int:
-    """Give the run to Slurm."""
+def _submit(
+    run: RunDirectory,
+    args: Sequence[str],
+    asked: AskedOfSlurm,
+    overrides: Mapping[str, str],
+    *,
+    as_json: bool,
+) -> int:
+    """Give the run to Slurm; its engine's ``args`` say what ``overrides`` do."""
     from eqat_tui.clusters.submitting import submit_run
 
-    return submit_run(run, args, asked, as_json=as_json)
+    config = apply_overrides(run.config(), overrides)
+    return submit_run(run, args, asked, as_json=as_json, config=config)
 
 
 def operational(run: RunDirectory, overrides: Mapping[str, str]) -> list[str]:
@@ -190,7 +198,7 @@ def redo(
         last = f" to {from_block - 1}" if from_block > 1 else ""
         say(f"sharing block{'s' if from_block > 1 else ''} 0{last} of {run.id}")
     if slurm is not None:
-        return _submit(made, (), slurm, as_json=as_json)
+        return _submit(made, (), slurm, {}, as_json=as_json)
     return start(made, detach=detach, as_json=as_json)
 
 

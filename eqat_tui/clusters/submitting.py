@@ -46,13 +46,21 @@ def submit_new(
         raise
 
 
-def submit_run(run: RunDirectory, args: Sequence[str], asked: AskedOfSlurm, *, as_json: bool) -> int:
-    """Give a run that nobody works on to Slurm; ``args`` are its engine's."""
+def submit_run(
+    run: RunDirectory,
+    args: Sequence[str],
+    asked: AskedOfSlurm,
+    *,
+    as_json: bool,
+    config: RunConfig | None = None,
+) -> int:
+    """Give a run that nobody works on to Slurm; ``args`` are its engine's, which make its configuration
+    ``config`` this time."""
     run.require_own()
     refuse_second(run)
     name, place = job_name(run.path.name), run.path.resolve()
     log = literal(place / run.logs_dir.name) + "/slurm-%j.log"
-    options = [*named(name, log), *asked.options([run.config()])]
+    options = [*named(name, log), *asked.options([config or run.config()])]
     job = slurm.submit(script(place, args), options, python_environment())
     write_submitted(run, Submitted(job=job, name=name, cluster=slurm.cluster(), t=time.time()))
     if as_json:
@@ -66,6 +74,7 @@ def submit_run(run: RunDirectory, args: Sequence[str], asked: AskedOfSlurm, *, a
 def submit_sweep(sweep: Sweep, asked: AskedOfSlurm, *, together: int, as_json: bool) -> int:
     """Give Slurm every run of a sweep that is not done and that nobody works on, ``together`` at a time (0:
     any number). One that cannot be made stops no other."""
+    say(f"sweep {sweep.id}")
     with sweep.held():
         numbers = [number for number in range(len(sweep.members)) if _made(sweep, number)]
         if numbers:

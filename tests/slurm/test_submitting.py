@@ -49,6 +49,9 @@ def test_a_run_that_waits_is_shown_as_such_and_is_nobody_elses(
     cluster.wait(lambda: cluster.job_state(job) == "CANCELLED", "the job was not cancelled")
     assert json.loads(eqat("runs", "--json").stdout)[0]["state"] == "created"
 
+    # The device of this time decides what the job is given: a GPU, which this cluster does not have.
+    on_a_gpu = eqat("resume", "latest", "--on", "slurm", "--set", "runtime.device=cuda", code=2)
+    assert "gres" in on_a_gpu.stderr
     again = json.loads(eqat("resume", "latest", "--on", "slurm", "--json").stdout)
     assert again["id"] == run.id
     assert again["job"] != job
