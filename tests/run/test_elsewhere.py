@@ -29,6 +29,7 @@ from engine.run.lock import RunLock, is_held
 from engine.run.shown import summarize
 from engine.run.status import Status, read_status, write_status
 from engine.system import this_machine
+from eqat_tui.actions import kill_engine
 from eqat_tui.run_text import state_words
 
 REPOSITORY = Path(__file__).parents[2]
@@ -85,6 +86,8 @@ def test_nobody_begins_with_or_deletes_what_an_engine_elsewhere_works_on(
     for attempted in (lambda: launch(run), lambda: delete_run(run)):
         with pytest.raises(PreflightError, match="process 42 on n7 works on it"):
             attempted()
+    with pytest.raises(PreflightError, match=r"process 42, started on n7\) cannot be killed from here"):
+        kill_engine(run)
     # Nor does an engine that was started by hand, whatever looked before it.
     before = run.events_path.read_bytes(), run.status_path.read_bytes()
     assert main([str(run.path)]) == 3

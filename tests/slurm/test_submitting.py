@@ -13,9 +13,12 @@ from engine.config.loading import load
 from engine.errors import PreflightError, UsageError
 from engine.run import slurm
 from engine.run.directory import RunDirectory
+from engine.run.event_log import EventWriter
+from engine.run.events import AttemptStarting
 from engine.run.finding import list_runs
 from engine.run.launch import refuse_second
 from engine.run.liveness import look
+from engine.run.status import Status, write_status
 from engine.run.submitted import Submitted, read_submitted, write_submitted
 
 SMOKE = ("smoke", "--device", "cpu", "--on", "slurm")
@@ -109,6 +112,27 @@ def test_a_job_of_another_cluster_with_the_same_number_is_neither_taken_for_ours
     assert cluster.job_state(mine.job) == "PENDING"
     slurm.cancel(mine)
     cluster.wait(lambda: cluster.job_state(mine.job) == "CANCELLED", "the job was not cancelled")
+
+
+def test_an_engine_elsewhere_is_known_to_be_gone_as_soon_as_its_job_is_over(
+    eqat: Eqat, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eqat("run", *SMOKE)
+    run = only_run(tmp_path)
+    mine = read_submitted(run)
+    assert mine is not None
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    slurm.forget()
+    with EventWriter(run.events_path, 1) as writer:
+        writer.emit(AttemptStarting(pid=42, host="n7"))
+    away = Status(attempt=1, heartbeat=time.time(), pid=42, host="n7", machine="another", job=mine.job)
+    assert write_status(run, away)
+    assert look(run).state == "running"
+    slurm.cancel(mine)
+    cluster.wait(lambda: cluster.job_state(mine.job) == "CANCELLED", "the job was not cancelled")
+    slurm.forget()
+    assert look(run).state == "crashed"
 
 
 def test_the_scheduler_is_asked_once_for_many_runs(
