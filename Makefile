@@ -4,6 +4,7 @@
 # make fuzz      mutate every file that is read, and look for harm (SECONDS=300, SEED=0)
 # make families  try a tiny model of every family, and write docs/families.md (2 min)
 # make screenshot  the app's pictures in README.md, from a run (RUN=latest)
+# make slurm     runs by a real Slurm on this machine: time-out, preemption, a node that fails (Debian: slurm-wlm)
 # make interop   load our exports with the loader of each format, in an environment of its own
 #
 # PYTHON=python3.12      which Python makes the environment (3.11 or newer)
@@ -23,7 +24,7 @@ INTEROP   := .venv-interop
 PIP        = $(1)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint soak fuzz families screenshot interop clean
+.PHONY: help demo test lint soak fuzz families screenshot slurm interop clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -115,6 +116,9 @@ families: $(VENV)/.stamp-dev
 
 screenshot: $(VENV)/.stamp-dev
 	@$(VENV)/bin/python benchmarks/screenshot.py $(RUN)
+
+slurm: $(VENV)/.stamp-dev
+	@$(VENV)/bin/python -m pytest tests/slurm tests/slurm/whole
 
 interop: $(INTEROP)/.stamp-loaders
 	@$(INTEROP)/bin/python -m pytest tests/interop

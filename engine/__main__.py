@@ -22,6 +22,7 @@ from engine.config.model import BeginOfText
 from engine.errors import EqatError, ExitCode
 from engine.run.control import STOP_SIGNALS
 from engine.run.directory import RunDirectory
+from engine.run.elsewhere import refuse_if_elsewhere
 from engine.run.lock import RunLock
 from engine.run.measured import How
 from engine.run.task import NEW_TOKENS, Asked, Task
@@ -98,6 +99,7 @@ def _attempt(run: RunDirectory, asked: Asked) -> int:
     code = None
     try:
         with RunLock(run.lock_path):
+            refuse_if_elsewhere(run)
             code = int(ExitCode.BUG)
             try:
                 code = attempt(run, asked)

@@ -19,8 +19,8 @@ from engine.config.user import load_user_config
 from engine.config.validation import validate
 from engine.config.writing import to_dict
 from engine.errors import EqatError, ExitCode, PreflightError, UsageError
-from engine.run import control
 from engine.run.directory import RunDirectory
+from engine.run.elsewhere import lives_elsewhere
 from engine.run.events import BULK
 from engine.run.finding import check_runs_dir, default_runs_dir, find_run
 from engine.run.launch import launch, log_path
@@ -31,11 +31,13 @@ from engine.run.redo import make_redo
 from engine.run.shown import show_run, summarize
 from engine.run.sight import SeenFromAfar, sight_of
 from engine.run.state import RunState, load_state
-from engine.run.status import read_launched
+from engine.run.status import read_launched, read_status
+from engine.run.stopping import ask_to_end, end_job, job_at_work
 from engine.run.task import JOBS, is_job, job_name
 from engine.run.trained import refuse_untrained
 from engine.run.usable import is_damaged
 from engine.system.files import existing, is_virtual
+from eqat_tui.clusters.asked import AskedOfSlurm
 from eqat_tui.display import open_display
 from eqat_tui.follow import Follower, Left
 from eqat_tui.output import cell, error_words, one_line, print_json, ring, say, show
@@ -128,11 +130,13 @@ def resume(
     overrides: Mapping[str, str],
     *,
     other_size: bool = False,
+    slurm: AskedOfSlurm | None = None,
     detach: bool,
     as_json: bool,
 ) -> int:
     """Start the engine again on a run that is not over, with other operational settings, if given;
-    ``other_size`` allows another number of GPUs than its checkpoint is of."""
+    ``other_size`` allows another number of GPUs than its checkpoint is of. ``slurm``: a job is to start
+    it."""
     state, work = look(run)
     if work is not None and work.state != "starting":  # whose launch refuses a second one
         job = f"{state}, and its {job_name(work.task)} is " if is_job(work.task) else ""
@@ -144,7 +148,24 @@ def resume(
             raise UsageError("is done already", where=run.id, hint=f"eqat show {typed(run)} shows the result")
         say("it was done, and its checkpoint is damaged: what is damaged is trained again")
     args = [*operational(run, overrides), *(["--allow-world-size-change"] if other_size else [])]
+    if slurm is not None:
+        return _submit(run, args, slurm, overrides, as_json=as_json)
     return start(run, args=args, detach=detach, as_json=as_json)
+
+
+def _submit(
+    run: RunDirectory,
+    args: Sequence[str],
+    asked: AskedOfSlurm,
+    overrides: Mapping[str, str],
+    *,
+    as_json: bool,
+) -> int:
+    """Give the run to Slurm; its engine's ``args`` say what ``overrides`` do."""
+    from eqat_tui.clusters.submitting import submit_run
+
+    config = apply_overrides(run.config(), overrides)
+    return submit_run(run, args, asked, as_json=as_json, config=config)
 
 
 def operational(run: RunDirectory, overrides: Mapping[str, str]) -> list[str]:
@@ -166,13 +187,21 @@ def operational(run: RunDirectory, overrides: Mapping[str, str]) -> list[str]:
 
 
 def redo(
-    run: RunDirectory, from_block: int, overrides: Mapping[str, str], *, detach: bool, as_json: bool
+    run: RunDirectory,
+    from_block: int,
+    overrides: Mapping[str, str],
+    *,
+    slurm: AskedOfSlurm | None = None,
+    detach: bool,
+    as_json: bool,
 ) -> int:
     """Train a part of ``run`` again, as a new run."""
     made = make_redo(run, from_block, overrides)
     if from_block:
         last = f" to {from_block - 1}" if from_block > 1 else ""
         say(f"sharing block{'s' if from_block > 1 else ''} 0{last} of {run.id}")
+    if slurm is not None:
+        return _submit(made, (), slurm, {}, as_json=as_json)
     return start(made, detach=detach, as_json=as_json)
 
 
@@ -192,7 +221,13 @@ def stop(run: RunDirectory, *, abort: bool, wait: bool) -> int:
     state, work = look(run)
     if work is None:
         raise UsageError(f"is not running ({state})", where=run.id)
-    control.request(run, "abort" if abort else "stop")
+    taken_out = ask_to_end(run, "abort" if abort else "stop")
+    if taken_out:
+        say(
+            f"took job {taken_out} of {run.id} out of Slurm; "
+            f"eqat resume {typed(run)} --on slurm submits it again"
+        )
+        return ExitCode.DONE
     job = job_name(work.task) if is_job(work.task) else ""
     then = "" if wait else f"; {_goes_on(run, work.task, state)}"
     say(f"asked {f'the {job} of ' if job else ''}{run.id} to {'abort' if abort else 'stop'}{then}")
@@ -221,8 +256,8 @@ def _goes_on(run: RunDirectory, task: str, state: str) -> str:
 
 def kill(run: RunDirectory) -> int:
     """End an engine that does not answer, and return when it is gone."""
-    pid = kill_engine(run)
-    say(f"killed process {pid}; {_left_of(run, load_state(run, skip=BULK))}")
+    killed = kill_engine(run)
+    say(f"killed {killed}; {_left_of(run, load_state(run, skip=BULK))}")
     return ExitCode.DONE
 
 
@@ -237,19 +272,11 @@ def _left_of(run: RunDirectory, state: RunState) -> str:
     return f"what was checkpointed is kept: {types(run, 'resume')} goes on"
 
 
-def kill_engine(run: RunDirectory) -> int:
-    """Kill the engine of ``run`` and wait until it is gone; its pid."""
+def kill_engine(run: RunDirectory) -> str:
+    """Kill the engine of ``run`` and wait until it is gone; what was killed, in words."""
     pid = holder(run.lock_path)
-    if pid is None:
-        raise UsageError(f"is not running ({run_state(run)})", where=run.id)
-    if not opened_by(run.lock_path, pid):
-        launched = read_launched(run)
-        host = launched.host if launched is not None else "an unknown host"
-        raise PreflightError(
-            f"its engine (process {pid}, started on {host}) cannot be killed from here",
-            where=run.id,
-            hint="it runs on another host, in another container or as another user; kill it there",
-        )
+    if pid is None or not opened_by(run.lock_path, pid):
+        return _kill_elsewhere(run, pid)
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -265,7 +292,27 @@ def kill_engine(run: RunDirectory) -> int:
                 hint="nothing but that, or a restart of this machine, ends it",
             )
         time.sleep(0.05)
-    return pid
+    return f"process {pid}"
+
+
+def _kill_elsewhere(run: RunDirectory, pid: int | None) -> str:
+    """The same of one that is no process of this machine, as far as there is a way; ``pid`` has the lock."""
+    status = read_status(run)
+    away = lives_elsewhere(run, status, time.time())
+    if pid is None and not away:
+        raise UsageError(f"is not running ({run_state(run)})", where=run.id)
+    job = job_at_work(run)
+    if job is not None:
+        end_job(run, job)
+        return f"job {job.job}"
+    launched = read_launched(run)
+    started = launched.host if launched is not None else "an unknown host"
+    pid, host = (status.pid, status.host) if away and status is not None else (pid, started)
+    raise PreflightError(
+        f"its engine (process {pid}, started on {host}) cannot be killed from here",
+        where=run.id,
+        hint="it runs on another host, in another container or as another user; kill it there",
+    )
 
 
 def follow(

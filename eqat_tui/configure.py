@@ -27,8 +27,10 @@ def build_config(
     gpus: int | None = None,
     settings: Sequence[str] = (),
     trust_remote_code: bool = False,
+    here: bool = True,
 ) -> RunConfig:
-    """The preset or file ``target`` with flags and then ``--set`` on top, complete and valid."""
+    """The preset or file ``target`` with flags and then ``--set`` on top, complete and valid; of a run that
+    is not made ``here``, without the device that the user has chosen on this machine."""
     overrides = typed_settings(
         model=model,
         bits=bits,
@@ -39,7 +41,7 @@ def build_config(
         settings=settings,
         trust_remote_code=trust_remote_code,
     )
-    config = resolve(load_for_user(target, overrides))
+    config = resolve(load_for_user(target, overrides) if here else load(target, overrides=overrides))
     try:
         validate(config)
     except UsageError as error:

@@ -25,13 +25,15 @@ from engine.run.directory import RunDirectory
 from engine.run.event_log import EventFollower, read_events
 from engine.run.events import AnyEvent
 from engine.run.liveness import WORKING, State, Work
+from engine.run.shown import place_of
 from engine.run.sight import sight_of
 from engine.run.state import RunState
 from engine.run.status import Status, read_launched
 from engine.run.task import is_job
 from eqat_tui.journal import Entry, Journal, silent_words
 from eqat_tui.log_tail import log_tail
-from eqat_tui.output import error_words, one_line
+from eqat_tui.output import cell, error_words, one_line
+from eqat_tui.run_text import batch_words
 
 Liveness = State | Literal["gone"]
 """A run's state, and one that only whoever looks sees: its folder is gone."""
@@ -64,6 +66,8 @@ class RunView(msgspec.Struct, frozen=True, kw_only=True):
     problem: str = ""
     """Why some of this cannot be read."""
     replay: Replay | None = None
+    place: str = ""
+    """Where a run is that is not at work on this machine: ``in Slurm as job 123_4``, ``on n1``."""
     launched: float | None = None
     """When the engine was started, while it has not said anything yet."""
     host: str = ""
@@ -187,13 +191,13 @@ class LiveFeed:
         if work is not None and work.attempt > state.newest_attempt:
             # Nothing was heard of it yet: where the attempt before was and what it was asked is over.
             began = read_launched(self.run)
-            launched = began.t if began is not None else now
+            launched = (began.t if began is not None else now) if work.state != "waiting" else None
             if is_job(work.task):
                 state = msgspec.structs.replace(state, job=RunState(task=work.task, attempt=work.attempt))
             else:
                 nowhere = ("phase", "block", "blocks", "step", "steps", "status", "error", "job")
                 state = msgspec.structs.replace(state, **dict.fromkeys(nowhere))
-                liveness = "starting"
+                liveness = work.state if work.state == "waiting" else "starting"
         job = work if work is not None and is_job(work.task) else None
         cut_off = liveness == "crashed" or (state.job is not None and state.job.outcome is None)
         why = self._sight.why_gone(self._newest()) if cut_off and work is None else ""
@@ -218,6 +222,7 @@ class LiveFeed:
             log_tail=tail,
             pid=pid,
             problem=problem,
+            place=place_words(self.run, work),
             launched=launched,
             host=self._sight.host,
             trouble=self._sight.trouble(),
@@ -257,6 +262,14 @@ class LiveFeed:
         if made_by and _numbers(made_by) > _numbers(__version__):
             return f"written by eqat {made_by}; this is {__version__}, which may not know all of it"
         return ""
+
+
+def place_words(run: RunDirectory, work: Work | None) -> str:
+    """Where a run is that a cluster or another machine works on, or is to; empty of any other."""
+    found = place_of(run, work)
+    if work is not None and work.state in ("waiting", "starting") and found["batch"]:
+        return batch_words(found["batch"])
+    return f"on {cell(found['node'])}" if found["node"] else ""
 
 
 def read_config(run: RunDirectory) -> tuple[dict[str, Any] | None, str]:

@@ -16,17 +16,19 @@ from types import FrameType
 from typing import Literal, NamedTuple
 
 from engine.errors import ExitCode, run_is_gone
-from engine.run import control
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventFollower
 from engine.run.events import AnyEvent, RunFinished
 from engine.run.launch import exit_code, log_path, next_attempt, refuse_second
+from engine.run.liveness import Work
+from engine.run.shown import place_of
 from engine.run.sight import sight_of
 from engine.run.state import RunState
 from engine.system.guarded import BadFile, bad_file
 from engine.system.log_bytes import tail
 from eqat_tui.display import Display
 from eqat_tui.hearing import hearing
+from eqat_tui.run_text import batch_words
 
 POLL_S = 0.2
 TAIL_BYTES = 1 << 16
@@ -63,6 +65,7 @@ class Follower:
         self._waiting = ""
         self._said_hung = False
         self._trouble = ""
+        self._in_batch = False
         self._looked = float("-inf")
 
     def _begin(self) -> None:
@@ -74,6 +77,11 @@ class Follower:
     def asked_to_end(self) -> bool:
         """Whether a signal has asked for the run to be stopped, or for looking at it to end."""
         return bool(self._interrupts or self._warned or self._terminated)
+
+    @property
+    def was_warned(self) -> bool:
+        """Whether a batch system has said that it is about to end the run."""
+        return self._warned
 
     def catch_up(self) -> None:
         """Take in what happened already without telling it again."""
@@ -127,6 +135,7 @@ class Follower:
                 return Gone(True, None)
             self._tell_trouble()
             self._tell_hung(work is not None and work.state == "hung")
+            self._tell_batch(work)
         return Gone(False, None)
 
     def _poll(self) -> list[AnyEvent]:
@@ -183,6 +192,13 @@ class Follower:
             self.display.note(trouble or "connected again")
         self._trouble = trouble
 
+    def _tell_batch(self, work: Work | None) -> None:
+        waits = work is not None and work.state == "waiting"
+        found = place_of(self.run, work)["batch"] if waits else None
+        if found is not None and not self._in_batch:
+            self.display.note(f"waiting {batch_words(found)}")
+        self._in_batch = waits
+
     def _tell_waiting(self) -> None:
         status = self.state.at_work.status
         waiting = status.waiting if status is not None else ""
@@ -233,15 +249,19 @@ class Follower:
             if self._handled == 1:
                 self._stop()
             else:
-                control.request(self.run, "abort")
+                self._sight.ask("abort")
                 self.display.note("aborting; Ctrl-C again leaves the engine to itself")
 
     def _stop(self) -> None:
         """Ask for a stop, once."""
         if not self._stopping:
             self._stopping = True
-            control.request(self.run, "stop")
-            self.display.note("stopping at the next step, resumable; Ctrl-C again to abort")
+            job = self._sight.ask("stop")
+            self.display.note(
+                f"took job {job} out of Slurm"
+                if job
+                else "stopping at the next step, resumable; Ctrl-C again to abort"
+            )
 
     # -- Ctrl-Z ------------------------------------------------------------------------------------
 

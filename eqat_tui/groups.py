@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from engine.config.sweeps import settings_words
 from engine.errors import EqatError
 from engine.run.directory import RunDirectory
+from engine.run.liveness import WORKING
 from engine.run.members import GONE, WAITING, is_at_work
 from engine.run.queue import Entry, Place, Queue, entry_state
 from engine.run.sweep import Member, Sweep, list_sweeps
@@ -124,7 +125,7 @@ def _sweep(path: Path, summaries: Summaries) -> Group:
 
 def _member(number: int, member: Member, run: RunDirectory | None, summary: Summary | None) -> Row:
     state = summary["state"] if summary is not None else member.unmade
-    ended = state not in (WAITING, GONE, "created", "starting", "running", "hung")
+    ended = state not in (WAITING, GONE, "created", *WORKING)
     turn: Place = "over" if ended else "now" if is_at_work(run) else "waiting"
     error = member.error.message if member.error is not None else ""
     return Row(number, settings_words(member.settings), state, turn, run, summary, error or _error(summary))

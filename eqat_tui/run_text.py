@@ -189,8 +189,12 @@ def accuracy_table(accuracy: Mapping[str, Mapping[str, float]]) -> str:
 def facts(run: Tree) -> dict[str, str]:
     """Size, time, memory and exports, as far as they are known."""
     lines: dict[str, str] = {}
-    if run["state"] in WORKING:
-        lines["now"] = _position(run)
+    if run["state"] == "waiting" and run.get("batch"):
+        lines["now"] = f"waiting {batch_words(run['batch'])}"
+    elif run["state"] in WORKING:
+        lines["now"] = _position(run) + (f", on {cell(run['node'])}" if run.get("node") else "")
+        if run.get("batch"):
+            lines["job"] = batch_words(run["batch"])
         if run.get("waiting"):
             lines["paused"] = one_line(run["waiting"])
     job = run.get("job")
@@ -327,13 +331,22 @@ def state_words(run: Tree) -> str:
     if job and job["state"] in WORKING:
         name = job_name(job["task"])
         return f"{run['state']}, {'paused' if job.get('waiting') else name}{job_share(job)}"
+    if run["state"] == "waiting" and run.get("batch"):
+        return f"waiting {batch_words(run['batch'])}"
+    on = f" on {cell(run['node'])}" if run.get("node") else ""
     if run["state"] != "running":
-        return str(run["state"])
+        return f"{run['state']}{on}"
     if not run.get("phase"):
-        return "starting" + (f": {run['doing']}" if run.get("doing") else "")
+        return "starting" + on + (f": {run['doing']}" if run.get("doing") else "")
     block, blocks = run.get("block"), run.get("blocks")
     where = f" {block_place(block, blocks)}" if block is not None and blocks else ""
-    return f"running {phase_label(run['phase'])}{where}"
+    return f"running {phase_label(run['phase'])}{where}{on}"
+
+
+def batch_words(job: Tree) -> str:
+    """``in Slurm as job 123_4 (Priority)``."""
+    why = job["reason"] if job["state"] else "which cannot be asked from here"
+    return cell(f"in Slurm as job {job['job']}" + (f" ({why})" if why and why != "None" else ""))
 
 
 def job_share(job: Tree) -> str:

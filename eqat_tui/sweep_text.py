@@ -26,7 +26,7 @@ from eqat_tui.output import (
     one_line,
     table,
 )
-from eqat_tui.run_text import ago
+from eqat_tui.run_text import ago, batch_words
 
 Tree = Mapping[str, Any]
 LONGEST_VALUE = 40
@@ -191,9 +191,16 @@ def _cells(row: Tree, shown: Tree) -> list[str]:
         format_bytes(row["size_bytes"]["quantized"]),
         format_seconds(row["seconds"]),
         *(format_bytes(row[name]) for name in _memories(shown)),
-        str(row["outcome"]),
+        _outcome(row),
         str(row["id"] or "–"),
     ]
+
+
+def _outcome(row: Tree) -> str:
+    """What has become of a run, or where it is."""
+    if row["outcome"] == "waiting" and row["batch"]:
+        return f"waiting {batch_words(row['batch'])}"
+    return str(row["outcome"]) + (f" on {cell(row['node'])}" if row["node"] else "")
 
 
 def _values(names: Sequence[str], settings: Tree) -> list[str]:

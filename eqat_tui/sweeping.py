@@ -58,11 +58,14 @@ def summaries(runs_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def combined(target: str, swept: Sequence[str], fixed: dict[str, object]) -> list[Combination]:
-    """The runs that a preset or file asks for with ``--sweep`` and other settings on top."""
+def combined(
+    target: str, swept: Sequence[str], fixed: dict[str, object], *, here: bool = True
+) -> list[Combination]:
+    """The runs that a preset or file asks for with ``--sweep`` and other settings on top; those that are not
+    made ``here`` without the device that the user has chosen on this machine."""
     base, table = load_sweep(target)
     axes = axes_of(written_axes(table), [typed_axis(text) for text in swept], fixed)
-    named = "runtime.device" in {*fixed, *(axis.name for axis in axes)}
+    named = not here or "runtime.device" in {*fixed, *(axis.name for axis in axes)}
     return combinations(on_users_device(apply_overrides(base, fixed), named=named), axes)
 
 

@@ -74,9 +74,10 @@ def _same(one: RunView, other: RunView) -> bool:
             one.state is other.state
             or (one.state.event_count, one.at_work.status) == (other.state.event_count, other.at_work.status)
         )
-        and (one.liveness, one.job, one.requests, one.replay, one.problem, one.trouble)
+        and (one.liveness, one.place, one.job, one.requests, one.replay, one.problem, one.trouble)
         == (
             other.liveness,
+            other.place,
             other.job,
             other.requests,
             other.replay,

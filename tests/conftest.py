@@ -3,6 +3,8 @@
 import glob
 import os
 import signal
+from collections.abc import Iterator
+from pathlib import Path
 
 # As in engine/__main__.py: tests run engines beside themselves, and spinning threads would starve them.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -37,3 +39,18 @@ def pytest_runtest_call() -> None:
             signal.signal(number, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a machine that has no command of Slurm's."""
+    from engine.run import slurm
+
+    slurm.forget()
+    slurm.cluster.cache_clear()
+    empty = tmp_path / "no-programs"
+    empty.mkdir()
+    monkeypatch.setenv("PATH", str(empty))
+    yield
+    slurm.forget()
+    slurm.cluster.cache_clear()

@@ -14,7 +14,10 @@ from engine.config.formats import FORMATS
 from engine.system.temporary import temporary_of
 
 CONFIG = "config.toml"
-FILES = (CONFIG, "run.json", "origin.json", "lock", "status.json", "launch.json", "events.jsonl")
+FILES = (
+    *(CONFIG, "run.json", "origin.json", "lock", "status.json", "launch.json", "submitted.json"),
+    "events.jsonl",
+)
 """Files at the top of a run. Only the configuration is there from the beginning."""
 FOLDERS = ("control", "logs", "checkpoints", "cache", "eval", "export")
 """Folders at the top of a run, all made with it. The end of a run removes ``cache``."""
@@ -44,6 +47,8 @@ REQUEST = re.compile(r"([0-9]{20}-[0-9a-f]{8})\.(?:json|done)")
 """A request to an engine, open or answered; its id."""
 LOG = re.compile(r"attempt-([0-9]{3,9})(?:-rank-[1-9][0-9]{0,3})?\.log")
 """The output of an attempt, of the first process of several or of another one; the attempt's number."""
+JOB_LOG = re.compile(r"slurm-[0-9]{1,10}\.log")
+"""What a job of a cluster's has told that makes the run."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 """SHA-256 of what it is the name of."""
 GENERATION = re.compile(rf"generation-([0-9]{{6,9}})(?:-({DIGEST.pattern}))?\.json")
@@ -157,7 +162,7 @@ def _is_in_export(name: str) -> bool:
 
 _BELONGS: dict[str, Callable[[str], bool]] = {
     "control": lambda name: _is_request(temporary_of(name) or name),
-    "logs": lambda name: LOG.fullmatch(name) is not None,
+    "logs": lambda name: (LOG.fullmatch(name) or JOB_LOG.fullmatch(name)) is not None,
     "checkpoints": _is_in_checkpoints,
     "checkpoints/objects": lambda name: is_object(temporary_of(name) or name),
     "eval": lambda name: (temporary_of(name) or name) in (BENCH, MEASURED),

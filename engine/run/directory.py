@@ -49,6 +49,7 @@ class RunDirectory:
         self.lock_path = path / "lock"
         self.status_path = path / "status.json"
         self.launch_path = path / "launch.json"
+        self.submitted_path = path / "submitted.json"
         self.events_path = path / "events.jsonl"
         self.control_dir = path / "control"
         self.logs_dir = path / "logs"

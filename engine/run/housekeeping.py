@@ -19,8 +19,9 @@ from engine.config.formats import FORMATS
 from engine.errors import PreflightError
 from engine.run import contents, generations
 from engine.run.directory import RunDirectory
+from engine.run.elsewhere import refuse_if_elsewhere
 from engine.run.events import BULK
-from engine.run.liveness import starting
+from engine.run.liveness import refuse_waiting, starting
 from engine.run.lock import RunLock, holder
 from engine.run.proof import FolderIdentity, prove_made_here, prove_removed, prove_run
 from engine.run.removal import not_deleted, remove_entry, remove_file, remove_proven, rename_proven
@@ -99,6 +100,8 @@ def refuse_busy(run: RunDirectory) -> None:
         raise PreflightError(
             f"process {owner} works on it", where=run.id, hint=f"eqat stop {run.id} ends it first"
         )
+    refuse_if_elsewhere(run)
+    refuse_waiting(run)
 
 
 def _removed_name(name: str) -> str:

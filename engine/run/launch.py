@@ -21,7 +21,8 @@ from engine.errors import EqatError, PreflightError
 from engine.run import contents
 from engine.run.control import discard_pending
 from engine.run.directory import FOLDER_MODE, RunDirectory
-from engine.run.liveness import last_events, starting
+from engine.run.elsewhere import refuse_if_elsewhere
+from engine.run.liveness import last_events, refuse_waiting, starting
 from engine.run.lock import already_worked_on, holder
 from engine.run.shares import ALL, Share
 from engine.run.status import Launched, Status, read_launched
@@ -121,6 +122,9 @@ def refuse_second(run: RunDirectory, *, but: int = 0) -> None:
         owner = starting(run) if here else None
     if owner is not None and owner != but:
         raise already_worked_on(owner, run.id, run.id)
+    if owner is None:
+        refuse_if_elsewhere(run)
+        refuse_waiting(run)
 
 
 def _task(args: Sequence[str]) -> str:

@@ -14,7 +14,10 @@ import time
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from engine.errors import PreflightError
+from engine.run import slurm
 from engine.run.directory import RunDirectory
+from engine.run.elsewhere import is_elsewhere, lives_elsewhere
 from engine.run.event_log import tail_events
 from engine.run.events import BULK, AnyEvent, AttemptStarting, Outcome, RunFinished, RunStarted
 from engine.run.lock import is_held
@@ -26,12 +29,17 @@ from engine.run.status import (
     read_launched,
     read_status,
 )
+from engine.run.submitted import Submitted, read_submitted
 from engine.run.task import RUN, is_job
+from engine.system import this_machine
 from engine.system.guarded import bad_file
 
-State = Literal["created", "starting", "running", "hung", "crashed", "done", "stopped", "failed", "aborted"]
-WORKING: tuple[State, ...] = ("starting", "running", "hung")
-"""States of a run, or of what is done with it, that an engine works on."""
+State = Literal[
+    "created", "waiting", "starting", "running", "hung", "crashed", "done", "stopped", "failed", "aborted"
+]
+WORKING: tuple[State, ...] = ("waiting", "starting", "running", "hung")
+"""States of a run, or of what is done with it, that an engine works on, or that waits for a cluster to start
+one."""
 
 
 class Work(NamedTuple):
@@ -39,7 +47,18 @@ class Work(NamedTuple):
 
     task: str
     attempt: int
-    state: Literal["starting", "running", "hung"]
+    state: Literal["waiting", "starting", "running", "hung"]
+
+
+class BatchJob(NamedTuple):
+    """A job of Slurm's."""
+
+    job: str
+    state: str
+    """In Slurm's words; empty where it could not be asked."""
+    reason: str
+    """Why it waits."""
+    node: str
 
 
 class Look(NamedTuple):
@@ -91,9 +110,12 @@ def look(run: RunDirectory, *, now: float | None = None) -> Look:
     starts = launched is not None and not held and _starting(launched, now)
     held = held or is_held(run.lock_path)  # taken while we looked elsewhere
     status = read_status(run)
-    work = _work(run, launched, events, status, now) if held or starts else None
-    if work is not None and not held:
+    away = not held and _is_away(run, launched, events, status, now)
+    work = _work(run, launched, events, status, now) if held or away or starts else None
+    if work is not None and not (held or away):
         work = work._replace(state="starting")
+    if work is None:
+        work = _in_a_batch(run, events, status)
     if work is not None and not is_job(work.task):
         return Look(work.state, work)
     outcome = _outcome(run, events)
@@ -105,6 +127,91 @@ def look(run: RunDirectory, *, now: float | None = None) -> Look:
         lock_held=False, heartbeat_age=None, grace=0.0, finish_outcome=outcome, ever_started=ever
     )
     return Look(state, work)
+
+
+def _is_away(
+    run: RunDirectory, launched: Launched | None, events: list[AnyEvent], status: Status | None, now: float
+) -> bool:
+    """Whether an engine of another machine works on the run, whose lock is not seen here."""
+    if status is None or not lives_elsewhere(run, status, now):
+        return False
+    newest = max((event.attempt for event in events), default=0)
+    begun = launched.attempt if launched is not None else 0
+    if status.attempt < max(newest, begun):
+        return False  # what a former attempt has left
+    mark = _last_mark(run, events)
+    if isinstance(mark, RunFinished) and mark.attempt == status.attempt:
+        return False
+    submitted = read_submitted(run) if status.job else None
+    if submitted is None or submitted.job != status.job:
+        return True
+    _, job = _asked(run, submitted)  # Slurm knows sooner than silence does
+    return job is None or job.kind != "over"
+
+
+def _in_a_batch(run: RunDirectory, events: list[AnyEvent], status: Status | None) -> Work | None:
+    """What a cluster's job is going to do with a run that no engine is seen to work on."""
+    submitted = read_submitted(run)
+    if submitted is None:
+        return None
+    newest = max((event.attempt for event in events), default=0)
+    unheard = max((event.t for event in events), default=0.0) < submitted.t
+    outcome = _outcome(run, events) if events else None
+    if outcome == "done" and not unheard:
+        return None  # Slurm need not be asked
+    stopped = outcome in (None, "stopped")
+    could_ask, job = _asked(run, submitted)
+    if not could_ask:  # what was written down is all that is known
+        return Work(RUN, newest + 1, "waiting") if unheard or (submitted.returns and stopped) else None
+    if job is None or job.kind == "over":
+        return None
+    if job.kind == "waiting" or (submitted.returns and stopped):
+        return Work(RUN, newest + 1, "waiting")
+    if unheard:
+        return Work(RUN, newest + 1, "starting")
+    # It was heard of, says nothing any more, and its job is not over: on a machine that cannot be asked it
+    # hangs.
+    cut_off = status is not None and is_elsewhere(status) and status.job == submitted.job
+    return Work(RUN, newest, "hung") if cut_off and outcome is None else None
+
+
+def _asked(run: RunDirectory, submitted: Submitted) -> tuple[bool, slurm.Job | None]:
+    """Whether Slurm could be asked, and the run's job as Slurm sees it."""
+    try:
+        owner = run.path.stat().st_uid
+    except OSError:  # deleted just now
+        return True, None
+    return slurm.known(submitted, owner)
+
+
+def batch_job(run: RunDirectory, work: Work | None) -> BatchJob | None:
+    """The job of Slurm's that works on the run, or is going to; none where none does."""
+    if work is None or is_job(work.task):
+        return None
+    status = read_status(run)
+    if work.state in ("running", "hung") and status is not None and status.attempt >= work.attempt:
+        return BatchJob(status.job, "RUNNING", "", status.host) if status.job else None
+    submitted = read_submitted(run)
+    if submitted is None:
+        return None
+    _, job = _asked(run, submitted)
+    if job is None:
+        return BatchJob(submitted.job, "", "", "")
+    return BatchJob(job.id, job.state, job.reason if job.kind == "waiting" else "", job.node)
+
+
+def refuse_waiting(run: RunDirectory) -> None:
+    """PreflightError where a job of Slurm's waits to work on the run; for anybody but that job."""
+    submitted = read_submitted(run)
+    if submitted is None or submitted.job == this_machine.batch_job():
+        return
+    work = _in_a_batch(run, last_events(run), read_status(run))
+    if work is not None and work.state == "waiting":
+        raise PreflightError(
+            f"Slurm's job {submitted.job} waits to work on it",
+            where=run.id,
+            hint=f"eqat stop {run.id} takes the job out of Slurm",
+        )
 
 
 def _silent(launched: Launched | None, events: list[AnyEvent]) -> Launched | None:

@@ -14,13 +14,14 @@ from engine.errors import EqatError
 from engine.run import events
 from engine.run.benched import benched
 from engine.run.directory import RunDirectory
+from engine.run.elsewhere import is_elsewhere
 from engine.run.events import Event
-from engine.run.liveness import Look, Work, last_events, look
+from engine.run.liveness import Look, Work, batch_job, last_events, look
 from engine.run.measured import asked_later, measured, with_later
 from engine.run.redo import read_origin
-from engine.run.sight import sight_of
+from engine.run.sight import SeenFromAfar, sight_of
 from engine.run.state import RunState, load_state
-from engine.run.status import Status, read_launched
+from engine.run.status import Status, read_launched, read_status
 from engine.run.task import is_job
 
 DEEPEST = 40
@@ -36,12 +37,27 @@ def show_run(run: RunDirectory) -> dict[str, Any]:
     sight = sight_of(run)
     found = sight.look()
     tree = render(state, state=found.state, work=found.work, config=_config(run))
+    tree |= place_of(run, found.work)
     tree["calibration"] = _calibration(run)
     tree["why_gone"] = _why_gone(run, state, found)
     tree["scores"] = json_safe(msgspec.to_builtins(with_later(state.scores(), asked_later(run))))
     tree["measured"] = [json_safe(msgspec.to_builtins(one)) for one in measured(run)]
     tree["bench"] = [msgspec.to_builtins(measured) for measured in benched(run)]
     return {**tree, "path": sight.place, "origin": origin(run)}
+
+
+def place_of(run: RunDirectory, work: Work | None) -> dict[str, Any]:
+    """The job of a cluster's that works on the run or waits to, and the machine of an engine that is not a
+    process of this one. Neither of a run that is seen from afar: its own machine knows them."""
+    if isinstance(run, SeenFromAfar):
+        return {"batch": None, "node": None}
+    job, status = batch_job(run, work), read_status(run)
+    at_work = work is not None and work.state in ("running", "hung")
+    elsewhere = at_work and status is not None and is_elsewhere(status)
+    return {
+        "batch": job._asdict() if job is not None else None,
+        "node": (job.node if job is not None else status.host if elsewhere and status else "") or None,
+    }
 
 
 def _why_gone(run: RunDirectory, state: RunState, found: Look) -> str | None:
@@ -66,6 +82,7 @@ def summarize(run: RunDirectory) -> dict[str, Any]:
     kept = ("id", "state", "started", "updated", "seconds", "eta_s", "perplexity", "size_bytes", "job")
     return {
         **{name: tree[name] for name in kept},
+        **place_of(run, found.work),
         "path": str(run.path),
         "name": config.get("name"),
         "model": config.get("model", {}).get("source"),

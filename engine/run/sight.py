@@ -18,6 +18,7 @@ from engine.run.directory import RunDirectory
 from engine.run.liveness import Look, look
 from engine.run.lock import holder
 from engine.run.status import Status, read_status
+from engine.run.stopping import ask_to_end
 
 
 class Sight(Protocol):
@@ -60,8 +61,9 @@ class Sight(Protocol):
     def require(self) -> None:
         """EqatError where nothing will be seen any more."""
 
-    def ask(self, action: control.Action) -> None:
-        """Leave a request for its engine."""
+    def ask(self, action: control.Action) -> str:
+        """Leave a request for its engine; the number of a job that only waited, and was taken out of Slurm
+        instead, else empty."""
 
 
 class FromAfar(Sight, Protocol):
@@ -114,8 +116,8 @@ class OnDisk:
     def require(self) -> None:
         pass
 
-    def ask(self, action: control.Action) -> None:
-        control.request(self._run, action)
+    def ask(self, action: control.Action) -> str:
+        return ask_to_end(self._run, action)
 
 
 class SeenFromAfar(RunDirectory):

@@ -10,6 +10,7 @@ from engine.errors import EqatError, ExitCode
 from engine.run.directory import RunDirectory
 from engine.run.events import Outcome
 from engine.run.lock import is_held
+from engine.system import this_machine
 from engine.system.files import atomic_write_json, overwrite_in_place
 from engine.system.guarded import BadFile, read_struct
 
@@ -45,7 +46,15 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     grace_s: float = DEFAULT_GRACE_S
     """How long the engine may be silent now; a step that takes minutes raises it beforehand."""
     pid: int = 0
-    """The engine; :func:`write_status` fills it in."""
+    """The engine; :func:`write_status` fills it in, with what follows."""
+    host: str = ""
+    """What users call its machine: a cluster's node, or a host."""
+    machine: str = ""
+    """Tells its machine from others (:mod:`engine.system.this_machine`)."""
+    job: str = ""
+    """The job of Slurm's that it belongs to; empty outside of one."""
+    restarts: int = 0
+    """How often that job was begun before."""
     attempt: int = 1
     events_dropped: int = 0
     waiting: str = ""
@@ -77,7 +86,15 @@ def write_status(run: RunDirectory, status: Status) -> bool:
     A full disk has no room for a new file, but the old one's place is there: without a heartbeat a run that
     waits for room would seem to hang.
     """
-    status = msgspec.structs.replace(status, pid=status.pid or os.getpid())
+    if not status.machine:
+        status = msgspec.structs.replace(
+            status,
+            pid=status.pid or os.getpid(),
+            host=this_machine.node(),
+            machine=this_machine.identity(),
+            job=this_machine.batch_job(),
+            restarts=this_machine.batch_restarts(),
+        )
     try:
         atomic_write_json(run.status_path, status)
     except EqatError as error:
@@ -104,7 +121,10 @@ def read_status(run: RunDirectory) -> Status | None:
 
 
 def _written_by_holder(run: RunDirectory, status: Status) -> bool:
-    """Whether a status comes from the engine that holds the lock: taking it renews the file's time."""
+    """Whether a status comes from the engine that holds the lock: taking it renews the file's time. A lock on
+    another machine may not be seen; what that one's engine wrote, it wrote while it had it."""
+    if status.machine and status.machine != this_machine.identity():
+        return status.outcome is None
     try:
         return is_held(run.lock_path) and status.heartbeat >= os.lstat(run.lock_path).st_mtime
     except OSError:

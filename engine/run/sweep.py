@@ -260,6 +260,8 @@ def _row(sweep: Sweep, number: int, member: Member) -> dict[str, Any]:
         "seconds": None,
         "peak_gpu_bytes": None,
         "peak_host_bytes": None,
+        "batch": None,
+        "node": None,
         "error": failure,
     }
     run = sweep.run_of(member)
@@ -271,7 +273,7 @@ def _row(sweep: Sweep, number: int, member: Member) -> dict[str, Any]:
     except EqatError as error:
         told = {"message": error.message, "where": error.where, "hint": error.hint}
         return {**row, "outcome": UNREADABLE, "error": {**told, "exit_code": int(error.exit_code)}}
-    kept = ("perplexity", "accuracy", "bits_per_weight", "size_bytes", "seconds")
+    kept = ("perplexity", "accuracy", "bits_per_weight", "size_bytes", "seconds", "batch", "node")
     return {
         **row,
         **{name: shown[name] for name in kept},

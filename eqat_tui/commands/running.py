@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from engine.errors import UsageError
+from eqat_tui.clusters.asked import AskedOfSlurm
+from eqat_tui.commands.cluster_options import on_a_cluster
 from eqat_tui.commands.options import (
     Ascii,
     Bits,
@@ -27,6 +29,7 @@ from eqat_tui.commands.options import (
 )
 
 
+@on_a_cluster
 def run(
     target: Target,
     model: Model = None,
@@ -38,14 +41,15 @@ def run(
     settings: Settings = None,
     trust_remote_code: RemoteCode = False,
     runs_dir: RunsDir = None,
+    slurm: AskedOfSlurm | None = None,
     detach: Detach = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and start nothing.")] = False,
     as_json: Json = False,
 ) -> int:
     """Quantize a model: start a run and follow it. Ctrl-C stops it resumably; twice aborts it.
 
-    Closing the terminal never ends a run: eqat attach RUN follows it again.
-    """
+    Closing the terminal never ends a run: eqat attach RUN follows it again. With --on slurm it is given to
+    Slurm and this returns at once; --dry-run then prints the script."""
     from engine.plan.plan import check, make_plan
     from engine.run.directory import RunDirectory
     from engine.run.finding import check_runs_dir, default_runs_dir
@@ -62,8 +66,13 @@ def run(
         gpus=gpus,
         settings=settings or (),
         trust_remote_code=trust_remote_code,
+        here=slurm is None,
     )
     place = default_runs_dir(runs_dir)
+    if slurm is not None:
+        from eqat_tui.clusters.submitting import submit_new
+
+        return submit_new(config, place, slurm, dry_run=dry_run, as_json=as_json)
     if dry_run:
         return actions.print_plan(config, place, as_json=as_json)
     check_runs_dir(place)  # before its room: what cannot be written often has none either
@@ -103,6 +112,7 @@ def plan(
     return actions.print_plan(config, default_runs_dir(runs_dir), as_json=as_json)
 
 
+@on_a_cluster
 def resume(
     run: Run,
     from_block: Annotated[
@@ -124,6 +134,7 @@ def resume(
     ] = False,
     settings: Settings = None,
     runs_dir: RunsDir = None,
+    slurm: AskedOfSlurm | None = None,
     detach: Detach = False,
     as_json: Json = False,
 ) -> int:
@@ -145,9 +156,11 @@ def resume(
     if gpus is not None:
         overrides[GPUS] = str(gpus)
     if from_block is not None:
-        return actions.redo(found, from_block, overrides, detach=detach, as_json=as_json)
+        return actions.redo(found, from_block, overrides, slurm=slurm, detach=detach, as_json=as_json)
     other_size = allow_world_size_change
-    return actions.resume(found, overrides, other_size=other_size, detach=detach, as_json=as_json)
+    return actions.resume(
+        found, overrides, other_size=other_size, slurm=slurm, detach=detach, as_json=as_json
+    )
 
 
 def attach(

@@ -8,6 +8,8 @@ import typer
 from typer.core import TyperGroup
 
 from engine.errors import UsageError
+from eqat_tui.clusters.asked import AskedOfSlurm
+from eqat_tui.commands.cluster_options import on_a_cluster
 from eqat_tui.commands.options import (
     Bits,
     Data,
@@ -53,17 +55,19 @@ DetachSweep = Annotated[
 ]
 
 Jobs = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--jobs",
         min=0,
         metavar="N",
-        help="Runs at a time, each with a GPU (or some cores) of its own; 0: as many as there are GPUs.",
+        help="Runs at a time, each with a GPU (or some cores) of its own; 0: as many as there are GPUs. One "
+        "where this is left out; with --on slurm as many as there is room for.",
     ),
 ]
 
 
 @app.command()
+@on_a_cluster
 def start(
     target: SweepTarget,
     sweep: Annotated[
@@ -83,7 +87,8 @@ def start(
     settings: Settings = None,
     trust_remote_code: RemoteCode = False,
     runs_dir: RunsDir = None,
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
+    slurm: AskedOfSlurm | None = None,
     detach: DetachSweep = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan of all runs and start nothing.")
@@ -98,8 +103,8 @@ def start(
 
     Each run is an ordinary one. A run that fails does not stop the others. Ctrl-C stops the run at work
     resumably, and with it the sweep, as eqat stop RUN does; twice aborts. A closed terminal ends no run, but
-    no other is begun: eqat sweep resume goes on. With --detach the sweep outlives the terminal.
-    """
+    no other is begun: eqat sweep resume goes on. With --detach the sweep outlives the terminal. With --on
+    slurm the runs are one array of jobs, and this returns at once; --dry-run then prints the script."""
     from engine.run.finding import default_runs_dir
     from eqat_tui import sweeping
     from eqat_tui.configure import typed_settings
@@ -113,8 +118,16 @@ def start(
         settings=settings or (),
         trust_remote_code=trust_remote_code,
     )
-    found = sweeping.combined(target, sweep or (), fixed)
+    found = sweeping.combined(target, sweep or (), fixed, here=slurm is None)
     place = default_runs_dir(runs_dir)
+    if slurm is not None:
+        from eqat_tui.clusters import submitting
+
+        if dry_run:
+            return submitting.dry_sweep(found, place, slurm, jobs or 0)
+        made = submitting.new_sweep(target, found, place)
+        return submitting.submit_sweep(made, slurm, together=jobs or 0, as_json=as_json)
+    jobs = 1 if jobs is None else jobs
     together = len(sweeping.parts([one.config for one in found], jobs))
     plans = sweeping.planned(found, place, together)
     if dry_run:
@@ -124,10 +137,12 @@ def start(
 
 
 @app.command()
+@on_a_cluster
 def resume(
     sweep: SweepRef,
     runs_dir: RunsDir = None,
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
+    slurm: AskedOfSlurm | None = None,
     detach: DetachSweep = False,
     as_json: Json = False,
 ) -> int:
@@ -140,6 +155,11 @@ def resume(
     from eqat_tui import sweeping
 
     found = find_sweep(default_runs_dir(runs_dir), sweep)
+    if slurm is not None:
+        from eqat_tui.clusters.submitting import submit_sweep
+
+        return submit_sweep(found, slurm, together=jobs or 0, as_json=as_json)
+    jobs = 1 if jobs is None else jobs
     return (sweeping.detach if detach else sweeping.carry_out)(found, jobs=jobs, as_json=as_json)
 
 

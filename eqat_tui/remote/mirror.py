@@ -290,8 +290,9 @@ class Connection:
 
     # -- what can be asked ---------------------------------------------------------------------------
 
-    def ask(self, action: control.Action) -> None:
+    def ask(self, action: control.Action) -> str:
         self.destination.run("stop", self.ref, *(["--abort"] if action == "abort" else []))
+        return ""
 
     def types(self, command: str) -> str:
         """What to type for a command of eqat on the run."""

@@ -16,6 +16,7 @@ from engine.run.comparison import LETTERS, Compared
 from engine.run.directory import RunDirectory
 from engine.run.finding import list_runs
 from engine.run.launch import launch
+from engine.run.liveness import WORKING
 from engine.run.lock import is_held
 from engine.run.shown import summarize
 from eqat_tui.housekeeping import what_is_in
@@ -49,7 +50,9 @@ class Catalogue:
             stamp = self._stamp(run)
             known = self._known.get(run.id)
             try:
-                if known is None or known[0] != stamp:
+                # What a cluster does with a job, and silence elsewhere, change no file.
+                restless = known is not None and known[1]["state"] in WORKING
+                if known is None or restless or known[0] != stamp:
                     known = self._known[run.id] = (stamp, summarize(run))
             except Exception as error:  # whatever its files make a parser raise
                 found.append(views.unreadable(run, error_words(error)))
@@ -60,7 +63,7 @@ class Catalogue:
     @staticmethod
     def _stamp(run: RunDirectory) -> Any:
         sizes = []
-        for path in (run.events_path, run.status_path, run.launch_path):
+        for path in (run.events_path, run.status_path, run.launch_path, run.submitted_path):
             try:
                 status = path.stat()
                 sizes.append((status.st_size, status.st_mtime_ns))

@@ -6,6 +6,7 @@ from engine.errors import EqatError
 from engine.run import control
 from engine.run.directory import RunDirectory
 from engine.run.sight import SeenFromAfar
+from engine.run.stopping import ask_to_end
 from engine.run.task import job_name
 from eqat_tui.feed import RunView
 from eqat_tui.screens.base import WorkScreen
@@ -24,6 +25,8 @@ def ask_to(request: control.Action, screen: WorkScreen, view: RunView) -> None:
 def _consequence(request: control.Action, view: RunView) -> str:
     if view.job is not None:
         return f"What it has done so far is not kept. The run stays {view.liveness}."
+    if view.liveness == "waiting":
+        return "The job is taken out of Slurm; eqat resume with --on slurm gives it the run again."
     if request == "abort":
         return (
             "The engine ends at once; what it trained after its last checkpoint is lost. x stops it instead, "
@@ -36,14 +39,14 @@ def _consequence(request: control.Action, view: RunView) -> str:
 
 
 def ask_engine(screen: WorkScreen, run: RunDirectory, request: control.Action) -> None:
-    """Leave a request for the engine of ``run``."""
+    """Leave a request for the engine of ``run``, or take its job out of its cluster."""
     if isinstance(run, SeenFromAfar):  # another machine takes its time
         screen.eqat.in_background(
             lambda: run.sight.ask(request), f"{run.sight.host} was asked to {request} it"
         )
         return
     try:
-        control.request(run, request)
+        ask_to_end(run, request)
     except (EqatError, OSError) as error:
         screen.eqat.tell(error)
     screen.eqat.look_now()

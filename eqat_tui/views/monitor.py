@@ -32,6 +32,7 @@ MOST_LINES = 4
 STATE_ROLES = {
     "running": "accent",
     "starting": "accent",
+    "waiting": "muted",
     "created": "muted",
     "done": "good",
     "stopped": "warn",
@@ -44,6 +45,7 @@ STATE_ROLES = {
 STATE_MARKS = {
     "running": "▶",
     "starting": "▶",
+    "waiting": "·",
     "created": "○",
     "done": "✓",
     "stopped": "■",
@@ -86,7 +88,8 @@ def state_span(view: RunView) -> Span:
     if view.job is not None:
         mark = STATE_MARKS.get(view.job.state, "?")
         return f"{STATE_MARKS.get(words, '?')} {words}, {mark} {job_name(view.job.task)}", "accent"
-    return f"{STATE_MARKS.get(words, '?')} {words}", STATE_ROLES.get(words, "")
+    where = f" {view.place}" if view.place else ""
+    return f"{STATE_MARKS.get(words, '?')} {words}{where}", STATE_ROLES.get(words, "")
 
 
 def title(view: RunView, width: int) -> Line:
@@ -167,7 +170,11 @@ def _phase_line(view: RunView, width: int) -> Line:
     index = next((row.index for row in state.phases if row.name == state.phase), None)
     count = f" {index + 1}/{state.phase_count}" if index is not None and state.phase_count else ""
     began = "ended while it started" if state.attempt else "not started"
-    name = phase_label(state.phase) if state.phase else ("starting" if view.live else began)
+    name = (
+        phase_label(state.phase)
+        if state.phase
+        else (("waiting" if view.liveness == "waiting" else "starting") if view.live else began)
+    )
     words = line((name, "strong"), (count, "muted"), *_doing(view))
     if state.blocks and state.block is not None:
         words += line(f"  block {block_place(state.block, state.blocks)}")
@@ -263,7 +270,7 @@ def notices(view: RunView, width: int) -> list[Line]:
         died = "died without a word" if why == KILLED else "died"
         words = f"✗ the engine {died}: {why}; r {then}, l shows its last words"
         lines += few(wrap(words, width, "bad"), MOST_LINES)
-    if view.state.error is not None and view.liveness not in ("running", "starting"):
+    if view.state.error is not None and view.liveness not in ("running", "starting", "waiting"):
         lines += few(wrap(f"✗ {_error_words(view.state.error)}", width, "bad"), MOST_LINES)
     lines += few(wrap(job_notice(view), width, "warn"), MOST_LINES) if job_notice(view) else []
     if broken(view.state) and view.live:

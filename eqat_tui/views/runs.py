@@ -13,7 +13,7 @@ from engine.run.task import job_name
 from eqat_tui.lines import Line, Span, columns, cut, line, widths_of, wrap
 from eqat_tui.measured import newest
 from eqat_tui.output import format_bytes, format_number, format_seconds
-from eqat_tui.run_text import UNREADABLE, ago, job_share, shorten
+from eqat_tui.run_text import UNREADABLE, ago, batch_words, job_share, shorten
 from eqat_tui.screens.table import key_of
 from eqat_tui.views.monitor import STATE_MARKS, STATE_ROLES
 from eqat_tui.words import block_place, model_name
@@ -22,7 +22,18 @@ Summary = Mapping[str, Any]
 SortBy = Literal["started", "state", "model", "perplexity", "size"]
 SORTS: tuple[SortBy, ...] = ("started", "state", "model", "perplexity", "size")
 
-_BY_STATE = ("running", "starting", "hung", "created", "crashed", "failed", "stopped", "aborted", "done")
+_BY_STATE = (
+    "running",
+    "starting",
+    "waiting",
+    "hung",
+    "created",
+    "crashed",
+    "failed",
+    "stopped",
+    "aborted",
+    "done",
+)
 
 
 def unreadable(run: RunDirectory, words: str) -> dict[str, Any]:
@@ -102,6 +113,8 @@ def _cells(run: Summary, marked: bool, now: float) -> list[str | Span]:
         words += f" {phase_label(run['phase'])}" + (
             f" {block_place(block, blocks)}" if run["phase"] and blocks and block is not None else ""
         )
+    elif state == "waiting" and run.get("batch"):
+        words = f"{STATE_MARKS['waiting']} waiting {batch_words(run['batch'])}"
     elif run["job"] and run["job"]["state"] in WORKING:
         mark, name = STATE_MARKS.get(run["job"]["state"], "?"), job_name(run["job"]["task"])
         words += f", {mark} {name}{job_share(run['job'])}"
@@ -127,6 +140,8 @@ def details(run: Summary, width: int) -> list[Line]:
         ]
     lines = [cut(line((run["id"], "strong"), (f"  preset {run['name'] or '?'}", "muted")), width)]
     words = [f"model {run['model']}"]
+    if run.get("node"):
+        words.append(f"runs on {run['node']}")
     if run["device"]:
         words.append(f"on {run['device']}")
     if run["seconds"]:

@@ -10,12 +10,13 @@ from eqat_tui.cli import app
 from eqat_tui.configure import build_config
 
 CONFIGURE = {"--model", "--bits", "--group-size", "--data", "--device", "--set", "--trust-remote-code"}
+CLUSTER = {"--on", "--partition", "--account", "--time", "--cpus", "--memory", "--sbatch"}
 PUBLIC = {
-    "run": {*CONFIGURE, "--gpus", "--runs-dir", "--detach", "--dry-run", "--json"},
+    "run": {*CONFIGURE, *CLUSTER, "--gpus", "--runs-dir", "--detach", "--dry-run", "--json"},
     "plan": {*CONFIGURE, "--gpus", "--runs-dir", "--json"},
     "resume": {
         *("--from-block", "--set", "--gpus", "--allow-world-size-change"),
-        *("--runs-dir", "--detach", "--json"),
+        *("--runs-dir", "--detach", "--json", *CLUSTER),
     },
     "attach": {
         *("--runs-dir", "--plain", "--read-only", "--ascii", "--json"),
@@ -61,8 +62,11 @@ PUBLIC = {
     "queue resume": set(),
     "queue work": set(),
     "sweep": set(),
-    "sweep start": {*CONFIGURE, "--sweep", "--jobs", "--runs-dir", "--detach", "--dry-run", "--json"},
-    "sweep resume": {"--jobs", "--runs-dir", "--detach", "--json"},
+    "sweep start": {
+        *(*CONFIGURE, *CLUSTER),
+        *("--sweep", "--jobs", "--runs-dir", "--detach", "--dry-run", "--json"),
+    },
+    "sweep resume": {*CLUSTER, "--jobs", "--runs-dir", "--detach", "--json"},
     "sweep list": {"--runs-dir", "--json"},
     "sweep show": {"--runs-dir", "--json", "--csv", "--markdown"},
 }

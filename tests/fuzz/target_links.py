@@ -23,6 +23,7 @@ MISSING = (
     "control/..json",
     "logs/attempt-002.log",
     "launch.json",
+    "submitted.json",
     "origin.json",
     "status.json",
 )

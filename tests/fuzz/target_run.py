@@ -63,6 +63,7 @@ def _add_rare_files(world: World, chance: Random) -> None:
     rare = {
         run / "origin.json": {"path": str(world.runs), "id": "20260101-0000-x", "from_block": 0},
         run / "launch.json": {"pid": 1, "host": "here", "attempt": 1, "t": 1.0, "created": 1.0},
+        run / "submitted.json": {"job": "12_3", "name": f"eqat-{run.name}", "cluster": "far", "t": 1.0},
         run / "control" / f"{identity}.json": {"id": identity, "request": "stop", "t": 1.0, "pid": 1},
         run / "logs" / "attempt-001.log": {"library": "says", "value": value(world, chance)},
     }

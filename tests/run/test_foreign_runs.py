@@ -29,6 +29,7 @@ FILES = (
     "lock",
     "status.json",
     "launch.json",
+    "submitted.json",
     "events.jsonl",
     "run.json",
     "origin.json",

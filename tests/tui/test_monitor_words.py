@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -14,7 +15,8 @@ from engine.run.directory import RunDirectory
 from engine.run.liveness import Work
 from engine.run.lock import RunLock
 from engine.run.state import RunState
-from engine.run.status import Launched, Status
+from engine.run.status import Launched, Status, write_status
+from engine.run.submitted import Submitted, write_submitted
 from engine.system.files import atomic_write_json
 from eqat_tui.feed import LiveFeed, RunView
 from eqat_tui.lines import plain
@@ -128,6 +130,23 @@ def test_an_engine_that_has_just_been_started_shows_nothing_of_the_attempt_befor
     assert (view.state.phase, view.asked) == (None, "")
     assert plain(monitor.progress(view, 80)[0]).startswith("starting")
     assert view.state.block_rows  # what was achieved stays
+
+
+@pytest.mark.usefixtures("no_slurm")
+def test_a_run_that_waits_in_slurm_says_so_and_where_it_runs_elsewhere(recorded: Recorded) -> None:
+    run = recorded("stopped")
+    write_submitted(run, Submitted(job="123_4", name="eqat-sweep", t=2e9))
+    view = LiveFeed(run).poll()
+    assert (view.liveness, view.live) == ("waiting", True)
+    assert monitor.state_span(view)[0] == "· waiting in Slurm as job 123_4 (which cannot be asked from here)"
+    assert plain(monitor.progress(view, 80)[0]).startswith("waiting")
+    assert view.state.error is None
+
+    now = time.time()
+    write_status(run, Status(phase="block_ap", attempt=2, heartbeat=now, host="n7", machine="another", pid=4))
+    atomic_write_json(run.launch_path, Launched(pid=4, host="n7", attempt=2, t=2e9, created=2e9))
+    view = LiveFeed(run).poll()
+    assert monitor.state_span(view)[0] == "▶ starting on n7"
 
 
 def test_a_block_that_is_only_passed_on_is_no_training(recorded: Recorded) -> None:
