@@ -72,9 +72,18 @@ class SnapshotKeeper:
         self._waited = 0.0
         """Seconds that training stood still for it."""
 
-    def step_boundary(self, state: Callable[[], Snapshot]) -> None:
-        """A state to continue from: kept when one is due; after a stop, kept and left."""
+    def wants_state(self) -> bool:
+        """Whether one is due, or a stop was asked for."""
+        return self.report.stop_asked() is not None or self._is_due()
+
+    def step_boundary(self, state: Callable[[], Snapshot] | None) -> None:
+        """A state to continue from: kept when one is due; after a stop, kept and left. Without one, only an
+        abort leaves."""
         stop = self.report.stop_asked()
+        if state is None:
+            if stop is not None and stop.abort:
+                raise stop
+            return
         if stop is None:
             if self._is_due():
                 self.keep(state())
@@ -98,7 +107,9 @@ class SnapshotKeeper:
     def keep(self, state: Snapshot) -> None:
         """Copy the state; a thread does the rest."""
         began = time.monotonic()
-        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.tensors.items()}
+        # One after the other: what was gathered of several ranks for this is let go as it is copied.
+        names = list(state.tensors)
+        tensors = {name: state.tensors.pop(name).detach().to("cpu", copy=True) for name in names}
         tensors |= random_state(self.report.device)
         self._last = time.monotonic()
         self._waited = self._last - began

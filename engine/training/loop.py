@@ -180,6 +180,8 @@ class Training:
         self.loss = torch.zeros((), device=settings.device)
         self.stepper = self.method.stepper(self.settings)
         self._steps_here = 0
+        self._keeps = False
+        """Whether all ranks have agreed that the state at the coming boundary is kept, and is whole."""
         if snapshot is not None:
             self.load_state_dict(snapshot)
             snapshot.tensors.clear()  # gigabytes, of which the next checkpoint will want as many
@@ -238,7 +240,10 @@ class Training:
         if self.progress.due() if due is None else due:
             self.stepper.check(step)
             self._report(step + 1)
+        if self._keeps:
+            self.stepper.gather_state()
         self.boundary()
+        self._keeps = False
 
     def _most_at_a_time(self) -> int:
         """As many sequences as are wanted, and no more than this rank has of a batch."""
@@ -253,8 +258,13 @@ class Training:
         if not self.world.several:
             return own, None
         # All ranks look at what a report reads back in the same step, for that decides.
-        silent = self.world.rank > 0 or not self.progress.due()
-        least, silent_all = self.world.least([own, int(silent)])
+        first = self.world.rank == 0
+        silent = not first or not self.progress.due()
+        # Where each has a part of the state, all have to come together for it to be kept.
+        asks = first and self.stepper.sharded and self.keeper is not None
+        leaves_it = not (asks and self.keeper is not None and self.keeper.wants_state())
+        least, silent_all, all_leave_it = self.world.least([own, int(silent), int(leaves_it)])
+        self._keeps = not all_leave_it
         return least, not silent_all
 
     def _part(self, step: int) -> float | None:
@@ -281,6 +291,7 @@ class Training:
         """Validate and keep the best."""
         position, step = self.position, self.sampler.step
         self.stepper.check(step - 1, last=step == self.sampler.steps)
+        self.stepper.gather_values()
         val = self._validate()
         improved = self.best.keep_if_best(val)
         if val is not None:
@@ -308,8 +319,10 @@ class Training:
 
     def boundary(self) -> None:
         """The state is one to continue from; raises StopRequested once a stop was asked for."""
-        if self.keeper is None:
+        if self.keeper is None or self.world.rank:  # the first rank alone keeps anything
             self.progress.leave_if_asked()
+        elif self.stepper.sharded and not self._keeps:
+            self.keeper.step_boundary(None)
         else:
             self.keeper.step_boundary(self.state_dict)
 

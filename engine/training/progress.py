@@ -46,8 +46,13 @@ class Progress(Protocol):
 class Keeper(Protocol):
     """Whoever keeps the states from which a training can be continued."""
 
-    def step_boundary(self, state: Callable[[], Snapshot]) -> None:
+    def wants_state(self) -> bool:
+        """Whether the state at the next boundary would be kept: a checkpoint is due, or a stop was asked
+        for. Asked where it takes all ranks of a training to have it."""
+
+    def step_boundary(self, state: Callable[[], Snapshot] | None) -> None:
         """Called where a training can be continued from ``state()``, which is only asked for when needed.
 
         Saves it when a checkpoint is due; raises StopRequested, after saving it, once a stop was asked for.
+        Where there is no ``state`` now, only an abort leaves; a stop waits for the next boundary.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch.optim import AdamW
 
 from engine.training.averaged import Averaged
 from engine.training.precision import LossScale
+from engine.training.sharded import ShardedGradients
 from engine.training.snapshot import Snapshot
 from engine.training.world import ALONE, World
 
@@ -50,6 +51,9 @@ class Stepper:
 
     With float16 arithmetic the loss is scaled (:class:`LossScale`); an overflow while the factor is above 1
     does not count as a bad step.
+
+    With several ranks the gradients of all of them are added up before a step. Of ``weights`` each rank steps
+    its own part only (:mod:`engine.training.sharded`); the others of few numbers are stepped by all alike.
     """
 
     def __init__(
@@ -68,9 +72,11 @@ class Stepper:
         self.parameters = [p for g in self.groups for p in g.parameters]
         self.grad_clip = grad_clip
         self.scale = LossScale(device, enabled=dtype == torch.float16)
+        # Of what is shared out, this rank's part, by the parameter's identity.
+        self._owned = {id(p): nn.Parameter(world.part(p)) for p in self.shared_out()} if world.several else {}
         """Called with a loss: the loss as the backward pass should see it."""
         self.optimizer = AdamW(
-            [{"params": g.parameters, "lr": g.lr} for g in self.groups],
+            [{"params": [*map(self.stepped, g.parameters)], "lr": g.lr} for g in self.groups],
             betas=betas,
             weight_decay=weight_decay,
             fused=True,
@@ -82,6 +88,46 @@ class Stepper:
         self.grad_norm = torch.zeros((), device=device)
         self._lr_factor = 1.0
         self._averaged: Averaged | None = None
+        self._sharded: ShardedGradients | None = None
+        self._gathered: dict[str, Tensor] | None = None
+
+    # What is shared out
+
+    def shared_out(self) -> list[nn.Parameter]:
+        """Those of which each of several ranks steps its own part."""
+        weights = (p for group in self.groups if group.kind == "weights" for p in group.parameters)
+        return [p for p in weights if p.is_contiguous() and self.world.divides(p.numel())]
+
+    def stepped(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What the optimizer steps of a parameter here."""
+        return self._owned.get(id(parameter), parameter)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this rank's state is a part of the whole."""
+        return bool(self._owned)
+
+    def gather_values(self) -> None:
+        """Make the parameters whole on every rank. All ranks call it together."""
+
+    def gather_state(self) -> None:
+        """Make the parameters whole, and have the first rank's next :meth:`state_dict` be whole. All ranks
+        call it together; what it gathers is freed when it was read."""
+        if not self.sharded:
+            return
+        self.gather_values()
+        gathered: dict[str, Tensor] = {}
+        for index, parameter in enumerate(self.parameters):
+            if id(parameter) in self._owned:
+                for name, value in self.optimizer.state.get(self.stepped(parameter), {}).items():
+                    if not value.ndim:
+                        continue  # how many steps there were
+                    whole = torch.empty_like(parameter)
+                    self.world.part(whole).copy_(value)
+                    self.world.join_parts(whole)
+                    if self.world.rank == 0:  # which alone keeps it
+                        gathered[f"{index}.{name}"] = whole.cpu()
+        self._gathered = gathered
 
     def set_lr(self, factor: float) -> None:
         self._lr_factor = factor
@@ -102,17 +148,22 @@ class Stepper:
         this one had ``part`` (none: as much as each)."""
         if not self.world.several:
             return loss
-        return self._average(self.parameters, loss, part)
-
-    def _average(self, parameters: list[nn.Parameter], loss: Tensor, part: float | None) -> Tensor:
-        if self._averaged is None:
-            self._averaged = Averaged(self.world, parameters, self.device)
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in self.parameters]
         # What no rank has a gradient of is not trained by this step, as by one process.
         lacks = self.world.least([gradient is None for gradient in gradients])
-        loss = self._averaged(gradients, loss, part)
-        for parameter, gradient, lacking in zip(parameters, self._averaged.gradients, lacks, strict=True):
-            parameter.grad = None if lacking else gradient
+        common = [p for p in self.parameters if id(p) not in self._owned]
+        shared = [p for p in self.parameters if id(p) in self._owned]
+        if self._averaged is None:
+            self._averaged = Averaged(self.world, common, self.device)
+            self._sharded = ShardedGradients(self.world, shared, self.device) if shared else None
+        loss = self._averaged([p.grad for p in common], loss, part)
+        found = dict(zip(map(id, common), self._averaged.gradients, strict=True))
+        if self._sharded is not None:
+            self._sharded([p.grad for p in shared], part)
+            found |= zip(map(id, shared), self._sharded.parts, strict=True)
+        for parameter, lacking in zip(self.parameters, lacks, strict=True):
+            parameter.grad = None
+            self.stepped(parameter).grad = None if lacking else found[id(parameter)]
         return loss
 
     # A step
@@ -121,12 +172,27 @@ class Stepper:
     def step(self, loss: Tensor) -> None:
         """Apply the accumulated gradients unless ``loss`` or their norm is not finite; clears them."""
         self.steps += 1
-        scaled_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        stepped = [*map(self.stepped, self.parameters)]
+        scaled_norm = self._norm(stepped)
         self.grad_norm = scaled_norm / self.scale.factor if self.scale.enabled else scaled_norm
         if self.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, self.grad_norm)
+            torch.nn.utils.clip_grads_with_norm_(stepped, self.grad_clip, self.grad_norm)
         self.apply(self.judge(scaled_norm, loss))
         self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            if id(parameter) in self._owned:
+                self.world.join_parts(parameter)
+
+    def _norm(self, stepped: Sequence[nn.Parameter]) -> Tensor:
+        """Of all gradients, the same on every rank."""
+        if not self.sharded:
+            return torch.nn.utils.get_total_norm([p.grad for p in stepped if p.grad is not None])
+        owned = {id(part) for part in self._owned.values()}
+        own = [p.grad for p in stepped if p.grad is not None and id(p) in owned]
+        common = [p.grad for p in stepped if p.grad is not None and id(p) not in owned]
+        squares = torch.nn.utils.get_total_norm(own).square().to(self.device)
+        self.world.add_(squares)
+        return (squares + torch.nn.utils.get_total_norm(common).square().to(self.device)).sqrt()
 
     def judge(self, scaled_norm: Tensor, loss: Tensor) -> Tensor:
         """Whether this step is to be skipped (1 or 0, float32); counts the bad ones."""
@@ -152,6 +218,8 @@ class Stepper:
     def drop_gradients(self) -> None:
         """Forget what has been added up."""
         self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def check(self, step: int, *, last: bool = False) -> None:
         """Read the counter back; raises :class:`Diverged` after three bad steps in a row.
@@ -164,12 +232,15 @@ class Stepper:
             raise Diverged(step, worst)
 
     def state_dict(self) -> Snapshot:
-        """Parameters, moments, counters; the learning rates follow from the step."""
+        """Parameters, moments, counters; the learning rates follow from the step. Where they are shared out,
+        :meth:`gather_state` has to come before it."""
+        gathered, self._gathered = self._gathered, None
+        assert gathered is not None or not self.sharded, "a state of which this rank has a part"
         tensors = {"bad": self.bad_in_a_row, "worst": self.worst_in_a_row, "grad_norm": self.grad_norm}
         for index, parameter in enumerate(self.parameters):
             tensors[f"{index}.value"] = parameter.detach()
-            for name, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{index}.{name}"] = value
+            for name, value in self.optimizer.state.get(self.stepped(parameter), {}).items():
+                tensors[f"{index}.{name}"] = (gathered or {}).get(f"{index}.{name}", value)
         return Snapshot(tensors, {"steps": self.steps, "scaler": self.scale.state_dict()})
 
     @torch.no_grad()
@@ -183,6 +254,8 @@ class Stepper:
         for index, parameter in enumerate(self.parameters):
             parameter.copy_(tensors[f"{index}.value"])
             found = {name: tensors[key] for name in MOMENTS if (key := f"{index}.{name}") in tensors}
+            if id(parameter) in self._owned:  # of the whole, the part that is this rank's
+                found = {n: v if v.ndim == 0 else self.world.part(v.contiguous()) for n, v in found.items()}
             if found:  # none before the first step
                 moments[index] = found
         groups = self.optimizer.state_dict()["param_groups"]

@@ -70,6 +70,25 @@ class World:
     def add_(self, tensor: Tensor, *, mean: bool = False) -> None:
         """Put the sum over all ranks, or the mean, in the place of a tensor of the device."""
 
+    def part(self, tensor: Tensor) -> Tensor:
+        """The flat part of a contiguous tensor that is this rank's: as many numbers as any other's.
+
+        A view, for a tensor whose numbers the ranks share out evenly (:meth:`divides`).
+        """
+        return tensor.detach().view(self.size, -1)[self.rank]
+
+    def divides(self, numbers: int) -> bool:
+        """Whether so many are shared out evenly."""
+        return numbers % self.size == 0
+
+    def add_parts(self, tensor: Tensor, own: Tensor, *, mean: bool = False) -> None:
+        """Put this rank's :meth:`part` of the sum over all ranks, or of the mean, into ``own``. What is left
+        in ``tensor``, of the device, is nobody's."""
+        own.copy_(self.part(tensor))
+
+    def join_parts(self, tensor: Tensor) -> None:
+        """Put every rank's :meth:`part` of a tensor of the device where it belongs on all of them."""
+
     def alike(self, tensors: Iterable[Tensor]) -> None:
         """Give tensors of the device the values that they have on the first rank."""
 
@@ -116,6 +135,27 @@ class Together(World):
         self._wait(dist.all_reduce(tensor, async_op=True))
         if mean:
             tensor.div_(self.size)
+
+    def add_parts(self, tensor: Tensor, own: Tensor, *, mean: bool = False) -> None:
+        import torch.distributed as dist
+
+        if tensor.is_cuda:
+            scatter = _newest(dist, "reduce_scatter_single", "reduce_scatter_tensor")
+            scatter(own, tensor.detach().view(-1), dist.ReduceOp.AVG if mean else dist.ReduceOp.SUM)
+            return
+        # Gloo's own form adds up the whole as well, and never says that it is done.
+        self.add_(tensor, mean=mean)
+        own.copy_(self.part(tensor))
+
+    def join_parts(self, tensor: Tensor) -> None:
+        import torch.distributed as dist
+
+        gather = _newest(dist, "all_gather_single", "all_gather_into_tensor")
+        flat, own = tensor.detach().view(-1), self.part(tensor)
+        if tensor.is_cuda:
+            gather(flat, own)
+        else:
+            self._wait(gather(flat, own, async_op=True))
 
     def alike(self, tensors: Iterable[Tensor]) -> None:
         import torch.distributed as dist
@@ -191,6 +231,12 @@ class _Tensor(msgspec.Struct):
     dtype: str
     shape: list[int]
     data: bytes
+
+
+def _newest(module: Any, *names: str) -> Callable[..., Any]:
+    """The first of these functions that this version of torch has: it has renamed them."""
+    found: Callable[..., Any] = next(getattr(module, name) for name in names if hasattr(module, name))
+    return found
 
 
 def _packed(value: Any) -> Tensor:

@@ -42,7 +42,10 @@ class Heard:
     def expect_silence(self, seconds: float) -> None:
         pass
 
-    def step_boundary(self, state: Callable[[], Snapshot]) -> None:
+    def wants_state(self) -> bool:
+        return False
+
+    def step_boundary(self, state: Callable[[], Snapshot] | None) -> None:
         self.leave_if_asked()
 
 

@@ -33,9 +33,10 @@ from engine.methods.network.teacher import Teacher
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.phases.text import Windows
-from engine.quant import quant_step
-from engine.quant.fake_linear import latent_linears
+from engine.quant import quant_step, shard_kernel
+from engine.quant.fake_linear import FakeQuantLinear, latent_linears
 from engine.training.averaged import Averaged
+from engine.training.snapshot import Snapshot
 from engine.training.world import ALONE, Together, World
 
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def stored(hidden: Tensor) -> ActivationStore:
 
 
 def block(
-    world: World, lm: CausalLM, options: dict[str, Any]
+    world: World, lm: CausalLM, options: dict[str, Any], **kept: Any
 ) -> tuple[dict[str, Tensor], Any, list[str], int]:
     """A block's training: what came of it, its losses, what was warned of, and how many sequences passed at a
     time."""
@@ -81,6 +82,7 @@ def block(
         world=world,
         micro_batch=BATCH // world.size if fast else BATCH // 2,
         fast=fast,
+        **kept,
     )
     losses = result.initial_loss, result.final_loss, result.val_loss, result.steps
     return result.packed.tensors(), losses, [code for code, _ in heard.warnings], result.micro_batch
@@ -105,7 +107,11 @@ def scales(world: World, lm: CausalLM, options: dict[str, Any]) -> tuple[dict[st
     return values_of(blocks), (result.initial_loss, result.val_loss), [code for code, _ in heard.warnings]
 
 
-def integers(world: World, lm: CausalLM, options: dict[str, Any]) -> tuple[dict[str, Tensor], Any, list[str]]:
+def integers(
+    world: World, lm: CausalLM, options: dict[str, Any], **kept: Any
+) -> tuple[dict[str, Tensor], Any, list[str]]:
+    options = dict(options)
+    fast = options.pop("fast", False) and world.several
     packed = [round_to_nearest(lm.load_block(i), lm.linear_names(i), GRID) for i in range(lm.blocks)]
     blocks = [lm.load_block(i) for i in range(lm.blocks)]
     for made, one in zip(blocks, packed, strict=True):
@@ -113,8 +119,18 @@ def integers(world: World, lm: CausalLM, options: dict[str, Any]) -> tuple[dict[
     config = E2EQATConfig(**network(options), lr_weight=1e-3, lr_quant=1e-3)
     heard = Heard(due=world.rank == 0)
     result = train_weights(
-        *(lm, blocks, taught(lm, world), config), seed=5, dtype=torch.float32, progress=heard, world=world
+        *(lm, blocks, taught(lm, world), config),
+        seed=5,
+        dtype=torch.float32,
+        progress=heard,
+        world=world,
+        fast=fast,
+        **kept,
     )
+    for made in blocks:
+        assert all(one.quantized is None for one in made.modules() if isinstance(one, FakeQuantLinear)), (
+            "only training needs it"
+        )
     return values_of(blocks), (result.initial_loss, result.val_loss), [code for code, _ in heard.warnings]
 
 
@@ -160,6 +176,7 @@ CASES: list[tuple[int, Callable[..., Any], dict[str, Any]]] = [
     (2, block, {"fast": True, "epochs": 1, "sequences": 6}),
     (2, scales, {"epochs": 1}),
     (2, integers, {"epochs": 1}),
+    (2, integers, {"epochs": 1, "fast": True, "sequences": 6, "micro_batch_size": 2}),
     (2, factors, {"epochs": 1}),
 ]
 
@@ -176,6 +193,7 @@ def test_the_result_is_that_of_one_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(quant_step, "HELD_VALUES", WHOLE_MATRIX)
+    monkeypatch.setattr(shard_kernel, "HELD_BYTES", WHOLE_MATRIX)
     first, *others = together(ranks, tmp_path, train, lm, options)
     for other in others:
         assert all(torch.equal(one, other[0][name]) for name, one in first[0].items()), "ranks differ"
@@ -194,6 +212,64 @@ def test_the_result_is_that_of_one_process(
             assert error < 2e-3 * expected.float().abs().mean(), name
         else:
             assert (found != expected).float().mean() < 0.02, name
+
+
+class Kept(Heard):
+    """The state after step ``at`` goes into a file, and the training goes on."""
+
+    def __init__(self, at: int, file: Path) -> None:
+        super().__init__()
+        self.at, self.file, self.asked, self.kept = at, file, 0, False
+
+    def wants_state(self) -> bool:
+        self.asked += 1
+        return self.asked == self.at
+
+    def step_boundary(self, state: Callable[[], Snapshot] | None) -> None:
+        if self.asked == self.at and state is not None and not self.kept:
+            self.kept = True
+            tensors, facts = state()
+            torch.save(({name: tensor.clone() for name, tensor in tensors.items()}, facts), self.file)
+
+
+def continued(
+    world: World, train: Callable[..., Any], lm: CausalLM, options: dict[str, Any], folder: Path
+) -> Any:
+    """A training, and the same from the state that its first rank kept in the middle."""
+    file = folder / "kept"
+    whole = train(world, lm, options, keeper=Kept(3, file))
+    world.least([0])  # the file is there
+    tensors, facts = torch.load(file)
+    shapes = [tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith("exp_avg")]
+    return whole[:2], train(world, lm, options, snapshot=Snapshot(tensors, facts))[:2], shapes
+
+
+@pytest.mark.parametrize(
+    ("ranks", "train", "options"),
+    [
+        (4, block, {}),
+        (2, block, {"fast": True, "sequences": 8}),
+        (2, integers, {}),
+        (2, integers, {"fast": True, "sequences": 8}),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_the_first_rank_keeps_a_whole_state_from_which_all_go_on(
+    ranks: int,
+    train: Callable[..., Any],
+    options: dict[str, Any],
+    lm: CausalLM,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of what is shared out a rank has the moments of its part alone."""
+    monkeypatch.setattr(quant_step, "HELD_VALUES", WHOLE_MATRIX)
+    monkeypatch.setattr(shard_kernel, "HELD_BYTES", WHOLE_MATRIX)
+    for whole, again, shapes in together(ranks, tmp_path, continued, train, lm, options, tmp_path):
+        assert again[1] == whole[1]
+        assert all(torch.equal(one, again[0][name]) for name, one in whole[0].items())
+        hidden, inner = lm.hidden_size, lm.source.config.intermediate_size
+        assert {(inner, hidden), (hidden, inner)} <= set(shapes)
 
 
 def starved(world: World, lm: CausalLM) -> Any:
@@ -236,6 +312,11 @@ def test_all_ranks_give_up_where_one_diverges(lm: CausalLM, tmp_path: Path) -> N
 
 def several_things(world: World) -> dict[str, Any]:
     gradients = [torch.full((3,), 1.0 + world.rank), torch.full((2, 2), 10.0 * world.rank).bfloat16()]
+    parts_of = torch.arange(8.0) + world.rank
+    own = torch.empty(2)
+    world.add_parts(parts_of.clone(), own, mean=True)
+    world.part(parts_of).copy_(own)
+    world.join_parts(parts_of)
     averaged = Averaged(world, gradients, CPU)
     parts = [0.5, 0.25, 0.25, 0.0]  # of a batch of which the last rank has nothing
     lost = torch.tensor(float("nan") if world.rank == 3 else float(world.rank))
@@ -254,6 +335,7 @@ def several_things(world: World) -> dict[str, Any]:
         "loss": loss.item(),
         "gradients": [gradient.tolist() for gradient in averaged.gradients],
         "alike": values.item(),
+        "parts": parts_of.tolist(),
         "sums": world.sums([world.rank, 0.5]),
         "least": world.least([world.rank, -world.rank]),
         "told": told,
@@ -273,6 +355,7 @@ def test_what_ranks_know_together(tmp_path: Path) -> None:
         "loss": 0.5 * 0 + 0.25 * 1 + 0.25 * 2,
         "gradients": [[0.5 * 1 + 0.25 * 2 + 0.25 * 3] * 3, [[0.25 * 20.0] * 2] * 2],
         "alike": 0.0,
+        "parts": [number + 1.5 for number in range(8)],
         "sums": [6.0, 2.0],
         "least": [0, -3],
         "told": ([[0, 1, 2], [3, 4, 5]], 1),

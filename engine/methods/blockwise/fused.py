@@ -7,12 +7,16 @@ device, float16's loss is scaled, the state that is saved has the same names and
 
 Nothing here waits for the device or allocates what the next step needs, so a step can be recorded and
 replayed (:mod:`engine.gpu.recorded`).
+
+With several ranks each takes the step of its part of every linear, whole groups of it, and the others learn
+the integers that came of it (:mod:`engine.quant.shard_kernel`). A linear whose groups the ranks cannot share
+out evenly is stepped by all alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +33,14 @@ from engine.quant.quant_step import (
     Moments,
     QuantStep,
 )
+from engine.quant.shard_kernel import Message, Part
 from engine.training.averaged import Averaged
+from engine.training.sharded import ShardedGradients
 from engine.training.snapshot import Snapshot
 from engine.training.stepper import BETAS, ParameterGroup, Stepper
 from engine.training.world import ALONE, World
+
+T = TypeVar("T")
 
 
 class FusedStepper(Stepper):
@@ -44,7 +52,8 @@ class FusedStepper(Stepper):
     zero after a step.
 
     With several ranks the step reads what all of them have got together, which lies at the same addresses
-    whatever became of ``gradients``.
+    whatever became of ``gradients``. Then ``weight``, ``scale`` and ``zero_point`` of the linears are up to
+    date only in the part that is this rank's, until :meth:`gather_values`; ``quantized`` is whole.
     """
 
     def __init__(
@@ -59,6 +68,7 @@ class FusedStepper(Stepper):
         betas: tuple[float, float] = BETAS,
         world: World = ALONE,
     ) -> None:
+        self.linears = list(linears)
         super().__init__(
             groups,
             weight_decay=weight_decay,
@@ -68,7 +78,6 @@ class FusedStepper(Stepper):
             betas=betas,
             world=world,
         )
-        self.linears = list(linears)
         self.gradients: Sequence[Tensor] = ()
         self.fixed = self.sums_up = False
         self._ran = False
@@ -83,33 +92,62 @@ class FusedStepper(Stepper):
         numbers."""
         self._squares: Tensor
         self._kernels: list[QuantStep] = []
+        self._message: Message | None = None
+        self._sums = torch.zeros(2, device=device)
+        """Squares of what is shared out, over all ranks: of the gradients that came, and of the
+        parameters'."""
+        self._common_squares = torch.zeros((), device=device)
         self._bind()
         self._graph = Graphed(self._apply, device, on_failure)
+        self._reading = Graphed(self._read_message, device, on_failure)
 
     # The tensors
+
+    def shared_out(self) -> list[nn.Parameter]:
+        trained = {id(p) for p in self.parameters}
+        shared = (p for one in self.linears if self._is_shared(one) for p in _parameters(one))
+        return [p for p in shared if id(p) in trained]
+
+    def _is_shared(self, linear: FakeQuantLinear) -> bool:
+        """Whether each rank steps whole groups of it, as many as any other."""
+        trained = {id(p) for p in self.parameters}
+        divides = self.world.several and self.world.divides(linear.scale.numel())
+        plain = all(p.is_contiguous() for p in _parameters(linear))
+        return divides and plain and any(id(p) in trained for p in _parameters(linear))
+
+    def gather_values(self) -> None:
+        for parameter in self.shared_out() if self.sharded else ():
+            self.world.join_parts(parameter)
 
     def _bind(self) -> None:
         """Point the kernels at the parameters and at AdamW's state of them, which is made where it is
         missing."""
         rates = {id(p): group.lr for group in self.groups for p in group.parameters}
-        self._kernels = [self._kernel(linear, rates) for linear in self.linears]
+        # Those that are shared out first: their squares are added up over the ranks.
+        self.shares = [self._is_shared(linear) for linear in self.linears]
+        self._order = sorted(range(len(self.linears)), key=lambda index: not self.shares[index])
+        self._kernels = [self._kernel(self.linears[index], rates) for index in self._order]
         counts = [kernel.programs() for kernel in self._kernels]
         self._squares = torch.zeros(sum(counts), device=self._loss.device)
         self._parts = self._squares.split(counts)
+        self._shared_squares = self._squares[: sum(counts[: sum(self.shares)])]
+        parts = [self._sent(linear) for linear in _by(self.shares, self.linears)[1]]
+        self._message = Message(parts, self.world.rank, self.world.size) if parts else None
         for group, state in zip(self.groups, self.optimizer.param_groups, strict=True):
             # A tensor, so that a recorded step sees it change.
             state["lr"] = torch.full((), group.lr, device=self._loss.device)
 
     def _kernel(self, linear: FakeQuantLinear, rates: dict[int, float]) -> QuantStep:
-        parameters = (linear.weight, linear.scale, linear.zero_point)
-        weight, scale, zero_point = (self._moments(p, rates.get(id(p))) for p in parameters)
+        parameters = _parameters(linear)
+        part = self.world.part if self._is_shared(linear) else torch.Tensor.detach
+        weight, scale, zero_point = (self._moments(p, part(p), rates.get(id(p))) for p in parameters)
         assert linear.quantized is not None
         return QuantStep(
             weight,
             scale,
             zero_point,
-            scale_floor=linear.scale_floor,
-            quantized=linear.quantized.data,
+            scale_floor=part(linear.scale_floor),
+            quantized=part(linear.quantized),
             bits=linear.grid.bits,
             trains=tuple(id(p) in rates for p in parameters),
             betas=self.betas,
@@ -118,22 +156,38 @@ class FusedStepper(Stepper):
             in_steps=linear.in_steps,
         )
 
-    def _moments(self, parameter: nn.Parameter, lr: float | None) -> Moments:
+    def _sent(self, linear: FakeQuantLinear) -> Part:
+        """What the others learn of this rank's part of a linear."""
+        weight, scale, zero = map(self.world.part, _parameters(linear))
+        assert linear.quantized is not None
+        room = linear.quantized.detach()
+        return Part(weight, scale, zero, room, linear.grid.bits, linear.in_steps)
+
+    def _moments(self, parameter: nn.Parameter, value: Tensor, lr: float | None) -> Moments:
+        """Of the part ``value`` that is stepped here."""
         if lr is None:  # not trained
-            return Moments(parameter.data, parameter.data, parameter.data, 0.0)
-        state: dict[str, Any] = self.optimizer.state[parameter]
+            return Moments(value, value, value, 0.0)
+        state: dict[str, Any] = self.optimizer.state[self.stepped(parameter)]
         if not state:
             # As torch's AdamW would make it.
             state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        return Moments(parameter.data, state["exp_avg"], state["exp_avg_sq"], lr)
+            state["exp_avg"] = torch.zeros_like(value)
+            state["exp_avg_sq"] = torch.zeros_like(value)
+        return Moments(value, state["exp_avg"], state["exp_avg_sq"], lr)
 
     @torch.no_grad()
     def requantize(self) -> None:
-        """The quantized weights of the parameters as they are now."""
+        """The quantized weights of the parameters as they are now, which are whole."""
         for kernel, squares in zip(self._kernels, self._parts, strict=True):
             kernel.requantize(self._controls, squares)
+        self._send()
+
+    def _send(self) -> None:
+        """Every rank's integers to all."""
+        if self._message is not None:
+            self._message.write()
+            self.world.join_parts(self._message.bytes)
+            self._message.read()
 
     # A step
 
@@ -144,12 +198,20 @@ class FusedStepper(Stepper):
     def average(self, loss: Tensor, part: float | None) -> Tensor:
         if not self.world.several:
             return loss
+        quantized = [linear.quantized for linear in self.linears if linear.quantized is not None]
+        trained = [weight for weight in quantized if weight.requires_grad]
+        shares = [*(self.shares if trained else ()), *([False] * len(self.others))]
         if self._averaged is None:
-            quantized = [linear.quantized for linear in self.linears if linear.quantized is not None]
-            trained = [weight for weight in quantized if weight.requires_grad]
-            self._averaged = Averaged(self.world, [*trained, *self.others], self.device)
-        found: Sequence[Tensor | None] = self.gradients or [None] * len(self._averaged.gradients)
-        loss = self._averaged(found, loss, part)
+            common, shared = _by(shares, [*trained, *self.others])
+            self._averaged = Averaged(self.world, common, self.device)
+            self._sharded = ShardedGradients(self.world, shared, self.device) if shared else None
+        found: Sequence[Tensor | None] = self.gradients or [None] * len(shares)
+        common_gradients, shared_gradients = _by(shares, found)
+        loss = self._averaged(common_gradients, loss, part)
+        if self._sharded is not None:
+            self._sharded(shared_gradients, part)
+            self._sums[0].copy_(torch.linalg.vector_norm(self._sharded.flat, dtype=torch.float32).square())
+            self.world.add_(self._sums[0])
         if self.sums_up and self.gradients:
             torch._foreach_zero_(list(self.gradients))
         return loss
@@ -158,44 +220,74 @@ class FusedStepper(Stepper):
     def step(self, loss: Tensor) -> None:
         self.steps += 1
         self._loss.copy_(loss)
-        if (self.fixed or self._averaged is not None) and self._ran:
+        recorded = (self.fixed or self._averaged is not None) and self._ran
+        if recorded:
             self._graph()
         else:
             self._apply()
             if not self.fixed and not self.sums_up:
                 self.gradients = ()
+        if self._message is not None:
+            self.world.add_(self._sums[1])
+            self.world.join_parts(self._message.bytes)
+            self._reading() if recorded else self._read_message()
         self._ran = True
 
+    def _read_message(self) -> None:
+        """What the other ranks have stepped."""
+        assert self._message is not None
+        self._message.read()
+        self.grad_norm.copy_((self._common_squares + self._sums[1]).sqrt())
+
+    def _together(self) -> list[Tensor]:
+        """The gradients of all ranks, as far as they are this rank's: the linears' in the kernels' order,
+        then those of the others."""
+        if self._averaged is None:
+            gradients = list(self.gradients)
+            own = gradients[: len(self.linears)] if len(gradients) > len(self.others) else []
+            return [*(own[index] for index in self._order if own), *gradients[len(own) :]]
+        shared = [] if self._sharded is None else self._sharded.parts
+        return [*shared, *self._averaged.gradients]
+
     def _apply(self) -> None:
-        gradients = self.gradients if self._averaged is None else self._averaged.gradients
+        gradients = self._together()
+        own = gradients[: len(self.linears)] if len(gradients) > len(self.others) else []
+        outer = gradients[len(own) :]
         controls, factor = self._controls, self._factor
-        norms = torch._foreach_norm(list(gradients), 2.0, dtype=torch.float32)
-        skip = self.judge(torch.stack(norms).norm(), self._loss)
+        # Of what is shared out it is known already, over all ranks.
+        common = gradients if self._sharded is None else gradients[len(self._sharded.parts) :]
+        norms = torch._foreach_norm(common, 2.0, dtype=torch.float32) if common else ()
+        known = [] if self._sharded is None else [self._sums[0].sqrt()]
+        skip = self.judge(torch.stack([*known, *norms]).norm(), self._loss)
         self._count.add_(1 - skip)
         controls[SKIP].copy_(skip)
         controls[LR_FACTOR].copy_(factor)
         controls[CORRECTION1].copy_(1 - self.betas[0] ** self._count)
         controls[ROOT_CORRECTION2].copy_((1 - self.betas[1] ** self._count).sqrt())
         controls[GRAD_FACTOR].copy_(1 / self.scale.factor)
-        own = gradients[: len(self.linears)] if len(gradients) > len(self.others) else ()
         for kernel, gradient, squares in zip(self._kernels, own, self._parts, strict=bool(own)):
             kernel.apply(gradient, controls, squares)
-        outer = gradients[len(own) :]
         for parameter, gradient in zip(self.others, outer, strict=True):
             parameter.grad = gradient
         for group, state in zip(self.groups, self.optimizer.param_groups, strict=True):
             state["lr"].copy_(group.lr * factor)
-        total = self._squares.sum()
+        total = self._squares[len(self._shared_squares) :].sum()
         if outer:
-            total = total + torch.stack(torch._foreach_norm(list(outer), 2.0)).square().sum() * (
+            total = total + torch.stack(torch._foreach_norm(outer, 2.0)).square().sum() * (
                 controls[GRAD_FACTOR].square()
             )
-        self.grad_norm.copy_(total.sqrt())
+        if self._message is None:
+            self.grad_norm.copy_(total.sqrt())
+        else:
+            self._common_squares.copy_(total)
+            self._sums[1].copy_(self._shared_squares.sum())
         self.apply(skip)
         for parameter in self.others:
             parameter.grad = None
         if self.sums_up and self._averaged is None:
-            torch._foreach_zero_(list(gradients))
+            torch._foreach_zero_(gradients)
+        if self._message is not None:
+            self._message.write()
 
     def drop_gradients(self) -> None:
         self.gradients = ()
@@ -206,13 +298,14 @@ class FusedStepper(Stepper):
         """The gradients' addresses are no longer those that were recorded."""
         self.fixed = False
         self._graph.forget()
+        self._reading.forget()
 
     # The state
 
     def state_dict(self) -> Snapshot:
         count = self._count.float()
         for linear in self.linears:
-            for parameter in (linear.weight, linear.scale, linear.zero_point):
+            for parameter in map(self.stepped, _parameters(linear)):
                 if parameter in self.optimizer.state:
                     self.optimizer.state[parameter]["step"].copy_(count)
         return super().state_dict()
@@ -224,6 +317,17 @@ class FusedStepper(Stepper):
         super().load_state_dict(snapshot)
         self.grad_norm = grad_norm.copy_(self.grad_norm)  # the address stays
         self._bind()
-        states = [self.optimizer.state[p] for p in self.parameters if "step" in self.optimizer.state[p]]
+        states = [self.optimizer.state[p] for p in map(self.stepped, self.parameters)]
+        states = [state for state in states if "step" in state]
         self._count.copy_(states[0]["step"] if states else torch.zeros(()))
         self.requantize()
+
+
+def _parameters(linear: FakeQuantLinear) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
+    return linear.weight, linear.scale, linear.zero_point
+
+
+def _by(flags: Sequence[bool], values: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Those whose flag is not set, and those whose flag is."""
+    pairs = list(zip(flags, values, strict=True))
+    return [value for flag, value in pairs if not flag], [value for flag, value in pairs if flag]
