@@ -124,7 +124,7 @@ class Stepper:
                         continue  # how many steps there were
                     whole = torch.empty_like(parameter)
                     self.world.part(whole).copy_(value)
-                    self.world.join_parts(whole)
+                    self.world.join_parts(whole)()
                     if self.world.rank == 0:  # which alone keeps it
                         gathered[f"{index}.{name}"] = whole.cpu()
         self._gathered = gathered
@@ -159,7 +159,7 @@ class Stepper:
         loss = self._averaged([p.grad for p in common], loss, part)
         found = dict(zip(map(id, common), self._averaged.gradients, strict=True))
         if self._sharded is not None:
-            self._sharded([p.grad for p in shared], part)
+            self._sharded([p.grad for p in shared], part)()
             found |= zip(map(id, shared), self._sharded.parts, strict=True)
         for parameter, lacking in zip(self.parameters, lacks, strict=True):
             parameter.grad = None
@@ -179,9 +179,9 @@ class Stepper:
             torch.nn.utils.clip_grads_with_norm_(stepped, self.grad_clip, self.grad_norm)
         self.apply(self.judge(scaled_norm, loss))
         self.optimizer.zero_grad(set_to_none=True)
-        for parameter in self.parameters:
-            if id(parameter) in self._owned:
-                self.world.join_parts(parameter)
+        joined = [self.world.join_parts(p) for p in self.parameters if id(p) in self._owned]
+        for wait in joined:
+            wait()
 
     def _norm(self, stepped: Sequence[nn.Parameter]) -> Tensor:
         """Of all gradients, the same on every rank."""

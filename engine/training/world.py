@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+Wait = Callable[[], object]
+"""For what was begun on the device."""
 
 LONGEST_WAIT_DAYS = 365
 """For others, before a library takes them for dead: as long as a full disk may be waited for. Whoever watches
@@ -81,13 +83,17 @@ class World:
         """Whether so many are shared out evenly."""
         return numbers % self.size == 0
 
-    def add_parts(self, tensor: Tensor, own: Tensor, *, mean: bool = False) -> None:
-        """Put this rank's :meth:`part` of the sum over all ranks, or of the mean, into ``own``. What is left
-        in ``tensor``, of the device, is nobody's."""
+    def add_parts(self, tensor: Tensor, own: Tensor, *, mean: bool = False) -> Wait:
+        """Begin to put this rank's :meth:`part` of the sum over all ranks, or of the mean, into ``own``. What
+        is left in ``tensor``, of the device, is nobody's. Both are left alone until what comes back is
+        called, which has the device wait, not the host."""
         own.copy_(self.part(tensor))
+        return _nothing
 
-    def join_parts(self, tensor: Tensor) -> None:
-        """Put every rank's :meth:`part` of a tensor of the device where it belongs on all of them."""
+    def join_parts(self, tensor: Tensor) -> Wait:
+        """Begin to put every rank's :meth:`part` of a tensor of the device where it belongs on all of them;
+        as with :meth:`add_parts`."""
+        return _nothing
 
     def alike(self, tensors: Iterable[Tensor]) -> None:
         """Give tensors of the device the values that they have on the first rank."""
@@ -136,26 +142,30 @@ class Together(World):
         if mean:
             tensor.div_(self.size)
 
-    def add_parts(self, tensor: Tensor, own: Tensor, *, mean: bool = False) -> None:
+    def add_parts(self, tensor: Tensor, own: Tensor, *, mean: bool = False) -> Wait:
         import torch.distributed as dist
 
         if tensor.is_cuda:
             scatter = _newest(dist, "reduce_scatter_single", "reduce_scatter_tensor")
-            scatter(own, tensor.detach().view(-1), dist.ReduceOp.AVG if mean else dist.ReduceOp.SUM)
-            return
+            how = dist.ReduceOp.AVG if mean else dist.ReduceOp.SUM
+            wait: Wait = scatter(own, tensor.detach().view(-1), how, async_op=True).wait
+            return wait
         # Gloo's own form adds up the whole as well, and never says that it is done.
         self.add_(tensor, mean=mean)
         own.copy_(self.part(tensor))
+        return _nothing
 
-    def join_parts(self, tensor: Tensor) -> None:
+    def join_parts(self, tensor: Tensor) -> Wait:
         import torch.distributed as dist
 
         gather = _newest(dist, "all_gather_single", "all_gather_into_tensor")
         flat, own = tensor.detach().view(-1), self.part(tensor)
+        work = gather(flat, own, async_op=True)
         if tensor.is_cuda:
-            gather(flat, own)
-        else:
-            self._wait(gather(flat, own, async_op=True))
+            wait: Wait = work.wait
+            return wait
+        self._wait(work)
+        return _nothing
 
     def alike(self, tensors: Iterable[Tensor]) -> None:
         import torch.distributed as dist
@@ -231,6 +241,10 @@ class _Tensor(msgspec.Struct):
     dtype: str
     shape: list[int]
     data: bytes
+
+
+def _nothing() -> None:
+    """Is left to wait for."""
 
 
 def _newest(module: Any, *names: str) -> Callable[..., Any]:

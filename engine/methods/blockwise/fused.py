@@ -10,7 +10,8 @@ replayed (:mod:`engine.gpu.recorded`).
 
 With several ranks each takes the step of its part of every linear, whole groups of it, and the others learn
 the integers that came of it (:mod:`engine.quant.shard_kernel`). A linear whose groups the ranks cannot share
-out evenly is stepped by all alike.
+out evenly is stepped by all alike. Most of that goes on at the same time
+(:mod:`engine.methods.blockwise.shared_step`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.gpu.recorded import Graphed
+from engine.methods.blockwise.shared_step import Portion, portions, squares_of
 from engine.quant.fake_linear import FakeQuantLinear
 from engine.quant.quant_step import (
     CONTROLS,
@@ -33,9 +35,8 @@ from engine.quant.quant_step import (
     Moments,
     QuantStep,
 )
-from engine.quant.shard_kernel import Message, Part
+from engine.quant.shard_kernel import Part
 from engine.training.averaged import Averaged
-from engine.training.sharded import ShardedGradients
 from engine.training.snapshot import Snapshot
 from engine.training.stepper import BETAS, ParameterGroup, Stepper
 from engine.training.world import ALONE, World
@@ -92,14 +93,12 @@ class FusedStepper(Stepper):
         numbers."""
         self._squares: Tensor
         self._kernels: list[QuantStep] = []
-        self._message: Message | None = None
-        self._sums = torch.zeros(2, device=device)
-        """Squares of what is shared out, over all ranks: of the gradients that came, and of the
-        parameters'."""
+        self._portions: list[Portion] = []
+        """Of what is shared out."""
         self._common_squares = torch.zeros((), device=device)
+        self._on_failure = on_failure
         self._bind()
         self._graph = Graphed(self._apply, device, on_failure)
-        self._reading = Graphed(self._read_message, device, on_failure)
 
     # The tensors
 
@@ -117,25 +116,42 @@ class FusedStepper(Stepper):
 
     def gather_values(self) -> None:
         for parameter in self.shared_out() if self.sharded else ():
-            self.world.join_parts(parameter)
+            self.world.join_parts(parameter)()
 
     def _bind(self) -> None:
         """Point the kernels at the parameters and at AdamW's state of them, which is made where it is
         missing."""
         rates = {id(p): group.lr for group in self.groups for p in group.parameters}
-        # Those that are shared out first: their squares are added up over the ranks.
-        self.shares = [self._is_shared(linear) for linear in self.linears]
-        self._order = sorted(range(len(self.linears)), key=lambda index: not self.shares[index])
-        self._kernels = [self._kernel(self.linears[index], rates) for index in self._order]
-        counts = [kernel.programs() for kernel in self._kernels]
-        self._squares = torch.zeros(sum(counts), device=self._loss.device)
-        self._parts = self._squares.split(counts)
-        self._shared_squares = self._squares[: sum(counts[: sum(self.shares)])]
-        parts = [self._sent(linear) for linear in _by(self.shares, self.linears)[1]]
-        self._message = Message(parts, self.world.rank, self.world.size) if parts else None
+        self._shares = [self._is_shared(linear) for linear in self.linears]
+        common, shared = _by(self._shares, self.linears)
+        self._kernels, self._squares, self._parts = self._kernels_of(common, rates)
+        kernels, self._shared_squares, squares = self._kernels_of(shared, rates)
+        quantized = [linear.quantized for linear in shared if linear.quantized is not None]
+        self._places = portions(weight.nbytes for weight in quantized)
+        self._portions = [
+            Portion(
+                self.world,
+                [quantized[index] for index in places],
+                [kernels[index] for index in places],
+                [self._sent(shared[index]) for index in places],
+                [squares[index] for index in places],
+                self._controls,
+                self._on_failure,
+            )
+            for places in self._places
+        ]
         for group, state in zip(self.groups, self.optimizer.param_groups, strict=True):
             # A tensor, so that a recorded step sees it change.
             state["lr"] = torch.full((), group.lr, device=self._loss.device)
+
+    def _kernels_of(
+        self, linears: list[FakeQuantLinear], rates: dict[int, float]
+    ) -> tuple[list[QuantStep], Tensor, Sequence[Tensor]]:
+        """And room for the squares of their gradients, whole and by kernel."""
+        kernels = [self._kernel(linear, rates) for linear in linears]
+        counts = [kernel.programs() for kernel in kernels]
+        squares = torch.zeros(sum(counts), device=self.device)
+        return kernels, squares, squares.split(counts)
 
     def _kernel(self, linear: FakeQuantLinear, rates: dict[int, float]) -> QuantStep:
         parameters = _parameters(linear)
@@ -180,14 +196,8 @@ class FusedStepper(Stepper):
         """The quantized weights of the parameters as they are now, which are whole."""
         for kernel, squares in zip(self._kernels, self._parts, strict=True):
             kernel.requantize(self._controls, squares)
-        self._send()
-
-    def _send(self) -> None:
-        """Every rank's integers to all."""
-        if self._message is not None:
-            self._message.write()
-            self.world.join_parts(self._message.bytes)
-            self._message.read()
+        for portion in self._portions:
+            portion.requantize()
 
     # A step
 
@@ -200,20 +210,16 @@ class FusedStepper(Stepper):
             return loss
         quantized = [linear.quantized for linear in self.linears if linear.quantized is not None]
         trained = [weight for weight in quantized if weight.requires_grad]
-        shares = [*(self.shares if trained else ()), *([False] * len(self.others))]
-        if self._averaged is None:
-            common, shared = _by(shares, [*trained, *self.others])
-            self._averaged = Averaged(self.world, common, self.device)
-            self._sharded = ShardedGradients(self.world, shared, self.device) if shared else None
+        shares = [*(self._shares if trained else ()), *([False] * len(self.others))]
+        common, _ = _by(shares, [*trained, *self.others])
         found: Sequence[Tensor | None] = self.gradients or [None] * len(shares)
-        common_gradients, shared_gradients = _by(shares, found)
-        loss = self._averaged(common_gradients, loss, part)
-        if self._sharded is not None:
-            self._sharded(shared_gradients, part)
-            self._sums[0].copy_(torch.linalg.vector_norm(self._sharded.flat, dtype=torch.float32).square())
-            self.world.add_(self._sums[0])
-        if self.sums_up and self.gradients:
-            torch._foreach_zero_(list(self.gradients))
+        gradients, shared = _by(shares, found)
+        if self._averaged is None:
+            self._averaged = Averaged(self.world, [*common, self.grad_norm], self.device)
+        # Whether what is shared out is finite, as far as it came about here, goes along with the loss.
+        loss = self._averaged([*gradients, squares_of(shared, self.device)], loss, part)
+        for portion, places in zip(self._portions, self._places, strict=True):
+            portion.add([shared[index] for index in places], part)
         return loss
 
     @torch.no_grad()
@@ -221,44 +227,34 @@ class FusedStepper(Stepper):
         self.steps += 1
         self._loss.copy_(loss)
         recorded = (self.fixed or self._averaged is not None) and self._ran
-        if recorded:
-            self._graph()
-        else:
-            self._apply()
-            if not self.fixed and not self.sums_up:
-                self.gradients = ()
-        if self._message is not None:
-            self.world.add_(self._sums[1])
-            self.world.join_parts(self._message.bytes)
-            self._reading() if recorded else self._read_message()
+        self._graph() if recorded else self._apply()
+        if self._portions:
+            self._step_portions(recorded=recorded)
+        if self._averaged is not None and self.sums_up:  # now that nobody reads them any more
+            torch._foreach_zero_(list(self.gradients))
+        if not recorded and not self.fixed and not self.sums_up:
+            self.gradients = ()
         self._ran = True
 
-    def _read_message(self) -> None:
-        """What the other ranks have stepped."""
-        assert self._message is not None
-        self._message.read()
-        self.grad_norm.copy_((self._common_squares + self._sums[1]).sqrt())
-
-    def _together(self) -> list[Tensor]:
-        """The gradients of all ranks, as far as they are this rank's: the linears' in the kernels' order,
-        then those of the others."""
-        if self._averaged is None:
-            gradients = list(self.gradients)
-            own = gradients[: len(self.linears)] if len(gradients) > len(self.others) else []
-            return [*(own[index] for index in self._order if own), *gradients[len(own) :]]
-        shared = [] if self._sharded is None else self._sharded.parts
-        return [*shared, *self._averaged.gradients]
+    def _step_portions(self, *, recorded: bool) -> None:
+        """What is shared out."""
+        for portion in self._portions:
+            portion.step(recorded=recorded)
+        squares = self._shared_squares.sum()
+        self.world.add_(squares)
+        self.grad_norm.copy_((self._common_squares + squares).sqrt())
+        for portion in self._portions:
+            portion.read(recorded=recorded)
 
     def _apply(self) -> None:
-        gradients = self._together()
-        own = gradients[: len(self.linears)] if len(gradients) > len(self.others) else []
+        """All but what is shared out, of which only the squares are known here."""
+        gradients = list(self.gradients if self._averaged is None else self._averaged.gradients)
+        known = [] if self._averaged is None else [gradients.pop()]
+        own = gradients[: len(self._kernels)] if len(gradients) > len(self.others) else []
         outer = gradients[len(own) :]
         controls, factor = self._controls, self._factor
-        # Of what is shared out it is known already, over all ranks.
-        common = gradients if self._sharded is None else gradients[len(self._sharded.parts) :]
-        norms = torch._foreach_norm(common, 2.0, dtype=torch.float32) if common else ()
-        known = [] if self._sharded is None else [self._sums[0].sqrt()]
-        skip = self.judge(torch.stack([*known, *norms]).norm(), self._loss)
+        norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32) if gradients else ()
+        skip = self.judge(torch.stack([*norms, *known]).norm(), self._loss)
         self._count.add_(1 - skip)
         controls[SKIP].copy_(skip)
         controls[LR_FACTOR].copy_(factor)
@@ -271,23 +267,20 @@ class FusedStepper(Stepper):
             parameter.grad = gradient
         for group, state in zip(self.groups, self.optimizer.param_groups, strict=True):
             state["lr"].copy_(group.lr * factor)
-        total = self._squares[len(self._shared_squares) :].sum()
+        total = self._squares.sum()
         if outer:
             total = total + torch.stack(torch._foreach_norm(outer, 2.0)).square().sum() * (
                 controls[GRAD_FACTOR].square()
             )
-        if self._message is None:
-            self.grad_norm.copy_(total.sqrt())
-        else:
+        if self._portions:
             self._common_squares.copy_(total)
-            self._sums[1].copy_(self._shared_squares.sum())
+        else:
+            self.grad_norm.copy_(total.sqrt())
         self.apply(skip)
         for parameter in self.others:
             parameter.grad = None
         if self.sums_up and self._averaged is None:
             torch._foreach_zero_(gradients)
-        if self._message is not None:
-            self._message.write()
 
     def drop_gradients(self) -> None:
         self.gradients = ()
@@ -298,7 +291,8 @@ class FusedStepper(Stepper):
         """The gradients' addresses are no longer those that were recorded."""
         self.fixed = False
         self._graph.forget()
-        self._reading.forget()
+        for portion in self._portions:
+            portion.forget_graph()
 
     # The state
 
