@@ -48,7 +48,7 @@ class BlockTraining(TrainingCosts):
         validated = (section.epochs + 1) * section.val_sequences
         advanced = 2 * (section.sequences + section.val_sequences)
         return (
-            steps * (self.step_seconds(work, rates) + self.adding_seconds(work))
+            steps * (self.step_seconds(work, rates) + self.adding_seconds(work, rates))
             + passing(work, rates, validated, length, batch)
             + passing(work, rates, advanced, length, passed_together(work, batch, length))
             + self.start_seconds(work, rates)

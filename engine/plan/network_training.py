@@ -74,7 +74,7 @@ class NetworkTraining(TrainingCosts):
         taught = self.teacher_seconds(work, rates) if again else 0.0
         section = self.section(work.config)
         steps = section.epochs * math.ceil(section.sequences / section.batch_size)
-        return load + self.training_seconds(work, rates) + steps * self.adding_seconds(work) + taught
+        return load + self.training_seconds(work, rates) + steps * self.adding_seconds(work, rates) + taught
 
     def teacher_seconds(self, work: Workload, rates: Speed) -> float:
         """Its text through the full-precision blocks."""

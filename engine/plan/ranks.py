@@ -13,15 +13,19 @@ import msgspec
 
 from engine.config.run import RunConfig
 from engine.config.stages import STAGES, measured_stage
-from engine.plan.estimate import Workload, time_text
+from engine.plan.estimate import CONSTANTS, Workload, time_text
 from engine.plan.machine import Machine
+from engine.plan.rates import Speed
 
 SHARED = ("sequences", "val_sequences", "batch_size")
 """Fields of a section of which each GPU has a part."""
 LINKED = ("H100", "H200", "H20", "B200", "A100", "A800")
 """GPUs that are sold with NVLink between them; others are taken to have PCIe."""
-NVLINK, PCIE, LOOPBACK = 150e9, 12e9, 1e9
-"""Bytes a second at which tensors are added up. Reckoned, not measured."""
+NVLINK, PCIE, LOOPBACK = 355e9, 12e9, 1e9
+"""Bytes a second at which tensors are added up: NVLink as measured by an all-reduce of 1 GiB on four H100s,
+the others reckoned."""
+MESSAGE_SECONDS = 25e-6
+"""Of a message between GPUs, however short. Reckoned, not measured."""
 
 
 def share_of(config: RunConfig) -> RunConfig:
@@ -58,6 +62,28 @@ def adding_seconds(work: Workload, gpu_name: str, size: float) -> float:
     linked = any(name in gpu_name for name in LINKED)
     rate = (NVLINK if linked else PCIE) if work.cuda else LOOPBACK
     return 2 * (gpus - 1) / gpus * size / rate
+
+
+def shared_seconds(work: Workload, rates: Speed, weights: int, groups: int, number: int) -> float:
+    """What several GPUs see of a step of ``weights`` that they share out, by recorded steps: gradients of
+    ``number`` bytes are added up; the integers, a zero point and a scale a group go to all; beside that the
+    norms of gradients, AdamW, and the weights of integers, but for the last portion's
+    (:mod:`engine.methods.blockwise.shared_step`)."""
+    gpus, bits = work.config.runtime.gpus, work.config.grid.bits
+    packed = (2 if bits <= 2 else 4 if bits <= 4 else 8) / 8
+    half = work.adding / 2  # of adding up: to whom a part belongs, and back to all
+    gradients = half * number * weights
+    integers = half * (packed * weights + 5 * groups)
+    stepping = (CONSTANTS.gpu_shared_step_bytes + CONSTANTS.gpu_pack_bytes) * rates.per_byte * weights / gpus
+    reading = (packed + number) * rates.per_byte * weights
+    last = (stepping + reading) / len(work.arch.linears)
+    norms = number * rates.per_byte * weights
+    return 3 * MESSAGE_SECONDS + last + max(gradients + integers, norms + stepping + reading)
+
+
+def shared_saves(work: Workload, rates: Speed) -> float:
+    """Of the seconds that one GPU takes for the step of a weight, those that :func:`shared_seconds` has."""
+    return CONSTANTS.gpu_fast_step_bytes * rates.per_byte if work.adding else 0.0
 
 
 def in_words(config: RunConfig, seconds: float, alone: float) -> str:

@@ -18,6 +18,8 @@ class StepCost(msgspec.Struct, frozen=True):
 
     per_weight: float = 0.0
     launch: float = 0.0
+    per_number: float = 0.0
+    """Of the hidden states; where it is 0, that is part of ``per_weight``."""
 
 
 class PassageCost(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +46,8 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     search_error: float
     """One weight with one pair of scale and zero point, where both are searched together."""
     kernel_search_error: float
+    per_byte: float = 0.0
+    """Of a GPU's memory, by kernels of ours."""
     drop_per_number: float
     """Of a block's output, to leave out of its loss what is furthest off."""
     writing_launch: float = 0.0
@@ -65,7 +69,12 @@ def speed(cuda: bool, gpu_name: str, cpus: int, avx512: bool) -> Speed:
             plain=StepCost(CONSTANTS.gpu_step_bytes / traffic, CONSTANTS.gpu_block_launch),
             compiled=StepCost(CONSTANTS.gpu_compiled_step_bytes / traffic, CONSTANTS.gpu_compiled_launch),
             recorded=StepCost(CONSTANTS.gpu_recorded_step_bytes / traffic, CONSTANTS.gpu_recorded_launch),
-            fast=StepCost(CONSTANTS.gpu_fast_step_bytes / traffic, CONSTANTS.gpu_fast_launch),
+            fast=StepCost(
+                CONSTANTS.gpu_fast_step_bytes / traffic,
+                CONSTANTS.gpu_fast_launch,
+                CONSTANTS.gpu_fast_number_bytes / traffic,
+            ),
+            per_byte=1 / traffic,
             passage=PassageCost(
                 per_number=CONSTANTS.gpu_passage_bytes / traffic, launch=CONSTANTS.gpu_block_launch / 3
             ),

@@ -13,6 +13,8 @@ from engine.config.run import RunConfig
 from engine.plan.costs import StageCosts, Text
 from engine.plan.estimate import Workload
 from engine.plan.object_sizes import snapshot_bytes, trained_parameters
+from engine.plan.ranks import MESSAGE_SECONDS, shared_seconds
+from engine.plan.rates import Speed
 
 
 class TrainingCosts(StageCosts):
@@ -41,10 +43,30 @@ class TrainingCosts(StageCosts):
         of_block = trained_parameters(work.arch, work.config.grid, self.trains(work.config))
         return self.trained_blocks(work) * of_block
 
-    def adding_seconds(self, work: Workload) -> float:
-        """Of a step of several GPUs: adding up their gradients."""
+    def adding_seconds(self, work: Workload, rates: Speed) -> float:
+        """Of a step of several GPUs: adding up their gradients, which are float32 like what is trained, once
+        for all micro-batches. Where weights are shared out that is as much in two halves."""
+        if not work.adding:
+            return 0.0
+        if not self.shares_out(work):
+            return 2 * MESSAGE_SECONDS + work.adding * 4 * self.trained_parameters(work)
+        arch, blocks = work.arch, self.trained_blocks(work)
+        weights = blocks * arch.linear_params_per_block
+        groups = blocks * arch.groups_per_block(work.config.grid.group_size)
         number = work.bytes_of(self.section(work.config).compute_dtype)
-        return work.adding * number * self.trained_parameters(work) if work.adding else 0.0
+        return shared_seconds(work, rates, weights, groups, number)
+
+    def shares_out(self, work: Workload) -> bool:
+        """Whether each of several GPUs takes the step of a part of the weights, by kernels of ours."""
+        return False
+
+    def stepped_weights(self, work: Workload) -> int:
+        """Trained parameters whose optimizer's state a GPU holds: of weights its share."""
+        trained = self.trained_parameters(work)
+        if not work.adding or "weights" not in self.trains(work.config):
+            return trained
+        weights = self.trained_blocks(work) * work.arch.linear_params_per_block
+        return trained - weights + -(-weights // work.config.runtime.gpus)
 
     def copies_bytes(self, work: Workload) -> int:
         """The state at the start, and with validation the best one, as float32."""

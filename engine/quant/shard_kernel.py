@@ -7,8 +7,9 @@ group, so at 2 bits in groups of 64 that is 0.33 bytes a weight where ``W^`` its
 What comes out is what the rank has itself, bit for bit: ``q`` and ``z`` are small integers, ``s`` travels as
 float32.
 
-Layout of a rank's section, for each linear one after the other: of every group its values' integers, then all
-zero points (a byte each), then all scales (float32), each padded to 16 bytes. A byte holds the integers of
+Layout of a rank's section: one number that goes along (float32); then for each linear one after the other of
+every group its values' integers, then all zero points (a byte each), then all scales (float32). Each is
+padded to 16 bytes. A byte holds the integers of
 4, 2 or 1 values (2, up to 4, up to 8 bits), which lie a quarter or half a group apart: then both kernels read
 and write whole stretches.
 """
@@ -64,7 +65,7 @@ class Message:
     def __init__(self, parts: Sequence[Part], rank: int, ranks: int) -> None:
         self._parts, self._rank = list(parts), rank
         self._places: list[tuple[int, int, int]] = []
-        end = 0
+        end = ALIGNMENT
         for part in parts:
             begins = []
             for length in (part.weight.numel() // part.together, part.groups, 4 * part.groups):
@@ -72,9 +73,12 @@ class Message:
                 end += -(-length // ALIGNMENT) * ALIGNMENT
             self._places.append((begins[0], begins[1], begins[2]))
         self.bytes = torch.zeros(ranks, end, dtype=torch.uint8, device=parts[0].weight.device)
+        self.noted = self.bytes[:, :4].view(torch.float32)[:, 0]
+        """The number that goes along with each section."""
 
-    def write(self) -> None:
-        """This rank's section, of its parts as they are."""
+    def write(self, note: Tensor) -> None:
+        """This rank's section, of its parts as they are; ``note`` goes along."""
+        self.noted[self._rank].copy_(note)
         own, section = self.bytes[self._rank], self.bytes.shape[1]
         for part, (integers, zeros, scales) in zip(self._parts, self._places, strict=True):
             rows, columns = _held(part)

@@ -22,6 +22,7 @@ from engine.config.model import ModelConfig
 from engine.data import sampler
 from engine.data.activations import ActivationStore, DeviceStore, make_store
 from engine.errors import NonFiniteError
+from engine.methods.blockwise import shared_step
 from engine.methods.blockwise.block_ap import train_block
 from engine.methods.blockwise.reconstruction import Streams
 from engine.methods.blockwise.rtn import round_to_nearest
@@ -35,6 +36,7 @@ from engine.models.source import ModelSource
 from engine.phases.text import Windows
 from engine.quant import quant_step, shard_kernel
 from engine.quant.fake_linear import FakeQuantLinear, latent_linears
+from engine.training import sharded
 from engine.training.averaged import Averaged
 from engine.training.snapshot import Snapshot
 from engine.training.world import ALONE, Together, World
@@ -194,6 +196,9 @@ def test_the_result_is_that_of_one_process(
 ) -> None:
     monkeypatch.setattr(quant_step, "HELD_VALUES", WHOLE_MATRIX)
     monkeypatch.setattr(shard_kernel, "HELD_BYTES", WHOLE_MATRIX)
+    if train is block:  # each linear is a portion of its own, as in a large model
+        monkeypatch.setattr(sharded, "LARGE_BYTES", 1)
+        monkeypatch.setattr(shared_step, "LARGE_BYTES", 1)
     first, *others = together(ranks, tmp_path, train, lm, options)
     for other in others:
         assert all(torch.equal(one, other[0][name]) for name, one in first[0].items()), "ranks differ"
@@ -265,6 +270,9 @@ def test_the_first_rank_keeps_a_whole_state_from_which_all_go_on(
     """Of what is shared out a rank has the moments of its part alone."""
     monkeypatch.setattr(quant_step, "HELD_VALUES", WHOLE_MATRIX)
     monkeypatch.setattr(shard_kernel, "HELD_BYTES", WHOLE_MATRIX)
+    if train is block:  # each linear is a portion of its own, as in a large model
+        monkeypatch.setattr(sharded, "LARGE_BYTES", 1)
+        monkeypatch.setattr(shared_step, "LARGE_BYTES", 1)
     for whole, again, shapes in together(ranks, tmp_path, continued, train, lm, options, tmp_path):
         assert again[1] == whole[1]
         assert all(torch.equal(one, again[0][name]) for name, one in whole[0].items())
@@ -308,6 +316,25 @@ def test_all_ranks_give_up_where_one_diverges(lm: CausalLM, tmp_path: Path) -> N
     first, second = together(2, tmp_path, poisoned, lm)
     assert "not finite in 3 steps in a row" in first
     assert second == first
+
+
+def counted(world: World, lm: CausalLM) -> list[int]:
+    """How often gradients are added up in an epoch of E2E-QP, whose batches have two micro-batches here."""
+    calls: list[int] = []
+    add = Averaged.__call__
+
+    def called(averaged: Averaged, gradients: Any, loss: Tensor, part: float | None) -> Tensor:
+        calls.append(len(gradients))
+        return add(averaged, gradients, loss, part)
+
+    Averaged.__call__ = called  # type: ignore[method-assign]
+    scales(world, lm, {"epochs": 1})
+    return calls
+
+
+def test_gradients_are_added_up_once_a_step(lm: CausalLM, tmp_path: Path) -> None:
+    for calls in together(2, tmp_path, counted, lm):
+        assert len(calls) == -(-TRAIN // BATCH)
 
 
 def several_things(world: World) -> dict[str, Any]:

@@ -40,10 +40,11 @@ def test_what_arrives_is_what_was_sent(
         own = [[t.view(ranks, -1)[rank] for t in whole] for whole in wholes]
         parts = [Part(*found, room, bits, in_steps) for found, room in zip(own, rooms, strict=True)]
         messages.append(Message(parts, rank, ranks))
-        messages[-1].write()
+        messages[-1].write(torch.tensor(1.5 + rank))
     for rank, message in enumerate(messages):
         messages[0].bytes[rank] = message.bytes[rank]
     messages[0].read()
+    assert messages[0].noted.tolist() == [1.5 + rank for rank in range(ranks)]
     for (weight, scale, zero), room in zip(wholes, rooms, strict=True):
         function = fake_quantize_steps if in_steps else fake_quantize
         assert torch.equal(room, function(weight, scale, zero, bits))
@@ -53,4 +54,4 @@ def test_two_bits_travel_as_two_bits() -> None:
     weight, scale, zero = linear(2, 64, 4096, 8, in_steps=False)
     room = torch.empty(8, 4096, dtype=torch.bfloat16)
     message = Message([Part(weight.view(-1), scale, zero, room, 2, False)], 0, 1)
-    assert message.bytes.numel() == weight.numel() // 4 + 5 * scale.numel()
+    assert message.bytes.numel() == 16 + weight.numel() // 4 + 5 * scale.numel()

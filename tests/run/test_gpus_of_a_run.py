@@ -17,7 +17,8 @@ from engine.config.sameness import config_hash, equivalent_command
 from engine.config.validation import validate
 from engine.config.writing import to_toml
 from engine.errors import PreflightError, UsageError
-from engine.plan.plan import Plan, make_plan
+from engine.plan.machine import Machine
+from engine.plan.plan import PhasePlan, Plan, make_plan
 from engine.ranks.place import LOCAL_HOST, Place, place_of
 from eqat_tui.configure import build_config
 
@@ -65,10 +66,10 @@ def test_one_gpu_is_the_run_that_it_was_and_several_are_another() -> None:
     assert "--set runtime.gpus=2" in equivalent_command(two)
 
 
-def planned(tmp_path: Path, gpus: int, **changes: object) -> Plan:
+def planned(tmp_path: Path, gpus: int, machine: Machine = TWO_GPUS, **changes: object) -> Plan:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_7B))
     settings = {"model.source": str(tmp_path), "runtime.gpus": gpus, "block_ap.batch_size": 8, **changes}
-    return make_plan(apply_overrides(PAPER, settings), machine=TWO_GPUS)
+    return make_plan(apply_overrides(PAPER, settings), machine=machine)
 
 
 def test_the_plan_is_that_of_one_gpus_share(tmp_path: Path) -> None:
@@ -89,12 +90,27 @@ def test_the_plan_is_that_of_one_gpus_share(tmp_path: Path) -> None:
     assert on_host[1].peak_host_bytes < 1.5 * on_host[0].peak_host_bytes
 
 
+def test_weights_that_are_shared_out_cost_each_gpu_its_share(tmp_path: Path) -> None:
+    """The figures that are to be met on four H100s, as reckoned: Block-AP 3.6, E2E-QP 3.7."""
+    four = msgspec.structs.replace(H200, gpus=4, gpu_name="NVIDIA H100 80GB HBM3")
+    one, plan = (planned(tmp_path, gpus, four) for gpus in (1, 4))
+
+    def phase(plan: Plan, name: str) -> PhasePlan:
+        return next(phase for phase in plan.phases if phase.name == name)
+
+    for name, least in (("block_ap", 3.0), ("e2e_qp", 3.7)):  # with everything around the steps
+        assert least < phase(one, name).seconds / phase(plan, name).seconds < 4
+    optimizer = [phase(made, "block_ap").parts["optimizer"] for made in (one, plan)]
+    assert optimizer[1] == pytest.approx(optimizer[0] / 4, rel=0.1)
+
+
 def test_gpus_that_are_not_there_and_those_that_are_of_no_use_are_refused(tmp_path: Path) -> None:
     (problem,) = planned(tmp_path, 4).problems
     assert (problem.where, problem.message) == ("runtime.gpus", "4 GPUs are asked for, and 2 can be seen")
     small = {"block_ap.sequences": 8, "block_ap.val_sequences": 0, "e2e_qp.enabled": False}
     small |= {"block_ap.sequence_length": 16, "evaluation.enabled": False}
-    slower = planned(tmp_path, 2, **small)
+    without_nvlink = msgspec.structs.replace(TWO_GPUS, gpu_name="NVIDIA L40S")
+    slower = planned(tmp_path, 2, without_nvlink, **small)
     (problem,) = slower.problems
     assert "2 GPUs would take" in problem.message
     assert "eqat sweep --jobs 2" in problem.hint

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.gpu.recorded import Graphed
-from engine.methods.blockwise.shared_step import Portion, portions, squares_of
+from engine.methods.blockwise.shared_step import Portion, Row, portions, squares_of
 from engine.quant.fake_linear import FakeQuantLinear
 from engine.quant.quant_step import (
     CONTROLS,
@@ -125,7 +125,7 @@ class FusedStepper(Stepper):
         self._shares = [self._is_shared(linear) for linear in self.linears]
         common, shared = _by(self._shares, self.linears)
         self._kernels, self._squares, self._parts = self._kernels_of(common, rates)
-        kernels, self._shared_squares, squares = self._kernels_of(shared, rates)
+        kernels, _, squares = self._kernels_of(shared, rates)
         quantized = [linear.quantized for linear in shared if linear.quantized is not None]
         self._places = portions(weight.nbytes for weight in quantized)
         self._portions = [
@@ -140,6 +140,7 @@ class FusedStepper(Stepper):
             )
             for places in self._places
         ]
+        self._row = Row(self._portions)
         for group, state in zip(self.groups, self.optimizer.param_groups, strict=True):
             # A tensor, so that a recorded step sees it change.
             state["lr"] = torch.full((), group.lr, device=self._loss.device)
@@ -216,11 +217,9 @@ class FusedStepper(Stepper):
         gradients, shared = _by(shares, found)
         if self._averaged is None:
             self._averaged = Averaged(self.world, [*common, self.grad_norm], self.device)
+        self._row.add([[shared[index] for index in places] for places in self._places], part)
         # Whether what is shared out is finite, as far as it came about here, goes along with the loss.
-        loss = self._averaged([*gradients, squares_of(shared, self.device)], loss, part)
-        for portion, places in zip(self._portions, self._places, strict=True):
-            portion.add([shared[index] for index in places], part)
-        return loss
+        return self._averaged([*gradients, squares_of(shared, self.device)], loss, part)
 
     @torch.no_grad()
     def step(self, loss: Tensor) -> None:
@@ -229,22 +228,13 @@ class FusedStepper(Stepper):
         recorded = (self.fixed or self._averaged is not None) and self._ran
         self._graph() if recorded else self._apply()
         if self._portions:
-            self._step_portions(recorded=recorded)
+            self._row.step(recorded=recorded)
+            self.grad_norm.copy_((self._common_squares + self._row.squared()).sqrt())
         if self._averaged is not None and self.sums_up:  # now that nobody reads them any more
             torch._foreach_zero_(list(self.gradients))
         if not recorded and not self.fixed and not self.sums_up:
             self.gradients = ()
         self._ran = True
-
-    def _step_portions(self, *, recorded: bool) -> None:
-        """What is shared out."""
-        for portion in self._portions:
-            portion.step(recorded=recorded)
-        squares = self._shared_squares.sum()
-        self.world.add_(squares)
-        self.grad_norm.copy_((self._common_squares + squares).sqrt())
-        for portion in self._portions:
-            portion.read(recorded=recorded)
 
     def _apply(self) -> None:
         """All but what is shared out, of which only the squares are known here."""

@@ -2,13 +2,13 @@
 
     reduce_scatter of a portion's gradients | AdamW of this rank's part, its integers | all_gather | W^ of all
 
-While one portion's gradients are added up between the GPUs, the GPU itself steps those before it, whose
-integers follow as soon as there is room on the link. So of a 7B block on four H100s what shows of all this is
-little more than the first column: its 0.4 GB of gradients take 0.9 ms, AdamW and the quantizer beside them
-0.6, and one after the other all would be 1.7 (:mod:`engine.plan.ranks` reckons with it).
+While one portion's gradients are added up between the GPUs, the GPU itself steps those before it, and their
+integers follow between two others on the link. So of a 7B block on four H100s little more shows of all this
+than what travels: its 0.4 GB of gradients take 0.9 ms and the integers 0.15; what the GPU does beside them,
+0.9, would come on top one after the other (:mod:`engine.plan.ranks` reckons with it).
 
-That works because whether a step is applied at all is known before the first portion comes: it follows from
-the gradients that each rank has itself, which are finite or not before they are added up.
+That works because whether a step is applied at all is known before the first portion is stepped: it follows
+from the gradients that each rank has itself, which are finite or not before they are added up.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from engine.quant.quant_step import QuantStep
 from engine.quant.shard_kernel import Message, Part
 from engine.training.sharded import LARGE_BYTES, ShardedGradients
 from engine.training.world import Wait, World
+
+AHEAD = 2
+"""Portions whose gradients travel before the integers of the first do."""
 
 
 class Portion:
@@ -40,13 +43,15 @@ class Portion:
         on_failure: Callable[[str], None],
     ) -> None:
         self._world, self._controls = world, controls
-        self.kernels, self._squares = kernels, squares
+        self._kernels, self._squares = kernels, squares
+        self.squared = torch.zeros((), device=controls.device)
+        """Of the step's gradients, those of the parameters, over all ranks."""
         device = controls.device
         self._gradients = ShardedGradients(world, quantized, device)
         self._message = Message(parts, world.rank, world.size)
         self._wait: Wait | None = None
         self._stepping = Graphed(self._step, device, on_failure)
-        self._reading = Graphed(self._message.read, device, on_failure)
+        self._reading = Graphed(self._read, device, on_failure)
 
     def add(self, gradients: Sequence[Tensor | None], part: float | None) -> None:
         """Begin to add up what came of this rank's ``part`` of the batch (:class:`ShardedGradients`)."""
@@ -60,22 +65,28 @@ class Portion:
         self._wait = self._world.join_parts(self._message.bytes)
 
     def _step(self) -> None:
-        for kernel, gradient, squares in zip(self.kernels, self._gradients.parts, self._squares, strict=True):
+        for kernel, gradient, squares in zip(
+            self._kernels, self._gradients.parts, self._squares, strict=True
+        ):
             kernel.apply(gradient, self._controls, squares)
-        self._message.write()
+        self._message.write(torch.stack([squares.sum() for squares in self._squares]).sum())
 
     def read(self, *, recorded: bool) -> None:
         """Once the others have told theirs, fill in the quantized weights."""
         assert self._wait is not None
         self._wait()
         self._wait = None
-        self._reading() if recorded else self._message.read()
+        self._reading() if recorded else self._read()
+
+    def _read(self) -> None:
+        self.squared.copy_(self._message.noted.sum())
+        self._message.read()
 
     def requantize(self) -> None:
         """The quantized weights of the parameters as they are now."""
-        for kernel, squares in zip(self.kernels, self._squares, strict=True):
+        for kernel, squares in zip(self._kernels, self._squares, strict=True):
             kernel.requantize(self._controls, squares)
-        self._message.write()
+        self._message.write(self.squared)
         self._world.join_parts(self._message.bytes)()
         self._message.read()
 
@@ -95,6 +106,42 @@ def portions(sizes: Iterable[int]) -> list[list[int]]:
         found[-1].append(index)
         room += size
     return found
+
+
+class Row:
+    """The portions of a step."""
+
+    def __init__(self, portions: Sequence[Portion]) -> None:
+        self._portions = portions
+        self._upcoming: list[Callable[[], None]] = []
+
+    def add(self, gradients: Sequence[Sequence[Tensor | None]], part: float | None) -> None:
+        """Begin to add up each portion's gradients; of the first ones at once."""
+
+        def later(portion: Portion, given: Sequence[Tensor | None]) -> Callable[[], None]:
+            return lambda: portion.add(given, part)
+
+        self._upcoming = [later(*pair) for pair in zip(self._portions, gradients, strict=True)]
+        self._go_on(AHEAD)
+
+    def _go_on(self, count: int) -> None:
+        for begin in self._upcoming[:count]:
+            begin()
+        del self._upcoming[:count]
+
+    def step(self, *, recorded: bool) -> None:
+        """All of them, once the controls say how."""
+        for number, portion in enumerate(self._portions):
+            self._go_on(1)
+            portion.step(recorded=recorded)
+            if number:
+                self._portions[number - 1].read(recorded=recorded)
+        for portion in self._portions[-1:]:
+            portion.read(recorded=recorded)
+
+    def squared(self) -> Tensor:
+        """Sum of squares of all gradients, over all ranks."""
+        return torch.stack([portion.squared for portion in self._portions]).sum()
 
 
 def squares_of(gradients: Iterable[Tensor | None], device: torch.device) -> Tensor:

@@ -26,6 +26,7 @@ from engine.plan.estimate import CONSTANTS, Workload
 from engine.plan.memory_terms import activation_bytes, largest_linear, passing_bytes
 from engine.plan.passages import passing
 from engine.plan.portions import passed_together
+from engine.plan.ranks import shared_saves
 from engine.plan.rates import COMPILING_PAYS, Speed, forward_flops
 from engine.plan.stages.gptq import gptq_parts, gptq_seconds
 
@@ -53,7 +54,7 @@ class BlockAPCosts(BlockTraining):
         weights = arch.params_per_block + 3 * arch.groups_per_block(work.config.grid.group_size)
         return {
             "weights of a block": 4 * weights,
-            "optimizer": 8 * trained,
+            "optimizer": 8 * self.stepped_weights(work),
             "activations and gradients": max(
                 top_of_backward, 4 * trained, advancing, self._search_bytes(work)
             ),
@@ -105,6 +106,9 @@ class BlockAPCosts(BlockTraining):
         allowed = self.may_compile(work) and work.config.runtime.compile != "off"
         return allowed and not self.section(work.config).grad_clip
 
+    def shares_out(self, work: Workload) -> bool:
+        return self._recorded(work)
+
     def _compiled(self, work: Workload, rates: Speed) -> bool:
         """On a GPU, where all steps together take long enough."""
         if not self.may_compile(work):
@@ -129,4 +133,6 @@ class BlockAPCosts(BlockTraining):
         if not compiled and not recorded:
             return compute + arch.linear_params_per_block * rates.plain.per_weight + rates.plain.launch
         cost = (rates.fast if compiled else rates.recorded) if recorded else rates.compiled
-        return max(compute + arch.linear_params_per_block * cost.per_weight, cost.launch)
+        weight = cost.per_weight - (shared_saves(work, rates) if recorded else 0.0)
+        compute += tokens * arch.hidden * cost.per_number
+        return max(compute + arch.linear_params_per_block * weight, cost.launch)

@@ -12,6 +12,7 @@ import math
 
 from engine.plan.estimate import Workload
 from engine.plan.object_sizes import integers_bytes
+from engine.plan.ranks import shared_saves
 from engine.plan.rates import Speed
 from engine.plan.stages.e2e_qp import E2EQPCosts
 
@@ -30,7 +31,7 @@ class E2EQATCosts(E2EQPCosts):
         copies = 2 * compute if work.cuda else 2 * 4
         return {
             "latents and grid": 4 * (weights + 3 * groups) + norms,
-            "optimizer": 8 * self.trained_parameters(work),
+            "optimizer": 8 * self.stepped_weights(work),
             "quantized weights and gradients": copies * weights,
         }
 
@@ -38,8 +39,13 @@ class E2EQATCosts(E2EQPCosts):
         """AdamW and the quantizer, once a step."""
         section, arch = self.section(work.config), work.arch
         steps = section.epochs * math.ceil(section.sequences / section.batch_size)
-        cost = rates.fast if work.cuda else rates.plain
-        return steps * arch.blocks * arch.linear_params_per_block * cost.per_weight
+        weight = rates.fast.per_weight if work.cuda else rates.plain.per_weight
+        if self.shares_out(work):
+            weight -= shared_saves(work, rates)
+        return steps * arch.blocks * arch.linear_params_per_block * weight
+
+    def shares_out(self, work: Workload) -> bool:
+        return work.cuda
 
     def result_bytes(self, work: Workload) -> int:
         norms = "norms" in self.trains(work.config)
