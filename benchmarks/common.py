@@ -148,6 +148,9 @@ class Marks:
     def due(self) -> bool:
         return False
 
+    def wants_state(self) -> bool:
+        return False
+
     def step_boundary(self, state: Any) -> None:
         self.events.append(mark())
 

@@ -1,26 +1,32 @@
 """What several GPUs of one machine make of a run, beside one of them, in the same call.
 
-    python benchmarks/several_gpus.py                            # 1, 2, 4 GPUs, as many as there are
+    python benchmarks/several_gpus.py --gpus 1 2 4               # as many as there are; four minutes or less
     python benchmarks/several_gpus.py --gpus 1 4 --what block
     python benchmarks/several_gpus.py --shape tiny --gpus 1 2    # without a GPU: processes on the CPU
 
 The batch stays the same, whatever number of GPUs shares it:
 
     block   a step of Block-AP, recorded and compiled as in a long run: 8 sequences of 2048 tokens
-    add     of that, adding up a block's gradients over the GPUs, by itself
-    e2e     a step of E2E-QP on four layers: 32 sequences of 4096 tokens, as many at a time as ``--micro``
+    block2  the same with the published batch of 2, which keeps two GPUs busy
+    e2e     a step of E2E-QP on four layers: 16 sequences of 4096 tokens, four at a time
+    qat     a step of E2E-QAT on a network of SmolLM2's shape: 32 sequences of 1024 tokens
+    70b     a step of E2E-QP on two layers of the 70B shape
+    add     adding up a block's gradients over the GPUs, by itself
     run     both trainings of a whole run of the engine on a model of SmolLM2's shape (random weights and
             text), by the seconds that its phases say they took: streams, validations and commits included
 
-Every number is the median of ``--repeat`` trainings, and their range. A step is timed on the first GPU's own
-time line. The last column is how many times as fast as the first row of its kind.
+The first five unless ``--what`` says otherwise. Every number is the median of ``--repeat`` trainings, and
+their range. A step is timed on the first GPU's own time line. Numbers of GPUs that there is room for beside
+each other (1 and 2 of 4) are measured at the same time, each on GPUs of its own. The last columns are how
+many times as fast as the smallest number of GPUs, and what the plan says to that.
+
+With time left in ``--within``, the largest number measures ``block`` once more without NVLink
+(``NCCL_P2P_DISABLE=1``).
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import gc
 import json
 import os
 import statistics
@@ -28,158 +34,35 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from block_step import GRID, settings
-from common import (
-    DEVICE,
-    SHAPES,
-    Marks,
-    dtype,
-    median_of,
-    model,
-    packed_block,
-    peak_gib,
-    random_block,
-    reset_peak,
-    synchronize,
-    table,
-    where,
-)
+from common import DEVICE, SHAPES, median_of, table, where
 from safetensors.torch import save_file
+from several_steps import CUDA, KINDS, WORDS, kind_of, measure, planned
 from transformers import LlamaConfig
 
-from engine.config.e2e_qp import E2EQPConfig
 from engine.config.loading import load
-from engine.data.activations import ActivationStore, make_store
-from engine.methods.blockwise.block_ap import train_block
-from engine.methods.blockwise.reconstruction import Streams
-from engine.methods.network.e2e_qp import train_scales
-from engine.methods.network.network import NetworkData
 from engine.models.random_weights import RandomReader
 from engine.models.source import ModelSource
-from engine.quant.packed import Kernels
+from engine.plan.machine import visible_gpus
+from engine.process import device_name
 from engine.ranks.place import LOCAL_HOST, Place, place_of
 from engine.run import event_log, events
 from engine.run.directory import RunDirectory
 from engine.run.launch import ENGINE, python_environment
-from engine.training.averaged import Averaged
 from engine.training.world import ALONE, World, close_world, meeting_place, open_world
 
-LAYERS = 4
-SKIPPED = 2
-"""First steps of E2E-QP, in which things are compiled and memory is found."""
-WHAT = ("block", "add", "e2e", "run")
-UNITS = {"block": "ms a step", "add": "ms", "e2e": "ms a step", "run": "s"}
-CUDA = DEVICE.type == "cuda"
-
-
-def sizes(shape: str) -> dict[str, Any]:
-    """Batches and lengths."""
-    if shape == "tiny":
-        return {"batch": 8, "length": 32, "e2e_batch": 8, "e2e_length": 32, "vocabulary": 256, "steps": 12}
-    return {"batch": 8, "length": 2048, "e2e_batch": 32, "e2e_length": 4096, "vocabulary": 32000, "steps": 32}
-
+WITHOUT_NVLINK = {"NCCL_P2P_DISABLE": "1"}
+NVLINK_ROW_SECONDS = 45.0
+"""Of the row without NVLink, whose steps are compiled already."""
 
 # -- in each process -----------------------------------------------------------------------------------
-
-
-def store(sequences: range, length: int, hidden: int, number: int) -> ActivationStore:
-    """Normal numbers, of a sequence the same wherever it lies."""
-    made = make_store("device", (len(sequences), length, hidden), dtype(), DEVICE)
-    for place, sequence in enumerate(sequences):
-        generator = torch.Generator(DEVICE).manual_seed(2 * sequence + number)
-        made.write(place, torch.randn(1, length, hidden, device=DEVICE, generator=generator).to(dtype()))
-    return made
-
-
-def block(args: argparse.Namespace, world: World) -> dict[str, Any]:
-    """Steps of Block-AP."""
-    how = sizes(args.shape)
-    batch, length, sequences = how["batch"], how["length"], how["steps"] * how["batch"]
-    lm = model(SHAPES[args.shape])
-    stores = [store(world.share(sequences), length, lm.hidden_size, number) for number in (0, 1)]
-    streams, took, peak, loss = Streams(stores[0], stores[1], sequences, world), [], 0.0, 0.0
-    for number in range(1 + args.repeat):
-        marks = Marks()
-        reset_peak()
-        result = train_block(
-            *(lm, 0, copy.deepcopy(random_block(args.shape)).to(DEVICE), streams),
-            *(settings(sequences, batch, length), GRID),
-            seed=number,
-            dtype=dtype(),
-            progress=marks,
-            keeper=marks,
-            world=world,
-            fast=CUDA,
-            compiles=CUDA,
-        )
-        if number:  # the first one compiles
-            took.append(statistics.median(marks.steps()))
-        peak, loss = peak_gib(0), result.final_loss
-        del result
-        gc.collect()
-    return {"took": took, "peak": peak, "loss": loss}
-
-
-def add(args: argparse.Namespace, world: World) -> dict[str, Any]:
-    """Gradients of a block, over the ranks."""
-    parameters = list(copy.deepcopy(random_block(args.shape)).to(DEVICE, dtype()).parameters())
-    averaged = Averaged(world, parameters, DEVICE)
-    took = []
-    for _ in range(args.repeat):
-        begun = time.perf_counter()
-        for _ in range(10):
-            averaged(parameters, torch.zeros((), device=DEVICE), None)
-        synchronize()
-        took.append(1e2 * (time.perf_counter() - begun))
-    return {"took": took, "bytes": sum(p.nbytes for p in parameters)}
-
-
-def e2e(args: argparse.Namespace, world: World) -> dict[str, Any]:
-    """Steps of E2E-QP."""
-    how = sizes(args.shape)
-    lm = model(SHAPES[args.shape], blocks=LAYERS, vocabulary=how["vocabulary"])
-    Kernels.on = False
-    if CUDA:
-        Kernels.switch_on(DEVICE)
-    config = E2EQPConfig(
-        sequences=args.steps * how["e2e_batch"],
-        val_sequences=0,
-        sequence_length=how["e2e_length"],
-        batch_size=how["e2e_batch"],
-        micro_batch_size=args.micro,
-        loss="cross_entropy",
-        lr=1e-3,
-    )
-    generator = torch.Generator().manual_seed(0)
-    shape = config.sequences, config.sequence_length
-    tokens = torch.randint(0, how["vocabulary"], shape, generator=generator)
-    took, peak = [], 0.0
-    for number in range(args.repeat):
-        blocks = [copy.deepcopy(packed_block(args.shape)) for _ in range(LAYERS)]
-        marks = Marks()
-        reset_peak()
-        train_scales(
-            *(lm, blocks, NetworkData(tokens, config.sequences, None, world=world), config),
-            seed=number,
-            dtype=dtype(),
-            progress=marks,
-            keeper=marks,
-            world=world,
-            recompute=args.recompute,
-            compiles=CUDA,
-            records=CUDA,
-        )
-        took.append(statistics.median(marks.steps(SKIPPED)))
-        peak = peak_gib(0)
-        del blocks
-        gc.collect()
-    return {"took": took, "peak": peak}
 
 
 def compute(args: argparse.Namespace) -> None:
@@ -194,9 +77,17 @@ def compute(args: argparse.Namespace) -> None:
         meeting = meeting_place(place.host, place.port, place.size, hosts=place.rank == 0)
         world = open_world(meeting, place.rank, place.size, DEVICE)
     for what in args.what:
-        found = {"block": block, "add": add, "e2e": e2e}[what](args, world)
+        found: dict[str, Any] = {}
+        try:
+            found = measure(args, what, world)
+        except Exception:
+            traceback.print_exc()
+        if not all(world.least([bool(found)])):
+            found = {"failed": True}
         if world.rank == 0:
             print(json.dumps({"what": what, "gpus": world.size, **found}), flush=True)
+        if CUDA:
+            torch.cuda.empty_cache()
     if place is not None:
         world.least([0])  # nobody goes while another still reads
         close_world()
@@ -205,25 +96,48 @@ def compute(args: argparse.Namespace) -> None:
 # -- the table -----------------------------------------------------------------------------------------
 
 
-def measured(args: argparse.Namespace, gpus: int, what: list[str]) -> list[dict[str, Any]]:
-    """Of so many processes."""
+def measured(
+    args: argparse.Namespace, gpus: int, what: list[str], first: int = 0, more: dict[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Of so many processes, on the GPUs from number ``first`` on."""
+    what = [one for one in what if one == "add" or kind_of(args, one).batch % gpus == 0]
     port = meeting_place(LOCAL_HOST, 0, 1, hosts=True).port  # which is free again at once
-    options = [f"--{name}={getattr(args, name)}" for name in ("shape", "steps", "repeat", "micro")]
+    options = [f"--{name}={getattr(args, name)}" for name in ("shape", "repeat")]
     command = [sys.executable, __file__, "--compute", str(gpus), *options, "--what", *what]
-    command += ["--recompute"] * args.recompute
+    environment = {**os.environ, **(more or {})}
+    if CUDA:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus()[first : first + gpus])
     processes = []
     for rank in range(gpus):
         told = Place(rank, gpus, rank, LOCAL_HOST, port).variables()
         output = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
-        processes.append(subprocess.Popen(command, env={**os.environ, **told}, stdout=output, text=True))
+        processes.append(subprocess.Popen(command, env={**environment, **told}, stdout=output, text=True))
     try:
         said, _ = processes[0].communicate(timeout=args.timeout)
+    except subprocess.TimeoutExpired:
+        processes[0].kill()
+        said, _ = processes[0].communicate()
+        print(f"{gpus} GPUs: no more within {args.timeout:.0f} s", file=sys.stderr, flush=True)
     finally:
         for process in processes:
             process.kill()
-    if processes[0].returncode:
-        raise SystemExit(f"{what} on {gpus} ended with {processes[0].returncode}")
-    return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    found = [json.loads(line) for line in (said or "").splitlines() if line.startswith("{")]
+    for one in found:
+        if one.get("failed"):
+            print(f"{WORDS[one['what']]} on {gpus} failed, as is said above", file=sys.stderr, flush=True)
+    return [one for one in found if not one.get("failed")]
+
+
+def side_by_side(counts: list[int], most: int) -> list[list[tuple[int, int]]]:
+    """Which numbers of GPUs are measured at the same time, each with the number of its first one."""
+    groups: list[list[tuple[int, int]]] = []
+    for gpus in sorted(counts, reverse=True):
+        taken = sum(other for other, _ in groups[-1]) if groups else most
+        if taken + gpus > most:
+            groups.append([])
+            taken = 0
+        groups[-1].append((gpus, taken))
+    return groups
 
 
 def whole_run(args: argparse.Namespace, gpus: int, folder: Path) -> dict[str, Any] | None:
@@ -316,55 +230,73 @@ def make_model(shape: str, folder: Path) -> None:
     (folder / "text.txt").write_text("\n\n".join(paragraphs))
 
 
-def rows(found: list[dict[str, Any]]) -> list[list[str]]:
+def rows(args: argparse.Namespace, found: list[dict[str, Any]]) -> list[list[str]]:
     """Of the table."""
-    first = {one["what"]: statistics.median(one["took"]) for one in reversed(found)}
-    return [
-        [
-            one["what"],
-            str(one["gpus"]),
-            f"{median_of(one['took'])} {UNITS[one['what']]}",
-            f"{one['peak']:.2f}" if one.get("peak") else "",
-            f"{one['loss']:.5g}" if one.get("loss") is not None else "",
-            f"{first[one['what']] / statistics.median(one['took']):.2f} x",
-        ]
-        for one in found
-    ]
+    first = {one["what"]: one for one in reversed(found)}
+    made = []
+    for one in found:
+        what, base = one["what"], first[one["what"]]
+        took = statistics.median(one["took"])
+        plan = faster = ""
+        if what in KINDS and not one.get("without"):
+            seconds, alone = (
+                planned(args, what, gpus, device_name(DEVICE)) for gpus in (one["gpus"], base["gpus"])
+            )
+            plan, faster = f"{seconds:.2f}", f"{alone / seconds:.2f} x"
+        made.append(
+            [
+                WORDS[what] + one.get("without", ""),
+                str(one["gpus"]),
+                f"{median_of(one['took'])} {'s' if what == 'run' else 'ms'}",
+                f"{one['peak']:.2f}" if one.get("peak") else "",
+                f"{one['loss']:.5g}" if one.get("loss") is not None else "",
+                f"{statistics.median(base['took']) / took:.2f} x",
+                faster,
+                plan,
+            ]
+        )
+    return made
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--shape", default="Llama-2-7B", choices=list(SHAPES))
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT))
-    parser.add_argument("--steps", type=int, default=6, help="of E2E-QP")
-    parser.add_argument("--micro", type=int, default=4, help="sequences at a time of E2E-QP")
-    parser.add_argument("--recompute", action="store_true", help="E2E-QP recomputes activations")
+    parser.add_argument("--what", nargs="+", choices=list(WORDS), default=list(KINDS))
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument(
         "--run-repeat", type=int, default=1, help="of whole runs, each with a seed of its own"
     )
     parser.add_argument("--sequences", type=int, default=512, help="that a whole run is trained on")
-    parser.add_argument("--timeout", type=float, default=560.0, help="seconds of one number of GPUs")
+    parser.add_argument("--timeout", type=float, default=200.0, help="seconds of one number of GPUs")
+    parser.add_argument("--within", type=float, default=240.0, help="seconds of all but whole runs")
     parser.add_argument("--compute", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.compute:
         compute(args)
         return
-    most = torch.cuda.device_count() if CUDA else os.cpu_count() or 1
-    counts = [gpus for gpus in args.gpus if gpus <= most]
-    found = []
+    began = time.monotonic()
+    most = torch.cuda.device_count() if CUDA else max(args.gpus)
+    counts = sorted({gpus for gpus in args.gpus if gpus <= most})
+    found: list[dict[str, Any]] = []
     steps = [what for what in args.what if what != "run"]
-    if steps:
-        for gpus in counts:
-            found += measured(args, gpus, steps)
-            print(*rows(found[-len(steps) :]), sep="\n", file=sys.stderr, flush=True)
+    if steps and counts:
+        for group in side_by_side(counts, most) if CUDA else [[(gpus, 0)] for gpus in counts]:
+            with ThreadPoolExecutor() as pool:
+                for one in pool.map(lambda each: measured(args, each[0], steps, each[1]), group):
+                    found += one
+                    print(*one, sep="\n", file=sys.stderr, flush=True)
+    found.sort(key=lambda one: one["gpus"])
+    spent = time.monotonic() - began
+    if CUDA and "block" in steps and max(counts, default=1) > 1 and spent + NVLINK_ROW_SECONDS < args.within:
+        without = measured(args, max(counts), ["block"], more=WITHOUT_NVLINK)
+        found += [{**one, "without": ", no NVLink"} for one in without]
     if "run" in args.what:
         with tempfile.TemporaryDirectory() as name:
             make_model(args.shape, Path(name))
             found += filter(None, (whole_run(args, gpus, Path(name)) for gpus in counts))
-    ordered = [one for what in WHAT for one in found if one["what"] == what]
-    table("what | GPUs | took | peak GiB | loss | as fast", rows(ordered))
+    ordered = [one for what in WORDS for one in found if one["what"] == what]
+    table("what | GPUs | a step | peak GiB | loss | as fast | planned | planned ms", rows(args, ordered))
     print(f"{args.shape}; {where()}")
 
 
