@@ -104,7 +104,8 @@ def measured(
     port = meeting_place(LOCAL_HOST, 0, 1, hosts=True).port  # which is free again at once
     options = [f"--{name}={getattr(args, name)}" for name in ("shape", "repeat")]
     command = [sys.executable, __file__, "--compute", str(gpus), *options, "--what", *what]
-    environment = {**os.environ, **(more or {})}
+    # NVLink's multicast is not everywhere to be had, and a run must not need it.
+    environment = {"NCCL_NVLS_ENABLE": "0", **os.environ, **(more or {})}
     if CUDA:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus()[first : first + gpus])
     processes = []

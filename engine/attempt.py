@@ -200,7 +200,8 @@ def _work(
     report.listen()
     if others is not None:
         others.watch(report, lambda error: _end(run, report, error))
-    telemetry = Telemetry(device, run.path, report.emit)
+    emit = report.emit if others is None else others.with_readings(report.emit)
+    telemetry = Telemetry(device, run.path, emit)
     outcome: events.Outcome = "done"
     code = ExitCode.DONE
     plan: Plan | None = None

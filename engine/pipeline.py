@@ -37,6 +37,7 @@ from engine.phases.samples import write_samples
 from engine.plan.plan import Plan
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
+from engine.run.events import RankPeaks
 from engine.run.housekeeping import remove_cache
 from engine.run.task import Asked
 from engine.training.world import ALONE, World
@@ -77,6 +78,9 @@ class Pipeline:
             with self.report.phase(name):
                 self._call_others(name)
                 self._work_of(name)()
+                if self.job.world.several and together(name) is not None:
+                    peaks = self.job.world.gathered(self.report.peaks(), RankPeaks)
+                    self.report.ranks = tuple(peaks)
         self._call_others("")
         if self.asked.task == "run":
             # A finished run keeps what it made, and nothing that only helped to make it.

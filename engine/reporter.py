@@ -22,6 +22,7 @@ from engine.run import event_log, events
 from engine.run.control import STOP_SIGNALS, acknowledge, pending
 from engine.run.directory import RunDirectory
 from engine.run.housekeeping import clean_temporaries
+from engine.run.peaks import larger
 from engine.run.proof import FolderIdentity
 from engine.run.status import LONGEST_FAILURE, Status, write_status
 from engine.run.task import RUN, Task
@@ -41,6 +42,7 @@ class Reporter:
         self, run: RunDirectory, attempt: int, device: torch.device, rank: int = 0, *, task: Task = RUN
     ) -> None:
         self.run, self.attempt, self.device, self.task = run, attempt, device, task
+        self.rank = rank
         self._place = FolderIdentity.at(run.path)
         if rank == 0:
             clean_temporaries(run)
@@ -79,6 +81,14 @@ class Reporter:
         self.phases = phases
         with self._estimating:
             self._estimate = TimeLeft(phases, predicted_seconds)
+
+    def peaks(self) -> events.RankPeaks:
+        """Of this process, since the phase began."""
+        return events.RankPeaks(
+            rank=self.rank,
+            peak_gpu_bytes=telemetry.peak_gpu_bytes(self.device),
+            peak_host_bytes=telemetry.peak_host_bytes(),
+        )
 
     # Hearing
 
@@ -233,16 +243,20 @@ class Reporter:
             self._estimate.phase_begins(name, self._phase_began)
         index = self.phases.index(name) if name in self.phases else len(self.phases)
         self.emit(events.PhaseStarted(phase=name, index=index, phases=len(self.phases)))
+        self.ranks: tuple[events.RankPeaks, ...] = ()
+        """Of a phase that several processes make together, each one's peaks once it is made."""
         yield
         seconds = time.monotonic() - self._phase_began
         with self._estimating:
             self._estimate.phase_ends(self._phase_began + seconds)
+        peaks = self.ranks or (self.peaks(),)
         self.emit(
             events.PhaseFinished(
                 phase=name,
                 seconds=seconds,
-                peak_gpu_bytes=telemetry.peak_gpu_bytes(self.device),
-                peak_host_bytes=telemetry.peak_host_bytes(),
+                peak_gpu_bytes=larger(*(one.peak_gpu_bytes for one in peaks)),
+                peak_host_bytes=larger(*(one.peak_host_bytes for one in peaks)),
+                ranks=self.ranks,
             )
         )
 

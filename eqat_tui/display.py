@@ -31,6 +31,7 @@ from eqat_tui.output import (
     say,
     share,
 )
+from eqat_tui.ranks_text import slowest
 from eqat_tui.words import block_place, time_left
 
 if TYPE_CHECKING:
@@ -170,6 +171,9 @@ def measurements(state: RunState) -> list[str]:
             parts.append(f"GPU {format_bytes(memory.gpu_used)} of {format_bytes(memory.gpu_total)}")
         if memory.host_used is not None:
             parts.append(f"memory {format_bytes(memory.host_used)}")
+        last = slowest(memory.ranks)
+        if last is not None:
+            parts.append(f"rank {last} of {len(memory.ranks)} is the slowest")
     return parts
 
 

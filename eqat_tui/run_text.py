@@ -37,6 +37,7 @@ from eqat_tui.output import (
     table,
 )
 from eqat_tui.planned import branch
+from eqat_tui.ranks_text import peaks, whose
 from eqat_tui.words import block_place, model_name, time_left
 
 Tree = Mapping[str, Any]
@@ -225,9 +226,9 @@ def facts(run: Tree) -> dict[str, str]:
         )
         lines["time"] = f"{format_seconds(total)} ({shares})"
     memory = [
-        f"{name} {format_bytes(peak)}"
-        for name, peak in (("GPU", _peak(run, "peak_gpu_bytes")), ("process", _peak(run, "peak_host_bytes")))
-        if peak is not None
+        f"{name} {format_bytes(peak)}{_whose(run, key)}"
+        for name, key in (("GPU", "peak_gpu_bytes"), ("process", "peak_host_bytes"))
+        if (peak := _peak(run, key)) is not None
     ]
     if memory:
         lines["peak memory"] = ", ".join(memory)
@@ -392,6 +393,12 @@ def _position(run: Tree) -> str:
         words += f",{job_share(run)}" if job_share(run) else ""
     left = time_left(run.get("eta_s"), run.get("over_s"), measured=run.get("eta_measured", True))
     return f"{words}, {left}" if left else words
+
+
+def _whose(run: Tree, key: str) -> str:
+    """Of several processes, which had it, and what the others had."""
+    words = whose(peaks(run["phases"], key))
+    return f" ({words})" if words else ""
 
 
 def _peak(run: Tree, key: str) -> int | None:

@@ -33,10 +33,13 @@ from engine.ranks.others import (
     ready_key,
 )
 from engine.ranks.place import Place
+from engine.ranks.readings import telling
 from engine.ranks.reporter import QuietReporter
 from engine.run.control import STOP_SIGNALS
 from engine.run.directory import RunDirectory
+from engine.run.events import RankPeaks
 from engine.system.printable import printable
+from engine.telemetry import Telemetry
 from engine.training.world import meeting_place, open_world
 
 LOOK_SECONDS = 0.5
@@ -56,10 +59,15 @@ def work(run: RunDirectory, config: RunConfig, attempt: int, place: Place) -> in
         while not store.check([JOINING_KEY]):
             time.sleep(READY_SECONDS)
         world = open_world(store, place.rank, place.size, device)
+        # By a connection of its own: whoever waits at the other one would keep this waiting.
+        told = meeting_place(place.host, place.port, place.size, hosts=False)
+        tell = telling(told, place.rank, lambda: world.last_wait)
+        telemetry = Telemetry(device, run.path, tell)
         job = joined(run, config, world.told(Prepared), report, device, world)
         while True:
             call = world.told(Call)
             if not call.phase:
+                telemetry.close()
                 return 0
             assert isinstance(job.store, FollowedStore)
             job.store.take(call.contents)
@@ -67,6 +75,7 @@ def work(run: RunDirectory, config: RunConfig, attempt: int, place: Place) -> in
             assert work_of_all is not None
             with report.phase(call.phase):
                 work_of_all(job)
+                world.gathered(report.peaks(), RankPeaks)
     except BaseException as error:
         _wait_for_what_came_first(error)
         failure = as_eqat_error(error, report.position() if report else "starting", config)

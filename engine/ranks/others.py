@@ -22,8 +22,10 @@ import torch
 
 from engine.errors import EqatError, ExitCode
 from engine.ranks.place import LOCAL_HOST, Place
+from engine.ranks.readings import hearing
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
+from engine.run.events import Memory
 from engine.run.launch import ENGINE, engine_environment, log_path
 from engine.system.guarded import open_regular
 from engine.training.world import Together, meeting_place, open_world
@@ -110,6 +112,7 @@ class Others:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self._report: Reporter | None = None
+        self._world: Together | None = None
 
     # Watching
 
@@ -170,7 +173,16 @@ class Others:
             time.sleep(READY_SECONDS)
             self.hear(time.monotonic() - began)
         self.store.set(JOINING_KEY, "1")
-        return open_world(self.store, 0, self.size, self.device, self.hear)
+        self._world = open_world(self.store, 0, self.size, self.device, self.hear)
+        return self._world
+
+    def with_readings(self, emit: Callable[[Memory], None]) -> Callable[[Memory], None]:
+        """For a reading of this process: ``emit`` it with those of the others."""
+
+        def waited() -> float | None:
+            return None if self._world is None else self._world.last_wait
+
+        return hearing(self._watched, self.size, waited, emit)
 
     def close(self) -> None:
         """End them: what they know, this process knows."""

@@ -68,13 +68,23 @@ class PhaseStarted(Event, frozen=True, kw_only=True, tag="phase.started"):
     phases: int
 
 
+class RankPeaks(msgspec.Struct, frozen=True, kw_only=True):
+    """Peak memory of one of several processes, on a GPU of its own."""
+
+    rank: int
+    peak_gpu_bytes: int | None = None
+    peak_host_bytes: int | None = None
+
+
 class PhaseFinished(Event, frozen=True, kw_only=True, tag="phase.finished"):
-    """Seconds and peak memory of this attempt's part of the phase."""
+    """Seconds and peak memory of this attempt's part of the phase; of several processes that made it together
+    the largest peaks, and each one's."""
 
     phase: str
     seconds: float
     peak_gpu_bytes: int | None = None
     peak_host_bytes: int | None = None
+    ranks: tuple[RankPeaks, ...] = ()
 
 
 class BlockStarted(Event, frozen=True, kw_only=True, tag="block.started"):
@@ -117,8 +127,26 @@ class Metric(Event, frozen=True, kw_only=True, tag="metric"):
     non_finite: bool = False
 
 
+class RankReading(msgspec.Struct, frozen=True, kw_only=True):
+    """What :class:`Memory` says, of one of several processes."""
+
+    rank: int
+    gpu_used: int | None = None
+    gpu_total: int | None = None
+    gpu_peak: int | None = None
+    gpu_utilization: float | None = None
+    gpu_temperature: float | None = None
+    gpu_power: float | None = None
+    host_used: int | None = None
+    host_peak: int | None = None
+    waited: float | None = None
+    """Seconds that it waited for the others in a step, the last time that this was measured; the slowest
+    waits least."""
+
+
 class Memory(Event, frozen=True, kw_only=True, tag="memory"):
-    """A sample of the machine: bytes, per cent, degrees Celsius, watts. What cannot be read is null."""
+    """A sample of the machine: bytes, per cent, degrees Celsius, watts. What cannot be read is null. Of
+    several processes it is the first one's, and each one's beside it."""
 
     gpu_used: int | None = None
     gpu_total: int | None = None
@@ -131,6 +159,7 @@ class Memory(Event, frozen=True, kw_only=True, tag="memory"):
     host_peak: int | None = None
     host_available: int | None = None
     disk_free: int | None = None
+    ranks: tuple[RankReading, ...] = ()
 
 
 class Eval(Event, frozen=True, kw_only=True, tag="eval"):

@@ -149,7 +149,7 @@ def render(
         "waiting": waiting(run.status, state),
         "position": _position(run, state),
         "job": _job(run.job, work),
-        "phases": [_fields(row, *_PHASE) for row in run.phases],
+        "phases": [{**_fields(row, *_PHASE), "ranks": msgspec.to_builtins(row.ranks)} for row in run.phases],
         "blocks": [_fields(row, *_BLOCK) for row in run.trained_blocks()],
         "perplexity": run.perplexity(),
         "answer_perplexity": run.answer_perplexity(),
@@ -261,7 +261,11 @@ def _payload(event: Event | None) -> dict[str, Any] | None:
     if event is None:
         return None
     envelope = ("v", "seq", "attempt", "t", "mono")
-    return {name: getattr(event, name) for name in event.__struct_fields__ if name not in envelope}
+    found = {name: getattr(event, name) for name in event.__struct_fields__ if name not in envelope}
+    return {
+        name: msgspec.to_builtins(value) if isinstance(value, tuple) else value
+        for name, value in found.items()
+    }
 
 
 def json_safe(tree: Any, depth: int = 0) -> Any:

@@ -20,6 +20,7 @@ from engine.run.directory import RunDirectory
 from engine.run.event_log import read_events
 from engine.run.events import Event
 from engine.run.measures import MOST_ERRORS, MOST_SCORES, MOST_TEXTS, Divergence, TaskScore, TextMeasure
+from engine.run.peaks import larger, larger_of_each, of_reading
 from engine.run.status import Status, read_status
 from engine.run.task import RUN, is_job
 from engine.run.thinning import MAX_METRICS, MAX_READINGS, Bulk, appended, before
@@ -42,6 +43,8 @@ class PhaseRow(msgspec.Struct, frozen=True, kw_only=True):
     peak_host_bytes: int | None = None
     started: bool = True
     finished: bool = False
+    ranks: tuple[events.RankPeaks, ...] = ()
+    """Of several processes that made it together, each one's peaks."""
 
 
 class BlockRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -345,8 +348,9 @@ def _phase_finished(state: RunState, event: events.PhaseFinished) -> RunState:
     row = _change(
         row,
         seconds=row.seconds + event.seconds,
-        peak_gpu_bytes=_larger(row.peak_gpu_bytes, event.peak_gpu_bytes),
-        peak_host_bytes=_larger(row.peak_host_bytes, event.peak_host_bytes),
+        peak_gpu_bytes=larger(row.peak_gpu_bytes, event.peak_gpu_bytes),
+        peak_host_bytes=larger(row.peak_host_bytes, event.peak_host_bytes),
+        ranks=larger_of_each(row.ranks, event.ranks),
         finished=True,
     )
     # The event carries the seconds of this attempt's part: they must not be counted again on closing.
@@ -510,10 +514,14 @@ def _close_phase(state: RunState) -> RunState:
     row = _change(row, seconds=row.seconds + max(0.0, state.last_mono - state.open_since))
     last = state.memory
     if last is not None and last.attempt == state.attempt and last.mono >= state.open_since:
+        ranks = of_reading(last)
         row = _change(
             row,
-            peak_gpu_bytes=_larger(row.peak_gpu_bytes, last.gpu_peak),
-            peak_host_bytes=_larger(row.peak_host_bytes, last.host_peak),
+            peak_gpu_bytes=larger(row.peak_gpu_bytes, last.gpu_peak, *(one.peak_gpu_bytes for one in ranks)),
+            peak_host_bytes=larger(
+                row.peak_host_bytes, last.host_peak, *(one.peak_host_bytes for one in ranks)
+            ),
+            ranks=larger_of_each(row.ranks, ranks),
         )
     closed: RunState = _change(state, phases=_with_phase(state.phases, row), open_since=None)
     return closed
@@ -527,11 +535,6 @@ def _with_phase(rows: tuple[PhaseRow, ...], changed: PhaseRow) -> tuple[PhaseRow
     if any(row.name == changed.name for row in rows):
         return tuple(changed if row.name == changed.name else row for row in rows)
     return (*rows, changed)
-
-
-def _larger(one: int | None, other: int | None) -> int | None:
-    known = [value for value in (one, other) if value is not None]
-    return max(known, default=None)
 
 
 def _perplexity(evaluation: events.Eval | None) -> float | None:

@@ -30,6 +30,7 @@ from engine.training.progress import Keeper, Progress
 from engine.training.schedule import Schedule, rate_factor
 from engine.training.snapshot import Snapshot
 from engine.training.stepper import BETAS, Diverged, ParameterGroup, Stepper
+from engine.training.waiting import Waiting
 from engine.training.world import ALONE, World
 
 MAX_ROLLBACKS = 2
@@ -180,6 +181,7 @@ class Training:
         self.loss = torch.zeros((), device=settings.device)
         self.stepper = self.method.stepper(self.settings)
         self._steps_here = 0
+        self._waiting = Waiting(self.world, settings.device)
         self._keeps = False
         """Whether all ranks have agreed that the state at the coming boundary is kept, and is whole."""
         if snapshot is not None:
@@ -228,8 +230,10 @@ class Training:
         factor = rate_factor(settings.schedule, step, self.sampler.steps, settings.lr_final_fraction, warmup)
         self.stepper.set_lr(self.lr_factor * factor)
         loss = self.with_memory(lambda micro_batch: self._accumulate(rows, micro_batch))
+        self._waiting.begin()
         micro_batch, due = self._agreed()
         self.loss = self.stepper.average(loss, self._part(step))
+        self._waiting.end()
         self.stepper.step(self.loss)
         self.method.project()
         self.position.steps_done += 1
@@ -239,6 +243,7 @@ class Training:
             self.method.memory_is_short(micro_batch)
         if self.progress.due() if due is None else due:
             self.stepper.check(step)
+            self._waiting.note()
             self._report(step + 1)
         if self._keeps:
             self.stepper.gather_state()

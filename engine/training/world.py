@@ -113,6 +113,14 @@ class World:
         """What every rank says, in their order; ``kind`` is its type."""
         return [value]
 
+    def note_wait(self, seconds: float) -> None:
+        """So long did this rank wait for the others in a step."""
+
+    @property
+    def last_wait(self) -> float | None:
+        """What was noted last; none for who is alone, and before the first step."""
+        return None
+
     def mean(self, value: float | None, weight: float) -> float | None:
         """Of every rank's ``value``, each counting by its ``weight``; none where nothing has any."""
         if self.size == 1:
@@ -130,6 +138,14 @@ class Together(World):
 
     hears: Callable[[float], None] = field(default=lambda waited: None, compare=False)
     """Called while this process waits for others, with how many seconds it has; what it raises ends that."""
+    waits: list[float] = field(default_factory=list, compare=False)
+
+    def note_wait(self, seconds: float) -> None:
+        self.waits[:] = [seconds]
+
+    @property
+    def last_wait(self) -> float | None:
+        return self.waits[0] if self.waits else None
 
     def add_(self, tensor: Tensor, *, mean: bool = False) -> None:
         import torch.distributed as dist

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from engine.config.run import LABELS
 from engine.config.sameness import equivalent_command
 from engine.config.stages import full_precision, phase_label, stage_label, versions
 from engine.config.writing import essential, flat, to_toml
 from engine.run.directory import RunDirectory
-from engine.run.state import RunState
+from engine.run.state import PhaseRow, RunState
 from eqat_tui.bench_text import measured_table
 from eqat_tui.compare_text import setting_words
 from eqat_tui.divergence_text import result_rows, tables
 from eqat_tui.output import cell, format_bytes, format_number, format_seconds, format_time, one_line
 from eqat_tui.planned import known
+from eqat_tui.ranks_text import peaks, whose
 from eqat_tui.report.curves import charts_of
 from eqat_tui.report.markup import Child, Html, join, table, tag
 from eqat_tui.run_text import ANSWERS, accuracy_rows, doubts, error_line, facts, score_rows, title
@@ -122,13 +125,19 @@ def _phases(state: RunState) -> Html | None:
             phase_label(row.name),
             format_seconds(row.seconds),
             format_seconds(planned.get(row.name)),
-            format_bytes(row.peak_gpu_bytes),
-            format_bytes(row.peak_host_bytes),
+            _peak_of(row, "peak_gpu_bytes"),
+            _peak_of(row, "peak_host_bytes"),
         ]
         for row in state.accounted().phases[:200]
     ]
     head: list[Child] = ["phase", "time", "planned", "GPU, peak", "process, peak"]
     return _part("Phases", table(rows, head=head)) if rows else None
+
+
+def _peak_of(row: PhaseRow, name: str) -> str:
+    """And of several processes, which had it, and what the others had."""
+    words = whose(peaks([msgspec.to_builtins(row)], name))
+    return format_bytes(getattr(row, name)) + (f" ({words})" if words else "")
 
 
 def _bench(shown: Tree) -> Html | None:

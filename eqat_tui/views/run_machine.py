@@ -11,6 +11,7 @@ from eqat_tui.feed import RunView
 from eqat_tui.lines import Line, bar, cut, line, width_of
 from eqat_tui.output import format_bytes, format_count, format_number, share
 from eqat_tui.planned import known
+from eqat_tui.ranks_text import rank_lines
 
 MOST_RATES = 8
 
@@ -21,6 +22,7 @@ def machine_lines(view: RunView, width: int) -> list[Line]:
     reading, plan = state.memory, known(state.plan)
     lines = [
         *_gpu_lines(reading, plan, state, width),
+        *rank_lines(reading.ranks if reading is not None else (), width),
         cut(_host_line(reading, plan, state), width),
         cut(_speed_line(state), width),
     ]
@@ -41,7 +43,7 @@ def _gpu_lines(
     total = reading.gpu_total or 0
     words = line(("GPU   ", "strong"), f"{format_bytes(reading.gpu_used)} of {format_bytes(total)}")
     facts = [
-        ("peak", _peak(state, "peak_gpu_bytes", reading.gpu_peak)),
+        ("peak", _peak(state, "peak_gpu_bytes", reading, "gpu_peak")),
         ("plan", plan["peak_gpu_bytes"]),
         ("others", reading.gpu_other),
     ]
@@ -64,9 +66,10 @@ def _gpu_lines(
     return [cut(words, width), cut(line("      ", *load), width)]
 
 
-def _peak(state: RunState, name: str, now: int | None) -> int | None:
-    """Of the whole run, as the plan's is; a reading knows that of its phase."""
-    peaks = [now, *(getattr(row, name) for row in state.phases)]
+def _peak(state: RunState, name: str, reading: events.Memory, now: str) -> int | None:
+    """Of the whole run, as the plan's is; a reading knows that of its phase, of each of several processes."""
+    peaks = [getattr(one, now) for one in (reading, *reading.ranks)]
+    peaks += [getattr(row, name) for row in state.phases]
     return max((peak for peak in peaks if peak is not None), default=None)
 
 
@@ -76,7 +79,10 @@ def _host_line(reading: events.Memory | None, plan: Mapping[str, Any], state: Ru
         return [*spans, ("nothing measured yet", "muted")]
     spans += line(format_bytes(reading.host_used))
     facts = [
-        ("peak", _peak(state, "peak_host_bytes", reading.host_peak)),
+        (
+            "peak",
+            _peak(state, "peak_host_bytes", reading, "host_peak"),
+        ),
         ("plan", plan["peak_host_bytes"]),
         ("free", reading.host_available),
         ("disk free", reading.disk_free),

@@ -23,7 +23,7 @@ COMMANDS = [
     "end_to_end random://tiny-llama --own-text --sequences 4 --val-sequences 2 --length 32 --windows 4"
     " --group-size 32 --held-out builtin --rounded --block-ap epochs=1 --try e2e_qp --try e2e_qat"
     " --try lr_qat",
-    "several_gpus --shape tiny --gpus 1 2 --repeat 1 --what block qat",
+    "several_gpus --shape tiny --gpus 2 --repeat 1 --what block qat",
     "servers tiny --rows 1 --bits 3 --groups 64",
     "startup tiny --blocks 2 --vocabulary 700 --words 4000 --preset smoke --repeat 1",
 ]

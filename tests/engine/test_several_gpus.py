@@ -96,6 +96,23 @@ def test_it_goes_on_from_whatever_ends_it_to_the_same_export(
     assert exported(run) == uninterrupted
 
 
+def test_what_each_process_held_is_in_the_run(make: Make, engine: Engine) -> None:
+    run = make(**TWO)
+    assert engine(run, before=forked_ranks).code() == 0, output(run)
+    trained = next(e for e in of(run, events.PhaseFinished) if e.phase == "block_ap")
+    assert [one.rank for one in trained.ranks] == [0, 1]
+    each = [one.peak_host_bytes for one in trained.ranks if one.peak_host_bytes]
+    assert len(each) == 2
+    assert trained.peak_host_bytes == max(each)
+    # What the first process makes alone is its own.
+    assert next(e for e in of(run, events.PhaseFinished) if e.phase == "export").ranks == ()
+    told = [event.ranks for event in of(run, events.Memory) if len(event.ranks) == 2]
+    assert told, "a reading a second"
+    assert [one.rank for one in told[-1]] == [0, 1]
+    assert all(one.waited is not None for one in told[-1])
+    assert len({one.host_used for one in told[-1]}) == 2, "each its own"
+
+
 def with_another_device() -> None:
     """In this process: the other ranks are forked, and look for a GPU."""
     forked_ranks()

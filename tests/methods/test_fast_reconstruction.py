@@ -26,7 +26,7 @@ from engine.methods.blockwise.fast_reconstruction import FastReconstruction
 from engine.methods.blockwise.reconstruction import Reconstruction, Streams
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
-from engine.quant import quant_step
+from engine.quant import quant_step, shard_kernel
 from engine.training.snapshot import Snapshot
 from engine.training.world import World
 
@@ -307,8 +307,12 @@ def test_where_triton_does_not_work_the_plain_steps_take_over(
         assert torch.equal(tensor, result.packed.tensors()[name])
 
 
-def test_a_share_of_several_ranks_is_a_usual_batch(lm: CausalLM, tmp_path: Path) -> None:
+def test_a_share_of_several_ranks_is_a_usual_batch(
+    lm: CausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each rank takes its part of the batch; the loss of a part counts whole on its rank."""
+    monkeypatch.setattr(quant_step, "HELD_VALUES", WHOLE_MATRIX)
+    monkeypatch.setattr(shard_kernel, "HELD_BYTES", WHOLE_MATRIX)
     streams = streams_of(lm, "device", tmp_path)
     block = lm.load_block(0, dtype=torch.float32)
     watch = Watch()

@@ -250,6 +250,7 @@ def test_show_has_every_promised_field(finished: RunDirectory) -> None:
             "seconds": 4.0,
             "peak_gpu_bytes": None,
             "peak_host_bytes": 123,
+            "ranks": [],
             "finished": True,
         }
     ]

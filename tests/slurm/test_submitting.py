@@ -44,7 +44,7 @@ def test_a_run_that_waits_is_shown_as_such_and_is_nobody_elses(
     assert waits in eqat("show", "latest").stdout
     (row,) = json.loads(eqat("runs", "--json").stdout)
     assert (row["state"], row["batch"]["job"], row["batch"]["state"]) == ("waiting", job, "PENDING")
-    assert "is waiting" in eqat("resume", "latest", code=2).stderr
+    assert "is waiting" in eqat("resume", "latest", code=3).stderr
     assert f"job {job} waits to work on it" in eqat("rm", "latest", "--yes", code=3).stderr
     assert run.config_toml.exists()
 

@@ -96,7 +96,9 @@ class Portion:
 
 
 def portions(sizes: Iterable[int]) -> list[list[int]]:
-    """Which tensors of so many bytes go together: each as many as are worth a message, in their order."""
+    """Which tensors of so many bytes go together: each as many as are worth a message. The smallest portion
+    comes last, for of the last one everything shows."""
+    sizes = list(sizes)
     found: list[list[int]] = []
     room = 0
     for index, size in enumerate(sizes):
@@ -105,7 +107,7 @@ def portions(sizes: Iterable[int]) -> list[list[int]]:
             room = 0
         found[-1].append(index)
         room += size
-    return found
+    return sorted(found, key=lambda places: -sum(sizes[index] for index in places))
 
 
 class Row:
