@@ -151,12 +151,14 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     gpu_compiled_passage_bytes: float = 72.0
     """The same, compiled: of 5.3 ms for 2048 tokens of a 70B block 0.4 are left. Forward and backward
     together are two and a half times that: of 34.5 ms for 16384 tokens of a 7B block 4 are left."""
-    gpu_writing_launch: float = 0.7e-3
-    """Kernel launches of one block for a token of text that the model writes."""
+    gpu_writing_launch: float = 0.08e-3
+    """Of one block for a token of text that the model writes, by recorded steps: 2080 documents of 256 tokens
+    take SmolLM2 3.5 s on an H100, 4160 take 5.9."""
+    gpu_generating_launch: float = 2.4e-3
+    """The same by transformers' own ``generate``, which is launches: 72 to 90 ms a step there."""
     gpu_writing_traffic: float = 2.0
-    """Memory traffic of a step of that, for every byte that keys and values take in the end: on average half
-    of them are there, read, copied and read again. Of 34 ms a step of 4096 documents (SmolLM2 on an H100) 13
-    are left over by launches."""
+    """Memory traffic of a step of that, for every byte that keys and values take in the end: 2.4 s more for
+    the second 2080 documents."""
     gpu_search_bytes: float = 32.0
     """Memory traffic of one candidate range for one weight."""
     gpu_search_error_bytes: float = 50.0

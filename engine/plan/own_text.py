@@ -1,7 +1,7 @@
 """What it takes that the model writes text of its own (:mod:`engine.evaluation.own_text`): memory and time.
 
 The whole model is in memory for once, and beside it keys, values and logits of the documents that are written
-at a time: as many as fit into half of what is free, since a step takes about as long for few as for many.
+at a time: as many as fit into half of what is free, since a step is not much slower for many than for few.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def writing_seconds(work: Workload, rates: Speed, stored_bytes: int) -> float:
     steps = DOCUMENT_TOKENS * math.ceil(documents / MOST_DOCUMENTS)
     flops = 2 * documents * DOCUMENT_TOKENS * arch.params / rates.flops
     moved = documents * DOCUMENT_TOKENS * document_bytes(arch, work.model_bytes)
-    written = flops + steps * arch.blocks * rates.writing_launch + moved * rates.writing_per_byte
+    launch = rates.generating_launch if arch.eager_attention else rates.writing_launch
+    written = flops + steps * arch.blocks * launch + moved * rates.writing_per_byte
     return load_seconds(arch, stored_bytes) + written
 
 

@@ -51,6 +51,8 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     drop_per_number: float
     """Of a block's output, to leave out of its loss what is furthest off."""
     writing_launch: float = 0.0
+    generating_launch: float = 0.0
+    """Of a block, for a token: by recorded steps, and where attention keeps its scores, by others."""
     writing_per_byte: float = 0.0
     """Of keys and values, for every token of a text that is written."""
     basis: str
@@ -89,6 +91,7 @@ def speed(cuda: bool, gpu_name: str, cpus: int, avx512: bool) -> Speed:
             kernel_search_error=CONSTANTS.gpu_kernel_search_error,
             drop_per_number=CONSTANTS.gpu_drop_bytes / traffic,
             writing_launch=CONSTANTS.gpu_writing_launch,
+            generating_launch=CONSTANTS.gpu_generating_launch,
             writing_per_byte=CONSTANTS.gpu_writing_traffic / traffic,
             basis=f"{how} {flops / 1e12:.0f} TFLOP/s in matrix products, {traffic / 1e12:.1f} TB/s elsewhere",
         )
