@@ -9,6 +9,7 @@ from torch import Tensor
 from engine.quant.grid import fake_quantize, fake_quantize_steps
 from engine.quant.shard_kernel import Message, Part
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = [
     (2, 64, 256, 1),
     (3, 32, 96, 2),
@@ -21,10 +22,10 @@ CASES = [
 
 def linear(bits: int, group: int, inputs: int, out: int, *, in_steps: bool) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(bits)
-    weight = torch.randn(out, inputs)
+    weight = torch.randn(out, inputs) * (2**bits if in_steps else 1)
     scale = 0.5 + torch.rand(out, inputs // group)
     zero = torch.rand(out, inputs // group) * (2**bits - 1)
-    return weight * (2**bits if in_steps else 1), scale, zero
+    return weight.to(DEVICE), scale.to(DEVICE), zero.to(DEVICE)
 
 
 @pytest.mark.parametrize(("bits", "group", "inputs", "ranks"), CASES)
@@ -34,13 +35,13 @@ def test_what_arrives_is_what_was_sent(
 ) -> None:
     shapes = [(8, inputs), (4, inputs)]
     wholes = [linear(bits, group, width, out, in_steps=in_steps) for out, width in shapes]
-    rooms = [torch.full(shape, torch.nan) for shape in shapes]
+    rooms = [torch.full(shape, torch.nan, device=DEVICE) for shape in shapes]
     messages = []
     for rank in range(ranks):
         own = [[t.view(ranks, -1)[rank] for t in whole] for whole in wholes]
         parts = [Part(*found, room, bits, in_steps) for found, room in zip(own, rooms, strict=True)]
         messages.append(Message(parts, rank, ranks))
-        messages[-1].write(torch.tensor(1.5 + rank))
+        messages[-1].write(torch.tensor(1.5 + rank, device=DEVICE))
     for rank, message in enumerate(messages):
         messages[0].bytes[rank] = message.bytes[rank]
     messages[0].read()
@@ -52,6 +53,6 @@ def test_what_arrives_is_what_was_sent(
 
 def test_two_bits_travel_as_two_bits() -> None:
     weight, scale, zero = linear(2, 64, 4096, 8, in_steps=False)
-    room = torch.empty(8, 4096, dtype=torch.bfloat16)
+    room = torch.empty(8, 4096, dtype=torch.bfloat16, device=DEVICE)
     message = Message([Part(weight.view(-1), scale, zero, room, 2, False)], 0, 1)
     assert message.bytes.numel() == 16 + weight.numel() // 4 + 5 * scale.numel()
