@@ -23,12 +23,9 @@ one is replaced by reading the text again.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import random
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -43,7 +40,7 @@ from engine.data.encoding import Encoder
 from engine.data.parts import Part, TextSource, evaluation_text
 from engine.data.text import open_source
 from engine.errors import DataError
-from engine.system.user_cache import token_cache
+from engine.system.user_cache import publish, token_cache
 
 MAX_PASSES = 4
 """A text is drawn from at most this many times over."""
@@ -355,18 +352,7 @@ def store_windows(path: Path, windows: Tensor, identity: dict[str, str], said: S
     A cache that cannot be written costs the next run some time, not this one its result.
     """
     try:
-        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:12]}-")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(windows_file(windows, identity, said))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        publish(path, windows_file(windows, identity, said))
     except OSError as error:
         warn("token-cache", f"the tokens could not be cached in {path.parent}: {error}")
 

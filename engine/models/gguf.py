@@ -88,6 +88,13 @@ class GGUFReader:
         }
         self._gguf = GGUFNames(self.architecture, self.number("block_count"))
 
+    def header_bytes(self) -> bytes:
+        """Everything before the first tensor's values."""
+        end = min((tensor.start for tensor in self._tensors.values()), default=0)
+        raw = torch.empty(end, dtype=torch.uint8)
+        read_exactly(self._stamped, 0, raw)
+        return raw.numpy().tobytes()
+
     # -- WeightReader ------------------------------------------------------------------------------
 
     def names(self) -> list[str]:

@@ -29,6 +29,7 @@ from engine.models.foreign import foreign
 from engine.models.gguf import GGUFReader, gguf_config
 from engine.models.gguf_tokenizer import mend
 from engine.models.hub import download
+from engine.models.kept_tokenizer import kept_tokenizer
 from engine.models.random_weights import RandomReader
 from engine.models.skeleton import refuse_config
 from engine.models.tokenizer import byte_tokenizer
@@ -184,12 +185,16 @@ class ModelSource:
     def _tokenizer_of_gguf(self, file: Path) -> Any:
         """The tokenizer is in the file. transformers would also read what lies beside it, which does not
         belong to it, so the file gets a folder of its own."""
-        with tempfile.TemporaryDirectory(prefix="eqat-tokenizer-") as place:
-            os.symlink(file.absolute(), os.path.join(place, file.name))
-            tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=file.name, trust_remote_code=False)
+
+        def of_file() -> Any:
+            with tempfile.TemporaryDirectory(prefix="eqat-tokenizer-") as place:
+                os.symlink(file.absolute(), os.path.join(place, file.name))
+                return AutoTokenizer.from_pretrained(place, gguf_file=file.name, trust_remote_code=False)
+
+        assert isinstance(self.weights, GGUFReader)
+        tokenizer = kept_tokenizer(self.weights.header_bytes(), of_file)
         for stamped in self.weights.files():
             stamped.check()
-        assert isinstance(self.weights, GGUFReader)
         return mend(tokenizer, self.weights.tokenizer_settings)
 
     def identity(self) -> dict[str, Any]:

@@ -62,7 +62,7 @@ _ASIDE = re.compile(r"(.+)\.aside-[0-9a-f]{8}", re.DOTALL)
 # What the model wrote for a run, by a digest of what decided it.
 _OWN_TEXT = re.compile(r"own-text-[0-9a-f]{40}\.safetensors")
 # Tokenized text, and such a file that is being written.
-_TEXT = re.compile(r"[0-9a-f]{40}\.safetensors")
+_TEXT = re.compile(r"[0-9a-f]{40}\.(?:safetensors|tokenizer\.json)")
 _UNFINISHED_TEXT = re.compile(r"\.[0-9a-f]{12}-[a-z0-9_]{8}")
 
 
@@ -135,7 +135,8 @@ def is_object(name: str) -> bool:
 
 
 def is_cached_text(name: str) -> bool:
-    """Tokenized text in the user's cache, or such a file that was being written (``engine.data.tokens``)."""
+    """Tokenized text in the user's cache or a tokenizer, or such a file that was being written
+    (``engine.data.tokens``, ``engine.models.kept_tokenizer``)."""
     return _TEXT.fullmatch(name) is not None or _UNFINISHED_TEXT.fullmatch(name) is not None
 
 

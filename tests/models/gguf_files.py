@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import tiny
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 
 from engine.models.gguf import llama3_divisors
 
@@ -29,9 +30,11 @@ def write(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     rope_factor: float | None = None,
     extra: dict[str, Any] | None = None,
+    merges: list[str] | None = None,
     **changes: Any,
 ) -> Path:
-    """Write the tiny model ``name`` as a GGUF file whose matrices are stored as ``kind``."""
+    """Write the tiny model ``name`` as a GGUF file whose matrices are stored as ``kind``; with ``merges`` it
+    has a tokenizer of bytes and these pairs of them."""
     model = tiny.model(name, **changes)
     config, arch_name = model.config, NAMES.get(name, name)
     writer = gguf.GGUFWriter(file, arch_name)
@@ -56,6 +59,13 @@ def write(
     for key, value in (extra or {}).items():
         add = writer.add_string if isinstance(value, str) else writer.add_float32
         add(f"{arch_name}.{key}", value)
+    if merges is not None:
+        tokens = [*sorted(ByteLevel.alphabet()), *(pair.replace(" ", "") for pair in merges)]
+        tokens += [f"<{index}>" for index in range(config.vocab_size)]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(tokens[: config.vocab_size])
+        writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
+        writer.add_token_merges(merges)
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch_name)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for parameter_name, parameter in model.named_parameters():
