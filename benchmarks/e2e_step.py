@@ -115,7 +115,8 @@ def measure(
     config: E2EQPConfig | LRQATConfig
     if args.method == "lr_qat":
         config = LRQATConfig(enabled=True, downcast="fixed", text_weight=0.0, **sizes).resolved(PER_CHANNEL)
-        blocks, beside = [low_rank_block(args.shape, config, seed) for seed in range(layers)], 0
+        first, beside = low_rank_block(args.shape, config, seed=0), 0
+        blocks = [first, *(copy.deepcopy(first) for _ in range(layers - 1))]
     else:
         config = E2EQPConfig(lr=1e-3, **sizes)
         first = packed_block(args.shape)
