@@ -34,8 +34,8 @@ class BlockAPConfig(StageSection, frozen=True, kw_only=True, forbid_unknown_fiel
     enabled: bool = True
     """Block-AP trains block by block; without it the blocks are only rounded."""
     train: tuple[Trained, ...] = ("weights", "scales", "zero_points", "norms")
-    """Block-AP trains these, but for zero points where the grid fixes them. ``rounding`` is of the weights
-    only which way each goes, ``clipping`` of scales and zero points only by how much a range is narrowed."""
+    """Block-AP trains these, but for zero points that are fixed; rounding is only which way each weight goes,
+    clipping only how much each range is narrowed."""
     sequences: int = 512
     """A block is trained on this many sequences."""
     val_sequences: int = 16

@@ -204,7 +204,7 @@ def test_what_compiled_end_to_end_training_keeps_is_planned(
 
 @pytest.mark.parametrize(
     ("shape", "cuda", "length", "expected"),
-    [("135m", True, 1024, 14), ("135m", True, 2048, 7), ("7b", True, 2048, 4), ("135m", False, 1024, 4)],
+    [("135m", True, 1024, 56), ("135m", True, 2048, 28), ("7b", True, 2048, 4), ("135m", False, 1024, 4)],
 )
 def test_many_sequences_of_a_small_model_pass_together_on_a_gpu(
     tmp_path: Path, shape: str, cuda: bool, length: int, expected: int
@@ -226,8 +226,8 @@ def test_as_many_windows_of_a_small_model_are_measured_together_and_planned_for(
         phases = {phase.name: phase for phase in make_plan(config, machine=H200).phases}
         return phases["evaluate_fp"].parts["activations or logits"]
 
-    assert activations(1, 4096) == activations(14, 4096) < activations(2000, 4096)
-    assert activations(2000, 14) == activations(1, 4096)
+    assert activations(1, 4096) == activations(56, 4096) < activations(2000, 4096)
+    assert activations(2000, 56) == activations(1, 4096)
 
 
 def test_who_trains_scales_alone_is_told_where_integers_could_be_trained_too(
