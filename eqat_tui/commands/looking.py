@@ -224,7 +224,7 @@ def presets(as_json: Json = False) -> None:
     eqat run and eqat plan take the former, eqat sweep takes both.
     """
     from eqat_tui.output import print_json, show, table
-    from eqat_tui.overview import preset_rows, sweep_rows
+    from eqat_tui.preset_rows import preset_rows, sweep_rows
 
     rows, sweeps = preset_rows(), sweep_rows()
     if as_json:

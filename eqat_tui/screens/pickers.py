@@ -110,7 +110,7 @@ class PresetPicker(Picker):
 
     def __init__(self, current: str) -> None:
         super().__init__()
-        from eqat_tui.overview import preset_rows
+        from eqat_tui.preset_rows import preset_rows
 
         self._all = preset_rows()
         self._current = current

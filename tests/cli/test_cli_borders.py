@@ -276,9 +276,9 @@ def test_whatever_a_damaged_run_raises_leaves_out_only_that_run(
 
 def test_ctrl_c_before_anything_was_started_is_no_traceback(tmp_path: Path) -> None:
     program = (
-        "import eqat_tui.overview as overview\n"
+        "import eqat_tui.preset_rows as listed\n"
         "def interrupted(): raise KeyboardInterrupt\n"
-        "overview.preset_rows = interrupted\n"
+        "listed.preset_rows = interrupted\n"
         "from eqat_tui.cli import main\nmain(['presets'])"
     )
     done = subprocess.run(
