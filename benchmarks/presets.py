@@ -5,7 +5,8 @@
 Each combination is one ordinary run (``eqat run``; a ``.toml`` file is taken like a preset); the table at the
 end is read from ``eqat show --json``. Seeds show the noise of training, which is the measure for whether two
 devices agree. "wall" is the whole command, "around" what of it lies before the first phase and behind the
-last one, "others" the perplexities of further texts of ``evaluation.data``, first and last.
+last one, "others" the perplexities of further texts of ``evaluation.texts``, first and last, "answers" those
+of held-out conversations, of full precision and every stage.
 """
 
 from __future__ import annotations
@@ -59,6 +60,11 @@ def phases_of(shown: dict[str, Any], plan: dict[str, Any]) -> str:
     )
 
 
+def answers(shown: dict[str, Any], stage: str) -> float | None:
+    """Perplexity of the answers of held-out conversations, where it was measured."""
+    return (shown.get("answer_perplexity") or {}).get(stage)
+
+
 def row(preset: str, device: str, seed: int, shown: dict[str, Any], plan: dict[str, Any]) -> list[str]:
     perplexity = shown["perplexity"]
     kind = "peak_gpu_bytes" if plan["device"] == "cuda" else "peak_host_bytes"
@@ -81,6 +87,7 @@ def row(preset: str, device: str, seed: int, shown: dict[str, Any], plan: dict[s
         f"{perplexity[last]:,.2f} ({last})",
         f"{perplexity[last] / perplexity['fp']:.3f}",
         ", ".join(others),
+        ", ".join(f"{found:.3f}" for stage in ("fp", *made) if (found := answers(shown, stage))),
         " + ".join(f"{seconds[name]:.0f}" for name in made if seconds.get(name, 0) >= 1),
         f"{sum(seconds.values()):.0f}",
         f"{shown['wall']:.0f}",
@@ -92,7 +99,7 @@ def row(preset: str, device: str, seed: int, shown: dict[str, Any], plan: dict[s
 
 
 HEADER = [
-    *("preset", "device", "seed", "fp", "rtn", "blocks", "end", "÷ fp", "others"),
+    *("preset", "device", "seed", "fp", "rtn", "blocks", "end", "÷ fp", "others", "answers"),
     *("training s", "phases s", "wall s", "around s", "peak MiB", "planned MiB", "verified"),
 ]
 
