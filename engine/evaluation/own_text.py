@@ -48,9 +48,9 @@ def own_windows(
 ) -> Tensor:
     """Token windows int64 ``[windows, length]`` on the CPU, each of one or more documents of the model's own.
 
-    ``documents`` are written at a time, for which a GPU is asked for ``reserve`` bytes in one piece; ``told``
-    hears after each token how many tokens of how many are
-    written, and may raise. What comes out depends on the seed, ``documents`` and the device.
+    ``documents`` are written at a time; where their keys and values grow with every token, a GPU is asked for
+    ``reserve`` bytes in one piece. ``told`` hears every few tokens how many of how many are written, and may
+    raise. What comes out depends on the seed, ``documents`` and the device.
 
     Raises:
         DataError: when the tokenizer knows no token that is text.
@@ -64,13 +64,21 @@ def own_windows(
     written: list[Tensor] = []
     with lm.whole(lm.load_block) as model, _drawing(lm.device):
         recorded = lm.device.type == "cuda" and writes(model, starts.shape[1] + each - 1)
-        if not recorded:
-            _make_room(reserve, lm.device)
         for index, part in enumerate(starts.split(documents)):
             torch.manual_seed(1_000_003 * seed + index)
             heard = _Heard(told, index * documents * each, count * each)
-            found = _recorded(model, part.to(lm.device), each - 1, heard.of(len(part))) if recorded else None
-            written.append(_written(model, part, each - 1, heard) if found is None else found.cpu())
+            if each == 1:
+                found: Tensor | None = part
+            elif recorded:
+                found = _recorded(model, part.to(lm.device), each - 1, heard.of(len(part)))
+                recorded = found is not None
+            else:
+                found = None
+            if found is None:
+                _make_room(reserve, lm.device)
+                reserve = 0  # torch owns it from now on
+                found = _written(model, part, each - 1, heard)
+            written.append(found.cpu())
     # Documents stand one after the other behind what a sequence begins with.
     text = torch.cat(written)[:, len(begin) if encoder.begin else 0 :]
     text = text[:, :each].reshape(windows, -1)[:, :room]
@@ -79,8 +87,6 @@ def own_windows(
 
 def _recorded(model: Any, starts: Tensor, tokens: int, told: Callable[[int], None]) -> Tensor | None:
     """The same as :func:`_written`, faster; none for a model whose forward wants something else."""
-    if not tokens:
-        return starts
     try:
         return Writer(model, starts, tokens)(told)
     except torch.OutOfMemoryError:
@@ -91,8 +97,6 @@ def _recorded(model: Any, starts: Tensor, tokens: int, told: Callable[[int], Non
 
 def _written(model: Any, starts: Tensor, tokens: int, heard: _Heard) -> Tensor:
     """``starts`` ``[N, S]`` with so many sampled tokens behind each."""
-    if not tokens:
-        return starts
     settings = GenerationConfig(
         max_new_tokens=tokens,
         do_sample=True,
@@ -113,7 +117,7 @@ def _written(model: Any, starts: Tensor, tokens: int, heard: _Heard) -> Tensor:
         )
     finally:
         model.generation_config = own
-    return found.cpu()
+    return found
 
 
 class _Heard(StoppingCriteria):  # type: ignore[misc]  # transformers is not typed

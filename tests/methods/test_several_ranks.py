@@ -183,6 +183,15 @@ CASES: list[tuple[int, Callable[..., Any], dict[str, Any]]] = [
 ]
 
 
+def as_in_a_large_model(train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program of a kernel holds a whole matrix, and of a block each linear is a portion of its own."""
+    monkeypatch.setattr(quant_step, "HELD_VALUES", WHOLE_MATRIX)
+    monkeypatch.setattr(shard_kernel, "HELD_BYTES", WHOLE_MATRIX)
+    if train is block:  # each linear is a portion of its own, as in a large model
+        monkeypatch.setattr(sharded, "LARGE_BYTES", 1)
+        monkeypatch.setattr(shared_step, "LARGE_BYTES", 1)
+
+
 @pytest.mark.parametrize(
     ("ranks", "train", "options"), CASES, ids=lambda value: getattr(value, "__name__", None)
 )
@@ -194,11 +203,7 @@ def test_the_result_is_that_of_one_process(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(quant_step, "HELD_VALUES", WHOLE_MATRIX)
-    monkeypatch.setattr(shard_kernel, "HELD_BYTES", WHOLE_MATRIX)
-    if train is block:  # each linear is a portion of its own, as in a large model
-        monkeypatch.setattr(sharded, "LARGE_BYTES", 1)
-        monkeypatch.setattr(shared_step, "LARGE_BYTES", 1)
+    as_in_a_large_model(train, monkeypatch)
     first, *others = together(ranks, tmp_path, train, lm, options)
     for other in others:
         assert all(torch.equal(one, other[0][name]) for name, one in first[0].items()), "ranks differ"
@@ -268,11 +273,7 @@ def test_the_first_rank_keeps_a_whole_state_from_which_all_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of what is shared out a rank has the moments of its part alone."""
-    monkeypatch.setattr(quant_step, "HELD_VALUES", WHOLE_MATRIX)
-    monkeypatch.setattr(shard_kernel, "HELD_BYTES", WHOLE_MATRIX)
-    if train is block:  # each linear is a portion of its own, as in a large model
-        monkeypatch.setattr(sharded, "LARGE_BYTES", 1)
-        monkeypatch.setattr(shared_step, "LARGE_BYTES", 1)
+    as_in_a_large_model(train, monkeypatch)
     for whole, again, shapes in together(ranks, tmp_path, continued, train, lm, options, tmp_path):
         assert again[1] == whole[1]
         assert all(torch.equal(one, again[0][name]) for name, one in whole[0].items())
