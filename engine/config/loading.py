@@ -6,6 +6,7 @@ It is a tree of frozen structs (:mod:`engine.config.run`), overridden by flags a
 
 from __future__ import annotations
 
+import functools
 import os
 import tomllib
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from engine.errors import UsageError
 from engine.system.guarded import BadFile, NoFile, parsed, read_toml
 
 
+@functools.cache
 def presets_dir() -> Path:
     """Where the shipped presets are: inside the installed package, or at the root of a checkout."""
     engine = Path(__file__).resolve().parents[1]
@@ -42,11 +44,16 @@ def sweep_names() -> list[str]:
 
 def preset_path(name: str) -> Path:
     """The file of a preset; :class:`UsageError` with near names for an unknown one."""
-    names = preset_names()
-    if name not in names:
-        near = suggest(name, [*names, *sweep_names()])
+    path = presets_dir() / f"{name}.toml"
+    if not _is_shipped(path, name):
+        near = suggest(name, [*preset_names(), *sweep_names()])
         raise UsageError(f"there is no preset {name!r}", hint=near or "eqat presets lists them")
-    return presets_dir() / f"{name}.toml"
+    return path
+
+
+def _is_shipped(path: Path, name: str) -> bool:
+    """Whether ``path`` is there and ``name`` leads nowhere else; the folder is not listed for it."""
+    return os.path.basename(name) == name and os.path.isfile(path)
 
 
 def sweep_path(name: str) -> Path:
@@ -61,7 +68,8 @@ def configuration_file(name_or_path: str) -> Path:
         return path / "config.toml"
     if path.suffix == ".toml" or len(path.parts) > 1:
         return path
-    return sweep_path(name_or_path) if name_or_path in sweep_names() else preset_path(name_or_path)
+    sweep = sweep_path(name_or_path)
+    return sweep if _is_shipped(sweep, name_or_path) else preset_path(name_or_path)
 
 
 def load(name_or_path: str, *, overrides: Mapping[str, object] | None = None) -> RunConfig:
@@ -78,7 +86,8 @@ def load(name_or_path: str, *, overrides: Mapping[str, object] | None = None) ->
             where=name_or_path,
             hint=f"eqat sweep {name_or_path} makes them; with --dry-run it shows their plan",
         )
-    return apply_overrides(_from_layers(name_or_path, path, _read_layers(path, seen=())), overrides or {})
+    config = _from_layers(name_or_path, path, _read_layers(path, seen=()))
+    return apply_overrides(config, overrides) if overrides else config
 
 
 def load_sweep(name_or_path: str) -> tuple[RunConfig, dict[str, Any]]:
