@@ -62,14 +62,16 @@ def reconstruction_loss(
     arguments: dict[str, Any],
     target: Tensor,
     kind: str,
-    dtype: torch.dtype,
     *,
     drop: float = 0.0,
 ) -> Tensor:
     """Distance between the block's output for ``hidden`` ``[B, T, H]`` and ``target``, a float32 scalar;
-    this fraction of the squared errors, the largest, are left out."""
-    with autocast(hidden.device, dtype):
-        output = block(hidden, **arguments)
+    this fraction of the squared errors, the largest, are left out.
+
+    It is called inside of autocast: what enters that itself is compiled anew in every process, since torch
+    keeps nothing of it (_functorch/_aot_autograd/autograd_cache.py, "Unsupported call_function target").
+    """
+    output = block(hidden, **arguments)
     output = output[0] if isinstance(output, tuple) else output
     return distance_without_largest(output, target, kind, drop) if drop else distance(output, target, kind)
 
@@ -136,7 +138,8 @@ class Reconstruction(Method):
         hidden, target = tensors
         batch, length = hidden.shape[:2]
         arguments = self.lm.block_kwargs(self.index, batch, length, hidden.dtype)
-        return function(self.block, hidden, arguments, target, self.config.loss, self.dtype, **options)
+        with autocast(hidden.device, self.dtype):
+            return function(self.block, hidden, arguments, target, self.config.loss, **options)
 
     def micro_step(self, rows: Tensor, weight: float, scale: Callable[[Tensor], Tensor]) -> Tensor:
         tensors = self.prefetch.read(self.places(rows))
