@@ -101,15 +101,17 @@ class FakeQuantLinear(nn.Module):
         its integers, each in the middle of what is rounded to it.
 
         A group whose scale is below zero, as others make them, is turned around, which changes no weight:
-        ``(q - z) s`` is ``((Q - q) - (Q - z)) (-s)``.
+        ``(q - z) s`` is ``((Q - q) - (Q - z)) (-s)``. On a grid that fixes its zero points it stays as it is,
+        since ``Q - z`` would be another one.
         """
         scale, zero = packed.scale.float(), packed.zero_point.float()
-        sign = torch.where(scale < 0, -1.0, 1.0)
+        turned = (scale < 0) & (packed.grid.fixed_zero_point is None)
+        sign = torch.where(turned, -1.0, 1.0)
         if latent is None:
             steps = dequantize(packed.codes(), sign, zero)
         else:
             steps = dequantize(latent.float(), sign, torch.zeros_like(zero))
-        zero = torch.where(scale < 0, packed.grid.top - zero, zero)
+        zero = torch.where(turned, packed.grid.top - zero, zero)
         return cls(steps, scale * sign, zero, packed.grid, bias, in_steps=True)
 
     def keep_quantized(self, dtype: torch.dtype) -> nn.Parameter:
