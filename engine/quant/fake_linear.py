@@ -133,9 +133,9 @@ class FakeQuantLinear(nn.Module):
 
             s = (high - low) / Q,   z = -low / s
 
-        These begin where they are and stay within the smallest and the largest weight of the group, 0
-        included: OmniQuant's learnable weight clipping (arXiv 2308.13137), whose ``beta`` and ``gamma`` are
-        the ends divided by those weights.
+        These begin where they are, as far as that is within the smallest and the largest weight of the group,
+        0 included, and stay within them: OmniQuant's learnable weight clipping (arXiv 2308.13137), whose
+        ``beta`` and ``gamma`` are the ends divided by those weights.
         """
         weight_OGg = self.weight.detach().reshape(*self.scale.shape, -1)
         self._ends = weight_OGg.amin(-1).clamp_(max=0), weight_OGg.amax(-1).clamp_(min=0)
