@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 WHERE = "the model's own text"
 """For messages."""
+SEEDS = 2**63
+"""Below which a seed has to be."""
 _MISSES = 200
 """Tokens in a row that are no text, after which the vocabulary counts as having none."""
 
@@ -63,14 +65,14 @@ def own_windows(
     starts = torch.tensor([[*begin, token] for token in _first_tokens(encoder, count, seed, lm.vocab_size)])
     written: list[Tensor] = []
     with lm.whole(lm.load_block) as model, _drawing(lm.device):
-        recorded = lm.device.type == "cuda" and writes(model, starts.shape[1] + each - 1)
+        recorded = _is_recorded(lm.device, model, starts.shape[1] + each - 1)
         for index, part in enumerate(starts.split(documents)):
-            torch.manual_seed(1_000_003 * seed + index)
+            torch.manual_seed((1_000_003 * seed + index) % SEEDS)
             heard = _Heard(told, index * documents * each, count * each)
             if each == 1:
                 found: Tensor | None = part
             elif recorded:
-                found = _recorded(model, part.to(lm.device), each - 1, heard.of(len(part)))
+                found = _recorded(model, part.to(lm.device), each - 1, heard.of(len(part), len(begin)))
                 recorded = found is not None
             else:
                 found = None
@@ -83,6 +85,11 @@ def own_windows(
     text = torch.cat(written)[:, len(begin) if encoder.begin else 0 :]
     text = text[:, :each].reshape(windows, -1)[:, :room]
     return torch.cat([torch.tensor(encoder.begin, dtype=torch.int64).expand(windows, -1), text], 1)
+
+
+def _is_recorded(device: torch.device, model: Any, tokens: int) -> bool:
+    """Whether documents of so many tokens are written by recorded steps, which only a GPU has."""
+    return device.type == "cuda" and writes(model, tokens)
 
 
 def _recorded(model: Any, starts: Tensor, tokens: int, told: Callable[[int], None]) -> Tensor | None:
@@ -126,9 +133,10 @@ class _Heard(StoppingCriteria):  # type: ignore[misc]  # transformers is not typ
     def __init__(self, told: Callable[[int, int], None], before: int, total: int) -> None:
         self._told, self._done, self._total = told, before, total
 
-    def of(self, documents: int) -> Callable[[int], None]:
-        """The same for a writer of so many documents, who tells how long they are."""
-        return lambda tokens: self._told(self._done + documents * tokens, self._total)
+    def of(self, documents: int, begin: int) -> Callable[[int], None]:
+        """The same for a writer of so many documents, who tells how long they are, with the tokens that each
+        has to ``begin`` with and that are not counted."""
+        return lambda tokens: self._told(self._done + documents * max(0, tokens - begin), self._total)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         self._done += input_ids.shape[0]

@@ -101,15 +101,17 @@ class FakeQuantLinear(nn.Module):
         its integers, each in the middle of what is rounded to it.
 
         A group whose scale is below zero, as others make them, is turned around, which changes no weight:
-        ``(q - z) s`` is ``((Q - q) - (Q - z)) (-s)``.
+        ``(q - z) s`` is ``((Q - q) - (Q - z)) (-s)``. On a grid that fixes its zero points it stays as it is,
+        since ``Q - z`` would be another one.
         """
         scale, zero = packed.scale.float(), packed.zero_point.float()
-        sign = torch.where(scale < 0, -1.0, 1.0)
+        turned = (scale < 0) & (packed.grid.fixed_zero_point is None)
+        sign = torch.where(turned, -1.0, 1.0)
         if latent is None:
             steps = dequantize(packed.codes(), sign, zero)
         else:
             steps = dequantize(latent.float(), sign, torch.zeros_like(zero))
-        zero = torch.where(scale < 0, packed.grid.top - zero, zero)
+        zero = torch.where(turned, packed.grid.top - zero, zero)
         return cls(steps, scale * sign, zero, packed.grid, bias, in_steps=True)
 
     def keep_quantized(self, dtype: torch.dtype) -> nn.Parameter:
@@ -131,9 +133,9 @@ class FakeQuantLinear(nn.Module):
 
             s = (high - low) / Q,   z = -low / s
 
-        These begin where they are and stay within the smallest and the largest weight of the group, 0
-        included: OmniQuant's learnable weight clipping (arXiv 2308.13137), whose ``beta`` and ``gamma`` are
-        the ends divided by those weights.
+        These begin where they are, as far as that is within the smallest and the largest weight of the group,
+        0 included, and stay within them: OmniQuant's learnable weight clipping (arXiv 2308.13137), whose
+        ``beta`` and ``gamma`` are the ends divided by those weights.
         """
         weight_OGg = self.weight.detach().reshape(*self.scale.shape, -1)
         self._ends = weight_OGg.amin(-1).clamp_(max=0), weight_OGg.amax(-1).clamp_(min=0)

@@ -297,7 +297,9 @@ def _quant_step(
                 BETA2,
                 EPS,
             )
-            scale = tl.minimum(tl.maximum(scale, scale_floor), LARGEST)
+            # Each on the side of zero where its floor is.
+            side = tl.where(scale_floor < 0.0, -1.0, 1.0)
+            scale = tl.minimum(tl.maximum(scale * side, scale_floor * side), LARGEST) * side
             tl.store(s_ptr + first + row, scale, mask=changes)
             tl.store(s_avg_ptr + first + row, s_avg, mask=changes)
             tl.store(s_square_ptr + first + row, s_square, mask=changes)

@@ -10,8 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from engine.config.model import ModelConfig
+from engine.config.runtime import LARGEST_SEED
 from engine.data.encoding import Encoder
 from engine.errors import DataError, StopRequested
+from engine.evaluation import own_text, writing
 from engine.evaluation.own_text import own_windows
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
@@ -61,6 +63,7 @@ def test_the_seed_decides_and_random_numbers_of_others_are_as_they_were(lm: Caus
     one = write(lm)
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(write(lm), one)
+    assert write(lm, windows=2, length=4, seed=LARGEST_SEED).shape == (2, 4)
     assert not torch.equal(write(lm, seed=1), one)
     assert len({tuple(row.tolist()) for row in one}) == len(one)
 
@@ -80,7 +83,12 @@ def test_tokens_are_drawn_from_what_the_model_predicts(lm: CausalLM) -> None:
     assert -predicted.max(-1).values.mean() < 0.8 * entropy
 
 
-def test_progress_is_told_and_a_stop_is_heard_at_the_next_token(lm: CausalLM) -> None:
+@pytest.mark.parametrize("recorded", [False, True])
+def test_progress_is_told_and_a_stop_is_heard_at_the_next_token(
+    lm: CausalLM, recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_text, "_is_recorded", lambda *of_model: recorded)
+    monkeypatch.setattr(writing, "TOLD", 1)
     told: list[tuple[int, int]] = []
 
     def hear(done: int, total: int) -> None:
@@ -88,7 +96,14 @@ def test_progress_is_told_and_a_stop_is_heard_at_the_next_token(lm: CausalLM) ->
         if len(told) == 3:
             raise StopRequested
 
-    own_windows(lm, encoder(lm), windows=3, length=9, seed=0, documents=2, told=lambda *n: told.append(n))
+    own_windows(
+        *(lm, encoder(lm, bos="always")),
+        windows=3,
+        length=9,
+        seed=0,
+        documents=2,
+        told=lambda *n: told.append(n),
+    )
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert told[-1][0] <= told[-1][1]
     told.clear()

@@ -94,6 +94,21 @@ def test_a_model_that_computes_something_else_is_not_written_with(monkeypatch: p
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_nor_is_one_that_does_so_only_behind_its_first_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one token alone attention is its value, wherever it stands and whatever is hidden from it."""
+    model = made(LlamaConfig(**SIZES))
+
+    def unmasked(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **more: Any) -> Any:
+        seen = mask.clone()
+        seen[..., 2:] &= mask.sum() <= 2
+        return writing_one_token(module, query, key, value, seen, **more)
+
+    writing_one_token = writing.one_token
+    monkeypatch.setattr(writing, "one_token", unmasked)
+    for tokens in (3, 2 * PIECE):
+        assert Writer(model, torch.randint(0, VOCABULARY, (4, 1)), tokens)() is None
+
+
 @pytest.mark.parametrize(
     "config",
     [

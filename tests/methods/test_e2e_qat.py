@@ -25,7 +25,7 @@ from engine.data.activations import make_store
 from engine.data.sampler import BatchSampler
 from engine.errors import NonFiniteError, StopRequested
 from engine.methods.blockwise.rtn import round_to_nearest
-from engine.methods.network.e2e_qat import train_weights
+from engine.methods.network.e2e_qat import _parameter_groups, train_weights
 from engine.methods.network.network import Network, NetworkData, NetworkResult
 from engine.methods.network.norms import trained_norms
 from engine.methods.network.teacher import Teacher
@@ -191,16 +191,34 @@ def test_it_starts_as_the_very_model_that_was_packed(lm: CausalLM) -> None:
             torch.testing.assert_close(linear(x), functional.linear(x, again.dequantize()))
 
 
-def test_groups_with_scales_below_zero_are_turned_around() -> None:
-    grid = Grid(2, 32)
+@pytest.mark.parametrize("fixed", [None, 1, 2])
+def test_groups_with_scales_below_zero_are_turned_around_but_where_zero_points_are_fixed(
+    fixed: int | None,
+) -> None:
+    grid = Grid(2, 32, fixed_zero_point=fixed)
     codes = torch.randint(0, 4, (6, 64), dtype=torch.uint8)
-    scale = torch.where(torch.rand(6, 2) < 0.5, -0.25, 0.5)
-    weight = PackedWeight.from_codes(codes, scale, torch.randint(0, 4, (6, 2)).float(), grid)
-    assert (weight.scale < 0).any()
-    linear = FakeQuantLinear.of_packed(weight)
-    again = linear.freeze()
-    assert (again.scale > 0).all()
-    assert torch.equal(again.dequantize(), weight.dequantize())
+    scale = torch.where(torch.arange(12).view(6, 2) % 3 == 0, -0.25, 0.5)
+    zero = torch.randint(0, 4, (6, 2)) if fixed is None else torch.full((6, 2), fixed)
+    weight = PackedWeight.from_codes(codes, scale, zero.float(), grid)
+    for latent in (None, weight.codes().float() - zero.repeat_interleave(32, 1)):
+        linear = FakeQuantLinear.of_packed(weight, latent=latent)
+        linear.project()
+        again = linear.freeze()
+        assert torch.equal(again.dequantize(), weight.dequantize())
+        if fixed is None:
+            assert (again.scale > 0).all()
+        else:
+            assert (again.zero_point == fixed).all(), "formats write no zero points of such a grid"
+
+
+def test_rates_follow_the_size_of_scales_on_whichever_side_of_zero(lm: CausalLM) -> None:
+    linears = latent_linears(lm.load_block(0), rounded(lm)[0])
+    config = settings(lr_scaling="relative")
+    rates = [group.lr for group in _parameter_groups([], linears.values(), config)]
+    with torch.no_grad():
+        for linear in linears.values():
+            linear.scale[::2].neg_()
+    assert [group.lr for group in _parameter_groups([], linears.values(), config)] == rates
 
 
 def test_integers_and_scales_move_and_zero_points_only_where_asked(lm: CausalLM) -> None:

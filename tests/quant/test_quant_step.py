@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from engine.config.grid import Grid
 from engine.quant.grid import fake_quantize, fake_quantize_steps, initial_range
-from engine.quant.packed import LARGEST_STORED_SCALE
+from engine.quant.packed import LARGEST_STORED_SCALE, into_domain
 from engine.quant.quant_step import CONTROLS, SKIP, Moments, QuantStep
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,6 +36,7 @@ class Both:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
         in_steps: bool = False,
+        negative: bool = False,
     ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.bits, self.trains, self.shape = bits, trains, shape
@@ -45,6 +46,8 @@ class Both:
             zero = (zero + 0.3 * torch.randn(zero.shape, generator=self.generator).to(DEVICE)).clamp_(
                 0, 2**bits - 1
             )
+        if negative:  # as others make them
+            scale[::2] *= -1
         self.floor = 0.99 * scale
         self.quantize = fake_quantize_steps if in_steps else fake_quantize
         if in_steps:
@@ -100,7 +103,7 @@ class Both:
         self.optimizer.step()
         with torch.no_grad():
             if self.trains[1]:
-                scale.copy_(torch.maximum(scale, self.floor))
+                scale.copy_(into_domain(scale, self.floor))
             if self.trains[2]:
                 zero.clamp_(0, 2**self.bits - 1)
         return torch.as_tensor(squared)
@@ -132,6 +135,7 @@ CASES: list[tuple[tuple[int, int], int, int, dict[str, Any]]] = [
     ((3, 172), 172, 3, {"in_steps": True, "trains": (True, True, False)}),
     ((3, 1025), -1, 2, {"in_steps": True, "decay": 0.1}),
     ((33, 128), 64, 4, {"in_steps": True, "dtype": torch.float16}),
+    ((5, 64), 32, 4, {"in_steps": True, "fixed": 8, "trains": (True, True, False), "negative": True}),
 ]
 
 

@@ -188,7 +188,7 @@ def _parameter_groups(
         groups.append(ParameterGroup(kind, [parameter], lr))
 
     for linear in linears:
-        unit = linear.scale.mean().item() if config.lr_scaling == "relative" else 1.0
+        unit = linear.scale.abs().mean().item() if config.lr_scaling == "relative" else 1.0
         if "weights" in config.train:
             # Counted in grid steps already, like a zero point.
             add("weights", linear.weight, config.lr_weight)

@@ -151,7 +151,7 @@ def _parameter_groups(
     if "factors" in config.train:
         add("factors", config.lr_factors, *(factor for linear in linears for factor in (linear.a, linear.b)))
     for linear in linears:
-        unit = linear.scale.mean().item() if relative else 1.0
+        unit = linear.scale.abs().mean().item() if relative else 1.0
         if "scales" in config.train:
             add("scales", config.lr_quant * unit, linear.scale)
         if "zero_points" in config.train and linear.grid.fixed_zero_point is None:
