@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from engine.errors import EqatError, ExitCode, IdentityError, PreflightError, UsageError, first_line
 from engine.run.directory import RunDirectory
 from engine.run.finding import shorten, typed
+from engine.run.housekeeping import exports
 from engine.run.shown import show_run
 from eqat_tui.judging import CARD, changed_files
 from eqat_tui.output import agrees, cell, format_bytes, key_values, one_line, say, show, table
@@ -31,8 +32,10 @@ def chosen(run: RunDirectory, format: str | None) -> dict[str, Any]:
     Raises:
         UsageError: where there is none, or several and none is named.
     """
-    exports = {row["format"]: row for row in show_run(run)["exports"]}
-    there = {name: row for name, row in exports.items() if (run.path / row["path"]).is_dir()}
+    told = {row["format"]: row for row in show_run(run)["exports"]}
+    # A log that somebody made up may name any folder of this machine.
+    own = {name: f"{run.export_dir.name}/{name}" for name in exports(run)}
+    there = {name: row for name, row in told.items() if own.get(name) == row["path"]}
     if not there:
         raise UsageError(
             "has no export", where=run.id, hint=f"eqat export {typed(run.path, run.id)} writes one"

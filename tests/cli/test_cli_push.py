@@ -16,7 +16,7 @@ from engine.errors import IdentityError, PreflightError, UsageError
 from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter
-from eqat_tui.pushing import carded, push
+from eqat_tui.pushing import carded, chosen, push
 
 CARD = """---
 library_name: transformers
@@ -195,6 +195,24 @@ def test_what_was_changed_since_it_was_verified_is_not_sent(
         spoil(folder / "README.md")
         with pytest.raises(PreflightError, match=r"README\.md: cannot be read: .* \(eqat export "):
             push(run, "somebody/model", **ask)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", ["{}", "../../mine", "export/../../../mine"])
+def test_a_log_that_somebody_made_up_sends_nothing_but_exports(tmp_path: Path, path: str) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "README.md").write_text(CARD)
+    run = exported(tmp_path, "gptq_v2")
+    (run.path / "export" / "linked").symlink_to(mine)
+    with EventWriter(run.events_path, 2) as writer:
+        for name, place in (("gptq_v2", path.format(mine)), ("linked", "export/linked")):
+            writer.emit(
+                events.Export(
+                    format=name, path=place, verified=True, bytes=9, fp_bytes=9, bits_per_weight=4.5
+                )
+            )
+    with pytest.raises(UsageError, match="has no export"):
+        chosen(run, None)
 
 
 def test_a_card_names_one_base_model() -> None:
