@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,8 @@ from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.directory import RunDirectory
 from engine.run.elsewhere import lives_elsewhere
 from engine.run.events import BULK
-from engine.run.finding import check_runs_dir, default_runs_dir, find_run
+from engine.run.finding import check_runs_dir, default_runs_dir, find_run, shorten
+from engine.run.finding import typed as typed_path
 from engine.run.launch import launch, log_path
 from engine.run.liveness import look, run_state
 from engine.run.lock import holder, is_held, opened_by
@@ -41,7 +41,7 @@ from eqat_tui.clusters.asked import AskedOfSlurm
 from eqat_tui.display import open_display
 from eqat_tui.follow import Follower, Left
 from eqat_tui.output import cell, error_words, one_line, print_json, ring, say, show
-from eqat_tui.run_text import report, shorten
+from eqat_tui.run_text import report
 
 Told = Callable[[Mapping[str, Any]], str]
 """From what ``eqat show --json`` prints to what a person reads."""
@@ -207,8 +207,7 @@ def redo(
 
 def typed(run: RunDirectory) -> str:
     """What to type for ``run`` here: its id where runs are looked for, else its path."""
-    found = default_runs_dir() / run.id
-    return run.id if found.exists() and found.samefile(run.path) else shlex.quote(shorten(run.path))
+    return typed_path(run.path, run.id)
 
 
 def types(run: RunDirectory, command: str) -> str:

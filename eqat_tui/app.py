@@ -13,11 +13,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
-from textual.app import App, SystemCommand
+from textual.app import App, ScreenStackError, SystemCommand
 from textual.binding import BindingType
 from textual.events import Event, Key
 from textual.filter import LineFilter, Monochrome, NoColor
@@ -294,6 +295,15 @@ class EqatApp(App[str]):
         """
         self.clear_notifications()
         super().notify(_note(message), title=_note(title), severity=severity, timeout=timeout, markup=False)
+
+    def clear_notifications(self) -> None:
+        """Take notes away with the lines that they had, which Textual leaves empty and never gives back."""
+        super().clear_notifications()
+        with suppress(ScreenStackError):  # before the first screen
+            self.call_later(self._give_back, self.screen)
+
+    def _give_back(self, screen: Screen[Any]) -> None:
+        screen.query("ToastHolder").remove()
 
     def push_screen(self, *args: Any, **kwargs: Any) -> Any:
         """A dialog is not to be read through a note."""

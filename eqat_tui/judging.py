@@ -16,7 +16,7 @@ from engine.config.formats import FORMATS
 from engine.errors import EqatError, ExitCode, UsageError
 from engine.run import events
 from engine.run.directory import RunDirectory
-from engine.run.finding import default_runs_dir, find_run
+from engine.run.finding import default_runs_dir, find_run, typed
 from engine.run.launch import python_environment
 from engine.run.proof import is_run
 from engine.run.state import load_state
@@ -43,7 +43,9 @@ def checkpoints_of(ref: str, runs_dir: Path | None) -> list[Path]:
     exports = [run.export_dir / name for name in FORMATS.names()]
     found = [folder for folder in exports if folder.is_dir()]
     if not found:
-        raise UsageError("it has no export yet", where=run.id, hint=f"eqat export {run.id} writes one")
+        raise UsageError(
+            "it has no export yet", where=run.id, hint=f"eqat export {typed(run.path, run.id)} writes one"
+        )
     return found
 
 

@@ -13,12 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engine.errors import EqatError, ExitCode, PreflightError, UsageError, first_line
+from engine.errors import EqatError, ExitCode, IdentityError, PreflightError, UsageError, first_line
 from engine.run.directory import RunDirectory
+from engine.run.finding import shorten, typed
+from engine.run.housekeeping import exports
 from engine.run.shown import show_run
+from eqat_tui.judging import CARD, changed_files
 from eqat_tui.output import agrees, cell, format_bytes, key_values, one_line, say, show, table
 
-CARD = "README.md"
 NETWORK = ("httpx", "httpcore", "requests", "urllib3")
 """Begin the names of the libraries that the hub's own one asks with."""
 Result = TypeVar("Result")
@@ -30,10 +32,14 @@ def chosen(run: RunDirectory, format: str | None) -> dict[str, Any]:
     Raises:
         UsageError: where there is none, or several and none is named.
     """
-    exports = {row["format"]: row for row in show_run(run)["exports"]}
-    there = {name: row for name, row in exports.items() if (run.path / row["path"]).is_dir()}
+    told = {row["format"]: row for row in show_run(run)["exports"]}
+    # A log that somebody made up may name any folder of this machine.
+    own = {name: f"{run.export_dir.name}/{name}" for name in exports(run)}
+    there = {name: row for name, row in told.items() if own.get(name) == row["path"]}
     if not there:
-        raise UsageError("has no export", where=run.id, hint=f"eqat export {run.id} writes one")
+        raise UsageError(
+            "has no export", where=run.id, hint=f"eqat export {typed(run.path, run.id)} writes one"
+        )
     if format is None and len(there) > 1:
         raise UsageError(
             f"has exports in {len(there)} formats", where=run.id, hint=f"--format: {', '.join(there)}"
@@ -65,7 +71,7 @@ def push(
     """Show what will be sent, ask, send it, and print where it is."""
     row = chosen(run, format)
     folder = run.path / row["path"]
-    card = carded((folder / CARD).read_text(encoding="utf-8"), base)
+    card = carded(_whole(run, folder), base)
     hub = _hub()
     say(_shown(folder, card, hub, repo, revision, private))
     if not yes and not _agreed(repo):
@@ -74,6 +80,23 @@ def push(
     sent = _ask_hub(repo, lambda: _send(hub, folder, card, repo, revision, private))
     show(sent)
     return ExitCode.DONE
+
+
+def _whole(run: RunDirectory, folder: Path) -> str:
+    """The card of an export whose files are those that were verified.
+
+    Raises:
+        IdentityError: for one that has been changed or damaged since.
+        PreflightError: where its card cannot be read.
+    """
+    again = f"eqat export {typed(run.path, run.id)} --format {folder.name} writes it again"
+    if changed := changed_files(folder):
+        raise IdentityError(one_line("; ".join(changed)), where=shorten(folder), hint=again)
+    try:
+        return (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise PreflightError(f"cannot be read: {why}", where=shorten(folder / CARD), hint=again) from error
 
 
 def _agreed(repo: str) -> bool:

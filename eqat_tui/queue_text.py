@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from engine.errors import EqatError
+from engine.run.finding import typed
 from engine.run.queue import Queue
 from eqat_tui.output import cell, one_line, table
 from eqat_tui.run_text import ago
@@ -85,5 +87,5 @@ def _cells(row: Tree, now: float) -> list[str]:
         f"w{row['bits']}{group}",
         cell(row["name"], 40),
         ago(row["added"], now),
-        cell(row["run"] or "–"),
+        cell(typed(Path(row["path"])) if row["path"] else "–"),
     ]

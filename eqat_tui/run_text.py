@@ -6,7 +6,6 @@ and :func:`~engine.run.shown.summarize`), so a person and a script never see dif
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import msgspec
 
 from engine.config.stages import full_precision, phase_label, stage_label, versions
 from engine.run.events import MEASUREMENT
+from engine.run.finding import shorten
 from engine.run.liveness import WORKING
 from engine.run.measures import EQAT, MOST_SCORES, TaskScore
 from engine.run.task import job_name
@@ -369,15 +369,6 @@ def ago(when: float | None, now: float) -> str:
         if seconds >= size:
             return f"{int(seconds // size)} {unit} ago"
     return "just now"
-
-
-def shorten(path: str | Path) -> str:
-    """``path`` as typed from here, when it lies below the working directory."""
-    try:
-        relative = os.path.relpath(path)
-    except (OSError, ValueError):
-        return str(path)
-    return str(path) if relative.startswith("..") else relative
 
 
 def _position(run: Tree) -> str:

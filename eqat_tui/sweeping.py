@@ -8,7 +8,6 @@ at work or where that has ended, and goes on from there.
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -29,7 +28,7 @@ from engine.errors import EqatError, ExitCode, StopRequested
 from engine.plan.machine import visible_gpus
 from engine.plan.several import SeveralPlans, plan_several
 from engine.run.directory import RunDirectory
-from engine.run.finding import check_runs_dir, default_runs_dir
+from engine.run.finding import check_runs_dir, shorten, typed
 from engine.run.launch import launch, log_path
 from engine.run.members import is_at_work, state_of
 from engine.run.shares import ALL, Share, shares
@@ -41,7 +40,6 @@ from eqat_tui.display import open_display
 from eqat_tui.follow import Follower, Left
 from eqat_tui.hearing import hearing
 from eqat_tui.output import cell, error_words, one_line, print_json, say, show
-from eqat_tui.run_text import shorten
 from eqat_tui.sweep_members import ENDS, STOPS, made, note
 from eqat_tui.sweep_text import plan_text, sweep_text, totals_words
 from eqat_tui.sweeping_together import Together
@@ -163,14 +161,8 @@ def carry_out(sweep: Sweep, *, jobs: int, as_json: bool) -> int:
     else:
         show(sweep_text(shown))
     if any(row["outcome"] != "done" for row in shown["runs"]):
-        say(f"eqat sweep resume {typed(sweep)} goes on with what is not done")
+        say(f"eqat sweep resume {typed(sweep.path)} goes on with what is not done")
     return code
-
-
-def typed(sweep: Sweep) -> str:
-    """What to type for ``sweep`` here: its name where runs are looked for, else its path."""
-    found = default_runs_dir() / sweep.id
-    return sweep.id if found.exists() and found.samefile(sweep.path) else shlex.quote(shorten(sweep.path))
 
 
 class _Sweeper:

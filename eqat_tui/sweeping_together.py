@@ -13,6 +13,7 @@ from typing import NamedTuple
 from engine.config.sweeps import settings_words
 from engine.errors import EqatError, ExitCode
 from engine.run.directory import RunDirectory
+from engine.run.finding import shorten
 from engine.run.launch import launch, log_path
 from engine.run.members import is_at_work, state_of
 from engine.run.shares import Share
@@ -21,7 +22,6 @@ from eqat_tui.display import PlainDisplay
 from eqat_tui.follow import POLL_S, Follower, Left
 from eqat_tui.hearing import hearing
 from eqat_tui.output import cell, error_words, one_line, say
-from eqat_tui.run_text import shorten
 from eqat_tui.sweep_members import ENDS, STOPS, made, note
 
 PROGRESS_S = 60.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import time
 from pathlib import Path
 
@@ -115,6 +116,26 @@ def find_run(runs_dir: Path, ref: str) -> RunDirectory:
 def full(runs_dir: Path) -> str:
     """A folder of runs as it is named in messages: ``runs`` alone says nothing of where it was looked for."""
     return os.path.abspath(runs_dir)
+
+
+def typed(path: Path, name: str = "") -> str:
+    """What to type here for the run or the sweep at ``path``: its ``name`` where runs are looked for, else
+    the path."""
+    name = name or path.name
+    try:
+        here = (default_runs_dir() / name).samefile(path)
+    except (OSError, EqatError):  # there is none of that name, or a file of the user's cannot be used
+        here = False
+    return name if here else shlex.quote(shorten(path))
+
+
+def shorten(path: str | Path) -> str:
+    """``path`` as typed from here, when it lies below the working directory."""
+    try:
+        relative = os.path.relpath(path)
+    except (OSError, ValueError):
+        return str(path)
+    return str(path) if relative.startswith("..") else relative
 
 
 def _open_found(ref: str) -> RunDirectory:

@@ -21,6 +21,7 @@ from engine.run import contents, generations
 from engine.run.directory import RunDirectory
 from engine.run.elsewhere import refuse_if_elsewhere
 from engine.run.events import BULK
+from engine.run.finding import typed
 from engine.run.liveness import refuse_waiting, starting
 from engine.run.lock import RunLock, holder
 from engine.run.proof import FolderIdentity, prove_made_here, prove_removed, prove_run
@@ -98,7 +99,9 @@ def refuse_busy(run: RunDirectory) -> None:
         owner = starting(run)
     if owner is not None:
         raise PreflightError(
-            f"process {owner} works on it", where=run.id, hint=f"eqat stop {run.id} ends it first"
+            f"process {owner} works on it",
+            where=run.id,
+            hint=f"eqat stop {typed(run.path, run.id)} ends it first",
         )
     refuse_if_elsewhere(run)
     refuse_waiting(run)

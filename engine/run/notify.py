@@ -28,6 +28,10 @@ from engine.system.printable import printable
 
 PATIENCE = 10.0
 """Seconds that a message may take."""
+LAST_WORDS = 4096
+"""Bytes of what a program says last are kept."""
+HEARING_S = 1.0
+"""The last words of a program that has failed are waited for so long."""
 STAGE_WORDS = 2
 """Perplexities that a message names: the first, of full precision, and the last."""
 
@@ -110,21 +114,37 @@ def _start(command: tuple[str, ...], values: Mapping[str, str]) -> None:
     arguments = [_filled(part, values) for part in command]
     environment = {**os.environ, **{f"EQAT_{name.upper()}": value for name, value in values.items()}}
     try:
-        ended = subprocess.run(
+        process = subprocess.Popen(
             arguments,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
             env=environment,
-            timeout=PATIENCE,
-            check=False,
         )
+    except OSError as error:
+        raise RuntimeError(f"{arguments[0]} cannot be started: {error.strerror}") from None
+    said = bytearray()
+    # On a thread: what the program has left in the background may hold the pipe open for as long as it likes.
+    hears = threading.Thread(target=_hear, args=(process, said), daemon=True)
+    hears.start()
+    try:
+        code = process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
         raise TimeoutError(f"{arguments[0]} did not end in {PATIENCE:.0f} s") from None
-    if ended.returncode != 0:
-        said = ended.stderr.decode(errors="replace").strip().splitlines()
-        raise RuntimeError(f"{arguments[0]} ended with {ended.returncode}: {said[-1] if said else 'no word'}")
+    if code != 0:
+        hears.join(HEARING_S)
+        words = bytes(said).decode(errors="replace").strip().splitlines()
+        raise RuntimeError(f"{arguments[0]} ended with {code}: {words[-1] if words else 'no word'}")
+
+
+def _hear(process: subprocess.Popen[bytes], said: bytearray) -> None:
+    """Keep the last of what a program says on stderr, until all that hold it have closed it."""
+    assert process.stderr is not None
+    while piece := os.read(process.stderr.fileno(), LAST_WORDS):
+        said[:] = (said + piece)[-LAST_WORDS:]
 
 
 def _filled(part: str, values: Mapping[str, str]) -> str:

@@ -26,12 +26,13 @@ from engine.config.run import RunConfig
 from engine.config.writing import to_toml
 from engine.errors import EqatError, PreflightError, UsageError
 from engine.run.directory import RunDirectory
+from engine.run.finding import typed
 from engine.run.launch import next_attempt
 from engine.run.liveness import WORKING
 from engine.run.lock import RunLock, holder
 from engine.run.members import GONE, UNREADABLE, WAITING, Failure, RunId, is_at_work, state_of
 from engine.run.proof import is_run
-from engine.run.sweep import LARGEST
+from engine.run.sweep import LARGEST, SCHEMA, refuse_later
 from engine.system.files import atomic_write_json, disk_error, full_disk
 from engine.system.guarded import NoFile, read_struct
 from engine.system.ownership import require_own_folders
@@ -115,7 +116,7 @@ class Entry(msgspec.Struct, kw_only=True):
 
 
 class _File(msgspec.Struct, kw_only=True):
-    schema: int = 1
+    schema: int = SCHEMA
     next: int = 1
     paused: bool = False
     entries: list[Entry] = []
@@ -175,9 +176,11 @@ class Queue:
     def read(self) -> None:
         """Take in what is written down now."""
         try:
-            self._file = read_struct(self.path / FILE, _File, LARGEST)
+            found = read_struct(self.path / FILE, _File, LARGEST)
         except NoFile:
-            self._file = _File()
+            found = _File()
+        refuse_later(found.schema, self.path / FILE)
+        self._file = found
 
     def write(self) -> None:
         """Write down what is known, whole; for whoever is :meth:`changing` it."""
@@ -268,7 +271,9 @@ class Queue:
         for entry in found:
             if entry.over is None and is_at_work(entry.directory):
                 raise PreflightError(
-                    "is at work", where=f"entry {entry.number}", hint=f"eqat stop {entry.run} stops its run"
+                    "is at work",
+                    where=f"entry {entry.number}",
+                    hint=f"eqat stop {named(entry)} stops its run",
                 )
         for entry in found:
             if entry in self.entries:
@@ -344,6 +349,11 @@ def _patient(lock: RunLock) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def named(entry: Entry) -> str:
+    """What to type here for the run of an entry, which may lie in any folder of runs."""
+    return typed(Path(entry.runs_dir) / entry.run) if entry.run is not None else "RUN"
 
 
 # -- what is known of a run ----------------------------------------------------------------------------

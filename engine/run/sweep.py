@@ -35,6 +35,8 @@ from engine.system.guarded import read_struct
 from engine.system.ownership import require_own_folders
 
 FILE = "sweep.json"
+SCHEMA = 1
+"""Of what this version writes down of sweeps and of the queue."""
 PREFIX = "sweep-"
 """Begins the name of a sweep's folder."""
 LOG = "sweep.log"
@@ -67,7 +69,7 @@ class Member(msgspec.Struct, kw_only=True):
 
 
 class _File(msgspec.Struct, kw_only=True):
-    schema: int = 1
+    schema: int = SCHEMA
     target: str
     """The preset or the file that it was made from; a label."""
     made: float
@@ -117,7 +119,7 @@ class Sweep:
                 hint=f"it has no {FILE}; eqat sweep makes one",
             )
         place = path.resolve()
-        return cls(place, read_struct(place / FILE, _File, LARGEST, root=place))
+        return cls(place, _read(place))
 
     def write(self) -> None:
         """Write down what is known of its runs."""
@@ -125,7 +127,7 @@ class Sweep:
 
     def reread(self) -> None:
         """Take in what another process has written since."""
-        self._file = read_struct(self.path / FILE, _File, LARGEST, root=self.path)
+        self._file = _read(self.path)
 
     def run_of(self, member: Member) -> RunDirectory | None:
         """The run of a member; none where it is not made, or not there any more."""
@@ -165,6 +167,23 @@ class Sweep:
     def at_work(self) -> bool:
         """Whether a process carries it out now."""
         return holder(self.lock_path) is not None
+
+
+def _read(place: Path) -> _File:
+    found = read_struct(place / FILE, _File, LARGEST, root=place)
+    refuse_later(found.schema, place / FILE)
+    return found
+
+
+def refuse_later(schema: int, path: Path) -> None:
+    """Raise :class:`PreflightError` for what a later version has written, of which this one would write down
+    again only what it knows."""
+    if schema > SCHEMA:
+        raise PreflightError(
+            f"was written by a later version of eqat (schema {schema}, and this one reads {SCHEMA})",
+            where=str(path),
+            hint="use that version",
+        )
 
 
 def is_sweep(path: Path) -> bool:

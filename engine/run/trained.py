@@ -13,6 +13,7 @@ from engine.config.stages import STAGES
 from engine.errors import UsageError
 from engine.run.directory import RunDirectory
 from engine.run.events import BULK
+from engine.run.finding import typed
 from engine.run.liveness import look
 from engine.run.state import RunState, load_state
 
@@ -38,4 +39,6 @@ def refuse_untrained(run: RunDirectory, config: Mapping[str, Any]) -> None:
     """
     state, work = look(run)
     if work is None and state != "done" and not has_trained(load_state(run, skip=BULK), config):
-        raise UsageError(f"{UNTRAINED} (it is {state})", where=run.id, hint=f"eqat resume {run.id}")
+        raise UsageError(
+            f"{UNTRAINED} (it is {state})", where=run.id, hint=f"eqat resume {typed(run.path, run.id)}"
+        )

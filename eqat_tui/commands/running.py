@@ -263,7 +263,7 @@ def replay(
     from eqat_tui.terminal import Look, open_app, require_terminal
 
     found = actions.find(run, runs_dir)
-    require_terminal("eqat replay", hint=f"eqat show {found.id} prints its result")
+    require_terminal("eqat replay", hint=f"eqat show {actions.typed(found)} prints its result")
     return open_app(runs_dir, run=found, replay_speed=speed, look=Look(ascii_only, True))
 
 

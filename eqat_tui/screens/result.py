@@ -19,6 +19,7 @@ from textual.widgets import Input
 from engine.config.formats import FORMATS
 from engine.errors import EqatError
 from engine.run.events import Export
+from engine.run.finding import shorten
 from engine.run.launch import launch
 from engine.run.measured import measured
 from engine.run.shown import CARD, json_safe, origin, render
@@ -32,7 +33,6 @@ from eqat_tui.lines import Line, line, wrap
 from eqat_tui.report.page import report_page
 from eqat_tui.report.pictures import default_folder, pictures, write_pictures
 from eqat_tui.report.place import check_place, default_file, write_report
-from eqat_tui.run_text import shorten
 from eqat_tui.screens.base import WorkScreen
 from eqat_tui.screens.dialogs import Ask, MarkdownReader
 from eqat_tui.screens.stopping import ask_to

@@ -6,12 +6,12 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from engine.config.stages import phase_label
+from engine.run.finding import shorten
 from engine.run.members import WAITING
 from eqat_tui.groups import Group, Row
 from eqat_tui.lines import Line, Span, bar, cut, fit, line, plain, width_of, wrap
 from eqat_tui.measured import newest
 from eqat_tui.output import format_bits, format_bytes, format_clock, format_number, format_seconds
-from eqat_tui.run_text import shorten
 from eqat_tui.views.monitor import STATE_MARKS, STATE_ROLES
 from eqat_tui.words import block_place
 

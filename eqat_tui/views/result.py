@@ -11,6 +11,7 @@ import msgspec
 from engine.config.formats import DEFAULT_FORMAT, FORMATS
 from engine.config.grid import Grid
 from engine.config.stages import full_precision, stage_label, versions
+from engine.run.finding import shorten
 from engine.run.state import RunState
 from eqat_tui.divergence_text import result_rows, tables
 from eqat_tui.feed import RunView
@@ -26,7 +27,6 @@ from eqat_tui.run_text import (
     facts,
     measurement_doubts,
     score_rows,
-    shorten,
 )
 from eqat_tui.views.monitor import MOST_LINES, what
 

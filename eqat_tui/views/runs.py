@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 from engine.config.stages import full_precision, phase_label
 from engine.run.directory import RunDirectory
+from engine.run.finding import shorten
 from engine.run.housekeeping import Cleanable
 from engine.run.liveness import WORKING
 from engine.run.task import job_name
 from eqat_tui.lines import Line, Span, columns, cut, line, widths_of, wrap
 from eqat_tui.measured import newest
 from eqat_tui.output import format_bytes, format_number, format_seconds
-from eqat_tui.run_text import UNREADABLE, ago, batch_words, job_share, shorten
+from eqat_tui.run_text import UNREADABLE, ago, batch_words, job_share
 from eqat_tui.screens.table import key_of
 from eqat_tui.views.monitor import STATE_MARKS, STATE_ROLES
 from eqat_tui.words import block_place, model_name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,11 +12,11 @@ from cli_tools import Eqat
 from hub_upload import TOKEN, UploadHub, upload_hub
 
 from engine.config.loading import load
-from engine.errors import UsageError
+from engine.errors import IdentityError, PreflightError, UsageError
 from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter
-from eqat_tui.pushing import carded
+from eqat_tui.pushing import carded, chosen, push
 
 CARD = """---
 library_name: transformers
@@ -69,6 +71,7 @@ def exported(where: Path, *formats: str, verified: bool = True) -> RunDirectory:
                     bytes=9,
                     fp_bytes=9,
                     bits_per_weight=4.5,
+                    files={path: hashlib.sha256(content).hexdigest() for path, content in FILES.items()},
                 )
             )
         writer.emit(events.RunFinished(outcome="done", exit_code=0, seconds=5.5))
@@ -173,6 +176,43 @@ def test_what_cannot_be_sent_is_refused(
     refused = eqat("push", "latest", repo, "--yes", **given)
     assert refused.returncode == 2
     assert words in refused.stderr.splitlines()[-1]
+
+
+def test_what_was_changed_since_it_was_verified_is_not_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = exported(tmp_path, "gptq_v2")
+    folder = run.path / "export" / "gptq_v2"
+    ask = {"format": None, "base": None, "revision": None, "private": False, "yes": False}
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(UsageError, match="no terminal to ask on"):
+        push(run, "somebody/model", **ask)  # type: ignore[arg-type]
+    (folder / "model.safetensors").write_bytes(b"0123456780" * 1000)
+    with pytest.raises(IdentityError, match=r"model\.safetensors: is not what was verified \(eqat export "):
+        push(run, "somebody/model", **ask)  # type: ignore[arg-type]
+    (folder / "model.safetensors").write_bytes(FILES["model.safetensors"])
+    for spoil in (lambda card: card.write_bytes(b"\xff"), lambda card: card.unlink()):
+        spoil(folder / "README.md")
+        with pytest.raises(PreflightError, match=r"README\.md: cannot be read: .* \(eqat export "):
+            push(run, "somebody/model", **ask)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", ["{}", "../../mine", "export/../../../mine"])
+def test_a_log_that_somebody_made_up_sends_nothing_but_exports(tmp_path: Path, path: str) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "README.md").write_text(CARD)
+    run = exported(tmp_path, "gptq_v2")
+    (run.path / "export" / "linked").symlink_to(mine)
+    with EventWriter(run.events_path, 2) as writer:
+        for name, place in (("gptq_v2", path.format(mine)), ("linked", "export/linked")):
+            writer.emit(
+                events.Export(
+                    format=name, path=place, verified=True, bytes=9, fp_bytes=9, bits_per_weight=4.5
+                )
+            )
+    with pytest.raises(UsageError, match="has no export"):
+        chosen(run, None)
 
 
 def test_a_card_names_one_base_model() -> None:

@@ -137,7 +137,8 @@ def test_what_goes_wrong_is_a_line_and_takes_no_longer_than_it_may(
         assert line.startswith("warning: notify: ")
         return line
 
-    assert "no/such/program" in said('[notify]\ncommand = ["/no/such/program"]')
+    missing = said('[notify]\ncommand = ["/no/such/program"]')
+    assert "/no/such/program cannot be started: No such file" in missing
     fails = json.dumps([sys.executable, "-c", "import sys; sys.exit('no')"])
     assert "ended with 1: no" in said(f"[notify]\ncommand = {fails}")
     hook.answer = 500  # type: ignore[attr-defined]
@@ -149,6 +150,19 @@ def test_what_goes_wrong_is_a_line_and_takes_no_longer_than_it_may(
     begun = time.monotonic()
     assert "did not end in 0 s" in said(f"[notify]\ncommand = {sleeps}")
     assert time.monotonic() - begun < 10
+
+
+def test_what_a_program_leaves_in_the_background_is_not_waited_for(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notify, "HEARING_S", 0.3)
+    begun = time.monotonic()
+    assert notify.send(NotifyConfig(command=("sh", "-c", "sleep 5 &")), "a message", run, "done")
+    assert not notify.send(
+        NotifyConfig(command=("sh", "-c", "sleep 5 & echo no >&2; exit 3")), "a message", run, "done"
+    )
+    assert time.monotonic() - begun < 4
+    assert capsys.readouterr().err.splitlines() == ["warning: notify: sh ended with 3: no"]
 
 
 def test_sending_says_whether_all_ways_took_it(run: RunDirectory, hook: HTTPServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,15 @@ import pytest
 
 from engine.config.derived import resolve
 from engine.config.loading import load
+from engine.config.sweeps import combinations, typed_axis
 from engine.errors import EqatError, PreflightError, UsageError
 from engine.run.directory import RunDirectory
 from engine.run.event_log import EventWriter
 from engine.run.events import RunFinished, RunStarted
+from engine.run.finding import default_runs_dir, find_run
 from engine.run.lock import RunLock
 from engine.run.queue import MOST_OVER, Over, Queue, entry_state, turn_of
+from engine.run.sweep import Sweep, find_sweep
 from eqat_tui.queue_text import queue_text
 from eqat_tui.queueing import show_queue
 
@@ -105,8 +109,11 @@ def test_what_is_over_or_at_work_has_no_place(queue: Queue, tmp_path: Path) -> N
         for change in wrong:
             with pytest.raises(UsageError), queue.changing():
                 change()
-        with pytest.raises(PreflightError, match=r"entry 2: is at work \(eqat stop "), queue.changing():
+        with pytest.raises(PreflightError, match="entry 2: is at work") as told, queue.changing():
             queue.remove([3, 2])
+        (typed,) = shlex.split(told.value.hint)[2:3]  # the run may lie in any folder of runs
+        assert find_run(default_runs_dir(), typed).path == run.path
+        assert typed in queue_text(show_queue(queue))
         assert numbers(queue) == [1, 2, 5, 3, 4]  # all of a change or nothing
         with queue.changing():
             queue.remove([1, 4, 4])
@@ -185,6 +192,20 @@ def test_paths_are_those_of_where_it_was_typed(
     monkeypatch.chdir("/")
     assert entry.configuration().data.source == str(tmp_path / "a.txt")
     assert entry.runs_dir == str(tmp_path / "runs")
+
+
+def test_what_a_later_version_has_written_is_left_to_it(queue: Queue, tmp_path: Path) -> None:
+    sweep = Sweep.create(
+        tmp_path / "runs", "smoke", combinations(load("smoke"), [typed_axis("grid.bits=2,3")])
+    )
+    for path in (queue.path / "queue.json", sweep.path / "sweep.json"):
+        path.write_text(later := path.read_text().replace('"schema": 1', '"schema": 2', 1))
+        with pytest.raises(PreflightError, match="later version of eqat"):
+            Queue(queue.path) if path.name == "queue.json" else find_sweep(tmp_path / "runs", "latest")
+        held = queue.changing() if path.name == "queue.json" else sweep.held()
+        with pytest.raises(PreflightError, match="later version of eqat"), held:
+            raise AssertionError("this version would write it again, less what it does not know")
+        assert path.read_text() == later
 
 
 def test_what_is_over_is_not_remembered_for_ever(queue: Queue, tmp_path: Path) -> None:

@@ -181,3 +181,16 @@ def test_a_run_at_work_counts_by_what_it_has_behind_it() -> None:
     lines = [plain(line) for line in views.rows(views.items([group], ()), (), (), 100)[1]]
     assert "1 of 3 done  at work" in lines[0]
     assert lines[2].endswith("▶ running Block-AP 3 of 0–5, 0:10 left")
+
+
+def test_notes_that_came_fast_give_their_lines_back(queue: Queue) -> None:
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: SWEEP in picture(app))
+        before = await settled(pilot)
+        for note in ("its turn is over", "its run is at work", "the queue goes on"):
+            app.notify(note, timeout=0.3)
+            await until(pilot, lambda note=note: note in picture(app))  # type: ignore[misc]
+            assert len(app.screen.query("ToastHolder")) == 1
+        await until(pilot, lambda: picture(app) == before)
+
+    drive(app_of(mode="queue"), script, (60, 20), notes=True)
