@@ -13,26 +13,33 @@ _HIDDEN = ("sklearn", "torchvision")
 here asks it for either."""
 
 
-def load_libraries() -> None:
-    """Load torch, and of transformers what the file of every model in it asks for.
+@contextmanager
+def loading() -> Iterator[None]:
+    """While modules are imported: no garbage is looked for, and never among what they made.
 
-    Importing makes objects by the hundred thousand and no garbage, and looking for it all the same takes a
-    quarter of the time. With that left out, and without scikit-learn and torchvision, both libraries are
-    there in three quarters of the processor's seconds.
-
-    Raises:
-        ImportError: for a library that is not installed, or is broken.
+    Importing makes objects by the hundred thousand that live as long as the process, and hardly any garbage;
+    looking for it all the same takes a quarter of the time.
     """
     collects = gc.isenabled()
     gc.disable()
     try:
-        with _hidden(_HIDDEN):
-            import torch  # noqa: F401
-            import transformers.generation.utils
-            import transformers.masking_utils  # noqa: F401
+        yield
     finally:
+        gc.freeze()
         if collects:
             gc.enable()
+
+
+def load_libraries() -> None:
+    """Load torch, and of transformers what the file of every model in it asks for.
+
+    Raises:
+        ImportError: for a library that is not installed, or is broken.
+    """
+    with loading(), _hidden(_HIDDEN):
+        import torch  # noqa: F401
+        import transformers.generation.utils
+        import transformers.masking_utils  # noqa: F401
 
 
 @contextmanager
