@@ -158,8 +158,9 @@ def names_a_text(source: str) -> bool:
 
 def no_text(source: str, field: str) -> DataError:
     """What to say of a name in ``field`` behind which no text can lie."""
-    hint = f"known names: {', '.join([BUILTIN, OWN, *CORPORA])}"
-    if field.startswith("data.") and ("," in source or ":" in source):
+    learned = field.startswith("data.")  # nothing is measured on text that the model writes itself
+    hint = f"known names: {', '.join([BUILTIN, *([OWN] if learned else []), *CORPORA])}"
+    if learned and ("," in source or ":" in source):
         hint += "; of several texts each has a share, like c4:0.8,wikitext2:0.2"
     problem = "is neither a file, nor a hub id (owner/name), nor a known name"
     return DataError(problem, where=f"{field} = {source!r}", hint=hint)

@@ -151,3 +151,4 @@ def test_a_name_behind_which_no_text_can_lie_is_refused_by_the_plan(
         make_plan(config, device="cpu", runs_dir=tmp_path)
     assert caught.value.where.startswith(where)
     assert hint in caught.value.hint
+    assert ("self" in caught.value.hint) == field.startswith("data."), "nothing is measured on own text"
