@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_args
 import msgspec
 
 from engine.config.calibration import with_source
-from engine.config.corpora import is_hub_id, is_path
+from engine.config.corpora import is_hub_id, is_path, names_a_text, no_text
 from engine.config.formats import FORMATS
 from engine.config.lists import members
 from engine.config.model import PACKAGE, RANDOM, TINY_MODEL, BeginOfText, ModelConfig
@@ -98,6 +98,8 @@ def how_of(
     for text in config.evaluation.every_text():
         if is_path(text.source):
             refuse_missing(text.source, "check --data")
+        elif not names_a_text(text.source):
+            raise no_text(text.source, "--data")
     for task in how.tasks:
         if task.endswith(QUESTIONS):
             refuse_missing(task, "check --tasks")

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from engine.config.data import BUILTIN, OWN, DataConfig
+from engine.errors import DataError
 
 ENDINGS = (".txt", ".jsonl", ".json", ".parquet", ".arrow")
 """Endings of files that text is read from."""
@@ -145,6 +146,24 @@ built-in corpus is none of them: no hub has it."""
 def by_repository(repo: str) -> Corpus | None:
     """The corpus whose name leads to this hub id; none for any other."""
     return next((known for known in CORPORA.values() if known.source.repo.lower() == repo.lower()), None)
+
+
+def names_a_text(source: str) -> bool:
+    """Whether a text may lie behind ``source``: a known name, a path, or a hub id. Nobody is asked."""
+    name = source.strip()
+    if name in (BUILTIN, OWN) or name in CORPORA or is_path(name) or is_hub_id(name):
+        return True
+    return bool(name) and os.path.exists(local_path(name))
+
+
+def no_text(source: str, field: str) -> DataError:
+    """What to say of a name in ``field`` behind which no text can lie."""
+    learned = field.startswith("data.")  # nothing is measured on text that the model writes itself
+    hint = f"known names: {', '.join([BUILTIN, *([OWN] if learned else []), *CORPORA])}"
+    if learned and ("," in source or ":" in source):
+        hint += "; of several texts each has a share, like c4:0.8,wikitext2:0.2"
+    problem = "is neither a file, nor a hub id (owner/name), nor a known name"
+    return DataError(problem, where=f"{field} = {source!r}", hint=hint)
 
 
 def corpus_name(data: DataConfig) -> str:

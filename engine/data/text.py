@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 
-from engine.config.corpora import CORPORA, hub_name, is_hub_id, is_path, local_name, local_path
-from engine.config.data import BUILTIN, OWN, DataConfig
+from engine.config.corpora import CORPORA, hub_name, is_hub_id, is_path, local_name, local_path, no_text
+from engine.config.data import BUILTIN, DataConfig
 from engine.data.builtin import BuiltinText
 from engine.data.hub import HubText, hub_source
 from engine.data.local import LocalText
@@ -32,9 +32,4 @@ def open_source(data: DataConfig) -> TextSource:
         raise DataError("no such file or folder", where=name, hint="check data.source")
     if is_hub_id(name):
         return HubText(hub_source(data), corpus=hub_name(name))
-    choices = ", ".join([BUILTIN, OWN, *CORPORA])
-    raise DataError(
-        "is neither a file, nor a hub id (owner/name), nor a known name",
-        where=f"data.source = {name!r}",
-        hint=f"known names: {choices}",
-    )
+    raise no_text(name, "data.source")

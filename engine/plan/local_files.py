@@ -1,21 +1,23 @@
-"""Files of the user's own that a run names: whether they are there. What is in them the engine judges."""
+"""Texts that a run names: whether files are there, and other names may lead to a text. What is in them the
+engine judges."""
 
 from __future__ import annotations
 
 import os
 
 from engine.config.calibration import mixture, texts_of
-from engine.config.corpora import is_path, local_path
+from engine.config.corpora import is_path, local_path, names_a_text, no_text
 from engine.config.run import RunConfig
 from engine.config.tasks import QUESTIONS
 from engine.errors import DataError
 
 
 def check_local_files(config: RunConfig, *, reads_text: bool) -> None:
-    """A mistyped path should not cost a run, which ``reads_text`` for calibration or does not.
+    """A mistyped path or name should not cost a run, which ``reads_text`` for calibration or does not.
 
     Raises:
-        DataError: for a file or folder that is not there, or a file with nothing in it.
+        DataError: for a file or folder that is not there, a file with nothing in it, or a name behind which
+            no text can lie.
     """
     name = "data.mix" if mixture(config.data) else "data.source"
     used = [(name, text.data, reads_text) for text in texts_of(config.data)]
@@ -30,6 +32,8 @@ def check_local_files(config: RunConfig, *, reads_text: bool) -> None:
     for name, data, wanted in used:
         if wanted and is_path(data.source):
             refuse_missing(data.source, f"check {name}")
+        elif wanted and name != "instructions.source" and not names_a_text(data.source):
+            raise no_text(data.source, name)
     for task in evaluation.tasks if evaluation.enabled else ():
         if task.endswith(QUESTIONS):
             refuse_missing(task, "check evaluation.tasks")

@@ -148,8 +148,12 @@ class ResultScreen(WorkScreen):
         half = self.query_one("#perplexity").size.width or width
         self.query_one("#perplexity", Panel).show(views.perplexities(view.state, half))
         self.query_one("#figures", Panel).show(self._figures(view, half))
-        self.query_one("#samples", Panel).show(views.samples(view.state, half))
-        self.query_one("#exports", Panel).show(views.exports(view, half))
+        self.query_one("#samples", Panel).show(
+            views.samples(view.state, half, can_sample=not self.impossible("sample"))
+        )
+        self.query_one("#exports", Panel).show(
+            views.exports(view, half, can_export=not self.impossible("export"))
+        )
         exports = _verified(view)
         snippet = self._snippet(view).splitlines() if exports else ["packed checkpoints come first"]
         self.query_one("#loading", Panel).show([line((text, "" if exports else "muted")) for text in snippet])
@@ -166,7 +170,7 @@ class ResultScreen(WorkScreen):
         run = self.eqat.current()
         if self._origin is None or self._origin[0] != run.id:
             self._origin = run.id, origin(run)
-        shown = render(view.state, state=view.liveness, config=view.config)
+        shown = render(view.state, state=view.liveness, work=view.job, config=view.config)
         later = [json_safe(msgspec.to_builtins(one)) for one in measured(run)]
         more = {"path": sight_of(run).place, "origin": self._origin[1], "measured": later}
         return views.figures({**shown, **more}, width)

@@ -153,11 +153,13 @@ def headline(view: RunView, width: int) -> Line:
     return cut(words, width)
 
 
-def samples(state: RunState, width: int) -> list[Line]:
-    """What both models wrote, side by side where there is room."""
+def samples(state: RunState, width: int, *, can_sample: bool = True) -> list[Line]:
+    """What both models wrote, side by side where there is room; where nothing is written yet, the key for it,
+    if it can do something now."""
     full, trained = state.samples.get(full_precision()), newest(state.samples)
     if full is None and trained is None:
-        return [line(("no sample yet: i lets both models continue a prompt of yours", "muted"))]
+        key = ": i lets both models continue a prompt of yours" if can_sample else ""
+        return [line((f"no sample yet{key}", "muted"))]
     one = full or trained
     assert one is not None
     lines = wrap(f"prompt: {one.prompt}", width, "muted")
@@ -190,8 +192,9 @@ def export_path(run: str, path: str) -> Path:
     return Path(run) / path  # an absolute one is itself
 
 
-def exports(view: RunView, width: int) -> list[Line]:
-    """Every packed checkpoint, and what its verification found."""
+def exports(view: RunView, width: int, *, can_export: bool = True) -> list[Line]:
+    """Every packed checkpoint, and what its verification found; where there is none, the key for it, if it
+    can do something now."""
     lines: list[Line] = []
     for done in view.state.exports.values():
         mark: Span = ("✓ verified", "good") if done.verified else ("✗ NOT VERIFIED", "bad")
@@ -212,7 +215,8 @@ def exports(view: RunView, width: int) -> list[Line]:
         if done.copied_to:
             place += few(wrap(f"copied to {done.copied_to}", width - 2, "good"), MOST_LINES)
         lines += [line("  ", *row) for row in few(place, 2 * MOST_LINES)]
-    return lines or [line(("no packed checkpoint yet: e writes one", "muted"))]
+    key = ": e writes one" if can_export else ""
+    return lines or [line((f"no packed checkpoint yet{key}", "muted"))]
 
 
 def unfit_formats(config: Mapping[str, Any] | None) -> dict[str, str]:

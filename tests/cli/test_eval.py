@@ -154,6 +154,8 @@ def test_tasks_alone_measure_no_text_and_reach_the_engine_as_typed(
     for name, words in (("empty", "the file is empty"), ("none", "no such file")):
         with pytest.raises(DataError, match=words):
             how_of(None, None, None, None, Tasks([f"{tmp_path}/{name}.jsonl"]))
+    with pytest.raises(DataError, match="neither a file, nor a hub id"):
+        how_of(["wikitxt"], None, None, None, Tasks())
     assert arguments_of(finished_run, how) == [
         *("--task-limit", "7", "--ask", "piqa", "--ask", f"{tmp_path}/mine.jsonl"),
     ]

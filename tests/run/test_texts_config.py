@@ -15,7 +15,7 @@ from engine.config.run import RunConfig
 from engine.config.sameness import config_hash, equivalent_command
 from engine.config.validation import validate
 from engine.config.writing import to_toml
-from engine.errors import UsageError
+from engine.errors import DataError, UsageError
 from engine.offline import everything_is_local
 from engine.plan.plan import make_plan
 
@@ -132,3 +132,23 @@ def test_the_plan_counts_all_texts_and_the_second_stream(tmp_path: Path) -> None
         assert beside[name][1] - alone[name][1] == alone["evaluate_fp"][1]
     both = plan(**{"evaluation.data": ["builtin", "wikitext2"]})
     assert both["evaluate_fp"][1] == 2 * alone["evaluate_fp"][1]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "where", "hint"),
+    [
+        ("data.source", "wikitext-2", "data.source = 'wikitext-2'", "wikitext2"),
+        ("data.source", "c4:0.5,wikitext2", "data.source = ", "each has a share"),
+        ("data.mix", "builtin:0.5,wikitxt:0.5", "data.mix = 'wikitxt'", "wikitext2"),
+        ("evaluation.data", "wikitxt", "evaluation.data.source = 'wikitxt'", "wikitext2"),
+    ],
+)
+def test_a_name_behind_which_no_text_can_lie_is_refused_by_the_plan(
+    field: str, value: str, where: str, hint: str, tmp_path: Path
+) -> None:
+    config = load("smoke", overrides={field: value, "runtime.device": "cpu"})
+    with pytest.raises(DataError, match="neither a file, nor a hub id") as caught:
+        make_plan(config, device="cpu", runs_dir=tmp_path)
+    assert caught.value.where.startswith(where)
+    assert hint in caught.value.hint
+    assert ("self" in caught.value.hint) == field.startswith("data."), "nothing is measured on own text"

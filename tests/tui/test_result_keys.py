@@ -15,6 +15,8 @@ from textual.pilot import Pilot
 from engine.config.formats import FORMATS
 from engine.run import control
 from engine.run.directory import RunDirectory
+from engine.run.liveness import Work
+from engine.run.state import RunState
 from eqat_tui.app import EqatApp
 
 Recorded = Callable[[str], RunDirectory]
@@ -49,6 +51,41 @@ def test_the_result_stops_what_it_started_and_not_the_training(recorded: Recorde
 
     drive(app_of(run, view_of(run, "running"), mode="result"), script)
     assert control.pending(run) == []
+
+
+def test_an_evaluation_at_work_is_not_called_dead(recorded: Recorded) -> None:
+    run = recorded("finished")
+    view = view_of(run, "done", job=Work("eval", 2, "running"))
+    begun = msgspec.structs.replace(view.state, job=RunState(task="eval", attempt=2))
+    view = msgspec.structs.replace(view, state=begun)
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await shown(pilot)
+        assert "evaluation" in picture(app)
+        assert "died" not in picture(app)
+
+    drive(app_of(run, view, mode="result"), script, size=(80, 60))
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "named"), [("running", "running", False), ("finished", "done", True)]
+)
+def test_keys_that_can_do_nothing_yet_are_not_proposed(
+    name: str, state: Any, named: bool, recorded: Recorded
+) -> None:
+    run = recorded(name)
+    view = view_of(run, state)
+    bare = msgspec.structs.replace(view.state, exports={}, samples={})
+    view = msgspec.structs.replace(view, state=bare)
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await shown(pilot)
+        assert "no sample yet" in picture(app)
+        assert "no packed checkpoint yet" in picture(app)
+        assert ("i lets both models" in picture(app)) == named
+        assert ("e writes one" in picture(app)) == named
+
+    drive(app_of(run, view, mode="result"), script, size=(80, 60))
 
 
 def test_a_folder_that_is_taken_is_said_in_the_dialog(recorded: Recorded, tmp_path: Path) -> None:
