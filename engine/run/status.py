@@ -9,7 +9,7 @@ import msgspec
 from engine.errors import EqatError, ExitCode
 from engine.run.directory import RunDirectory
 from engine.run.events import Outcome
-from engine.run.lock import is_held
+from engine.run.lock import holder
 from engine.system import this_machine
 from engine.system.files import atomic_write_json, overwrite_in_place
 from engine.system.guarded import BadFile, read_struct
@@ -121,12 +121,16 @@ def read_status(run: RunDirectory) -> Status | None:
 
 
 def _written_by_holder(run: RunDirectory, status: Status) -> bool:
-    """Whether a status comes from the engine that holds the lock: taking it renews the file's time. A lock on
-    another machine may not be seen; what that one's engine wrote, it wrote while it had it."""
+    """Whether a status comes from the engine that holds the lock: it is of that process, and taking the lock
+    renews the file's time, a moment later. A lock on another machine may not be seen; what that one's engine
+    wrote, it wrote while it had it."""
     if status.machine and status.machine != this_machine.identity():
         return status.outcome is None
+    pid = holder(run.lock_path)
+    if pid is None or pid not in (0, status.pid):
+        return False
     try:
-        return is_held(run.lock_path) and status.heartbeat >= os.lstat(run.lock_path).st_mtime
+        return status.heartbeat >= os.lstat(run.lock_path).st_mtime
     except OSError:
         return False
 

@@ -42,6 +42,9 @@ def test_a_name_that_no_file_can_have_is_one_line(eqat: Eqat, tmp_path: Path, wh
 
 
 def test_a_text_with_a_name_too_long_for_a_file_is_only_a_name(eqat: Eqat) -> None:
-    """It could be a hub's: the plan does not ask there."""
-    done = eqat("plan", "smoke", "--data", LONG)
+    """With an owner it could be a hub's: the plan does not ask there."""
+    done = eqat("plan", "smoke", "--data", f"owner/{LONG}")
     assert done.returncode == 0, done.stderr
+    done = eqat("plan", "smoke", "--data", LONG)
+    assert (done.returncode, done.stderr.count("\n")) == (4, 1), done.stderr
+    assert "known names" in done.stderr
