@@ -379,17 +379,16 @@ def test_on_a_full_disk_an_engine_still_shows_that_it_lives_and_what_it_waits_fo
     assert status.phase == "block_ap"
 
 
-@pytest.mark.parametrize(("pid", "told"), [(os.getpid(), "the disk is full"), (1, "")])
-def test_what_a_dead_engine_waited_for_is_not_told_of_the_next_one(
-    tmp_path: Path, pid: int, told: str
-) -> None:
+@pytest.mark.parametrize("own", [True, False])
+def test_what_a_dead_engine_waited_for_is_not_told_of_the_next_one(tmp_path: Path, own: bool) -> None:
     """Nor in the moment between its taking the lock and renewing the time of the file."""
-    run = RunDirectory.create(tmp_path / "runs", CONFIG)
+    run, waiting = RunDirectory.create(tmp_path / "runs", CONFIG), "the disk is full"
+    said = Status(heartbeat=time.time() + 60, waiting=waiting, pid=os.getpid() if own else 1)
     with RunLock(run.lock_path):
-        assert write_status(run, Status(heartbeat=time.time() + 60, waiting="the disk is full", pid=pid))
+        assert write_status(run, said)
         status = read_status(run)
     assert status is not None
-    assert status.waiting == told
+    assert status.waiting == (waiting if own else "")
 
 
 @pytest.mark.parametrize(("action", "heard"), [("stop", {"SIGTERM"}), ("abort", {"SIGTERM", "SIGINT"})])
