@@ -28,7 +28,7 @@ from engine.errors import (
     first_line,
     run_is_gone,
 )
-from engine.libraries import load_libraries, loading
+from engine.libraries import libraries
 from engine.ranks.place import Place, place_of
 from engine.run import event_log, events
 from engine.run.directory import RunDirectory
@@ -87,8 +87,7 @@ def follow(run: RunDirectory, asked: Asked, place: Place) -> int:
 
     config = _configuration(run, asked)
     with offline(everything_is_local(config)):
-        with loading():
-            load_libraries()
+        with libraries():
             from engine.ranks import follower
 
         return follower.work(run, config, this_attempt(run), place)
@@ -182,8 +181,7 @@ def _work(
 ) -> int:
     """The attempt, once it is known what it is; everything that ends it is told."""
     # Imported here, once the lock is held and the configuration is known to be good: torch takes seconds.
-    with loading():
-        load_libraries()
+    with libraries():
         from engine.failures import as_eqat_error
         from engine.pipeline import Pipeline
         from engine.plan.plan import Plan, check, make_plan

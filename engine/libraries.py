@@ -14,32 +14,29 @@ here asks it for either."""
 
 
 @contextmanager
-def loading() -> Iterator[None]:
-    """While modules are imported: no garbage is looked for, and never among what they made.
+def libraries() -> Iterator[None]:
+    """Load torch, and of transformers what the file of every model in it asks for; inside, what needs them is
+    imported.
 
     Importing makes objects by the hundred thousand that live as long as the process, and hardly any garbage;
-    looking for it all the same takes a quarter of the time.
+    looking for it all the same takes a quarter of the time. So nothing is collected meanwhile, and never
+    among what was made.
+
+    Raises:
+        ImportError: for a library that is not installed, or is broken.
     """
     collects = gc.isenabled()
     gc.disable()
     try:
+        with _hidden(_HIDDEN):
+            import torch  # noqa: F401
+            import transformers.generation.utils
+            import transformers.masking_utils  # noqa: F401
         yield
     finally:
         gc.freeze()
         if collects:
             gc.enable()
-
-
-def load_libraries() -> None:
-    """Load torch, and of transformers what the file of every model in it asks for.
-
-    Raises:
-        ImportError: for a library that is not installed, or is broken.
-    """
-    with loading(), _hidden(_HIDDEN):
-        import torch  # noqa: F401
-        import transformers.generation.utils
-        import transformers.masking_utils  # noqa: F401
 
 
 @contextmanager

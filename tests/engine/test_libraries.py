@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from engine.libraries import load_libraries
+from engine.libraries import libraries
 
 LOADED = """
 import gc, sys
-from engine.libraries import load_libraries
-load_libraries()
+from engine.libraries import libraries
+with libraries():
+    pass
 assert "transformers.generation.utils" in sys.modules and "transformers.masking_utils" in sys.modules
 assert not {"sklearn", "torchvision"} & set(sys.modules)
 assert gc.isenabled()
@@ -48,7 +49,8 @@ def test_collecting_goes_on_as_it_was(collects: bool, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "sklearn", None)  # hidden by somebody else
     try:
         (gc.enable if collects else gc.disable)()
-        load_libraries()
+        with libraries():
+            assert not gc.isenabled()
         assert gc.isenabled() == collects
     finally:
         gc.enable()
