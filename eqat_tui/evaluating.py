@@ -13,14 +13,14 @@ from typing import Any, NamedTuple, get_args
 import msgspec
 
 from engine.config.calibration import with_source
-from engine.config.corpora import is_hub_id, is_path, names_a_text, no_text
+from engine.config.corpora import is_hub_id
 from engine.config.formats import FORMATS
 from engine.config.lists import members
 from engine.config.model import PACKAGE, RANDOM, TINY_MODEL, BeginOfText, ModelConfig
 from engine.config.run import RunConfig
 from engine.config.tasks import QUESTIONS, require_lm_eval
 from engine.errors import DataError, EqatError, ExitCode, UsageError
-from engine.plan.local_files import refuse_missing
+from engine.plan.local_files import refuse_missing, refuse_no_text
 from engine.run.directory import RunDirectory
 from engine.run.measured import How, MeasureRequest, as_asked, by_flags, refuse_endless
 from engine.run.proof import is_run
@@ -96,10 +96,7 @@ def how_of(
     except EqatError as error:
         raise by_flags(error) from error
     for text in config.evaluation.every_text():
-        if is_path(text.source):
-            refuse_missing(text.source, "check --data")
-        elif not names_a_text(text.source):
-            raise no_text(text.source, "--data")
+        refuse_no_text(text.source, "--data")
     for task in how.tasks:
         if task.endswith(QUESTIONS):
             refuse_missing(task, "check --tasks")

@@ -30,13 +30,20 @@ def check_local_files(config: RunConfig, *, reads_text: bool) -> None:
     used.append(("evaluation.data.source", evaluation.data, evaluation.enabled))
     used += [("evaluation.texts", data, evaluation.enabled) for data in evaluation.every_text()[1:]]
     for name, data, wanted in used:
-        if wanted and is_path(data.source):
-            refuse_missing(data.source, f"check {name}")
-        elif wanted and name != "instructions.source" and not names_a_text(data.source):
-            raise no_text(data.source, name)
+        # Of instructions only a path is judged here.
+        if wanted and (name != "instructions.source" or is_path(data.source)):
+            refuse_no_text(data.source, name)
     for task in evaluation.tasks if evaluation.enabled else ():
         if task.endswith(QUESTIONS):
             refuse_missing(task, "check evaluation.tasks")
+
+
+def refuse_no_text(source: str, field: str) -> None:
+    """DataError for a ``source``, given in ``field``, behind which no text can lie."""
+    if is_path(source):
+        refuse_missing(source, f"check {field}")
+    elif not names_a_text(source):
+        raise no_text(source, field)
 
 
 def refuse_missing(source: str, hint: str) -> None:
