@@ -21,8 +21,7 @@ from engine.errors import EqatError, ExitCode, PreflightError, UsageError
 from engine.run.directory import RunDirectory
 from engine.run.elsewhere import lives_elsewhere
 from engine.run.events import BULK
-from engine.run.finding import check_runs_dir, default_runs_dir, find_run, shorten
-from engine.run.finding import typed as typed_path
+from engine.run.finding import check_runs_dir, default_runs_dir, find_run, shorten, typed
 from engine.run.launch import launch, log_path
 from engine.run.liveness import look, run_state
 from engine.run.lock import holder, is_held, opened_by
@@ -203,11 +202,6 @@ def redo(
     if slurm is not None:
         return _submit(made, (), slurm, {}, as_json=as_json)
     return start(made, detach=detach, as_json=as_json)
-
-
-def typed(run: RunDirectory) -> str:
-    """What to type for ``run`` here: its id where runs are looked for, else its path."""
-    return typed_path(run.path, run.id)
 
 
 def types(run: RunDirectory, command: str) -> str:

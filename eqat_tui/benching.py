@@ -58,16 +58,14 @@ def exported_formats(run: RunDirectory, wanted: Sequence[str]) -> list[str]:
         raise PreflightError(
             "an engine works on it, which would be measured too",
             where=run.id,
-            hint=f"eqat stop {typed(run.path, run.id)}" if work.task == "run" else "wait until it is done",
+            hint=f"eqat stop {typed(run)}" if work.task == "run" else "wait until it is done",
         )
     there = [name for name in FORMATS.names() if name in exports(run)]
     lacking = [name for name in wanted if name not in there]
     if lacking or not there:
         what = f"has no export in the format {lacking[0]}" if lacking else "has no export"
         name = lacking[0] if lacking else "gguf,mlx"
-        raise UsageError(
-            what, where=run.id, hint=f"eqat export {typed(run.path, run.id)} --format {name} writes one"
-        )
+        raise UsageError(what, where=run.id, hint=f"eqat export {typed(run)} --format {name} writes one")
     return list(wanted) or there
 
 

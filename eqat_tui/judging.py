@@ -43,9 +43,7 @@ def checkpoints_of(ref: str, runs_dir: Path | None) -> list[Path]:
     exports = [run.export_dir / name for name in FORMATS.names()]
     found = [folder for folder in exports if folder.is_dir()]
     if not found:
-        raise UsageError(
-            "it has no export yet", where=run.id, hint=f"eqat export {typed(run.path, run.id)} writes one"
-        )
+        raise UsageError("it has no export yet", where=run.id, hint=f"eqat export {typed(run)} writes one")
     return found
 
 

@@ -37,9 +37,7 @@ def chosen(run: RunDirectory, format: str | None) -> dict[str, Any]:
     own = {name: f"{run.export_dir.name}/{name}" for name in exports(run)}
     there = {name: row for name, row in told.items() if own.get(name) == row["path"]}
     if not there:
-        raise UsageError(
-            "has no export", where=run.id, hint=f"eqat export {typed(run.path, run.id)} writes one"
-        )
+        raise UsageError("has no export", where=run.id, hint=f"eqat export {typed(run)} writes one")
     if format is None and len(there) > 1:
         raise UsageError(
             f"has exports in {len(there)} formats", where=run.id, hint=f"--format: {', '.join(there)}"
@@ -89,7 +87,7 @@ def _whole(run: RunDirectory, folder: Path) -> str:
         IdentityError: for one that has been changed or damaged since.
         PreflightError: where its card cannot be read.
     """
-    again = f"eqat export {typed(run.path, run.id)} --format {folder.name} writes it again"
+    again = f"eqat export {typed(run)} --format {folder.name} writes it again"
     if changed := changed_files(folder):
         raise IdentityError(one_line("; ".join(changed)), where=shorten(folder), hint=again)
     try:

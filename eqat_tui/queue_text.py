@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EqatError
-from engine.run.finding import typed
+from engine.run.finding import typed_path
 from engine.run.queue import Queue
 from eqat_tui.output import cell, one_line, table
 from eqat_tui.run_text import ago
@@ -87,5 +87,5 @@ def _cells(row: Tree, now: float) -> list[str]:
         f"w{row['bits']}{group}",
         cell(row["name"], 40),
         ago(row["added"], now),
-        cell(typed(Path(row["path"])) if row["path"] else "–"),
+        cell(typed_path(Path(row["path"])) if row["path"] else "–"),
     ]

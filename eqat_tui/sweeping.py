@@ -28,7 +28,7 @@ from engine.errors import EqatError, ExitCode, StopRequested
 from engine.plan.machine import visible_gpus
 from engine.plan.several import SeveralPlans, plan_several
 from engine.run.directory import RunDirectory
-from engine.run.finding import check_runs_dir, shorten, typed
+from engine.run.finding import check_runs_dir, shorten, typed_path
 from engine.run.launch import launch, log_path
 from engine.run.members import is_at_work, state_of
 from engine.run.shares import ALL, Share, shares
@@ -161,7 +161,7 @@ def carry_out(sweep: Sweep, *, jobs: int, as_json: bool) -> int:
     else:
         show(sweep_text(shown))
     if any(row["outcome"] != "done" for row in shown["runs"]):
-        say(f"eqat sweep resume {typed(sweep.path)} goes on with what is not done")
+        say(f"eqat sweep resume {typed_path(sweep.path)} goes on with what is not done")
     return code
 
 

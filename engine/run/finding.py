@@ -118,7 +118,12 @@ def full(runs_dir: Path) -> str:
     return os.path.abspath(runs_dir)
 
 
-def typed(path: Path, name: str = "") -> str:
+def typed(run: RunDirectory) -> str:
+    """What to type here for ``run``: its id, which may be that of a link to it, or a path."""
+    return typed_path(run.path, run.id)
+
+
+def typed_path(path: Path, name: str = "") -> str:
     """What to type here for the run or the sweep at ``path``: its ``name`` where runs are looked for, else
     the path."""
     name = name or path.name

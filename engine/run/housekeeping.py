@@ -101,7 +101,7 @@ def refuse_busy(run: RunDirectory) -> None:
         raise PreflightError(
             f"process {owner} works on it",
             where=run.id,
-            hint=f"eqat stop {typed(run.path, run.id)} ends it first",
+            hint=f"eqat stop {typed(run)} ends it first",
         )
     refuse_if_elsewhere(run)
     refuse_waiting(run)

@@ -26,7 +26,7 @@ from engine.config.run import RunConfig
 from engine.config.writing import to_toml
 from engine.errors import EqatError, PreflightError, UsageError
 from engine.run.directory import RunDirectory
-from engine.run.finding import typed
+from engine.run.finding import typed_path
 from engine.run.launch import next_attempt
 from engine.run.liveness import WORKING
 from engine.run.lock import RunLock, holder
@@ -353,7 +353,7 @@ def _patient(lock: RunLock) -> Iterator[None]:
 
 def named(entry: Entry) -> str:
     """What to type here for the run of an entry, which may lie in any folder of runs."""
-    return typed(Path(entry.runs_dir) / entry.run) if entry.run is not None else "RUN"
+    return typed_path(Path(entry.runs_dir) / entry.run) if entry.run is not None else "RUN"
 
 
 # -- what is known of a run ----------------------------------------------------------------------------

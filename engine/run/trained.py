@@ -39,6 +39,4 @@ def refuse_untrained(run: RunDirectory, config: Mapping[str, Any]) -> None:
     """
     state, work = look(run)
     if work is None and state != "done" and not has_trained(load_state(run, skip=BULK), config):
-        raise UsageError(
-            f"{UNTRAINED} (it is {state})", where=run.id, hint=f"eqat resume {typed(run.path, run.id)}"
-        )
+        raise UsageError(f"{UNTRAINED} (it is {state})", where=run.id, hint=f"eqat resume {typed(run)}")

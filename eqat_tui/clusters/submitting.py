@@ -16,7 +16,7 @@ from engine.errors import EqatError, ExitCode, UsageError
 from engine.plan.plan import make_plan
 from engine.run import slurm
 from engine.run.directory import RunDirectory
-from engine.run.finding import check_runs_dir, typed
+from engine.run.finding import check_runs_dir, typed, typed_path
 from engine.run.housekeeping import delete_run
 from engine.run.launch import python_environment, refuse_second
 from engine.run.members import is_at_work, state_of
@@ -67,7 +67,7 @@ def submit_run(
         print_json({"id": run.id, "path": str(run.path), "job": job})
     else:
         show(run.id)
-        name = typed(run.path, run.id)
+        name = typed(run)
         say(f"given to Slurm as job {job}; eqat attach {name} follows it, eqat stop {name} ends it")
     return ExitCode.DONE
 
@@ -85,7 +85,7 @@ def submit_sweep(sweep: Sweep, asked: AskedOfSlurm, *, together: int, as_json: b
         print_json(shown)
     else:
         show(sweep_text(shown))
-        say(f"eqat sweep show {typed(sweep.path)} shows how far it is")
+        say(f"eqat sweep show {typed_path(sweep.path)} shows how far it is")
     failed = next((member.error for member in sweep.members if member.error is not None), None)
     return failed.exit_code if failed is not None else ExitCode.DONE
 

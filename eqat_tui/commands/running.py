@@ -259,11 +259,12 @@ def replay(
     ascii_only: Ascii = False,
 ) -> int:
     """Show a run from its beginning again, from its log, at any speed."""
+    from engine.run.finding import typed
     from eqat_tui import actions
     from eqat_tui.terminal import Look, open_app, require_terminal
 
     found = actions.find(run, runs_dir)
-    require_terminal("eqat replay", hint=f"eqat show {actions.typed(found)} prints its result")
+    require_terminal("eqat replay", hint=f"eqat show {typed(found)} prints its result")
     return open_app(runs_dir, run=found, replay_speed=speed, look=Look(ascii_only, True))
 
 
