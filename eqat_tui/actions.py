@@ -330,7 +330,7 @@ def follow(
     elif told is not None and code == ExitCode.DONE:
         show(told(shown))
     elif shown["exports"] or any(value is not None for value in shown["perplexity"].values()):
-        show(report(shown, with_error=False))  # the display has told the error
+        show(report(shown, with_end=False))  # the display has told it
     _tell_end(run, follower.state, code)
     return code
 

@@ -11,7 +11,7 @@ from engine.errors import EqatError
 from engine.run.finding import typed_path
 from engine.run.queue import Queue
 from eqat_tui.output import cell, one_line, table
-from eqat_tui.run_text import ago
+from eqat_tui.run_text import DISK_FULL, ago
 from eqat_tui.words import model_name
 
 Tree = Mapping[str, Any]
@@ -82,7 +82,7 @@ def _cells(row: Tree, now: float) -> list[str]:
     group = "channel" if row["group_size"] == -1 else f"g{row['group_size']}"
     return [
         str(row["number"]),
-        cell(row["state"]),
+        DISK_FULL if (row["summary"] or {}).get("waiting") else cell(row["state"]),
         cell(model_name(row["model"]), 40),
         f"w{row['bits']}{group}",
         cell(row["name"], 40),

@@ -15,7 +15,7 @@ import msgspec
 
 from engine.config.stages import full_precision, phase_label, stage_label, versions
 from engine.run.events import MEASUREMENT
-from engine.run.finding import shorten
+from engine.run.finding import shorten, typed_path
 from engine.run.liveness import WORKING
 from engine.run.measures import EQAT, MOST_SCORES, TaskScore
 from engine.run.task import job_name
@@ -54,10 +54,15 @@ ANSWERS = "answer perplexity"
 """Perplexity of the answers of held-out conversations."""
 UNREADABLE = "unreadable"
 """In place of the state of a run that is damaged."""
+DISK_FULL = "paused (disk full)"
+"""In place of the state of a run whose engine waits for room on the disk."""
+RESUMABLE = ("crashed", "stopped", "aborted")
+"""States out of which nothing but ``eqat resume`` is needed; what has failed says itself what is."""
 
 
-def report(run: Tree, *, with_error: bool = True) -> str:
-    """The run's report: what it made, how good that is, what it cost."""
+def report(run: Tree, *, with_end: bool = True) -> str:
+    """The run's report: what it made, how good that is, what it cost; and how it ended and goes on, unless
+    who followed it has read that already."""
     parts = [title(run)]
     perplexities = perplexity_table(run["perplexity"])
     if perplexities:
@@ -79,8 +84,10 @@ def report(run: Tree, *, with_error: bool = True) -> str:
         parts.append(measured_table(run["bench"]))
     parts.append(key_values(facts(run)))
     problem = error_line(run)
-    if problem and with_error:
+    if problem and with_end:
         parts.append(problem)
+    if run["state"] in RESUMABLE and with_end:
+        parts.append(f"eqat resume {typed_path(Path(run['path']), run['id'])} goes on where it was")
     return "\n\n".join(parts)
 
 
@@ -327,7 +334,7 @@ def state_words(run: Tree) -> str:
     if run["state"] == UNREADABLE:
         return "cannot be read"
     if run.get("waiting"):
-        return "paused (disk full)"
+        return DISK_FULL
     job = run.get("job")
     if job and job["state"] in WORKING:
         name = job_name(job["task"])

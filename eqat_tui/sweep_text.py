@@ -26,7 +26,7 @@ from eqat_tui.output import (
     one_line,
     table,
 )
-from eqat_tui.run_text import ago, batch_words
+from eqat_tui.run_text import DISK_FULL, ago, batch_words
 
 Tree = Mapping[str, Any]
 LONGEST_VALUE = 40
@@ -200,6 +200,8 @@ def _outcome(row: Tree) -> str:
     """What has become of a run, or where it is."""
     if row["outcome"] == "waiting" and row["batch"]:
         return f"waiting {batch_words(row['batch'])}"
+    if row["waiting"]:
+        return DISK_FULL
     return str(row["outcome"]) + (f" on {cell(row['node'])}" if row["node"] else "")
 
 

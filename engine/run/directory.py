@@ -106,7 +106,8 @@ class RunDirectory:
         """The run at ``path``; :class:`UsageError` where there is none."""
         place = os.path.expanduser(path)
         if not is_run(Path(place)):
-            raise UsageError("is not a run directory", where=str(path), hint="eqat runs lists the runs")
+            what = "is not a run directory" if os.path.lexists(place) else "does not exist"
+            raise UsageError(what, where=str(path), hint="eqat runs lists the runs")
         return cls(Path(place).resolve())
 
     def config(self) -> RunConfig:

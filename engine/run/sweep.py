@@ -281,6 +281,7 @@ def _row(sweep: Sweep, number: int, member: Member) -> dict[str, Any]:
         "peak_host_bytes": None,
         "batch": None,
         "node": None,
+        "waiting": None,
         "error": failure,
     }
     run = sweep.run_of(member)
@@ -292,7 +293,7 @@ def _row(sweep: Sweep, number: int, member: Member) -> dict[str, Any]:
     except EqatError as error:
         told = {"message": error.message, "where": error.where, "hint": error.hint}
         return {**row, "outcome": UNREADABLE, "error": {**told, "exit_code": int(error.exit_code)}}
-    kept = ("perplexity", "accuracy", "bits_per_weight", "size_bytes", "seconds", "batch", "node")
+    kept = ("perplexity", "accuracy", "bits_per_weight", "size_bytes", "seconds", "batch", "node", "waiting")
     return {
         **row,
         **{name: shown[name] for name in kept},

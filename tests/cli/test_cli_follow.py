@@ -254,6 +254,7 @@ def test_a_full_disk_is_told_while_it_lasts_and_not_of_an_engine_that_is_gone(
     assert err.count("paused: the disk is full") == 1
     wait_until(lambda: run_state(run) == "crashed")
     assert json.loads(eqat("show", "latest", "--json").stdout)["waiting"] is None
+    assert f"eqat resume {run.id} goes on where it was" in eqat("show", "latest").stdout
     out, err = ended(start_eqat(tmp_path, "finishes", "resume", "latest"))
     assert "paused" not in err
     assert "23.67" in out

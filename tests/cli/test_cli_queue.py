@@ -103,6 +103,15 @@ def test_a_failing_and_a_dying_run_do_not_stop_the_others(queue: Queue, call: Ca
     ]
 
 
+def test_the_list_says_of_a_run_that_its_disk_is_full(queue: Queue, call: Call, tmp_path: Path) -> None:
+    add(queue, tmp_path, 2)
+    process = works(tmp_path, "waits")
+    wait_until(lambda: "paused (disk full)" in call("list")[1])
+    assert call("stop")[0] == 0
+    ended(process)
+    assert "(disk full)" not in call("list")[1]
+
+
 def test_kills_and_stops_lose_nothing_and_begin_nothing_twice(queue: Queue, tmp_path: Path) -> None:
     add(queue, tmp_path, 2, 3)
     process = works(tmp_path, "works")

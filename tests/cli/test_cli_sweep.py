@@ -232,6 +232,15 @@ def test_a_failing_and_a_dying_run_do_not_stop_the_others(eqat: Eqat, tmp_path: 
     assert sorted(attempts) == [1, 2, 2]
 
 
+def test_the_table_says_of_a_run_that_its_disk_is_full(eqat: Eqat, tmp_path: Path) -> None:
+    process = start_eqat(tmp_path, "waits", *TWO)
+    wait_until(lambda: "paused (disk full)" in eqat("sweep", "show", "latest").stdout)
+    assert outcomes(eqat) == ["running", "waiting"]
+    assert eqat("stop", "latest").returncode == 0
+    ended(process)
+    assert "paused" not in eqat("sweep", "show", "latest").stdout
+
+
 def test_an_interrupt_stops_the_run_and_the_sweep(eqat: Eqat, tmp_path: Path) -> None:
     process = start_eqat(tmp_path, "works", *TWO)
     run = at_work(tmp_path)

@@ -90,6 +90,8 @@ def test_a_configuration_alone_makes_no_run(run: RunDirectory, tmp_path: Path) -
     assert list_runs(project.parent) == []
     with pytest.raises(UsageError, match="is not a run directory"):
         find_run(project.parent, str(project))
+    with pytest.raises(UsageError, match="does not exist"):
+        find_run(project.parent, str(project / "nothere"))
 
 
 def test_a_run_whose_configuration_is_a_link_is_listed_and_its_configuration_is_not_read(
