@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,32 @@ def compared() -> Iterator[list[Any]]:
     yield found
     if len(found) == len(test_real_models.CASES):
         keep(real_part(found))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def real_runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Any, Future[Any]]]:
+    """The run of each grid that a chosen test of real models is about, in the folder EQAT_REAL_RUNS if it is
+    named: begun with the first test of all, since these leave a core free and a run takes minutes of one."""
+    grids = [
+        item.callspec.params["case"].grid
+        for item in request.session.items
+        if item.path.name == "test_real_models.py" and hasattr(item, "callspec")
+    ]
+    named = os.environ.get("EQAT_REAL_RUNS")
+    with ThreadPoolExecutor(1) as pool:
+        runs: dict[Any, Future[Any]] = {}
+        for grid in dict.fromkeys(grids):
+            from real_models import asked_run, made
+            from test_real_models import formats_of
+
+            name = f"w{grid.bits}g{grid.group_size}"
+            place = Path(named) / name if named else tmp_path_factory.mktemp(name)
+            # Models are made here: where torch makes tensors is for all threads to obey.
+            runs[grid] = pool.submit(made, asked_run(place, grid, formats_of(grid)))
+        yield runs
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="session")

