@@ -49,18 +49,17 @@ def real_runs(
 ) -> Iterator[dict[Any, Future[Any]]]:
     """The run of each grid that a chosen test of real models is about, in the folder EQAT_REAL_RUNS if it is
     named: begun with the first test of all, since these leave a core free and a run takes minutes of one."""
-    grids = [
+    from real_models import INSTALLED, asked_run, formats_of, made
+
+    grids = dict.fromkeys(
         item.callspec.params["case"].grid
         for item in request.session.items
-        if item.path.name == "test_real_models.py" and hasattr(item, "callspec")
-    ]
+        if item.path.name == "test_real_models.py" and INSTALLED
+    )
     named = os.environ.get("EQAT_REAL_RUNS")
     with ThreadPoolExecutor(1) as pool:
-        runs: dict[Any, Future[Any]] = {}
-        for grid in dict.fromkeys(grids):
-            from real_models import asked_run, made
-            from test_real_models import formats_of
-
+        runs = {}
+        for grid in grids:
             name = f"w{grid.bits}g{grid.group_size}"
             place = Path(named) / name if named else tmp_path_factory.mktemp(name)
             # Models are made here: where torch makes tensors is for all threads to obey.

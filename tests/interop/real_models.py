@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from engine.checkpoints.store import CheckpointStore
 from engine.config.data import DataConfig
+from engine.config.formats import FORMATS
 from engine.config.grid import Grid
 from engine.config.loading import load
 from engine.config.model import ModelConfig
@@ -55,9 +56,16 @@ SHORT: dict[str, object] = {
     "runtime.device": "cpu",
 }
 
+NO_ZERO = ("gptq",)
+"""Formats that hold no zero point of 0, which training makes."""
+
 HIDDEN, WIDER = 576, 768
 HEAD, GROUPS, WIDER_GROUPS, SHARING = 64, 3, 4, 3
 """Numbers a head, heads of keys and values, and the heads of queries that share one of those."""
+
+
+def formats_of(grid: Grid) -> list[str]:
+    return [row.name for row in FORMATS if not row.lacks(grid) and row.name not in NO_ZERO]
 
 
 def finished_run(place: Path, grid: Grid, formats: list[str], *, train: bool = True) -> RunDirectory:

@@ -20,13 +20,13 @@ from real_models import (
     INSTALLED,
     Trained,
     cores,
+    formats_of,
     llama_predictions,
     predictions,
     read_trained,
 )
 from table import Compared
 
-from engine.config.formats import FORMATS
 from engine.config.grid import Grid
 from engine.run import event_log, events
 from engine.run.directory import RunDirectory
@@ -35,8 +35,6 @@ pytest.importorskip("gptqmodel", reason="run by `make interop` in an environment
 pytestmark = pytest.mark.skipif(not INSTALLED, reason="the demo's model is not installed")
 
 GRIDS = [Grid(4, 128), Grid(2, 64), Grid(3, 64)]
-NO_ZERO = ("gptq",)
-"""Formats that hold no zero point of 0, which training makes."""
 
 
 class Case(NamedTuple):
@@ -45,10 +43,6 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         return f"w{self.grid.bits}g{self.grid.group_size}-{self.format}"
-
-
-def formats_of(grid: Grid) -> list[str]:
-    return [row.name for row in FORMATS if not row.lacks(grid) and row.name not in NO_ZERO]
 
 
 CASES = [Case(grid, name) for grid in GRIDS for name in formats_of(grid)]
