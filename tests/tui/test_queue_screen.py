@@ -10,6 +10,8 @@ import pytest
 from app_tools import MONOCHROME, app_of, drive, picture, press, settled, told, until
 from logs import START
 from textual.pilot import Pilot
+from textual.widgets._toast import Toast
+from waiting import PATIENCE
 
 from engine.config.derived import resolve
 from engine.config.loading import load
@@ -188,9 +190,10 @@ def test_notes_that_came_fast_give_their_lines_back(queue: Queue) -> None:
         await until(pilot, lambda: SWEEP in picture(app))
         before = await settled(pilot)
         for note in ("its turn is over", "its run is at work", "the queue goes on"):
-            app.notify(note, timeout=0.3)
+            app.notify(note, timeout=PATIENCE)  # one that is over sooner may never be seen on a busy machine
             await until(pilot, lambda note=note: note in picture(app))  # type: ignore[misc]
-            assert len(app.screen.query("ToastHolder")) == 1
+            await until(pilot, lambda: len(app.screen.query("ToastHolder")) == 1)
+        await pilot.click(Toast)  # does what the end of its time does
         await until(pilot, lambda: picture(app) == before)
 
     drive(app_of(mode="queue"), script, (60, 20), notes=True)
