@@ -16,6 +16,7 @@ from engine.config.runtime import RuntimeConfig
 from engine.errors import PreflightError
 from engine.run import events
 from engine.run.directory import RunDirectory
+from engine.system.allowance import threads
 
 RECORDED_PACKAGES = ("torch", "transformers", "safetensors", "datasets", "tokenizers", "numpy", "triton")
 
@@ -49,7 +50,7 @@ def choose_device(name: str, gpus: int = 1, number: int = 0) -> torch.device:
 
 def prepare_process(runtime: RuntimeConfig, device: torch.device) -> None:
     """Threads, seeds and determinism. Call once, before the first tensor."""
-    torch.set_num_threads(runtime.threads or max(1, len(os.sched_getaffinity(0)) // runtime.gpus))
+    torch.set_num_threads(threads(runtime.threads, runtime.gpus, gpu=device.type == "cuda"))
     torch.manual_seed(runtime.seed)
     # The libraries' objects, hundreds of thousands, live as long as the process: every collection of garbage
     # between two phases would look at all of them again.

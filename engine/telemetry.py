@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from engine.run.events import Memory
+from engine.system.allowance import memory_available
 
 SAMPLE_SECONDS = 1.0
 
@@ -145,7 +146,7 @@ class Telemetry:
             gpu_peak=peak_gpu_bytes(self.device),
             host_used=int(self._process.memory_info().rss),
             host_peak=peak_host_bytes(),
-            host_available=int(psutil.virtual_memory().available),
+            host_available=memory_available(),
             disk_free=_free_bytes(self.run_path),
         )
 

@@ -33,6 +33,7 @@ from engine.run.finding import check_runs_dir
 from engine.run.launch import exit_code, launch, log_path
 from engine.run.liveness import run_state
 from engine.run.shown import show_run
+from engine.system.allowance import memory_available, processors
 from eqat_tui.output import format_bytes, format_seconds
 
 PACKAGES = (
@@ -181,12 +182,9 @@ def host() -> Check:
     import psutil
 
     memory = psutil.virtual_memory()
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity is not None else os.cpu_count()
-    detail = (
-        f"{cores} cores, {format_bytes(memory.available)} of {format_bytes(memory.total)} memory available"
-    )
-    if memory.available < 2e9:
+    free = memory_available()
+    detail = f"{processors()} cores, {format_bytes(free)} of {format_bytes(memory.total)} memory available"
+    if free < 2e9:
         return Check(name="host", status="warning", detail=detail, hint="the demo needs about 2 GB")
     return Check(name="host", status="ok", detail=detail)
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 
+from engine.system.allowance import processors
+
 
 def threads() -> int:
     """``OMP_NUM_THREADS``, if that is set, else one for each processor that this process may use."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdecimal() and int(asked) > 0:
         return int(asked)
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on this system
-        return os.cpu_count() or 1
+    return processors()

@@ -32,7 +32,8 @@ class RuntimeConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     seed: int = 0
     """The seed decides which text is drawn and in which order it is seen."""
     threads: int = 0
-    """The CPU computes with this many threads; 0 takes every core this process may use."""
+    """The CPU computes with this many threads; 0 takes every core that this process may use, beside a GPU at
+    most 16."""
     activation_store: Literal["auto", StoreKind] = "auto"
     """The two activation streams live here; auto takes the fastest place that has room."""
     host_memory_gib: float = 0.0

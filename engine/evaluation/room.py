@@ -7,7 +7,8 @@ import torch
 
 from engine.config.run import RunConfig
 from engine.plan.fit import GPU_RESERVE, host_budget
-from engine.plan.machine import Machine, host_free
+from engine.plan.machine import Machine
+from engine.system.allowance import memory_available
 
 
 def free_for_blocks(config: RunConfig, device: torch.device, machine: Machine) -> tuple[int, str]:
@@ -16,5 +17,5 @@ def free_for_blocks(config: RunConfig, device: torch.device, machine: Machine) -
         # What torch keeps for its next tensor is not free to others, but it is to us.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int((torch.cuda.mem_get_info(device)[0] + kept) * (1 - GPU_RESERVE)), "the GPU"
-    now = msgspec.structs.replace(machine, host_free=host_free())
+    now = msgspec.structs.replace(machine, host_free=memory_available())
     return host_budget(config, now), "this machine"

@@ -11,9 +11,8 @@ from typing import Any
 import msgspec
 
 from engine.run.proof import is_run
+from engine.system.allowance import memory_available, processors
 from engine.system.files import existing
-
-CGROUP = Path("/sys/fs/cgroup")
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,39 +43,12 @@ def detect(directory: Path | None = None, device: str = "auto", gpus: int = 1) -
         gpu_name=name,
         gpu_free=free,
         gpu_total=total,
-        host_free=host_free(),
+        host_free=memory_available(),
         disk_free=shutil.disk_usage(existing(place)).free + _written(place),
-        cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cpus=processors(),
         avx512=_has_avx512(),
         gpus=0 if name is None else len(visible_gpus()),
     )
-
-
-def host_free() -> int:
-    """Memory that can still be had: what the kernel says, or what the container's limit leaves."""
-    import psutil
-
-    available = int(psutil.virtual_memory().available)
-    limit, used = _cgroup_number("memory.max"), _cgroup_number("memory.current")
-    if limit is None or used is None:
-        return available
-    return min(available, max(0, limit - used + _reclaimable()))
-
-
-def _reclaimable() -> int:
-    """File pages counted in ``memory.current`` that the kernel drops when memory is wanted."""
-    try:
-        lines = (CGROUP / "memory.stat").read_text().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-def _cgroup_number(name: str) -> int | None:
-    try:
-        return int((CGROUP / name).read_text())
-    except (OSError, ValueError):  # "max" means no limit
-        return None
 
 
 def _written(directory: Path) -> int:
