@@ -13,8 +13,9 @@ the arithmetic's 16 bits where the quantized weight is a tensor of its own. In t
 the method says: the plain steps hand the float32 parameters on; the fast ones integers
 (:mod:`engine.quant.shard_kernel`), which are a sixteenth of that and lose nothing.
 
-Gradients of large tensors are added up where they lie. Small ones go together through one flat buffer, for
-each message between GPUs takes some microseconds however short it is.
+Gradients of large tensors are added up where they lie, and their values come together there. Small ones go
+together through one flat buffer, both ways, for each message between GPUs takes some microseconds however
+short it is.
 """
 
 from __future__ import annotations
@@ -95,6 +96,21 @@ class ShardedGradients:
             sent.clear()
 
         return wait
+
+    @torch.no_grad()
+    def join(self, wholes: Sequence[Tensor]) -> None:
+        """Make tensors like these whole on every rank, of which each has moved its own part: large ones where
+        they lie, small ones in one message, by the buffer that their gradients were sent from."""
+        world, small = self._world, self._small
+        waits = [world.join_parts(one) for index, one in enumerate(wholes) if index not in self._places]
+        if small:
+            own = [world.part(wholes[index]) for index in small]
+            torch._foreach_copy_([self._places[index][world.rank] for index in small], own)
+            world.join_parts(self._room)()
+            found = [self._places[index] for index in small]
+            torch._foreach_copy_([wholes[index].view(world.size, -1) for index in small], found)
+        for wait in waits:
+            wait()
 
     def _sent(self, index: int, gradient: Tensor | None, part: float | None) -> Tensor:
         """A large gradient, as this rank's part of the sum."""

@@ -179,9 +179,8 @@ class Stepper:
             torch.nn.utils.clip_grads_with_norm_(stepped, self.grad_clip, self.grad_norm)
         self.apply(self.judge(scaled_norm, loss))
         self.optimizer.zero_grad(set_to_none=True)
-        joined = [self.world.join_parts(p) for p in self.parameters if id(p) in self._owned]
-        for wait in joined:
-            wait()
+        if self._sharded is not None:
+            self._sharded.join([p for p in self.parameters if id(p) in self._owned])
 
     def _norm(self, stepped: Sequence[nn.Parameter]) -> Tensor:
         """Of all gradients, the same on every rank."""
