@@ -152,7 +152,7 @@ def test_sigterm_stops_at_a_step_and_the_run_can_be_resumed(
     asked = time.monotonic()
     child.send(signal.SIGTERM)
     assert child.code() == 75
-    assert time.monotonic() - asked < 5
+    assert time.monotonic() - asked < 10
     assert run_state(run) == "stopped"
     assert of(run, events.RunFinished)[-1].exit_code == 75
     assert not of(run, events.Error)

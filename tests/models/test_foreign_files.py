@@ -36,14 +36,14 @@ SECONDS = 10.0
 
 def bounded(read: Callable[[], object]) -> str:
     """What a reading refuses; empty when it succeeds."""
-    began = time.monotonic()
+    began = time.process_time()  # a reading that goes round and round, not a machine that is busy
     refused: EqatError | None = None
     try:
         with memory_headroom(1 << 30):
             read()
     except EqatError as error:
         refused = error
-    assert time.monotonic() - began < SECONDS
+    assert time.process_time() - began < SECONDS
     if refused is None:
         return ""
     assert refused.exit_code == ExitCode.PREFLIGHT

@@ -48,7 +48,7 @@ def refusal(folder: Path) -> str:
             read(str(folder))
         assert "\n" not in str(caught.value)
         said.append(str(caught.value))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert said[0] == said[1]
     return said[0]
 

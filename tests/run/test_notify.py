@@ -149,7 +149,7 @@ def test_what_goes_wrong_is_a_line_and_takes_no_longer_than_it_may(
     sleeps = json.dumps([sys.executable, "-c", "import time; time.sleep(30)"])
     begun = time.monotonic()
     assert "did not end in 0 s" in said(f"[notify]\ncommand = {sleeps}")
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 25
 
 
 def test_what_a_program_leaves_in_the_background_is_not_waited_for(
@@ -157,11 +157,11 @@ def test_what_a_program_leaves_in_the_background_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(notify, "HEARING_S", 0.3)
     begun = time.monotonic()
-    assert notify.send(NotifyConfig(command=("sh", "-c", "sleep 5 &")), "a message", run, "done")
+    assert notify.send(NotifyConfig(command=("sh", "-c", "sleep 40 &")), "a message", run, "done")
     assert not notify.send(
-        NotifyConfig(command=("sh", "-c", "sleep 5 & echo no >&2; exit 3")), "a message", run, "done"
+        NotifyConfig(command=("sh", "-c", "sleep 40 & echo no >&2; exit 3")), "a message", run, "done"
     )
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - begun < 30
     assert capsys.readouterr().err.splitlines() == ["warning: notify: sh ended with 3: no"]
 
 
