@@ -131,7 +131,8 @@ def foreign_imports(path: Path) -> set[str]:
 def installed_by_scripts() -> Iterator[str]:
     """Packages that the scripts of the folder name."""
     for script in INTEROP.glob("*.sh"):
-        for command in re.findall(r"^\s*\$pip (.*)$", script.read_text(), re.MULTILINE):
+        pip = r'^\s*(?:\$pip|setsid "\$1/bin/pip" wheel) (.*)$'
+        for command in re.findall(pip, script.read_text(), re.MULTILINE):
             yield from (re.split(r"[=<>~\[]", word.strip("'\""))[0] for word in command.split())
 
 
