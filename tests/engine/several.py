@@ -37,7 +37,7 @@ def _compute(rank: int, size: int, folder: Path, function: Callable[..., Any], a
     try:
         from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-        signal.alarm(60)  # one that waits for another that is gone
+        signal.alarm(300)  # one that waits for another that is gone; on a busy machine others take a minute
         world: World = open_world(FileStore(str(folder / "met"), size), rank, size, torch.device("cpu"))
         (folder / f"found-{rank}").write_bytes(pickle.dumps(function(world, *arguments)))
         world.least([0])  # nobody goes while another still reads
