@@ -174,6 +174,7 @@ def judgement_text(found: Mapping[str, Any]) -> str:
         lines += [
             "    " + line for line in table([(name, f"{error:.4f}") for name, error in worst]).splitlines()
         ]
+    lines += [f"  note: {cell(note, 300)}" for note in found["notes"]]
     problems = found["problems"]
     if not problems:
         beside = ", and every file is what was verified" if found.get("as_written") else ""

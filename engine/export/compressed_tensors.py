@@ -142,9 +142,10 @@ class CompressedTensorsReader(CheckpointReader):
     def understand(self) -> None:
         said = (self.quantization.get("quant_method"), self.quantization.get("format"))
         if said != ("compressed-tensors", "pack-quantized"):
+            words = " ".join(str(word)[:40] for word in said if word) or "not stated"
             raise PreflightError(
-                f"it is {str(said[1] or said[0] or 'not stated')[:40]}, and only pack-quantized files of "
-                "compressed-tensors can be read back",
+                f"its quantization is {words}, and only pack-quantized files of compressed-tensors can be "
+                "read back",
                 where=str(self.directory),
                 hint="open an export/compressed-tensors directory of a run",
             )

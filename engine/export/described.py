@@ -73,3 +73,24 @@ def _has_words(path: Path) -> bool:
         return any(name.endswith(".qweight") for name in stored_tensors(ModelFolder.judge(path)))
     except EqatError:  # whoever opens it says what is wrong
         return False
+
+
+def layers_of(said: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a description of compressed-tensors says of each group of layers."""
+    groups = said.get("config_groups")
+    return [each for each in groups.values() if isinstance(each, dict)] if isinstance(groups, dict) else []
+
+
+def beyond_the_weights(said: Mapping[str, Any]) -> list[str]:
+    """What a description asks for besides quantized weights, a clause each."""
+    sparsity = said.get("sparsity_config")
+    found = {
+        "its activations are quantized as well": any(
+            each.get("input_activations") or each.get("output_activations") for each in layers_of(said)
+        ),
+        "its cache of keys and values is quantized as well": said.get("kv_cache_scheme"),
+        "its weights are transformed before they are multiplied": said.get("transform_config"),
+        "its weights are sparse": isinstance(sparsity, dict)
+        and sparsity.get("format") not in (None, "dense"),
+    }
+    return [why for why, so in found.items() if so]

@@ -31,7 +31,7 @@ from engine.config.formats import FORMATS
 from engine.config.grid import BITS, GROUP_SIZES, HEAD_BITS, Grid, GridConfig
 from engine.config.model import ModelConfig
 from engine.errors import EqatError, PreflightError
-from engine.export.described import PLAIN, format_in
+from engine.export.described import PLAIN, beyond_the_weights, format_in, layers_of
 from engine.export.judging import UNFIT, faults
 from engine.export.layout import Layout, form_of
 from engine.export.reader import CheckpointReader, regular_groups
@@ -194,27 +194,17 @@ def refuse_description(packed: CheckpointReader, doing: str) -> None:
     """What the checkpoint says of itself and would be left out of what it is: it cannot be what ``doing``
     says."""
     said = packed.quantization
-    groups = said.get("config_groups")
-    layers = [each for each in groups.values() if isinstance(each, dict)] if isinstance(groups, dict) else []
+    layers = layers_of(said)
     weights = [each["weights"] for each in layers if isinstance(each.get("weights"), dict)]
-    sparsity = said.get("sparsity_config")
     found = {
-        "its activations are quantized as well": any(
-            each.get("input_activations") or each.get("output_activations") for each in layers
-        ),
-        "its cache of keys and values is quantized as well": said.get("kv_cache_scheme"),
-        "its weights are transformed before they are multiplied": said.get("transform_config"),
-        "its weights are sparse": isinstance(sparsity, dict)
-        and sparsity.get("format") not in (None, "dense"),
         "its integers are packed for one kernel (Marlin)": said.get("is_marlin_format"),
         "its words are not of 32 bits": said.get("pack_dtype") not in (None, "int32"),
         "it says that it has no zero points": said.get("quant_method") == "awq"
         and said.get("zero_point") is False,
         "its weights are no integers": any(each.get("type", "int") != "int" for each in weights),
     }
-    for why, so in found.items():
-        if so:
-            raise PreflightError(f"cannot be {doing}: {why}", where=str(packed.directory / "config.json"))
+    for why in (*beyond_the_weights(said), *(why for why, so in found.items() if so)):
+        raise PreflightError(f"cannot be {doing}: {why}", where=str(packed.directory / "config.json"))
 
 
 class Unpacked(NamedTuple):

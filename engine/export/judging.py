@@ -18,7 +18,7 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from engine.config.model import ModelConfig
 from engine.config.tables import load_extensions
 from engine.errors import EqatError, ExitCode, PreflightError
-from engine.export.described import format_in
+from engine.export.described import ALIASES, beyond_the_weights, format_in
 from engine.export.layout import Form, form_of
 from engine.export.reader import EXPORT_AGAIN, TensorReader
 from engine.models.causal_lm import CausalLM
@@ -40,6 +40,10 @@ MOST_PROBLEMS = 200
 UNFIT = (RuntimeError, ValueError, IndexError, TypeError)
 """What tensors raise whose shapes or types do not fit each other."""
 CPU = torch.device("cpu")
+NAMED_BY_METHOD = ("gptq_v2", "gptq", "awq", "compressed-tensors", "auto-round")
+"""Formats that loaders know by ``quant_method`` of config.json."""
+METHODS = ("gptq", "awq", "compressed-tensors", *ALIASES, *ALIASES.values())
+"""What they may say there."""
 
 
 class Judgement(msgspec.Struct, kw_only=True):
@@ -62,6 +66,8 @@ class Judgement(msgspec.Struct, kw_only=True):
     """Quantized linears by grid: ``w3g128``, ``w4g64 symmetric``; of formats that keep integers."""
     problems: list[str] = []
     """In words, each with the tensor or file that it is about; none for a sound checkpoint."""
+    notes: list[str] = []
+    """What is no fault of the files and may surprise whoever loads them, in words."""
     more_problems: int = 0
     """Those beyond the ones that are listed."""
     reference: str | None = None
@@ -105,17 +111,50 @@ def judge(
     for index in range(lm.blocks):
         on_block(index, lm.blocks)
         _judge_block(form, lm, index, other, found)
+    _judge_the_rest(lm, found)
     return found
 
 
 def _begun(form: Form, path: Path, weights: Any) -> Judgement:
-    return Judgement(
+    found = Judgement(
         path=str(path),
         format=form.format.name,
         label=form.format.label,
         tensors=len(weights.stored_names()),
         bytes=sum(file.stat().st_size for file in weights.files()),
     )
+    _judge_description(form, weights.config, found)
+    return found
+
+
+def _judge_description(form: Form, config: Mapping[str, Any], found: Judgement) -> None:
+    """What config.json says of the quantization, by which loaders go before they look at any tensor."""
+    if form.format.name not in NAMED_BY_METHOD:
+        return
+    said = config.get("quantization_config")
+    said = said if isinstance(said, dict) else {}
+    method = said.get("quant_method")
+    if method is None:
+        found.notes.append(
+            "config.json names no quant_method: loaders that go by it take the linears for unquantized ones"
+        )
+    elif method not in METHODS:
+        found.tell(
+            f"config.json: quant_method is {str(method)[:40]!r}, which no loader of this format asks for"
+        )
+    sizes = [size for size in _all_said(said, "group_size") if size is not None]
+    if odd := next((size for size in sizes if not isinstance(size, int) or isinstance(size, bool)), None):
+        found.tell(f"config.json: group_size is {str(odd)[:40]!r}, which is no number")
+    found.notes += [f"{why} (config.json)" for why in beyond_the_weights(said)]
+
+
+def _all_said(described: object, field: str) -> Iterator[Any]:
+    """Every value of a field of a description, however deep."""
+    for name, value in described.items() if isinstance(described, dict) else ():
+        if name == field:
+            yield value
+        else:
+            yield from _all_said(value, field)
 
 
 def _judge_files(form: Form, path: Path, opening: Exception) -> Judgement:
@@ -136,6 +175,33 @@ def _judge_files(form: Form, path: Path, opening: Exception) -> Judgement:
     for name in sorted({*reader.stored_names()} - parts):
         _judge_numbers(name, reader.stored(name), found)
     return found
+
+
+def _judge_the_rest(lm: CausalLM, found: Judgement) -> None:
+    """What lies outside of the blocks: numbers that are not finite, and what is none of the model's."""
+    reader: Any = lm.source.weights
+    state = {*lm.model.state_dict(), *(name for name, _ in lm.model.named_parameters(remove_duplicate=False))}
+    used = {lm.names.stored.get(name, name) for name in state}
+    seen = {
+        name for name in used if name.startswith(tuple(lm.block_prefix(i) + "." for i in range(lm.blocks)))
+    }
+    for linear in [name.removesuffix(".weight") for name in used if name.endswith(".weight")]:
+        if f"{linear}.weight" in reader and reader.is_packed(linear):
+            used.update(reader.parts_of(linear))
+            seen.update(reader.parts_of(linear))
+    stored = sorted(reader.stored_names())
+    for name in stored:
+        if name in seen or reader.is_packed(name.removesuffix(".weight")):
+            continue
+        try:
+            _judge_numbers(name, reader.stored(name), found)
+        except (EqatError, *UNFIT) as error:
+            found.tell(_words(error, name))
+    if left := [name for name in stored if name not in used]:
+        more = f" and {len(left) - 1} more tensors are" if len(left) > 1 else " is"
+        found.notes.append(
+            f"{left[0]}{more} none of the model's that config.json describes: loaders ignore them"
+        )
 
 
 def _words(error: Exception, what: str = "its tensors") -> str:
@@ -200,6 +266,7 @@ def _judge_linear(reader: TensorReader, name: str, found: Judgement) -> None:
     for problem in faults(parts, zero_scales=reader.zero_scales):
         found.tell(f"{name}: {problem}")
     _judge_group_size(reader, parts, found)
+    _judge_symmetry(reader, name, parts, found)
     if "integers" in parts and "scales" in parts:
         grid = _grid(reader, name, parts)
         found.grids[grid] = found.grids.get(grid, 0) + 1
@@ -215,6 +282,17 @@ def _judge_group_size(reader: TensorReader, parts: dict[str, Tensor], found: Jud
     size = inputs // groups if groups else 0
     if size not in (said, 0) and not (said == -1 and groups == 1):
         found.tell(f"config.json: it says groups of {said}, and there are scales for groups of {size}")
+
+
+def _judge_symmetry(reader: TensorReader, name: str, parts: dict[str, Tensor], found: Judgement) -> None:
+    """Of a grid that is said to be symmetric, loaders do not read the zero points."""
+    said = reader.config.get("quantization_config")
+    zeros, middle = parts.get("zero points"), 1 << (reader.bits_of(name) - 1)
+    symmetric = any(value is True for field in ("sym", "symmetric") for value in _all_said(said, field))
+    if symmetric and zeros is not None and not bool((zeros == middle).all()):
+        found.tell(
+            f"config.json: it says that the grid is symmetric, and there are zero points besides {middle}"
+        )
 
 
 def _said_group(described: object) -> int | None:
@@ -247,6 +325,8 @@ def faults(parts: dict[str, Tensor], *, zero_scales: bool = False) -> Iterator[s
         yield f"zero points {list(zeros.shape)} do not fit scales {list(scales.shape)}"
     if groups is not None and (len(groups) != inputs or int(groups.min()) < 0 or int(groups.max()) >= count):
         yield f"its inputs are in groups up to {int(groups.max())}, and there are {count}"
+    elif groups is not None and (used := len(groups.unique())) < count:
+        yield f"its inputs are in {used} of its {count} groups"
 
 
 def _grid(reader: TensorReader, name: str, parts: dict[str, Tensor]) -> str:

@@ -27,6 +27,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from engine.architecture.limits import check_config
 from engine.architecture.model_folder import unlinked
 from engine.config.grid import BITS
 from engine.errors import PreflightError
@@ -335,6 +336,7 @@ class PackedSource:
         self.directory = Path(directory)
         self.trust_remote_code = trust_remote_code
         self.weights = reader(self.directory)
+        check_config(self.weights.config, self.directory / "config.json")
         self.config: Any = parsed(
             lambda folder: AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code),
             self.directory,

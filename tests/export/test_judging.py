@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -65,6 +66,7 @@ def changed(export: Path, place: Path, change: Callable[[dict[str, Tensor]], obj
 @pytest.mark.parametrize("name", [*PACKED, "auto-round", "mlx", "gguf", "hf"])
 def test_an_export_of_ours_is_sound(written: Callable[[str], Path], name: str) -> None:
     found = judge(written(name))
+    assert found.notes == []
     assert (found.problems, found.sound, found.format) == ([], True, name)
     assert found.linears == (0 if name == "hf" else 7 * found.blocks)
     assert found.bytes == sum(f.stat().st_size for f in written(name).glob("*.[gs][ga][uf]*"))
@@ -263,3 +265,117 @@ def test_the_command_tells_what_was_found_and_exits_by_it(
     assert refused.returncode == 3
     assert refused.stderr.startswith("error: ")
     assert len(refused.stderr.splitlines()) == 1
+
+
+def edited(export: Path, place: Path, change: Callable[[dict[str, Any]], object]) -> Judgement:
+    """What is found in a copy of ``export`` whose config.json is changed."""
+    shutil.copytree(export, place)
+    config = json.loads((place / "config.json").read_text())
+    change(config)
+    (place / "config.json").write_text(json.dumps(config))
+    return judge(place)
+
+
+@pytest.mark.parametrize("name", [*PACKED, "hf"])
+def test_what_is_none_of_the_models_is_noted_and_has_to_be_finite(
+    written: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    extra = {"extra.head.weight": torch.ones(3), "extra.norm.weight": torch.ones(2)}
+    found = changed(written(name), tmp_path / "extra", lambda tensors: tensors.update(extra))
+    assert found.sound
+    assert found.notes == [
+        "extra.head.weight and 1 more tensors are none of the model's that config.json describes: loaders "
+        "ignore them"
+    ]
+    extra["extra.norm.weight"][1] = torch.nan
+    found = changed(written(name), tmp_path / "nan", lambda tensors: tensors.update(extra))
+    assert found.problems == ["extra.norm.weight: 1 of 2 values are not finite"]
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_bias_that_the_model_has_no_place_for_has_to_be_finite(
+    written: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    bias = {"model.layers.1.mlp.up_proj.bias": torch.full((4,), torch.inf)}
+    found = changed(written(name), tmp_path / "bias", lambda tensors: tensors.update(bias))
+    assert found.problems == ["model.layers.1.mlp.up_proj.bias: 4 of 4 values are not finite"]
+
+
+def test_blocks_beyond_those_of_the_configuration_are_noted(
+    written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    found = edited(written("gptq_v2"), tmp_path / "few", lambda config: config.update(num_hidden_layers=1))
+    assert found.blocks == 1
+    (note,) = found.notes
+    assert note.startswith("model.layers.1.input_layernorm.weight and ")
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("quant_method", "zzz", "config.json: quant_method is 'zzz', which no loader"),
+        ("group_size", "x", "config.json: group_size is 'x', which is no number"),
+        ("sym", True, "config.json: it says that the grid is symmetric, and there are zero points besides 4"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_a_problem(
+    written: Callable[[str], Path], tmp_path: Path, name: str, field: str, value: object, problem: str
+) -> None:
+    def change(config: dict[str, Any]) -> None:
+        said = config["quantization_config"]
+        said["checkpoint_format"] = name  # by which a reader is found
+        inner = said["config_groups"]["group_0"]["weights"] if "config_groups" in said else said
+        (said if field == "quant_method" else inner)[field] = value
+
+    if (name, field) == ("compressed-tensors", "quant_method"):
+        with pytest.raises(PreflightError, match="its quantization is zzz pack-quantized, and only"):
+            edited(written(name), tmp_path / "edited", change)
+        return
+    found = edited(written(name), tmp_path / "edited", change)
+    assert len(found.problems) == 1
+    assert found.problems[0].startswith(problem)
+
+
+@pytest.mark.parametrize("said", [None, {}])
+def test_a_description_that_loaders_do_not_see_is_noted(
+    written: Callable[[str], Path], tmp_path: Path, said: object
+) -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["quantization_config"] = said
+
+    found = edited(written("gptq_v2"), tmp_path / "edited", change)
+    assert found.sound
+    assert found.notes == [
+        "config.json names no quant_method: loaders that go by it take the linears for unquantized ones"
+    ]
+
+
+def test_activations_that_are_quantized_as_well_are_noted(
+    written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def change(config: dict[str, Any]) -> None:
+        group = config["quantization_config"]["config_groups"]["group_0"]
+        group["input_activations"] = {"num_bits": 8, "type": "int"}
+
+    found = edited(written("compressed-tensors"), tmp_path / "edited", change)
+    assert found.notes == ["its activations are quantized as well (config.json)"]
+
+
+def test_groups_without_an_input_are_a_problem(written: Callable[[str], Path], tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj"
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{name}.g_idx"] = torch.zeros_like(tensors[f"{name}.g_idx"])
+
+    found = changed(written("gptq_v2"), tmp_path / "groups", change)
+    assert [
+        problem for problem in found.problems if problem.startswith(f"{name}: its inputs are in 1 of its ")
+    ]
+
+
+def test_a_number_of_blocks_that_no_model_has_is_refused_before_any_is_made(
+    written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    found = edited(written("gptq_v2"), tmp_path / "huge", lambda c: c.update(num_hidden_layers=10**9))
+    assert any("num_hidden_layers is 1e+09" in problem for problem in found.problems)
