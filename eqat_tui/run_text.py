@@ -290,10 +290,12 @@ def origin_words(origin: Tree) -> str:
 
 
 def export_words(export: Tree, run: Tree) -> str:
-    """Format, whether it was verified, and where it lies."""
+    """Format, whether it was verified, what it rounds, and where it lies."""
     words = "verified" if export["verified"] else "NOT VERIFIED"
     if export.get("max_logit_diff") is not None:
         words += f", largest logit difference {format_number(export['max_logit_diff'], 2)}"
+    if export.get("rounded"):
+        words += f", {cell(export['rounded'], LONGEST_LINE // 2)}"
     path = Path(run["path"]) / export["path"]  # an absolute one is itself
     copied = f"; copied to {cell(export['copied_to'], LONGEST_LINE // 2)}" if export.get("copied_to") else ""
     return f"{cell(export['format'])} {cell(shorten(path), LONGEST_LINE // 2)} ({words}){copied}"

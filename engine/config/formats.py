@@ -223,6 +223,9 @@ SERVERS_WANT_OTHERS = (
     ),
 )
 
+# Four bits were loaded so by vLLM 0.32 on a CPU (docs/formats.md).
+THROUGH_VLLM = "\n# with vLLM{where}: from vllm import LLM; model = LLM(path)"
+
 THROUGH_GPTQMODEL = (
     "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
     "path = {path}\n"
@@ -265,6 +268,7 @@ FORMATS = Table(
             "config = CompressedTensorsConfig(dequantize=True)  # pip install compressed-tensors\n"
             "model = AutoModelForCausalLM.from_pretrained(path, quantization_config=config)\n"
             "tokenizer = AutoTokenizer.from_pretrained(path)"
+            + THROUGH_VLLM.format(where=", 2 and 3 bits on a GPU")
         ),
         cautions=(
             Caution(
@@ -318,7 +322,7 @@ FORMATS = Table(
         words_along_outputs=True,
         code="engine.export.awq:AWQ",
         tensors=("qweight", "qzeros", "scales"),
-        loading=THROUGH_GPTQMODEL,
+        loading=THROUGH_GPTQMODEL + THROUGH_VLLM.format(where=""),
         instead=("compressed-tensors",),
     ),
     Format(

@@ -44,6 +44,14 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/to/this/directory", device_map="auto")
 ```
+
+With vLLM:
+
+```python
+from vllm import LLM
+
+model = LLM("path/to/this/directory")
+```
 """
 
 

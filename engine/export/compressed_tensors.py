@@ -58,6 +58,14 @@ model = AutoModelForCausalLM.from_pretrained(
     "path/to/this/directory", quantization_config=CompressedTensorsConfig(dequantize=True)
 )
 ```
+
+With vLLM, {servers}:
+
+```python
+from vllm import LLM
+
+model = LLM("path/to/this/directory")
+```
 """
 
 
@@ -126,7 +134,8 @@ class CompressedTensors(Layout):
 
     def loading(self, config: Mapping[str, Any], blocks_name: str) -> str:
         bits = config["config_groups"]["group_0"]["weights"]["num_bits"]
-        return _LOADING.format(bits=bits, library="0.18" if bits == 3 else "0.15")
+        servers = "on GPUs (a release as is said below)" if bits < 4 else "on CPUs and GPUs"
+        return _LOADING.format(bits=bits, library="0.18" if bits == 3 else "0.15", servers=servers)
 
     def reader(self, directory: Path) -> CompressedTensorsReader:
         return CompressedTensorsReader(directory)

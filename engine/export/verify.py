@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from engine.config.formats import FORMATS
 from engine.errors import EqatError, ExitCode, StopRequested
 from engine.evaluation.perplexity import token_nll
 from engine.export.checkpoint import block_buffers, outer_names
@@ -81,6 +82,24 @@ class VerifyResult:
     """What a reader should know of an export that is right, in words."""
     rounded: str = ""
     """What the format cannot hold and rounds, and by how much, in words; empty where it holds everything."""
+
+    def words(self) -> str:
+        """What the card says of an export that is right: a sentence."""
+        if FORMATS[self.format].dense:
+            same = "its weights are those that were trained, as the files' numbers hold them"
+        elif self.rounded:
+            same = "its integers are those that were trained, and what is rounded is said below"
+        else:
+            same = "its integers, scales and zero points are those that were trained, bit for bit"
+        said = f"verified by reading its files again: {same}"
+        if self.max_logit_diff is not None:
+            said += f"; the largest difference of a logit is {self.max_logit_diff:.2g}"
+        if not self.rounded and self.perplexity_packed is not None and self.perplexity_trained is not None:
+            said += (
+                f"; perplexity on {self.tokens} tokens is {self.perplexity_packed:.5g}, trained "
+                f"{self.perplexity_trained:.5g}"
+            )
+        return said
 
     def raise_if_failed(self, kept: str = "") -> None:
         """An export that differs from what was trained must not be handed out; ``kept`` is where it lies."""

@@ -116,6 +116,8 @@ def _write(
 
     def is_trained(folder: Path) -> bool:
         verified.append(_verify(job, form, folder, partial(count, True)))
+        if verified[0].verified:
+            add_to_card(folder, verified[0].words())
         for said in filter(None, (verified[0].rounded, verified[0].note)):
             add_to_card(folder, said)
         return verified[0].verified
