@@ -16,7 +16,7 @@ from engine.config.runtime import RuntimeConfig
 from engine.errors import PreflightError
 from engine.run import events
 from engine.run.directory import RunDirectory
-from engine.system.allowance import threads
+from engine.system.allowance import processors, threads
 
 RECORDED_PACKAGES = ("torch", "transformers", "safetensors", "datasets", "tokenizers", "numpy", "triton")
 
@@ -50,7 +50,8 @@ def choose_device(name: str, gpus: int = 1, number: int = 0) -> torch.device:
 
 def prepare_process(runtime: RuntimeConfig, device: torch.device) -> None:
     """Threads, seeds and determinism. Call once, before the first tensor."""
-    torch.set_num_threads(threads(runtime.threads, runtime.gpus, gpu=device.type == "cuda"))
+    gpu = device.type == "cuda"
+    torch.set_num_threads(threads(runtime.threads, runtime.gpus, gpu=gpu, there=processors()))
     torch.manual_seed(runtime.seed)
     # The libraries' objects, hundreds of thousands, live as long as the process: every collection of garbage
     # between two phases would look at all of them again.

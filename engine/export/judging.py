@@ -149,12 +149,13 @@ def _judge_description(form: Form, config: Mapping[str, Any], found: Judgement) 
 
 
 def _all_said(described: object, field: str) -> Iterator[Any]:
-    """Every value of a field of a description, however deep."""
-    for name, value in described.items() if isinstance(described, dict) else ():
-        if name == field:
-            yield value
-        else:
-            yield from _all_said(value, field)
+    """Every value of a field of a description, however deep; the outer ones first."""
+    if not isinstance(described, dict):
+        return
+    if field in described:
+        yield described[field]
+    for value in described.values():
+        yield from _all_said(value, field)
 
 
 def _judge_files(form: Form, path: Path, opening: Exception) -> Judgement:
@@ -275,7 +276,8 @@ def _judge_linear(reader: TensorReader, name: str, found: Judgement) -> None:
 def _judge_group_size(reader: TensorReader, parts: dict[str, Tensor], found: Judgement) -> None:
     """What config.json says of the groups has to be what the scales are for."""
     described = reader.config.get("quantization_config") or reader.config.get("quantization")
-    said, scales, codes = _said_group(described), parts.get("scales"), parts.get("integers")
+    said = next((size for size in _all_said(described, "group_size") if isinstance(size, int)), None)
+    scales, codes = parts.get("scales"), parts.get("integers")
     if said is None or scales is None or codes is None or not scales.ndim == codes.ndim == 2:
         return
     inputs, groups = codes.shape[1], scales.shape[1]
@@ -293,15 +295,6 @@ def _judge_symmetry(reader: TensorReader, name: str, parts: dict[str, Tensor], f
         found.tell(
             f"config.json: it says that the grid is symmetric, and there are zero points besides {middle}"
         )
-
-
-def _said_group(described: object) -> int | None:
-    """The first ``group_size`` of a description, however deep."""
-    if not isinstance(described, dict):
-        return None
-    if isinstance(size := described.get("group_size"), int):
-        return size
-    return next((size for each in described.values() if (size := _said_group(each)) is not None), None)
 
 
 def faults(parts: dict[str, Tensor], *, zero_scales: bool = False) -> Iterator[str]:

@@ -72,6 +72,7 @@ from engine.plan.ranks import adding_seconds, in_words, obstacles, share_of
 from engine.plan.rates import Speed, speed
 from engine.plan.recovery_model import Recovery, broken_promise
 from engine.plan.streams import refuse_unknown_teacher, stream_bytes
+from engine.system.allowance import threads
 
 
 class PhasePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -353,7 +354,8 @@ def _named(found: Iterable[StageCosts]) -> frozenset[str]:
 
 
 def _rates(work: Workload, machine: Machine) -> Speed:
-    cpus = work.config.runtime.threads or max(1, machine.cpus // work.config.runtime.gpus)
+    runtime = work.config.runtime
+    cpus = threads(runtime.threads, runtime.gpus, gpu=work.cuda, there=machine.cpus)
     return speed(work.cuda, machine.gpu_name or "", cpus, machine.avx512)
 
 

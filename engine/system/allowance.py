@@ -19,11 +19,12 @@ MOST_BESIDE_A_GPU = 16
 longer than they work, above all where others use the machine too."""
 
 
-def threads(asked: int, processes: int, *, gpu: bool) -> int:
-    """With which each of so many ``processes`` computes on the processor; none ``asked`` for is 0."""
+def threads(asked: int, processes: int, *, gpu: bool, there: int) -> int:
+    """With which each of so many ``processes`` computes on the processors that are ``there``; none ``asked``
+    for is 0."""
     if asked:
         return asked
-    each = max(1, processors() // processes)
+    each = max(1, there // processes)
     return min(each, MOST_BESIDE_A_GPU) if gpu else each
 
 
@@ -53,11 +54,11 @@ def memory_left() -> int | None:
 
 def _times() -> Iterator[float]:
     """Seconds of processors in a second, as each group allows them."""
-    for group in _groups("", ""):
+    for group in _groups(""):
         quota, _, period = _word(group / "cpu.max").partition(" ")
         if quota.isdecimal() and period.isdecimal() and int(period):
             yield int(quota) / int(period)
-    for group in _groups("cpu", "cpu"):
+    for group in _groups("cpu"):
         quota, period = _word(group / "cpu.cfs_quota_us"), _word(group / "cpu.cfs_period_us")
         if quota.isdecimal() and period.isdecimal() and int(period):  # "-1" is no limit
             yield int(quota) / int(period)
@@ -67,20 +68,20 @@ def _left() -> Iterator[int]:
     """Bytes that each group with a limit leaves. Pages of files count as free: the kernel drops them."""
     first = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     second = ("memory.max", "memory.current", "inactive_file")
-    for groups, (limit, used, pages) in ((_groups("memory", "memory"), first), (_groups("", ""), second)):
+    for groups, (limit, used, pages) in ((_groups("memory"), first), (_groups(""), second)):
         for group in groups:
             most, now = _word(group / limit), _word(group / used)
             if most.isdecimal() and now.isdecimal():  # "max" is no limit
                 yield max(0, int(most) - int(now) + _counted(group / "memory.stat", pages))
 
 
-def _groups(controller: str, folder: str) -> Iterable[Path]:
+def _groups(controller: str) -> Iterable[Path]:
     """Folders of this process's own group and of those that it lies in; of version 2 for no controller."""
     try:
         lines = OWN.read_text(errors="replace").splitlines()
     except OSError:
         lines = []
-    root = GROUPS / folder
+    root = GROUPS / controller
     found = {root: None}
     for line in lines:
         number, _, rest = line.partition(":")

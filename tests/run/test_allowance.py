@@ -112,7 +112,7 @@ def test_the_plan_counts_with_what_the_process_may_have(tree: Tree, tmp_path: Pa
 )
 def test_threads(asked: int, processes: int, gpu: bool, found: int, tree: Tree) -> None:
     tree("", {})
-    assert allowance.threads(asked, processes, gpu=gpu) == found
+    assert allowance.threads(asked, processes, gpu=gpu, there=allowance.processors()) == found
 
 
 def test_without_control_groups_it_is_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
