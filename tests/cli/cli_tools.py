@@ -13,6 +13,9 @@ from waiting import PATIENCE, handles, wait_until
 
 from engine.run import events
 from engine.run.directory import RunDirectory
+from engine.run.finding import list_runs
+from engine.run.lock import holder
+from engine.run.state import load_state
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -154,6 +157,31 @@ def start_eqat(where: Path, script: str, *arguments: str, **extra: str) -> subpr
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def _works(run: RunDirectory) -> bool:
+    """Whether the engine that has the run now has taken steps; the log may end with the one before."""
+    state = load_state(run)
+    return state.pid == holder(run.lock_path) and (state.step or 0) >= 2
+
+
+def runs_at_work(where: Path, count: int = 1) -> list[RunDirectory]:
+    """``count`` runs, once the engine of each has taken steps."""
+    found: list[RunDirectory] = []
+
+    def at_work() -> bool:
+        found[:] = filter(_works, list_runs(where / "runs"))
+        return len(found) == count
+
+    wait_until(at_work)
+    return found
+
+
+def at_work(where: Path, count: int = 1) -> RunDirectory:
+    """The one of ``count`` runs whose engine is at work and has taken steps."""
+    wait_until(lambda: len(list_runs(where / "runs")) == count)
+    (run,) = runs_at_work(where)
+    return run
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[str, str]:

@@ -27,6 +27,7 @@ from cli_tools import (
     EQAT_WITH_SCRIPTED_ENGINE,
     SCRIPTED_ENGINE,
     Eqat,
+    at_work,
     ended,
     environment,
     follows,
@@ -46,14 +47,6 @@ from eqat_tui import actions
 
 RUN = ("run", "smoke", "--device", "cpu")
 pytestmark = pytest.mark.usefixtures("no_engine_outlives_its_test")
-
-
-def working_run(where: Path) -> RunDirectory:
-    """The one run, once its engine has taken steps."""
-    wait_until(lambda: list_runs(where / "runs"))
-    run = list_runs(where / "runs")[0]
-    wait_until(lambda: (load_state(run).step or 0) >= 2)
-    return run
 
 
 def test_a_run_is_followed_to_its_report(tmp_path: Path) -> None:
@@ -77,14 +70,14 @@ def test_json_of_a_run_is_one_document_on_stdout(tmp_path: Path) -> None:
 def test_detach_prints_the_id_and_returns_while_the_engine_works(tmp_path: Path) -> None:
     process = start_eqat(tmp_path, "works", *RUN, "--detach")
     out, err = ended(process)
-    run = working_run(tmp_path)
+    run = at_work(tmp_path)
     assert (out, err, process.returncode) == (f"{run.id}\n", "", 0)
     assert run_state(run) == "running"
 
 
 def test_first_interrupt_stops_resumably_and_follows_to_the_end(tmp_path: Path) -> None:
     process = start_eqat(tmp_path, "works", *RUN)
-    run = working_run(tmp_path)
+    run = at_work(tmp_path)
     process.send_signal(signal.SIGINT)
     _, err = ended(process)
     assert process.returncode == 75
@@ -96,7 +89,7 @@ def test_first_interrupt_stops_resumably_and_follows_to_the_end(tmp_path: Path) 
 
 def test_second_interrupt_aborts(tmp_path: Path) -> None:
     process = start_eqat(tmp_path, "ignores stop", *RUN)
-    run = working_run(tmp_path)
+    run = at_work(tmp_path)
     process.send_signal(signal.SIGINT)
     wait_until(lambda: load_state(run).acknowledged)
     process.send_signal(signal.SIGINT)
@@ -107,7 +100,7 @@ def test_second_interrupt_aborts(tmp_path: Path) -> None:
 
 def test_resume_starts_the_next_attempt_and_does_not_retell_the_first(tmp_path: Path) -> None:
     process = start_eqat(tmp_path, "works", *RUN)
-    run = working_run(tmp_path)
+    run = at_work(tmp_path)
     process.send_signal(signal.SIGINT)
     ended(process)
     process = start_eqat(tmp_path, "finishes", "resume", "latest")
@@ -122,7 +115,7 @@ def test_a_run_that_somebody_works_on_is_refused_with_one_code_whatever_was_want
     tmp_path: Path, command: str
 ) -> None:
     ended(start_eqat(tmp_path, "works", *RUN, "--detach"))
-    run = working_run(tmp_path)
+    run = at_work(tmp_path)
     extra = {"generate": ["--prompt", "x"]}.get(command, [])
     process = start_eqat(tmp_path, "works", command, run.id, *extra)
     _, err = ended(process)
@@ -133,7 +126,7 @@ def test_a_run_that_somebody_works_on_is_refused_with_one_code_whatever_was_want
 def test_a_run_whose_engine_is_only_starting_is_not_resumed_with_another_code(tmp_path: Path) -> None:
     """Between the launch of an engine and its lock lie seconds."""
     ended(start_eqat(tmp_path, "works", *RUN, "--detach"))
-    run = working_run(tmp_path)
+    run = at_work(tmp_path)
     assert actions.stop(run, abort=False, wait=True) == 0
     with subprocess.Popen(["sleep", "60"]) as engine:
         created = psutil.Process(engine.pid).create_time()
@@ -174,7 +167,7 @@ def test_an_engine_that_never_gets_to_its_first_event_is_reported_too(tmp_path: 
 
 def test_attach_follows_and_its_interrupt_leaves_the_run_alone(tmp_path: Path) -> None:
     ended(start_eqat(tmp_path, "works", *RUN, "--detach"))
-    run = working_run(tmp_path)
+    run = at_work(tmp_path)
     process = start_eqat(tmp_path, "works", "attach", "latest")
     follows(process)
     process.send_signal(signal.SIGINT)
@@ -189,7 +182,7 @@ def test_attach_follows_and_its_interrupt_leaves_the_run_alone(tmp_path: Path) -
 def test_a_signal_to_whoever_started_the_run_stops_it_resumably(tmp_path: Path, number: int) -> None:
     """In a container or a batch job this process is the one that is told."""
     process = start_eqat(tmp_path, "works", *RUN)
-    run = working_run(tmp_path)
+    run = at_work(tmp_path)
     process.send_signal(number)
     _, err = ended(process)
     assert process.returncode == 75
@@ -199,7 +192,7 @@ def test_a_signal_to_whoever_started_the_run_stops_it_resumably(tmp_path: Path, 
 
 def test_a_second_sigterm_aborts_like_a_second_interrupt(tmp_path: Path) -> None:
     process = start_eqat(tmp_path, "ignores stop", *RUN)
-    run = working_run(tmp_path)
+    run = at_work(tmp_path)
     process.terminate()
     wait_until(lambda: load_state(run).acknowledged)
     process.terminate()
@@ -212,7 +205,7 @@ def test_warnings_of_a_batch_system_and_the_sigterm_after_them_are_one_stop_and_
     tmp_path: Path,
 ) -> None:
     process = start_eqat(tmp_path, "ignores stop", *RUN)
-    run = working_run(tmp_path)
+    run = at_work(tmp_path)
     for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM):
         process.send_signal(number)
         wait_until(lambda number=number: not waits(process.pid, number))
@@ -228,7 +221,7 @@ def test_warnings_of_a_batch_system_and_the_sigterm_after_them_are_one_stop_and_
 
 def test_a_signal_to_a_viewer_leaves_the_run_alone(tmp_path: Path) -> None:
     ended(start_eqat(tmp_path, "works", *RUN, "--detach"))
-    run = working_run(tmp_path)
+    run = at_work(tmp_path)
     process = start_eqat(tmp_path, "works", "attach", "latest")
     follows(process)
     process.terminate()
@@ -242,7 +235,7 @@ def test_a_full_disk_is_told_while_it_lasts_and_not_of_an_engine_that_is_gone(
     tmp_path: Path, eqat: Eqat
 ) -> None:
     process = start_eqat(tmp_path, "waits", *RUN)
-    run = working_run(tmp_path)
+    run = at_work(tmp_path)
     wait_until(lambda: json.loads(eqat("show", "latest", "--json").stdout)["waiting"])
     assert "paused    the disk is full" in re.sub(" {2,}", "    ", eqat("show", "latest").stdout)
     assert "paused (disk full)" in eqat("runs").stdout
@@ -262,7 +255,7 @@ def test_a_full_disk_is_told_while_it_lasts_and_not_of_an_engine_that_is_gone(
 
 def test_a_hung_engine_is_named_and_can_be_killed_and_the_run_goes_on(tmp_path: Path, eqat: Eqat) -> None:
     ended(start_eqat(tmp_path, "hangs", *RUN, "--detach"))
-    run = working_run(tmp_path)
+    run = at_work(tmp_path)
     wait_until(lambda: run_state(run) == "hung")
     asked = eqat("stop", "latest")
     assert asked.returncode == 0
@@ -326,7 +319,7 @@ def test_a_terminal_that_hangs_up_under_tmux_changes_nothing(tmp_path: Path) -> 
         check=True,
     )
     try:
-        run = working_run(tmp_path)
+        run = at_work(tmp_path)
         look = [*tmux, "capture-pane", "-p"]
         wait_until(
             lambda: run.id[-4:] in subprocess.run(look, capture_output=True, text=True, check=True).stdout
@@ -342,7 +335,7 @@ def test_stop_and_wait_returns_when_the_engine_is_gone_and_attach_exits_as_the_r
     tmp_path: Path, eqat: Eqat
 ) -> None:
     ended(start_eqat(tmp_path, "works", *RUN, "--detach"))
-    run = working_run(tmp_path)
+    run = at_work(tmp_path)
     watcher = start_eqat(tmp_path, "works", "attach", "latest")
     follows(watcher)
     stopped = eqat("stop", "latest", "--wait")
@@ -358,7 +351,7 @@ def test_closing_the_terminal_does_not_end_the_run(tmp_path: Path) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have been told to ignore it
         command = [sys.executable, "-c", EQAT_WITH_SCRIPTED_ENGINE, SCRIPTED_ENGINE, *RUN]
         os.execve(sys.executable, command, environment(SCRIPT="works", TERM="xterm-256color"))
-    run = working_run(tmp_path)
+    run = at_work(tmp_path)
     os.close(terminal)  # the kernel sends SIGHUP to whoever the terminal belonged to
     _, how = os.waitpid(child, 0)
     assert how != 0

@@ -11,15 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cli_tools import ended, environment, start_eqat
+from cli_tools import at_work, ended, environment, start_eqat
 from waiting import PATIENCE, wait_until
 
 from engine.config.derived import resolve
 from engine.config.loading import load
 from engine.run import control
-from engine.run.directory import RunDirectory
 from engine.run.finding import list_runs
-from engine.run.lock import is_held
 from engine.run.queue import Queue, entry_state
 from engine.run.state import load_state
 from eqat_tui import queueing
@@ -64,18 +62,6 @@ def add(queue: Queue, where: Path, *bits: int) -> None:
 def works(where: Path, script: str) -> subprocess.Popen[str]:
     """Somebody who works on the queue."""
     return start_eqat(where, script, "queue", "work", EQAT_STATE_DIR=str(where / "state"))
-
-
-def at_work(where: Path, count: int) -> RunDirectory:
-    """The newest of ``count`` runs, once its engine has taken steps."""
-
-    def working() -> list[RunDirectory]:
-        runs = list_runs(where / "runs")
-        return [run for run in runs if is_held(run.lock_path) and (load_state(run).step or 0) >= 2]
-
-    wait_until(lambda: len(list_runs(where / "runs")) == count and working())
-    (run,) = working()
-    return run
 
 
 def states(queue: Queue) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from cli_tools import Eqat, ended, follows, handles, start_eqat
+from cli_tools import Eqat, at_work, ended, follows, handles, runs_at_work, start_eqat
 from waiting import wait_until
 
 from engine.config.loading import load
@@ -48,18 +48,6 @@ def outcomes(eqat: Eqat) -> list[str]:
     shown = eqat("sweep", "show", "latest", "--json")
     assert shown.returncode == 0, shown.stderr
     return [row["outcome"] for row in json.loads(shown.stdout)["runs"]]
-
-
-def at_work(where: Path, count: int = 1) -> RunDirectory:
-    """The newest of ``count`` runs, once its engine has taken steps."""
-
-    def working() -> list[RunDirectory]:
-        runs = list_runs(where / "runs")
-        return [run for run in runs if is_held(run.lock_path) and (load_state(run).step or 0) >= 2]
-
-    wait_until(lambda: len(list_runs(where / "runs")) == count and working())
-    (run,) = working()
-    return run
 
 
 # -- the plan ------------------------------------------------------------------------------------------
@@ -367,23 +355,12 @@ BOTH = ("--jobs", "2")
 needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core")
 
 
-def all_at_work(where: Path, count: int) -> list[RunDirectory]:
-    """``count`` runs, once the engine of each has taken steps."""
-
-    def working() -> list[RunDirectory]:
-        runs = list_runs(where / "runs")
-        return [run for run in runs if is_held(run.lock_path) and (load_state(run).step or 0) >= 2]
-
-    wait_until(lambda: len(working()) == count)
-    return working()
-
-
 @needs_two_cores
 def test_two_at_a_time_each_have_cores_of_their_own_and_one_request_stops_both(
     eqat: Eqat, tmp_path: Path
 ) -> None:
     process = start_eqat(tmp_path, "works", *THREE, *BOTH)
-    runs = all_at_work(tmp_path, 2)
+    runs = runs_at_work(tmp_path, 2)
     cores = [os.sched_getaffinity(holder(run.lock_path) or 0) for run in runs]
     assert all(cores)
     assert not cores[0] & cores[1]

@@ -41,9 +41,24 @@ def drive(app: EqatApp, script: Script, size: tuple[int, int] = (80, 24), *, not
     async def run() -> None:
         async with app.run_test(size=size, notifications=notes) as pilot:
             await pilot.pause()
-            await script(pilot, app)
+            try:
+                await script(pilot, app)
+            finally:
+                await left(app)
 
     asyncio.run(run())
+
+
+async def left(app: EqatApp) -> None:
+    """End ``app`` as a user does.
+
+    ``run_test`` alone takes the screens away while the app still reads its messages: what a thread saw of the
+    run in that moment would be shown on a screen without widgets.
+    """
+    app.exit(app.return_value)  # that of a script which has left it already
+    deadline = time.monotonic() + PATIENCE
+    while app.is_running and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
 
 
 async def until(pilot: Pilot[Any], condition: Callable[[], bool]) -> None:
