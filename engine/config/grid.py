@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.config import checks
@@ -28,13 +28,16 @@ class Grid:
     """Every zero point is ``middle``."""
     fixed_zero_point: int | None = None
     """Every zero point is this number; none where each group has its own."""
+    turns: bool = field(default=False, compare=False)
+    """Whether a group may begin with a scale below zero, which turns its levels round: with a zero point of 1
+    at 2 bits it has -2 to 1 of them where the others have -1 to 2. It is the same grid afterwards."""
 
     def __post_init__(self) -> None:
         """Symmetric and fixed in the middle are one grid, however it was asked for.
 
         Raises:
             ValueError: for a zero point that is not that of a symmetric grid, or leaves no integer on one of
-                its sides.
+                its sides; for groups that would turn round about a zero point that is not next to the middle.
         """
         fixed = self.fixed_zero_point
         if self.symmetric and fixed is None:
@@ -45,6 +48,8 @@ class Grid:
             if not 0 < fixed < self.top:
                 raise ValueError(f"{fixed} is no zero point between 0 and {self.top}")
             object.__setattr__(self, "symmetric", fixed == self.middle)
+        if self.turns and self.fixed_zero_point not in (self.middle - 1, self.middle):
+            raise ValueError(f"groups do not turn round about {self.fixed_zero_point}")
 
     @property
     def top(self) -> int:
@@ -88,8 +93,8 @@ class GridConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     symmetric: bool = False
     """The zero point is fixed at 2^(bits-1), at 2 bits too, instead of being chosen per group."""
     zero_point: Literal["learned", "fixed"] = "learned"
-    """A zero point is ``learned`` for each group, or ``fixed``: at 1 (2 bits, exact in GGUF Q2_0) or at
-    2^(bits-1) (other widths: symmetric, exact in GGUF Q4_0 and Q8_0)."""
+    """A zero point is ``learned`` for each group, or ``fixed``: 1 at 2 bits (GGUF Q2_0), else 2^(bits-1)
+    (Q4_0, Q8_0); a scale below zero then turns a group's levels round."""
     range: Literal["minmax", "search"] = "search"
     """The initial scale and zero point come from the group's minimum and maximum (``minmax``) or from a
     search over shrunken ranges (``search``)."""
@@ -124,8 +129,7 @@ class GridConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
     @property
     def shared(self) -> Grid:
         """The grid of every linear."""
-        held = self.zero_point == "fixed" and not self.symmetric
-        return Grid(self.bits, self.group_size, self.symmetric, held_zero_point(self.bits) if held else None)
+        return self._of(self.bits, self.symmetric)
 
     @property
     def head(self) -> Grid | None:
@@ -136,7 +140,11 @@ class GridConfig(Section, frozen=True, kw_only=True, forbid_unknown_fields=True)
         """
         if not self.head_bits:
             return None
-        return Grid(self.head_bits, self.group_size, self.head_bits == 8 or self.fixes_zero_points)
+        return self._of(self.head_bits, self.symmetric or self.head_bits == 8)
+
+    def _of(self, bits: int, symmetric: bool) -> Grid:
+        held = self.zero_point == "fixed" and not symmetric
+        return Grid(bits, self.group_size, symmetric, held_zero_point(bits) if held else None, turns=held)
 
     @property
     def fixes_zero_points(self) -> bool:

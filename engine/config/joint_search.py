@@ -21,8 +21,11 @@ many weights a launch."""
 
 
 def zero_points(grid: Grid) -> int:
-    """Zero points that are tried for a group."""
-    return 1 if grid.fixed_zero_point is not None else min(grid.top + 1, ZERO_POINTS)
+    """Zero points that are tried for a group; of a grid that fixes its own two where groups turn round, since
+    that is what the other one stands for."""
+    if grid.fixed_zero_point is not None:
+        return 2 if grid.turns else 1
+    return min(grid.top + 1, ZERO_POINTS)
 
 
 def candidates(grid: Grid) -> int:

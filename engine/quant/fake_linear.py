@@ -176,10 +176,16 @@ class FakeQuantLinear(nn.Module):
         self.scale.copy_(into_domain(self.scale, self.scale_floor))
         self.zero_point.clamp_(0, self.grid.top)
         if self._started is not None:
-            half = (self.scale / 2).unsqueeze(-1)
+            half = (self.scale.abs() / 2).unsqueeze(-1)
             started = self._started.reshape(*self.scale.shape, -1)
             weight_OGg = self.weight.view(*self.scale.shape, -1)
             weight_OGg.copy_(torch.minimum(torch.maximum(weight_OGg, started - half), started + half))
+
+    @torch.no_grad()
+    def keep_sides(self) -> None:
+        """Each scale on the side of zero where it is, after values that were kept have come in: those of
+        versions that turned no groups round began on another one."""
+        self.scale_floor.copy_(torch.copysign(self.scale_floor, self.scale))
 
     @torch.no_grad()
     def freeze(self) -> PackedWeight:

@@ -24,6 +24,7 @@ that it moves with its scale, and no integer changes because a scale does:
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -139,8 +140,9 @@ def initial_range(
 
     best_error = torch.full_like(low, torch.inf)
     best_scale, best_zero = _range_to_grid(low, high, grid)
-    for low_part, high_part in _shrink_steps(grid):
-        scale, zero = _range_to_grid(low * low_part, high * high_part, grid)
+    sides = (_one_way, _turned) if grid.turns else (_range_to_grid,)
+    for (low_part, high_part), to_grid in product(_shrink_steps(grid), sides):
+        scale, zero = to_grid(low * low_part, high * high_part, grid)
         q = (weight_OGg / scale.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(0, grid.top)
         error = _power(
             q.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).sub_(weight_OGg).abs_(), norm
@@ -176,10 +178,26 @@ def _shrink_steps(grid: Grid) -> list[tuple[float, float]]:
 
 
 def _range_to_grid(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    if (fixed := grid.fixed_zero_point) is not None:
-        # The two sides have different numbers of steps, and the one that needs the longer ones decides.
-        scale = torch.maximum(-low / fixed, high / (grid.top - fixed)).clamp_(min=SMALLEST_SCALE)
-        return scale, torch.full_like(scale, float(fixed))
+    if grid.turns:
+        (ahead, zero), (back, _) = _one_way(low, high, grid), _turned(low, high, grid)
+        return torch.where(-back < ahead, back, ahead), zero
+    if grid.fixed_zero_point is not None:
+        return _one_way(low, high, grid)
     scale = ((high - low) / grid.top).clamp_(min=SMALLEST_SCALE)
     zero = torch.round(-low / scale).clamp_(0, grid.top)
     return scale, zero
+
+
+def _one_way(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """About a fixed zero point: the two sides have different numbers of steps, and the one that needs the
+    longer ones decides."""
+    fixed = grid.fixed_zero_point
+    assert fixed is not None
+    scale = torch.maximum(-low / fixed, high / (grid.top - fixed)).clamp_(min=SMALLEST_SCALE)
+    return scale, torch.full_like(scale, float(fixed))
+
+
+def _turned(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The same with a scale below zero, for which the two sides change places."""
+    scale, zero = _one_way(-high, -low, grid)
+    return -scale, zero

@@ -84,15 +84,22 @@ def search_range(
         else:
             found.append(search(*given, at_once=scales))
     scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return scale, zero
+    if not grid.turns:
+        return scale, zero
+    fixed = torch.full_like(zero, float(grid.fixed_zero_point or 0))
+    return torch.where(zero == fixed, scale, -scale), fixed
 
 
 def _beginning(weight_OGg: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """The scale at which a grid just spans each group, and the first zero point to try."""
     low, high = weight_OGg.amin(-1).clamp_(max=0), weight_OGg.amax(-1).clamp_(min=0)
     if (fixed := grid.fixed_zero_point) is not None:
-        span = torch.maximum(-low / fixed, high / (grid.top - fixed)).clamp_(min=SMALLEST_SCALE)
-        return span, torch.full_like(span, float(fixed))
+        beside = grid.top - fixed
+        span = torch.maximum(-low / fixed, high / beside)
+        if grid.turns:
+            span = torch.minimum(span, torch.maximum(-low / beside, high / fixed))
+        first = min(fixed, beside) if grid.turns else fixed
+        return span.clamp_(min=SMALLEST_SCALE), torch.full_like(span, float(first))
     span = ((high - low) / grid.top).clamp_(min=SMALLEST_SCALE)
     count = zero_points(grid)
     return span, (torch.round(-low / span) - count // 2).clamp_(0, grid.top + 1 - count)

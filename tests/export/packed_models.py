@@ -72,11 +72,13 @@ def random_weight(
     grid = Grid(bits, group, symmetric, fixed)
     if grid.fixed_zero_point is not None:
         zero = torch.full((out, groups), grid.fixed_zero_point, dtype=torch.uint8)
+        side = torch.where(torch.rand(out, groups, generator=draw) < 0.3, -1.0, 1.0)
     else:
         zero = torch.randint(0, top + 1, (out, groups), generator=draw, dtype=torch.uint8)
         zero[0, 0], zero[1, 0] = 0, top
         zero[2, -1], zero[3, -1] = top, 0
-    scale = (0.5 + torch.rand(out, groups, generator=draw)) * (1.2 / (top * inp**0.5))
+        side = torch.ones(out, groups)
+    scale = side * (0.5 + torch.rand(out, groups, generator=draw)) * (1.2 / (top * inp**0.5))
     return PackedWeight.from_codes(codes, scale, zero, grid)
 
 

@@ -216,6 +216,7 @@ def test_a_fixed_zero_point_is_the_same_everywhere_after_training(
     for packed in (start, result.packed):
         for name, weight in packed.linears.items():
             assert weight.zero_point.unique().tolist() == [fixed], name
+            assert set(weight.scale.sign().unique().tolist()) == {-1.0, 1.0}, "groups turn round"
     assert SWITCHES["weights"](start, result.packed)
     assert SWITCHES["scales"](start, result.packed)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -154,6 +155,7 @@ def test_a_search_leaves_zero_points_where_the_grid_has_them(
     packed = train(lm, grid=grid, start="search", epochs=1, train=trained).packed
     assert len(packed.linears) == 7
     assert all((weight.zero_point == held).all() for weight in packed.linears.values())
+    assert all((weight.scale < 0).any() == (not symmetric) for weight in packed.linears.values())
 
 
 def test_channels_that_nothing_comes_through_do_no_harm(lm: CausalLM) -> None:
@@ -250,6 +252,31 @@ def test_a_training_goes_on_from_the_start_that_it_had(
     result = train(lm, snapshot=left.left, **knobs)
     assert begun == [at_once]
     assert result.final_loss == whole.final_loss
+    for name, tensor in whole.packed.tensors().items():
+        assert torch.equal(tensor, result.packed.tensors()[name]), name
+
+
+def test_a_training_in_which_no_groups_turned_round_goes_on(
+    lm: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scales that an earlier version had above zero stay there, where this one would begin below."""
+    grid = GridConfig(bits=2, group_size=32, zero_point="fixed")
+    knobs: dict[str, Any] = {
+        "grid": grid,
+        "train": ("weights", "scales"),
+        "lr_scaling": "absolute",
+        "lr_weight": 1e-3,
+        "lr_quant": 1e-3,
+    }
+    with monkeypatch.context() as patched:
+        patched.setattr(GridConfig, "shared", replace(grid.shared, turns=False))
+        whole = train(lm, **knobs)
+        left = Left(3)
+        with pytest.raises(StopRequested):
+            train(lm, progress=left, **knobs)
+    assert all((weight.scale > 0).all() for weight in whole.packed.linears.values())
+    assert any((weight.scale < 0).any() for weight in train(lm, **knobs).packed.linears.values())
+    result = train(lm, snapshot=left.left, **knobs)
     for name, tensor in whole.packed.tensors().items():
         assert torch.equal(tensor, result.packed.tensors()[name]), name
 

@@ -4,6 +4,7 @@ loops written by hand from the formulas."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import tiny
@@ -167,9 +168,11 @@ def test_a_part_trained_by_a_hand_written_loop_gives_the_same_numbers(
     assert moved > 50
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-def test_of_rounding_each_weight_goes_up_or_down_and_the_grid_stays(lm: CausalLM, bits: int) -> None:
-    grid = GridConfig(bits=bits, group_size=32)
+@pytest.mark.parametrize(("bits", "zero_point"), [(2, "learned"), (4, "learned"), (2, "fixed")])
+def test_of_rounding_each_weight_goes_up_or_down_and_the_grid_stays(
+    lm: CausalLM, bits: int, zero_point: Literal["learned", "fixed"]
+) -> None:
+    grid = GridConfig(bits=bits, group_size=32, zero_point=zero_point)
     start = round_to_nearest(lm.load_block(0), lm.linear_names(0), grid)
     original = {slot.name: slot.linear().weight for slot in slots(lm.load_block(0), lm.linear_names(0))}
     packed = trained(lm, grid, "rounding", epochs=40)

@@ -4,6 +4,7 @@ that it is never worse than plain rounding."""
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def by_hand(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, chosen: Ranges) -
     weight = weight_OI.to(hessian_II.dtype).clone()
     columns = weight.shape[1]
     size = columns // grid.groups(columns)
-    of_group = Grid(grid.bits, -1, grid.symmetric, grid.fixed_zero_point)
+    of_group = replace(grid, group_size=-1)
     codes, scales, zeros = [], [], []
     for i in range(columns):
         if i % size == 0:
@@ -78,6 +79,7 @@ def by_hand(weight_OI: Tensor, hessian_II: Tensor, grid: Grid, chosen: Ranges) -
         (64, Grid(4, 32), 32),
         (48, Grid(3, 16, symmetric=True), 20),
         (60, Grid(2, 20, fixed_zero_point=1), 8),
+        (60, Grid(3, 20, symmetric=True, turns=True), 8),
         (56, Grid(8, 28), 16),
         (150, Grid(4, -1), 128),
         (33, Grid(2, 33), 128),

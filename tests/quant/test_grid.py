@@ -213,6 +213,42 @@ def test_where_the_zero_point_is_fixed_only_the_scale_is_chosen(
             assert (error(scale) <= error(span * (1 - (1 - least) * step / 14)) * 1.0001).all()
 
 
+@pytest.mark.parametrize("method", ["minmax", "search"])
+@pytest.mark.parametrize(("bits", "fixed"), FIXED[:5])
+def test_a_group_turns_round_where_that_fits_it_better(
+    bits: int, fixed: int, method: Literal["minmax", "search"]
+) -> None:
+    weight = torch.randn(7, 96, generator=torch.Generator().manual_seed(bits)) ** 3
+    weight[0] = weight[0].abs()
+    weight[1] = -weight[1].abs()
+    one_way = Grid(bits, 32, fixed_zero_point=fixed)
+    turning = Grid(bits, 32, fixed_zero_point=fixed, turns=True)
+    assert turning == one_way, "where groups begin is not what a grid is"
+
+    def error(found: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return ((fake_quantize(weight, *found, bits) - weight).abs() ** 2.5).reshape(7, 3, 32).sum(-1)
+
+    found = initial_range(weight, turning, method=method, norm=2.5)
+    assert found[1].unique().tolist() == [fixed]
+    assert {-1.0, 1.0} == set(found[0].sign().unique().tolist())
+    ahead = initial_range(weight, one_way, method=method, norm=2.5)
+    back = initial_range(-weight, one_way, method=method, norm=2.5)
+    back = -back[0], back[1]
+    if method == "minmax":
+        assert torch.equal(found[0].abs(), torch.minimum(ahead[0], -back[0]))
+        steps = weight.reshape(7, 3, 32) / found[0].unsqueeze(-1)
+        assert steps.min() >= -fixed - 1e-4
+        assert steps.max() <= turning.top - fixed + 1e-4
+    else:
+        assert torch.allclose(error(found), torch.minimum(error(ahead), error(back)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "fixed"), [(4, 3), (8, 1), (3, None)])
+def test_groups_turn_round_about_the_middle_alone(bits: int, fixed: int | None) -> None:
+    with pytest.raises(ValueError, match="do not turn round"):
+        Grid(bits, 32, fixed_zero_point=fixed, turns=True)
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_fixed_in_the_middle_is_the_symmetric_grid(bits: int) -> None:
     middle = Grid(bits, 32, fixed_zero_point=2 ** (bits - 1))

@@ -46,7 +46,7 @@ class Both:
             zero = (zero + 0.3 * torch.randn(zero.shape, generator=self.generator).to(DEVICE)).clamp_(
                 0, 2**bits - 1
             )
-        if negative:  # as others make them
+        if negative:  # as others make them, and we where groups turn round
             scale[::2] *= -1
         self.floor = 0.99 * scale
         self.quantize = fake_quantize_steps if in_steps else fake_quantize
@@ -131,6 +131,7 @@ CASES: list[tuple[tuple[int, int], int, int, dict[str, Any]]] = [
     ((4, 512), 256, 4, {"trains": (True, False, False)}),
     ((130, 96), 48, 2, {}),
     ((1, 32), 32, 8, {"trains": (False, False, True)}),
+    ((5, 64), 32, 2, {"fixed": 1, "trains": (True, True, False), "negative": True}),
     ((5, 64), 32, 2, {"in_steps": True}),
     ((3, 172), 172, 3, {"in_steps": True, "trains": (True, True, False)}),
     ((3, 1025), -1, 2, {"in_steps": True, "decay": 0.1}),

@@ -4,6 +4,7 @@ form."""
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,17 +47,20 @@ def error(weight: Tensor, found: tuple[Tensor, Tensor], bits: int, channels: Ten
     return ((made - weight).square() * channels).reshape(*scale.shape, -1).sum(-1)
 
 
-@pytest.mark.parametrize("zero", [None, 1, 2])
-def test_no_choice_of_scale_and_zero_point_is_much_better(zero: int | None) -> None:
-    weight, channels, grid = drawn(6, 32), uneven(32), Grid(2, 32, fixed_zero_point=zero)
-    span = initial_range(weight, grid)[0]
+@pytest.mark.parametrize(("zero", "turns"), [(None, False), (1, False), (2, False), (1, True), (2, True)])
+def test_no_choice_of_scale_and_zero_point_is_much_better(zero: int | None, turns: bool) -> None:
+    weight, channels = drawn(24, 32), uneven(32)
+    grid = Grid(2, 32, fixed_zero_point=zero, turns=turns)
+    span = initial_range(weight, replace(grid, turns=False))[0]
     least = torch.full_like(span, torch.inf)
     allowed = range(4) if zero is None else (zero,)
-    for fraction, tried in itertools.product(torch.linspace(0.05, 1, 2000), allowed):
-        pair = span * fraction, torch.full_like(span, float(tried))
+    sides = (1, -1) if turns else (1,)
+    for fraction, tried, side in itertools.product(torch.linspace(0.05, 1, 2000), allowed, sides):
+        pair = side * span * fraction, torch.full_like(span, float(tried))
         least = torch.minimum(least, error(weight, pair, 2, channels))
     found = search_range(weight, grid, channels)
     assert set(found[1].unique().tolist()) <= set(allowed)
+    assert {1.0} < set(found[0].sign().unique().tolist()) if turns else (found[0] > 0).all()
     assert (error(weight, found, 2, channels) <= least * 1.01).all()
 
 
@@ -147,6 +151,8 @@ ODD = [
     (Grid(8, 32), 3, 64),
     (Grid(3, 64, symmetric=True), 9, 192),
     (Grid(2, 32, fixed_zero_point=1), 11, 32),
+    (Grid(2, 32, fixed_zero_point=1, turns=True), 11, 96),
+    (Grid(4, 64, symmetric=True, turns=True), 5, 128),
 ]
 
 
@@ -158,6 +164,21 @@ def test_the_kernel_finds_what_torchs_form_finds(case: int) -> None:
     plain = error(weight, search_range(weight, grid, channels), grid.bits, channels)
     fast = error(weight, search_range(weight, grid, channels, kernel=True), grid.bits, channels)
     assert torch.allclose(plain, fast, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "fixed", "most"), [(2, 1, 1.01), (3, 4, 1.04), (4, 8, 1.13)])
+def test_groups_that_may_turn_round_hardly_need_zero_points_of_their_own(
+    bits: int, fixed: int, most: float
+) -> None:
+    weight = drawn(64, 512) + 0.02 * drawn(64, 512, seed=1) ** 3
+    even = torch.ones(512, device=DEVICE)
+
+    def total(grid: Grid) -> float:
+        return error(weight, search_range(weight, grid), bits, even).sum().item()
+
+    learned, turning = total(Grid(bits, 64)), total(Grid(bits, 64, fixed_zero_point=fixed, turns=True))
+    assert turning < most * learned
+    assert total(Grid(bits, 64, fixed_zero_point=fixed)) > 1.1 * turning
 
 
 def test_groups_that_no_program_can_hold_take_torchs_form(

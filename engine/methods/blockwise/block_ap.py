@@ -153,6 +153,8 @@ def train_block(
         world=world,
     )
     training = Training(reconstruction, streams.train, settings, progress, snapshot, keeper)
+    for linear in reconstruction.linears.values():
+        linear.keep_sides()
     if start is not None:
         training.position.noted.update(zip(NOTED_START, start.at_once, strict=True))
     result = _trained(reconstruction, training, trains=bool(config.train), keeps=keeps)

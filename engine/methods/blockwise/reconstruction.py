@@ -219,7 +219,7 @@ def _parameter_groups(
         groups.append(ParameterGroup(kind, [parameter], lr))
 
     for linear in linears.values():
-        unit = linear.scale.mean().item() if relative else 1.0
+        unit = linear.scale.abs().mean().item() if relative else 1.0
         if "weights" in config.train:
             add("weights", linear.weight, config.lr_weight * unit)
         elif "rounding" in config.train:
