@@ -422,7 +422,7 @@ def test_a_log_of_200_000_events_is_read_in_under_two_seconds(tmp_path: Path) ->
     run = RunDirectory.create(tmp_path, CONFIG)
     run.events_path.write_bytes(log_of(long_log(200_000)))
     took = []
-    for _ in range(4):  # the best of some: the machine may be slower at times
+    for _ in range(8):  # the best of some: the machine may be slower at times
         begun = time.process_time()
         assert load_state(run).event_count == 200_000
         took.append(time.process_time() - begun)
