@@ -16,7 +16,14 @@ from engine.run.state import PhaseRow, RunState
 from eqat_tui.bench_text import measured_table
 from eqat_tui.compare_text import setting_words
 from eqat_tui.divergence_text import result_rows, tables
-from eqat_tui.output import cell, format_bytes, format_number, format_seconds, format_time, one_line
+from eqat_tui.output import (
+    cell,
+    format_bytes,
+    format_number,
+    format_seconds,
+    format_time,
+    one_line,
+)
 from eqat_tui.planned import known
 from eqat_tui.ranks_text import peaks, whose
 from eqat_tui.report.curves import charts_of
@@ -39,6 +46,7 @@ def run_section(run: RunDirectory, shown: Tree, state: RunState, *, letter: str 
         tag("div", *charts_of(state), class_="charts"),
         _measured(shown),
         _part("What it made and what it cost", _pairs(facts(shown))),
+        _exports(shown),
         _phases(state),
         _bench(shown),
         _samples(shown),
@@ -115,6 +123,27 @@ def _perplexity_rows(measured: Mapping[str, float | None]) -> list[list[Child]]:
             ratio = f"{format_number(value / base, 3)}×" if base else ""
             rows.append([stage_label(stage), format_number(value), ratio])
     return rows
+
+
+def _exports(shown: Tree) -> Html | None:
+    """Every packed checkpoint: how large, and what reading it back found."""
+    rows: list[list[Child]] = []
+    for done in shown["exports"]:
+        read, trained = done.get("perplexity"), done.get("perplexity_trained")
+        rows.append(
+            [
+                cell(done["format"]),
+                format_bytes(done["bytes"]),
+                "yes" if done["verified"] else tag("span", "NO", class_="error"),
+                format_number(done.get("max_logit_diff"), 2),
+                "" if read is None else f"{format_number(read)}, {format_number(trained)}",
+                "" if read is None else f"{done.get('tokens') or 0:,}",
+                cell(done.get("rounded") or ""),
+            ]
+        )
+    head: list[Child] = ["format", "size", "verified", "largest logit difference"]
+    head += ["perplexity, read and trained", "tokens", "rounded"]
+    return _part("Checkpoints as they are read back", table(rows, head=head)) if rows else None
 
 
 def _phases(state: RunState) -> Html | None:

@@ -160,6 +160,22 @@ def test_a_page_has_every_chart_and_number_of_a_run(recorded: Recorded) -> None:
     assert {"grid", "block_ap", "e2e_qp"} <= set(page.words["h4"])
 
 
+def test_a_page_says_what_reading_each_checkpoint_back_found(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "runs", None)
+    log = finished(run.id)
+    (made,) = (event for event in log.events if isinstance(event, events.Export))
+    rounds = {"format": "gguf", "rounded": "biases to float16", "perplexity": 21.23, "max_logit_diff": 0.25}
+    log.add(msgspec.structs.replace(made, **rounds))
+    log.add(msgspec.structs.replace(made, format="mlx", verified=False, perplexity=None, max_logit_diff=None))
+    write_log(run, log.events)
+    page = check(report_page([run]))
+    assert "Checkpoints as they are read back" in page.words["h3"]
+    cells = page.words["td"]
+    for words in ("21.19, 21.19", "21.23, 21.19", "512", "biases to float16", "0.25", "yes"):
+        assert words in cells, words
+    assert "NO" in page.words["span"]
+
+
 def test_several_runs_are_compared_and_then_told_of_one_by_one(recorded: Recorded) -> None:
     page = check(report_page([recorded("finished"), recorded("stopped")]))
     assert page.words["h1"] == ["2 runs side by side"]
