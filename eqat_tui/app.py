@@ -223,8 +223,8 @@ class EqatApp(App[str]):
             self._watcher.look_now()
 
     def on_looked(self, message: Looked) -> None:
-        if message.feed is not self.feed or not self.is_running:
-            return  # of the run that was open before, or while the screens are taken away
+        if message.feed is not self.feed:
+            return  # of the run that was open before
         if self.view is None:
             gc.enable()
         self.view = message.view

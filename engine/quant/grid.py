@@ -136,11 +136,11 @@ def initial_range(
     low = weight_OGg.amin(-1).clamp_(max=0)
     high = weight_OGg.amax(-1).clamp_(min=0)
     if method == "minmax":
-        return _range_to_grid(low, high, grid)
+        return range_to_grid(low, high, grid)
 
     best_error = torch.full_like(low, torch.inf)
-    best_scale, best_zero = _range_to_grid(low, high, grid)
-    sides = (_one_way, _turned) if grid.turns else (_range_to_grid,)
+    best_scale, best_zero = range_to_grid(low, high, grid)
+    sides = (_one_way, _turned) if grid.turns else (range_to_grid,)
     for (low_part, high_part), to_grid in product(_shrink_steps(grid), sides):
         scale, zero = to_grid(low * low_part, high * high_part, grid)
         q = (weight_OGg / scale.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(0, grid.top)
@@ -177,7 +177,9 @@ def _shrink_steps(grid: Grid) -> list[tuple[float, float]]:
     return [(low, high) for low in coarse for high in coarse]
 
 
-def _range_to_grid(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+def range_to_grid(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The scale and zero point ``[O, G]`` with which a grid spans each group, from ``low`` (at most 0) to
+    ``high`` (at least 0); where groups turn round, the shorter of the two scales."""
     if grid.turns:
         (ahead, zero), (back, _) = _one_way(low, high, grid), _turned(low, high, grid)
         return torch.where(-back < ahead, back, ahead), zero

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.config.grid import Grid
 from engine.config.joint_search import COARSE, FINE, GPU_VALUES, VALUES, zero_points
-from engine.quant.grid import SMALLEST_SCALE
+from engine.quant.grid import SMALLEST_SCALE, range_to_grid
 
 LARGEST_KERNEL_GROUP = 512
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 0.01, 100.0
@@ -93,16 +93,12 @@ def search_range(
 def _beginning(weight_OGg: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """The scale at which a grid just spans each group, and the first zero point to try."""
     low, high = weight_OGg.amin(-1).clamp_(max=0), weight_OGg.amax(-1).clamp_(min=0)
+    scale, centre = range_to_grid(low, high, grid)
     if (fixed := grid.fixed_zero_point) is not None:
-        beside = grid.top - fixed
-        span = torch.maximum(-low / fixed, high / beside)
-        if grid.turns:
-            span = torch.minimum(span, torch.maximum(-low / beside, high / fixed))
-        first = min(fixed, beside) if grid.turns else fixed
-        return span.clamp_(min=SMALLEST_SCALE), torch.full_like(span, float(first))
-    span = ((high - low) / grid.top).clamp_(min=SMALLEST_SCALE)
+        first = min(fixed, grid.top - fixed) if grid.turns else fixed
+        return scale.abs(), torch.full_like(scale, float(first))
     count = zero_points(grid)
-    return span, (torch.round(-low / span) - count // 2).clamp_(0, grid.top + 1 - count)
+    return scale, (centre - count // 2).clamp_(0, grid.top + 1 - count)
 
 
 def _factors(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -16,14 +16,7 @@ from engine.run.state import PhaseRow, RunState
 from eqat_tui.bench_text import measured_table
 from eqat_tui.compare_text import setting_words
 from eqat_tui.divergence_text import result_rows, tables
-from eqat_tui.output import (
-    cell,
-    format_bytes,
-    format_number,
-    format_seconds,
-    format_time,
-    one_line,
-)
+from eqat_tui.output import cell, format_bytes, format_number, format_seconds, format_time, one_line
 from eqat_tui.planned import known
 from eqat_tui.ranks_text import peaks, whose
 from eqat_tui.report.curves import charts_of
@@ -129,16 +122,16 @@ def _exports(shown: Tree) -> Html | None:
     """Every packed checkpoint: how large, and what reading it back found."""
     rows: list[list[Child]] = []
     for done in shown["exports"]:
-        read, trained = done.get("perplexity"), done.get("perplexity_trained")
+        read, trained = done["perplexity"], done["perplexity_trained"]
         rows.append(
             [
                 cell(done["format"]),
                 format_bytes(done["bytes"]),
                 "yes" if done["verified"] else tag("span", "NO", class_="error"),
-                format_number(done.get("max_logit_diff"), 2),
+                format_number(done["max_logit_diff"], 2),
                 "" if read is None else f"{format_number(read)}, {format_number(trained)}",
-                "" if read is None else f"{done.get('tokens') or 0:,}",
-                cell(done.get("rounded") or ""),
+                "" if read is None else f"{done['tokens'] or 0:,}",
+                cell(done["rounded"]),
             ]
         )
     head: list[Child] = ["format", "size", "verified", "largest logit difference"]

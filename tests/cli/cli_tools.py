@@ -169,11 +169,11 @@ def runs_at_work(where: Path, count: int = 1) -> list[RunDirectory]:
     """``count`` runs, once the engine of each has taken steps."""
     found: list[RunDirectory] = []
 
-    def at_work() -> bool:
+    def all_work() -> bool:
         found[:] = filter(_works, list_runs(where / "runs"))
         return len(found) == count
 
-    wait_until(at_work)
+    wait_until(all_work)
     return found
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cli_tools import Eqat, ended, environment, start_eqat, story
+from cli_tools import Eqat, ended, environment, runs_at_work, start_eqat, story
 from remote_tools import EQAT_THERE, Elsewhere
 from waiting import PATIENCE, wait_until
 
@@ -82,8 +82,7 @@ def whole(log: Path) -> list[bytes]:
 def follows_there(elsewhere: Elsewhere, script: str) -> RunDirectory:
     """A run over there that the scripted engine works on."""
     ended(start_eqat(elsewhere.there, script, "run", "smoke", "--device", "cpu", "--detach"))
-    run = list_runs(elsewhere.there / "runs")[0]
-    wait_until(lambda: (load_state(run).step or 0) >= 2)
+    (run,) = runs_at_work(elsewhere.there)
     return run
 
 
@@ -293,11 +292,11 @@ def test_lines_say_once_that_a_connection_was_lost_and_once_that_it_is_back(else
     for connection in psutil.Process(process.pid).children(recursive=True):
         connection.terminate()
     said += read_until(process, "connection to gpu1 lost")
+    wait_until(lambda: len(elsewhere.asked()) >= 3)  # tries that fail are not told again
     elsewhere.down(False)
     said += read_until(process, "connected again")
     process.send_signal(signal.SIGINT)
     err = said + ended(process)[1]
-    assert len(elsewhere.asked()) >= 2
     assert (process.returncode, run_state(run)) == (0, "running")
     assert err.count("connection to gpu1 lost") == 1
     assert err.count("connected again") == 1

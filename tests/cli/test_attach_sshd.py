@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cli_tools import ended, environment, start_eqat
+from cli_tools import at_work, ended, environment, start_eqat
 from remote_tools import EQAT_THERE, Sshd, sshd
 from waiting import wait_until
 
@@ -19,7 +19,6 @@ from engine.run.directory import RunDirectory
 from engine.run.finding import list_runs
 from engine.run.liveness import run_state
 from engine.run.lock import holder
-from engine.run.state import load_state
 from eqat_tui.feed import LiveFeed
 from eqat_tui.remote import mirror as mirrors
 from eqat_tui.remote.mirror import attached
@@ -40,9 +39,7 @@ def server(tmp_path: Path) -> Iterator[Sshd]:
 
 def works(where: Path) -> RunDirectory:
     ended(start_eqat(where, "works", "run", "smoke", "--device", "cpu", "--detach"))
-    run = list_runs(where / "runs")[0]
-    wait_until(lambda: (load_state(run).step or 0) >= 2)
-    return run
+    return at_work(where)
 
 
 def sessions(server: Sshd) -> list[psutil.Process]:

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cli_tools import Eqat, ended, start_eqat
+from cli_tools import Eqat, at_work, ended, start_eqat
 from waiting import stands_still, wait_until
 
 from engine.run.directory import RunDirectory
-from engine.run.finding import list_runs
 from engine.run.liveness import run_state
 from engine.run.lock import holder
 from engine.run.state import load_state
@@ -26,8 +25,7 @@ OLD = 1_000_000_000
 def engine(tmp_path: Path) -> Iterator[RunDirectory]:
     """A run at work, by an engine that trains nothing."""
     ended(start_eqat(tmp_path, "works", "run", "smoke", "--device", "cpu", "--detach"))
-    (run,) = list_runs(tmp_path / "runs")
-    wait_until(lambda: (load_state(run).step or 0) >= 2)
+    run = at_work(tmp_path)
     pid = holder(run.lock_path)
     assert pid is not None
     yield run
