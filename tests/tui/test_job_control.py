@@ -25,6 +25,12 @@ EVERYWHERE = ("eqat", "GPU", "host", "cores", "disk", "processes", "palette")
 """Words from the first line of the memory screen to its last."""
 
 
+def fills(screen: str, rows: int) -> bool:
+    """Whether the app's last line is the last of a terminal of ``rows``."""
+    lines = screen.rstrip("\n").splitlines()
+    return len(lines) == rows and lines[-1].rstrip().endswith("q quit")
+
+
 @pytest.fixture
 def tmux(tmp_path: Path) -> Iterator[Tmux]:
     if shutil.which("tmux") is None or shutil.which("bash") is None:
@@ -55,9 +61,8 @@ def test_fg_and_ctrl_l_show_the_whole_screen_again(tmux: Tmux) -> None:
     tmux.resize(100, 30)
     tmux.type("fg")
     tmux.press("Enter")
-    screen = tmux.until(whole)
-    assert screen.rstrip("\n").splitlines()[-1].rstrip().endswith("q quit")
-    assert len(screen.rstrip("\n").splitlines()) == 30
+    # What it draws first may be of the size before: a terminal tells of a new one a moment later.
+    tmux.until(lambda screen: whole(screen) and fills(screen, 30))
 
     tmux.scribble("\x1b[H\x1b[2Jsomebody else's words")
     tmux.press("C-l")
