@@ -94,10 +94,8 @@ $(INTEROP)/.stamp-loaders: $(INTEROP)/.stamp-python tests/interop/install.sh
 demo: $(VENV)/.stamp-model
 	@$(VENV)/bin/eqat run demo --device $(DEVICE)
 
-# First what can share the machine, then what measures time.
 test: $(VENV)/.stamp-dev $(VENV)/.stamp-model
-	@$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not alone"; shared=$$?; \
-		$(VENV)/bin/python -m pytest -m alone && exit $$shared
+	@$(VENV)/bin/python tests/suite.py --workers $(WORKERS)
 
 lint: $(VENV)/.stamp-dev
 	@$(VENV)/bin/ruff check .
