@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from engine.architecture.families import Architecture
+from engine.config.grid import Grid
+from engine.config.range_steps import tried_ranges
 from engine.plan.estimate import CONSTANTS, GPU_RATES, UNKNOWN_GPU, Workload
 
 COMPILING_PAYS = 30.0
@@ -132,8 +136,7 @@ def unpacking(work: Workload, rates: Speed) -> float:
 def search_seconds(work: Workload, rates: Speed) -> float:
     """Choosing the initial ranges of a block."""
     grid = work.config.grid
-    candidates = 1 if grid.range == "minmax" else 121 if grid.bits == 2 and not grid.fixes_zero_points else 21
-    return candidates * work.arch.linear_params_per_block * rates.search_per_weight
+    return _tried(grid.range, grid.shared) * work.arch.linear_params_per_block * rates.search_per_weight
 
 
 def head_seconds(work: Workload, rates: Speed) -> float:
@@ -141,4 +144,9 @@ def head_seconds(work: Workload, rates: Speed) -> float:
     grid = work.config.grid
     if grid.head is None:
         return 0.0
-    return (1 if grid.range == "minmax" else 21) * work.arch.head_weights * rates.search_per_weight
+    return _tried(grid.range, grid.head) * work.arch.head_weights * rates.search_per_weight
+
+
+def _tried(method: Literal["minmax", "search"], grid: Grid) -> int:
+    """Ranges that are tried for each group."""
+    return 1 if method == "minmax" else tried_ranges(grid)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from engine.config.grid import Grid
+from engine.config.range_steps import shrink_steps
 
 # A scale never falls below this fraction of its group's initial one. An absolute floor (1e-4 is common) is
 # larger than the right scale of small weights and would freeze them.
@@ -141,7 +142,7 @@ def initial_range(
     best_error = torch.full_like(low, torch.inf)
     best_scale, best_zero = range_to_grid(low, high, grid)
     sides = (_one_way, _turned) if grid.turns else (range_to_grid,)
-    for (low_part, high_part), to_grid in product(_shrink_steps(grid), sides):
+    for (low_part, high_part), to_grid in product(shrink_steps(grid), sides):
         scale, zero = to_grid(low * low_part, high * high_part, grid)
         q = (weight_OGg / scale.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(0, grid.top)
         error = _power(
@@ -164,17 +165,6 @@ def _power(error: Tensor, norm: float) -> Tensor:
     if half == 0.5 and whole == 2:
         return error.square().mul_(error.sqrt_())
     return error.square_() if norm == 2 else error.pow_(norm)
-
-
-def _shrink_steps(grid: Grid) -> list[tuple[float, float]]:
-    """Fractions of the span to try, the whole span first."""
-    lowest = 0.3 if grid.bits <= 3 else 0.6
-    steps = [1 - (1 - lowest) * i / 14 for i in range(15)]
-    if grid.bits > 2 or grid.fixed_zero_point is not None:
-        return [(part, part) for part in steps]
-    # Four levels are so few that the two ends deserve separate fractions.
-    coarse = steps[::2]
-    return [(low, high) for low in coarse for high in coarse]
 
 
 def range_to_grid(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config.grid import Grid
+from engine.config.grid import Grid, held_zero_point
+from engine.config.range_steps import tried_ranges
+from engine.quant import grid as quant_grid
 from engine.quant.grid import dequantize, fake_quantize, initial_range, quantize
 
 BITS = [2, 3, 4, 8]
@@ -171,6 +173,27 @@ def test_searched_range_is_never_worse_than_minmax_in_its_own_norm(bits: int, sy
         errors[method] = difference.reshape(16, 4, 64).sum(-1)
     assert (errors["search"] <= errors["minmax"] * 1.0001).all()
     assert errors["search"].sum() < 0.98 * errors["minmax"].sum()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("held", [None, "one way", "both ways"])
+def test_as_many_ranges_are_tried_as_the_plan_counts(
+    bits: int, held: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is measured once."""
+    fixed = None if held is None else held_zero_point(bits)
+    grid = Grid(bits, 32, fixed_zero_point=fixed, turns=held == "both ways")
+    measured: list[Tensor] = []
+    power = quant_grid._power
+
+    def counted(error: Tensor, norm: float) -> Tensor:
+        measured.append(error)
+        return power(error, norm)
+
+    monkeypatch.setattr(quant_grid, "_power", counted)
+    initial_range(torch.randn(4, 64), grid, method="search")
+    assert len(measured) == tried_ranges(grid)
+    assert len(measured) == (64 if bits == 2 and held is None else 30 if grid.turns else 15)
 
 
 @pytest.mark.parametrize("bits", BITS)

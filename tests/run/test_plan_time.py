@@ -17,6 +17,7 @@ from engine.config.joint_search import GPU_VALUES
 from engine.config.loading import load
 from engine.config.overrides import apply_overrides
 from engine.config.runtime import RuntimeConfig
+from engine.plan.estimate import CONSTANTS
 from engine.plan.plan import make_plan
 
 
@@ -133,6 +134,23 @@ def test_a_search_for_the_start_is_planned(
     expected = errors * (0.5e-12 if by_kernel else 50 / 4.0e12)
     statistics = 64 / (2 * 4096 * 3) * usual  # about
     assert expected < seconds - usual < expected * 1.2 + 3 * statistics
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranges"),
+    [
+        ({"bits": 2}, 64),
+        ({"bits": 3}, 15),
+        ({"bits": 2, "symmetric": True}, 15),
+        ({"zero_point": "fixed"}, 30),
+    ],
+)
+def test_as_many_ranges_are_planned_as_are_tried(llama: str, settings: dict[str, Any], ranges: int) -> None:
+    others = GridConfig(group_size=128, range="search", **settings)
+    one, _ = seconds_and_parts(llama, grid=msgspec.structs.replace(others, range="minmax"))
+    all_of_them, _ = seconds_and_parts(llama, grid=others)
+    of_a_range = 32 * (4 * 4096**2 + 3 * 4096 * 11008) * CONSTANTS.gpu_search_bytes / 4.0e12
+    assert all_of_them - one == pytest.approx((ranges - 1) * of_a_range, rel=0.01)
 
 
 def test_what_a_search_holds_is_planned() -> None:
