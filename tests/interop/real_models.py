@@ -42,6 +42,7 @@ WINDOWS, LENGTH = 8, 256
 
 # The demo's preset, shrunk: what counts is that integers and scales are trained ones.
 SHORT: dict[str, object] = {
+    "block_ap.start": "range",  # two thirds of the time of two steps a block would be the other search
     "block_ap.sequences": 4,
     "block_ap.val_sequences": 2,
     "block_ap.sequence_length": 128,
