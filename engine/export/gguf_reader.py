@@ -159,8 +159,10 @@ class GGUFContent:
         start = -(-self._at // alignment) * alignment
         self.tensors = {name: place._replace(start=start + place.start) for name, place in found.items()}
         for name, place in self.tensors.items():
-            if place.type not in BLOCKS or place.start + place.nbytes > size:
-                raise ValueError(f"tensor {name[:80]} lies where it cannot lie")
+            if place.type not in BLOCKS:
+                raise ValueError(f"tensor {name[:80]} is of type {place.type}, which nobody knows")
+            if place.start + place.nbytes > size:
+                raise ValueError(f"the file ends inside tensor {name[:80]}")
         self._alignment, self._start = alignment, start
         del self._data
 
@@ -294,7 +296,7 @@ class GGUFFileReader:
 
     def _place(self, name: str) -> str:
         if name not in self._stored:
-            raise PreflightError(f"tensor {name} is not in the file", where=str(self.path))
+            raise damaged(self.path, f"tensor {name} is not in it")
         return self._stored[name]
 
     def _in_order(self, stored: str, rows: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -34,6 +34,7 @@ from engine.export.layout import Form, form_of
 from engine.export.reader import EXPORT_AGAIN, TensorReader
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
+from engine.system.guarded import BadFile
 
 MOST_PROBLEMS = 200
 """So many are told; a file of noise has one in every tensor."""
@@ -95,7 +96,15 @@ def judge(
 
     Raises:
         PreflightError: where there is no checkpoint of a format that is known, or no such reference.
+        EqatError: for one with files that cannot be read; it has the exit code of what is not sound.
     """
+    try:
+        return _judge(path, reference, on_block)
+    except BadFile as error:
+        raise EqatError(error.message, exit_code=ExitCode.DATA, where=error.where, hint=error.hint) from error
+
+
+def _judge(path: Path, reference: str | None, on_block: Callable[[int, int], None]) -> Judgement:
     form = form_of(format_in(path))
     source = None if reference is None else ModelSource.open(ModelConfig(source=reference))
     try:
@@ -355,7 +364,7 @@ def say(tree: dict[str, Any]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit code: 0 for a sound checkpoint, 4 for one with problems."""
+    """Returns the exit code: 0 for a sound checkpoint, 4 for one that is not, 3 where there is none."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # who asked is told by whoever started this
     parser = argparse.ArgumentParser(prog="python -m engine.export.judging")
     parser.add_argument("path", type=Path)

@@ -197,8 +197,10 @@ class ONNXReader(CheckpointReader):
             place, start, length = self._place(name, said)
             if place not in sizes:
                 sizes[place] = _size_of(place)
-            if start < 0 or length != size or start + length > sizes[place]:
+            if start < 0 or length != size:
                 raise damaged(place, f"tensor {name[:80]} lies where it cannot lie")
+            if start + length > sizes[place]:
+                raise damaged(place, f"it ends inside tensor {name[:80]}")
             found[name] = Entry(place, start, length, shape, kind, dtype)
         return found
 

@@ -30,10 +30,10 @@ from torch import Tensor
 from engine.architecture.limits import check_config
 from engine.architecture.model_folder import unlinked
 from engine.config.grid import BITS
-from engine.errors import PreflightError
 from engine.system.guarded import (
     LARGE,
     SMALL,
+    BadFile,
     NoFile,
     bad_file,
     open_regular,
@@ -301,7 +301,7 @@ class CheckpointReader(ABC):
 
     def _entry(self, name: str) -> Entry:
         if name not in self._entries:
-            raise PreflightError(f"tensor {name} is not in the checkpoint", where=str(self.directory))
+            raise damaged(self.directory, f"tensor {name} is not in it")
         return self._entries[name]
 
     def _list_tensors(self) -> dict[str, Entry]:
@@ -317,7 +317,7 @@ class CheckpointReader(ABC):
             found.update(_read_header(self.directory / file_name))
         for name in sorted(weight_map.keys() | found.keys()):
             if name not in found or weight_map.get(name) != found[name].path.name:
-                raise PreflightError(f"the index and the files disagree about {name}", where=str(index))
+                raise damaged(index, f"it and the files disagree about {name}")
         return found
 
 
@@ -378,8 +378,10 @@ def _read_header(path: Path) -> dict[str, Entry]:
         start, end = entry.data_offsets
         dtype = _DTYPES.get(entry.dtype)
         size_wanted = math.prod(entry.shape) * dtype.itemsize if dtype is not None else end - start
-        if not 0 <= end - start == size_wanted or 8 + length + end > size:
+        if not 0 <= start <= end or end - start != size_wanted:
             raise damaged(path, f"tensor {name} lies where it cannot lie")
+        if 8 + length + end > size:
+            raise damaged(path, f"it ends inside tensor {name}")
         entries[name] = Entry(path, 8 + length + start, end - start, entry.shape, entry.dtype, dtype)
     # Last, when it is known to be a regular file: the library would wait for whatever has the name.
     parsed(_judge, path, path, "safetensors file")
@@ -445,6 +447,6 @@ def number_of_bits(directory: Path, said: object) -> int:
     return said
 
 
-def damaged(path: Path, why: object) -> PreflightError:
+def damaged(path: Path, why: object) -> BadFile:
     """A file of the export is not what was written."""
-    return PreflightError(f"cannot be read: {why}", where=str(path), hint=EXPORT_AGAIN)
+    return BadFile(f"cannot be read: {why}", where=str(path), hint=EXPORT_AGAIN)

@@ -36,7 +36,10 @@ def evaluate(
         typer.Option("--sequence-length", help="Tokens of context. Else the run's own, or up to 2048."),
     ] = None,
     windows: Annotated[
-        int | None, typer.Option("--windows", help="At most so many of each text; 0 for all.")
+        int | None,
+        typer.Option(
+            "--windows", help="At most so many of each text; 0 for all. Else the run's own bound, or all."
+        ),
     ] = None,
     bos: Annotated[
         str | None,

@@ -195,7 +195,8 @@ def verify(
 ) -> int:
     """Look at a quantized checkpoint, of a run or of anybody: layout, shapes, scales, missing tensors.
 
-    Of a run, every export is looked at; the JSON of several is a list.
+    Of a run, every export is looked at; the JSON of several is a list. The exit code is 4 where one is not
+    sound, and 3 where there is no checkpoint that can be looked at.
     """
     import sys
 

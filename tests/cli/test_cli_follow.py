@@ -257,6 +257,10 @@ def test_a_hung_engine_is_named_and_can_be_killed_and_the_run_goes_on(tmp_path: 
     ended(start_eqat(tmp_path, "hangs", *RUN, "--detach"))
     run = at_work(tmp_path)
     wait_until(lambda: run_state(run) == "hung")
+    follower = start_eqat(tmp_path, "finishes", "attach", "latest", "--plain")
+    assert follower.stderr is not None
+    told = next(line for line in follower.stderr if "no sign of life" in line)
+    assert re.search(rf"\(process {holder(run.lock_path)}\) for \d.* s; still waiting", told)
     asked = eqat("stop", "latest")
     assert asked.returncode == 0
     assert f"eqat stop {run.id} --kill" in asked.stderr
@@ -264,6 +268,7 @@ def test_a_hung_engine_is_named_and_can_be_killed_and_the_run_goes_on(tmp_path: 
     pid = holder(run.lock_path)
     killed = eqat("stop", "latest", "--kill")
     assert (killed.returncode, holder(run.lock_path), run_state(run)) == (0, None, "crashed")
+    ended(follower)
     assert f"killed process {pid}" in killed.stderr
     assert f"eqat resume {run.id}" in killed.stderr
     again = start_eqat(tmp_path, "finishes", "resume", "latest")

@@ -171,7 +171,8 @@ def test_only_a_tokenizer_that_knows_conversations_gets_a_turn() -> None:
 def test_a_template_that_fails_or_never_ends_is_one_line_in_time(
     template: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat, "SECONDS", 3.0)
+    if "still at work" in says:  # the others have all the time that there is, on a busy machine
+        monkeypatch.setattr(chat, "SECONDS", 3.0)
     tokenizer = byte_tokenizer(300)
     tokenizer.chat_template = template
     began = time.monotonic()

@@ -262,9 +262,12 @@ def test_the_command_tells_what_was_found_and_exits_by_it(
     (cut / "config.json").write_bytes((broken / "config.json").read_bytes())
     (cut / FILE).write_bytes((broken / FILE).read_bytes()[:-100])
     refused = eqat_verify(str(cut))
-    assert refused.returncode == 3
+    assert refused.returncode == 4
     assert refused.stderr.startswith("error: ")
     assert len(refused.stderr.splitlines()) == 1
+    nothing = eqat_verify(str(tmp_path / "nothing"))
+    assert nothing.returncode == 3
+    assert "is not there" in nothing.stderr
 
 
 def edited(export: Path, place: Path, change: Callable[[dict[str, Any]], object]) -> Judgement:
