@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,12 +20,14 @@ def test_unsteady():
 """
 
 
-def run(folder: Path, **files: str) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *, workers: int = 0, **files: str) -> subprocess.CompletedProcess[str]:
+    """The suite of ``files``, by pytest with nothing but xdist, which starts sooner."""
     for name, text in files.items():
         (folder / f"test_{name}.py").write_text(text)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = alone: by itself\n")
     return subprocess.run(
-        [sys.executable, suite.__file__, "--workers", "2", "--folder", str(folder)],
+        [sys.executable, suite.__file__, "--workers", str(workers), "--folder", str(folder)],
+        env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_PLUGINS": "xdist.plugin"},
         capture_output=True,
         text=True,
         check=False,
@@ -32,7 +35,7 @@ def run(folder: Path, **files: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_what_fails_by_chance_is_named_and_a_fault_fails_twice(tmp_path: Path) -> None:
-    by_chance = run(tmp_path, one=PASSES, two=ALONE, three=FIRST_TIME)
+    by_chance = run(tmp_path, workers=2, one=PASSES, two=ALONE, three=FIRST_TIME)
     assert by_chance.returncode == 0, by_chance.stdout
     assert "1 failed, 1 passed" in by_chance.stdout  # beside each other, then the one that is alone
     assert by_chance.stdout.count("1 passed") == 3
@@ -53,7 +56,7 @@ def test_where_many_fail_nothing_is_run_again(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_not_run_again(tmp_path: Path) -> None:
-    done = run(tmp_path, one=PASSES, two=ALONE, three="import nothing_of_this_name\n")
+    done = run(tmp_path, workers=2, one=PASSES, two=ALONE, three="import nothing_of_this_name\n")
     assert done.returncode != 0
     assert "once more" not in done.stdout
 
