@@ -98,15 +98,17 @@ def judge(
         PreflightError: where there is no checkpoint of a format that is known, or no such reference.
         EqatError: for one with files that cannot be read; it has the exit code of what is not sound.
     """
+    source = None if reference is None else ModelSource.open(ModelConfig(source=reference))
     try:
-        return _judge(path, reference, on_block)
+        return _judge(path, source, reference, on_block)
     except BadFile as error:
         raise EqatError(error.message, exit_code=ExitCode.DATA, where=error.where, hint=error.hint) from error
 
 
-def _judge(path: Path, reference: str | None, on_block: Callable[[int, int], None]) -> Judgement:
+def _judge(
+    path: Path, source: ModelSource | None, reference: str | None, on_block: Callable[[int, int], None]
+) -> Judgement:
     form = form_of(format_in(path))
-    source = None if reference is None else ModelSource.open(ModelConfig(source=reference))
     try:
         lm = form.open(path, CPU, torch.float32)
     except (EqatError, *UNFIT) as error:

@@ -225,6 +225,16 @@ def test_what_is_no_checkpoint_of_a_known_format_is_refused_by_name(model: Path,
         format_in(other)
 
 
+def test_a_reference_that_cannot_be_read_is_no_fault_of_the_checkpoint(
+    written: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(PreflightError, match=r"config\.json"):
+        judge(written("gptq_v2"), str(tmp_path))
+    refused = eqat_verify(str(written("gptq_v2")), "--reference", str(tmp_path))
+    assert refused.returncode == 3
+
+
 def test_what_a_person_is_told(written: Callable[[str], Path]) -> None:
     found = judge(written("gptq_v2"))
     text = judgement_text({**msgspec.to_builtins(found), "sound": True})

@@ -131,7 +131,7 @@ def test_the_lines_that_screen_and_card_show_load_it(tmp_path: Path, name: str) 
     assert found["tokenizer"].encode("hello")
     card = (result.path / "README.md").read_text().partition("## Loading")[2]
     shown = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    here = [lines for lines in shown if "from vllm import" not in lines]  # test_vllm.py has those
+    here = [lines for lines in shown if "from vllm import" not in lines]  # test_vllm.py loads so
     assert here
     for lines in here:
         found = {}
