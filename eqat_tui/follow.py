@@ -183,7 +183,9 @@ class Follower:
     def _tell_hung(self, hung: bool) -> None:
         if hung and not self._said_hung:
             status = self._sight.status()
-            silent = None if status is None else format_seconds(max(0.0, time.time() - status.heartbeat))
+            silent = (
+                None if status is None else format_seconds(max(0.0, self._sight.now() - status.heartbeat))
+            )
             since = "" if silent is None else f" for {silent}"
             pid = self._sight.pid()
             self.display.note(f"no sign of life from the engine (process {pid}){since}; still waiting")
