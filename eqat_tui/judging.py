@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -64,6 +64,45 @@ def judged(path: Path, reference: str | None, heard: Callable[[int, int], None])
         found["problems"] += changed
         found["sound"] = False
     return found
+
+
+def all_judged(
+    paths: list[Path], reference: str | None, heard: Callable[[int, int], None]
+) -> Iterator[dict[str, Any]]:
+    """The same of each; of several, one that cannot be read keeps nobody from looking at the others.
+
+    Raises:
+        EqatError: where the only one cannot be looked at, or none of them for what was asked.
+    """
+    for path in paths:
+        try:
+            yield judged(path, reference, heard)
+        except EqatError as error:
+            if len(paths) == 1 or error.exit_code != ExitCode.DATA:
+                raise
+            yield unread(path, error)
+
+
+def unread(path: Path, error: EqatError) -> dict[str, Any]:
+    """What is said of an export whose files cannot be read, which is what ``error`` says."""
+    said = f"{error.where}: {error.message}" if error.where else error.message
+    changed = changed_files(path)
+    sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+    return {
+        "path": str(path),
+        "format": path.name,
+        "label": FORMATS[path.name].label,
+        **dict.fromkeys(("blocks", "linears", "tensors", "more_problems"), 0),
+        "model_type": "",
+        "bytes": sum(sizes),
+        "grids": {},
+        "problems": [said, *(changed or [])],
+        "notes": [],
+        "reference": None,
+        "errors": {},
+        "as_written": None if changed is None else not changed,
+        "sound": False,
+    }
 
 
 CARD = "README.md"

@@ -200,7 +200,7 @@ def verify(
     """
     import sys
 
-    from eqat_tui.judging import checkpoints_of, judged, judgement_text, told
+    from eqat_tui.judging import all_judged, checkpoints_of, judgement_text, told
     from eqat_tui.output import colour_wanted, print_json, say
     from eqat_tui.output import show as show_text
 
@@ -208,15 +208,15 @@ def verify(
         raise UsageError("is empty", where="PATH", hint="name a run, or the folder of a checkpoint")
     moving = colour_wanted(sys.stderr) and not as_json
     found = []
-    for place in checkpoints_of(path, runs_dir):
-        found.append(judged(place, reference, told(moving)))
+    for each in all_judged(checkpoints_of(path, runs_dir), reference, told(moving)):
+        found.append(each)
         if moving:
             say("\r\033[K", end="")
         if not as_json:
-            show_text(judgement_text(found[-1]))
+            show_text(judgement_text(each))
     if as_json:
         print_json(found if len(found) > 1 else found[0])
-    return ExitCode.DONE if all(each["sound"] for each in found) else ExitCode.DATA
+    return ExitCode.DONE if all(one["sound"] for one in found) else ExitCode.DATA
 
 
 def presets(as_json: Json = False) -> None:

@@ -17,7 +17,7 @@ from toy_format import ROW
 from engine.checkpoints.store import CheckpointStore
 from engine.config.formats import FORMATS
 from engine.config.stages import STAGES
-from engine.errors import UsageError
+from engine.errors import EqatError, UsageError
 from engine.export.gguf_reader import GGUFContent
 from engine.export.judging import judge
 from engine.export.place import ExportPlace
@@ -117,16 +117,46 @@ def test_verify_takes_the_name_of_a_run_and_looks_at_each_of_its_exports(
         checkpoints_of(run.id, place)
 
 
-def test_an_integer_of_an_export_that_is_another_one_is_told(
-    finished_copy: Callable[..., RunDirectory],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def judged_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints are looked at in this process: another one takes seconds to start."""
+
     def here(module: str, answer: str, path: Path, *_: object) -> dict[str, object]:
-        found = judge(path)  # in this process: another one takes seconds to start
+        found = judge(path)
         return {**msgspec.to_builtins(found), answer: found.sound}
 
     monkeypatch.setattr("eqat_tui.judging.said_by", here)
+
+
+@pytest.mark.usefixtures("judged_here")
+def test_an_export_that_cannot_be_read_keeps_nobody_from_looking_at_the_others(
+    finished_copy: Callable[..., RunDirectory], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finished_copy()
+    cut, whole = run.export_dir / "gptq_v2", run.export_dir / "compressed-tensors"
+    shutil.copytree(cut, whole)
+    file = cut / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert verify_command(str(run.path), as_json=True) == 4
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["path"], first["sound"], first["as_written"]) == (str(cut), False, False)
+    assert "it ends inside tensor" in first["problems"][0]
+    assert first["problems"][1:] == ["model.safetensors: is not what was verified"]
+    assert (second["path"], second["sound"]) == (str(whole), True)
+    assert first.keys() == second.keys()
+    assert verify_command(str(run.path)) == 4
+    told = capsys.readouterr().out
+    assert "GPTQ v2, no model can be made of it" in told
+    assert "  sound: every tensor is there" in told
+    with pytest.raises(EqatError, match="it ends inside tensor") as refused:
+        verify_command(str(cut))
+    assert refused.value.exit_code == 4
+
+
+@pytest.mark.usefixtures("judged_here")
+def test_an_integer_of_an_export_that_is_another_one_is_told(
+    finished_copy: Callable[..., RunDirectory], capsys: pytest.CaptureFixture[str]
+) -> None:
     run = finished_copy()
     folder = run.export_dir / "gptq_v2"
     with (folder / "README.md").open("a") as card:
