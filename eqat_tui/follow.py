@@ -28,8 +28,7 @@ from engine.system.guarded import BadFile, bad_file
 from engine.system.log_bytes import tail
 from eqat_tui.display import Display
 from eqat_tui.hearing import hearing
-from eqat_tui.output import format_seconds
-from eqat_tui.run_text import batch_words
+from eqat_tui.run_text import batch_words, silence
 
 POLL_S = 0.2
 TAIL_BYTES = 1 << 16
@@ -182,13 +181,8 @@ class Follower:
 
     def _tell_hung(self, hung: bool) -> None:
         if hung and not self._said_hung:
-            status = self._sight.status()
-            silent = (
-                None if status is None else format_seconds(max(0.0, self._sight.now() - status.heartbeat))
-            )
-            since = "" if silent is None else f" for {silent}"
-            pid = self._sight.pid()
-            self.display.note(f"no sign of life from the engine (process {pid}){since}; still waiting")
+            pid, silent = self._sight.pid(), silence(self._sight.status(), self._sight.now())
+            self.display.note(f"no sign of life from the engine (process {pid}) for {silent}; still waiting")
         self._said_hung = hung
 
     def _tell_trouble(self) -> None:

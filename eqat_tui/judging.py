@@ -57,7 +57,11 @@ def judged(path: Path, reference: str | None, heard: Callable[[int, int], None])
     Raises:
         EqatError: for what is no checkpoint that can be looked at.
     """
-    found = said_by("engine.export.judging", "sound", path, reference, heard)
+    return _compared(said_by("engine.export.judging", "sound", path, reference, heard), path)
+
+
+def _compared(found: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The same with what became of the files of an export."""
     changed = changed_files(path)
     found["as_written"] = None if changed is None else not changed
     if changed:
@@ -85,24 +89,21 @@ def all_judged(
 
 def unread(path: Path, error: EqatError) -> dict[str, Any]:
     """What is said of an export whose files cannot be read, which is what ``error`` says."""
-    said = f"{error.where}: {error.message}" if error.where else error.message
-    changed = changed_files(path)
-    sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
-    return {
+    found: dict[str, Any] = {
         "path": str(path),
         "format": path.name,
         "label": FORMATS[path.name].label,
-        **dict.fromkeys(("blocks", "linears", "tensors", "more_problems"), 0),
         "model_type": "",
-        "bytes": sum(sizes),
+        **dict.fromkeys(("blocks", "linears", "tensors", "more_problems"), 0),
+        "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         "grids": {},
-        "problems": [said, *(changed or [])],
+        "problems": [str(error)],
         "notes": [],
         "reference": None,
         "errors": {},
-        "as_written": None if changed is None else not changed,
         "sound": False,
     }
+    return _compared(found, path)
 
 
 CARD = "README.md"

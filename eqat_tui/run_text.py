@@ -18,6 +18,7 @@ from engine.run.events import MEASUREMENT
 from engine.run.finding import shorten, typed_path
 from engine.run.liveness import WORKING
 from engine.run.measures import EQAT, MOST_SCORES, TaskScore
+from engine.run.status import Status
 from engine.run.task import job_name
 from eqat_tui.bench_text import measured_table
 from eqat_tui.divergence_text import as_text, results_table, tables
@@ -245,6 +246,11 @@ def facts(run: Tree) -> dict[str, str]:
         lines["export" if index == 0 else f"export {index + 1}"] = export_words(export, run)
     lines["directory"] = shorten(run["path"])
     return lines
+
+
+def silence(status: Status | None, now: float) -> str:
+    """How long an engine has given no sign of life, by the clock of its machine."""
+    return format_seconds(max(0.0, now - status.heartbeat)) if status is not None else "a while"
 
 
 def job_words(job: Tree, why: str = "") -> str:

@@ -24,6 +24,7 @@ from eqat_tui.output import (
     share,
 )
 from eqat_tui.planned import branch, known
+from eqat_tui.run_text import silence
 from eqat_tui.words import block_place, hint_for_app, model_name
 
 MOST_LINES = 4
@@ -255,7 +256,7 @@ def notices(view: RunView, width: int) -> list[Line]:
         lines.append(request_line(view))
     if view.hung:
         pid = f" (process {view.pid})" if view.pid else ""
-        silent = _silence(view)
+        silent = silence(view.at_work.status, view.now)
         lines += wrap(
             f"? no sign of life from the engine{pid} for {silent}; K kills it, what is checkpointed is kept",
             width,
@@ -308,11 +309,6 @@ def request_line(view: RunView) -> Line:
             " → " if index else "", (f"{word} {'✓' if reached else '…'}", "warn" if reached else "muted")
         )
     return spans
-
-
-def _silence(view: RunView) -> str:
-    status = view.at_work.status
-    return format_seconds(max(0.0, view.now - status.heartbeat)) if status is not None else "a while"
 
 
 def broken(state: RunState) -> bool:
