@@ -136,7 +136,7 @@ def measure(
         common = {"seed": 0, "dtype": dtype(), "progress": marks, "keeper": marks, "recompute": recompute}
         data = NetworkData(tokens, config.sequences, teacher)
         if isinstance(config, LRQATConfig):
-            train_factors(lm, blocks, data, config, **common)
+            train_factors(lm, blocks, data, config, compiles=fast, **common)
         else:
             train_scales(lm, blocks, data, config, compiles=fast, **common)
     whole = statistics.median(marks.steps(SKIPPED)) / ACCUMULATED

@@ -90,9 +90,7 @@ def train_low_rank_end_to_end(job: Job) -> None:
             blocks.append(block)
         telemetry.release_memory()
         with resumable(job.checkpoints, stage.name) as keeper:
-            arguments = _arguments(job, stage, keeper)
-            del arguments["compiles"]
-            train_factors(job.lm, blocks, data, config, dtype=dtype, **arguments)
+            train_factors(job.lm, blocks, data, config, dtype=dtype, **_arguments(job, stage, keeper))
     trained = [{name: linear.freeze() for name, linear in of_block.items()} for of_block in linears]
     _commit(job, stage, _renewed(blocks, trained))
 

@@ -18,9 +18,8 @@ rounded once (:meth:`LowRankLinear.freeze`): what is saved has no factors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +31,6 @@ from engine.quant.downcast import downcast, upcast
 from engine.quant.fake_linear import FakeQuantLinear
 from engine.quant.grid import RELATIVE_SCALE_FLOOR
 from engine.quant.packed import PackedWeight, into_domain, smallest_trained
-
-if TYPE_CHECKING:
-    from engine.quant import low_rank_kernel
 
 OVERSAMPLED, POWERS = 8, 2
 """Of the search for singular vectors: directions beyond those that are wanted, and rounds."""
@@ -79,6 +75,27 @@ def _integers(steps_OI: Tensor, zero_OG: Tensor) -> Tensor:
     return steps_OI.round_().view(*zero_OG.shape, -1).add_(zero_OG.unsqueeze(-1))
 
 
+def low_rank_matmul(
+    x: Tensor,
+    kept: Tensor,
+    origin_OG: Tensor,
+    a_Or: Tensor,
+    b_rI: Tensor,
+    scale_OG: Tensor,
+    zero_point_OG: Tensor,
+    frozen: _Frozen,
+) -> Tensor:
+    """``x W^T``, by the kernels where they are switched on and can do it."""
+    trained = a_Or, b_rI, scale_OG, zero_point_OG
+    out: Tensor
+    if _by_kernel(kept, a_Or, scale_OG):
+        bits, ratio = frozen.grid.bits, frozen.ratio
+        out = _LowRankMatmulByKernel.apply(x, kept, origin_OG, *trained, bits, ratio)
+    else:
+        out = _LowRankMatmul.apply(x, kept, origin_OG, *trained, frozen)
+    return out
+
+
 class _LowRankMatmul(torch.autograd.Function):
     """``x W^T``, which keeps ``x`` and the layer's own tensors, and no float weight, for the backward pass.
 
@@ -101,11 +118,6 @@ class _LowRankMatmul(torch.autograd.Function):
         ctx.frozen = frozen
         top = frozen.grid.top
         zero_OG = zero_point_OG.round().clamp_(0, top)
-        if _by_kernel(kept, a_Or, scale_OG):
-            from engine.quant import low_rank_kernel
-
-            latents = _latents(kept, origin_OG, a_Or, b_rI, scale_OG, zero_OG, frozen)
-            return functional.linear(x, low_rank_kernel.form(latents, x.dtype))
         q_OGg = _integers(latent_steps(kept, origin_OG, a_Or, b_rI, frozen), zero_OG).clamp_(0, top)
         weight_OGg = q_OGg.sub_(zero_OG.unsqueeze(-1)).mul_(scale_OG.unsqueeze(-1))
         return functional.linear(x, weight_OGg.flatten(1).to(x.dtype))
@@ -117,9 +129,6 @@ class _LowRankMatmul(torch.autograd.Function):
         wanted, grad_out = ctx.needs_input_grad, grads[0]
         scale, rounded_zero = scale_OG.unsqueeze(-1), zero_point_OG.round()
         zero_OG = rounded_zero.clamp(0, grid.top)
-        if _by_kernel(kept, a_Or, scale_OG):
-            latents = _latents(kept, origin_OG, a_Or, b_rI, scale_OG, zero_OG, ctx.frozen)
-            return _backward_by_kernel(latents, x, grad_out, wanted, rounded_zero)
         unclamped = _integers(latent_steps(kept, origin_OG, a_Or, b_rI, ctx.frozen), zero_OG)
         inside = (unclamped >= 0) & (unclamped <= grid.top)
         centred = unclamped.clamp_(0, grid.top).sub_(zero_OG.unsqueeze(-1))
@@ -167,50 +176,56 @@ def _by_kernel(kept: Tensor, a_Or: Tensor, scale_OG: Tensor) -> bool:
     return low_rank_kernel.takes(kept, a_Or.shape[1], scale_OG.shape[1])
 
 
-def _latents(
-    kept: Tensor,
-    origin_OG: Tensor,
-    a_Or: Tensor,
-    b_rI: Tensor,
-    scale_OG: Tensor,
-    zero_OG: Tensor,
-    frozen: _Frozen,
-) -> low_rank_kernel.Latents:
-    from engine.quant import low_rank_kernel
+class _LowRankMatmulByKernel(torch.autograd.Function):
+    """The same by :mod:`engine.quant.low_rank_kernel`, whose operators a compiler does not look into."""
 
-    tensors = kept, origin_OG, a_Or, b_rI, scale_OG, zero_OG
-    return low_rank_kernel.Latents(*tensors, frozen.grid.bits, frozen.ratio)
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        kept: Tensor,
+        origin_OG: Tensor,
+        a_Or: Tensor,
+        b_rI: Tensor,
+        scale_OG: Tensor,
+        zero_point_OG: Tensor,
+        bits: int,
+        ratio: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, kept, origin_OG, a_Or, b_rI, scale_OG, zero_point_OG)
+        ctx.bits, ctx.ratio = bits, ratio
+        zero_OG = zero_point_OG.round().clamp(0, (1 << bits) - 1)
+        latents = kept, origin_OG, a_Or, b_rI, scale_OG, zero_OG
+        return functional.linear(x, torch.ops.eqat.low_rank_weight(*latents, bits, ratio, x.dtype))
 
-
-def _backward_by_kernel(
-    latents: low_rank_kernel.Latents,
-    x: Tensor,
-    grad_out: Tensor,
-    wanted: Sequence[bool],
-    rounded_zero: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """The same gradients. A pass that needs the input's alone forms the weight and nothing else."""
-    from engine.quant import low_rank_kernel
-
-    a_Or, b_rI, scale_OG, ratio = latents.a_Or, latents.b_rI, latents.scale_OG, latents.ratio
-    grad_x = grad_a = grad_b = grad_scale = grad_zero = None
-    if any(wanted[3:7]):
-        grad_OI = grad_out.flatten(0, -2).t() @ x.flatten(0, -2)
-        weight, of_scale, outside = low_rank_kernel.gradients(latents, grad_OI, zero=wanted[6])
-        grad_scale = of_scale if wanted[5] else None
-        if outside is not None:
-            # Straight through the rounding of z, exact through its clamp.
-            moves = latents.zero_OG == rounded_zero
-            grad_zero = -outside * scale_OG * moves
-        if wanted[3]:
-            grad_a = (grad_OI @ b_rI.to(grad_OI.dtype).t()).mul_(ratio).to(a_Or.dtype)
-        if wanted[4]:
-            grad_b = (a_Or.to(grad_OI.dtype).t() @ grad_OI).mul_(ratio).to(b_rI.dtype)
-    else:
-        weight = low_rank_kernel.form(latents, grad_out.dtype)
-    if wanted[0]:
-        grad_x = grad_out @ weight
-    return grad_x, None, None, grad_a, grad_b, grad_scale, grad_zero, None
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """A pass that needs the input's gradient alone forms the weight and nothing else."""
+        x, kept, origin_OG, a_Or, b_rI, scale_OG, zero_point_OG = ctx.saved_tensors
+        bits, ratio, wanted, grad_out = ctx.bits, ctx.ratio, ctx.needs_input_grad, grads[0]
+        rounded_zero = zero_point_OG.round()
+        zero_OG = rounded_zero.clamp(0, (1 << bits) - 1)
+        latents = kept, origin_OG, a_Or, b_rI, scale_OG, zero_OG
+        grad_x = grad_a = grad_b = grad_scale = grad_zero = None
+        if any(wanted[3:7]):
+            grad_OI = grad_out.flatten(0, -2).t() @ x.flatten(0, -2)
+            weight, moved_OI, sums = torch.ops.eqat.low_rank_gradients(
+                *latents, bits, ratio, grad_OI, wanted[6]
+            )
+            del grad_OI
+            grad_scale = sums[0] if wanted[5] else None
+            if wanted[6]:
+                # Straight through the rounding of z, exact through its clamp.
+                grad_zero = -sums[1] * scale_OG * (zero_OG == rounded_zero)
+            if wanted[3]:
+                grad_a = (moved_OI @ b_rI.to(moved_OI.dtype).t()).mul(ratio).to(a_Or.dtype)
+            if wanted[4]:
+                grad_b = (a_Or.to(moved_OI.dtype).t() @ moved_OI).mul(ratio).to(b_rI.dtype)
+        else:
+            weight = torch.ops.eqat.low_rank_weight(*latents, bits, ratio, grad_out.dtype, grad_out)
+        if wanted[0]:
+            grad_x = grad_out @ weight
+        return grad_x, None, None, grad_a, grad_b, grad_scale, grad_zero, None, None
 
 
 class LowRankLinear(nn.Module):
@@ -248,10 +263,14 @@ class LowRankLinear(nn.Module):
         # Autocast does not reach the backward pass, so the arithmetic's dtype is settled here for both.
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        out: Tensor = _LowRankMatmul.apply(
-            x.to(dtype), self.kept, self.origin, self.a, self.b, self.scale, self.zero_point, self._frozen
-        )
+        tensors = self.kept, self.origin, self.a, self.b, self.scale, self.zero_point
+        out = low_rank_matmul(x.to(dtype), *tensors, self._frozen)
         return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    @property
+    def by_kernel(self) -> bool:
+        """Whether kernels make the weight, which nothing keeps then, compiled or not."""
+        return _by_kernel(self.kept, self.a, self.scale)
 
     @torch.no_grad()
     def project(self) -> None:

@@ -4,12 +4,14 @@ The plain form in :mod:`engine.quant.low_rank` makes the float32 sum ``V = L + (
 walks over it a dozen times. Here a tile of it lives in registers: the product of the factors costs ``2 r``
 operations a weight, which is nothing beside reading it.
 
-    form        reads L (1 byte a weight, or 2), writes W^ (2)
-    gradients   reads L and dW^, writes W^ once more (the input's gradient needs it) and dV in the place of
-                dW^; of every group the sums that are the gradients of scale and zero point
+    weight      reads L (1 byte a weight, or 2), writes W^ (2)
+    gradients   reads L and dW^, writes W^ once more (the input's gradient needs it) and dV; of every group
+                the sums that are the gradients of scale and zero point
 
 Sums over a group stay inside one program, so that they do not depend on the order in which programs run: a
 tile holds whole groups, or a group whole tiles, whose sums torch adds up.
+
+They are registered as operators of torch, opaque to its compiler.
 """
 
 from __future__ import annotations
@@ -23,29 +25,13 @@ from torch import Tensor
 
 ROWS, COLUMNS = 32, 128
 """Of a tile."""
+WARPS = 4
 NARROWEST = 16
 """Of a tile that a group is divided into, and the fewest columns of factors that are multiplied."""
 WIDEST_RANK = 128
 """Beyond it a tile's factors do not fit beside each other."""
 PRECISION = "tf32x3"
 """The factors' product is nearly as exact as in float32: integers are what depends on it."""
-
-
-class Latents(NamedTuple):
-    """What a weight is made of."""
-
-    kept: Tensor
-    """``[O, I]``: bfloat16 or float16, or int8 in parts of a grid step."""
-    origin_OG: Tensor
-    """The zero point that int8 is counted from."""
-    a_Or: Tensor
-    b_rI: Tensor
-    scale_OG: Tensor
-    zero_OG: Tensor
-    """Whole, and on the grid."""
-    bits: int
-    ratio: float
-    """``alpha / r``."""
 
 
 def takes(kept: Tensor, rank: int, groups: int) -> bool:
@@ -65,62 +51,137 @@ def _width(group: int) -> int:
     )
 
 
-def form(latents: Latents, dtype: torch.dtype) -> Tensor:
-    """``(clamp(round(V) + z, 0, Q) - z) s``, computed in float32, rounded to ``dtype`` once, ``[O, I]``."""
-    weight = torch.empty(latents.kept.shape, dtype=dtype, device=latents.kept.device)
-    _launch(latents, weight, None, None)
-    return weight
+@torch.library.custom_op("eqat::low_rank_weight", mutates_args=())
+def weight(
+    kept: Tensor,
+    origin_OG: Tensor,
+    a_Or: Tensor,
+    b_rI: Tensor,
+    scale_OG: Tensor,
+    zero_OG: Tensor,
+    bits: int,
+    ratio: float,
+    dtype: torch.dtype,
+    after: Tensor | None = None,
+) -> Tensor:
+    """``(clamp(round(V) + z, 0, Q) - z) s``, computed in float32, rounded to ``dtype`` once, ``[O, I]``.
+
+    ``kept`` ``[O, I]`` is bfloat16 or float16, or int8 in parts of a grid step, counted from ``origin``; zero
+    points are whole, and on the grid; ``ratio`` is ``alpha / r``. ``after`` is not read: as in
+    :func:`engine.quant.packed_kernels.dequantize`.
+    """
+    made = torch.empty(kept.shape, dtype=dtype, device=kept.device)
+    _launch((kept, origin_OG, a_Or, b_rI, scale_OG, zero_OG), bits, ratio, made, None)
+    return made
 
 
-def gradients(latents: Latents, grad_OI: Tensor, *, zero: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The weight again, in the type of ``grad_OI``, which is contiguous and becomes ``dV``; and over every
-    group, float32 ``[O, G]``, the sum of ``(q - z) dW^``, and where ``zero`` asks for it that of ``dW^``
-    where the grid's ends cut."""
-    outputs, inputs = grad_OI.shape
-    group = inputs // latents.scale_OG.shape[1]
-    parts = inputs // min(group, _width(group))
-    weight = torch.empty_like(grad_OI)
-    sums = torch.empty(2 if zero else 1, outputs, parts, dtype=torch.float32, device=grad_OI.device)
-    _launch(latents, weight, grad_OI, sums)
-    whole = sums.view(len(sums), outputs, latents.scale_OG.shape[1], -1).sum(-1)
-    return weight, whole[0], whole[1] if zero else None
+@weight.register_fake
+def _(
+    kept: Tensor,
+    origin_OG: Tensor,
+    a_Or: Tensor,
+    b_rI: Tensor,
+    scale_OG: Tensor,
+    zero_OG: Tensor,
+    bits: int,
+    ratio: float,
+    dtype: torch.dtype,
+    after: Tensor | None = None,
+) -> Tensor:
+    return kept.new_empty(kept.shape, dtype=dtype)
+
+
+@torch.library.custom_op("eqat::low_rank_gradients", mutates_args=())
+def gradients(
+    kept: Tensor,
+    origin_OG: Tensor,
+    a_Or: Tensor,
+    b_rI: Tensor,
+    scale_OG: Tensor,
+    zero_OG: Tensor,
+    bits: int,
+    ratio: float,
+    grad_OI: Tensor,
+    zero: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight again and ``dV``, both in the type of ``grad_OI``, the weight's gradient; and over every
+    group, float32 ``[1 or 2, O, G]``, the sum of ``(q - z) dW^``, and where ``zero`` asks for it that of
+    ``dW^`` where the grid's ends cut."""
+    outputs, inputs = kept.shape
+    groups = scale_OG.shape[1]
+    grad_OI = grad_OI.contiguous()
+    made, moved = torch.empty_like(grad_OI), torch.empty_like(grad_OI)
+    parts = inputs // min(inputs // groups, _width(inputs // groups))
+    sums = torch.empty(2 if zero else 1, outputs, parts, dtype=torch.float32, device=kept.device)
+    latents = kept, origin_OG, a_Or, b_rI, scale_OG, zero_OG
+    _launch(latents, bits, ratio, made, _Backward(grad_OI, moved, sums))
+    return made, moved, sums.view(len(sums), outputs, groups, -1).sum(-1) if parts > groups else sums
+
+
+@gradients.register_fake
+def _(
+    kept: Tensor,
+    origin_OG: Tensor,
+    a_Or: Tensor,
+    b_rI: Tensor,
+    scale_OG: Tensor,
+    zero_OG: Tensor,
+    bits: int,
+    ratio: float,
+    grad_OI: Tensor,
+    zero: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = grad_OI.new_empty((2 if zero else 1, *scale_OG.shape), dtype=torch.float32)
+    made = grad_OI.new_empty(grad_OI.shape)
+    return made, grad_OI.new_empty(grad_OI.shape), sums
 
 
 def try_out(device: torch.device) -> None:
     """Compile and run the kernels once; raises what stands in its way."""
     one, thin = torch.ones(1, 1, device=device), torch.ones(1, 16, device=device)
     kept = torch.zeros(1, 16, dtype=torch.int8, device=device)
-    latents = Latents(kept, one, one, thin, one, one, 2, 1.0)
-    gradients(latents, form(latents, torch.float32), zero=True)
+    latents = kept, one, one, thin, one, one, 2, 1.0
+    gradients(*latents, weight(*latents, torch.float32), True)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _launch(latents: Latents, weight: Tensor, grad: Tensor | None, sums: Tensor | None) -> None:
-    outputs, inputs = latents.kept.shape
-    group, rank = inputs // latents.scale_OG.shape[1], latents.a_Or.shape[1]
+class _Backward(NamedTuple):
+    """Where the gradient lies, and where what is made of it goes."""
+
+    grad_OI: Tensor
+    moved_OI: Tensor
+    sums: Tensor
+
+
+def _launch(
+    latents: tuple[Tensor, ...], bits: int, ratio: float, made: Tensor, backward: _Backward | None
+) -> None:
+    kept, _, a_Or, _, scale_OG, _ = latents
+    outputs, inputs = kept.shape
+    group, rank = inputs // scale_OG.shape[1], a_Or.shape[1]
     width = _width(group)
     launcher: Any = _tile[(triton.cdiv(outputs, ROWS), triton.cdiv(inputs, width))]
-    tensors = (tensor.contiguous() for tensor in latents[:6])
     launcher(
-        *(*tensors, weight, weight if grad is None else grad, weight if sums is None else sums),
-        *(outputs, inputs, rank, latents.ratio),
-        BITS=latents.bits,
+        *(*(tensor.contiguous() for tensor in latents), made),
+        *(backward or (made, made, made)),
+        *(outputs, inputs, rank, ratio),
+        BITS=bits,
         GROUP=group,
-        FIXED=latents.kept.dtype == torch.int8,
-        BACKWARD=grad is not None,
-        ZERO=sums is not None and len(sums) == 2,
+        FIXED=kept.dtype == torch.int8,
+        BACKWARD=backward is not None,
+        ZERO=backward is not None and len(backward.sums) == 2,
         RANK=max(NARROWEST, triton.next_power_of_2(rank)),
         ROWS=ROWS,
         COLUMNS=width,
         PRECISION=PRECISION,
-        num_warps=4,
+        num_warps=WARPS,
     )
 
 
 @triton.jit
 def _tile(
-    kept_ptr, origin_ptr, a_ptr, b_ptr, scale_ptr, zero_ptr, weight_ptr, grad_ptr, sums_ptr,
+    kept_ptr, origin_ptr, a_ptr, b_ptr, scale_ptr, zero_ptr, weight_ptr, grad_ptr, moved_ptr, sums_ptr,
     outputs, inputs, rank, ratio,
     BITS: tl.constexpr, GROUP: tl.constexpr, FIXED: tl.constexpr, BACKWARD: tl.constexpr, ZERO: tl.constexpr,
     RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
@@ -131,7 +192,13 @@ def _tile(
     factor = tl.arange(0, RANK)
     here = (row < outputs)[:, None] & (column < inputs)[None, :]
     place = row.to(tl.int64)[:, None] * inputs + column[None, :]
-    group = row[:, None] * (inputs // GROUP) + (column // GROUP)[None, :]
+    if GROUP % COLUMNS == 0:
+        # One group of each row: its numbers are read once.
+        group = row[:, None] * (inputs // GROUP) + tl.program_id(1) * COLUMNS // GROUP
+        grouped = (row < outputs)[:, None]
+    else:
+        group = row[:, None] * (inputs // GROUP) + (column // GROUP)[None, :]
+        grouped = here
 
     a_at = row[:, None] * rank + factor[None, :]
     b_at = factor[:, None] * inputs + column[None, :]
@@ -141,11 +208,11 @@ def _tile(
 
     steps = tl.load(kept_ptr + place, mask=here, other=0).to(tl.float32)
     if FIXED:
-        origin = tl.load(origin_ptr + group, mask=here, other=0).to(tl.float32)
+        origin = tl.load(origin_ptr + group, mask=grouped, other=0).to(tl.float32)
         steps = steps / (1 << (8 - BITS)) - (origin - (1 << (BITS - 1)))
     steps = steps + ratio * product
-    scale = tl.load(scale_ptr + group, mask=here, other=0.0).to(tl.float32)
-    zero = tl.load(zero_ptr + group, mask=here, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + group, mask=grouped, other=0.0).to(tl.float32)
+    zero = tl.load(zero_ptr + group, mask=grouped, other=0.0).to(tl.float32)
     # To the nearest integer, ties to even; far outside the grid any large number will do.
     nearest = (tl.minimum(tl.maximum(steps, -1024.0), 1024.0) + 12582912.0) - 12582912.0
     unclamped = nearest + zero
@@ -154,9 +221,8 @@ def _tile(
     if BACKWARD:
         inside = (unclamped >= 0.0) & (unclamped <= TOP)
         grad = tl.load(grad_ptr + place, mask=here, other=0.0).to(tl.float32)
-        tl.store(
-            grad_ptr + place, tl.where(inside, grad * scale, 0.0).to(grad_ptr.dtype.element_ty), mask=here
-        )
+        moved = tl.where(inside, grad * scale, 0.0)
+        tl.store(moved_ptr + place, moved.to(moved_ptr.dtype.element_ty), mask=here)
         parts = inputs // tl.minimum(GROUP, COLUMNS)
         if GROUP < COLUMNS:
             WHOLE: tl.constexpr = COLUMNS // GROUP

@@ -1,4 +1,4 @@
-"""LR-QAT on a GPU: its recorded steps are the plain ones, the CPU agrees, and no weight stays behind."""
+"""LR-QAT on a GPU: compiled and recorded steps are the plain ones, the CPU agrees, no weight stays behind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from engine.methods.network.teacher import Teacher
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
 from engine.quant.fake_linear import FakeQuantLinear, latent_linears, steps_of
-from engine.quant.low_rank import LowRank, LowRankLinear
+from engine.quant.low_rank import Kernel, LowRank, LowRankLinear
 from engine.quant.slots import slots
 from engine.run import events
 
@@ -32,10 +32,10 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def _exact_float32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
+    before = torch.backends.cuda.matmul.allow_tf32, Kernel.on
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    torch.backends.cuda.matmul.allow_tf32, Kernel.on = before
 
 
 class Listening:
@@ -63,9 +63,12 @@ class Listening:
 
 
 def trained(
-    device: torch.device, dtype: torch.dtype, *, records: bool, recompute: bool = False, **changes: Any
+    device: torch.device, dtype: torch.dtype, *, fast: bool, recompute: bool = False, **changes: Any
 ) -> tuple[Tensor, list[float]]:
-    """Merged weights in a row, and the losses."""
+    """Merged weights in a row, and the losses; ``fast`` with kernels, compiled and recorded."""
+    Kernel.on = False
+    if fast:
+        Kernel.switch_on(device)
     values: dict[str, Any] = {"rank": 8, "micro_batch_size": 2, "lr_factors": 0.02} | changes
     config = LRQATConfig(
         enabled=True, sequences=16, val_sequences=4, sequence_length=32, batch_size=4, epochs=3, **values
@@ -93,7 +96,8 @@ def trained(
         dtype=dtype,
         progress=heard,
         recompute=recompute,
-        records=records,
+        compiles=fast,
+        records=fast,
     )
     assert not heard.warnings
     return torch.cat([linear.freeze().dequantize().flatten().cpu() for linear in linears]), heard.losses
@@ -101,9 +105,9 @@ def trained(
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recorded_steps_are_the_plain_ones(dtype: torch.dtype, recompute: bool) -> None:
-    plain, losses = trained(GPU, dtype, records=False, recompute=True)
-    fast, fast_losses = trained(GPU, dtype, records=True, recompute=recompute)
+def test_fast_steps_are_the_plain_ones(dtype: torch.dtype, recompute: bool) -> None:
+    plain, losses = trained(GPU, dtype, fast=False, recompute=True)
+    fast, fast_losses = trained(GPU, dtype, fast=True, recompute=recompute)
     tolerance = 1e-3 if dtype == torch.float32 else 2e-2
     assert fast_losses == pytest.approx(losses, rel=tolerance)
     assert (fast - plain).norm() < 10 * tolerance * plain.norm()
@@ -111,8 +115,8 @@ def test_recorded_steps_are_the_plain_ones(dtype: torch.dtype, recompute: bool) 
 
 @pytest.mark.parametrize("form", ["bfloat16", "float16", "fixed", "integer"])
 def test_the_cpu_agrees(form: str) -> None:
-    here, losses = trained(GPU, torch.float32, records=True, downcast=form)
-    there, other_losses = trained(CPU, torch.float32, records=False, downcast=form)
+    here, losses = trained(GPU, torch.float32, fast=True, downcast=form)
+    there, other_losses = trained(CPU, torch.float32, fast=False, downcast=form)
     assert losses == pytest.approx(other_losses, rel=2e-3)
     assert (here - there).norm() < 0.02 * there.norm()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +13,7 @@ from engine.config.grid import Grid
 from engine.config.latents import Downcast
 from engine.quant import low_rank_kernel
 from engine.quant.downcast import downcast
-from engine.quant.low_rank import Kernel, _Frozen, _LowRankMatmul, latent_steps
+from engine.quant.low_rank import Kernel, _Frozen, latent_steps, low_rank_matmul
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(1, 32, 32), (5, 64, 16), (33, 160, 32), (7, 1024, 1024), (40, 256, 128), (3, 576, 64), (2, 96, 96)]
@@ -46,7 +44,7 @@ def passed(tensors: list[Tensor], frozen: _Frozen, x: Tensor, back: Tensor) -> l
     x = x.clone().requires_grad_()
     for tensor in trained:
         tensor.requires_grad_()
-    out: Any = _LowRankMatmul.apply(x, kept, origin, *trained, frozen)
+    out = low_rank_matmul(x, kept, origin, *trained, frozen)
     out.backward(back)
     return [out.detach(), *(tensor.grad for tensor in (x, *trained) if tensor.grad is not None)]
 
@@ -93,14 +91,50 @@ def test_a_recomputed_layer_has_the_same_gradients(monkeypatch: pytest.MonkeyPat
         trained = [tensor.clone().requires_grad_() for tensor in tensors[2:]]
         arguments = (x.clone().requires_grad_(), *tensors[:2], *trained, frozen)
         out = (
-            checkpoint(_LowRankMatmul.apply, *arguments, use_reentrant=False)
+            checkpoint(low_rank_matmul, *arguments, use_reentrant=False)
             if recomputed
-            else _LowRankMatmul.apply(*arguments)
+            else low_rank_matmul(*arguments)
         )
         out.square().sum().backward()
         found.append([out, *(tensor.grad for tensor in trained)])
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_compiler_keeps_no_weight_for_the_backward_pass(
+    monkeypatch: pytest.MonkeyPatch, recomputed: bool
+) -> None:
+    """With the partitioner that decides what is kept, and no other part of a compiler."""
+    monkeypatch.setattr(Kernel, "on", True)
+    tensors, frozen = layer((256, 256, 128), 3, "fixed", 8, torch.float32)
+    x = torch.randn(2, 256, device=DEVICE)
+
+    def two_layers(x: Tensor, *tensors: Tensor) -> Tensor:
+        middle = torch.nn.functional.silu(low_rank_matmul(x, *tensors, frozen))
+        return low_rank_matmul(middle, *tensors, frozen)
+
+    compiled = torch.compile(two_layers, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
+    found = []
+    for function in (two_layers, compiled):
+        trained = [tensor.clone().requires_grad_() for tensor in tensors[2:]]
+        arguments = (x.clone().requires_grad_(), *tensors[:2], *trained)
+        kept: list[torch.Size] = []
+
+        def pack(tensor: Tensor, kept: list[torch.Size] = kept) -> Tensor:
+            if tensor.is_floating_point():
+                kept.append(tensor.shape)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = (
+                checkpoint(function, *arguments, use_reentrant=False) if recomputed else function(*arguments)
+            )
+        out.square().sum().backward()
+        assert (256, 256) not in kept
+        found.append([out.detach(), arguments[0].grad, *(tensor.grad for tensor in trained)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
 
 
 def test_groups_that_no_tile_divides_and_packed_integers_are_left_to_the_plain_form() -> None:

@@ -82,12 +82,14 @@ def train_factors(
     keeper: Keeper | None = None,
     world: World = ALONE,
     recompute: bool = True,
+    compiles: bool = False,
     records: bool = False,
 ) -> NetworkResult:
     """Train ``blocks`` (whose linears are :class:`LowRankLinear`, on the device) in place.
 
-    The arguments are those of :func:`~engine.methods.network.e2e_qp.train_scales`. Nothing is compiled: a
-    compiler may keep for the backward pass what is to be computed again there.
+    The arguments are those of :func:`~engine.methods.network.e2e_qp.train_scales`. Compiled are only blocks
+    whose weights are made by kernels: what torch's own operations make, a compiler may keep for the backward
+    pass, where it is to be computed again.
 
     Raises:
         NonFiniteError: if training diverges and two restarts at lower learning rates do not help.
@@ -96,6 +98,8 @@ def train_factors(
     network = _Factors(lm, blocks, data, config, dtype, recompute=recompute)
     if records:
         network.record(progress, WHERE)
+    if compiles and all(linear.by_kernel for linear in network.linears):
+        network.compile(progress, WHERE)
     settings = network_settings(
         config,
         lm.device,

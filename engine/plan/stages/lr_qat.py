@@ -63,14 +63,18 @@ class LRQATCosts(E2EQPCosts):
     # Time
 
     def steps(self, work: Workload, rates: Speed) -> Steps:
-        """Recorded on every GPU, and never compiled."""
-        return Steps(recorded=self.may_compile(work) and work.config.runtime.compile != "off")
+        """As E2E-QP's where a kernel makes the weights, else never compiled."""
+        steps = super().steps(work, rates)
+        return steps if self._by_kernel(work) else Steps(recorded=steps.recorded)
+
+    def _by_kernel(self, work: Workload) -> bool:
+        return self.section(work.config).downcast != "integer"
 
     def unpacked_seconds(self, work: Workload, rates: Speed, micro_steps: int) -> float:
         """Every weight once in each pass; the factors' products, and those of their gradients."""
         arch, rank = work.arch, self.section(work.config).rank
         passes, weights = 3 if self.recomputes(work) else 2, arch.linear_params_per_block
-        if self.steps(work, rates).recorded and self.section(work.config).downcast != "integer":
+        if self.steps(work, rates).recorded and self._by_kernel(work):
             traffic = (FORM * passes + GRADIENT) * weights * rates.kernel_unpack_per_weight
         else:
             traffic = PASSES * passes * weights * rates.unpack_per_weight
