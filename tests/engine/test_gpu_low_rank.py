@@ -121,9 +121,13 @@ def test_the_cpu_agrees(form: str) -> None:
     assert (here - there).norm() < 0.02 * there.norm()
 
 
-def test_layers_leave_no_weights_behind_until_the_backward_pass() -> None:
+@pytest.mark.parametrize("kernel", [False, True])
+def test_layers_leave_no_weights_behind_until_the_backward_pass(kernel: bool) -> None:
     """Sixteen layers of 4096 x 4096: their float weights would be 512 MiB in bfloat16."""
     size, count = 4096, 16
+    Kernel.on = False
+    if kernel:
+        Kernel.switch_on(GPU)
     layers = []
     for seed in range(count):
         steps = torch.randn(size, size, device=GPU) * 3
@@ -135,6 +139,7 @@ def test_layers_leave_no_weights_behind_until_the_backward_pass() -> None:
             parameter.requires_grad_(True)
         del steps, linear
     x = torch.randn(8, size, device=GPU, dtype=torch.bfloat16, requires_grad=True)
+    x.detach() @ x.detach().t()  # what torch keeps for products of matrices
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     for layer in layers:
