@@ -42,6 +42,14 @@ def pytest_runtest_call() -> None:
 
 
 @pytest.fixture
+def interpreted() -> None:
+    """Triton's kernels work on tensors in host memory: where its interpreter runs them."""
+    pytest.importorskip("triton")
+    if not os.environ.get("TRITON_INTERPRET"):
+        pytest.skip("Triton compiles for the GPU here")
+
+
+@pytest.fixture
 def no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on a machine that has no command of Slurm's."""
     from engine.run import slurm

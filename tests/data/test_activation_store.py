@@ -238,7 +238,7 @@ def test_disk_store_stays_inside_its_budget_and_bit_identical(tmp_path: Path) ->
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
         cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), **OWN_MAPPINGS},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path]), **OWN_MAPPINGS},
         capture_output=True,
         text=True,
         timeout=240,

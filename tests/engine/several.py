@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from engine.training.world import World, open_world
@@ -20,6 +21,7 @@ from engine.training.world import World, open_world
 
 def together(size: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What ``function(world, *arguments)`` gives in each of ``size`` processes, in their order."""
+    _may_fork()
     pids = []
     for rank in range(size):
         pid = os.fork()
@@ -30,6 +32,12 @@ def together(size: int, folder: Path, function: Callable[..., Any], *arguments: 
     said = [(folder / f"said-{rank}").read_text() for rank in range(size) if codes[rank]]
     assert not any(codes), "\n".join(said)
     return [pickle.loads((folder / f"found-{rank}").read_bytes()) for rank in range(size)]
+
+
+def _may_fork() -> None:
+    """Where there is a GPU, torch differentiates in threads, which a process forked beside them lacks."""
+    if torch.cuda.is_available():
+        pytest.skip("torch has threads for GPUs here, which a fork does not have")
 
 
 def _compute(rank: int, size: int, folder: Path, function: Callable[..., Any], arguments: Any) -> None:

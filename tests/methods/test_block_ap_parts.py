@@ -293,6 +293,7 @@ def test_a_search_can_be_left(lm: CausalLM, at: int) -> None:
 # -- where Triton does not work ------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     ("fast", "words"),
     [(False, "the search is slower"), (True, "steps and the search before them are slower")],
@@ -318,6 +319,7 @@ def test_where_triton_does_not_work_torchs_forms_take_over(
         assert torch.equal(tensor, result.packed.tensors()[name]), name
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_kernels_search_only_where_they_are_wanted(lm: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
     real = start.search_range

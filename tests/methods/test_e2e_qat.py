@@ -258,10 +258,10 @@ def test_memory_is_saved_without_other_numbers(lm: CausalLM, option: str) -> Non
         assert_same_but_for_few(linear.weight.flatten(), other.linears[name].weight.flatten(), 2e-3)
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("micro_batch", [4, 3])
 def test_the_fast_form_takes_the_steps_of_the_plain_one(lm: CausalLM, micro_batch: int) -> None:
     """One kernel a linear, by Triton's interpreter; with 3, micro-batches are of two sizes."""
-    pytest.importorskip("triton")
     config = settings(batch_size=4, micro_batch_size=micro_batch, loss="kl", val_sequences=VAL, epochs=2)
     config = msgspec.structs.replace(config, train=("weights", "scales", "norms"))
     plain, fast = Trained(lm, config), Trained(lm, config, fast=True)
@@ -277,13 +277,13 @@ def test_the_fast_form_takes_the_steps_of_the_plain_one(lm: CausalLM, micro_batc
             torch.testing.assert_close(norms[name], norm, rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("fast", [False, True])
 def test_out_of_memory_again_and_again_it_takes_the_same_steps(
     lm: CausalLM, fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """First activations are recomputed, then half as many sequences pass at a time, in the middle of a batch
     too; no gradient of an attempt that failed is left over."""
-    pytest.importorskip("triton")
     config = settings(batch_size=4, micro_batch_size=4)
     whole = Trained(lm, config)
     plain_step, calls = Network.micro_step, [0]
