@@ -132,9 +132,12 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     """One recorded and compiled step of a small block (SmolLM2 on an H100)."""
     gpu_recorded_gap: float = 0.9e-3
     """Between the kernels of one block, forward and backward, in a recorded step of the whole network: of 61
-    ms for 8 sequences of 1024 tokens through SmolLM2's 30 blocks on an H200, 27 are left over."""
+    ms for 8 sequences of 1024 tokens through SmolLM2's 30 blocks on an H100, 27 are left over."""
     gpu_fast_gap: float = 0.65e-3
     """The same, compiled: of 37 ms 20 are left over."""
+    gpu_weights_gap: float = 0.5e-3
+    """What of both a step that trains weights has but once, however many passes it adds up: of 98 ms for four
+    such passes and one step, compiled, 35 are left over (H200)."""
     gpu_compile: float = 30.0
     """Compiling a block's step, once a run."""
     gpu_compile_passage: float = 6.0
@@ -252,6 +255,8 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True):
     """Of a run on several GPUs, of which ``config`` is the share of one (:mod:`engine.plan.ranks`)."""
     adding: float = 0.0
     """Seconds in which several GPUs add up a byte."""
+    documents: int | None = None
+    """Of the model's own text that are written at a time; none where nobody knows what memory there is."""
 
     @property
     def asked(self) -> RunConfig:

@@ -174,6 +174,11 @@ def host_budget(config: RunConfig, machine: Machine) -> int:
     return int(machine.host_free * (1 - HOST_RESERVE))
 
 
+def whole_model_budget(config: RunConfig, machine: Machine, *, cuda: bool) -> int:
+    """Memory for a phase that has all blocks there at once, and what it makes with them."""
+    return int(machine.gpu_free * (1 - GPU_RESERVE)) if cuda else host_budget(config, machine)
+
+
 # ------------------------------------------------------------------------------------------- problems
 
 

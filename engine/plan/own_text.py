@@ -67,12 +67,21 @@ def _documents(config: RunConfig) -> int:
     return sum(sum(n) * -(-length // DOCUMENT_TOKENS) for length, n in own_text_windows(config).items())
 
 
+def _blocks_bytes(work: Workload) -> int:
+    return work.arch.blocks * work.arch.params_per_block * work.model_bytes
+
+
+def documents_here(work: Workload, free: int) -> int:
+    """How many documents are written at a time where so many bytes are ``free``."""
+    return documents_at_a_time(document_bytes(work.arch, work.model_bytes), free - _blocks_bytes(work))
+
+
 def writing_memory(work: Workload) -> dict[str, int]:
-    """What is there at least while text is written; empty where none is."""
-    count = min(LEAST_DOCUMENTS, _documents(work.asked))
+    """What is there while text is written; empty where none is."""
+    count = min(work.documents or LEAST_DOCUMENTS, _documents(work.asked))
     if not count:
         return {}
-    blocks = work.arch.blocks * work.arch.params_per_block * work.model_bytes
+    blocks = _blocks_bytes(work)
     return {"all blocks": blocks, "text being written": count * document_bytes(work.arch, work.model_bytes)}
 
 
@@ -81,7 +90,7 @@ def writing_seconds(work: Workload, rates: Speed, stored_bytes: int) -> float:
     documents, arch = _documents(work.asked), work.arch
     if not documents:
         return 0.0
-    steps = DOCUMENT_TOKENS * math.ceil(documents / MOST_DOCUMENTS)
+    steps = DOCUMENT_TOKENS * math.ceil(documents / (work.documents or MOST_DOCUMENTS))
     flops = 2 * documents * DOCUMENT_TOKENS * arch.params / rates.flops
     moved = documents * DOCUMENT_TOKENS * document_bytes(arch, work.model_bytes)
     launch = rates.generating_launch if arch.eager_attention else rates.writing_launch

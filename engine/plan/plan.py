@@ -59,12 +59,14 @@ from engine.plan.fit import (
     problems,
     recomputes,
     settle_network,
+    whole_model_budget,
 )
 from engine.plan.lengths import longer_than_trained, too_long
 from engine.plan.local_files import check_local_files
 from engine.plan.machine import Machine, detect
 from engine.plan.memory_model import host_memory, phase_memory
 from engine.plan.opened import opened
+from engine.plan.own_text import documents_here
 from engine.plan.paper import Published, published
 from engine.plan.passages import compiles_passages
 from engine.plan.portions import numbers_together
@@ -346,6 +348,7 @@ def _workload(
         work,
         compiled=_named(costs for costs in made_costs(config) if costs.steps(work, rates).compiled),
         open_micro_batches=_named(open_ones),
+        documents=documents_here(work, whole_model_budget(config, machine, cuda=cuda)),
     ), unknown_text
 
 

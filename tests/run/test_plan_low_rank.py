@@ -56,9 +56,10 @@ def test_what_is_left_to_the_plan_grows_with_the_card(llama: str) -> None:
     for plan, card in ((small, CARD_24), (large, CARD_80)):
         assert not plan.problems
         assert plan.peak_gpu_bytes <= card.gpu_free
-    assert 1 <= small.micro_batches["lr_qat"] <= large.micro_batches["lr_qat"]
-    # Memory is short: what passes at a time is little, or is not kept for the backward pass.
+        assert plan.micro_batches["lr_qat"] >= 1
+    # Where memory is short, what passes at a time is little, or is not kept for the backward pass.
     assert small.recomputes or small.micro_batches["lr_qat"] < large.micro_batches["lr_qat"]
+    assert stage(small).parts["activations"] < stage(large).parts["activations"]
 
 
 def test_whole_weights_need_several_times_as_much(llama: str) -> None:

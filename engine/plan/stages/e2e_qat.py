@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from engine.plan.estimate import Workload
+from engine.plan.estimate import CONSTANTS, Workload
 from engine.plan.object_sizes import integers_bytes
 from engine.plan.ranks import shared_saves
 from engine.plan.rates import Speed
@@ -35,10 +35,17 @@ class E2EQATCosts(E2EQPCosts):
             "quantized weights and gradients": copies * weights,
         }
 
+    def between_kernels(self, work: Workload, passed: int, gap: float) -> float:
+        once = self._steps(work) * work.arch.blocks * CONSTANTS.gpu_weights_gap
+        return passed * (gap - CONSTANTS.gpu_weights_gap) + once
+
+    def _steps(self, work: Workload) -> int:
+        section = self.section(work.config)
+        return section.epochs * math.ceil(section.sequences / section.batch_size)
+
     def unpacked_seconds(self, work: Workload, rates: Speed, micro_steps: int) -> float:
         """AdamW and the quantizer, once a step."""
-        section, arch = self.section(work.config), work.arch
-        steps = section.epochs * math.ceil(section.sequences / section.batch_size)
+        steps, arch = self._steps(work), work.arch
         weight = rates.fast.per_weight if work.cuda else rates.plain.per_weight
         if self.shares_out(work):
             weight -= shared_saves(work, rates)

@@ -77,7 +77,7 @@ class E2EQPCosts(NetworkTraining):
         # On a GPU, what is kept of a block is there once; the CPU's heap keeps the room beside it.
         again = self._block(work) if self.recomputes(work) or not work.cuda else 0
         backward = again + compute * tokens * 3 * arch.intermediate
-        backward += largest_linear(arch) * CONSTANTS.unpack_bytes
+        backward += largest_linear(arch) * self.weight_bytes(work)
         if work.cuda:
             return {"logits or one block's backward": max(head, backward)}
         widest = 4 * tokens * arch.intermediate
@@ -86,6 +86,10 @@ class E2EQPCosts(NetworkTraining):
             per_block = widest + 2 * 4 * tokens * arch.hidden
             holes = int(CONSTANTS.checkpoint_holes * arch.blocks * per_block)
         return {"logits": head, "one block's backward": backward, "holes in the heap": holes}
+
+    def weight_bytes(self, work: Workload) -> int:
+        """Bytes of a linear's weight and its gradient, and of what is made on the way, for each weight."""
+        return CONSTANTS.unpack_bytes
 
     # Time
 
@@ -125,8 +129,12 @@ class E2EQPCosts(NetworkTraining):
         working, passed = flops / rates.flops + traffic + unpacked, micro_steps * arch.blocks
         if steps.recorded:  # one launch, whose kernels still follow each other
             gap = CONSTANTS.gpu_fast_gap if steps.compiled else CONSTANTS.gpu_recorded_gap
-            return working + passed * gap
+            return working + self.between_kernels(work, passed, gap)
         return max(working, passed * cost.launch * factor)
+
+    def between_kernels(self, work: Workload, passed: int, gap: float) -> float:
+        """Seconds in which a GPU waits for the next kernel of so many blocks' passes."""
+        return passed * gap
 
     def unpacked_seconds(self, work: Workload, rates: Speed, micro_steps: int) -> float:
         """What goes over the weights beside their products."""
