@@ -39,6 +39,8 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     # Memory of the process
     base_cpu: int = 450 * MIB
     """Python, torch (CPU build), transformers and datasets imported: 420 MiB, and a tokenizer."""
+    base_cuda_build: int = 870 * MIB
+    """The same with a CUDA build that computes on the CPU: its libraries are mapped all the same."""
     base_cuda_host: int = 2 * GIB
     """The same with a CUDA build, once the context exists: 1.5 to 2.5 GiB."""
     cuda_context: int = 512 * MIB

@@ -6,6 +6,10 @@ said in its file (:mod:`engine.plan.stages`); what the other phases hold, in ``p
 
 from __future__ import annotations
 
+import functools
+from importlib.util import find_spec
+from pathlib import Path
+
 import msgspec
 
 from engine.config.runtime import StoreKind
@@ -37,15 +41,24 @@ def _beside_the_outer_tensors(work: Workload, phase: str) -> Memory:
 
 def host_memory(work: Workload, memory: Memory, store: StoreKind) -> int:
     """Resident memory of the process in a phase; of all of them, where there are several."""
-    idle = CONSTANTS.base_cuda_host if work.cuda else CONSTANTS.base_cpu
+    idle = CONSTANTS.base_cuda_host if work.cuda else imported_bytes()
     waiting = work.config.runtime.gpus - memory.processes
     return memory.processes * _of_process(work, memory, store) + waiting * idle
+
+
+@functools.cache
+def imported_bytes() -> int:
+    """What an engine on the CPU takes once it has imported its libraries, none of which is imported here."""
+    torch = find_spec("torch")
+    build = None if torch is None or torch.origin is None else Path(torch.origin).parent / "lib"
+    gpus = build is not None and any(build.glob("*torch_cuda.*"))
+    return CONSTANTS.base_cuda_build if gpus else CONSTANTS.base_cpu
 
 
 def _of_process(work: Workload, memory: Memory, store: StoreKind) -> int:
     stored = self_held(work, memory, store) + memory.written + memory.aside
     if not work.cuda:
-        return CONSTANTS.base_cpu + CONSTANTS.math_workspace + sum(memory.device.values()) + stored
+        return imported_bytes() + CONSTANTS.math_workspace + sum(memory.device.values()) + stored
     loading = int(max(largest_tensor(work.arch), work.arch.params_per_block) * 4 * CONSTANTS.load_factor)
     return CONSTANTS.base_cuda_host + loading + stored
 
