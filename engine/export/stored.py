@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import PreflightError
+from engine.models.finite import finite
 from engine.quant.packed import PackedBlock, PackedWeight
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def stored_form(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not tensor.is_floating_point():
         return tensor.detach()
     value = tensor.detach().to(dtype)
-    if not torch.isfinite(value).all():
+    if not finite(value):
         largest, most = tensor.detach().float().abs().max().item(), torch.finfo(dtype).max
         wider = "bfloat16" if dtype == torch.float16 else "float32"
         raise PreflightError(

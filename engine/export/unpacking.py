@@ -38,7 +38,13 @@ def unpack_rows(words_RK: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
     step = max(1, _CHUNK_VALUES // max(1, length))
     for start in range(0, rows, step):
         part = as_words(words_RK[start : start + step]).astype("<u4", copy=False)
-        stream = np.unpackbits(part.view(np.uint8), axis=1, bitorder="little")
+        octets = part.view(np.uint8)
+        if 8 % bits == 0:  # whole integers a byte: no bit need be taken apart
+            whole = out[start : start + step].reshape(*octets.shape, 8 // bits)
+            for number in range(8 // bits):
+                whole[:, :, number] = (octets >> (bits * number)) & (2**bits - 1)
+            continue
+        stream = np.unpackbits(octets, axis=1, bitorder="little")
         fields = stream[:, : length * bits].reshape(len(part), length, bits)
         value = np.zeros((len(part), length), dtype=np.uint8)
         for position in range(bits):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from engine.architecture.refusals import missing_tensor, refuse_stored_type
 from engine.errors import PreflightError
+from engine.models.finite import finite
 from engine.models.foreign import foreign
 from engine.models.gguf import GGUFReader
 from engine.models.names import TensorNames
@@ -71,9 +72,9 @@ def load_parameter(
     """
     stored = weights.load(name)
     tensor = stored.to(device=device, dtype=dtype)
-    if not _finite(tensor):
+    if not finite(tensor):
         where = f"{weights.where(name)}: {name}"
-        if _finite(stored):
+        if finite(stored):
             raise PreflightError(
                 f"weights up to {stored.abs().max().item():.3g} do not fit into {dtype}",
                 where=where,
@@ -105,8 +106,3 @@ def load_buffers(
                 hint="check that config.json belongs to these weights",
             )
         holder._buffers[leaf] = stored.to(device=device, dtype=buffer.dtype)
-
-
-def _finite(tensor: Tensor) -> bool:
-    """In parts: the answer for every element of a large embedding at once would be large as well."""
-    return all(bool(part.isfinite().all()) for part in tensor.reshape(-1).split(1 << 24))

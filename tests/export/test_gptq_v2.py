@@ -28,6 +28,7 @@ from transformers import AutoConfig
 
 from engine.config.grid import Grid
 from engine.errors import PreflightError
+from engine.export.reader import PlainLinear
 from engine.export.unpacking import unpack_rows
 from engine.quant.grid import initial_range, quantize
 from engine.quant.packed import PackedBlock, PackedWeight
@@ -87,6 +88,22 @@ def test_layout_is_the_one_the_format_describes(bits: int) -> None:
         assert plain_bits(tensors["l.qzeros"][g].tolist(), bits, out) == zero[:, g].tolist()
     assert torch.equal(tensors["l.scales"], scale.half().T)
     assert tensors["l.g_idx"].tolist() == [i // group for i in range(inp)]
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_weight_is_that_of_its_own_group(groups: int, in_order: bool) -> None:
+    draw = torch.Generator().manual_seed(groups)
+    codes, zero = (torch.randint(0, 8, (5, n), dtype=torch.uint8, generator=draw) for n in (96, groups))
+    scale = torch.rand(5, groups, generator=draw).half()
+    group = torch.arange(96, dtype=torch.int32) // (96 // groups)
+    if not in_order:
+        group = group[torch.randperm(96, generator=draw)]
+    weight = PlainLinear(codes, zero, scale, group).weight()
+    for o in range(5):
+        for i, g in enumerate(group.tolist()):
+            want = (codes[o, i].float() - zero[o, g].float()) * scale[o, g].float()
+            assert weight[o, i].item() == want.item()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
