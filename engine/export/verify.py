@@ -58,6 +58,10 @@ TOLERANCE = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.25}
 
 MAX_PROBLEMS = 20
 
+_About = tuple["CausalLM", Callable[[int], PackedBlock], torch.dtype, Mapping[str, PackedWeight], Tensor]
+"""What decides what a trained model computes: itself, its blocks, what all else is stored in, its quantized
+heads, and the tokens."""
+
 
 @dataclass(frozen=True)
 class VerifyResult:
@@ -128,6 +132,30 @@ def _finite_alternative(dtype: str) -> str:
     return "bfloat16" if dtype == "float16" else "float32"
 
 
+class TrainedOnce:
+    """What the trained model computes of the tokens, kept for the formats that are verified one after the
+    other: to all of them it is the same, and a quarter of the work.
+
+    It is kept of the last model, blocks, tokens, dtype and heads that were asked for, and of no others.
+    Whoever hands it on answers for the blocks being what they were.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[_About, tuple[Tensor, Tensor]] | None = None
+
+    def keep(self, about: _About, end: tuple[Tensor, Tensor]) -> None:
+        """The last hidden states and -log p of the tokens."""
+        self._kept = about, end
+
+    def end(self, about: _About) -> tuple[Tensor, Tensor] | None:
+        """The same, if they are of just that."""
+        if self._kept is None:
+            return None
+        (lm, block_for, dtype, heads, tokens_NT), end = self._kept
+        same = (lm is about[0], block_for == about[1], dtype == about[2], heads is about[3])
+        return end if all(same) and torch.equal(tokens_NT, about[4]) else None
+
+
 @dataclass
 class _Problems:
     found: list[str] = field(default_factory=list)
@@ -157,17 +185,22 @@ def verify(
     dtype: str = "auto",
     on_block: Callable[[int, int], None] | None = None,
     heads: Mapping[str, PackedWeight] = NO_HEADS,
+    known: TrainedOnce | None = None,
 ) -> VerifyResult:
     """Compare the files in ``out_dir`` with the trained blocks, and the logits of both over ``tokens_NT``.
 
     ``dtype`` is ``export.dtype``. ``on_block(done, all)`` counts the blocks of two readings, and may raise to
-    stop. ``heads`` are embedding and head, by name without ``.weight``, where they are quantized too.
+    stop. ``heads`` are embedding and head, by name without ``.weight``, where they are quantized too. Whoever
+    verifies several exports of a model hands the same ``known`` to all of them.
     """
     problems = _Problems()
     try:
         stored = export_dtype(dtype, lm)
         form = form.of(lm, stored).with_heads(lm, heads)
-        return _verify(Path(out_dir), form, lm, block_for, tokens_NT, stored, heads, problems, on_block)
+        known = TrainedOnce() if known is None else known
+        return _verify(
+            Path(out_dir), form, lm, block_for, tokens_NT, stored, heads, problems, on_block, known
+        )
     except (torch.OutOfMemoryError, MemoryError, StopRequested):
         raise  # says nothing about the files
     except Exception as error:
@@ -191,6 +224,7 @@ def _verify(
     heads: Mapping[str, PackedWeight],
     problems: _Problems,
     on_block: Callable[[int, int], None] | None,
+    known: TrainedOnce,
 ) -> VerifyResult:
     tokens_NT = tokens_NT.to(device=lm.device, dtype=torch.long)
     packed = form.open(out_dir, lm.device, lm.dtype, trust_remote_code=lm.source.trust_remote_code)
@@ -202,34 +236,30 @@ def _verify(
     ]
     place, linears = len(problems.found), dict[str, Linear]()
     with torch.inference_mode(), outer_as_stored(lm, dtype, heads):
-        trained_hidden, packed_hidden = lm.embed(tokens_NT), packed.embed(tokens_NT)
-        with outer_values(lm, rounded_heads):
-            stored_hidden, rounds = lm.embed(tokens_NT), bool(rounded_heads)
+        trained = _Trained(form, lm, block_for, tokens_NT, dtype, heads, rounded_heads, known)
+        packed_hidden = packed.embed(tokens_NT)
         for index in range(lm.blocks):
             block = block_for(index)
             prefix = lm.block_prefix(index)
             linears |= {f"{prefix}.{name}": Linear.of(weight) for name, weight in block.linears.items()}
             expected.update(_compared_block(form, packed, lm, index, block, dtype, problems))
-            trained_block = as_stored(block, dtype, prefix).install(lm.load_block(index))
-            trained_hidden = lm.run_block(trained_block, index, trained_hidden)
-            rounds = _round_weights(form, block, trained_block, lm.dtype) or rounds
-            stored_hidden = lm.run_block(trained_block, index, stored_hidden) if rounds else trained_hidden
+            trained.pass_through(index, block)
             packed_hidden = packed.run_block(packed.load_block(index), index, packed_hidden)
             if on_block is not None:
                 on_block(index + 1, 2 * lm.blocks)
         for name in sorted(expected ^ set(packed.source.weights.stored_names())):  # type: ignore[attr-defined]
             problems.add(f"tensor {name} is {'missing from' if name in expected else 'only in'} the files")
         problems.insert(place, form.misdescribed(packed, lm, dtype, linears))
+        trained_nll_NT, stored_hidden = trained.finished()
         with outer_values(lm, rounded_heads):
             difference, spread = _logit_difference(lm, packed, stored_hidden, packed_hidden)
             own = _own_difference(form, out_dir, lm, stored_hidden, tokens_NT, problems)
         difference = own if math.isnan(own) else max(difference, own)
-        trained_nll = token_nll(lm, trained_hidden, tokens_NT)
         packed_nll = token_nll(packed, packed_hidden, tokens_NT)
         declared = form.declared(packed, lm.dtype)
-        del packed, packed_hidden, stored_hidden  # another reading of the files wants their memory
+        del packed, packed_hidden, stored_hidden, trained  # another reading of the files wants their memory
         read = read_as_declared(
-            out_dir, form, lm, declared, tokens_NT, trained_nll, packed_nll, _second_half(on_block)
+            out_dir, form, lm, declared, tokens_NT, trained_nll_NT, packed_nll, _second_half(on_block)
         )
         if on_block is not None:
             on_block(2 * lm.blocks, 2 * lm.blocks)  # the second reading may not have been needed
@@ -262,18 +292,80 @@ def _loss(rounded: str, read: AsDeclared) -> str:
     return f"{rounded}; perplexity on {read.tokens} tokens is {read.packed:.5g}, trained {read.trained:.5g}"
 
 
-def _round_weights(form: Form, block: PackedBlock, module: nn.Module, dtype: torch.dtype) -> bool:
-    """Let the linears of a block compute with the weights that the files hold, where those are rounded;
-    whether any is."""
-    rounds = False
-    for name, weight in block.linears.items():
-        stored = form.stored_weight(weight)
-        if stored is not None:
+class _Trained:
+    """The trained model on its way through its blocks, and beside it the same with its weights as the files
+    hold them, once they are others."""
+
+    def __init__(
+        self,
+        form: Form,
+        lm: CausalLM,
+        block_for: Callable[[int], PackedBlock],
+        tokens_NT: Tensor,
+        dtype: torch.dtype,
+        heads: Mapping[str, PackedWeight],
+        rounded_heads: list[tuple[str, Tensor]],
+        known: TrainedOnce,
+    ) -> None:
+        self.form, self.lm, self.block_for, self.tokens_NT, self.dtype = form, lm, block_for, tokens_NT, dtype
+        self.about = (lm, block_for, dtype, heads, tokens_NT)
+        self.known = known
+        self.end = known.end(self.about)
+        self._hidden = lm.embed(tokens_NT) if self.end is None else None
+        """As trained; none where it is known what comes of it."""
+        self._stored: Tensor | None = None
+        """As the files hold it; none as long as that is the same."""
+        if rounded_heads:
+            with outer_values(lm, rounded_heads):
+                self._stored = lm.embed(tokens_NT)
+
+    def pass_through(self, index: int, block: PackedBlock) -> None:
+        """Let both pass through the next block."""
+        rounded = self._rounded(block)
+        if self._hidden is None and self._stored is None and not rounded:
+            return
+        module, before = self._module(index, block), self._hidden
+        if before is not None:
+            self._hidden = self.lm.run_block(module, index, before)
+        if self._stored is None and rounded:
+            self._stored = self._before(index) if before is None else before
+        if self._stored is None:
+            return
+        for name, weight in rounded.items():
             linear = module.get_submodule(name)
             assert isinstance(linear, PackedLinear)
-            linear.unpacked = stored.to(linear.scale.device, dtype)
-            rounds = True
-    return rounds
+            linear.unpacked = weight
+        self._stored = self.lm.run_block(module, index, self._stored)
+
+    def finished(self) -> tuple[Tensor, Tensor]:
+        """After the last block: -log p of the tokens as trained, and the hidden states as the files hold the
+        model."""
+        if self.end is None:
+            assert self._hidden is not None
+            self.end = self._hidden, token_nll(self.lm, self._hidden, self.tokens_NT)
+            self.known.keep(self.about, self.end)
+        hidden, nll_NT = self.end
+        return nll_NT, hidden if self._stored is None else self._stored
+
+    def _rounded(self, block: PackedBlock) -> dict[str, Tensor]:
+        """Weights that the files hold rounded, by the names of their linears."""
+        held = {name: self.form.stored_weight(weight) for name, weight in block.linears.items()}
+        return {
+            name: weight.to(self.lm.device, self.lm.dtype)
+            for name, weight in held.items()
+            if weight is not None
+        }
+
+    def _module(self, index: int, block: PackedBlock) -> nn.Module:
+        stored = as_stored(block, self.dtype, self.lm.block_prefix(index))
+        return stored.install(self.lm.load_block(index))
+
+    def _before(self, index: int) -> Tensor:
+        """What reaches a block, where it is known only what leaves the last."""
+        hidden = self.lm.embed(self.tokens_NT)
+        for earlier in range(index):
+            hidden = self.lm.run_block(self._module(earlier, self.block_for(earlier)), earlier, hidden)
+        return hidden
 
 
 def _second_half(on_block: Callable[[int, int], None] | None) -> Callable[[int, int], None] | None:

@@ -26,7 +26,7 @@ from engine.export.checkpoint import Export, add_to_card, room_beside_tensors
 from engine.export.layout import DoesNotFit, Form, form_of
 from engine.export.place import ExportPlace
 from engine.export.result import ExportResult
-from engine.export.verify import VerifyResult, verify
+from engine.export.verify import TrainedOnce, VerifyResult, verify
 from engine.phases.copies import COPY_SILENCE, hear, require_same, targets_of
 from engine.phases.evaluation import doubted, further_of
 from engine.phases.job import Job
@@ -59,12 +59,13 @@ def export(job: Job, copy_to: Path | None = None) -> None:
     for target in targets.values():
         check_target(target, job.run.path)
     refused: list[DoesNotFit] = []
+    known = TrainedOnce()
     for index, name in enumerate(names):
         path, form = job.run.export_dir / name, form_of(name)
         count = partial(_count, job, index, len(names))
         try:
             written, verified = job.checkpoints.patiently(
-                partial(_write, job, path, form, count), _needed(job, form), "an export", path.parent
+                partial(_write, job, path, form, count, known), _needed(job, form), "an export", path.parent
             )
         except DoesNotFit as error:  # of this format: the others are written all the same
             refused.append(error)
@@ -109,13 +110,13 @@ def _needed(job: Job, form: Form) -> int:
 
 
 def _write(
-    job: Job, path: Path, form: Form, count: Callable[[bool, int, int], None]
+    job: Job, path: Path, form: Form, count: Callable[[bool, int, int], None], known: TrainedOnce
 ) -> tuple[ExportResult, VerifyResult]:
     """A new export at ``path``, verified; an EqatError, and the old one, when it is not what was trained."""
     verified: list[VerifyResult] = []
 
     def is_trained(folder: Path) -> bool:
-        verified.append(_verify(job, form, folder, partial(count, True)))
+        verified.append(_verify(job, form, folder, partial(count, True), known))
         if verified[0].verified:
             add_to_card(folder, verified[0].words())
         for said in filter(None, (verified[0].rounded, verified[0].note)):
@@ -139,7 +140,9 @@ def _write(
     return written, verified[0]
 
 
-def _verify(job: Job, form: Form, folder: Path, on_block: Callable[[int, int], None]) -> VerifyResult:
+def _verify(
+    job: Job, form: Form, folder: Path, on_block: Callable[[int, int], None], known: TrainedOnce
+) -> VerifyResult:
     """Read the files back and compare bits and logits."""
     tokens = job.tokens.any()
     if not len(tokens):
@@ -153,6 +156,7 @@ def _verify(job: Job, form: Form, folder: Path, on_block: Callable[[int, int], N
         dtype=job.config.export.dtype,
         on_block=on_block,
         heads=job.heads,
+        known=known,
     )
 
 

@@ -6,17 +6,22 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from packed_models import compare, export, open_model, save_model, some_ids
+from packed_models import compare, export, open_model, save_model, some_ids, write
 from safetensors import safe_open
+from torch import Tensor, nn
 
+from engine.config.formats import FORMATS
 from engine.errors import EqatError
+from engine.export.hf import HuggingFace
+from engine.export.layout import Form, Layout, form_of
 from engine.export.result import ExportResult
-from engine.export.verify import VerifyResult
+from engine.export.verify import TrainedOnce, VerifyResult, verify
 from engine.models.causal_lm import CausalLM
-from engine.quant.packed import PackedBlock
+from engine.quant.packed import PackedBlock, PackedWeight
 
 Exported = tuple[CausalLM, list[PackedBlock], ExportResult]
 
@@ -142,6 +147,112 @@ def test_verification_leaves_the_trained_model_as_it_was(exported: Exported) -> 
     check(exported, exported[2].path)
     after = lm.outer_state()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+# -- one trained model, several formats ----------------------------------------------------------------
+
+
+class Once:
+    """Verifies with what was kept, and counts the blocks of the original that are loaded for it."""
+
+    def __init__(self, exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.lm, self.blocks, self.result = exported
+        self.source = self.lm.source
+        self.known, self.loaded = TrainedOnce(), 0
+        load = self.lm.load_block
+
+        def counted(index: int) -> nn.Module:
+            self.loaded += 1
+            return load(index)
+
+        monkeypatch.setattr(self.lm, "load_block", counted)
+        self.block_for = self.blocks.__getitem__
+        self.ids = some_ids(1, 8)
+
+    def written(self, out: Path, form: Form) -> Path:
+        """An export in another format, in float16, which the dense one rounds to."""
+        assert isinstance(form, Layout)
+        write(out, self.lm, self.source, self.block_for, layout=form, dtype="float16")
+        return out
+
+    def __call__(self, folder: Path, form: Form, **changes: Any) -> tuple[VerifyResult, int]:
+        asked: dict[str, Any] = {"block_for": self.block_for, "tokens_NT": self.ids, "dtype": "float16"}
+        before = self.loaded
+        result = verify(folder, form, self.lm, known=self.known, **{**asked, **changes})
+        return result, self.loaded - before
+
+
+class LastRounded(HuggingFace):
+    """A dense format that is taken to round the last block alone."""
+
+    blocks: ClassVar[list[PackedBlock]]
+
+    def stored_weight(self, weight: PackedWeight) -> Tensor | None:
+        last = any(weight is each for each in self.blocks[-1].linears.values())
+        return super().stored_weight(weight) if last else None
+
+
+@pytest.fixture
+def once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Once:
+    save_model(tmp_path / "fp", "qwen2", tie_word_embeddings=False)
+    return Once(export(tmp_path / "fp", tmp_path / "out", 3, 64), monkeypatch)
+
+
+def test_the_trained_model_passes_its_blocks_once_for_several_formats(once: Once, tmp_path: Path) -> None:
+    forms = {name: form_of(name) for name in ("gptq_v2", "compressed-tensors", "hf", "auto-round")}
+    folders = {name: once.written(tmp_path / name, form) for name, form in forms.items()}
+    alone = {name: compare_alone(once, folders[name], form_of(name)) for name in forms}
+    loads = {}
+    for name, form in forms.items():
+        result, loads[name] = once(folders[name], form)
+        assert (result.verified, result) == (True, alone[name]), name
+    # The one that rounds is compared with the trained integers as it rounds them.
+    blocks = len(once.blocks)
+    assert loads == {"gptq_v2": blocks, "compressed-tensors": 0, "hf": blocks, "auto-round": 0}
+
+
+def compare_alone(once: Once, folder: Path, form: Form) -> VerifyResult:
+    return verify(folder, form, once.lm, once.block_for, once.ids, dtype="float16")
+
+
+def test_what_is_rounded_from_a_later_block_on_is_compared_from_there(once: Once, tmp_path: Path) -> None:
+    LastRounded.blocks, form = once.blocks, LastRounded(FORMATS["hf"])
+    folder = once.written(tmp_path / "dense", form)
+    alone = compare_alone(once, folder, form)
+    once(once.written(tmp_path / "packed", form_of("gptq_v2")), form_of("gptq_v2"))
+    result, loaded = once(folder, form)
+    assert (result, loaded) == (alone, len(once.blocks))  # those before it too: what reaches it is not kept
+
+
+def test_what_is_kept_serves_the_same_question_alone(once: Once, tmp_path: Path) -> None:
+    form, blocks = form_of("gptq_v2"), len(once.blocks)
+    folder = once.written(tmp_path / "packed", form)
+    assert once(folder, form)[1] == blocks
+    assert once(folder, form)[1] == 0
+    result, loaded = once(folder, form, tokens_NT=some_ids(2, 12))
+    assert (result.verified, result.tokens, loaded) == (True, 12, blocks)  # of its first window
+    assert once(folder, form, dtype="bfloat16")[1] == blocks
+    swapped = list(reversed(once.blocks))
+    result, loaded = once(folder, form, block_for=swapped.__getitem__)
+    assert (result.verified, loaded) == (False, blocks)
+
+
+def test_an_export_is_not_taken_for_right_because_another_was(once: Once, tmp_path: Path) -> None:
+    form = form_of("gptq_v2")
+    folder = once.written(tmp_path / "packed", form)
+    assert once(folder, form)[0].verified
+    flip(*position_of(folder, "model.layers.1.mlp.up_proj.scales"))
+    assert any("1 scales differ" in problem for problem in once(folder, form)[0].problems)
+    config = json.loads((once.result.path / "config.json").read_text())
+    (once.result.path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    result, loaded = once(once.result.path, form, dtype="auto")
+    assert "logits differ" in result.problems[0]
+    assert loaded == len(once.blocks)
+    again, loaded = once(once.result.path, form, dtype="auto")
+    assert (again, loaded) == (result, 0)
+
+
+# -- files that are something else ---------------------------------------------------------------------
 
 
 def header_of(path: Path) -> dict[str, object]:
