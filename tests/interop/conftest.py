@@ -48,7 +48,8 @@ def real_runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[Any, Future[Any]]]:
     """The run of each grid that a chosen test of real models is about, in the folder EQAT_REAL_RUNS if it is
-    named: begun with the first test of all, since these leave a core free and a run takes minutes of one."""
+    named: begun with the first test of all, since a run takes minutes of a core. Two at a time, each on one
+    core: so two are busy also while the tests wait for a run."""
     from real_models import INSTALLED, asked_run, formats_of, made
 
     grids = dict.fromkeys(
@@ -57,7 +58,7 @@ def real_runs(
         if item.path.name == "test_real_models.py" and INSTALLED
     )
     named = os.environ.get("EQAT_REAL_RUNS")
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(2) as pool:
         runs = {}
         for grid in grids:
             name = f"w{grid.bits}g{grid.group_size}"

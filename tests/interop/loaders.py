@@ -99,6 +99,7 @@ def plain(folder: Path, ids: Tensor) -> Loaded:
 
 def mlx(folder: Path, ids: Tensor, dtype: torch.dtype | None = None) -> Loaded:
     import mlx.core as mx
+    import mlx.nn as nn
     import numpy as np
     from mlx_lm import load
     from mlx_lm.utils import dequantize_model
@@ -116,6 +117,10 @@ def mlx(folder: Path, ids: Tensor, dtype: torch.dtype | None = None) -> Loaded:
     if dtype is not None:
         model = dequantize_model(model)  # the same weights, unpacked by mlx
         model.set_dtype(getattr(mx, str(dtype).removeprefix("torch.")))
+        for _, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                # Seen as before, and in memory column by column, which its library reads in less time.
+                module.weight = mx.contiguous(module.weight.T).T
     logits = model(mx.array(ids.numpy())).astype(mx.float32)
     return torch.from_numpy(np.array(logits)), weights
 

@@ -6,7 +6,10 @@ attention), heads tied and not. ``make interop`` runs this in an environment of 
 
 from __future__ import annotations
 
+import copy
+import json
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +29,9 @@ from table import Tried
 
 from engine.config.formats import FORMATS
 from engine.config.grid import Grid
+from engine.export import onnx_file
 from engine.export.layout import form_of
+from engine.models.causal_lm import CausalLM
 from eqat_tui.views.result import loading_snippet
 
 pytest.importorskip("gptqmodel", reason="run by `make interop` in an environment of its own")
@@ -69,6 +74,26 @@ CASES = [
     # Each model with the three widths that are trained, the first with every grid.
     if index == 0 or number < 3
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _networks_traced_once() -> Iterator[None]:
+    """A graph has no weight in it, and it takes ten seconds to trace one: those of a network's exports in
+    several grids are copies of the first."""
+    graphs: dict[tuple[object, ...], Any] = {}
+    traced = onnx_file.traced
+
+    def once(lm: CausalLM, buffers: Iterable[str]) -> Any:
+        network = {name: said for name, said in lm.source.config.to_dict().items() if name != "_name_or_path"}
+        named = tuple(buffers)
+        asked = (json.dumps(network, sort_keys=True), lm.tied, named)
+        if asked not in graphs:
+            graphs[asked] = traced(lm, named)
+        return copy.deepcopy(graphs[asked])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_file, "traced", once)
+        yield
 
 
 def test_every_format_of_the_table_has_a_loader_here() -> None:
