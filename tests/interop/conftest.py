@@ -64,7 +64,7 @@ def real_runs(
             name = f"w{grid.bits}g{grid.group_size}"
             place = Path(named) / name if named else tmp_path_factory.mktemp(name)
             # Models are made here: where torch makes tensors is for all threads to obey.
-            runs[grid] = pool.submit(made, asked_run(place, grid, formats_of(grid)))
+            runs[grid] = pool.submit(made, asked_run(place, grid, formats_of(grid), threads=1))
         yield runs
         pool.shutdown(cancel_futures=True)
 

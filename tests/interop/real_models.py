@@ -55,7 +55,6 @@ SHORT: dict[str, object] = {
     "export.dtype": "float16",  # what the loaders of packed formats compute in
     "evaluation.enabled": False,
     "runtime.device": "cpu",
-    "runtime.threads": 1,  # another run, or the tests, have a second core
 }
 
 NO_ZERO = ("gptq",)
@@ -75,9 +74,11 @@ def finished_run(place: Path, grid: Grid, formats: list[str], *, train: bool = T
     return made(asked_run(place, grid, formats, train=train))
 
 
-def asked_run(place: Path, grid: Grid, formats: list[str], *, train: bool = True) -> RunDirectory:
+def asked_run(
+    place: Path, grid: Grid, formats: list[str], *, train: bool = True, threads: int = 0
+) -> RunDirectory:
     """The run of a grid in ``place``, only rounded unless it is to ``train``, which is still to be made; one
-    that is there already is taken as it is."""
+    that is there already is taken as it is. It computes on so many ``threads``, or on every core."""
     if begun := list(place.glob("*/run.json")):
         return RunDirectory.open(begun[0].parent)
     wider = bool(HIDDEN % grid.group_size)
@@ -89,6 +90,7 @@ def asked_run(place: Path, grid: Grid, formats: list[str], *, train: bool = True
         # Rounding alone is good at 4 bits, and end to end its scales are trained.
         "block_ap.enabled": train and grid.bits < 4,
         "e2e_qp.enabled": train,
+        "runtime.threads": threads,
     }
     return RunDirectory.create(place, load("demo", overrides={**SHORT, **asked}))
 
