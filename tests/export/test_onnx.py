@@ -6,17 +6,17 @@ one line, before anything is trained.
 
 from __future__ import annotations
 
-import copy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import variants
+from onnx_traces import traced_once
 from packed_models import (
     compare,
     open_model,
@@ -58,19 +58,8 @@ Written = tuple[CausalLM, list[PackedBlock], ExportResult]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _traced_once() -> Any:
-    """A graph is the same whatever the grid is, and a trace takes seconds: each model is traced once."""
-    traces: dict[str, Any] = {}
-    trace = onnx_file.traced
-
-    def once(lm: CausalLM, buffers: list[str]) -> Any:
-        name = str(lm.source.directory)
-        if name not in traces:
-            traces[name] = trace(lm, buffers)
-        return copy.deepcopy(traces[name])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_file, "traced", once)
+def _traced_once() -> Iterator[None]:
+    with traced_once():
         yield
 
 

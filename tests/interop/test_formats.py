@@ -6,16 +6,15 @@ attention), heads tied and not. ``make interop`` runs this in an environment of 
 
 from __future__ import annotations
 
-import copy
-import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from loaders import LOADERS
+from onnx_traces import traced_once
 from packed_models import (
     open_model,
     packed_blocks,
@@ -29,9 +28,7 @@ from table import Tried
 
 from engine.config.formats import FORMATS
 from engine.config.grid import Grid
-from engine.export import onnx_file
 from engine.export.layout import form_of
-from engine.models.causal_lm import CausalLM
 from eqat_tui.views.result import loading_snippet
 
 pytest.importorskip("gptqmodel", reason="run by `make interop` in an environment of its own")
@@ -78,21 +75,7 @@ CASES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _networks_traced_once() -> Iterator[None]:
-    """A graph has no weight in it, and it takes ten seconds to trace one: those of a network's exports in
-    several grids are copies of the first."""
-    graphs: dict[tuple[object, ...], Any] = {}
-    traced = onnx_file.traced
-
-    def once(lm: CausalLM, buffers: Iterable[str]) -> Any:
-        network = {name: said for name, said in lm.source.config.to_dict().items() if name != "_name_or_path"}
-        named = tuple(buffers)
-        asked = (json.dumps(network, sort_keys=True), lm.tied, named)
-        if asked not in graphs:
-            graphs[asked] = traced(lm, named)
-        return copy.deepcopy(graphs[asked])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_file, "traced", once)
+    with traced_once():
         yield
 
 
