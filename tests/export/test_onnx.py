@@ -31,7 +31,7 @@ from engine.architecture.description import describe
 from engine.architecture.refusals import refuse
 from engine.config.formats import FORMATS, matmul_nbits_bytes
 from engine.config.grid import Grid, GridConfig
-from engine.errors import PreflightError
+from engine.errors import EqatError, PreflightError
 from engine.export import onnx_file, onnx_graph
 from engine.export.described import format_in
 from engine.export.judging import judge
@@ -244,7 +244,7 @@ def test_truncated_edited_and_foreign_files_are_named(
         assert all("\n" not in problem for problem in check.problems)
         try:
             found = judge(folder)
-        except PreflightError as error:
+        except EqatError as error:
             return str(error)
         assert not found.sound
         return " ".join(found.problems)
