@@ -6,6 +6,7 @@
 # make screenshot  the app's pictures in README.md, from a run (RUN=latest)
 # make slurm     runs by a real Slurm on this machine: time-out, preemption, a node that fails (Debian: slurm-wlm)
 # make interop   load our exports with the loader of each format, in an environment of its own
+# make extras    the tests that want an optional package, in an environment that has them all
 #
 # PYTHON=python3.12      which Python makes the environment (3.11 or newer)
 # PIP_FLAGS='...'        extra flags for pip, such as --extra-index-url for another build of PyTorch
@@ -21,10 +22,14 @@ SEED      ?= 0
 SECONDS   ?= 300
 VENV      := .venv
 INTEROP   := .venv-interop
+EXTRAS    := .venv-extras
+NEED_EXTRAS := tests/cli/test_log_to.py tests/engine/test_export_formats.py tests/engine/test_harness_runs.py \
+	tests/evaluation/test_harness.py tests/export/test_compressed_tensors.py tests/export/test_damaged.py \
+	tests/export/test_onnx.py tests/tui/test_report_page.py
 PIP        = $(1)/bin/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint soak fuzz families screenshot slurm interop clean
+.PHONY: help demo test lint soak fuzz families screenshot slurm interop extras clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -88,6 +93,11 @@ $(INTEROP)/.stamp-loaders: $(INTEROP)/.stamp-python tests/interop/install.sh
 	@sh tests/interop/install.sh $(INTEROP)
 	@touch $@
 
+$(EXTRAS)/.stamp-extras: $(EXTRAS)/.stamp-eqat
+	@echo "installing every extra, and what its tests need"
+	@$(call PIP,$(EXTRAS)) --editable '.[dev,tasks,png,wandb,trackio,onnx]' compressed-tensors
+	@touch $@
+
 # Stamps are kept between runs of make: without this line it would delete the intermediate ones.
 .PRECIOUS: %/.stamp-python %/.stamp-torch %/.stamp-eqat
 
@@ -121,5 +131,8 @@ slurm: $(VENV)/.stamp-dev
 interop: $(INTEROP)/.stamp-loaders
 	@$(INTEROP)/bin/python -m pytest tests/interop
 
+extras: $(EXTRAS)/.stamp-extras
+	@$(EXTRAS)/bin/python -m pytest -n $(WORKERS) $(NEED_EXTRAS)
+
 clean:
-	rm -rf $(VENV) $(INTEROP) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(INTEROP) $(EXTRAS) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
