@@ -27,7 +27,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,10 +57,6 @@ TOLERANCE = {torch.float32: 0.01, torch.float16: 0.1, torch.bfloat16: 0.25}
 """Largest allowed difference of two logits, in units of the logits' standard deviation, by compute dtype."""
 
 MAX_PROBLEMS = 20
-
-_About = tuple["CausalLM", Callable[[int], PackedBlock], torch.dtype, Mapping[str, PackedWeight], Tensor]
-"""What decides what a trained model computes: itself, its blocks, what all else is stored in, its quantized
-heads, and the tokens."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +128,21 @@ def _finite_alternative(dtype: str) -> str:
     return "bfloat16" if dtype == "float16" else "float32"
 
 
+class _About(NamedTuple):
+    """What decides what a trained model computes."""
+
+    lm: CausalLM
+    block_for: Callable[[int], PackedBlock]
+    dtype: torch.dtype
+    """Of all that is stored as numbers."""
+    heads: Mapping[str, PackedWeight]
+    tokens_NT: Tensor
+
+    def is_that_of(self, other: _About) -> bool:
+        objects = self.lm is other.lm and self.block_for == other.block_for and self.heads is other.heads
+        return objects and self.dtype == other.dtype and torch.equal(self.tokens_NT, other.tokens_NT)
+
+
 class TrainedOnce:
     """What the trained model computes of the tokens, kept for the formats that are verified one after the
     other: to all of them it is the same, and a quarter of the work.
@@ -149,11 +160,9 @@ class TrainedOnce:
 
     def end(self, about: _About) -> tuple[Tensor, Tensor] | None:
         """The same, if they are of just that."""
-        if self._kept is None:
+        if self._kept is None or not self._kept[0].is_that_of(about):
             return None
-        (lm, block_for, dtype, heads, tokens_NT), end = self._kept
-        same = (lm is about[0], block_for == about[1], dtype == about[2], heads is about[3])
-        return end if all(same) and torch.equal(tokens_NT, about[4]) else None
+        return self._kept[1]
 
 
 @dataclass
@@ -236,7 +245,7 @@ def _verify(
     ]
     place, linears = len(problems.found), dict[str, Linear]()
     with torch.inference_mode(), outer_as_stored(lm, dtype, heads):
-        trained = _Trained(form, lm, block_for, tokens_NT, dtype, heads, rounded_heads, known)
+        trained = _Trained(form, _About(lm, block_for, dtype, heads, tokens_NT), rounded_heads, known)
         packed_hidden = packed.embed(tokens_NT)
         for index in range(lm.blocks):
             block = block_for(index)
@@ -297,27 +306,18 @@ class _Trained:
     hold them, once they are others."""
 
     def __init__(
-        self,
-        form: Form,
-        lm: CausalLM,
-        block_for: Callable[[int], PackedBlock],
-        tokens_NT: Tensor,
-        dtype: torch.dtype,
-        heads: Mapping[str, PackedWeight],
-        rounded_heads: list[tuple[str, Tensor]],
-        known: TrainedOnce,
+        self, form: Form, about: _About, rounded_heads: list[tuple[str, Tensor]], known: TrainedOnce
     ) -> None:
-        self.form, self.lm, self.block_for, self.tokens_NT, self.dtype = form, lm, block_for, tokens_NT, dtype
-        self.about = (lm, block_for, dtype, heads, tokens_NT)
-        self.known = known
+        self.form, self.about, self.known = form, about, known
+        self.lm = about.lm
         self.end = known.end(self.about)
-        self._hidden = lm.embed(tokens_NT) if self.end is None else None
+        self._hidden = self._embedded() if self.end is None else None
         """As trained; none where it is known what comes of it."""
         self._stored: Tensor | None = None
         """As the files hold it; none as long as that is the same."""
         if rounded_heads:
-            with outer_values(lm, rounded_heads):
-                self._stored = lm.embed(tokens_NT)
+            with outer_values(self.lm, rounded_heads):
+                self._stored = self._embedded()
 
     def pass_through(self, index: int, block: PackedBlock) -> None:
         """Let both pass through the next block."""
@@ -342,7 +342,7 @@ class _Trained:
         model."""
         if self.end is None:
             assert self._hidden is not None
-            self.end = self._hidden, token_nll(self.lm, self._hidden, self.tokens_NT)
+            self.end = self._hidden, token_nll(self.lm, self._hidden, self.about.tokens_NT)
             self.known.keep(self.about, self.end)
         hidden, nll_NT = self.end
         return nll_NT, hidden if self._stored is None else self._stored
@@ -357,15 +357,19 @@ class _Trained:
         }
 
     def _module(self, index: int, block: PackedBlock) -> nn.Module:
-        stored = as_stored(block, self.dtype, self.lm.block_prefix(index))
+        stored = as_stored(block, self.about.dtype, self.lm.block_prefix(index))
         return stored.install(self.lm.load_block(index))
 
     def _before(self, index: int) -> Tensor:
         """What reaches a block, where it is known only what leaves the last."""
-        hidden = self.lm.embed(self.tokens_NT)
+        hidden = self._embedded()
         for earlier in range(index):
-            hidden = self.lm.run_block(self._module(earlier, self.block_for(earlier)), earlier, hidden)
+            module = self._module(earlier, self.about.block_for(earlier))
+            hidden = self.lm.run_block(module, earlier, hidden)
         return hidden
+
+    def _embedded(self) -> Tensor:
+        return self.lm.embed(self.about.tokens_NT)
 
 
 def _second_half(on_block: Callable[[int, int], None] | None) -> Callable[[int, int], None] | None:

@@ -18,6 +18,7 @@ rounded once (:meth:`LowRankLinear.freeze`): what is saved has no factors.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -73,6 +74,18 @@ def latent_steps(kept: Tensor, origin_OG: Tensor, a_Or: Tensor, b_rI: Tensor, fr
 def _integers(steps_OI: Tensor, zero_OG: Tensor) -> Tensor:
     """``round(V) + z`` before it is clamped, ``[O, G, I/G]``, in the memory of ``steps``."""
     return steps_OI.round_().view(*zero_OG.shape, -1).add_(zero_OG.unsqueeze(-1))
+
+
+def _factor_gradients(
+    moved_OI: Tensor, a_Or: Tensor, b_rI: Tensor, ratio: float, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """``dA`` and ``dB`` of ``dV``, as far as they are wanted."""
+    grad_a = grad_b = None
+    if wanted[0]:
+        grad_a = (moved_OI @ b_rI.to(moved_OI.dtype).t()).mul(ratio).to(a_Or.dtype)
+    if wanted[1]:
+        grad_b = (a_Or.to(moved_OI.dtype).t() @ moved_OI).mul(ratio).to(b_rI.dtype)
+    return grad_a, grad_b
 
 
 def low_rank_matmul(
@@ -147,10 +160,7 @@ class _LowRankMatmul(torch.autograd.Function):
                 outside = grad_OGg.masked_fill(inside, 0).sum(-1, dtype=torch.float32)
                 grad_zero = -outside * scale_OG * moves
             grad_OI = grad_OGg.mul_(inside).mul_(scale).view(grad_OI.shape)
-            if wanted[3]:
-                grad_a = (grad_OI @ b_rI.to(grad_OI.dtype).t()).mul_(ratio).to(a_Or.dtype)
-            if wanted[4]:
-                grad_b = (a_Or.to(grad_OI.dtype).t() @ grad_OI).mul_(ratio).to(b_rI.dtype)
+            grad_a, grad_b = _factor_gradients(grad_OI, a_Or, b_rI, ratio, wanted[3:5])
         return grad_x, None, None, grad_a, grad_b, grad_scale, grad_zero, None
 
 
@@ -217,10 +227,7 @@ class _LowRankMatmulByKernel(torch.autograd.Function):
             if wanted[6]:
                 # Straight through the rounding of z, exact through its clamp.
                 grad_zero = -sums[1] * scale_OG * (zero_OG == rounded_zero)
-            if wanted[3]:
-                grad_a = (moved_OI @ b_rI.to(moved_OI.dtype).t()).mul(ratio).to(a_Or.dtype)
-            if wanted[4]:
-                grad_b = (a_Or.to(moved_OI.dtype).t() @ moved_OI).mul(ratio).to(b_rI.dtype)
+            grad_a, grad_b = _factor_gradients(moved_OI, a_Or, b_rI, ratio, wanted[3:5])
         else:
             weight = torch.ops.eqat.low_rank_weight(*latents, bits, ratio, grad_out.dtype, grad_out)
         if wanted[0]:
