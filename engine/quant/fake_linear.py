@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from engine.config.grid import Grid
 from engine.config.latents import Downcast
+from engine.quant.announced import announced
 from engine.quant.downcast import downcast
 from engine.quant.grid import (
     RELATIVE_SCALE_FLOOR,
@@ -76,6 +77,7 @@ class FakeQuantLinear(nn.Module):
         self.high: nn.Parameter | None
         self.register_parameter("low", None)
         self.register_parameter("high", None)
+        self._announces: tuple[Tensor, int] | None = None
         self._started: Tensor | None = None
         self._ends: tuple[Tensor, Tensor] | None = None
 
@@ -119,6 +121,11 @@ class FakeQuantLinear(nn.Module):
         self.quantized = nn.Parameter(torch.empty_like(self.weight, dtype=dtype))
         return self.quantized
 
+    def announce(self, token: Tensor, number: int) -> None:
+        """From now on the quantized weight's gradient says when it is there
+        (:mod:`engine.quant.announced`)."""
+        self._announces = token, number
+
     def only_round(self) -> nn.Parameter:
         """From now on the weight may leave its place by half a grid step at most.
 
@@ -157,6 +164,8 @@ class FakeQuantLinear(nn.Module):
         if weight is None:
             function = fake_quantize_steps if self.in_steps else fake_quantize
             weight = function(self.weight, *self._range(), self.grid.bits)
+        elif self._announces is not None:
+            weight = announced(weight, *self._announces)
         bias = None if self.bias is None else self.bias.to(weight.dtype)
         if not torch.is_autocast_enabled(x.device.type):
             weight = weight.to(x.dtype)

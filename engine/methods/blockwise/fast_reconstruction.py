@@ -5,6 +5,8 @@
   (:mod:`engine.methods.blockwise.fused`).
 * Forward and backward are compiled where that pays (:mod:`engine.gpu.compiled`), and recorded: a step is
   two launches (:mod:`engine.gpu.recorded`). The first step runs plainly, the second is recorded.
+* With several ranks a linear's gradient says when it is there (:mod:`engine.quant.announced`), and travels to
+  the others while the backward pass is at the linears before it.
 * The next batch travels to the GPU while this one is computed (:mod:`engine.data.prefetch`).
 
 A batch of another size (the last one of an epoch) runs plainly in between.
@@ -23,6 +25,7 @@ from engine.config.grid import GridConfig
 from engine.gpu.recorded import Graphed
 from engine.methods.blockwise.fused import FusedStepper
 from engine.methods.blockwise.reconstruction import Reconstruction, Streams, reconstruction_loss
+from engine.quant.announced import Announcements
 from engine.training.loop import Settings
 from engine.training.stepper import Stepper
 
@@ -72,6 +75,11 @@ class FastReconstruction(Reconstruction):
         for weight in weights:
             weight.requires_grad_(quantized)
         self._leaves = [*(weights if quantized else ()), *self._stepper.others]
+        announcing = list(self.linears.values()) if quantized and settings.world.several else []
+        self._announcements = Announcements(len(announcing), settings.device)
+        self._announcements.listen()
+        for number, linear in enumerate(announcing):
+            linear.announce(self._announcements.tokens[number], number)
         self._share = min(settings.batch_size, self.streams.train) // settings.world.size
         self._begin(settings.micro_batch)
         return self._stepper
@@ -95,6 +103,7 @@ class FastReconstruction(Reconstruction):
         self._graph.forget()
         self._inputs.clear()
         self._sums.clear()
+        self._announcements.close()
         for linear in self.linears.values():
             linear.quantized = None
 
@@ -125,6 +134,8 @@ class FastReconstruction(Reconstruction):
         self.prefetch.read_into(self.places(rows), self._inputs)
         loss, gradients = self._graph() if self._ran else self._forward_backward()
         stepper.gradients = self._sums or gradients
+        as_announced = not self._sums and self._announcements.hold_for(gradients)
+        stepper.announced = self._announcements if as_announced else None
         stepper.fixed = self._ran and (self._graph.recorded or bool(self._sums))
         self._ran = True
         return loss
@@ -137,6 +148,7 @@ class FastReconstruction(Reconstruction):
         loss, gradients = self._differentiate(
             self.prefetch.read(self.places(rows)), weight, reconstruction_loss
         )
+        self._stepper.announced = None
         if self._sums:
             self._stepper.gradients = self._sums
         elif self._graph.recorded:
@@ -150,7 +162,8 @@ class FastReconstruction(Reconstruction):
     ) -> Result:
         with torch.enable_grad():
             loss = self.training_loss(tensors, function) * weight
-            gradients = torch.autograd.grad(self._stepper.scale(loss), self._leaves)
+            wanted = [*self._leaves, *self._announcements.tokens]
+            gradients = torch.autograd.grad(self._stepper.scale(loss), wanted)[: len(self._leaves)]
         gradients = tuple(gradient.contiguous() for gradient in gradients)
         if self._sums:
             torch._foreach_add_(self._sums, list(gradients))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from engine.gpu.recorded import Graphed
 from engine.methods.blockwise.shared_step import Portion, Row, portions, squares_of
+from engine.quant.announced import Announcements
 from engine.quant.fake_linear import FakeQuantLinear
 from engine.quant.quant_step import (
     CONTROLS,
@@ -50,7 +51,8 @@ class FusedStepper(Stepper):
     Whoever runs the backward pass puts the gradients into ``gradients``: those of the linears' quantized
     weights in their order, then those of ``others`` in theirs. ``fixed`` says that they will lie at the same
     addresses from now on; then the step is recorded. ``sums_up`` says that they are added to, and have to be
-    zero after a step.
+    zero after a step. ``announced`` are the announcements of the linears' gradients, by their numbers, where
+    these are as the backward pass leaves them.
 
     With several ranks the step reads what all of them have got together, which lies at the same addresses
     whatever became of ``gradients``. Then ``weight``, ``scale`` and ``zero_point`` of the linears are up to
@@ -80,6 +82,7 @@ class FusedStepper(Stepper):
             world=world,
         )
         self.gradients: Sequence[Tensor] = ()
+        self.announced: Announcements | None = None
         self.fixed = self.sums_up = False
         self._ran = False
         self._decay = weight_decay
@@ -128,6 +131,7 @@ class FusedStepper(Stepper):
         kernels, _, squares = self._kernels_of(shared, rates)
         quantized = [linear.quantized for linear in shared if linear.quantized is not None]
         self._places = portions(weight.nbytes for weight in quantized)
+        numbers = [number for number, is_shared in enumerate(self._shares) if is_shared]
         self._portions = [
             Portion(
                 self.world,
@@ -135,6 +139,7 @@ class FusedStepper(Stepper):
                 [kernels[index] for index in places],
                 [self._sent(shared[index]) for index in places],
                 [squares[index] for index in places],
+                [numbers[index] for index in places],
                 self._controls,
                 self._on_failure,
             )
@@ -217,7 +222,9 @@ class FusedStepper(Stepper):
         gradients, shared = _by(shares, found)
         if self._averaged is None:
             self._averaged = Averaged(self.world, [*common, self.grad_norm], self.device)
-        self._row.add([[shared[index] for index in places] for places in self._places], part)
+        given = [[shared[index] for index in places] for places in self._places]
+        # A gradient that counts for more or less than another rank's is changed first.
+        self._row.add(given, part, self.announced if part is None else None)
         # Whether what is shared out is finite, as far as it came about here, goes along with the loss.
         return self._averaged([*gradients, squares_of(shared, self.device)], loss, part)
 
