@@ -66,6 +66,11 @@ class Announcements:
                 self._events[number].wait()
             yield
 
+    def join(self) -> None:
+        """Have the current stream wait for what was begun :meth:`beside` it."""
+        if self._aside is not None:
+            torch.cuda.current_stream(self._aside.device).wait_stream(self._aside)
+
 
 @torch.library.custom_op("eqat::gradient_is_there", mutates_args=())
 def _gradient_is_there(gradient: Tensor, number: int) -> Tensor:

@@ -75,10 +75,11 @@ class Message:
         self.bytes = torch.zeros(ranks, end, dtype=torch.uint8, device=parts[0].weight.device)
         self.noted = self.bytes[:, :4].view(torch.float32)[:, 0]
         """The number that goes along with each section."""
+        self.note = self.noted[rank]
+        """The one that goes along with this rank's; to be filled in."""
 
-    def write(self, note: Tensor) -> None:
-        """This rank's section, of its parts as they are; ``note`` goes along."""
-        self.noted[self._rank].copy_(note)
+    def write(self) -> None:
+        """This rank's section, of its parts as they are."""
         own, section = self.bytes[self._rank], self.bytes.shape[1]
         for part, (integers, zeros, scales) in zip(self._parts, self._places, strict=True):
             rows, columns = _held(part)

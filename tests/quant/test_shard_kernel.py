@@ -41,7 +41,8 @@ def test_what_arrives_is_what_was_sent(
         own = [[t.view(ranks, -1)[rank] for t in whole] for whole in wholes]
         parts = [Part(*found, room, bits, in_steps) for found, room in zip(own, rooms, strict=True)]
         messages.append(Message(parts, rank, ranks))
-        messages[-1].write(torch.tensor(1.5 + rank, device=DEVICE))
+        messages[-1].note.fill_(1.5 + rank)
+        messages[-1].write()
     for rank, message in enumerate(messages):
         messages[0].bytes[rank] = message.bytes[rank]
     messages[0].read()

@@ -59,6 +59,12 @@ class FastReconstruction(Reconstruction):
             linear.keep_quantized(dtype)
 
     def stepper(self, settings: Settings) -> Stepper:
+        quantized = any(set(self.config.train) & {"weights", "scales", "zero_points"})
+        announcing = list(self.linears.values()) if quantized and settings.world.several else []
+        self._announcements = Announcements(len(announcing), settings.device)
+        self._announcements.listen()
+        for number, linear in enumerate(announcing):
+            linear.announce(self._announcements.tokens[number], number)
         self._stepper = FusedStepper(
             self.groups,
             self.linears.values(),
@@ -68,18 +74,13 @@ class FastReconstruction(Reconstruction):
             on_failure=self.on_failure,
             betas=settings.betas,
             world=settings.world,
+            announcements=self._announcements if announcing else None,
         )
         self._stepper.requantize()
-        quantized = any(set(self.config.train) & {"weights", "scales", "zero_points"})
         weights = [weight for linear in self.linears.values() if (weight := linear.quantized) is not None]
         for weight in weights:
             weight.requires_grad_(quantized)
         self._leaves = [*(weights if quantized else ()), *self._stepper.others]
-        announcing = list(self.linears.values()) if quantized and settings.world.several else []
-        self._announcements = Announcements(len(announcing), settings.device)
-        self._announcements.listen()
-        for number, linear in enumerate(announcing):
-            linear.announce(self._announcements.tokens[number], number)
         self._share = min(settings.batch_size, self.streams.train) // settings.world.size
         self._begin(settings.micro_batch)
         return self._stepper
@@ -134,8 +135,7 @@ class FastReconstruction(Reconstruction):
         self.prefetch.read_into(self.places(rows), self._inputs)
         loss, gradients = self._graph() if self._ran else self._forward_backward()
         stepper.gradients = self._sums or gradients
-        as_announced = not self._sums and self._announcements.hold_for(gradients)
-        stepper.announced = self._announcements if as_announced else None
+        stepper.as_announced = not self._sums and self._announcements.hold_for(gradients)
         stepper.fixed = self._ran and (self._graph.recorded or bool(self._sums))
         self._ran = True
         return loss
@@ -148,7 +148,7 @@ class FastReconstruction(Reconstruction):
         loss, gradients = self._differentiate(
             self.prefetch.read(self.places(rows)), weight, reconstruction_loss
         )
-        self._stepper.announced = None
+        self._stepper.as_announced = False
         if self._sums:
             self._stepper.gradients = self._sums
         elif self._graph.recorded:

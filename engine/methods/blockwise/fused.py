@@ -23,20 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from engine.gpu.recorded import Graphed
-from engine.methods.blockwise.shared_step import Portion, Row, portions, squares_of
+from engine.methods.blockwise.shared_step import Kernels, Portion, Row, portions
 from engine.quant.announced import Announcements
 from engine.quant.fake_linear import FakeQuantLinear
-from engine.quant.quant_step import (
-    CONTROLS,
-    CORRECTION1,
-    GRAD_FACTOR,
-    LR_FACTOR,
-    ROOT_CORRECTION2,
-    SKIP,
-    Moments,
-    QuantStep,
-)
+from engine.quant.quant_step import GRAD_FACTOR, Moments, QuantStep
 from engine.quant.shard_kernel import Part
+from engine.quant.step_decision import Decision
 from engine.training.averaged import Averaged
 from engine.training.snapshot import Snapshot
 from engine.training.stepper import BETAS, ParameterGroup, Stepper
@@ -51,8 +43,10 @@ class FusedStepper(Stepper):
     Whoever runs the backward pass puts the gradients into ``gradients``: those of the linears' quantized
     weights in their order, then those of ``others`` in theirs. ``fixed`` says that they will lie at the same
     addresses from now on; then the step is recorded. ``sums_up`` says that they are added to, and have to be
-    zero after a step. ``announced`` are the announcements of the linears' gradients, by their numbers, where
-    these are as the backward pass leaves them.
+    zero after a step.
+
+    Of ``announcements`` the linears' gradients are told by their numbers; ``as_announced`` says that
+    ``gradients`` holds them as they were.
 
     With several ranks the step reads what all of them have got together, which lies at the same addresses
     whatever became of ``gradients``. Then ``weight``, ``scale`` and ``zero_point`` of the linears are up to
@@ -70,6 +64,7 @@ class FusedStepper(Stepper):
         on_failure: Callable[[str], None],
         betas: tuple[float, float] = BETAS,
         world: World = ALONE,
+        announcements: Announcements | None = None,
     ) -> None:
         self.linears = list(linears)
         super().__init__(
@@ -82,20 +77,19 @@ class FusedStepper(Stepper):
             world=world,
         )
         self.gradients: Sequence[Tensor] = ()
-        self.announced: Announcements | None = None
-        self.fixed = self.sums_up = False
+        self.fixed = self.sums_up = self.as_announced = False
+        self._announcements = announcements
         self._ran = False
         self._decay = weight_decay
         inner = {id(p) for linear in self.linears for p in linear.parameters()}
         self.others: list[nn.Parameter] = [p for p in self.parameters if id(p) not in inner]
         self._loss = torch.zeros((), device=device)
         self._factor = torch.ones((), device=device)
-        self._controls = torch.zeros(CONTROLS, device=device)
-        self._count = torch.zeros((), dtype=torch.float64, device=device)
-        """Steps that were applied; float64, because bias corrections are differences of nearly equal
-        numbers."""
-        self._squares: Tensor
-        self._kernels: list[QuantStep] = []
+        self._decision = Decision(
+            betas, device, bad=self.bad_in_a_row, worst=self.worst_in_a_row, scaled=self.scale.enabled
+        )
+        self._controls = self._decision.controls
+        self._common: Kernels
         self._portions: list[Portion] = []
         """Of what is shared out."""
         self._common_squares = torch.zeros((), device=device)
@@ -127,8 +121,7 @@ class FusedStepper(Stepper):
         rates = {id(p): group.lr for group in self.groups for p in group.parameters}
         self._shares = [self._is_shared(linear) for linear in self.linears]
         common, shared = _by(self._shares, self.linears)
-        self._kernels, self._squares, self._parts = self._kernels_of(common, rates)
-        kernels, _, squares = self._kernels_of(shared, rates)
+        self._common = self._kernels_of(common, rates)
         quantized = [linear.quantized for linear in shared if linear.quantized is not None]
         self._places = portions(weight.nbytes for weight in quantized)
         numbers = [number for number, is_shared in enumerate(self._shares) if is_shared]
@@ -136,28 +129,29 @@ class FusedStepper(Stepper):
             Portion(
                 self.world,
                 [quantized[index] for index in places],
-                [kernels[index] for index in places],
+                self._kernels_of([shared[index] for index in places], rates),
                 [self._sent(shared[index]) for index in places],
-                [squares[index] for index in places],
                 [numbers[index] for index in places],
                 self._controls,
                 self._on_failure,
             )
             for places in self._places
         ]
-        self._row = Row(self._portions)
+        self._row = Row(self._portions, self.device, at_once=self._announcements is not None)
+        self._outer_rates: list[tuple[Tensor, float]] = []
+        """Of the parameters that torch steps, and what they are before the schedule."""
+        outer = {id(p) for p in self.others}
         for group, state in zip(self.groups, self.optimizer.param_groups, strict=True):
             # A tensor, so that a recorded step sees it change.
             state["lr"] = torch.full((), group.lr, device=self._loss.device)
+            if any(id(p) in outer for p in group.parameters):
+                self._outer_rates.append((state["lr"], group.lr))
 
-    def _kernels_of(
-        self, linears: list[FakeQuantLinear], rates: dict[int, float]
-    ) -> tuple[list[QuantStep], Tensor, Sequence[Tensor]]:
-        """And room for the squares of their gradients, whole and by kernel."""
+    def _kernels_of(self, linears: list[FakeQuantLinear], rates: dict[int, float]) -> Kernels:
         kernels = [self._kernel(linear, rates) for linear in linears]
         counts = [kernel.programs() for kernel in kernels]
         squares = torch.zeros(sum(counts), device=self.device)
-        return kernels, squares, squares.split(counts)
+        return Kernels(kernels, squares, squares.split(counts))
 
     def _kernel(self, linear: FakeQuantLinear, rates: dict[int, float]) -> QuantStep:
         parameters = _parameters(linear)
@@ -200,8 +194,7 @@ class FusedStepper(Stepper):
     @torch.no_grad()
     def requantize(self) -> None:
         """The quantized weights of the parameters as they are now, which are whole."""
-        for kernel, squares in zip(self._kernels, self._parts, strict=True):
-            kernel.requantize(self._controls, squares)
+        self._common.requantize(self._controls)
         for portion in self._portions:
             portion.requantize()
 
@@ -223,10 +216,11 @@ class FusedStepper(Stepper):
         if self._averaged is None:
             self._averaged = Averaged(self.world, [*common, self.grad_norm], self.device)
         given = [[shared[index] for index in places] for places in self._places]
-        # A gradient that counts for more or less than another rank's is changed first.
-        self._row.add(given, part, self.announced if part is None else None)
+        # A gradient that counts for more or less than another rank's is changed before it is sent.
+        as_announced = self.as_announced and part is None
         # Whether what is shared out is finite, as far as it came about here, goes along with the loss.
-        return self._averaged([*gradients, squares_of(shared, self.device)], loss, part)
+        squares = self._row.add(given, part, self._announcements if as_announced else None)
+        return self._averaged([*gradients, squares], loss, part)
 
     @torch.no_grad()
     def step(self, loss: Tensor) -> None:
@@ -247,27 +241,19 @@ class FusedStepper(Stepper):
         """All but what is shared out, of which only the squares are known here."""
         gradients = list(self.gradients if self._averaged is None else self._averaged.gradients)
         known = [] if self._averaged is None else [gradients.pop()]
-        own = gradients[: len(self._kernels)] if len(gradients) > len(self.others) else []
+        own = gradients[: len(self._common.steps)] if len(gradients) > len(self.others) else []
         outer = gradients[len(own) :]
-        controls, factor = self._controls, self._factor
         norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32) if gradients else ()
-        skip = self.judge(torch.stack([*norms, *known]).norm(), self._loss)
-        self._count.add_(1 - skip)
-        controls[SKIP].copy_(skip)
-        controls[LR_FACTOR].copy_(factor)
-        controls[CORRECTION1].copy_(1 - self.betas[0] ** self._count)
-        controls[ROOT_CORRECTION2].copy_((1 - self.betas[1] ** self._count).sqrt())
-        controls[GRAD_FACTOR].copy_(1 / self.scale.factor)
-        for kernel, gradient, squares in zip(self._kernels, own, self._parts, strict=bool(own)):
-            kernel.apply(gradient, controls, squares)
+        skip = self._decision(torch.stack([*norms, *known]), self._loss, self._factor, self.scale.factor)
+        self._common.apply(own, self._controls)
         for parameter, gradient in zip(self.others, outer, strict=True):
             parameter.grad = gradient
-        for group, state in zip(self.groups, self.optimizer.param_groups, strict=True):
-            state["lr"].copy_(group.lr * factor)
-        total = self._squares.sum()
+        for rate, lr in self._outer_rates:
+            rate.copy_(lr * self._factor)
+        total = self._common.squares.sum()
         if outer:
             total = total + torch.stack(torch._foreach_norm(outer, 2.0)).square().sum() * (
-                controls[GRAD_FACTOR].square()
+                self._controls[GRAD_FACTOR].square()
             )
         if self._portions:
             self._common_squares.copy_(total)
@@ -294,7 +280,7 @@ class FusedStepper(Stepper):
     # The state
 
     def state_dict(self) -> Snapshot:
-        count = self._count.float()
+        count = self._decision.count.float()
         for linear in self.linears:
             for parameter in map(self.stepped, _parameters(linear)):
                 if parameter in self.optimizer.state:
@@ -310,7 +296,7 @@ class FusedStepper(Stepper):
         self._bind()
         states = [self.optimizer.state[p] for p in map(self.stepped, self.parameters)]
         states = [state for state in states if "step" in state]
-        self._count.copy_(states[0]["step"] if states else torch.zeros(()))
+        self._decision.taken(int(states[0]["step"]) if states else 0)
         self.requantize()
 
 

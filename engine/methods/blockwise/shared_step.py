@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,24 +34,42 @@ AHEAD = 3
 an MLP, the largest and the first that a backward pass comes to."""
 
 
+class Kernels(NamedTuple):
+    """The ``steps`` of some linears, and room for the sums of squares of their gradients: all of them, and
+    each step's ``parts``."""
+
+    steps: Sequence[QuantStep]
+    squares: Tensor
+    parts: Sequence[Tensor]
+
+    def apply(self, gradients: Sequence[Tensor], controls: Tensor) -> None:
+        """One step of each that has a gradient: all, or none."""
+        for step, gradient, squares in zip(self.steps, gradients, self.parts, strict=bool(gradients)):
+            step.apply(gradient, controls, squares)
+
+    def requantize(self, controls: Tensor) -> None:
+        """The quantized weights of the parameters as they are now."""
+        for step, squares in zip(self.steps, self.parts, strict=True):
+            step.requantize(controls, squares)
+
+
 class Portion:
-    """Some linears: their whole ``quantized`` weights, and of this rank's part of each the ``kernel`` that
-    steps it, the ``part`` that the others are told, and room for partial sums of ``squares``. ``numbers`` are
-    those by which their gradients are announced."""
+    """Some linears: their whole ``quantized`` weights, and of this rank's part of each the kernel that steps
+    it, and the ``part`` that the others are told. ``numbers`` are those by which their gradients are
+    announced."""
 
     def __init__(
         self,
         world: World,
         quantized: Sequence[Tensor],
-        kernels: Sequence[QuantStep],
+        kernels: Kernels,
         parts: Sequence[Part],
-        squares: Sequence[Tensor],
         numbers: Sequence[int],
         controls: Tensor,
         on_failure: Callable[[str], None],
     ) -> None:
-        self._world, self._controls, self._numbers = world, controls, numbers
-        self._kernels, self._squares = kernels, squares
+        self.numbers = numbers
+        self._world, self._controls, self._kernels = world, controls, kernels
         self.squared = torch.zeros((), device=controls.device)
         """Of the step's gradients, those of the parameters, over all ranks."""
         device = controls.device
@@ -65,7 +84,7 @@ class Portion:
     ) -> None:
         """Begin to add up what came of this rank's ``part`` of the batch (:class:`ShardedGradients`), as soon
         as it is there where that is ``announced``."""
-        with announced.beside(self._numbers) if announced is not None else contextlib.nullcontext():
+        with beside(announced, self.numbers):
             self._wait = self._gradients(gradients, part)
 
     def step(self, *, recorded: bool) -> None:
@@ -76,11 +95,9 @@ class Portion:
         self._wait = self._world.join_parts(self._message.bytes)
 
     def _step(self) -> None:
-        for kernel, gradient, squares in zip(
-            self._kernels, self._gradients.parts, self._squares, strict=True
-        ):
-            kernel.apply(gradient, self._controls, squares)
-        self._message.write(torch.stack([squares.sum() for squares in self._squares]).sum())
+        self._kernels.apply(self._gradients.parts, self._controls)
+        torch.sum(self._kernels.squares, 0, out=self._message.note)
+        self._message.write()
 
     def read(self, *, recorded: bool) -> None:
         """Once the others have told theirs, fill in the quantized weights."""
@@ -90,14 +107,14 @@ class Portion:
         self._reading() if recorded else self._read()
 
     def _read(self) -> None:
-        self.squared.copy_(self._message.noted.sum())
+        torch.sum(self._message.noted, 0, out=self.squared)
         self._message.read()
 
     def requantize(self) -> None:
         """The quantized weights of the parameters as they are now."""
-        for kernel, squares in zip(self._kernels, self._squares, strict=True):
-            kernel.requantize(self._controls, squares)
-        self._message.write(self.squared)
+        self._kernels.requantize(self._controls)
+        self._message.note.copy_(self.squared)
+        self._message.write()
         self._world.join_parts(self._message.bytes)()
         self._message.read()
 
@@ -122,10 +139,11 @@ def portions(sizes: Iterable[int]) -> list[list[int]]:
 
 
 class Row:
-    """The portions of a step."""
+    """The portions of a step. All ranks make the same one, so whether the gradients of all of them set out
+    ``at_once``, or some follow others' integers, must not depend on what one rank sees."""
 
-    def __init__(self, portions: Sequence[Portion]) -> None:
-        self._portions = portions
+    def __init__(self, portions: Sequence[Portion], device: torch.device, *, at_once: bool) -> None:
+        self._portions, self._device, self._at_once = portions, device, at_once
         self._upcoming: list[Callable[[], None]] = []
 
     def add(
@@ -133,14 +151,23 @@ class Row:
         gradients: Sequence[Sequence[Tensor | None]],
         part: float | None,
         announced: Announcements | None,
-    ) -> None:
-        """Begin to add up each portion's gradients (:meth:`Portion.add`); of the first ones at once."""
+    ) -> Tensor:
+        """Begin to add up each portion's gradients (:meth:`Portion.add`); of the first ones at once. What
+        comes back is the sum of squares of what is given."""
 
         def later(portion: Portion, given: Sequence[Tensor | None]) -> Callable[[], None]:
             return lambda: portion.add(given, part, announced)
 
         self._upcoming = [later(*pair) for pair in zip(self._portions, gradients, strict=True)]
         self._go_on(AHEAD)
+        if announced is None:
+            return squares_of((one for given in gradients for one in given), self._device)
+        squares = []
+        for portion, given in zip(self._portions, gradients, strict=True):
+            with announced.beside(portion.numbers):
+                squares.append(squares_of(given, self._device))
+        announced.join()
+        return torch.stack(squares).sum()
 
     def _go_on(self, count: int) -> None:
         for begin in self._upcoming[:count]:
@@ -149,6 +176,10 @@ class Row:
 
     def step(self, *, recorded: bool) -> None:
         """All of them, once the controls say how."""
+        if self._at_once:
+            # While the first ones are stepped the last ones' gradients arrive. Their integers wait for each
+            # other on the link, so what sets out behind them would wait for the stepping as well.
+            self._go_on(len(self._portions))
         for number, portion in enumerate(self._portions):
             self._go_on(1)
             portion.step(recorded=recorded)
@@ -160,6 +191,13 @@ class Row:
     def squared(self) -> Tensor:
         """Sum of squares of all gradients, over all ranks."""
         return torch.stack([portion.squared for portion in self._portions]).sum()
+
+
+def beside(
+    announced: Announcements | None, numbers: Sequence[int]
+) -> contextlib.AbstractContextManager[None]:
+    """What is begun within waits for these gradients alone, where they are announced."""
+    return contextlib.nullcontext() if announced is None else announced.beside(numbers)
 
 
 def squares_of(gradients: Iterable[Tensor | None], device: torch.device) -> Tensor:
