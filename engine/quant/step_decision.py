@@ -68,6 +68,14 @@ class Decision:
         return self.skip
 
 
+def try_out(device: torch.device) -> None:
+    """Compile and run the kernel once; raises what stands in its way."""
+    zero, one = torch.zeros((), device=device), torch.ones(1, device=device)
+    for scaled in (False, True):
+        decision = Decision((0.9, 0.999), device, bad=zero, worst=zero, scaled=scaled)
+        decision(one, one, one, one).item()
+
+
 @triton.jit
 def _decide(
     norms_ptr, loss_ptr, factor_ptr, scale_ptr, counts_ptr, bad_ptr, worst_ptr, controls_ptr, skip_ptr, norms,

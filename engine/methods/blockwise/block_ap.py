@@ -259,9 +259,10 @@ def _obstacle(device: torch.device, *, fast: bool, kernels: bool) -> str:
     """Why fast steps, or the kernel of the search, are impossible on this device; empty where they work."""
     try:
         if fast:
-            from engine.quant import quant_step
+            from engine.quant import quant_step, step_decision
 
             quant_step.try_out(device)
+            step_decision.try_out(device)
         if kernels:
             from engine.quant import range_kernel
 
