@@ -5,10 +5,10 @@ AdamW's bias corrections.
     bad in a row = how many steps were skipped in a row, without those that float16's loss scale explains
     beta^t       of the t steps that were taken, from which 1 - beta1^t and sqrt(1 - beta2^t)
 
-By torch's kernels that is half a hundred launches of a number each, an eighth of a millisecond, which is a
-fifth of a small block's whole step. The powers are kept as running products, in float64, because corrections
-are differences of nearly equal numbers; who goes on from a count multiplies as often
-(:meth:`Decision.taken`), for the same bits.
+By torch's kernels that is fifty launches of a number each, which took 0.2 of the 10 ms of a 7B block's step
+on one of four GPUs. The powers are kept as running products, in float64, because corrections are differences
+of nearly equal numbers; who goes on from a count multiplies as often (:meth:`Decision.taken`), for the same
+bits.
 """
 
 from __future__ import annotations
