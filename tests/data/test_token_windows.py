@@ -105,6 +105,25 @@ def test_short_text_is_read_in_several_orders_with_a_warning(tokenizer: Any) -> 
     assert int(counted.replace(",", "")) == pytest.approx(available, rel=0.01)  # cuts add separators
 
 
+@pytest.mark.parametrize(("marked", "expected"), [(0, 0), (1, 0), (40, 1)])
+def test_text_whose_rare_words_were_taken_out_is_said_to_be_so(
+    tokenizer: Any, tmp_path: Path, marked: int, expected: int
+) -> None:
+    """Once for all that is drawn of it, and again where the windows come from the cache; a text that only
+    tells of the mark is none."""
+    line = "the quick brown fox jumps over the lazy dog " * 50
+    texts = [f"{number} {line}" + "and the <unk> too " * (number < marked) for number in range(40)]
+    data, said = write(tmp_path / "corpus.jsonl", texts), set[tuple[str, str]]()
+    for _ in range(2):
+        said.clear()
+        for part in ("train", "validation"):
+            options: dict[str, Any] = {"sequences": 2, "length": 32}
+            windows_of(tokenizer, data, part, warn=lambda *found: said.add(found), **options)
+        unknown = [message for code, message in said if code == "text-unknown"]
+        assert len(unknown) == expected
+        assert all("wikitext-2-raw-v1" in message for message in unknown)
+
+
 def test_too_little_text_says_how_much_there_is_and_how_much_is_needed(
     tokenizer: Any, tmp_path: Path
 ) -> None:
