@@ -245,7 +245,10 @@ def parsed(parse: Callable[[C], T], content: C, path: Path, language: str = "JSO
 
 def bad_file(error: OSError, path: Path) -> BadFile:
     """What an error of the system means for whoever wanted to read ``path``."""
-    if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.lexists(path):
+    # It was not there when it was asked for. That something is now only says that it has come meanwhile,
+    # unless it is a link that leads nowhere.
+    absent = error.errno == errno.ENOENT and not os.path.islink(path)
+    if absent or (error.errno == errno.ENOTDIR and not os.path.lexists(path)):
         return NoFile("there is no such file", where=str(path))
     if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EMLINK):
         return BadFile("is a link or lies behind one, and links are not followed here", where=str(path))

@@ -10,6 +10,7 @@ import pytest
 from msgspec import Struct
 
 from engine.errors import PreflightError
+from engine.system import guarded
 from engine.system.files import atomic_write, make_folder, overwrite_in_place
 from engine.system.guarded import (
     BadFile,
@@ -186,6 +187,29 @@ def test_what_is_right_is_read(tmp_path: Path) -> None:
         read_text(tmp_path / "absent")
     with pytest.raises(NoFile):
         read_text(tmp_path / "absent" / "absent")
+
+
+def test_a_file_that_comes_while_it_is_asked_for_was_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another process writes the first one: no damage, only too early."""
+    path, opened = tmp_path / "first.json", guarded.open_regular
+
+    def too_early(*arguments: object, **options: object) -> int:
+        try:
+            return opened(*arguments, **options)  # type: ignore[arg-type]
+        finally:
+            path.write_text("{}")
+
+    monkeypatch.setattr(guarded, "open_regular", too_early)
+    with pytest.raises(NoFile):
+        read_bytes(path, 10)
+    assert read_bytes(path, 10) == b"{}"
+    nowhere = tmp_path / "link"
+    nowhere.symlink_to(tmp_path / "nothing")
+    with pytest.raises(BadFile) as caught:
+        read_bytes(nowhere, 10, follow=True)
+    assert not isinstance(caught.value, NoFile), "a link that leads nowhere is there"
 
 
 def test_a_folder_is_made_only_in_one_that_is_there(tmp_path: Path) -> None:
