@@ -144,7 +144,9 @@ def _better(
     ratio = weight_OGg / scale_SOG.unsqueeze(-1)
     zero_ZOG = first_OG + zeros_Z[:, None, None]
     below = -zero_ZOG[:, None, ..., None]  # [Z, 1, O, G, 1]
-    error = torch.maximum(torch.minimum(ratio.round(), below + top), below).sub_(ratio).square_()
+    # In one piece of memory: a fresh one of megabytes costs more than what is computed in it.
+    error = torch.minimum(ratio.round(), below + top)
+    torch.maximum(error, below, out=error).sub_(ratio).square_()
     error_ZSOG = error.mul_(channels_Gg).sum(-1).mul_(scale_SOG.square())
     least, place = error_ZSOG.flatten(0, 1).min(0)
     scale = scale_SOG.gather(0, (place % len(scale_SOG)).unsqueeze(0))[0]
