@@ -10,6 +10,7 @@ another stream can wait while the step goes on.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -29,10 +30,10 @@ class Announcements:
         self.tokens = [torch.zeros((), device=device, requires_grad=True) for _ in range(count)]
         """One for each weight, whose own gradient, 0, is what comes of the noting: a compiled backward pass
         notes only where that is asked for."""
-        on_gpu = device.type == "cuda"
+        waits = count > 0 and device.type == "cuda"
         self._places = [0] * count
-        self._events = [torch.cuda.Event(external=True) for _ in range(count if on_gpu else 0)]
-        self._aside = torch.cuda.Stream(device) if on_gpu else None
+        self._events = [torch.cuda.Event(external=True) for _ in range(count if waits else 0)]
+        self._aside = _side_stream(device) if waits else None
 
     def listen(self) -> None:
         """From now on, in the place of whoever listened before."""
@@ -70,6 +71,12 @@ class Announcements:
         """Have the current stream wait for what was begun :meth:`beside` it."""
         if self._aside is not None:
             torch.cuda.current_stream(self._aside.device).wait_stream(self._aside)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all blocks: torch keeps memory apart for each stream."""
+    return torch.cuda.Stream(device)
 
 
 @torch.library.custom_op("eqat::gradient_is_there", mutates_args=())

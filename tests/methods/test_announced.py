@@ -55,14 +55,8 @@ class Chain(nn.Module):
 
 def test_gradients_are_announced_from_the_last_layer_on(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    announcements, came = Announcements(3, cpu), list[int]()
-    come = Announcements.come
-
-    def noted(self: Announcements, number: int, gradient: Tensor) -> None:
-        came.append(number)
-        come(self, number, gradient)
-
-    monkeypatch.setattr(Announcements, "come", noted)
+    monkeypatch.setattr(Announcements, "come", Announcements.come)  # as it is afterwards
+    announcements, came = Announcements(3, cpu), numbers_seen()
     announcements.listen()
     chain, x = Chain(announcements, cpu), torch.randn(5, 8)
     wanted = [*chain.weights, *announcements.tokens]
@@ -108,20 +102,33 @@ def block(world: World, lm: CausalLM, batch: int, length: int, **options: Any) -
     return {name: tensor.cpu() for name, tensor in result.packed.tensors().items()}
 
 
-def watched(world: World, lm: CausalLM) -> tuple[list[int], list[bool]]:
-    """The numbers that a training announces, and of which steps the gradients set out as these come."""
-    came, early = list[int](), list[bool]()
-    come, add = Announcements.come, Row.add
+def steps_seen() -> list[bool]:
+    """From now on in this process, whether a step's gradients set out as they come."""
+    early, add = list[bool](), Row.add
+
+    def seen(self: Row, gradients: Any, part: float | None, announced: Announcements | None) -> Tensor:
+        early.append(announced is not None)
+        return add(self, gradients, part, announced)
+
+    Row.add = seen  # type: ignore[method-assign]
+    return early
+
+
+def numbers_seen() -> list[int]:
+    """From now on in this process, the numbers that are announced."""
+    came, come = list[int](), Announcements.come
 
     def noted(self: Announcements, number: int, gradient: Tensor) -> None:
         came.append(number)
         come(self, number, gradient)
 
-    def seen(self: Row, gradients: Any, part: float | None, announced: Announcements | None) -> None:
-        early.append(announced is not None)
-        add(self, gradients, part, announced)
+    Announcements.come = noted  # type: ignore[method-assign]
+    return came
 
-    Announcements.come, Row.add = noted, seen  # type: ignore[method-assign]
+
+def watched(world: World, lm: CausalLM) -> tuple[list[int], list[bool]]:
+    """What a training announces, and which of its steps use it."""
+    came, early = numbers_seen(), steps_seen()
     block(world, lm, 4, 16)
     assert Announcements.listening is None, "the training is over"
     return came, early
@@ -183,13 +190,7 @@ def _trained_twice(rank: int, port: int, folder: Path, compiles: bool) -> None:
     for module in (sharded, shared_step):
         module.LARGE_BYTES = 1  # type: ignore[attr-defined]
     lm = CausalLM(ModelSource.open(ModelConfig(source=str(folder))), device, torch.bfloat16)
-    steps, add = list[bool](), Row.add
-
-    def seen(self: Row, gradients: Any, part: float | None, announced: Announcements | None) -> None:
-        steps.append(announced is not None)
-        add(self, gradients, part, announced)
-
-    Row.add = seen  # type: ignore[method-assign]
+    steps = steps_seen()
     early = block(world, lm, 8, 512, compiles=compiles)
     assert steps == [True, True, True, False]
     Announcements.hold_for = lambda self, gradients: False  # type: ignore[method-assign]

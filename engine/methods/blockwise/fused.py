@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.gpu.recorded import Graphed
-from engine.methods.blockwise.shared_step import Kernels, Portion, Row, portions
+from engine.methods.blockwise.shared_step import Portion, QuantSteps, Row, portions
 from engine.quant.announced import Announcements
 from engine.quant.fake_linear import FakeQuantLinear
 from engine.quant.quant_step import GRAD_FACTOR, Moments, QuantStep
@@ -89,7 +89,7 @@ class FusedStepper(Stepper):
             betas, device, bad=self.bad_in_a_row, worst=self.worst_in_a_row, scaled=self.scale.enabled
         )
         self._controls = self._decision.controls
-        self._common: Kernels
+        self._common: QuantSteps
         self._portions: list[Portion] = []
         """Of what is shared out."""
         self._common_squares = torch.zeros((), device=device)
@@ -147,11 +147,11 @@ class FusedStepper(Stepper):
             if any(id(p) in outer for p in group.parameters):
                 self._outer_rates.append((state["lr"], group.lr))
 
-    def _kernels_of(self, linears: list[FakeQuantLinear], rates: dict[int, float]) -> Kernels:
+    def _kernels_of(self, linears: list[FakeQuantLinear], rates: dict[int, float]) -> QuantSteps:
         kernels = [self._kernel(linear, rates) for linear in linears]
         counts = [kernel.programs() for kernel in kernels]
         squares = torch.zeros(sum(counts), device=self.device)
-        return Kernels(kernels, squares, squares.split(counts))
+        return QuantSteps(kernels, squares, squares.split(counts))
 
     def _kernel(self, linear: FakeQuantLinear, rates: dict[int, float]) -> QuantStep:
         parameters = _parameters(linear)

@@ -34,7 +34,7 @@ AHEAD = 3
 an MLP, the largest and the first that a backward pass comes to."""
 
 
-class Kernels(NamedTuple):
+class QuantSteps(NamedTuple):
     """The ``steps`` of some linears, and room for the sums of squares of their gradients: all of them, and
     each step's ``parts``."""
 
@@ -62,7 +62,7 @@ class Portion:
         self,
         world: World,
         quantized: Sequence[Tensor],
-        kernels: Kernels,
+        kernels: QuantSteps,
         parts: Sequence[Part],
         numbers: Sequence[int],
         controls: Tensor,
