@@ -10,7 +10,8 @@ to both. The column "learnt" is of text that was trained on: how much of it is k
 
 The streams lie on the device, and no run directory is made: what is measured is the methods alone, by the
 engine's own code. ``--block-ap`` and ``--try`` set fields of the sections of the same name; of several
-``--block-ap`` each is followed by every ``--try``, and so are blocks that are only rounded (``--rounded``):
+``--block-ap`` each is followed by every ``--try``, and so are blocks that are only rounded (``--rounded``);
+``--once`` is a ``--try`` behind the first of them alone:
 
     --rounded --try "lr_qat rank=32 downcast=fixed" --try "e2e_qat start=latents train=weights,scales,norms"
 
@@ -316,6 +317,7 @@ def main() -> None:
     parser.add_argument("--rounded", action="store_true")
     parser.add_argument("--block-ap", action="append", default=[], help='such as "epochs=1"; repeatable')
     parser.add_argument("--try", action="append", dest="tried", default=[])
+    parser.add_argument("--once", action="append", default=[], help="a --try behind the first blocks alone")
     args = parser.parse_args()
     lab = Lab(args)
     rows: list[list[str]] = []
@@ -327,10 +329,10 @@ def main() -> None:
 
     begun = time.monotonic()
     add("full precision", lab.perplexities(), begun, ["", "", ""])
-    teacher = lab.teacher() if args.tried else None
+    teacher = lab.teacher() if args.tried or args.once else None
     weights = 0
     rounded = [None] if args.rounded else []
-    for changes in [*rounded, *(args.block_ap or ([] if rounded else [""]))]:
+    for number, changes in enumerate([*rounded, *(args.block_ap or ([] if rounded else [""]))]):
         reset_peak()
         begun = time.monotonic()
         made = lab.rounded() if changes is None else lab.block_ap(settings("block_ap", changes.split()))
@@ -342,7 +344,7 @@ def main() -> None:
         name = "round to nearest" if changes is None else f"Block-AP {changes}".strip()
         add(name, values, time.monotonic() - took, rest)
         weights = sum(w.words.numel() * 32 // w.bits for block in packed for w in block.linears.values())
-        for variant in args.tried:
+        for variant in [*args.tried, *(args.once if number == 0 else [])]:
             kind, *words = variant.split()
             reset_peak()
             begun = time.monotonic()
