@@ -31,6 +31,7 @@ from engine.errors import (
 from engine.libraries import libraries
 from engine.ranks.place import Place, place_of
 from engine.run import event_log, events
+from engine.run.continued import continued_on
 from engine.run.directory import RunDirectory
 from engine.run.launch import this_attempt
 from engine.run.measured import as_asked
@@ -117,7 +118,10 @@ def _configuration(run: RunDirectory, asked: Asked) -> RunConfig:
                 where=name,
                 hint=f"eqat resume {run.id} --from-block K --set ... makes a new run of it",
             )
-    config = resolve(apply_overrides(run.config(), asked.overrides))
+    overrides = asked.overrides
+    if asked.task == "run" and not asked.allows_other_size:
+        overrides = {**continued_on(run), **overrides}
+    config = resolve(apply_overrides(run.config(), overrides))
     validate(config)
     if asked.how.is_asked:
         as_asked(config, asked.how)  # what is wrong with it is said before anything is loaded
@@ -197,7 +201,7 @@ def _work(
     others: Others | None = None
     if gpus > 1:
         voice.says("starting the other processes")
-        others = begin(run, _settings(asked), number, gpus, device, place)
+        others = begin(run, _settings(asked, gpus), number, gpus, device, place)
     voice.close()
     report = Reporter(run, number, device, task=asked.task)
     report.listen()
@@ -248,9 +252,10 @@ def _work(
     return int(code)
 
 
-def _settings(asked: Asked) -> list[str]:
-    """The engine's arguments that change how it computes."""
-    return [part for name, value in asked.overrides.items() for part in ("--set", f"{name}={value}")]
+def _settings(asked: Asked, gpus: int) -> list[str]:
+    """The engine's arguments that change how it computes, and on how many GPUs."""
+    given = {**asked.overrides, GPUS: gpus}
+    return [part for name, value in given.items() for part in ("--set", f"{name}={value}")]
 
 
 def _alone() -> World:

@@ -18,6 +18,7 @@ from engine.config.user import load_user_config
 from engine.config.validation import validate
 from engine.config.writing import to_dict
 from engine.errors import EqatError, ExitCode, PreflightError, UsageError
+from engine.run.continued import continued_on
 from engine.run.directory import RunDirectory
 from engine.run.elsewhere import lives_elsewhere
 from engine.run.events import BULK
@@ -163,7 +164,7 @@ def _submit(
     """Give the run to Slurm; its engine's ``args`` say what ``overrides`` do."""
     from eqat_tui.clusters.submitting import submit_run
 
-    config = apply_overrides(run.config(), overrides)
+    config = apply_overrides(run.config(), {**continued_on(run), **overrides})
     return submit_run(run, args, asked, as_json=as_json, config=config)
 
 

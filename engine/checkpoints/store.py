@@ -101,7 +101,7 @@ class CheckpointStore:
         name = differing_field(there, here, defaults)
         if name == GPUS:
             raise IdentityError(
-                f"the checkpoint was made on {counts_as(there, name, defaults)} GPUs, and on "
+                f"the checkpoint was made on {_counted(counts_as(there, name, defaults))}, and on "
                 f"{counts_as(here, name, defaults)} the result would have other last bits",
                 where=name,
                 hint=f"eqat resume --gpus {counts_as(there, name, defaults)}, or --allow-world-size-change",
@@ -215,3 +215,7 @@ def _shown(value: Any) -> str:
     """A value of an identity, short enough for a message."""
     text = "none" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def _counted(gpus: str | None) -> str:
+    return f"{gpus} GPU{'' if gpus == '1' else 's'}"

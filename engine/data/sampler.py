@@ -7,8 +7,10 @@ batch of an optimizer step.
 With several ranks each has the sequences of its own, ``i mod world_size == rank``, and a batch has to have as
 many of each rank. So sequence ``i`` belongs to stratum ``i mod 8``, each stratum has an order of its own, and
 a batch takes the same number out of each: then 1, 2, 4 and 8 ranks see the same batches. A batch that 8 does
-not divide has fewer strata (:func:`strata_of`), and a process alone, which needs none, has one order of all
-(``strata=0``).
+not divide has fewer strata (:func:`strata_of`), one that has no divisor in common with it has one order of
+all (``strata=0``).
+
+A process alone once had one order of all, whatever its batch; a training of that time goes on in it.
 """
 
 from __future__ import annotations
@@ -31,11 +33,18 @@ STRATA = 8
 
 def strata_of(batch_size: int, world_size: int) -> int:
     """Into how many strata sequences fall, of which a batch takes the same number each; 0 for one order of
-    all, as a process alone has it. It is the same for as many numbers of ranks as can be."""
-    if world_size == 1:
-        return 0
+    all. It is the same for as many numbers of ranks as can be."""
     common = math.gcd(STRATA, batch_size)
-    return world_size if common % world_size else common
+    strata = world_size if common % world_size else common
+    return strata if strata > 1 else 0
+
+
+def serves(strata: int, batch_size: int, world_size: int) -> bool:
+    """Whether so many ranks can take batches of these strata, as many of a batch each; a process alone can
+    also take those of one order of all."""
+    if not strata:
+        return world_size == 1
+    return strata > 0 and batch_size % strata == 0 and strata % world_size == 0
 
 
 class Batch(NamedTuple):
@@ -67,15 +76,19 @@ class BatchSampler:
         strata: int | None = None,
     ) -> None:
         """``lengths`` of the sequences make batches of sequences of like length; ``strata`` is how many there
-        are (:func:`strata_of` where it is not given)."""
+        are (:func:`strata_of` where it is not given).
+
+        Of like length a process alone finds more among all of them: with strata the padding takes a seventh
+        to a fifth more. Then, and only then, its batches are other ones than those of several ranks."""
         if count < 1 or batch_size < 1 or epochs < 0:
             raise ValueError(f"{count} sequences in batches of {batch_size} for {epochs} epochs")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}")
         if batch_size % world_size:
             raise ValueError(f"the effective batch of {batch_size} does not divide over {world_size} ranks")
-        strata = strata_of(batch_size, world_size) if strata is None else strata
-        if strata and (batch_size % strata or strata % world_size):
+        if strata is None:
+            strata = 0 if lengths is not None and world_size == 1 else strata_of(batch_size, world_size)
+        if not serves(strata, batch_size, world_size):
             raise ValueError(f"{strata} strata for batches of {batch_size} over {world_size} ranks")
         self.strata = strata
         self.count = count
@@ -188,14 +201,19 @@ class BatchSampler:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where another sampler of the same settings stood."""
-        for name, value in {"strata": 0, **self.state_dict()}.items():
-            there = state.get(name, 0 if name == "strata" else None)
-            if name != "step" and there != value:
-                raise IdentityError(
-                    f"the saved order has {name} = {there}, this run has {value}",
-                    where="batch sampler",
-                )
+        """Continue where another sampler of the same settings stood, in its strata where these serve."""
+        strata = int(state.get("strata", 0))
+        for name, value in {**self.state_dict(), "strata": self.strata}.items():
+            there = strata if name == "strata" else state.get(name)
+            if name == "step" or there == value:
+                continue
+            if name == "strata" and serves(strata, self.batch_size, self.world_size):
+                continue
+            raise IdentityError(
+                f"the saved order has {name} = {there}, this run has {value}",
+                where="batch sampler",
+            )
+        self.strata, self._order = strata, None
         self.seek(int(state["step"]))
 
 

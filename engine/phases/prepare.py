@@ -11,7 +11,7 @@ from engine.config.run import RunConfig
 from engine.config.runtime import GPUS
 from engine.config.stages import measured_stage, network_stages, phases_of, stages_of, versions
 from engine.data.encoding import Encoder
-from engine.data.sampler import strata_of
+from engine.data.sampler import serves
 from engine.errors import DamagedRun, UsageError
 from engine.export.layout import form_of
 from engine.export.stored import check_activations, check_values
@@ -32,7 +32,7 @@ from engine.plan.lengths import too_long
 from engine.plan.plan import Plan
 from engine.reporter import Reporter
 from engine.run.directory import RunDirectory
-from engine.run.facts import TOGETHER, TRAINING, done_fact, eval_fact, micro_batch_fact
+from engine.run.facts import GPUS_NOW, TOGETHER, TRAINING, done_fact, eval_fact, micro_batch_fact
 from engine.run.task import Task
 from engine.run.trained import UNTRAINED
 
@@ -120,10 +120,11 @@ def _heed_other_size(store: CheckpointStore, config: RunConfig, report: Reporter
     said = f"{GPUS} is {now} and was {before}: the result will have other last bits"
     training = store.fact(TRAINING)
     if training is not None:
-        batch = getattr(config, training["phase"]).batch_size
-        if training["sampler"].get("strata", 0) != strata_of(batch, config.runtime.gpus):
+        sampler = training["sampler"]
+        if not serves(sampler.get("strata", 0), sampler["batch_size"], config.runtime.gpus):
             forget_snapshot(store)
             said += ", and the training that was interrupted begins anew, with other batches"
+    store.remember(GPUS_NOW, config.runtime.gpus)
     report.warning("changed", said)
 
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from engine.config.runtime import MOST_GPUS
 from engine.config.stages import PACKED, STAGES, Stage, network_stages
 from engine.run.contents import STREAM_NAMES, StreamName
 from engine.run.measures import Further
@@ -38,6 +39,10 @@ MICRO_BATCH = "block_ap_micro_batch"
 
 TOGETHER = "numbers_together"
 """Numbers of hidden states that pass through a block together, if more than a training's batch."""
+
+
+GPUS_NOW = "gpus"
+"""On how many GPUs a run goes on, where that was allowed to be another number than it was made for."""
 
 
 HEAD = "head"
@@ -196,6 +201,7 @@ def _kinds(stages: tuple[str, ...]) -> tuple[tuple[re.Pattern[str], Any, bool], 
         (halvings_fact(f"({STREAM_NAMES})") + "(-[1-9][0-9]{0,3})?", Halvings, True),
         (MICRO_BATCH, MicroBatches | Annotated[int, msgspec.Meta(ge=1, le=1 << 31)], True),
         (TOGETHER, Annotated[int, msgspec.Meta(ge=1, le=1 << 40)], True),
+        (GPUS_NOW, Annotated[int, msgspec.Meta(ge=1, le=MOST_GPUS)], False),
         (rf"({networks})_micro_batch", Annotated[int, msgspec.Meta(ge=1, le=1 << 31)], True),
         (rf"({networks})_done", Literal[True], True),
     )

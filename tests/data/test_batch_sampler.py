@@ -76,18 +76,73 @@ def test_ranks_together_take_the_batches_of_the_schedule(
             assert ranks[0].whole(step).tolist() == rows
 
 
-def test_a_schedule_for_ranks_goes_on_only_as_one() -> None:
-    stratified = BatchSampler(50, 4, 2, seed=7, rank=1, world_size=2)
-    stratified.seek(3)
-    two = BatchSampler(50, 4, 2, seed=7, rank=0, world_size=4)
-    two.load_state_dict(stratified.state_dict())
-    assert two.step == 3
-    alone = BatchSampler(50, 4, 2, seed=7)
-    assert "strata" not in alone.state_dict()
-    with pytest.raises(IdentityError, match="strata = 4, this run has 0"):
-        alone.load_state_dict(stratified.state_dict())
-    with pytest.raises(IdentityError, match="strata = 0, this run has 4"):
-        stratified.load_state_dict(alone.state_dict())
+@pytest.mark.parametrize("batch", [8, 16, 24])
+def test_one_process_and_eight_have_one_schedule(batch: int) -> None:
+    alone = steps_of(BatchSampler(100, batch, 2, seed=7))
+    for world in (2, 4, 8):
+        ranks = [steps_of(BatchSampler(100, batch, 2, 7, rank, world)) for rank in range(world)]
+        together = [
+            sorted(row for share in shares for row in share[2]) for shares in zip(*ranks, strict=True)
+        ]
+        assert together == [sorted(rows) for _, _, rows in alone], world
+
+
+def test_of_like_length_a_process_alone_chooses_among_all() -> None:
+    lengths = torch.randint(16, 512, (800,), generator=torch.Generator().manual_seed(0))
+    alone = BatchSampler(800, 8, 1, seed=7, lengths=lengths)
+    stratified = BatchSampler(800, 8, 1, seed=7, lengths=lengths, strata=8)
+
+    def padded(sampler: BatchSampler) -> int:
+        return sum(int(lengths[rows].max()) * len(rows) for _, _, rows in sampler)
+
+    assert alone.strata == 0
+    assert int(lengths.sum()) < padded(alone) < 0.95 * padded(stratified)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 5, 9])
+def test_a_batch_that_nobody_shares_out_has_one_order_of_all(batch: int) -> None:
+    sampler, plain = BatchSampler(50, batch, 1, seed=7), BatchSampler(50, batch, 1, seed=7, strata=0)
+    assert "strata" not in sampler.state_dict()
+    assert steps_of(sampler) == steps_of(plain)
+
+
+def test_a_schedule_goes_on_where_as_many_ranks_can_take_its_batches() -> None:
+    eight = BatchSampler(50, 8, 2, seed=7, rank=1, world_size=2)
+    eight.seek(3)
+    for rank, world in ((0, 4), (5, 8), (0, 1)):
+        other = BatchSampler(50, 8, 2, 7, rank, world)
+        other.load_state_dict(eight.state_dict())
+        assert (other.step, other.strata) == (3, 8)
+        assert other.whole(3).tolist() == eight.whole(3).tolist()
+    three = BatchSampler(50, 12, 2, seed=7, rank=1, world_size=3)
+    with pytest.raises(IdentityError, match="strata = 4, this run has 3"):
+        three.load_state_dict(BatchSampler(50, 12, 2, seed=7).state_dict())
+    alone = BatchSampler(50, 12, 2, seed=7)
+    alone.load_state_dict(three.state_dict())
+    assert alone.whole(2).tolist() == three.whole(2).tolist(), "in the order that it was begun in"
+    assert alone.state_dict() == three.state_dict()
+
+
+@pytest.mark.parametrize("strata", [16, 5, -8])
+def test_strata_that_no_batch_can_have_are_refused(strata: int) -> None:
+    sampler = BatchSampler(50, 8, 2, seed=7)
+    with pytest.raises(IdentityError, match=f"strata = {strata}, this run has 8"):
+        sampler.load_state_dict({**sampler.state_dict(), "strata": strata})
+
+
+def test_a_training_begun_when_a_process_alone_had_one_order_of_all_goes_on_in_it() -> None:
+    earlier = BatchSampler(50, 8, 2, seed=7, strata=0)
+    whole = steps_of(earlier)
+    earlier.seek(4)
+    state = earlier.state_dict()
+    assert "strata" not in state, "as it was written then"
+    now = BatchSampler(50, 8, 2, seed=7)
+    assert now.order(0).tolist() != earlier.order(0).tolist()
+    now.load_state_dict(state)
+    assert steps_of(now) == whole[4:]
+    two = BatchSampler(50, 8, 2, seed=7, rank=1, world_size=2)
+    with pytest.raises(IdentityError, match="strata = 0, this run has 8"):
+        two.load_state_dict(state)
 
 
 def test_order_depends_on_seed_and_epoch_and_not_on_global_randomness() -> None:

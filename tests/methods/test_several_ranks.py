@@ -19,7 +19,6 @@ from engine.config.e2e_qp import E2EQPConfig
 from engine.config.grid import GridConfig
 from engine.config.lr_qat import LRQATConfig
 from engine.config.model import ModelConfig
-from engine.data import sampler
 from engine.data.activations import ActivationStore, DeviceStore, make_store
 from engine.errors import NonFiniteError
 from engine.methods.blockwise import shared_step
@@ -208,9 +207,6 @@ def test_the_result_is_that_of_one_process(
     for other in others:
         assert all(torch.equal(one, other[0][name]) for name, one in first[0].items()), "ranks differ"
         assert other[1] == first[1]
-    # One process alone that sees the batches that the ranks see together.
-    strata = sampler.strata_of(BATCH, ranks)
-    monkeypatch.setattr(sampler, "strata_of", lambda batch, size: strata)
     alone, losses, *_ = train(ALONE, lm, options)
     # GPTQ rounds to integers: a sum in another order turns one over.
     assert first[1] == pytest.approx(losses, rel=1e-2 if options.get("start") == "gptq" else 1e-4)
