@@ -12,7 +12,7 @@ import os
 from engine.config.corpora import CORPORA, hub_name, is_hub_id, is_path, local_name, local_path, no_text
 from engine.config.data import BUILTIN, DataConfig
 from engine.data.builtin import BuiltinText
-from engine.data.hub import HubText, hub_source
+from engine.data.hub import HINT, HubText, hub_source
 from engine.data.local import LocalText
 from engine.data.parts import TextSource
 from engine.errors import DataError
@@ -31,5 +31,7 @@ def open_source(data: DataConfig) -> TextSource:
     if is_path(name):
         raise DataError("no such file or folder", where=name, hint="check data.source")
     if is_hub_id(name):
-        return HubText(hub_source(data), corpus=hub_name(name))
+        # Who meant a folder must hear that there is none: the hub's own answer speaks of the hub alone.
+        hint = f"no file or folder {name} lies here either; {HINT}"
+        return HubText(hub_source(data), corpus=hub_name(name), hint=hint)
     raise no_text(name, "data.source")

@@ -91,19 +91,27 @@ def test_rows_of_the_hub_without_text_are_left_out_and_counted(tmp_path: Path) -
     assert refused.value.hint == "set data.column to one of: text.en"
 
 
-def test_offline_hub_id_says_what_works_without_a_network() -> None:
+@pytest.mark.parametrize(
+    ("source", "begins", "says"),
+    [
+        ("c4", "4 allenai/c4 (en): cannot be read from the hub", "builtin"),
+        ("a/missing", "4 a/missing: cannot be read from the hub", "no file or folder a/missing lies here"),
+    ],
+    ids=["c4", "a-missing"],
+)
+def test_offline_hub_id_says_what_works_without_a_network(source: str, begins: str, says: str) -> None:
     code = (
         "from engine.data.text import open_source\n"
         "from engine.config.data import DataConfig\n"
         "from engine.errors import DataError\n"
         "try:\n"
-        "    next(open_source(DataConfig(source='c4')).documents('train'))\n"
+        "    next(open_source(DataConfig(source=sys.argv[1])).documents('train'))\n"
         "except DataError as error:\n"
         "    print(int(error.exit_code), error)\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, source],
         env=environment,
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -111,8 +119,8 @@ def test_offline_hub_id_says_what_works_without_a_network() -> None:
         check=True,
         timeout=120,
     )
-    assert done.stdout.startswith("4 allenai/c4 (en): cannot be read from the hub")
-    assert "builtin" in done.stdout
+    assert done.stdout.startswith(begins)
+    assert says in done.stdout
     assert done.stdout.count("\n") == 1
 
 
