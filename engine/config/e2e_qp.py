@@ -23,7 +23,7 @@ class E2EQPConfig(NetworkSection, frozen=True, kw_only=True, forbid_unknown_fiel
 
     enabled: bool = True
     """E2E-QP trains the scales of the whole model after its blocks."""
-    train: tuple[Literal["scales", "zero_points"], ...] = ("scales",)
+    train: tuple[Literal["scales", "zero_points", "norms"], ...] = ("scales",)
     """E2E-QP trains these; the integers are fixed."""
     sequences: int = 512
     """The model is trained on this many sequences."""
@@ -47,8 +47,8 @@ class E2EQPConfig(NetworkSection, frozen=True, kw_only=True, forbid_unknown_fiel
     lr_scaling: LearningRateScaling = "relative"
     """``relative`` multiplies a learning rate by each linear's mean initial scale; ``absolute`` does not."""
     lr: float | None = None
-    """What is trained learns at this rate; none takes 2e-5 (2 bits) or 1e-5 when absolute, 0.005 when
-    relative."""
+    """What is trained (norms, when relative times their mean) learns at this rate; none takes 2e-5 (2 bits)
+    or 1e-5 when absolute, 0.005 when relative."""
     lr_final_fraction: float = 0.0
     """The cosine schedule ends at this fraction of the initial learning rate."""
     warmup_fraction: float = 0.03

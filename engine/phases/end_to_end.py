@@ -32,7 +32,8 @@ from engine.run.facts import done_fact, stage_entry
 
 
 def train_end_to_end(job: Job) -> None:
-    """Train and commit the scales. What teaches is closed in the end: ``job.full``, where that is kept."""
+    """Train and commit scales, and norms. What teaches is closed in the end: ``job.full``, where that is
+    kept."""
     stage = STAGES["e2e_qp"]
     if job.is_done(stage):
         return
@@ -47,7 +48,7 @@ def train_end_to_end(job: Job) -> None:
         with resumable(job.checkpoints, stage.name) as keeper:
             train_scales(job.lm, blocks, data, config, dtype=dtype, **_arguments(job, stage, keeper))
     trained = [_packed(block, job.lm.linear_names(index)) for index, block in enumerate(blocks)]
-    _commit(job, stage, [_entry(weights, "scale", "zero_point") for weights in trained])
+    _commit(job, stage, _renewed(blocks, trained, "scale", "zero_point"))
 
 
 def train_weights_end_to_end(job: Job) -> None:
@@ -68,7 +69,7 @@ def train_weights_end_to_end(job: Job) -> None:
             arguments = _arguments(job, stage, keeper)
             train_weights(job.lm, blocks, data, config, dtype=dtype, fast=fast, **arguments)
     trained = [{name: linear.freeze() for name, linear in of_block.items()} for of_block in linears]
-    _commit(job, stage, _renewed(blocks, trained))
+    _commit(job, stage, _renewed(blocks, trained, "words", "scale", "zero_point"))
 
 
 def train_low_rank_end_to_end(job: Job) -> None:
@@ -92,7 +93,7 @@ def train_low_rank_end_to_end(job: Job) -> None:
         with resumable(job.checkpoints, stage.name) as keeper:
             train_factors(job.lm, blocks, data, config, dtype=dtype, **_arguments(job, stage, keeper))
     trained = [{name: linear.freeze() for name, linear in of_block.items()} for of_block in linears]
-    _commit(job, stage, _renewed(blocks, trained))
+    _commit(job, stage, _renewed(blocks, trained, "words", "scale", "zero_point"))
 
 
 def _latent_blocks(
@@ -111,18 +112,18 @@ def _latent_blocks(
             "latents",
             f"{without} of {job.blocks} blocks came without the latents behind their integers, and start at "
             "these, from which little moves",
-            hint="blocks that are only rounded, or trained by Block-AP in this run, have them",
+            hint="blocks that this run rounds to nearest, or makes by Block-AP or GPTQ, have them",
         )
 
 
 def _renewed(
-    blocks: Sequence[nn.Module], trained: Sequence[Mapping[str, PackedWeight]]
+    blocks: Sequence[nn.Module], trained: Sequence[Mapping[str, PackedWeight]], *parts: str
 ) -> list[dict[str, Tensor]]:
-    """What is new of each block where integers were trained."""
+    """What is new of each block: these parts of its linears, and the norms that were trained."""
     entries = []
     for block, weights in zip(blocks, trained, strict=True):
         norms = {f"other.{name}": kept_norm(value).cpu() for name, value in trained_norms(block).items()}
-        entries.append(_entry(weights, "words", "scale", "zero_point") | norms)
+        entries.append(_entry(weights, *parts) | norms)
     return entries
 
 

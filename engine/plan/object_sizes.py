@@ -133,8 +133,9 @@ def _others(arch: Architecture) -> Iterator[Tensor]:
 
 
 @lru_cache
-def scales_bytes(arch: Architecture, grid: GridConfig) -> int:
-    """The object that a training of the whole network adds for each block: its scales and zero points."""
+def scales_bytes(arch: Architecture, grid: GridConfig, *, norms: bool = False) -> int:
+    """The object that a training of the whole network adds for each block: its scales and zero points, and
+    the ``norms``, where it trains them."""
     tensors = []
     for linear in arch.linears:
         shape = (linear.out_features, grid.shared.groups(linear.in_features))
@@ -142,7 +143,7 @@ def scales_bytes(arch: Architecture, grid: GridConfig) -> int:
             Tensor(f"{linear.name}.scale", "F16", shape),
             Tensor(f"{linear.name}.zero_point", "U8", shape),
         ]
-    return file_bytes(tensors)
+    return file_bytes([*tensors, *(_norms(arch) if norms else ())])
 
 
 @lru_cache

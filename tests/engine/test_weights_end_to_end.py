@@ -1,4 +1,4 @@
-"""Whole runs in which integers are trained end to end."""
+"""Whole runs in which integers, or norms beside scales, are trained end to end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 
 import pytest
+import torch
 from engine_runs import Child, exported, of, output, run_here
 from safetensors.torch import load_file
 
@@ -14,7 +15,7 @@ from engine.config.loading import load, load_run
 from engine.config.overrides import apply_overrides
 from engine.config.validation import validate
 from engine.errors import UsageError
-from engine.plan.object_sizes import integers_bytes
+from engine.plan.object_sizes import integers_bytes, scales_bytes
 from engine.quant.packing import bitunpack
 from engine.run import events
 from engine.run.directory import RunDirectory
@@ -32,6 +33,15 @@ SETTINGS = {
     "e2e_qat.batch_size": 4,
     "e2e_qat.epochs": 6,
     "e2e_qat.lr_weight": 0.1,
+}
+
+NORMS_TOO = {
+    "grid.bits": 2,
+    "e2e_qp.train": ["scales", "norms"],
+    "e2e_qp.sequences": 16,
+    "e2e_qp.sequence_length": 32,
+    "e2e_qp.batch_size": 4,
+    "e2e_qp.epochs": 6,
 }
 
 
@@ -82,6 +92,37 @@ def test_interrupted_inside_it_a_run_ends_with_the_same_bytes(
     assert child.code() == (75 if number == signal.SIGTERM else -signal.SIGKILL), output(run)
     assert run_here(run) == 0
     assert exported(run) == exported(finished_once(**SETTINGS))
+
+
+def test_norms_are_trained_beside_scales_and_are_exported(finished_once: Make) -> None:
+    run = finished_once(**NORMS_TOO)
+    assert all(export.verified for export in of(run, events.Export))
+    config = load_run(run.path)
+    arch = describe(config.model.source).architecture
+    before = [load_file(file) for file in entries(run, "block-")]
+    written = load_file(run.path / "export" / "gptq_v2" / "model.safetensors")
+    for index, (old, file) in enumerate(zip(before, entries(run, "scales-"), strict=True)):
+        new = load_file(file)
+        with open(file, "rb") as opened:
+            assert len(opened.read()) == scales_bytes(arch, config.grid, norms=True)
+        assert not any(name.endswith(".words") for name in new)
+        for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+            assert not torch.equal(new[f"other.{norm}"], old[f"other.{norm}"])
+            stored = written[f"model.layers.{index}.{norm}"]
+            assert torch.equal(stored, new[f"other.{norm}"].to(stored.dtype))
+
+
+def test_stopped_while_norms_are_trained_a_run_ends_with_the_same_bytes(
+    make: Make, engine: Callable[..., Child], finished_once: Make
+) -> None:
+    run = make(**NORMS_TOO)
+    child = engine(run)
+    child.until(lambda: any(e.phase == "e2e_qp" for e in of(run, events.Metric)))
+    child.send(signal.SIGTERM)
+    assert child.code() == 75, output(run)
+    assert of(run, events.CheckpointCommitted)[-1].step, "in the middle of a training"
+    assert run_here(run) == 0
+    assert exported(run) == exported(finished_once(**NORMS_TOO))
 
 
 def test_only_one_of_the_two_trains_scales() -> None:

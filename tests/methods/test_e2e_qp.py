@@ -22,6 +22,7 @@ from engine.errors import NonFiniteError
 from engine.methods.blockwise.rtn import round_to_nearest
 from engine.methods.network.e2e_qp import train_scales
 from engine.methods.network.network import NetworkData
+from engine.methods.network.norms import trained_norms
 from engine.methods.network.teacher import Teacher
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
@@ -120,12 +121,15 @@ class HandLinear(nn.Module):
         return functional.linear(x, (self.centred * self.scale.unsqueeze(-1)).flatten(1))
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
+@pytest.mark.parametrize(
+    ("loss", "train_set"), [("cross_entropy", ("scales",)), ("kl", ("scales",)), ("kl", ("scales", "norms"))]
+)
 def test_a_two_block_model_trained_by_a_hand_written_loop_gives_the_same_scales(
-    folder: Path, lm: CausalLM, loss: str
+    folder: Path, lm: CausalLM, loss: str, train_set: tuple[str, ...]
 ) -> None:
-    config = settings(loss=loss)
-    ours = packed_linears(train(lm, config))
+    config = settings(loss=loss, train=train_set)
+    blocks = train(lm, config)
+    ours = packed_linears(blocks)
 
     model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
     teacher = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -134,8 +138,15 @@ def test_a_two_block_model_trained_by_a_hand_written_loop_gives_the_same_scales(
         for name, weight in block.linears.items():
             by_hand[f"{index}.{name}"] = linear = HandLinear(weight)
             slot(model, f"model.layers.{index}.{name}").set(linear)
-    scales = [linear.scale for linear in by_hand.values()]
-    optimizer = torch.optim.AdamW(scales, weight_decay=0, fused=False)
+    trained = [linear.scale for linear in by_hand.values()]
+    norms = {
+        name.removeprefix("model.layers."): norm
+        for name, norm in model.named_parameters()
+        if name.startswith("model.layers.") and name.endswith("layernorm.weight") and "norms" in train_set
+    }
+    began = {name: norm.detach().clone() for name, norm in norms.items()}
+    trained += [norm.requires_grad_() for norm in norms.values()]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0, fused=False)
     sampler = BatchSampler(TRAIN, 4, 3, seed=5)
     ids = tiny.tokens(TRAIN, LENGTH, seed=3)
     for _, step, rows in sampler:
@@ -149,13 +160,20 @@ def test_a_two_block_model_trained_by_a_hand_written_loop_gives_the_same_scales(
             value = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[rows][:, 1:].flatten())
         optimizer.zero_grad()
         value.backward()
-        nn.utils.clip_grad_norm_(scales, config.grad_clip)
+        nn.utils.clip_grad_norm_(trained, config.grad_clip)
         warmup = math.ceil(0.2 * sampler.steps)
         optimizer.param_groups[0]["lr"] = 1e-3 * cosine_factor(step, sampler.steps, 0.0, warmup)
         optimizer.step()
     assert ours.keys() == by_hand.keys()
     for name, linear in by_hand.items():
         assert_same_but_for_few(ours[name].scale, linear.scale)
+    found = {
+        f"{i}.{name}": norm for i, block in enumerate(blocks) for name, norm in trained_norms(block).items()
+    }
+    assert found.keys() == norms.keys()
+    for name, norm in norms.items():
+        assert not torch.equal(norm, began[name])
+        assert_same_but_for_few(found[name], norm)
 
 
 def assert_same_but_for_few(one: Tensor, other: Tensor) -> None:

@@ -1,8 +1,8 @@
 """E2E-QP: end-to-end training of quantization parameters (EfficientQAT, arXiv 2407.11062, section 3.3).
 
 Block-AP has made every block match its own target; nothing has looked at the whole network yet. Here the
-integers are fixed and only the scales (optionally the zero points) are trained, through all blocks at once
-(:mod:`engine.methods.network.network`).
+integers are fixed and only the scales (optionally the zero points, and the norms between the linears) are
+trained, through all blocks at once (:mod:`engine.methods.network.network`).
 
 Memory: the weights stay packed (:class:`engine.quant.packed.PackedLinear` keeps no float copy).
 """
@@ -22,6 +22,7 @@ from engine.methods.network.network import (
     network_settings,
     train_network,
 )
+from engine.methods.network.norms import norm_groups
 from engine.methods.runaway import refuse_runaway
 from engine.quant.grid import RELATIVE_SCALE_FLOOR
 from engine.quant.packed import PackedLinear, into_domain, smallest_trained
@@ -111,18 +112,22 @@ def _floor(layer: PackedLinear) -> Tensor:
 
 
 def _parameter_groups(blocks: list[nn.Module], config: E2EQPConfig) -> list[ParameterGroup]:
-    """Scales and zero points of every packed linear; relative learning rates as in Block-AP."""
+    """Scales and zero points of every packed linear, and the norms; relative learning rates as in
+    Block-AP."""
     assert config.lr is not None, "the configuration is not resolved"
     groups: list[ParameterGroup] = []
+    relative = config.lr_scaling == "relative"
     for block in blocks:
         for module in block.modules():
             if not isinstance(module, PackedLinear):
                 continue
-            unit = module.scale.abs().mean().item() if config.lr_scaling == "relative" else 1.0
+            unit = module.scale.abs().mean().item() if relative else 1.0
             if "scales" in config.train:
                 module.scale.requires_grad_(True)
                 groups.append(ParameterGroup("scales", [module.scale], config.lr * unit))
             if "zero_points" in config.train and module.grid.fixed_zero_point is None:
                 lr = config.lr
                 groups.append(ParameterGroup("zero_points", [module.train_zero_points()], lr))
+        if "norms" in config.train:
+            groups += norm_groups(block, config.lr, relative=relative)
     return groups

@@ -1,11 +1,12 @@
-"""E2E-QP: the scales of all blocks, on packed integers that stay as they are.
+"""E2E-QP: the scales of all blocks, and norms, on packed integers that stay as they are.
 
 memory    packed integers of all blocks; scales with gradient, moments and copies; the input of every block
           (or all activations), one block's activations, logits of a chunk of tokens; beside it the
           teacher's last hidden states
 time      3 forward passes a token (4 with recomputation), the head forward and backward; the teacher's
           blocks, unless Block-AP's full-precision stream ended as just that
-disk      scales and zero points of every block, snapshots, the teacher where streams are stored
+disk      scales and zero points of every block, and norms that it trains; snapshots; the teacher where
+          streams are stored
 """
 
 from __future__ import annotations
@@ -18,11 +19,16 @@ from engine.plan.costs import Steps, Text
 from engine.plan.estimate import CONSTANTS, Workload
 from engine.plan.memory_terms import Form, activation_bytes, largest_linear, logits
 from engine.plan.network_training import NetworkTraining
+from engine.plan.object_sizes import scales_bytes
 from engine.plan.rates import COMPILING_NETWORK_PAYS, PassageCost, Speed, forward_flops, unpacking
 
 
 class E2EQPCosts(NetworkTraining):
     """Of ``e2e_qp``."""
+
+    def result_bytes(self, work: Workload) -> int:
+        norms = "norms" in self.trains(work.config)
+        return work.arch.blocks * scales_bytes(work.arch, work.config.grid, norms=norms)
 
     def teacher_text(self, config: RunConfig) -> Text | None:
         return self.text(config) if self.section(config).loss == "kl" else None
