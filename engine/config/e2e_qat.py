@@ -29,8 +29,8 @@ class E2EQATConfig(NetworkSection, frozen=True, kw_only=True, forbid_unknown_fie
     train: tuple[Trained, ...] = ("weights", "scales")
     """E2E-QAT trains these, but for zero points where the grid fixes them."""
     start: Start = "integers"
-    """Weights start at their ``integers``, or at the ``latents`` that were rounded to them: Block-AP's own,
-    without it the original weights."""
+    """Weights start at their ``integers``, or at the ``latents`` that were rounded to them: those of
+    Block-AP or GPTQ, without them the original weights."""
     sequences: int = 1024
     """The model is trained on this many sequences."""
     val_sequences: int = 16

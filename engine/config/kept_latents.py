@@ -1,4 +1,4 @@
-"""Which latents Block-AP keeps with its blocks, for a stage behind it that starts from them."""
+"""Which latents Block-AP and GPTQ keep with their blocks, for a stage behind them that starts from these."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from engine.config.latents import Downcast
 from engine.config.run import RunConfig
 
 KEPT_FOR_WEIGHTS: Downcast = "float16"
-"""How Block-AP keeps what E2E-QAT starts from."""
+"""How they keep what E2E-QAT starts from."""
 
 
 def kept_latents(config: RunConfig) -> Downcast | None:
-    """How the stage that trains blocks keeps its latents; none where nothing starts from them, and for the
+    """How the stage that makes blocks keeps its latents; none where nothing starts from them, and for the
     integers alone, which a block has anyway."""
     low_rank, weights = config.lr_qat, config.e2e_qat
     if low_rank.enabled and low_rank.start == "latents" and low_rank.downcast != "integer":

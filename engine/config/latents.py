@@ -1,8 +1,8 @@
 """Latents: what a weight was before it was rounded, counted in grid steps, and how cheaply it is kept.
 
 A stage of the whole network that may change integers starts at them, or at the latents behind them. Of blocks
-that were only rounded these are the original weights, which can be read again; Block-AP's own are gone after
-it, so it keeps them with its blocks where such a stage is to come.
+that were only rounded to nearest these are the original weights, which can be read again; Block-AP's and
+GPTQ's own are gone after them, so they keep them with their blocks where such a stage is to come.
 """
 
 from __future__ import annotations

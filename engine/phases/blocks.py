@@ -57,10 +57,12 @@ class _GPTQ(OnStreams):
         on = BlockOnStream(job.lm, index, block, streams[QUANTIZED], measured, self.dtype, job.world)
         sequences = micro_batch_after(job.store.fact(MICRO_BATCH)) or config.batch_size
         at_once = AtOnce(sequences, rounded_at_a_time(job.device))
-        packed, found = gptq_block(on, config, job.config.grid, job.report, at_once)
+        keeps = kept_latents(job.config)
+        packed, found = gptq_block(on, config, job.config.grid, job.report, at_once, keeps=keeps)
         # As Block-AP's: how far the block was off where it began, and is now.
         losses = {"initial_loss": found.plain_error, "final_loss": found.error}
-        self.commit(index, block, packed.tensors(), losses, found.start.at_once.sequences, streams)
+        kept = packed.tensors() | named_latents(found.kept)
+        self.commit(index, block, kept, losses, found.start.at_once.sequences, streams)
 
 
 class _BlockAP(OnStreams):

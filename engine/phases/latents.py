@@ -1,5 +1,5 @@
-"""Latents of blocks between two stages: Block-AP keeps its own beside the integers, and a stage of the whole
-network asks for those that the blocks were rounded from.
+"""Latents of blocks between two stages: Block-AP and GPTQ keep their own beside the integers, and a stage of
+the whole network asks for those that the blocks were rounded from.
 
 They lie in the block's own entry of the checkpoint, so that a block and its latents are damaged, shared and
 trained again together.

@@ -11,6 +11,7 @@ from plan_tools import H200, PAPER, machine, paper
 from engine.architecture.description import TINY_LLAMA
 from engine.architecture.families import architecture
 from engine.config.gptq import GPTQConfig
+from engine.config.latents import Start
 from engine.config.loading import load
 from engine.config.run import RunConfig
 from engine.config.sameness import config_hash
@@ -46,6 +47,18 @@ def test_a_7b_model_takes_minutes_and_a_fraction_of_a_gpu(llama: str) -> None:
     assert phase.parts["activations or Hessians"] >= 4 * (4 * 11008**2 + 4096 * 11008)
     assert phase.peak_gpu_bytes is not None
     assert phase.peak_gpu_bytes < 8 * GIB
+
+
+def test_latents_that_a_stage_behind_it_starts_from_are_on_its_disk(llama: str) -> None:
+    low_rank = msgspec.structs.replace(PAPER.lr_qat, enabled=True, sequences=128)
+
+    def planned(start: Start) -> int:
+        behind = msgspec.structs.replace(low_rank, start=start)
+        config = msgspec.structs.replace(by_gptq(llama), lr_qat=behind)
+        return made(config).peak_disk_bytes
+
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert planned("latents") - planned("integers") == pytest.approx(weights, rel=0.01), "a byte each"
 
 
 def test_it_has_one_stream_and_nobody_learns_from_it(llama: str) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from engine.config.gptq import GPU_VALUES, VALUES, GPTQConfig
 from engine.config.grid import Grid, GridConfig
+from engine.config.latents import Downcast
 from engine.methods.blockwise.gptq import (
     Ranges,
     Rounded,
@@ -55,11 +57,13 @@ FACTORING_RATE = 5e9
 
 class Latents(NamedTuple):
     """Where GPTQ left a block, and by how much it errs: of each linear's output, squared errors over squares,
-    in the mean over all linears; of GPTQ, and of plain rounding."""
+    in the mean over all linears; of GPTQ, and of plain rounding. ``kept`` are by linear what was rounded,
+    where that was to be kept."""
 
     start: Start
     error: float
     plain_error: float
+    kept: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -84,14 +88,20 @@ def gptq_block(
     grid: GridConfig,
     progress: Progress,
     at_once: AtOnce,
+    *,
+    keeps: Downcast | None = None,
 ) -> tuple[PackedBlock, Latents]:
-    """Quantize a block in place, and say how that went."""
+    """Quantize a block in place, and say how that went. ``keeps`` is the form in which the latents behind the
+    integers are kept."""
     found = latents(on, config, grid, progress, at_once)
     ranges = found.start.ranges
     on.world.alike([*on.block.parameters(), *(one for pair in ranges.values() for one in pair)])
     linears = wrap_linears(on.block, grid.of_each(ranges), ranges=ranges)
     packed = freeze_block(on.block, linears)
     packed.install(on.block)
+    if keeps is not None:
+        kept = {name: linear.kept_latent(keeps) for name, linear in linears.items()}
+        found = found._replace(kept=kept)
     return packed, found
 
 

@@ -6,7 +6,8 @@ memory    float32 weights and latents of a block; then the largest of (a batch o
 a block   passages of the stream: one for every step of the order in which linears are called, as far as that
           step, and one through the quantized block; products of tokens for the Hessians; factors of these;
           two choices of ranges for every group; rounding column by column
-disk      every finished block once, stored streams; there is no state in the middle of a block
+disk      every finished block once, and its latents where a stage starts from them; stored streams; there is
+          no state in the middle of a block
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from functools import partial
 from engine.architecture.families import Architecture
 from engine.config.gptq import GPU_VALUES, VALUES, GPTQConfig
 from engine.config.joint_search import candidates
+from engine.config.kept_latents import kept_latents
+from engine.config.latents import Downcast
 from engine.config.run import RunConfig
 from engine.plan.costs import Ladder, Pain, StageCosts, Text, Training, halves
 from engine.plan.estimate import CONSTANTS, Workload
@@ -55,6 +58,9 @@ class GPTQCosts(StageCosts):
             sequence_length=section.sequence_length,
             compute_dtype=section.compute_dtype,
         )
+
+    def latents(self, config: RunConfig) -> Downcast | None:
+        return kept_latents(config)
 
     def streams(self) -> int:
         return 1
@@ -109,7 +115,8 @@ class GPTQCosts(StageCosts):
         )
 
     def kept(self, work: Workload, streams_every: int, snapshots: int) -> int:
-        one, pairs = block_bytes(work.arch, work.config.grid), stored_pairs(work, streams_every)
+        one = block_bytes(work.arch, work.config.grid, self.latents(work.config))
+        pairs = stored_pairs(work, streams_every)
         stored = pairs * streams_every * one + min(2, pairs) * streams_bytes(work)
         return max(self.result_bytes(work) + min(1, pairs) * streams_bytes(work), stored)
 
