@@ -78,18 +78,19 @@ def random_store(
     return store
 
 
-def packed_like(block: nn.Module, names: Sequence[str]) -> PackedBlock:
-    """Random 2-bit integers in groups of 64, in the shapes of a block's linears."""
-    linears = {}
+def packed_like(block: nn.Module, names: Sequence[str], grid: Grid | None = None) -> PackedBlock:
+    """Random integers in the shapes of a block's linears, of 2 bits in groups of 64 where no ``grid`` is
+    named."""
+    grid, linears, whole = grid or Grid(2, 64), {}, (-(2**31), 2**31 - 1)
     for name in names:
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         out, inputs = linear.weight.shape
         linears[name] = PackedWeight(
-            torch.randint(-(2**31), 2**31 - 1, (out, inputs // 16), dtype=torch.int32, device=DEVICE),
-            torch.full((out, inputs // 64), 0.8 * inputs**-0.5, dtype=torch.float16, device=DEVICE),
-            torch.ones(out, inputs // 64, dtype=torch.uint8, device=DEVICE),
-            Grid(2, 64),
+            torch.randint(*whole, (out, inputs * grid.bits // 32), dtype=torch.int32, device=DEVICE),
+            torch.full((out, grid.groups(inputs)), 0.8 * inputs**-0.5, dtype=torch.float16, device=DEVICE),
+            torch.full((out, grid.groups(inputs)), grid.top // 2, dtype=torch.uint8, device=DEVICE),
+            grid,
         )
     return PackedBlock(linears, {})
 

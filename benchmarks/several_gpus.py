@@ -240,10 +240,9 @@ def rows(args: argparse.Namespace, found: list[dict[str, Any]]) -> list[list[str
         took = statistics.median(one["took"])
         plan = faster = ""
         if what in KINDS and not one.get("without"):
-            seconds, alone = (
-                planned(args, what, gpus, device_name(DEVICE)) for gpus in (one["gpus"], base["gpus"])
-            )
-            plan, faster = f"{seconds:.2f}", f"{alone / seconds:.2f} x"
+            kind, name = kind_of(args, what), device_name(DEVICE)
+            here, alone = (planned(args, kind, gpus, name) for gpus in (one["gpus"], base["gpus"]))
+            plan, faster = f"{here.ms:.2f}", f"{alone.ms / here.ms:.2f} x"
         made.append(
             [
                 WORDS[what] + one.get("without", ""),

@@ -1,4 +1,4 @@
-"""What each process of ``several_gpus.py`` measures, and what the plan says of it."""
+"""What each process of ``several_gpus.py``, and ``methods.py``, measures, and what the plan says of it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
 from block_step import GRID, settings
 from common import (
     DEVICE,
+    GIB,
     SHAPES,
     Marks,
     dtype,
     model,
-    packed_block,
     packed_like,
     peak_gib,
     random_block,
@@ -31,19 +31,23 @@ from common import (
 from engine.architecture.families import architecture
 from engine.config.e2e_qat import E2EQATConfig
 from engine.config.e2e_qp import E2EQPConfig
+from engine.config.grid import GridConfig
 from engine.config.loading import load
+from engine.config.lr_qat import LRQATConfig
 from engine.config.stages import STAGES
 from engine.data.activations import ActivationStore, make_store
 from engine.methods.blockwise.block_ap import train_block
 from engine.methods.blockwise.reconstruction import Streams
 from engine.methods.network.e2e_qat import train_weights
 from engine.methods.network.e2e_qp import train_scales
+from engine.methods.network.lr_qat import low_rank_linears, train_factors
 from engine.methods.network.network import NetworkData
 from engine.plan.costs import costs_of
 from engine.plan.estimate import Workload
 from engine.plan.ranks import adding_seconds, share_of
 from engine.plan.rates import speed
 from engine.quant.fake_linear import latent_linears
+from engine.quant.low_rank import Kernel
 from engine.quant.packed import Kernels
 from engine.training.averaged import Averaged
 from engine.training.world import World
@@ -68,6 +72,9 @@ class Kind:
     vocabulary: int = 32000
     shape: str = ""
     """Where it is not the one that is asked for."""
+    grid: GridConfig = GRID
+    changes: tuple[tuple[str, Any], ...] = ()
+    """Fields of the stage's section that are others than usual."""
 
 
 KINDS = {
@@ -151,18 +158,19 @@ def block(args: argparse.Namespace, kind: Kind, world: World) -> dict[str, Any]:
 
 
 def network(args: argparse.Namespace, kind: Kind, world: World) -> dict[str, Any]:
-    """Steps of E2E-QP, or of E2E-QAT."""
-    shape = shape_of(args, kind)
+    """Steps of a stage that trains all blocks together."""
+    shape, section = shape_of(args, kind), section_of(kind)
     lm = model(SHAPES[shape], blocks=kind.layers, vocabulary=kind.vocabulary)
-    Kernels.on = False
+    Kernels.on = Kernel.on = False
     if CUDA:
         Kernels.switch_on(DEVICE)
+        Kernel.switch_on(DEVICE)
     generator = torch.Generator().manual_seed(0)
     count = kind.steps * kind.batch
     data = NetworkData(
         torch.randint(0, kind.vocabulary, (count, kind.length), generator=generator), count, None, world=world
     )
-    took, peak = [], 0.0
+    took, peak, reserved = [], 0.0, 0.0
     for number in range(args.repeat):
         marks = Marks()
         reset_peak()
@@ -176,19 +184,28 @@ def network(args: argparse.Namespace, kind: Kind, world: World) -> dict[str, Any
             "compiles": CUDA,
             "records": CUDA,
         }
-        if kind.stage == "e2e_qp":
-            blocks = [copy.deepcopy(packed_block(shape)) for _ in range(kind.layers)]
-            train_scales(lm, blocks, data, qp_section(kind), **options)
+        blocks = [copy.deepcopy(random_block(shape)).to(DEVICE, dtype()) for _ in range(kind.layers)]
+        quantized = [packed_like(made, lm.linear_names(0), kind.grid.shared) for made in blocks]
+        if isinstance(section, E2EQPConfig):
+            blocks = [one.install(made) for one, made in zip(quantized, blocks, strict=True)]
+            del quantized
+            train_scales(lm, blocks, data, section, **options)
         else:
-            blocks = [copy.deepcopy(random_block(shape)).to(DEVICE, dtype()) for _ in range(kind.layers)]
-            for made in blocks:
-                latent_linears(made, packed_like(made, lm.linear_names(0)), None)
-            train_weights(lm, blocks, data, qat_section(kind), fast=CUDA, **options)
+            pairs = zip(blocks, quantized, strict=True)
+            linears = [latent_linears(made, one, None) for made, one in pairs]
+            del quantized
+            if isinstance(section, E2EQATConfig):
+                train_weights(lm, blocks, data, section, fast=CUDA, **options)
+            else:
+                for made, named in zip(blocks, linears, strict=True):
+                    low_rank_linears(made, named, section, number)
+                train_factors(lm, blocks, data, section, **options)
+            del linears
         took.append(median_step(marks, SKIPPED))
-        peak = peak_gib(0)
+        peak, reserved = peak_gib(0), torch.cuda.max_memory_reserved() / GIB if CUDA else 0.0
         del blocks
         gc.collect()
-    return {"took": took, "peak": peak}
+    return {"took": took, "peak": peak, "reserved": reserved}
 
 
 def sections(kind: Kind) -> dict[str, Any]:
@@ -204,12 +221,14 @@ def sections(kind: Kind) -> dict[str, Any]:
     }
 
 
-def qp_section(kind: Kind) -> E2EQPConfig:
-    return E2EQPConfig(**sections(kind), lr=1e-3)
-
-
-def qat_section(kind: Kind) -> E2EQATConfig:
-    return E2EQATConfig(**sections(kind), enabled=True, lr_weight=1e-3, lr_quant=1e-4)
+def section_of(kind: Kind) -> E2EQPConfig | E2EQATConfig | LRQATConfig:
+    """Of a stage that trains all blocks together."""
+    fields = {**sections(kind), **dict(kind.changes)}
+    if kind.stage == "e2e_qp":
+        return E2EQPConfig(**fields, lr=1e-3)
+    if kind.stage == "e2e_qat":
+        return E2EQATConfig(**fields, enabled=True, lr_weight=1e-3, lr_quant=1e-4)
+    return LRQATConfig(**fields, enabled=True, text_weight=0.0).resolved(kind.grid)
 
 
 def add(args: argparse.Namespace, kind: Kind, world: World) -> dict[str, Any]:
@@ -238,19 +257,27 @@ def measure(args: argparse.Namespace, what: str, world: World) -> dict[str, Any]
 # -- planned -------------------------------------------------------------------------------------------
 
 
-def planned(args: argparse.Namespace, what: str, gpus: int, gpu_name: str) -> float:
-    """Milliseconds of a step, as the plan reckons them."""
-    kind = kind_of(args, what)
+class Planned(NamedTuple):
+    """As the plan reckons it."""
+
+    ms: float
+    """Of a step."""
+    gib: float
+    """Of a stage that trains all blocks together; the head and what else is always there are not in it."""
+
+
+def planned(args: argparse.Namespace, kind: Kind, gpus: int, gpu_name: str) -> Planned:
+    """What a step of ``kind`` takes."""
     fields = {"num_hidden_layers": kind.layers, "vocab_size": kind.vocabulary, **SHAPES[shape_of(args, kind)]}
     arch = architecture({"model_type": "llama", "torch_dtype": "bfloat16", **fields})
     section: Any
     if kind.stage == "block_ap":
         section = settings(kind.steps * kind.batch, kind.batch, kind.length)
     else:
-        section = qp_section(kind) if kind.stage == "e2e_qp" else qat_section(kind)
+        section = section_of(kind)
     config = load("smoke")
     runtime = msgspec.structs.replace(config.runtime, gpus=gpus, compile="on")
-    config = msgspec.structs.replace(config, runtime=runtime, grid=GRID, **{kind.stage: section})
+    config = msgspec.structs.replace(config, runtime=runtime, grid=kind.grid, **{kind.stage: section})
     share = share_of(config)
     work = Workload(arch=arch, config=share, cuda=CUDA, windows=0, short_of_memory=False, whole=config)
     if gpus > 1:
@@ -258,7 +285,9 @@ def planned(args: argparse.Namespace, what: str, gpus: int, gpu_name: str) -> fl
     rates, costs = speed(CUDA, gpu_name, 1, True), costs_of(STAGES[kind.stage])
     work = msgspec.structs.replace(work, compiled=frozenset({kind.stage}) if CUDA else frozenset())
     if kind.stage == "block_ap":
-        seconds = costs.step_seconds(work, rates)  # type: ignore[attr-defined]
+        seconds, memory = costs.step_seconds(work, rates), 0  # type: ignore[attr-defined]
     else:
         seconds = costs.training_seconds(work, rates) / kind.steps  # type: ignore[attr-defined]
-    return float(1e3 * (seconds + costs.adding_seconds(work, rates)))  # type: ignore[attr-defined]
+        memory = sum(costs.network_memory(work).values())  # type: ignore[attr-defined]
+    step = seconds + costs.adding_seconds(work, rates)  # type: ignore[attr-defined]
+    return Planned(float(1e3 * step), memory / GIB)

@@ -24,6 +24,7 @@ COMMANDS = [
     " --group-size 32 --held-out builtin --rounded --block-ap epochs=1 --try e2e_qp --try e2e_qat"
     " --try lr_qat",
     "several_gpus --shape tiny --gpus 2 --repeat 1 --what block qat",
+    "methods --shape tiny --repeat 1",
     "servers tiny --rows 1 --bits 3 --groups 64",
     "startup tiny --blocks 2 --vocabulary 700 --words 4000 --preset smoke --repeat 1",
 ]
