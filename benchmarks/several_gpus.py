@@ -239,9 +239,11 @@ def rows(args: argparse.Namespace, found: list[dict[str, Any]]) -> list[list[str
         what, base = one["what"], first[one["what"]]
         took = statistics.median(one["took"])
         plan = faster = ""
-        if what in KINDS and not one.get("without"):
+        if what in KINDS:
+            nvlink = not one.get("without")
             seconds, alone = (
-                planned(args, what, gpus, device_name(DEVICE)) for gpus in (one["gpus"], base["gpus"])
+                planned(args, what, gpus, device_name(DEVICE), nvlink=nvlink)
+                for gpus in (one["gpus"], base["gpus"])
             )
             plan, faster = f"{seconds:.2f}", f"{alone / seconds:.2f} x"
         made.append(

@@ -41,6 +41,7 @@ from engine.methods.network.e2e_qp import train_scales
 from engine.methods.network.network import NetworkData
 from engine.plan.costs import costs_of
 from engine.plan.estimate import Workload
+from engine.plan.link import Link, linked_by_name
 from engine.plan.ranks import adding_seconds, share_of
 from engine.plan.rates import speed
 from engine.quant.fake_linear import latent_linears
@@ -238,8 +239,8 @@ def measure(args: argparse.Namespace, what: str, world: World) -> dict[str, Any]
 # -- planned -------------------------------------------------------------------------------------------
 
 
-def planned(args: argparse.Namespace, what: str, gpus: int, gpu_name: str) -> float:
-    """Milliseconds of a step, as the plan reckons them."""
+def planned(args: argparse.Namespace, what: str, gpus: int, gpu_name: str, *, nvlink: bool = True) -> float:
+    """Milliseconds of a step, as the plan reckons them; without ``nvlink``, as if it were switched off."""
     kind = kind_of(args, what)
     fields = {"num_hidden_layers": kind.layers, "vocab_size": kind.vocabulary, **SHAPES[shape_of(args, kind)]}
     arch = architecture({"model_type": "llama", "torch_dtype": "bfloat16", **fields})
@@ -254,7 +255,8 @@ def planned(args: argparse.Namespace, what: str, gpus: int, gpu_name: str) -> fl
     share = share_of(config)
     work = Workload(arch=arch, config=share, cuda=CUDA, windows=0, short_of_memory=False, whole=config)
     if gpus > 1:
-        work = msgspec.structs.replace(work, adding=adding_seconds(work, gpu_name, 1.0))
+        linked: Link = "NVLink" if nvlink and linked_by_name(gpu_name) else "PCIe"
+        work = msgspec.structs.replace(work, adding=adding_seconds(work, linked if CUDA else "", 1.0))
     rates, costs = speed(CUDA, gpu_name, 1, True), costs_of(STAGES[kind.stage])
     work = msgspec.structs.replace(work, compiled=frozenset({kind.stage}) if CUDA else frozenset())
     if kind.stage == "block_ap":
