@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_strategies import structs
 
+from engine.config.calibration import texts_of
 from engine.config.data import DataConfig
 from engine.config.derived import absolute_paths, resolve
 from engine.config.field_docs import field_help
@@ -20,6 +21,7 @@ from engine.config.loading import from_toml, load, preset_names
 from engine.config.overrides import apply_overrides
 from engine.config.run import RunConfig
 from engine.config.sameness import config_hash
+from engine.config.stages import stages_of
 from engine.config.validation import validate
 from engine.config.writing import to_toml
 from engine.errors import ExitCode, UsageError
@@ -115,6 +117,12 @@ def test_paper_preset_is_the_published_recipe(bits: int, weight: float, e2e: flo
     assert (qp.loss, qp.lr, qp.grad_clip, qp.warmup_fraction) == ("cross_entropy", e2e, 0.3, 0.03)
     assert (qp.train, qp.compute_dtype) == (("scales",), "bfloat16")
     assert (paper.grid.range, paper.data.source) == ("minmax", "redpajama")
+    # What this project adds to recipes is left out of it: searched starts, errors that do not count, a share
+    # of cross-entropy beside another loss, text of the model's own.
+    assert (ap.start, ap.drop_largest, qp.text_weight) == ("range", 0, 0)
+    assert [stage.name for stage in stages_of(paper)] == ["block_ap", "e2e_qp"]
+    assert paper.data.mix is None
+    assert not any(text.data.is_own for text in texts_of(paper.data))
 
 
 def test_the_text_of_every_field_is_a_sentence_that_needs_no_other() -> None:
