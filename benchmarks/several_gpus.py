@@ -239,9 +239,10 @@ def rows(args: argparse.Namespace, found: list[dict[str, Any]]) -> list[list[str
         what, base = one["what"], first[one["what"]]
         took = statistics.median(one["took"])
         plan = faster = ""
-        if what in KINDS and not one.get("without"):
-            kind, name = kind_of(args, what), device_name(DEVICE)
-            here, alone = (planned(args, kind, gpus, name) for gpus in (one["gpus"], base["gpus"]))
+        if what in KINDS:
+            kind, name, nvlink = kind_of(args, what), device_name(DEVICE), not one.get("without")
+            counts = (one["gpus"], base["gpus"])
+            here, alone = (planned(args, kind, gpus, name, nvlink=nvlink) for gpus in counts)
             plan, faster = f"{here.ms:.2f}", f"{alone.ms / here.ms:.2f} x"
         made.append(
             [

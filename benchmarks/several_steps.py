@@ -44,6 +44,7 @@ from engine.methods.network.lr_qat import low_rank_linears, train_factors
 from engine.methods.network.network import NetworkData
 from engine.plan.costs import costs_of
 from engine.plan.estimate import Workload
+from engine.plan.link import Link, linked_by_name
 from engine.plan.ranks import adding_seconds, share_of
 from engine.plan.rates import speed
 from engine.quant.fake_linear import latent_linears
@@ -266,8 +267,8 @@ class Planned(NamedTuple):
     """Of a stage that trains all blocks together; the head and what else is always there are not in it."""
 
 
-def planned(args: argparse.Namespace, kind: Kind, gpus: int, gpu_name: str) -> Planned:
-    """What a step of ``kind`` takes."""
+def planned(args: argparse.Namespace, kind: Kind, gpus: int, gpu_name: str, *, nvlink: bool = True) -> Planned:
+    """What a step of ``kind`` takes; without ``nvlink``, as if it were switched off."""
     fields = {"num_hidden_layers": kind.layers, "vocab_size": kind.vocabulary, **SHAPES[shape_of(args, kind)]}
     arch = architecture({"model_type": "llama", "torch_dtype": "bfloat16", **fields})
     section: Any
@@ -281,7 +282,8 @@ def planned(args: argparse.Namespace, kind: Kind, gpus: int, gpu_name: str) -> P
     share = share_of(config)
     work = Workload(arch=arch, config=share, cuda=CUDA, windows=0, short_of_memory=False, whole=config)
     if gpus > 1:
-        work = msgspec.structs.replace(work, adding=adding_seconds(work, gpu_name, 1.0))
+        linked: Link = "NVLink" if nvlink and linked_by_name(gpu_name) else "PCIe"
+        work = msgspec.structs.replace(work, adding=adding_seconds(work, linked if CUDA else "", 1.0))
     rates, costs = speed(CUDA, gpu_name, 1, True), costs_of(STAGES[kind.stage])
     work = msgspec.structs.replace(work, compiled=frozenset({kind.stage}) if CUDA else frozenset())
     if kind.stage == "block_ap":

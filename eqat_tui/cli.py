@@ -25,7 +25,8 @@ from eqat_tui.commands.options import Ascii, ReadOnly
 
 app = typer.Typer(
     name="eqat",
-    help="Quantization-aware training of language models to 2, 3 and 4 bits, on one GPU, from a terminal.",
+    help="Quantization-aware training of language models to 2, 3 and 4 bits, on one GPU or more, from a "
+    "terminal.",
     epilog="Exit codes: 0 done, 1 bug, 2 usage, 3 cannot start here, 4 data, 5 not finite, 6 out of memory, "
     "7 disk full, 8 identity mismatch, 75 stopped and resumable, 130 and 143 aborted, 137 killed.",
     rich_markup_mode=None,
@@ -51,7 +52,7 @@ def overview(
     ascii_only: Ascii = False,
     read_only: ReadOnly = False,
 ) -> None:
-    """Quantization-aware training of language models to 2, 3 and 4 bits, on one GPU, from a terminal.
+    """Quantization-aware training of language models to 2, 3 and 4 bits, on one GPU or more, from a terminal.
 
     Without a command it opens the terminal app.
     """

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     avx512: bool = True
     gpus: int = 0
     """That CUDA would show."""
+    nvlink: bool | None = None
+    """There is NVLink between every two GPUs of a run, and NCCL may use it; none where nobody says."""
 
 
 def detect(directory: Path | None = None, device: str = "auto", gpus: int = 1) -> Machine:
@@ -48,6 +53,7 @@ def detect(directory: Path | None = None, device: str = "auto", gpus: int = 1) -
         cpus=processors(),
         avx512=_has_avx512(),
         gpus=0 if name is None else len(visible_gpus()),
+        nvlink=None if name is None or gpus == 1 else _nvlink(gpus),
     )
 
 
@@ -64,24 +70,36 @@ def _written(directory: Path) -> int:
     return written
 
 
-def visible_gpus() -> list[str]:
-    """The GPUs that CUDA would show this process, each as CUDA_VISIBLE_DEVICES names it."""
+@contextmanager
+def _nvml() -> Iterator[Any]:
+    """NVML for as long as it is asked something; none where there is no GPU that the engine could use."""
     if _torch_is_cpu_build():
-        return []
+        yield None
+        return
     try:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # as in _gpu
-        return []
+    except Exception:  # no driver, no library, no permission: for the plan all of them mean no GPU
+        yield None
+        return
     try:
-        if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
-            return _entries()
-        return [str(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    except pynvml.NVMLError:
-        return []
+        yield pynvml
     finally:
         pynvml.nvmlShutdown()
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that CUDA would show this process, each as CUDA_VISIBLE_DEVICES names it."""
+    with _nvml() as nvml:
+        if nvml is None:
+            return []
+        if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
+            return _entries()
+        try:
+            return [str(index) for index in range(nvml.nvmlDeviceGetCount())]
+        except nvml.NVMLError:
+            return []
 
 
 def _entries() -> list[str]:
@@ -96,23 +114,42 @@ def _index(device: str) -> int:
 
 def _gpu(index: int) -> tuple[str | None, int, int]:
     """Name, free and total memory of the ``index``-th GPU that CUDA would show this process."""
-    if _torch_is_cpu_build():
-        return None, 0, 0
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no driver, no library, no permission: for the plan all of them mean no GPU
-        return None, 0, 0
-    try:
-        handle = _handle(pynvml, index)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        name = pynvml.nvmlDeviceGetName(handle)
+    with _nvml() as nvml:
+        if nvml is None:
+            return None, 0, 0
+        try:
+            handle = _handle(nvml, index)
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            name = nvml.nvmlDeviceGetName(handle)
+        except (nvml.NVMLError, IndexError, ValueError):
+            return None, 0, 0
         return name.decode() if isinstance(name, bytes) else str(name), int(memory.free), int(memory.total)
-    except (pynvml.NVMLError, IndexError, ValueError):
-        return None, 0, 0
-    finally:
-        pynvml.nvmlShutdown()
+
+
+def _nvlink(gpus: int) -> bool | None:
+    """Whether there is NVLink between every two of the first ``gpus`` that CUDA would show this process, and
+    NCCL may use it.
+
+    NVML is asked of pairs, not of the links of each GPU: those are up as well where a bridge leads to one
+    neighbour and to no other, and behind an NVSwitch what they lead to is the switch. One pair without it is
+    enough to slow all of them down, for a sum passes through every GPU.
+    """
+    if os.environ.get("NCCL_P2P_DISABLE") == "1":
+        return False
+    with _nvml() as nvml:
+        if nvml is None:
+            return None
+        try:
+            handles = [_handle(nvml, index) for index in range(gpus)]
+            said = {
+                nvml.nvmlDeviceGetP2PStatus(one, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK)
+                for one, other in combinations(handles, 2)
+            }
+        except (nvml.NVMLError, IndexError, ValueError, AttributeError):  # the last: an older module
+            return None
+        if nvml.NVML_P2P_STATUS_UNKNOWN in said:
+            return None
+        return said == {nvml.NVML_P2P_STATUS_OK}
 
 
 def _handle(nvml: Any, index: int) -> Any:

@@ -62,6 +62,7 @@ from engine.plan.fit import (
     whole_model_budget,
 )
 from engine.plan.lengths import longer_than_trained, too_long
+from engine.plan.link import link_of
 from engine.plan.local_files import check_local_files
 from engine.plan.machine import Machine, detect
 from engine.plan.memory_model import host_memory, phase_memory
@@ -149,7 +150,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     machine: Machine
     gpus: int = 1
     together: str = ""
-    """What several GPUs bring, in words; empty for one."""
+    """What several GPUs bring, and over which link, in words; empty for one."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for events and ``--json``."""
@@ -238,7 +239,7 @@ def make_plan(
         ),
         machine=machine,
         gpus=config.runtime.gpus,
-        together=in_words(config, seconds, alone),
+        together=in_words(config, link_of(machine, cuda=work.cuda), seconds, alone),
     )
 
 
@@ -337,7 +338,7 @@ def _workload(
     windows, unknown_text = evaluation_windows(config, model.architecture)
     work = Workload(arch=model.architecture, config=share_of(config), cuda=cuda, windows=windows)
     if config.runtime.gpus > 1:
-        adding = adding_seconds(work, machine.gpu_name or "", 1.0)
+        adding = adding_seconds(work, link_of(machine, cuda=cuda), 1.0)
         share = -(-windows // config.runtime.gpus)
         work = msgspec.structs.replace(work, whole=config, adding=adding, windows=share)
     open_ones = [costs for costs in made_costs(config) if costs.micro_batch(config) == 0]

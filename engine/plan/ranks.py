@@ -14,16 +14,12 @@ import msgspec
 from engine.config.run import RunConfig
 from engine.config.stages import STAGES, measured_stage
 from engine.plan.estimate import CONSTANTS, Workload, time_text
+from engine.plan.link import BYTES_A_SECOND, Link
 from engine.plan.machine import Machine
 from engine.plan.rates import Speed
 
 SHARED = ("sequences", "val_sequences", "batch_size")
 """Fields of a section of which each GPU has a part."""
-LINKED = ("H100", "H200", "H20", "B200", "A100", "A800")
-"""GPUs that are sold with NVLink between them; others are taken to have PCIe."""
-NVLINK, PCIE, LOOPBACK = 355e9, 12e9, 1e9
-"""Bytes a second at which tensors are added up: NVLink as measured by an all-reduce of 1 GiB on four H100s,
-the others reckoned."""
 MESSAGE_SECONDS = 25e-6
 """Of a message between GPUs, however short. Reckoned, not measured."""
 
@@ -56,12 +52,10 @@ def processes(work: Workload, phase: str) -> int:
     return work.config.runtime.gpus if together else 1
 
 
-def adding_seconds(work: Workload, gpu_name: str, size: float) -> float:
+def adding_seconds(work: Workload, link: Link, size: float) -> float:
     """Adding up so many bytes over all GPUs: each hands on almost all of them twice."""
     gpus = work.config.runtime.gpus
-    linked = any(name in gpu_name for name in LINKED)
-    rate = (NVLINK if linked else PCIE) if work.cuda else LOOPBACK
-    return 2 * (gpus - 1) / gpus * size / rate
+    return 2 * (gpus - 1) / gpus * size / BYTES_A_SECOND[link]
 
 
 def shared_seconds(work: Workload, rates: Speed, weights: int, groups: int, number: int) -> float:
@@ -86,13 +80,14 @@ def shared_saves(work: Workload, rates: Speed) -> float:
     return CONSTANTS.gpu_fast_step_bytes * rates.per_byte if work.adding else 0.0
 
 
-def in_words(config: RunConfig, seconds: float, alone: float) -> str:
-    """What several GPUs bring; empty for one."""
+def in_words(config: RunConfig, link: Link, seconds: float, alone: float) -> str:
+    """What several GPUs bring, and over what; empty for one."""
     gpus = config.runtime.gpus
     if gpus == 1:
         return ""
     what = "GPUs" if config.runtime.device != "cpu" else "processes"
-    return f"{gpus} {what}, each with its share; about {alone / seconds:.1f} times as fast as one"
+    over = f" over {link}" if link else ""
+    return f"{gpus} {what}{over}, each with its share; about {alone / seconds:.1f} times as fast as one"
 
 
 def obstacles(config: RunConfig, machine: Machine, seconds: float, alone: float) -> Iterator[tuple[str, str]]:

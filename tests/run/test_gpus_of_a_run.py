@@ -79,10 +79,8 @@ def test_the_plan_is_that_of_one_gpus_share(tmp_path: Path) -> None:
     assert two.evaluation_windows == one.evaluation_windows
     assert (two.recovery.streams, two.recovery.streams_every) == ("recomputed", 0)
     assert 1.4 < one.seconds / two.seconds < 2
-    assert (
-        two.together
-        == f"2 GPUs, each with its share; about {one.seconds / two.seconds:.1f} times as fast as one"
-    )
+    faster = f"{one.seconds / two.seconds:.1f} times as fast as one"
+    assert two.together == f"2 GPUs over NVLink, each with its share; about {faster}"
     assert two.problems == ()
     on_host = [planned(tmp_path, gpus, **{"runtime.activation_store": "host"}) for gpus in (1, 2)]
     # Both halves lie in the memory of one machine.
