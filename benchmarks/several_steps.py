@@ -267,7 +267,9 @@ class Planned(NamedTuple):
     """Of a stage that trains all blocks together; the head and what else is always there are not in it."""
 
 
-def planned(args: argparse.Namespace, kind: Kind, gpus: int, gpu_name: str, *, nvlink: bool = True) -> Planned:
+def planned(
+    args: argparse.Namespace, kind: Kind, gpus: int, gpu_name: str, *, nvlink: bool = True
+) -> Planned:
     """What a step of ``kind`` takes; without ``nvlink``, as if it were switched off."""
     fields = {"num_hidden_layers": kind.layers, "vocab_size": kind.vocabulary, **SHAPES[shape_of(args, kind)]}
     arch = architecture({"model_type": "llama", "torch_dtype": "bfloat16", **fields})
