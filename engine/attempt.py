@@ -29,7 +29,7 @@ from engine.errors import (
     run_is_gone,
 )
 from engine.libraries import libraries
-from engine.ranks.place import Place, place_of
+from engine.ranks.place import Place, place_of, rank_told
 from engine.run import event_log, events
 from engine.run.continued import continued_on
 from engine.run.directory import RunDirectory
@@ -97,13 +97,14 @@ def follow(run: RunDirectory, asked: Asked, place: Place) -> int:
 def place_in(run: RunDirectory, asked: Asked) -> Place | None:
     """Where this process stands among several that compute ``run`` together; none where it starts others
     itself, or is alone."""
-    if asked.task != "run" or "RANK" not in os.environ:
+    rank = rank_told()
+    if asked.task != "run" or not rank:
         return None
     try:
         load_extensions()
         return place_of(_configuration(run, asked).runtime.gpus)
     except EqatError:
-        if os.environ["RANK"] != "0":
+        if rank != "0":
             raise
         return None  # the attempt says it where it is heard
 

@@ -18,6 +18,7 @@ from engine.config.user import load_user_config
 from engine.config.validation import validate
 from engine.config.writing import to_dict
 from engine.errors import EqatError, ExitCode, PreflightError, UsageError
+from engine.ranks.place import refuse_one_of_several
 from engine.run.continued import continued_on
 from engine.run.directory import RunDirectory
 from engine.run.elsewhere import lives_elsewhere
@@ -150,6 +151,7 @@ def resume(
     args = [*operational(run, overrides), *(["--allow-world-size-change"] if other_size else [])]
     if slurm is not None:
         return _submit(run, args, slurm, overrides, as_json=as_json)
+    refuse_one_of_several(apply_overrides(run.config(), overrides).runtime.gpus)
     return start(run, args=args, detach=detach, as_json=as_json)
 
 
@@ -196,6 +198,8 @@ def redo(
     as_json: bool,
 ) -> int:
     """Train a part of ``run`` again, as a new run."""
+    if slurm is None:
+        refuse_one_of_several(apply_overrides(run.config(), overrides).runtime.gpus)
     made = make_redo(run, from_block, overrides)
     if from_block:
         last = f" to {from_block - 1}" if from_block > 1 else ""

@@ -18,9 +18,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import msgspec
+import psutil
 import torch
 
-from engine.errors import EqatError, ExitCode
+from engine.errors import EqatError, ExitCode, PreflightError, first_line
 from engine.ranks.place import LOCAL_HOST, Place
 from engine.ranks.readings import hearing
 from engine.reporter import Reporter
@@ -78,11 +79,22 @@ def ready_key(rank: int) -> str:
     return f"eqat/ready/{rank}"
 
 
+def process_key(rank: int) -> str:
+    """Under which it says which process it is."""
+    return f"eqat/process/{rank}"
+
+
+def left_key(rank: int) -> str:
+    """Under which it says that it has no more to do."""
+    return f"eqat/left/{rank}"
+
+
 JOINING_KEY = "eqat/joining"
 """Under which the first process says that it joins the others: until then, however long it prepares the run,
 none of them may wait in a library that loses patience."""
+RUN_KEY = "eqat/run"
 LEADER_KEY = "eqat/leader"
-"""Under which the first process says which one it is."""
+"""Under which the first process says of which run it is, and then which process."""
 
 
 def start_process(arguments: Sequence[str], environment: dict[str, str], log: int) -> Process:
@@ -104,10 +116,13 @@ class Others:
     def __init__(
         self, size: int, device: torch.device, store: Any, watched: Any, processes: dict[int, Process]
     ) -> None:
-        """``store`` is where all meet, ``watched`` the same by a connection of its own: whoever waits at the
-        one would keep whoever watches waiting."""
+        """``processes`` are those that were started here: none, or all. ``store`` is where all meet,
+        ``watched`` the same by a connection of its own: whoever waits at the one would keep whoever watches
+        waiting."""
         self.size, self.device, self.store, self.processes = size, device, store, processes
         self._watched = watched
+        self._found: dict[int, psutil.Process] = {}
+        """Those that something else has started, as far as they have said which they are."""
         self.failure: EqatError | None = None
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -141,6 +156,20 @@ class Others:
         for rank, code in ended.items():
             if code and not self._closing.is_set():
                 return _died(rank, self.processes[rank].pid, code)
+        return None if self.processes else self._look_for_those_found()
+
+    def _look_for_those_found(self) -> EqatError | None:
+        """Whoever started them may not mind that one is gone, and nobody says how it went."""
+        for rank in range(1, self.size):
+            if rank not in self._found and self._watched.check([process_key(rank)]):
+                try:
+                    self._found[rank] = psutil.Process(int(self._watched.get(process_key(rank))))
+                except psutil.NoSuchProcess as gone:
+                    return _is_gone(rank, gone.pid)
+        for rank, process in self._found.items():
+            # In this order: it says so before it goes.
+            if not lives(process) and not self._watched.check([left_key(rank)]):
+                return _is_gone(rank, process.pid)
         return None
 
     def why(self, error: BaseException) -> BaseException:
@@ -204,12 +233,28 @@ def _died(rank: int, pid: int, code: int) -> EqatError:
             how = f"was ended by {signal.Signals(-code).name}"
         except ValueError:
             how = f"was ended by signal {-code}"
+    return _lost(f"rank {rank} (process {pid}) {how}")
+
+
+def _is_gone(rank: int, pid: int) -> EqatError:
+    return _lost(f"rank {rank} (process {pid}) is gone")
+
+
+def _lost(message: str) -> EqatError:
     return EqatError(
-        f"rank {rank} (process {pid}) {how}",
+        message,
         where="runtime.gpus",
         hint="the kernel does that where memory is short; resume the run: what was checkpointed is kept",
         exit_code=ExitCode.KILLED,
     )
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it does; one that ended, and whose parent has not asked yet how, does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def begin(
@@ -220,11 +265,26 @@ def begin(
     device: torch.device,
     place: Place | None,
 ) -> Others:
-    """Start the others, which are given the engine's ``arguments``; those of ``place`` are there already."""
+    """Start the others, which are given the engine's ``arguments``; those of ``place`` are there already.
+
+    Raises:
+        PreflightError: where the place at which those are to meet is somebody else's.
+    """
     host = LOCAL_HOST if place is None else place.host
-    store = meeting_place(host, 0 if place is None else place.port, size, hosts=place is None or _hosts())
+    port, restarts = (0, 0) if place is None else (place.port, place.restarts)
+    try:
+        hosts = place is None or _hosts()
+        store = meeting_place(host, port, size, hosts=hosts, restarts=restarts)
+    except RuntimeError as error:
+        raise PreflightError(
+            f"the processes cannot meet at port {port} of {host}: {first_line(error)}",
+            where="MASTER_PORT",
+            hint="where another program has it, set MASTER_PORT to one that is free",
+        ) from error
+    store.set(RUN_KEY, run.id)
     store.set(LEADER_KEY, str(os.getpid()))
-    port = store.port if place is None else place.port
+    if place is None:
+        port = store.port
     processes: dict[int, Process] = {}
     for rank in range(1, size) if place is None else ():
         environment = {
@@ -237,7 +297,8 @@ def begin(
             processes[rank] = start_process([str(run.path), *arguments], environment, log)
         finally:
             os.close(log)
-    return Others(size, device, store, meeting_place(host, port, size, hosts=False), processes)
+    watched = meeting_place(host, port, size, hosts=False, restarts=restarts)
+    return Others(size, device, store, watched, processes)
 
 
 def _hosts() -> bool:

@@ -292,12 +292,14 @@ def _unpacked(said: Tensor, kind: type[T]) -> T:
     return msgspec.msgpack.decode(said.numpy().tobytes(), type=kind, dec_hook=tensor)
 
 
-def meeting_place(host: str, port: int, size: int, *, hosts: bool) -> Any:
+def meeting_place(host: str, port: int, size: int, *, hosts: bool, restarts: int = 0) -> Any:
     """Where the processes find each other: a connection to it, and with ``hosts`` the place itself (at any
-    port that is free, where that is 0)."""
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    port that is free, where that is 0). One that outlives them knows what they said before each of so many
+    ``restarts``; nobody hears that any more."""
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-    return TCPStore(host, port, size, is_master=hosts, wait_for_workers=False)
+    store = TCPStore(host, port, size, is_master=hosts, wait_for_workers=False)
+    return PrefixStore(f"restart-{restarts}", store) if restarts else store
 
 
 def open_world(

@@ -51,6 +51,7 @@ def run(
     Closing the terminal never ends a run: eqat attach RUN follows it again. With --on slurm it is given to
     Slurm and this returns at once; --dry-run then prints the script."""
     from engine.plan.plan import check, make_plan
+    from engine.ranks.place import refuse_one_of_several
     from engine.run.directory import RunDirectory
     from engine.run.finding import check_runs_dir, default_runs_dir
     from eqat_tui import actions
@@ -75,6 +76,7 @@ def run(
         return submit_new(config, place, slurm, dry_run=dry_run, as_json=as_json)
     if dry_run:
         return actions.print_plan(config, place, as_json=as_json)
+    refuse_one_of_several(config.runtime.gpus)
     check_runs_dir(place)  # before its room: what cannot be written often has none either
     check(make_plan(config, runs_dir=place))
     return actions.start(RunDirectory.create(place, config), detach=detach, as_json=as_json)

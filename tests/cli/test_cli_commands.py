@@ -278,3 +278,21 @@ def test_what_a_hint_says_to_type_can_be_typed(tmp_path: Path, monkeypatch: pyte
     assert shlex.split(f"eqat resume {typed(run)}") == ["eqat", "resume", f"my runs/{run.id}"]
     plain = RunDirectory.create(tmp_path / "runs", load("smoke"))
     assert typed(plain) == plain.id
+
+
+@pytest.mark.parametrize("command", ["run", "resume", "resume --from-block"])
+def test_a_command_that_every_task_of_a_step_types_makes_no_run(
+    command: str, eqat: Eqat, new_run: Callable[[], RunDirectory], tmp_path: Path
+) -> None:
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+    two, existing = ("--gpus", "2"), {new_run().id}
+    typed = {
+        "run": ("run", "smoke", "--device", "cpu", *two),
+        "resume": ("resume", "latest", *two),
+        "resume --from-block": ("resume", "latest", "--from-block", "0", *two),
+    }
+    result = eqat(*typed[command], **step)
+    assert result.returncode == 2, result.stderr
+    assert "each of 2 processes would make a run of its own" in error_of(result)
+    assert "srun --ntasks=2 python -m engine RUN" in error_of(result)
+    assert {place.name for place in (tmp_path / "runs").iterdir()} == existing

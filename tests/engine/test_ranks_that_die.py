@@ -15,6 +15,7 @@ from waiting import wait_until
 
 from engine.run import events
 from engine.run.directory import RunDirectory
+from engine.run.liveness import run_state
 
 Make = Callable[..., RunDirectory]
 Engine = Callable[..., Child]
@@ -29,7 +30,8 @@ FOUR = {
     "e2e_qp.epochs": 5,
     "evaluation.windows": 4,
 }
-KILLS = 3
+GONE_SECONDS = 60.0
+"""In which all are gone once one is killed."""
 
 
 def before() -> None:
@@ -54,19 +56,29 @@ def test_whoever_is_killed_at_random_the_run_goes_on_to_the_same_bytes(
     make: Make, engine: Engine, uninterrupted: dict[str, str]
 ) -> None:
     chance, run = random.Random(19), make(**FOUR)
-    for rank in chance.sample(range(4), KILLS):
+    for rank in chance.sample(range(4), 4):
         seen, child = progress(run), engine(run, before=before)
         enough = seen + chance.randint(2, 9)
         child.until(lambda enough=enough: progress(run) >= enough)
-        others = psutil.Process(child.pid).children()
+        first = psutil.Process(child.pid)
+        others = first.children()
+        (others[rank - 1] if rank else first).kill()
+        wait_until(
+            lambda child=child, others=others: (
+                not child.alive() and not any(other.is_running() for other in others)
+            ),
+            GONE_SECONDS,
+        )
         if rank:
-            others[rank - 1].kill()
             assert child.code() == 137, output(run)
             died = of(run, events.Error)[-1].message
-            assert f"(process {others[rank - 1].pid}) was ended by SIGKILL" in died
+            assert died == f"rank {rank} (process {others[rank - 1].pid}) was ended by SIGKILL"
+            assert run_state(run) == "failed"
         else:
-            child.send(signal.SIGKILL)
-        wait_until(lambda others=others: not any(other.is_running() for other in others))
+            assert child.code() == -signal.SIGKILL
+            for other in (1, 2, 3):
+                assert f"the first process ({child.pid}) is gone, and so is rank {other}" in output(run)
+            assert run_state(run) == "crashed"
     assert engine(run, before=before).code() == 0, output(run)
     assert exported(run) == uninterrupted
 

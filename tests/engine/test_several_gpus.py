@@ -3,9 +3,15 @@ them, it ends all of them and nothing that was kept is lost."""
 
 from __future__ import annotations
 
+import errno
 import resource
+import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -14,10 +20,14 @@ from engine_runs import Child, exported, failure, make_run, of, output, start
 from several import forked_ranks
 from waiting import wait_until
 
+from engine.checkpoints import commits
+from engine.checkpoints.store import CheckpointStore, Committed
+from engine.errors import EqatError, ExitCode
 from engine.ranks import others
-from engine.run import events
+from engine.run import control, events, launch
 from engine.run.directory import RunDirectory
 from engine.run.liveness import run_state
+from engine.training.world import HEARING_SECONDS
 
 Make = Callable[..., RunDirectory]
 Engine = Callable[..., Child]
@@ -94,6 +104,86 @@ def test_it_goes_on_from_whatever_ends_it_to_the_same_export(
 
     assert engine(run, before=forked_ranks).code() == 0, output(run)
     assert exported(run) == uninterrupted
+
+
+@pytest.mark.parametrize("asked", ["a warning to the second", "a warning to both", "a request"])
+def test_however_a_stop_is_asked_for_both_stop_with_a_checkpoint(
+    asked: str, make: Make, engine: Engine
+) -> None:
+    run = make(**TWO)
+    child = engine(run, before=forked_ranks)
+    second = other_rank(child)
+    child.until(lambda: steps(run, "block_ap") > 1)
+    if asked == "a request":
+        control.request(run, "stop")
+    else:
+        second.send_signal(signal.SIGUSR1)
+    if asked == "a warning to both":  # as Slurm warns all tasks of a step
+        child.send(signal.SIGUSR1)
+    assert child.code() == 75, output(run)
+    wait_until(lambda: not second.is_running())
+    assert run_state(run) == "stopped"
+    assert [event.request for event in of(run, events.ControlAck)] == ["stop"] * (asked == "a request")
+    assert of(run, events.CheckpointCommitted)[-1].step, "in the middle of a training"
+    assert "Traceback" not in output(run)
+
+
+def without_room(full: Path) -> None:
+    """In this process, a run's engine: the other ranks are forked, and no checkpoint fits while there is a
+    file ``full``."""
+    forked_ranks()
+    commit, usage = CheckpointStore.commit, shutil.disk_usage
+
+    def fitting(store: CheckpointStore) -> Committed:
+        if full.exists():
+            raise EqatError("no room", exit_code=ExitCode.DISK_FULL) from OSError(errno.ENOSPC, "no room")
+        return commit(store)
+
+    CheckpointStore.commit = fitting  # type: ignore[method-assign]
+    commits.shutil.disk_usage = lambda place: (  # type: ignore[attr-defined]
+        SimpleNamespace(free=0) if full.exists() else usage(place)
+    )
+    commits.WAIT_SECONDS = 0.1
+
+
+def test_all_wait_while_there_is_no_room_for_a_checkpoint(
+    make: Make, engine: Engine, tmp_path: Path, uninterrupted: dict[str, str]
+) -> None:
+    run, full = make(**TWO), tmp_path / "full"
+    before = partial(without_room, full)
+
+    def fills_up() -> tuple[Child, psutil.Process]:
+        """In the middle of a block; once the run says that it waits, both are there, and stand still."""
+        seen, attempt = steps(run, "block_ap"), launch.next_attempt(run)
+        child = engine(run, before=before)
+        second = other_rank(child)
+        child.until(lambda: steps(run, "block_ap") > seen)
+        full.touch()
+        child.until(lambda: of(run, events.Warning, attempt))
+        (warning,) = of(run, events.Warning, attempt)
+        assert warning.code == "disk_full"
+        done = len(of(run, events.Metric))
+        time.sleep(2 * HEARING_SECONDS)
+        assert child.alive()
+        assert second.status() != psutil.STATUS_ZOMBIE
+        assert len(of(run, events.Metric)) == done
+        return child, second
+
+    # Asked to stop meanwhile, both do, and lose no more than what had no room.
+    child, second = fills_up()
+    control.request(run, "stop")
+    assert child.code() == 75, output(run)
+    wait_until(lambda: not second.is_running())
+    assert run_state(run) == "stopped"
+    full.unlink()
+
+    # There is room again: both go on.
+    child, second = fills_up()
+    full.unlink()
+    assert child.code() == 0, output(run)
+    wait_until(lambda: not second.is_running())
+    assert exported(run) == uninterrupted
+    assert of(run, events.Error) == []
 
 
 def test_what_each_process_held_is_in_the_run(make: Make, engine: Engine) -> None:

@@ -206,13 +206,14 @@ def test_block_ap_begins_where_gptq_ends(opened: Callable[..., CausalLM]) -> Non
     lm = opened("llama2")
     trained = {}
     for start in ("range", "gptq"):
-        streams = Streams(stream_of(lm), stream_of(lm), 6)
+        streams = Streams(stream_of(lm), stream_of(lm), SEQUENCES)
+        config = settings(start=start, val_sequences=0)
         trained[start] = one_block(
-            lm, 0, streams, settings(start=start), GRID, seed=0, dtype=torch.float32, progress=Heard()
+            lm, 0, streams, config, GRID, seed=0, dtype=torch.float32, progress=Heard()
         )
     # As far off as GPTQ's own block on the sequences that are reported on, measured on those that it has.
     on = first_block(lm)
-    on = BlockOnStream(lm, 0, on.block, on.stream, 6, torch.float32)
+    on = BlockOnStream(lm, 0, on.block, on.stream, SEQUENCES, torch.float32)
     packed, _ = gptq_block(on, GPTQConfig(), GRID, Heard(), ALL)
     hidden = on.stream.read(range(4))
     made, full = packed.install(lm.load_block(0)), lm.load_block(0)

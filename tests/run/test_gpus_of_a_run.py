@@ -19,7 +19,16 @@ from engine.config.writing import to_toml
 from engine.errors import PreflightError, UsageError
 from engine.plan.machine import Machine
 from engine.plan.plan import PhasePlan, Plan, make_plan
-from engine.ranks.place import LOCAL_HOST, Place, place_of
+from engine.ranks.place import (
+    FIRST_PORT,
+    LOCAL_HOST,
+    PORTS,
+    Place,
+    place_of,
+    rank_told,
+    refuse_one_of_several,
+)
+from engine.run.launch import ATTEMPT_VARIABLE
 from eqat_tui.configure import build_config
 
 TWO_GPUS = msgspec.structs.replace(H200, gpus=2)
@@ -129,3 +138,114 @@ def test_a_process_knows_its_place_from_the_environment() -> None:
         place_of(4, TOLD)
     with pytest.raises(PreflightError, match="one machine"):
         place_of(2, TOLD | {"LOCAL_WORLD_SIZE": "1"})
+    again = TOLD | {"TORCHELASTIC_RESTART_COUNT": "2"}
+    assert place_of(2, again) == place._replace(leader=0, restarts=2)
+    assert place_of(2, again | place.variables()) == place, "what the run starts begins once"
+
+
+# As Slurm tells the second task of a step of two; beside the job's own numbers, which may be others.
+STEP = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_NTASKS": "2",
+    "SLURM_STEP_ID": "3",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_STEP_NODELIST": "n17",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "1",
+    "SLURM_GTIDS": "0,1",
+}
+# As it tells a job's script that may start two tasks, and a shell in a step of its own (srun --pty, salloc).
+SCRIPT = {
+    "SLURM_JOB_ID": "4712",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_GTIDS": "0",
+}
+SHELL = SCRIPT | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
+PORT = FIRST_PORT + 4711 + 3 * 1009
+
+
+def without(name: str) -> dict[str, str]:
+    return {key: value for key, value in STEP.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        (STEP, Place(1, 2, 1, LOCAL_HOST, PORT)),
+        (STEP | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, Place(0, 2, 0, LOCAL_HOST, PORT)),
+        (without("SLURM_LOCALID"), Place(1, 2, 1, LOCAL_HOST, PORT)),
+        (without("SLURM_GTIDS"), Place(1, 2, 1, LOCAL_HOST, PORT)),
+        (STEP | {"SLURM_NTASKS": "8"}, Place(1, 2, 1, LOCAL_HOST, PORT)),
+        (STEP | {"MASTER_PORT": "2345"}, Place(1, 2, 1, LOCAL_HOST, 2345)),
+        (STEP | TOLD | {"RANK": "0"}, Place(0, 2, 1, LOCAL_HOST, 2345)),  # torchrun in a task
+        (without("SLURM_STEP_NUM_TASKS"), None),
+        (without("SLURM_STEP_ID"), None),
+        (without("SLURM_JOB_ID"), None),
+        (without("SLURM_PROCID"), None),
+        (STEP | {"SLURM_PROCID": "2"}, None),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "two"}, None),
+        (SCRIPT, None),
+        (SHELL, None),
+        (STEP | SCRIPT, None),  # submitted from within a step
+        (STEP | {ATTEMPT_VARIABLE: "1"}, None),  # a command of ours in a task has started one engine
+        (TOLD | {ATTEMPT_VARIABLE: "1"}, None),
+    ],
+)
+def test_a_task_of_a_step_of_slurms_knows_its_place(environment: dict[str, str], place: Place | None) -> None:
+    assert place_of(2, environment) == place
+    assert rank_told(environment) == ("" if place is None else str(place.rank))
+    assert place_of(1, environment) is None
+
+
+def test_steps_meet_at_ports_of_their_own() -> None:
+    steps = [(str(job), str(step)) for job in (7, 8, 9, 4294967290) for step in range(4)]
+    places = [place_of(2, STEP | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step}) for job, step in steps]
+    ports = {place.port for place in places if place is not None}
+    assert len(ports) == len(steps)
+    assert ports <= set(range(FIRST_PORT, FIRST_PORT + PORTS))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes", "where", "words"),
+    [
+        (4, {}, "SLURM_STEP_NUM_TASKS", "2 processes were started for a run on 4 GPUs"),
+        (2, {"SLURM_STEP_NUM_NODES": "2", "SLURM_GTIDS": "1"}, "SLURM_STEP_NUM_NODES", "one machine"),
+    ],
+)
+def test_a_step_that_does_not_fit_is_refused(
+    gpus: int, changes: dict[str, str], where: str, words: str
+) -> None:
+    with pytest.raises(PreflightError, match=words) as refused:
+        place_of(gpus, STEP | changes)
+    assert refused.value.where == where
+    assert refused.value.hint == f"srun --nodes=1 --ntasks={gpus}"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "environment", "hint"),
+    [
+        (1, STEP, ""),
+        (2, STEP, "srun --ntasks=2 python -m engine RUN"),
+        (4, STEP, ""),  # a run on four GPUs in each of two tasks
+        (2, SCRIPT, ""),
+        (2, SHELL, ""),
+        (2, STEP | SCRIPT, ""),
+        (2, {}, ""),
+        (1, TOLD, ""),
+        (2, TOLD, "torchrun --nproc-per-node 2 -m engine RUN"),
+        (4, TOLD, "torchrun --nproc-per-node 4 -m engine RUN"),
+        (2, TOLD | {"WORLD_SIZE": "1"}, ""),
+    ],
+)
+def test_a_command_that_would_make_a_run_in_each_process_is_refused(
+    gpus: int, environment: dict[str, str], hint: str
+) -> None:
+    if not hint:
+        refuse_one_of_several(gpus, environment)
+        return
+    with pytest.raises(UsageError, match="each of 2 processes would make a run of its own") as refused:
+        refuse_one_of_several(gpus, environment)
+    assert hint in refused.value.hint
