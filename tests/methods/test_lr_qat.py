@@ -295,7 +295,8 @@ class Interrupter(Heard):
 
 
 def test_a_training_that_was_interrupted_ends_with_the_same_bits(lm: CausalLM) -> None:
-    """Factors in bfloat16 go through a file as such; those in float32 are what whole runs are killed with."""
+    """A snapshot holds all that factors in bfloat16 go on from. No file is written here: whole runs, with
+    factors in float32, are killed in engine/test_low_rank_runs.py."""
     config = settings(
         loss="kl", val_sequences=VAL, factor_dtype="bfloat16", factor_start="svd", zero_factor="b"
     )
