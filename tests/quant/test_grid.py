@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.config.grid import Grid, held_zero_point
 from engine.config.range_steps import tried_ranges
 from engine.quant import grid as quant_grid
-from engine.quant.grid import dequantize, fake_quantize, initial_range, quantize
+from engine.quant.grid import dequantize, fake_quantize, fake_quantize_steps, initial_range, quantize
 
 BITS = [2, 3, 4, 8]
 GROUPS = [32, 64, 128, 256, -1]
@@ -123,6 +123,41 @@ def test_gradients_match_finite_differences_where_the_function_is_smooth() -> No
             assert math.isclose(leaf.grad[o, i].item(), numeric, rel_tol=1e-5, abs_tol=1e-6)
             checked += 1
         assert checked or position, "no weight was checked"
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group", [32, -1])
+def test_gradients_of_weights_counted_in_grid_steps_are_finite_differences(bits: int, group: int) -> None:
+    """Of the grid without its rounding for weights and zero points, which is what straight-through means; of
+    the grid itself for scales, which have no rounding in their way."""
+    weight, scale, zero = random_case(bits, group, inputs=64, seed=bits)
+    size = 64 // scale.shape[1]
+    steps = weight / scale.repeat_interleave(size, 1)
+    upstream = torch.randn(steps.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def loss(steps: Tensor, scale: Tensor, zero: Tensor, rounds: bool) -> float:
+        wider = 0.0 if rounds else 0.5  # what is rounded to the last integer is not clamped
+        s, z = (each.repeat_interleave(size, 1) for each in (scale, zero))
+        q = ((steps.round() if rounds else steps) + z).clamp(-wider, 2**bits - 1 + wider)
+        return float(((q - z) * s * upstream).sum())
+
+    values = steps, scale, zero
+    leaves = [value.clone().requires_grad_(True) for value in values]
+    out = fake_quantize_steps(*leaves, bits)
+    integers = loop_quantize(steps, torch.ones_like(scale), zero, bits)
+    assert torch.equal(out, dequantize(torch.tensor(integers), scale, zero))
+    out.backward(upstream)
+    for position, leaf in enumerate(leaves):
+        assert leaf.grad is not None
+        assert leaf.grad.any()
+        for index in range(0, leaf.numel(), 7 if position == 0 else 1):
+            sides = []
+            for sign in (1, -1):
+                moved = [value.clone() for value in values]
+                moved[position].view(-1)[index] += sign * 1e-6
+                sides.append(loss(*moved, rounds=position == 1))
+            numeric = (sides[0] - sides[1]) / 2e-6
+            assert leaf.grad.view(-1)[index].item() == pytest.approx(numeric, rel=1e-5, abs=1e-6)
 
 
 def test_scale_gradient_matches_finite_differences_without_edges() -> None:
