@@ -25,7 +25,7 @@ from waiting import NOBODY_ASKS, PATIENCE, hears, stands_still, wait_until
 from engine.config.loading import load
 from engine.config.overrides import apply_overrides
 from engine.config.writing import to_toml
-from engine.run import event_log, events, launch
+from engine.run import event_log, events, generations, launch
 from engine.run.directory import RunDirectory
 
 WEIGHTS = "model.safetensors"
@@ -119,6 +119,22 @@ def failure(run: RunDirectory, code: int) -> events.Error:
     return error
 
 
+def inside(run: RunDirectory, phase: str, attempt: int | None = None) -> list[events.CheckpointCommitted]:
+    """Checkpoints in the middle of a training."""
+    return [e for e in of(run, events.CheckpointCommitted, attempt) if e.phase == phase and e.step]
+
+
+def metrics(run: RunDirectory, phase: str, attempt: int) -> list[events.Metric]:
+    """What was told of the training."""
+    return [e for e in of(run, events.Metric, attempt) if e.phase == phase]
+
+
+def keeps_a_training(run: RunDirectory) -> bool:
+    """Whether what a kill has left is the middle of a training."""
+    newest = generations.read_generation(run.checkpoints_dir, generations.newest(run.checkpoints_dir))
+    return "training" in newest.entries
+
+
 # -- processes -----------------------------------------------------------------------------------------
 
 
@@ -206,6 +222,28 @@ def snapshots_at_any_cost() -> None:
     from engine.checkpoints import snapshots
 
     snapshots.SNAPSHOT_SHARE = float("inf")  # type: ignore[assignment, misc]
+
+
+def interrupted_inside(
+    run_of: Callable[[], RunDirectory],
+    engine: Callable[..., Child],
+    ready: Callable[[RunDirectory], object],
+    number: int,
+) -> RunDirectory:
+    """A run that ``number`` ended in the middle of a training, some time after it was ``ready``.
+
+    Where exactly it strikes is decided by the system. Where a training had just ended, it says nothing about
+    what is inside one, and there is another try.
+    """
+    for _ in range(5):
+        run = run_of()
+        child = engine(run, before=snapshots_at_any_cost)
+        child.until(lambda run=run: ready(run))
+        child.send(number)
+        code = child.code()
+        if code == (-number if number == signal.SIGKILL else 75) and keeps_a_training(run):
+            return run
+    raise AssertionError("five times it was not inside a training")
 
 
 def _engine(

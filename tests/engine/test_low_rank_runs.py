@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from engine_runs import Child, exported, of, output, run_here
+from engine_runs import Child, exported, inside, interrupted_inside, metrics, of, run_here
 from safetensors.torch import load_file
 
 from engine.architecture.description import describe
@@ -55,6 +55,9 @@ FULL = {
     "e2e_qat.batch_size": 4,
     "e2e_qat.epochs": 3,
 }
+OFTEN = {"runtime.checkpoint_minutes": 1e-6, "runtime.checkpoint_share": 1.0}
+LONG_LOW_RANK = LOW_RANK | OFTEN | {"block_ap.enabled": False, "lr_qat.epochs": 20}
+LONG_FULL = FULL | OFTEN | {"e2e_qat.epochs": 20}
 
 
 def entries(run: RunDirectory, prefix: str) -> list[str]:
@@ -93,34 +96,35 @@ def test_behind_block_ap_integers_move_from_its_latents_and_are_exported(finishe
     assert perplexity["lr_qat"] < perplexity["block_ap"]
 
 
-def test_killed_inside_it_a_run_ends_with_the_same_bytes(
-    make: Make, engine: Callable[..., Child], finished_once: Make
+@pytest.mark.parametrize(
+    ("stage", "knobs"), [("lr_qat", LONG_LOW_RANK), ("e2e_qat", LONG_FULL)], ids=["lr_qat", "full QAT"]
+)
+def test_killed_in_the_middle_a_training_goes_on_there_and_ends_with_the_same_bytes(
+    make: Make, engine: Callable[..., Child], finished_once: Make, stage: str, knobs: dict[str, object]
 ) -> None:
-    run = make(**LOW_RANK)
-    child = engine(run)
-    child.until(lambda: any(e.phase == "lr_qat" for e in of(run, events.Metric)))
-    child.send(signal.SIGKILL)
-    assert child.code() == -signal.SIGKILL, output(run)
+    """LR-QAT, and full QAT: every weight, scale and norm from the weights that were rounded.
+
+    Checkpoints are made inside of the training, so that a process that is killed leaves one of its middle.
+    """
+    run = interrupted_inside(
+        lambda: make(**knobs), engine, lambda run: len(inside(run, stage)) >= 2, signal.SIGKILL
+    )
+    left = inside(run, stage)[-1].step
     assert run_here(run) == 0
-    assert exported(run) == exported(finished_once(**LOW_RANK))
+    first = metrics(run, stage, 2)[0].step
+    assert first > 1, "it began the training again"
+    assert left is not None
+    assert first >= left
+    assert exported(run) == exported(finished_once(**knobs))
 
 
-def test_full_training_needs_no_blocks_trained_before_and_resumes(
-    make: Make, engine: Callable[..., Child], finished_once: Make
-) -> None:
-    whole = finished_once(**FULL)
+def test_full_training_needs_no_blocks_trained_before(finished_once: Make) -> None:
+    whole = finished_once(**LONG_FULL)
     phases = [event.phase for event in of(whole, events.PhaseStarted)]
     assert phases == ["prepare", "rtn", "e2e_qat", "export"]
     assert all(export.verified for export in of(whole, events.Export))
     assert not entries(whole, "scales-")
     assert "other.input_layernorm.weight" in load_file(entries(whole, "integers-")[0])
-    run = make(**FULL)
-    child = engine(run)
-    child.until(lambda: any(e.phase == "e2e_qat" for e in of(run, events.Metric)))
-    child.send(signal.SIGKILL)
-    assert child.code() == -signal.SIGKILL, output(run)
-    assert run_here(run) == 0
-    assert exported(run) == exported(whole)
 
 
 def test_a_run_that_uses_nothing_of_it_is_the_run_that_it_was() -> None:

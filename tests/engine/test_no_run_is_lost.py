@@ -13,7 +13,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engine_runs import Child, exported, make_run, of, output, run_here, snapshots_at_any_cost, start
+from engine_runs import (
+    Child,
+    exported,
+    inside,
+    interrupted_inside,
+    keeps_a_training,
+    make_run,
+    metrics,
+    of,
+    output,
+    run_here,
+    snapshots_at_any_cost,
+    start,
+)
 from waiting import PATIENCE, wait_until
 
 from engine.run import control, event_log, events, generations
@@ -51,41 +64,6 @@ def whole(finished_once: Callable[..., RunDirectory]) -> Callable[..., dict[str,
     return lambda variant="the teacher is Block-AP's stream": exported(
         finished_once(**{**OFTEN, **VARIANTS[variant]})
     )
-
-
-def inside(run: RunDirectory, phase: str, attempt: int | None = None) -> list[events.CheckpointCommitted]:
-    """Checkpoints in the middle of a training."""
-    return [e for e in of(run, events.CheckpointCommitted, attempt) if e.phase == phase and e.step]
-
-
-def metrics(run: RunDirectory, phase: str, attempt: int) -> list[events.Metric]:
-    """What was told of the training."""
-    return [e for e in of(run, events.Metric, attempt) if e.phase == phase]
-
-
-def keeps_a_training(run: RunDirectory) -> bool:
-    """Whether what a kill has left is the middle of a training."""
-    newest = generations.read_generation(run.checkpoints_dir, generations.newest(run.checkpoints_dir))
-    return "training" in newest.entries
-
-
-def interrupted_inside(
-    run_of: Callable[[], RunDirectory], engine: Engine, ready: Callable[[RunDirectory], object], number: int
-) -> RunDirectory:
-    """A run that ``number`` ended in the middle of a training, some time after it was ``ready``.
-
-    Where exactly it strikes is decided by the system. Where a training had just ended, it says nothing about
-    what is inside one, and there is another try.
-    """
-    for _ in range(5):
-        run = run_of()
-        child = engine(run, before=snapshots_at_any_cost)
-        child.until(lambda run=run: ready(run))
-        child.send(number)
-        code = child.code()
-        if code == (-number if number == signal.SIGKILL else 75) and keeps_a_training(run):
-            return run
-    raise AssertionError("five times it was not inside a training")
 
 
 def warnings(run: RunDirectory, code: str) -> list[str]:

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import by_hand
 import msgspec
 import pytest
 import tiny
 import torch
+from by_hand import assert_same_but_for_few
 from quiet import Heard
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
 
 from engine.config.e2e_qat import E2EQATConfig
 from engine.config.grid import Grid, GridConfig
 from engine.config.model import ModelConfig
 from engine.data.activations import make_store
-from engine.data.sampler import BatchSampler
 from engine.errors import NonFiniteError, StopRequested
 from engine.methods.blockwise.rtn import round_to_nearest
 from engine.methods.network.e2e_qat import _parameter_groups, train_weights
@@ -31,10 +30,9 @@ from engine.methods.network.norms import trained_norms
 from engine.methods.network.teacher import Teacher
 from engine.models.causal_lm import CausalLM
 from engine.models.source import ModelSource
-from engine.quant.fake_linear import FakeQuantLinear, latent_linears
+from engine.quant.fake_linear import FakeQuantLinear, latent_linears, steps_of
 from engine.quant.packed import PackedBlock, PackedWeight
-from engine.quant.slots import slot
-from engine.training.schedule import cosine_factor
+from engine.quant.slots import slot, slots
 from engine.training.snapshot import Snapshot
 
 CPU = torch.device("cpu")
@@ -82,6 +80,14 @@ def rounded(lm: CausalLM, grid: GridConfig = GRID) -> list[PackedBlock]:
     return [round_to_nearest(lm.load_block(i), lm.linear_names(i), grid) for i in range(lm.blocks)]
 
 
+def originals(lm: CausalLM, index: int, packed: PackedBlock) -> dict[str, Tensor]:
+    """A block's weights counted in grid steps."""
+    return {
+        place.name: steps_of(place.linear().weight.detach(), packed.linears[place.name].scale)
+        for place in slots(lm.load_block(index), packed.linears)
+    }
+
+
 def data(lm: CausalLM, config: E2EQATConfig) -> NetworkData:
     ids = tiny.tokens(TRAIN + config.val_sequences, LENGTH, seed=3)
     if config.loss == "cross_entropy":
@@ -100,7 +106,11 @@ class Trained:
     def __init__(self, lm: CausalLM, config: E2EQATConfig, grid: GridConfig = GRID, **options: Any) -> None:
         self.before = rounded(lm, grid)
         self.blocks = blocks = [lm.load_block(index) for index in range(lm.blocks)]
-        linears = [latent_linears(block, packed) for block, packed in zip(blocks, self.before, strict=True)]
+        latents = [
+            originals(lm, index, packed) if config.start == "latents" else None
+            for index, packed in enumerate(self.before)
+        ]
+        linears = [latent_linears(*of) for of in zip(blocks, self.before, latents, strict=True)]
         self.linears: dict[str, FakeQuantLinear] = {
             f"{index}.{name}": linear for index, named in enumerate(linears) for name, linear in named.items()
         }
@@ -117,12 +127,17 @@ class Trained:
 class ByHand(nn.Module):
     """The same grid by plain operations, so that autograd derives its gradients."""
 
-    def __init__(self, weight: PackedWeight) -> None:
+    def __init__(self, weight: PackedWeight, original: Tensor | None) -> None:
+        """Started at the ``original`` weight, if given, else at the integers."""
         super().__init__()
         self.zero = weight.zero_point.float().unsqueeze(-1)
-        codes = weight.codes().float().reshape(*weight.scale.shape, -1)
-        self.steps = nn.Parameter(codes - self.zero)
         self.scale = nn.Parameter(weight.scale.float())
+        codes = weight.codes().float().reshape(*weight.scale.shape, -1)
+        steps = codes - self.zero
+        if original is not None:
+            steps = original.reshape(codes.shape) / self.scale.detach().unsqueeze(-1)
+            assert torch.equal((steps.round() + self.zero).clamp(0, 2**weight.bits - 1), codes)
+        self.steps = nn.Parameter(steps)
         self.top = 2**weight.bits - 1
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,51 +146,55 @@ class ByHand(nn.Module):
         return functional.linear(x, ((q - self.zero) * self.scale.unsqueeze(-1)).flatten(1))
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
-def test_a_loop_written_by_hand_gives_the_same_weights_and_scales(
-    folder: Path, lm: CausalLM, loss: str
+FULL_QAT = {"start": "latents", "train": ("weights", "scales", "norms"), "lr_weight": 0.05}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss": "cross_entropy"},
+        {"loss": "kl"},
+        FULL_QAT | {"loss": "kl"},
+        FULL_QAT | {"loss": "cross_entropy", "lr_scaling": "absolute", "lr_quant": 1e-3, "grad_clip": 0.5},
+    ],
+    ids=["cross-entropy", "KL", "full QAT", "full QAT, absolute rates, clipped"],
+)
+def test_a_loop_written_by_hand_gives_the_same_weights_scales_and_norms(
+    folder: Path, lm: CausalLM, changes: dict[str, Any]
 ) -> None:
-    config = settings(loss=loss)
+    config = settings(**changes)
     ours = Trained(lm, config)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
-    teacher = AutoModelForCausalLM.from_pretrained(folder).eval()
-    by_hand = {name: ByHand(weight) for name, weight in ours.start.items()}
-    for name, linear in by_hand.items():
+    stored = by_hand.whole_model(folder, {})
+
+    def original(name: str) -> Tensor | None:
         index, _, inner = name.partition(".")
-        slot(model, f"model.layers.{index}.{inner}").set(linear)
-    groups = [{"params": [linear.steps], "lr": 0.2} for linear in by_hand.values()]
-    groups += [
-        {"params": [linear.scale], "lr": 0.02 * linear.scale.mean().item()} for linear in by_hand.values()
-    ]
-    rates = [group["lr"] for group in groups]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0, fused=False)
-    sampler = BatchSampler(TRAIN, 4, 3, seed=5)
+        place = slot(stored, f"model.layers.{index}.{inner}")
+        return place.linear().weight.detach() if config.start == "latents" else None
+
+    linears = {name: ByHand(weight, original(name)) for name, weight in ours.start.items()}
+    model = by_hand.whole_model(folder, linears)
+    norms = by_hand.norms(model) if "norms" in config.train else {}
+    starts = {name: norm.detach().clone() for name, norm in norms.items()}
+    groups: list[dict[str, Any]] = [{"params": [x.steps], "lr": config.lr_weight} for x in linears.values()]
+    for values in [*(x.scale for x in linears.values()), *norms.values()]:
+        unit = values.detach().abs().mean().item() if config.lr_scaling == "relative" else 1.0
+        groups.append({"params": [values], "lr": config.lr_quant * unit})
     ids = tiny.tokens(TRAIN, LENGTH, seed=3)
-    for _, step, rows in sampler:
-        logits = model(ids[rows]).logits
-        said = functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[rows][:, 1:].flatten())
-        if loss == "kl":
-            with torch.no_grad():
-                target = teacher(ids[rows]).logits.log_softmax(-1)
-            value = (target.exp() * (target - logits.log_softmax(-1))).sum(-1).mean()
-            value = value + config.text_weight * said * (LENGTH - 1) / LENGTH
-        else:
-            value = said
-        optimizer.zero_grad()
-        value.backward()
-        warmup = math.ceil(0.2 * sampler.steps)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * cosine_factor(step, sampler.steps, 0.0, warmup)
-        optimizer.step()
-    for name, linear in by_hand.items():
-        assert_same_but_for_few(ours.linears[name].weight.flatten(), linear.steps.flatten(), 2e-3)
+    gradients = by_hand.train(model, folder, config, groups, ids, schedule="cosine")
+    if config.grad_clip:
+        assert max(gradients) > 1.05 * max(min(gradients), config.grad_clip), "clipping changes no step"
+    for name, linear in linears.items():
+        weight = ours.linears[name].weight.flatten()
+        moved = (ours.packed()[name].codes() != ours.start[name].codes()).float().mean()
+        assert moved > (0.001 if config.start == "latents" else -1), "no integer has moved"
+        assert_same_but_for_few(weight, linear.steps.flatten(), 2e-3)
         assert_same_but_for_few(ours.linears[name].scale, linear.scale, 2e-5)
-
-
-def assert_same_but_for_few(one: Tensor, other: Tensor, tolerance: float) -> None:
-    """Adam divides a gradient by its own size: next to nothing, rounding decides its direction."""
-    off = ~torch.isclose(one, other, rtol=1e-3, atol=tolerance)
-    assert off.float().mean() < 0.02, f"{off.sum()} of {off.numel()} differ"
+    found = [trained_norms(block) for block in ours.blocks]
+    assert {f"{index}.{name}" for index, named in enumerate(found) for name in named} == set(norms)
+    for name, norm in norms.items():
+        index, _, inner = name.partition(".")
+        assert (norm - starts[name]).abs().mean() > 1e-3, "tolerance is larger than what is trained"
+        assert_same_but_for_few(found[int(index)][inner], norm, 2e-4)
 
 
 def test_it_starts_as_the_very_model_that_was_packed(lm: CausalLM) -> None:
