@@ -15,8 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from engine_runs import Child, exported, make_run, of, output, start
-from several import forked_ranks
+from engine_runs import Child, exported, of, output
 from waiting import PATIENCE, wait_until
 
 from engine.errors import PreflightError
@@ -35,12 +34,10 @@ Engine = Callable[..., Child]
 TWO = {"runtime.gpus": 2, "block_ap.epochs": 4, "evaluation.windows": 2}
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+@pytest.fixture
+def uninterrupted(finished_once: Make) -> dict[str, str]:
     """What TWO exports where the run starts its processes itself, and nobody interferes."""
-    run = make_run(tmp_path_factory.mktemp("two"), TWO)
-    assert start(run, before=forked_ranks).code() == 0, output(run)
-    return exported(run)
+    return exported(finished_once(**TWO))
 
 
 class Started:
