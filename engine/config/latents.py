@@ -14,7 +14,10 @@ Downcast = Literal["bfloat16", "float16", "fixed", "integer"]
 Start = Literal["latents", "integers"]
 """Where a training of the whole network starts."""
 
+FIXED_BITS = 8
+"""A latent in fixed point takes so many; what the grid's whole numbers do not take is its fraction."""
+
 
 def downcast_bits(form: Downcast, bits: int) -> int:
     """Bits that a latent of a grid of ``bits`` bits takes."""
-    return {"bfloat16": 16, "float16": 16, "fixed": 8, "integer": bits}[form]
+    return {"bfloat16": 16, "float16": 16, "fixed": FIXED_BITS, "integer": bits}[form]

@@ -120,6 +120,10 @@ class StageCosts:
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
 
+    def warnings(self, config: RunConfig) -> Iterator[str]:
+        """What of its settings will disappoint, with what would not."""
+        yield from ()
+
     # What it reads
 
     def text(self, config: RunConfig) -> Text | None:

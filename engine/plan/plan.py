@@ -407,6 +407,8 @@ def _warnings(
             "look better than on other text; evaluate on another corpus to compare models"
         )
     yield from _unread(config)
+    for costs in made_costs(config):
+        yield from costs.warnings(config)
     if model.kind == "gguf" and model.stored_bytes and model.stored_bytes < 1.5 * arch.params:
         yield (
             "the GGUF file holds quantized weights already: full precision here means as good as this file"

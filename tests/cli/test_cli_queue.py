@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from engine.config.derived import resolve
 from engine.config.loading import load
 from engine.run import control
 from engine.run.finding import list_runs
+from engine.run.lock import holder
 from engine.run.queue import Queue, entry_state
 from engine.run.state import load_state
 from eqat_tui import queueing
@@ -165,6 +167,35 @@ def test_killed_at_any_instant_it_goes_on(tmp_path: Path) -> None:
         timeout=PATIENCE,
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+def test_logged_out_it_goes_on(queue: Queue, tmp_path: Path) -> None:
+    """A run is added in a session of a terminal, which closes while the run is at work."""
+    runs = tmp_path / "runs"
+    one = ("smoke", "--device", "cpu", "--runs-dir", str(runs), "--set", "evaluation.enabled=false")
+    child, terminal = pty.fork()
+    if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may have been told to ignore it
+        added = [sys.executable, "-m", "eqat_tui", "queue", "add", *one]
+        stays = ["sh", "-c", '"$@" && exec sleep 600', "sh", *added]  # as a shell does that somebody works in
+        os.execve("/bin/sh", stays, environment(TERM="xterm-256color"))
+    wait_until(lambda: Path(f"/proc/{child}/comm").read_text() == "sleep\n")
+    wait_until(lambda: [holder(run.lock_path) for run in list_runs(runs)] not in ([], [None]))
+    (run,) = list_runs(runs)
+    engine, worker = holder(run.lock_path), queue.worker
+    assert engine is not None
+    assert worker is not None
+    os.kill(engine, signal.SIGSTOP)  # so that it is at work still when the terminal is gone
+    os.close(terminal)  # the kernel sends SIGHUP to whoever the terminal belonged to
+    _, how = os.waitpid(child, 0)
+    assert os.WTERMSIG(how) == signal.SIGHUP
+    os.kill(engine, signal.SIGCONT)
+    assert queue.worker == worker
+    wait_until(lambda: states(queue) != ["running"])
+    assert (states(queue), attempts(tmp_path)) == (["done"], [1])
+    wait_until(lambda: queue.worker is None)
+    told = [line.partition("1: ")[2] for line in queue.log_path.read_text().splitlines()]
+    assert told == [f"run {run.id}", "done"], "another process has gone on with it"
 
 
 def test_from_the_command_line(queue: Queue, call: Call, tmp_path: Path) -> None:

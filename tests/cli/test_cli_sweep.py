@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from cli_tools import Eqat, at_work, ended, follows, handles, runs_at_work, start_eqat
-from waiting import wait_until
+from waiting import PATIENCE, wait_until
 
 from engine.config.loading import load
 from engine.config.sweeps import combinations, typed_axis
@@ -177,6 +177,36 @@ def test_real_runs_are_made_and_compared_and_none_is_made_twice(eqat: Eqat, tmp_
     attempts = [load_state(RunDirectory.open(tmp_path / "runs" / row["id"])).attempt for row in after]
     assert attempts == [1, 2]
     assert eqat("sweep", "resume", "latest").returncode == 0
+
+
+def test_the_shipped_sweep_of_all_methods_runs(eqat: Eqat) -> None:
+    """``smoke-methods``, as it is: every method trains, is exported, and stands in the table."""
+    made = eqat("sweep", "smoke-methods", "--device", "cpu", "--json", timeout=3 * PATIENCE)
+    assert made.returncode == 0, made.stderr
+    rows = json.loads(made.stdout)["runs"]
+    measured = {
+        row["settings"]["case"]: {stage: value for stage, value in row["perplexity"].items() if value}
+        for row in rows
+    }
+    trained = {
+        "rtn": [],
+        "block-ap": ["block_ap"],
+        "efficient-qat": ["block_ap", "e2e_qp"],
+        "peqa": ["e2e_qp"],
+        "lr-qat": ["lr_qat"],
+        "full-qat": ["e2e_qat"],
+    }
+    assert {case: list(found) for case, found in measured.items()} == {
+        case: ["fp", "rtn", *stages] for case, stages in trained.items()
+    }
+    # They begin with the same model, and no two of them end with the same.
+    for stage in ("fp", "rtn"):
+        assert len({found[stage] for found in measured.values()}) == 1
+    assert len({list(found.values())[-1] for found in measured.values()}) == len(trained)
+    assert all(row["size_bytes"]["quantized"] < row["size_bytes"]["fp"] for row in rows)
+    shown = eqat("sweep", "show", "latest").stdout
+    assert "6 of 6 done" in shown
+    assert all(f" {case} " in shown for case in trained)
 
 
 def test_the_list_tells_of_every_sweep_what_became_of_its_runs(eqat: Eqat, tmp_path: Path) -> None:

@@ -133,6 +133,26 @@ def test_kept_latents_are_in_the_disk_of_block_ap(llama: str) -> None:
     assert more == pytest.approx(WEIGHTS_7B, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"grid__bits": 8}, True),
+        ({"grid__bits": 8, "lr_qat__downcast": "float16"}, False),
+        ({"grid__bits": 8, "lr_qat__start": "integers"}, False),
+        ({"grid__bits": 8, "lr_qat__enabled": False}, False),
+        ({"grid__bits": 4}, False),
+    ],
+    ids=["8 bits", "float16", "from integers", "without LR-QAT", "4 bits"],
+)
+def test_a_fixed_point_without_a_fraction_is_warned_of(
+    llama: str, changes: dict[str, Any], told: bool
+) -> None:
+    """Q8.0 is the integer. bfloat16 would be no remedy: of 8 significant bits a number of 64 has one left."""
+    plan = make_plan(config(llama, "lr-qat", **changes), machine=CARD_80)
+    found = [warning for warning in plan.warnings if "keeps no fraction" in warning]
+    assert [("lr_qat.downcast = float16" in warning) for warning in found] == [True] * told
+
+
 @pytest.mark.parametrize("preset", ["lr-qat", "lr-qat-paper", "full-qat", "peqa"])
 def test_presets_are_whole_and_train_end_to_end_alone(preset: str) -> None:
     found = load(preset, overrides={"model.source": "random://tiny-llama"})

@@ -9,7 +9,10 @@ disk      integers, scales and zero points of every block, snapshots of what is 
 
 from __future__ import annotations
 
-from engine.config.latents import downcast_bits
+from collections.abc import Iterator
+
+from engine.config.latents import FIXED_BITS, downcast_bits
+from engine.config.run import RunConfig
 from engine.plan.costs import Steps
 from engine.plan.estimate import Workload
 from engine.plan.object_sizes import Factors, integers_bytes, snapshot_bytes, trained_parameters
@@ -25,6 +28,14 @@ bytes would allow 0.14 and 0.33, and 0.25 for the factors' gradients, too thin f
 
 class LRQATCosts(E2EQPCosts):
     """Of ``lr_qat``."""
+
+    def warnings(self, config: RunConfig) -> Iterator[str]:
+        section = self.section(config)
+        if section.start == "latents" and section.downcast == "fixed" and config.grid.bits == FIXED_BITS:
+            yield (
+                f"at {FIXED_BITS} bits lr_qat.downcast = fixed keeps no fraction of a weight, so it starts "
+                "at integers, from which little moves: lr_qat.downcast = float16 keeps one"
+            )
 
     def factors(self, work: Workload) -> Factors:
         """Those of each linear."""
