@@ -32,6 +32,29 @@ WEIGHTS = "model.safetensors"
 E = TypeVar("E", bound=events.Event)
 
 # The smoke preset, shrunk: four blocks, every phase, about a second.
+FACTORS: dict[str, object] = {
+    "e2e_qp.enabled": False,
+    "lr_qat.enabled": True,
+    "lr_qat.rank": 8,
+    "lr_qat.sequences": 8,
+    "lr_qat.val_sequences": 0,
+    "lr_qat.sequence_length": 32,
+    "lr_qat.batch_size": 4,
+    "lr_qat.epochs": 5,
+    "lr_qat.lr_factors": 0.1,
+}
+"""Factors of low rank, behind whatever makes the blocks."""
+FROM_LATENTS: dict[str, object] = {
+    "e2e_qp.enabled": False,
+    "e2e_qat.enabled": True,
+    "e2e_qat.start": "latents",
+    "e2e_qat.sequences": 8,
+    "e2e_qat.val_sequences": 0,
+    "e2e_qat.sequence_length": 16,
+    "e2e_qat.batch_size": 4,
+    "e2e_qat.epochs": 3,
+}
+"""Whole weights that start at what was rounded."""
 SMALL: dict[str, object] = {
     "grid.bits": 3,
     "block_ap.sequences": 4,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from engine_runs import Child, exported, of, output, run_here
+from engine_runs import FACTORS, FROM_LATENTS, Child, exported, of, output, run_here
 from safetensors.torch import load_file
 
 from engine.architecture.description import describe
@@ -35,30 +35,8 @@ ALONE = {
 }
 AS_START = {"grid.bits": 2, "block_ap.start": "gptq", "gptq.sequences": 3, "e2e_qp.enabled": False}
 
-THEN_FACTORS = {
-    **ALONE,
-    "gptq.scales": "search",
-    "e2e_qp.enabled": False,
-    "lr_qat.enabled": True,
-    "lr_qat.rank": 8,
-    "lr_qat.sequences": 8,
-    "lr_qat.val_sequences": 0,
-    "lr_qat.sequence_length": 32,
-    "lr_qat.batch_size": 4,
-    "lr_qat.epochs": 3,
-    "lr_qat.lr_factors": 0.1,
-}
-THEN_WEIGHTS = {
-    **ALONE,
-    "e2e_qp.enabled": False,
-    "e2e_qat.enabled": True,
-    "e2e_qat.start": "latents",
-    "e2e_qat.sequences": 8,
-    "e2e_qat.val_sequences": 0,
-    "e2e_qat.sequence_length": 16,
-    "e2e_qat.batch_size": 4,
-    "e2e_qat.epochs": 3,
-}
+THEN_FACTORS = {**ALONE, **FACTORS, "gptq.scales": "search"}
+THEN_WEIGHTS = {**ALONE, **FROM_LATENTS}
 
 
 def test_it_is_a_method_like_the_others(finished_once: Make) -> None:

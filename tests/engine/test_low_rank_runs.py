@@ -7,7 +7,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from engine_runs import Child, exported, inside, interrupted_inside, metrics, of, run_here
+from engine_runs import (
+    FACTORS,
+    FROM_LATENTS,
+    Child,
+    exported,
+    inside,
+    interrupted_inside,
+    metrics,
+    of,
+    run_here,
+)
 from safetensors.torch import load_file
 
 from engine.architecture.description import describe
@@ -28,32 +38,17 @@ from engine.run.usable import newest_usable
 
 Make = Callable[..., RunDirectory]
 LOW_RANK = {
+    **FACTORS,
     "grid.bits": 2,
     "grid.group_size": 32,
-    "e2e_qp.enabled": False,
-    "lr_qat.enabled": True,
-    "lr_qat.rank": 8,
-    "lr_qat.sequences": 8,
-    "lr_qat.val_sequences": 0,
-    "lr_qat.sequence_length": 32,
-    "lr_qat.batch_size": 4,
-    "lr_qat.epochs": 5,
-    "lr_qat.lr_factors": 0.1,
     "lr_qat.train": ["factors", "scales", "norms"],
 }
 FULL = {
+    **FROM_LATENTS,
     "grid.bits": 3,
     "block_ap.enabled": False,
-    "e2e_qp.enabled": False,
-    "e2e_qat.enabled": True,
-    "e2e_qat.start": "latents",
     "e2e_qat.train": ["weights", "scales", "norms"],
     "evaluation.enabled": False,
-    "e2e_qat.sequences": 8,
-    "e2e_qat.val_sequences": 0,
-    "e2e_qat.sequence_length": 16,
-    "e2e_qat.batch_size": 4,
-    "e2e_qat.epochs": 3,
 }
 OFTEN = {"runtime.checkpoint_minutes": 1e-6, "runtime.checkpoint_share": 1.0}
 LONG_LOW_RANK = LOW_RANK | OFTEN | {"block_ap.enabled": False, "lr_qat.epochs": 20}
