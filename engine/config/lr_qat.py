@@ -39,8 +39,8 @@ class LRQATConfig(NetworkSection, frozen=True, kw_only=True, forbid_unknown_fiel
     """A frozen weight is kept as a ``bfloat16`` or ``float16`` number, in ``fixed`` point (8 bits, of which
     the grid's bits are whole), or as its ``integer`` alone."""
     start: Start = "latents"
-    """Frozen weights are the ``latents`` that were rounded (those of Block-AP or GPTQ, without them the
-    original weights), or the ``integers``, of which a small change moves none."""
+    """Frozen weights are the ``latents`` that were rounded (Block-AP's or GPTQ's, without them the original
+    weights), or the ``integers``, of which a small change moves none."""
     zero_factor: Literal["a", "b"] = "a"
     """The factor that starts at zero: ``a``, on the side of the outputs, or ``b``, on that of the inputs."""
     factor_start: Literal["kaiming", "svd"] = "kaiming"

@@ -22,7 +22,7 @@ from engine.config.stages import Stage, stages_of
 from engine.config.tables import load_named
 from engine.plan.estimate import Workload
 from engine.plan.memory_terms import Memory, rounding
-from engine.plan.object_sizes import block_bytes
+from engine.plan.object_sizes import block_bytes, scales_bytes
 from engine.plan.rates import Speed, load_seconds, search_seconds
 
 
@@ -196,7 +196,9 @@ class StageCosts:
         return 0
 
     def result_bytes(self, work: Workload) -> int:
-        """Of the objects that it adds: a block each."""
+        """Of the objects that it adds: a block each, or scales and zero points of each."""
+        if self.stage.scope != "block":
+            return work.arch.blocks * scales_bytes(work.arch, work.config.grid)
         return work.arch.blocks * block_bytes(work.arch, work.config.grid, self.latents(work.config))
 
     def latents(self, config: RunConfig) -> Downcast | None:
