@@ -43,6 +43,7 @@ LONGEST_TAIL_BYTES = 1 << 26
 
 _decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
 _E = TypeVar("_E", bound=Event)
+_S = TypeVar("_S", bound=msgspec.Struct)
 
 
 # -- writing -------------------------------------------------------------------------------------------
@@ -85,11 +86,34 @@ def _finite(event: _E) -> _E:
             kept = {name: number for name, number in value.items() if math.isfinite(number)}
             if len(kept) < len(value):
                 changes[field.name] = kept
+        elif isinstance(value, msgspec.Struct):
+            held = _held(value)
+            if held is not value:
+                changes[field.name] = held
+        elif isinstance(value, tuple | list) and any(isinstance(one, msgspec.Struct) for one in value):
+            parts = [_held(one) for one in value]
+            if any(part is not one for part, one in zip(parts, value, strict=True)):
+                changes[field.name] = type(value)(part for part in parts if part is not None)
     if not changes:
         return event
     if isinstance(event, Metric):
         changes["non_finite"] = True
     return msgspec.structs.replace(event, **changes)
+
+
+def _held(part: _S) -> _S | None:
+    """A part of an event, without what of it JSON cannot hold; none where it must have such a number: it says
+    nothing without it, and 0 would say what is not so."""
+    changes: dict[str, Any] = {}
+    for field in _fields(type(part)):
+        value = getattr(part, field.name)
+        if field.type is float and not math.isfinite(value):
+            return None
+        if isinstance(value, msgspec.Struct):
+            held = _held(value)
+            if held is not value:
+                changes[field.name] = held
+    return msgspec.structs.replace(part, **changes) if changes else part
 
 
 def _printable(tree: Any) -> Any:

@@ -18,6 +18,7 @@ from run_strategies import log_of, some_event
 from engine.errors import PreflightError
 from engine.run import event_log, events
 from engine.run.event_log import EventFollower, EventWriter, read_events
+from engine.run.measures import Divergence, TextMeasure
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -113,7 +114,7 @@ def test_reader_keeps_phases_and_stages_that_it_does_not_know_as_text(
     assert event_log.parse_lines(event_log.encode(made) + b"\n") == [made]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(some_event(any_float=True))
 def test_every_line_is_strict_json_and_decodes_to_its_kind(event: events.Event) -> None:
     def refuse(token: str) -> None:
@@ -124,6 +125,33 @@ def test_every_line_is_strict_json_and_decodes_to_its_kind(event: events.Event) 
     assert b"\n" not in line
     (read,) = event_log.parse_lines(line + b"\n")
     assert type(read) is type(event)
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
+def test_a_measure_that_is_no_number_is_lacking_and_its_event_is_read(number: float) -> None:
+    sound = Divergence(kl=0.5, top1=0.75, logit_error=1.0, largest_logit_error=2.0)
+    broken = msgspec.structs.replace(sound, largest_logit_error=number)
+    texts = tuple(
+        TextMeasure(corpus=name, perplexity=3.0, tokens=9, divergence=found)
+        for name, found in (("one", sound), ("other", broken))
+    )
+    made = events.Eval(
+        stage="fp",
+        perplexity=2.0,
+        tokens=9,
+        sequence_length=3,
+        seconds=0.1,
+        corpus="text",
+        texts=texts,
+        divergence=broken,
+    )
+    (read,) = event_log.parse_lines(event_log.encode(made) + b"\n")
+    assert isinstance(read, events.Eval)
+    assert read.divergence is None
+    assert read.texts == (texts[0], msgspec.structs.replace(texts[1], divergence=None))
+    assert read.perplexity == 2.0
+    whole = msgspec.structs.replace(made, divergence=sound, texts=texts[:1])
+    assert event_log.parse_lines(event_log.encode(whole) + b"\n") == [whole]
 
 
 def test_skipped_kinds_are_left_out_and_only_those() -> None:
