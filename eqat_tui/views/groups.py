@@ -9,7 +9,7 @@ from engine.config.stages import phase_label
 from engine.run.finding import shorten
 from engine.run.members import WAITING
 from eqat_tui.groups import Group, Row
-from eqat_tui.lines import Line, Span, bar, cut, fit, line, plain, width_of, wrap
+from eqat_tui.lines import Line, Span, bar, cut, fit, line, plain, squeezed, width_of, wrap
 from eqat_tui.measured import newest
 from eqat_tui.output import format_bits, format_bytes, format_clock, format_number, format_seconds
 from eqat_tui.views.monitor import STATE_MARKS, STATE_ROLES
@@ -55,7 +55,9 @@ def rows(
     sizes = _sizes(made, width)
     header = _cells("  ", "  #", [("", ""), ("state", ""), *((name, "") for name in MEASURED)], sizes)
     lines = [
-        _group(item.group, item.group.name in folded) if item.row is None else _row(item.row, marked, sizes)
+        _group(item.group, item.group.name in folded, width)
+        if item.row is None
+        else _row(item.row, marked, sizes)
         for item in shown
     ]
     return cut(header, width), [cut(one, width) for one in lines]
@@ -100,10 +102,11 @@ def _measured(row: Row) -> list[str]:
     ]
 
 
-def _group(group: Group, folded: bool) -> Line:
+def _group(group: Group, folded: bool, width: int) -> Line:
     mark = "+" if folded and group.rows else "-" if group.rows else " "
     if group.problem:
-        return line((f"{mark} {group.title}", "strong"), (f"  cannot be read: {group.problem}", "bad"))
+        head = line((f"{mark} {group.title}", "strong"))
+        return [*head, (squeezed(f"  cannot be read: {group.problem}", width - width_of(head)), "bad")]
     if not group.rows:
         return line(
             (f"{mark} {group.title}", "strong"), ("  empty: eqat queue add PRESET adds a run", "muted")
@@ -161,7 +164,9 @@ def details(item: Item | None, width: int) -> list[Line]:
         return [line(), line(), line()]
     group, row = item.group, item.row
     if row is None:
-        told = group.problem or (_advice(group) if group.is_queue else "= compares its runs, or those marked")
+        told = squeezed(group.problem, width) or (
+            _advice(group) if group.is_queue else "= compares its runs, or those marked"
+        )
         head = line((group.title, "strong"), (f"  {len(group.rows)} runs", "muted"))
         return [
             cut(one, width) for one in (head, line((shorten(group.path), "muted")), line((told, "muted")))
@@ -169,7 +174,7 @@ def details(item: Item | None, width: int) -> list[Line]:
     name = row.run.id if row.run is not None else "not made yet" if row.turn == "waiting" else "no run"
     lines = [line((name, "strong"), (f"  {row.number} of {group.title}", "muted")), line((row.what, "muted"))]
     if row.error:
-        lines.append(line((row.error, "bad")))
+        lines.append(line((squeezed(row.error, width), "bad")))
     elif group.is_queue and row.state in ("stopped", "aborted") and row.turn == "over":
         lines.append(line((f"was {row.state} and stays so; r gives it another turn", "warn")))
     elif group.is_queue and row.state == "crashed" and row.turn == "waiting":
