@@ -184,6 +184,27 @@ def details(item: Item | None, width: int) -> list[Line]:
     return [cut(one, width) for one in lines]
 
 
+def compared(rows: Sequence[Row], most: int, *, newest_first: bool) -> list[Row]:
+    """At most so many runs, in their order: those of the smallest perplexity, or the newest ones of a queue,
+    whose runs can be of different models."""
+    if newest_first:
+        return list(rows[-most:])
+
+    def perplexity(row: Row) -> float:
+        found = newest(row.summary["perplexity"]) if row.summary is not None else None
+        return found if found is not None else float("inf")
+
+    kept = {row.number for row in sorted(rows, key=perplexity)[:most]}
+    return [row for row in rows if row.number in kept]
+
+
+def left_out(group: Group, count: int, most: int) -> str:
+    """That only some runs of a group are compared, which, and where the others are seen."""
+    if group.is_queue:
+        return f"the newest {most} of {count} runs are compared; eqat compare takes any others"
+    return f"the best {most} of {count} runs are compared; eqat sweep show {group.name} shows all"
+
+
 def _advice(group: Group) -> str:
     if group.paused:
         return "r goes on"
