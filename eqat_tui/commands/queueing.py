@@ -121,11 +121,14 @@ def move(
 ) -> int:
     """Give an entry that waits another place."""
     from engine.run.queue import Queue
+    from eqat_tui.output import say
 
     queue = Queue()
     with queue.changing():
         queue.settle()
-        queue.move(entry, place)
+        moved = queue.move(entry, place)
+    if not moved:
+        say(f"entry {entry} has that place already")
     return ExitCode.DONE
 
 

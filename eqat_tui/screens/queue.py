@@ -112,7 +112,9 @@ class QueueScreen(LookingScreen):
                 return "no entry of the queue is under the cursor"
             if row.turn == "now":
                 return "its run is at work"
-            return "its turn is over" if row.turn == "over" and action != "remove" else ""
+            if action == "remove":
+                return ""
+            return "its turn is over" if row.turn == "over" else views.at_the_end(item.group, row, action)
         if action == "mark":
             return "" if row is not None and row.run is not None else "no run is under the cursor"
         if action == "compare":

@@ -205,6 +205,15 @@ def left_out(group: Group, count: int, most: int) -> str:
     return f"the best {most} of {count} runs are compared; eqat sweep show {group.name} shows all"
 
 
+def at_the_end(group: Group, row: Row, where: str) -> str:
+    """Why an entry that waits cannot have its turn earlier, or later; empty where it can."""
+    waiting = [one.number for one in group.rows if one.turn == "waiting"]
+    first, last = waiting[:1] == [row.number], waiting[-1:] == [row.number]
+    if where == "earlier" and first:
+        return "it is the first of those that wait"
+    return "it is the last of those that wait" if where == "later" and last else ""
+
+
 def _advice(group: Group) -> str:
     if group.paused:
         return "r goes on"

@@ -98,6 +98,19 @@ def test_the_list_says_of_a_run_that_its_disk_is_full(queue: Queue, call: Call, 
     assert "(disk full)" not in call("list")[1]
 
 
+def test_what_is_at_work_is_neither_moved_nor_taken_out(queue: Queue, call: Call, tmp_path: Path) -> None:
+    add(queue, tmp_path, 2, 3)
+    process = works(tmp_path, "works")
+    at_work(tmp_path, 1)
+    for arguments in (("move", "1", "last"), ("move", "1", "1"), ("remove", "1")):
+        code, _, err = call(*arguments)
+        assert (code, "entry 1: is at work (eqat stop " in err) == (3, True), err
+    code, _, err = call("move", "2", "1")
+    assert (code, "entry 1: does not wait" in err) == (2, True), err
+    assert call("stop")[0] == 0
+    ended(process)
+
+
 def test_kills_and_stops_lose_nothing_and_begin_nothing_twice(queue: Queue, tmp_path: Path) -> None:
     add(queue, tmp_path, 2, 3)
     process = works(tmp_path, "works")
@@ -186,6 +199,8 @@ def test_from_the_command_line(queue: Queue, call: Call, tmp_path: Path) -> None
         code, _, err = call(*arguments)
         assert (code, words in err, err.count("\n")) == (expected, True, 1), err
     assert call("move", "2", "first") == (0, "", "")
+    for place in ("first", "up", "2", "1"):
+        assert call("move", "2", place) == (0, "", "entry 2 has that place already\n")
     queue.read()
     assert [(entry.number, entry.bits, entry.run) for entry in queue.entries] == [(2, 4, None), (1, 3, None)]
     assert not list_runs(runs)

@@ -75,14 +75,20 @@ def test_whose_turn_it_is(state: str | None, attempt: int, again: int, unseen: s
         (3, "down", [1, 2, 4, 3, 5]),
         (1, "up", [1, 2, 3, 4, 5]),
         (5, "down", [1, 2, 3, 4, 5]),
+        (1, "first", [1, 2, 3, 4, 5]),
+        (5, "last", [1, 2, 3, 4, 5]),
+        (3, "3", [1, 2, 3, 4, 5]),
+        (3, "4", [1, 2, 3, 4, 5]),
         (5, "2", [1, 5, 2, 3, 4]),
         (1, "4", [2, 3, 1, 4, 5]),
     ],
 )
 def test_an_entry_is_moved(queue: Queue, number: int, place: str, order: list[int]) -> None:
+    before = numbers(queue)
     with queue.changing():
-        queue.move(number, place)
+        moved = queue.move(number, place)
     assert numbers(queue) == order
+    assert moved == (order != before)
 
 
 def test_what_is_over_or_at_work_has_no_place(queue: Queue, tmp_path: Path) -> None:
@@ -98,7 +104,6 @@ def test_what_is_over_or_at_work_has_no_place(queue: Queue, tmp_path: Path) -> N
         assert numbers(queue) == [1, 2, 5, 3, 4]
         wrong: list[Callable[[], None]] = [
             lambda: queue.move(1, "last"),
-            lambda: queue.move(2, "last"),
             lambda: queue.move(3, "1"),
             lambda: queue.move(3, "2"),
             lambda: queue.move(3, "middle"),
@@ -111,6 +116,8 @@ def test_what_is_over_or_at_work_has_no_place(queue: Queue, tmp_path: Path) -> N
                 change()
         with pytest.raises(PreflightError, match="entry 2: is at work") as told, queue.changing():
             queue.remove([3, 2])
+        with pytest.raises(PreflightError, match="entry 2: is at work"), queue.changing():
+            queue.move(2, "last")
         (typed,) = shlex.split(told.value.hint)[2:3]  # the run may lie in any folder of runs
         assert find_run(default_runs_dir(), typed).path == run.path
         assert typed in queue_text(show_queue(queue))

@@ -99,8 +99,14 @@ def test_entries_are_moved_and_taken_out_and_runs_are_compared(queue: Queue) -> 
         await press(pilot, "down", "down", "down", "down", "less_than_sign")
         await until(pilot, lambda: order(queue) == [1, 2, 3, 5, 4])
         await until(pilot, lambda: "►     5" in picture(app))  # the cursor stays on it
+        await press(pilot, "less_than_sign")
+        assert told(app)[-1] == "it is the first of those that wait"
+        assert "(< earlier)" in picture(app)
         await press(pilot, "greater_than_sign")
         await until(pilot, lambda: order(queue) == [1, 2, 3, 4, 5])
+        await until(pilot, lambda: "(> later)" in picture(app))
+        await press(pilot, "greater_than_sign")
+        assert told(app)[-1] == "it is the last of those that wait"
         await press(pilot, "delete")
         await until(pilot, lambda: isinstance(app.screen, Confirm))
         assert "Take entry 5" in picture(app)
