@@ -124,15 +124,17 @@ def _title(number: int, settings: dict[str, Any]) -> str:
 
 
 def parts(found: Iterable[RunConfig], jobs: int) -> list[Share]:
-    """What of the machine each of ``jobs`` runs at a time has; 0 is as many as there are GPUs.
+    """What of the machine each of ``jobs`` runs at a time has; 0 is as many as there are GPUs for.
 
     Raises:
         UsageError: where there are not as many.
     """
     if jobs == 1:
         return [ALL]
-    devices = [config.runtime.device for config in found]
-    return shares(jobs, devices, visible_gpus(), sorted(os.sched_getaffinity(0)))
+    wanted = [config.runtime for config in found]
+    together = max([1, *(one.gpus for one in wanted)])
+    devices = [one.device for one in wanted]
+    return shares(jobs, devices, visible_gpus(), sorted(os.sched_getaffinity(0)), together=together)
 
 
 def detach(sweep: Sweep, *, jobs: int, as_json: bool) -> int:

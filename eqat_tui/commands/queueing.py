@@ -12,6 +12,7 @@ from eqat_tui.commands.options import (
     Bits,
     Data,
     Device,
+    Gpus,
     GroupSize,
     Json,
     Model,
@@ -56,6 +57,7 @@ def add(
     group_size: GroupSize = None,
     data: Data = None,
     device: Device = None,
+    gpus: Gpus = None,
     settings: Settings = None,
     trust_remote_code: RemoteCode = False,
     runs_dir: RunsDir = None,
@@ -79,6 +81,7 @@ def add(
         group_size=group_size,
         data=data,
         device=device,
+        gpus=gpus,
         settings=settings or (),
         trust_remote_code=trust_remote_code,
     )

@@ -180,6 +180,16 @@ def test_killed_at_any_instant_it_goes_on(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
+def test_an_entry_is_of_several_gpus_as_a_run_would_be(queue: Queue, call: Call, tmp_path: Path) -> None:
+    assert call("pause")[0] == 0
+    two = ("add", "smoke", "--device", "cpu", "--gpus", "2", "--runs-dir", str(tmp_path / "runs"))
+    assert call(*two)[0] == 0
+    queue.read()
+    assert queue.entries[0].configuration().runtime.gpus == 2
+    code, _, err = call(*two, "--gpus", "3")
+    assert (code, "cannot be shared out evenly over 3 GPUs" in err) == (2, True), err
+
+
 def test_from_the_command_line(queue: Queue, call: Call, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     assert call("pause") == (0, "", "")
