@@ -34,7 +34,7 @@ from engine.run.members import GONE, UNREADABLE, WAITING, Failure, RunId, is_at_
 from engine.run.proof import is_run
 from engine.run.sweep import LARGEST, SCHEMA, refuse_later
 from engine.system.files import atomic_write_json, disk_error, full_disk
-from engine.system.guarded import NoFile, read_struct
+from engine.system.guarded import BadFile, NoFile, read_struct
 from engine.system.ownership import require_own_folders
 from engine.system.user_state import STATE_VARIABLE, queue_folder
 
@@ -179,6 +179,11 @@ class Queue:
             found = read_struct(self.path / FILE, _File, LARGEST)
         except NoFile:
             found = _File()
+        except BadFile as error:
+            if isinstance(error.__cause__, OSError):  # what is in it may be good
+                raise
+            hint = "once it is moved away, eqat queue add begins another queue; runs are not touched by that"
+            raise BadFile(error.message, where=error.where, hint=hint) from error
         refuse_later(found.schema, self.path / FILE)
         self._file = found
 

@@ -11,7 +11,7 @@ from engine.run.members import WAITING
 from eqat_tui.groups import Group, Row
 from eqat_tui.lines import Line, Span, bar, cut, fit, line, plain, squeezed, width_of, wrap
 from eqat_tui.measured import newest
-from eqat_tui.output import format_bits, format_bytes, format_clock, format_number, format_seconds
+from eqat_tui.output import counted, format_bits, format_bytes, format_clock, format_number, format_seconds
 from eqat_tui.views.monitor import STATE_MARKS, STATE_ROLES
 from eqat_tui.words import block_place
 
@@ -167,7 +167,7 @@ def details(item: Item | None, width: int) -> list[Line]:
         told = squeezed(group.problem, width) or (
             _advice(group) if group.is_queue else "= compares its runs, or those marked"
         )
-        head = line((group.title, "strong"), (f"  {len(group.rows)} runs", "muted"))
+        head = line((group.title, "strong"), (f"  {counted(len(group.rows), 'run')}", "muted"))
         return [
             cut(one, width) for one in (head, line((shorten(group.path), "muted")), line((told, "muted")))
         ]

@@ -16,6 +16,7 @@ from eqat_tui.journal import Entry
 from eqat_tui.lines import Line, Span, bar, beside, columns, cut, in_few, line, squeezed, width_of, wrap
 from eqat_tui.output import (
     cell,
+    counted,
     format_clock,
     format_number,
     format_seconds,
@@ -160,7 +161,7 @@ def progress(view: RunView, width: int) -> list[Line]:
     if view.job is not None:
         return [job_progress(view, width), _finished(view, width)]
     if view.liveness == "done":
-        return [_finished(view, width), line((f"{len(state.phases)} phases", "muted"))]
+        return [_finished(view, width), line((counted(len(state.phases), "phase"), "muted"))]
     return [_phase_line(view, width), _run_line(view, width)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import threading
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from engine.run.finding import default_runs_dir, find_run
 from engine.run.lock import RunLock
 from engine.run.queue import MOST_OVER, Over, Queue, entry_state, turn_of
 from engine.run.sweep import Sweep, find_sweep
+from engine.system.guarded import bad_file
 from eqat_tui.queue_text import queue_text
 from eqat_tui.queueing import show_queue
 
@@ -183,10 +185,38 @@ def test_what_is_said_of_a_run_that_ended_while_nobody_worked_on_the_queue(
     assert (row["state"], row["turn"]) == (state, place)
     said = queue_text(show_queue(queue))
     assert ("nobody works on it" in said) == left
-    assert ("was cut off, and goes on from its last checkpoint" in said) == (outcome is None)
+    assert ("was cut off, and goes on when the queue does" in said) == (outcome is None)
     with queue.changing():
         queue.settle()
     assert (entry_state(queue.entries[0]), queue.entries[0].place) == (state, place)  # noted, it is the same
+
+
+@pytest.mark.parametrize("content", ["{", '{"entries": 5}', "\udcff"], ids=["torn", "other", "no text"])
+def test_of_a_file_that_is_no_queue_it_is_said_what_to_do(queue: Queue, content: str) -> None:
+    file = queue.path / "queue.json"
+    whole = file.read_bytes()
+    file.write_text(content, errors="surrogateescape")
+    with pytest.raises(PreflightError, match=r"queue\.json: is not ") as told:
+        Queue(queue.path)
+    assert "moved away, eqat queue add begins another queue" in told.value.hint
+    file.rename(file.with_name("queue.json.bad"))
+    assert numbers(queue) == []
+    file.write_bytes(whole)
+    assert numbers(queue) == [1, 2, 3, 4, 5]
+
+
+def test_a_queue_that_may_be_good_is_not_to_be_moved_away(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        try:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        except OSError as error:
+            raise bad_file(error, queue.path) from error
+
+    monkeypatch.setattr("engine.run.queue.read_struct", refused)
+    with pytest.raises(PreflightError, match=r"cannot be read: Permission denied$"):
+        queue.read()
 
 
 def test_paths_are_those_of_where_it_was_typed(

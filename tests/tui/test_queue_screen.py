@@ -225,6 +225,13 @@ def test_a_damaged_queue_is_told_and_hides_no_sweep(queue: Queue) -> None:
     assert "cannot be read" in plain(views.rows(views.items(found, ()), (), (), 200)[1][0])
 
 
+def test_one_run_is_no_runs() -> None:
+    waits = Row(1, "a", "waiting", "waiting", None, None, "")
+    for rows, words in ((), "0 runs"), ((waits,), "1 run"), ((waits, waits), "2 runs"):
+        group = Group("queue", "queue of hal", "", rows, False, False, "")
+        assert plain(views.details(views.Item(group, None), 80)[0]) == f"queue of hal  {words}"
+
+
 def test_a_run_at_work_counts_by_what_it_has_behind_it() -> None:
     summary = {"seconds": 30.0, "eta_s": 10.0, "waiting": None, "phase": "block_ap", "perplexity": {}}
     summary |= {"block": 3, "blocks": 6, "state": "running"}
