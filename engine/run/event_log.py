@@ -30,6 +30,7 @@ from engine.run.events import (
     Event,
     Metric,
 )
+from engine.run.measures import Divergence, TextMeasure
 from engine.system.files import disk_error
 from engine.system.guarded import open_regular
 from engine.system.log_bytes import tail, whole_lines
@@ -86,11 +87,29 @@ def _finite(event: _E) -> _E:
             kept = {name: number for name, number in value.items() if math.isfinite(number)}
             if len(kept) < len(value):
                 changes[field.name] = kept
+        elif isinstance(value, Divergence) and not _is_finite(value):
+            changes[field.name] = None
+        elif isinstance(value, tuple):
+            sound = tuple(map(_of_text, value))
+            if any(after is not before for after, before in zip(sound, value, strict=True)):
+                changes[field.name] = sound
     if not changes:
         return event
     if isinstance(event, Metric):
         changes["non_finite"] = True
     return msgspec.structs.replace(event, **changes)
+
+
+def _is_finite(found: Divergence) -> bool:
+    """Whether JSON can hold its numbers, each of which a reader wants."""
+    return all(map(math.isfinite, msgspec.structs.astuple(found)))
+
+
+def _of_text(one: Any) -> Any:
+    """What was measured on a text, without a divergence that JSON cannot hold; anything else as it is."""
+    if isinstance(one, TextMeasure) and one.divergence is not None and not _is_finite(one.divergence):
+        return msgspec.structs.replace(one, divergence=None)
+    return one
 
 
 def _printable(tree: Any) -> Any:

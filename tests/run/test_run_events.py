@@ -18,6 +18,7 @@ from run_strategies import log_of, some_event
 from engine.errors import PreflightError
 from engine.run import event_log, events
 from engine.run.event_log import EventFollower, EventWriter, read_events
+from engine.run.measures import Divergence, TextMeasure
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -127,6 +128,18 @@ def test_every_line_is_strict_json_and_decodes_to_its_kind(event: events.Event) 
     assert b"\n" not in line
     (read,) = event_log.parse_lines(line + b"\n")
     assert type(read) is type(event)
+
+
+def test_an_infinite_divergence_costs_no_evaluation() -> None:
+    infinite = Divergence(kl=0.1, top1=0.5, logit_error=1.0, largest_logit_error=math.inf)
+    text = TextMeasure(corpus="c4", perplexity=math.inf, tokens=9, divergence=infinite)
+    fields = {"tokens": 9, "sequence_length": 9, "seconds": 1.0, "corpus": "builtin"}
+    made = events.Eval(stage="rtn", perplexity=20.0, divergence=infinite, texts=(text,), **fields)
+    (read,) = event_log.parse_lines(event_log.encode(made))
+    assert isinstance(read, events.Eval)
+    assert (read.perplexity, read.divergence) == (20.0, None)
+    (of_text,) = read.texts
+    assert (of_text.corpus, of_text.perplexity, of_text.divergence) == ("c4", None, None)
 
 
 def test_skipped_kinds_are_left_out_and_only_those() -> None:
