@@ -347,7 +347,7 @@ def _tell_end(run: RunDirectory, state: RunState, code: int) -> None:
     elif code == ExitCode.STOPPED:
         say(f"stopped; {types(run, 'resume')} goes on")
     elif code in (ExitCode.ABORTED, ExitCode.TERMINATED):
-        say(f"aborted; {types(run, 'resume')} goes on from its last checkpoint")
+        say(f"aborted; {_left_of(run, state)}")
     elif code != ExitCode.DONE:
         if code == ExitCode.BUG:
             log = log_path(run, state.newest_attempt)

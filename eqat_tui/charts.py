@@ -15,7 +15,7 @@ from typing import NamedTuple
 from eqat_tui.lines import Line, cut, line, width_of
 from eqat_tui.output import format_number
 
-MARKS = "*o+x"
+MARKS = "*o+x#@%&=~^$!?<>vwzsnmuceh"
 """One a series, for terminals without braille and where colour cannot tell series apart."""
 LARGEST = 1e300
 """What is larger is as good as infinite, and differences of two such numbers are."""

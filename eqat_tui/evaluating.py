@@ -31,6 +31,7 @@ from eqat_tui.divergence_text import results_table
 from eqat_tui.output import (
     cell,
     colour_wanted,
+    counted,
     format_seconds,
     one_line,
     print_json,
@@ -260,7 +261,7 @@ def checkpoint_text(found: Tree) -> str:
     against = f"\n  against {cell(found['reference'], 200)}" if found["reference"] else ""
     tables = [results_table(found["measured"])] if found["measured"] else []
     tables += [score_table({"": found["scores"]})] if found["scores"] else []
-    return "\n\n".join([f"{name} with {found['blocks']} blocks{against}", *tables])
+    return "\n\n".join([f"{name} with {counted(found['blocks'], 'block')}{against}", *tables])
 
 
 def told_of_run(shown: Tree) -> str:

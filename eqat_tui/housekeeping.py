@@ -17,7 +17,7 @@ from engine.run.proof import shown
 from engine.run.state import load_state
 from engine.system.user_cache import token_cache
 from eqat_tui.measured import newest
-from eqat_tui.output import agrees, format_bytes, format_number, print_error, print_json, say, show
+from eqat_tui.output import agrees, counted, format_bytes, format_number, print_error, print_json, say, show
 
 # -- deleting ------------------------------------------------------------------------------------------
 
@@ -103,7 +103,8 @@ def _achieved(run: RunDirectory) -> list[str]:
     blocks = (state.plan or {}).get("blocks")
     if not finished:
         return ["no block finished"]
-    return [f"{finished}{f' of {blocks}' if isinstance(blocks, int) else ''} blocks finished"]
+    every = f"{finished} of {counted(blocks, 'block')}" if isinstance(blocks, int) else ""
+    return [f"{every or counted(finished, 'block')} finished"]
 
 
 # -- freeing -------------------------------------------------------------------------------------------

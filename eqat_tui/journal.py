@@ -6,13 +6,17 @@ from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import msgspec
+
 from engine.run import events
 from engine.run.deaths import KILLED, why_gone
 from engine.run.directory import RunDirectory
 from engine.run.events import AnyEvent
+from engine.run.sight import sight_of
 from engine.run.task import is_job, job_name
 from eqat_tui.display import lasting_line
 from eqat_tui.output import one_line
+from eqat_tui.words import within_run
 
 JOURNAL_LINES = 1000
 
@@ -30,6 +34,7 @@ class Journal:
 
     def __init__(self, run: RunDirectory | None = None) -> None:
         self.run = run
+        self._place = sight_of(run).place if run is not None else ""
         self.entries: deque[Entry] = deque(maxlen=JOURNAL_LINES)
         self._open: events.RunStarted | events.AttemptStarting | None = None
         self._attempt = 0
@@ -50,7 +55,7 @@ class Journal:
             elif isinstance(event, events.RunFinished):
                 self._open = None
             self._last_t = event.t
-            text, role = _words(event)
+            text, role = _words(event, self._place)
             if text:
                 self.entries.append(Entry(event.t, one_line(text), role))
 
@@ -84,7 +89,8 @@ def silent_words(first: int, last: int) -> str:
     return f"{which} ended before the first word"
 
 
-def _words(event: AnyEvent) -> tuple[str, str]:
+def _words(event: AnyEvent, place: str) -> tuple[str, str]:
+    """What an event has to tell, and its role; ``place`` is the run's folder."""
     match event:
         case events.Metric() | events.Memory():
             return "", ""
@@ -100,7 +106,8 @@ def _words(event: AnyEvent) -> tuple[str, str]:
             what = f"{job_name(event.task)} " if is_job(event.task) else ""
             return f"{what}{event.outcome} (exit code {event.exit_code})", "strong"
         case events.Error():
-            return lasting_line(event) or "", "bad"
+            inside = msgspec.structs.replace(event, where=within_run(event.where, place))
+            return lasting_line(inside) or "", "bad"
         case events.Warning() | events.ControlAck():
             return lasting_line(event) or "", "warn"
     return (lasting_line(event) or "").strip(), ""

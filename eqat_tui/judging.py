@@ -21,7 +21,7 @@ from engine.run.launch import python_environment
 from engine.run.proof import is_run
 from engine.run.state import load_state
 from engine.system.sums import digests
-from eqat_tui.output import cell, format_bytes, say, table
+from eqat_tui.output import cell, counted, format_bytes, say, table
 
 WORST = 5
 """Linears whose error is told one by one."""
@@ -197,7 +197,7 @@ def judgement_text(found: Mapping[str, Any]) -> str:
     several = len(found["grids"]) > 1
     grids = ", ".join(f"{count} of {name}" if several else name for name, count in found["grids"].items())
     grids = f" ({grids})" if grids else ""
-    model = f"{cell(found['model_type'])} with {found['blocks']} blocks"
+    model = f"{cell(found['model_type'])} with {counted(found['blocks'], 'block')}"
     model = model if found["blocks"] else "no model can be made of it"
     lines = [
         f"{cell(found['path'], 200)}: {found['label']}, {model}",

@@ -26,6 +26,8 @@ LONGEST_TEXT = 20_000
 """Letters of a text that are shown: a log can hold megabytes, and nobody scrolls through them here."""
 PER_CELL = 8
 """Letters that may share one cell; accents on accents could go on without end."""
+SHORTEST_WORD = 16
+"""Cells that are left of a path or an id where a line is too short for it."""
 _WIDENS = "\ufe0f"
 """After a sign of text it makes an emoji of it, which is a cell wider."""
 
@@ -122,8 +124,45 @@ def widths_of(rows: Sequence[Sequence[str | Span]]) -> list[int]:
     ]
 
 
+def squeezed(text: str, room: int) -> str:
+    """``text`` in ``room`` cells, as far as its longest words can be shortened in their middle for that.
+
+    A path says where, and stands before what is wrong there: a line that is only cut loses just that.
+    """
+    text = printable(text[:LONGEST_TEXT])
+    words, over = text.split(" "), cell_len(text) - room
+    for index in sorted(range(len(words)), key=lambda one: -cell_len(words[one])):
+        size = cell_len(words[index])
+        if over <= 0 or size <= SHORTEST_WORD:
+            break
+        words[index] = _without_middle(words[index], max(SHORTEST_WORD, size - over))
+        over -= size - cell_len(words[index])
+    return " ".join(words)
+
+
+def _without_middle(word: str, width: int) -> str:
+    """The beginning and the end of a word that is wider than ``width``, with an ellipsis between them."""
+    begin, used = len(word), 0
+    while begin and used + cell_len(word[begin - 1]) <= width // 2:
+        begin -= 1
+        used += cell_len(word[begin])
+    return set_cell_size(word, width - 1 - used).rstrip() + ELLIPSIS + word[begin:].strip("".join(JOINERS))
+
+
+def in_few(text: str, width: int, most: int, role: str = "") -> list[Line]:
+    """``text`` in at most ``most`` lines: its longest words give way before its end does."""
+    lines = wrap(text, width, role)
+    if len(lines) > most:  # of every line a part stays empty, since words are kept whole
+        lines = wrap(squeezed(text, most * width * 3 // 4), width, role)
+    return few(lines, most)
+
+
 def wrap(text: str, width: int, role: str = "") -> list[Line]:
-    """``text`` in lines of at most ``width`` cells, broken between words where that is possible."""
+    """``text`` in lines of at most ``width`` cells, broken between words where that is possible.
+
+    A word that leaves no room for a mark on a line of its own is broken where it stands: the mark before it
+    must not have a line for itself.
+    """
     lines: list[Line] = []
     if len(text) > LONGEST_TEXT:
         text = f"{text[:LONGEST_TEXT]} {ELLIPSIS} ({len(text) - LONGEST_TEXT:,} more letters)"
@@ -131,7 +170,8 @@ def wrap(text: str, width: int, role: str = "") -> list[Line]:
         current = ""
         for word in printable(paragraph.expandtabs(4)).split(" "):
             joined = f"{current} {word}" if current else word
-            if cell_len(joined) <= width or not current:
+            broken = cell_len(word) > width - 2 and cell_len(current) < width - 1
+            if cell_len(joined) <= width or not current or broken:
                 current = joined
             else:
                 lines.append([(current, role)])

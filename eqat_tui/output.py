@@ -184,6 +184,11 @@ def format_count(value: float | None) -> str:
     return "–" if found is None else f"{found:,.0f}" if abs(found) < 1e12 else f"{found:.1e}"
 
 
+def counted(count: int | None, what: str) -> str:
+    """``1 run``, ``2 runs``: a number of things of which one is called ``what``."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def format_bits(value: float | None) -> str:
     """Bits per weight: ``3.30``."""
     found = number(value)

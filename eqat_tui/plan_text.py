@@ -8,6 +8,7 @@ from typing import Any
 from engine.config.stages import phase_label
 from eqat_tui.output import (
     cell,
+    counted,
     format_bits,
     format_bytes,
     format_parameters,
@@ -40,7 +41,7 @@ def heading(plan: Mapping[str, Any]) -> str:
     place = machine["gpu_name"] if plan["device"] == "cuda" else _cores(machine["cpus"])
     name, kind = cell(model_name(plan["model"])), cell(plan["model_type"])
     count = format_parameters(plan["parameters"])
-    return f"{name}: {kind}, {count} parameters, {plan['blocks']} blocks, on {cell(place)}"
+    return f"{name}: {kind}, {count} parameters, {counted(plan['blocks'], 'block')}, on {cell(place)}"
 
 
 def _cores(count: int) -> str:

@@ -19,7 +19,7 @@ from engine.run.finding import shorten, typed
 from engine.run.housekeeping import exports
 from engine.run.shown import show_run
 from eqat_tui.judging import CARD, changed_files
-from eqat_tui.output import agrees, cell, format_bytes, key_values, one_line, say, show, table
+from eqat_tui.output import agrees, cell, counted, format_bytes, key_values, one_line, say, show, table
 
 NETWORK = ("httpx", "httpcore", "requests", "urllib3")
 """Begin the names of the libraries that the hub's own one asks with."""
@@ -133,7 +133,7 @@ def _shown(folder: Path, card: str, hub: Any, repo: str, revision: str | None, p
         else "everybody, unless the repository is private",
         "base model": about.get("base_model", "not named: --base-model ORGANIZATION/NAME"),
         "licence": about.get("license", "not named: that of the base model holds"),
-        "in all": f"{len(sizes)} files, {format_bytes(sum(sizes.values()))}",
+        "in all": f"{counted(len(sizes), 'file')}, {format_bytes(sum(sizes.values()))}",
     }
     rows = [[cell(name), format_bytes(size)] for name, size in sorted(sizes.items())]
     return f"{key_values(facts)}\n\n{table(rows, header=['file', 'size'], right='lr')}\n"

@@ -65,7 +65,7 @@ def note_of(row: Tree) -> str:
     """What an entry that did not end well needs said: why, and how it goes on."""
     error, number = row["error"], row["number"]
     if row["turn"] == "waiting" and row["state"] == "crashed":
-        return f"{number}: was cut off, and goes on from its last checkpoint when the queue does"
+        return f"{number}: was cut off, and goes on when the queue does"
     if row["turn"] != "over" or row["state"] == "done":
         return ""
     again = f"eqat queue resume {number} gives it another turn"

@@ -18,6 +18,7 @@ from engine.plan.several import Planned, SeveralPlans
 from eqat_tui.output import (
     LONGEST_LINE,
     cell,
+    counted,
     format_bits,
     format_bytes,
     format_number,
@@ -71,7 +72,8 @@ def _needs(run: Planned, gpu: bool) -> list[str]:
 
 def _totals(plans: SeveralPlans) -> dict[str, str]:
     fitting = len(plans.fitting)
-    of = f"{len(plans.runs)} runs" if fitting == len(plans.runs) else f"{fitting} of {len(plans.runs)} runs"
+    runs = counted(len(plans.runs), "run")
+    of = runs if fitting == len(plans.runs) else f"{fitting} of {runs}"
     how = "one after the other" if plans.jobs == 1 else f"{plans.jobs} at a time"
     return {
         "time": f"about {format_seconds(plans.seconds)}, {of} {how}",

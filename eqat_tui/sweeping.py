@@ -39,7 +39,7 @@ from eqat_tui.detached import start_detached
 from eqat_tui.display import open_display
 from eqat_tui.follow import Follower, Left
 from eqat_tui.hearing import hearing
-from eqat_tui.output import cell, error_words, one_line, print_json, say, show
+from eqat_tui.output import cell, counted, error_words, one_line, print_json, say, show
 from eqat_tui.sweep_members import ENDS, STOPS, made, note
 from eqat_tui.sweep_text import plan_text, sweep_text, totals_words
 from eqat_tui.sweeping_together import Together
@@ -112,7 +112,7 @@ def make(target: str, found: Sequence[Combination], plans: SeveralPlans, runs_di
     if not plans.fitting:
         _check_all(found, plans)
     plans.check_together()
-    say(f"{len(found)} runs, {totals_words(plans)}")
+    say(f"{counted(len(found), 'run')}, {totals_words(plans)}")
     for number, (one, run) in enumerate(zip(found, plans.runs, strict=True), 1):
         for obstacle in run.obstacles[:1]:
             say(one_line(f"does not fit: {_title(number, one.settings)}: {obstacle.error}"))
@@ -124,15 +124,17 @@ def _title(number: int, settings: dict[str, Any]) -> str:
 
 
 def parts(found: Iterable[RunConfig], jobs: int) -> list[Share]:
-    """What of the machine each of ``jobs`` runs at a time has; 0 is as many as there are GPUs.
+    """What of the machine each of ``jobs`` runs at a time has; 0 is as many as there are GPUs for.
 
     Raises:
         UsageError: where there are not as many.
     """
     if jobs == 1:
         return [ALL]
-    devices = [config.runtime.device for config in found]
-    return shares(jobs, devices, visible_gpus(), sorted(os.sched_getaffinity(0)))
+    wanted = [config.runtime for config in found]
+    together = max([1, *(one.gpus for one in wanted)])
+    devices = [one.device for one in wanted]
+    return shares(jobs, devices, visible_gpus(), sorted(os.sched_getaffinity(0)), together=together)
 
 
 def detach(sweep: Sweep, *, jobs: int, as_json: bool) -> int:

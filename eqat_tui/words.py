@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Any
 
 from engine.errors import EqatError
@@ -34,6 +35,15 @@ def time_left(eta_s: float | None, over_s: float | None, *, measured: bool = Tru
     if eta_s is None:
         return ""
     return f"{format_clock(eta_s)} left" if measured else f"about {format_clock(eta_s)} left by the plan"
+
+
+def within_run(where: str, run: str) -> str:
+    """A file of the run whose folder is ``run``, by its place in there; anything else as it is.
+
+    The folder is known by its name: a run may have been moved since, or be on another machine.
+    """
+    _, found, inside = where.partition(f"/{PurePath(run).name}/")
+    return inside if found and inside and where.startswith("/") else where
 
 
 def hint_for_app(hint: str) -> str:

@@ -34,7 +34,7 @@ from engine.run.members import GONE, UNREADABLE, WAITING, Failure, RunId, is_at_
 from engine.run.proof import is_run
 from engine.run.sweep import LARGEST, SCHEMA, refuse_later
 from engine.system.files import atomic_write_json, disk_error, full_disk
-from engine.system.guarded import NoFile, read_struct
+from engine.system.guarded import BadFile, NoFile, read_struct
 from engine.system.ownership import require_own_folders
 from engine.system.user_state import STATE_VARIABLE, queue_folder
 
@@ -179,6 +179,11 @@ class Queue:
             found = read_struct(self.path / FILE, _File, LARGEST)
         except NoFile:
             found = _File()
+        except BadFile as error:
+            if isinstance(error.__cause__, OSError):  # what is in it may be good
+                raise
+            hint = "once it is moved away, eqat queue add begins another queue; runs are not touched by that"
+            raise BadFile(error.message, where=error.where, hint=hint) from error
         refuse_later(found.schema, self.path / FILE)
         self._file = found
 
@@ -269,29 +274,31 @@ class Queue:
         """Take entries out; runs that they have made stay. One that is at work is not taken out."""
         found = [self.entry(number) for number in numbers]
         for entry in found:
-            if entry.over is None and is_at_work(entry.directory):
-                raise PreflightError(
-                    "is at work",
-                    where=f"entry {entry.number}",
-                    hint=f"eqat stop {named(entry)} stops its run",
-                )
+            _refuse_at_work(entry)
         for entry in found:
             if entry in self.entries:
                 self.entries.remove(entry)
 
-    def move(self, number: int, place: str) -> None:
+    def move(self, number: int, place: str) -> bool:
         """Give an entry that waits another place among those that do: ``first``, ``last``, ``up``, ``down``,
-        or before the one of a number."""
+        or before the one of a number. False where it has that place already.
+
+        Raises:
+            PreflightError: for one that is at work.
+            UsageError: for one that is over, and where there is no such place.
+        """
         entry = self.entry(number)
+        _refuse_at_work(entry)
         if entry.place != "waiting":
-            what = "is at work" if entry.over is None else "is over"
-            raise UsageError(what, where=f"entry {number}", hint="only what waits is moved")
+            raise UsageError("is over", where=f"entry {number}", hint="only what waits is moved")
         row = [one for one in self.entries if one.place == "waiting"]
         here = row.index(entry)
         row.remove(entry)
-        row.insert(self._place(place, here, row), entry)
+        there = here if place == str(number) else self._place(place, here, row)
+        row.insert(there, entry)
         others = [one for one in self.entries if one not in row]
         self._file.entries = [*others, *row]
+        return there != here
 
     def _place(self, place: str, here: int, row: list[Entry]) -> int:
         places = {FIRST: 0, LAST: len(row), UP: max(0, here - 1), DOWN: min(len(row), here + 1)}
@@ -304,7 +311,8 @@ class Queue:
             )
         before = self.entry(number)
         if before not in row:
-            raise UsageError("has no place among those that wait", where=f"entry {number}")
+            hint = "only a place among those that wait is given"
+            raise UsageError("does not wait", where=f"entry {number}", hint=hint)
         return row.index(before)
 
     def hold(self) -> RunDirectory | None:
@@ -328,6 +336,13 @@ class Queue:
             entry.over, entry.error, entry.again = None, None, attempt_of(run)
             self.entries.remove(entry)
             self.entries.append(entry)
+
+
+def _refuse_at_work(entry: Entry) -> None:
+    """Raise :class:`PreflightError` for an entry whose run is at work."""
+    if entry.over is None and is_at_work(entry.directory):
+        hint = f"eqat stop {named(entry)} stops its run"
+        raise PreflightError("is at work", where=f"entry {entry.number}", hint=hint)
 
 
 @contextmanager

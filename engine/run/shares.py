@@ -1,4 +1,4 @@
-"""What one of several engines on a machine may take of it: a GPU, or some of the cores."""
+"""What one of several engines on a machine may take of it: a GPU, several together, or some of the cores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
     name: str = ""
     """In words; empty: all of it."""
     gpu: str = ""
-    """The only one that CUDA shows, as CUDA_VISIBLE_DEVICES names it."""
+    """The only ones that CUDA shows, as CUDA_VISIBLE_DEVICES names them."""
     cores: tuple[int, ...] = ()
     """The only ones that it computes on."""
 
@@ -36,8 +36,11 @@ class Share(msgspec.Struct, frozen=True, kw_only=True):
 ALL = Share()
 
 
-def shares(jobs: int, devices: Iterable[str], gpus: list[str], cores: list[int]) -> list[Share]:
-    """One for each of ``jobs`` runs at a time (0: as many as there are GPUs) that compute on ``devices``.
+def shares(
+    jobs: int, devices: Iterable[str], gpus: list[str], cores: list[int], *, together: int = 1
+) -> list[Share]:
+    """One for each of ``jobs`` runs at a time (0: as many as there are GPUs for) that compute on ``devices``,
+    each on so many GPUs ``together``.
 
     Raises:
         UsageError: for more runs than there are GPUs or cores, and where a run names its GPU itself.
@@ -61,14 +64,17 @@ def shares(jobs: int, devices: Iterable[str], gpus: list[str], cores: list[int])
             where="runtime.device",
             hint="leave it at auto; CUDA_VISIBLE_DEVICES says which GPUs are taken",
         )
-    jobs = jobs or len(gpus)
-    if jobs > len(gpus):
+    room = len(gpus) // together
+    jobs = jobs or max(1, room)
+    if jobs > room:
+        needed = "a GPU" if together == 1 else f"{together} GPUs"
         raise UsageError(
-            f"{jobs} runs at a time need a GPU each, and {len(gpus)} can be seen",
+            f"{jobs} runs at a time need {needed} each, and {len(gpus)} can be seen",
             where="--jobs",
-            hint=f"--jobs {len(gpus)} at most",
+            hint=f"--jobs {room} at most" if room else f"--gpus {len(gpus)} at most",
         )
-    return [Share(name=f"GPU {gpu}", gpu=gpu) for gpu in gpus[:jobs]]
+    named_so = [",".join(gpus[number * together : (number + 1) * together]) for number in range(jobs)]
+    return [Share(name=f"GPU {gpu}" if together == 1 else f"GPUs {gpu}", gpu=gpu) for gpu in named_so]
 
 
 def _cores_words(cores: tuple[int, ...]) -> str:

@@ -228,6 +228,7 @@ def _job(job: RunState | None, work: Work | None) -> dict[str, Any] | None:
         job = RunState(task=work.task, attempt=work.attempt)  # it has not said anything yet
     if job is None:
         return None
+    job = job.accounted()
     at_work = work is not None and work.attempt == job.attempt
     state = work.state if work is not None and at_work else job.outcome or "crashed"
     return {

@@ -84,7 +84,7 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     outcome: events.Outcome | None = None
     exit_code: int | None = None
     seconds: float = 0.0
-    """Working time of the attempts that finished."""
+    """Working time of the attempts that are over; :meth:`accounted` adds that of one that is not."""
 
     job: RunState | None = None
     """What was done with the run last, or is being done: an evaluation, an export, a sample. An attempt of
@@ -123,7 +123,9 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
     status: Status | None = None
     """The latest ``status.json``, for what only it knows: the time left."""
 
-    # Clocks of the phase that is open, to account for one that is cut off.
+    # Clocks of the attempt and the phase that are open, to account for what is cut off.
+    began: float | None = None
+    """When the attempt began to work, its libraries being loaded; none once it has told its end."""
     open_since: float | None = None
     last_mono: float = 0.0
 
@@ -189,8 +191,8 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
         return sorted((row for row in self.block_rows.values() if row.phase == phase), key=lambda r: r.index)
 
     def accounted(self) -> RunState:
-        """The same with the phase that is open counted up to the last event."""
-        return _close_phase(self)
+        """The same with the phase and the attempt that are open counted up to the last event."""
+        return _close_attempt(_close_phase(self))
 
     @property
     def worked_s(self) -> float:
@@ -264,11 +266,15 @@ def _begin_attempt(state: RunState, event: Event) -> RunState:
     """A new attempt clears how the last one ended and where it was, and keeps what was achieved."""
     state = _close_phase(state)
     # What tells of itself once its libraries are loaded has begun before.
-    began = state.attempt_t if event.attempt == state.attempt and state.phase is None else None
+    first_t = state.attempt_t if event.attempt == state.attempt and state.phase is None else None
+    if event.attempt != state.attempt:
+        state = _close_attempt(state)
+    starts = isinstance(event, events.AttemptStarting)  # which is not counted where it is told to its end
     return _change(
         state,
         attempt=event.attempt,
-        attempt_t=event.t if began is None else began,
+        attempt_t=event.t if first_t is None else first_t,
+        began=event.mono if state.began is None and not starts else state.began,
         job=None,
         outcome=None,
         exit_code=None,
@@ -457,6 +463,7 @@ def _run_finished(state: RunState, event: events.RunFinished) -> RunState:
         outcome=event.outcome if is_job(state.task) else event.leaves or event.outcome,
         exit_code=event.exit_code,
         seconds=state.seconds + event.seconds,
+        began=None,
     )
 
 
@@ -505,6 +512,16 @@ def _placed(state: RunState, status: Status | None) -> RunState:
     return _change(placed, step=status.step if status.steps else None, steps=status.steps or None)
 
 
+def _close_attempt(state: RunState) -> RunState:
+    """Account for an attempt that is at work, or was cut off: up to its last event."""
+    if state.began is None:
+        return state
+    worked: RunState = _change(
+        state, seconds=state.seconds + max(0.0, state.last_mono - state.began), began=None
+    )
+    return worked
+
+
 def _close_phase(state: RunState) -> RunState:
     """Account for a phase that ends without saying so: up to the last event of its attempt, with the peaks of
     the last reading."""
@@ -545,10 +562,13 @@ def _perplexity(evaluation: events.Eval | None) -> float | None:
 
 
 def load_state(run: RunDirectory, *, skip: frozenset[str] = frozenset()) -> RunState:
-    """The state of ``run`` from its whole log and its status; ``skip`` names kinds of events to pass over."""
+    """The state of ``run`` from its whole log and its status.
+
+    ``skip`` names kinds of events to pass over, but for those that tell until when attempts have worked.
+    """
     state = RunState(id=run.id)
     try:
-        written, _ = read_events(run.events_path, skip=skip)
+        written, _ = read_events(run.events_path, skip=skip, last=True)
     except OSError as error:
         raise bad_file(error, run.events_path) from error
     state = state.apply_all(written)

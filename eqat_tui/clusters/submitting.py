@@ -24,7 +24,7 @@ from engine.run.submitted import Submitted, write_submitted
 from engine.run.sweep import Member, Sweep, show_sweep
 from eqat_tui.clusters.asked import AskedOfSlurm
 from eqat_tui.clusters.script import array_of, literal, named, script
-from eqat_tui.output import cell, error_words, one_line, print_json, say, show
+from eqat_tui.output import cell, counted, error_words, one_line, print_json, say, show
 from eqat_tui.sweep_members import note
 from eqat_tui.sweep_text import sweep_text
 
@@ -103,7 +103,7 @@ def _submit_members(sweep: Sweep, numbers: Sequence[int], asked: AskedOfSlurm, t
             write_submitted(
                 run, Submitted(job=f"{job}_{task}", name=name, cluster=slurm.cluster(), t=time.time())
             )
-    say(f"given to Slurm as job {job}: {len(tasks)} runs")
+    say(f"given to Slurm as job {job}: {counted(len(tasks), 'run')}")
 
 
 def _made(sweep: Sweep, number: int) -> bool:

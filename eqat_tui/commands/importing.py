@@ -57,7 +57,7 @@ def import_checkpoint(
     from engine.run.finding import check_runs_dir, default_runs_dir
     from eqat_tui import actions
     from eqat_tui.judging import importable, told
-    from eqat_tui.output import cell, colour_wanted, say
+    from eqat_tui.output import cell, colour_wanted, counted, say
 
     for name, value in (("PATH", path), ("--reference", reference)):
         if value == "":
@@ -72,7 +72,8 @@ def import_checkpoint(
         say("\r\033[K", end="")
     original = found["reference"]
     said = f"its original is {cell(original, 200)}" if original else "its original is not known here"
-    say(f"{found['format']}, w{found['bits']}g{found['group_size']}, {found['blocks']} blocks; {said}")
+    blocks = counted(found["blocks"], "block")
+    say(f"{found['format']}, w{found['bits']}g{found['group_size']}, {blocks}; {said}")
     if found["head_bits"] and "grid.head_bits" in wanted:
         raise UsageError("is what the checkpoint has", where="grid.head_bits", hint="leave it out")
     settled = {**_imported(folder, found), **wanted}

@@ -12,6 +12,7 @@ from eqat_tui.commands.options import (
     Bits,
     Data,
     Device,
+    Gpus,
     GroupSize,
     Json,
     Model,
@@ -56,6 +57,7 @@ def add(
     group_size: GroupSize = None,
     data: Data = None,
     device: Device = None,
+    gpus: Gpus = None,
     settings: Settings = None,
     trust_remote_code: RemoteCode = False,
     runs_dir: RunsDir = None,
@@ -79,6 +81,7 @@ def add(
         group_size=group_size,
         data=data,
         device=device,
+        gpus=gpus,
         settings=settings or (),
         trust_remote_code=trust_remote_code,
     )
@@ -121,11 +124,14 @@ def move(
 ) -> int:
     """Give an entry that waits another place."""
     from engine.run.queue import Queue
+    from eqat_tui.output import say
 
     queue = Queue()
     with queue.changing():
         queue.settle()
-        queue.move(entry, place)
+        moved = queue.move(entry, place)
+    if not moved:
+        say(f"entry {entry} has that place already")
     return ExitCode.DONE
 
 

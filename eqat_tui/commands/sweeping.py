@@ -14,6 +14,7 @@ from eqat_tui.commands.options import (
     Bits,
     Data,
     Device,
+    Gpus,
     GroupSize,
     Json,
     Model,
@@ -60,8 +61,8 @@ Jobs = Annotated[
         "--jobs",
         min=0,
         metavar="N",
-        help="Runs at a time, each with a GPU (or some cores) of its own; 0: as many as there are GPUs. One "
-        "where this is left out; with --on slurm as many as there is room for.",
+        help="Runs at a time, each with a GPU, or --gpus of them (or some cores), of its own; 0: as many as "
+        "there are GPUs for. One where this is left out; with --on slurm as many as there is room for.",
     ),
 ]
 
@@ -84,6 +85,7 @@ def start(
     group_size: GroupSize = None,
     data: Data = None,
     device: Device = None,
+    gpus: Gpus = None,
     settings: Settings = None,
     trust_remote_code: RemoteCode = False,
     runs_dir: RunsDir = None,
@@ -115,6 +117,7 @@ def start(
         group_size=group_size,
         data=data,
         device=device,
+        gpus=gpus,
         settings=settings or (),
         trust_remote_code=trust_remote_code,
     )

@@ -149,10 +149,11 @@ class MonitorScreen(WorkScreen):
         """The engine has ended while somebody watched."""
         trains = (view.state.phase or "") in STAGES
         place = "exactly there" if trains else "with this phase from its beginning"
+        kept = "goes on from the last checkpoint" if view.state.checkpoint is not None else "begins anew"
         words = {
             "done": f"the run is done: {key_of('result')} shows its result",
             "stopped": f"stopped: r goes on {place}",
-            "aborted": "aborted: r goes on from the last checkpoint",
+            "aborted": f"aborted: r {kept}",
             "failed": "the run failed: see above, or l for the log",
             "crashed": "the engine died: l shows its last words",
             "gone": "the run's directory is gone",

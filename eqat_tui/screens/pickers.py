@@ -15,7 +15,7 @@ from textual.widgets import Input
 
 from engine.config.grid import GridConfig
 from eqat_tui.lines import Line, columns, cut, line, widths_of, wrap
-from eqat_tui.output import format_bytes, format_parameters
+from eqat_tui.output import counted, format_bytes, format_parameters
 from eqat_tui.screens.host import host_of
 from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel, entitle
@@ -300,7 +300,7 @@ def facts_lines(facts: ModelFacts | str, width: int) -> list[Line]:
     lines: Sequence[Line] = [
         line(
             (facts.model_type, "strong"),
-            f"  {size} parameters, {facts.blocks} blocks of width {facts.hidden}",
+            f"  {size} parameters, {counted(facts.blocks, 'block')} of width {facts.hidden}",
         ),
         line((f"{format_bytes(facts.fp_bytes)} at 16 bits{stored}; context {facts.context:,}", "muted")),
     ]

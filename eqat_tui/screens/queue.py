@@ -33,7 +33,7 @@ class QueueScreen(LookingScreen):
         Key("delete,backspace", "remove", "remove", "Take the entry out of the queue; its run stays"),
         Key("x,p", "stop", "stop", "Stop the queue and its run at work, resumably", footer=False),
         Key("space", "mark", "mark", "Mark the run for a comparison", footer=False),
-        Key("equals_sign", "compare", "compare", "Compare the marked runs, or the group's first ones"),
+        Key("equals_sign", "compare", "compare", "Compare the marked runs, or those of the group"),
     )
     ABOUT = (
         "The queue of this machine, whose runs are made one after the other, and the sweeps beside your runs."
@@ -112,7 +112,9 @@ class QueueScreen(LookingScreen):
                 return "no entry of the queue is under the cursor"
             if row.turn == "now":
                 return "its run is at work"
-            return "its turn is over" if row.turn == "over" and action != "remove" else ""
+            if action == "remove":
+                return ""
+            return "its turn is over" if row.turn == "over" else views.at_the_end(item.group, row, action)
         if action == "mark":
             return "" if row is not None and row.run is not None else "no run is under the cursor"
         if action == "compare":
@@ -228,22 +230,26 @@ class QueueScreen(LookingScreen):
         self.refill()
         self.query_one("#list", ListPanel).action_move(1)
 
-    def _compared(self) -> list[RunDirectory]:
-        """The marked runs; without any, the first ones of the group under the cursor that have results."""
+    def _compared(self) -> list[Row]:
+        """The marked runs; without any, those of the group under the cursor that have results."""
         item = self._under()
-        every = [row for group in self._groups for row in group.rows if row.run is not None]
         if self._marked:
-            found = [row.run for row in every if row.run is not None and row.run.id in self._marked]
+            every = [row for group in self._groups for row in group.rows]
+            found = [row for row in every if row.run is not None and row.run.id in self._marked]
         else:
             rows = item.group.rows if item is not None else ()
-            found = [row.run for row in rows if row.run is not None and row.turn == "over"]
-        different = {run.path: run for run in found}
-        return list(different.values())[:MOST_COMPARED]
+            found = [row for row in rows if row.run is not None and row.turn == "over"]
+        return list({row.run.path: row for row in found if row.run is not None}.values())
 
     def do_compare(self) -> None:
+        item, found = self._under(), self._compared()
+        chosen = views.compared(found, MOST_COMPARED, newest_first=item is None or item.group.is_queue)
         try:
-            runs = [RunDirectory.open(run.path) for run in self._compared()]
+            runs = [RunDirectory.open(row.run.path) for row in chosen if row.run is not None]
         except EqatError as error:
             self.eqat.tell(error)
             return
+        if len(chosen) < len(found) and item is not None:
+            words = views.left_out(item.group, len(found), len(chosen))
+            self.notify(words, severity="warning", timeout=12)
         self.app.push_screen(CompareScreen(runs))

@@ -34,7 +34,8 @@ from eqat_tui.widgets.list_panel import ListPanel
 from eqat_tui.widgets.panel import Panel, ScrollPanel, entitle
 from eqat_tui.widgets.typed import TypedInput
 
-MOST_COMPARED = 4
+MOST_COMPARED = len(LETTERS)
+"""Of so many runs each has a letter, as in ``eqat compare``."""
 
 
 class Catalogue:
@@ -334,9 +335,7 @@ class CompareScreen(WorkScreen):
 
     def __init__(self, runs: Sequence[RunDirectory]) -> None:
         super().__init__()
-        self._runs = [
-            Compared(run, letter) for run, letter in zip(runs[:MOST_COMPARED], LETTERS, strict=False)
-        ]
+        self._runs = [Compared(run, letter) for run, letter in zip(runs, LETTERS, strict=False)]
         self._log_scale = True
 
     def body(self) -> Iterable[Widget]:

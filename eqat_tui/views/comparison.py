@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from engine.run.comparison import Compared, Difference, differing_settings, results
@@ -9,9 +10,15 @@ from eqat_tui.charts import Series
 from eqat_tui.compare_text import MARK, row_name, row_values, sentences, setting_words
 from eqat_tui.lines import Line, Span, columns, cut, line, widths_of, wrap
 
+ENOUGH = 12
+"""Cells in which the numbers of a run can be read; of values that are longer the beginning is shown."""
+
 
 def differences(runs: Sequence[Compared], width: int) -> list[Line]:
-    """What came of each run, then the settings that are not the same in all of them."""
+    """What came of each run, then the settings that are not the same in all of them.
+
+    Runs for which there is no room beside the others have a table of their own below: none is cut off.
+    """
     found = Difference(runs)
     names = [line((f"{run.letter} ", f"{_role(i)} strong"), run.id) for i, run in enumerate(runs)]
     notes = [row for words in sentences(runs, found) for row in wrap(f"≠ {words}", width, "warn")]
@@ -19,9 +26,21 @@ def differences(runs: Sequence[Compared], width: int) -> list[Line]:
     between: list[str | Span] = ["", *("" for _ in runs)]
     table = [head, *_results(runs, found), between, *_settings(runs)]
     sizes = widths_of(table)
-    room = max(8, (width - sizes[0] - 2 * len(runs)) // max(1, len(runs)))
-    sizes = [sizes[0], *(min(size, room) for size in sizes[1:])]
-    return [*names, *notes, line(), *(cut(row, width) for row in columns(table, sizes))]
+    beside = _beside(len(runs), max(ENOUGH, width - sizes[0]), min(ENOUGH, max(sizes[1:], default=1)))
+    lines = [*names, *notes]
+    for first in range(1, len(runs) + 1, beside):
+        part = slice(first, first + beside)
+        room = max(8, (width - sizes[0] - 2 * beside) // beside)
+        widths = [sizes[0], *(min(size, room) for size in sizes[part])]
+        made = columns([[row[0], *row[part]] for row in table], widths)
+        lines += [line(), *(cut(row, width) for row in made)]
+    return lines
+
+
+def _beside(runs: int, room: int, size: int) -> int:
+    """How many runs stand beside each other, so many in each table that none is nearly empty."""
+    tables = max(1, math.ceil(runs / max(1, room // (size + 2))))
+    return max(1, math.ceil(runs / tables))
 
 
 def _results(runs: Sequence[Compared], found: Difference) -> list[list[str | Span]]:

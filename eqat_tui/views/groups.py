@@ -9,9 +9,9 @@ from engine.config.stages import phase_label
 from engine.run.finding import shorten
 from engine.run.members import WAITING
 from eqat_tui.groups import Group, Row
-from eqat_tui.lines import Line, Span, bar, cut, fit, line, plain, width_of, wrap
+from eqat_tui.lines import Line, Span, bar, cut, fit, line, plain, squeezed, width_of, wrap
 from eqat_tui.measured import newest
-from eqat_tui.output import format_bits, format_bytes, format_clock, format_number, format_seconds
+from eqat_tui.output import counted, format_bits, format_bytes, format_clock, format_number, format_seconds
 from eqat_tui.views.monitor import STATE_MARKS, STATE_ROLES
 from eqat_tui.words import block_place
 
@@ -55,7 +55,9 @@ def rows(
     sizes = _sizes(made, width)
     header = _cells("  ", "  #", [("", ""), ("state", ""), *((name, "") for name in MEASURED)], sizes)
     lines = [
-        _group(item.group, item.group.name in folded) if item.row is None else _row(item.row, marked, sizes)
+        _group(item.group, item.group.name in folded, width)
+        if item.row is None
+        else _row(item.row, marked, sizes)
         for item in shown
     ]
     return cut(header, width), [cut(one, width) for one in lines]
@@ -100,10 +102,11 @@ def _measured(row: Row) -> list[str]:
     ]
 
 
-def _group(group: Group, folded: bool) -> Line:
+def _group(group: Group, folded: bool, width: int) -> Line:
     mark = "+" if folded and group.rows else "-" if group.rows else " "
     if group.problem:
-        return line((f"{mark} {group.title}", "strong"), (f"  cannot be read: {group.problem}", "bad"))
+        head = line((f"{mark} {group.title}", "strong"))
+        return [*head, (squeezed(f"  cannot be read: {group.problem}", width - width_of(head)), "bad")]
     if not group.rows:
         return line(
             (f"{mark} {group.title}", "strong"), ("  empty: eqat queue add PRESET adds a run", "muted")
@@ -161,15 +164,17 @@ def details(item: Item | None, width: int) -> list[Line]:
         return [line(), line(), line()]
     group, row = item.group, item.row
     if row is None:
-        told = group.problem or (_advice(group) if group.is_queue else "= compares its runs, or those marked")
-        head = line((group.title, "strong"), (f"  {len(group.rows)} runs", "muted"))
+        told = squeezed(group.problem, width) or (
+            _advice(group) if group.is_queue else "= compares its runs, or those marked"
+        )
+        head = line((group.title, "strong"), (f"  {counted(len(group.rows), 'run')}", "muted"))
         return [
             cut(one, width) for one in (head, line((shorten(group.path), "muted")), line((told, "muted")))
         ]
     name = row.run.id if row.run is not None else "not made yet" if row.turn == "waiting" else "no run"
     lines = [line((name, "strong"), (f"  {row.number} of {group.title}", "muted")), line((row.what, "muted"))]
     if row.error:
-        lines.append(line((row.error, "bad")))
+        lines.append(line((squeezed(row.error, width), "bad")))
     elif group.is_queue and row.state in ("stopped", "aborted") and row.turn == "over":
         lines.append(line((f"was {row.state} and stays so; r gives it another turn", "warn")))
     elif group.is_queue and row.state == "crashed" and row.turn == "waiting":
@@ -177,6 +182,36 @@ def details(item: Item | None, width: int) -> list[Line]:
     else:
         lines.append(line((shorten(str(row.run.path)) if row.run is not None else "", "muted")))
     return [cut(one, width) for one in lines]
+
+
+def compared(rows: Sequence[Row], most: int, *, newest_first: bool) -> list[Row]:
+    """At most so many runs, in their order: those of the smallest perplexity, or the newest ones of a queue,
+    whose runs can be of different models."""
+    if newest_first:
+        return list(rows[-most:])
+
+    def perplexity(row: Row) -> float:
+        found = newest(row.summary["perplexity"]) if row.summary is not None else None
+        return found if found is not None else float("inf")
+
+    kept = {row.number for row in sorted(rows, key=perplexity)[:most]}
+    return [row for row in rows if row.number in kept]
+
+
+def left_out(group: Group, count: int, most: int) -> str:
+    """That only some runs of a group are compared, which, and where the others are seen."""
+    if group.is_queue:
+        return f"the newest {most} of {count} runs are compared; eqat compare takes any others"
+    return f"the best {most} of {count} runs are compared; eqat sweep show {group.name} shows all"
+
+
+def at_the_end(group: Group, row: Row, where: str) -> str:
+    """Why an entry that waits cannot have its turn earlier, or later; empty where it can."""
+    waiting = [one.number for one in group.rows if one.turn == "waiting"]
+    first, last = waiting[:1] == [row.number], waiting[-1:] == [row.number]
+    if where == "earlier" and first:
+        return "it is the first of those that wait"
+    return "it is the last of those that wait" if where == "later" and last else ""
 
 
 def _advice(group: Group) -> str:

@@ -13,9 +13,10 @@ from engine.run.task import job_name
 from eqat_tui.display import fraction, left_words
 from eqat_tui.feed import RunView
 from eqat_tui.journal import Entry
-from eqat_tui.lines import Line, Span, bar, beside, columns, cut, few, line, width_of, wrap
+from eqat_tui.lines import Line, Span, bar, beside, columns, cut, in_few, line, squeezed, width_of, wrap
 from eqat_tui.output import (
     cell,
+    counted,
     format_clock,
     format_number,
     format_seconds,
@@ -25,7 +26,7 @@ from eqat_tui.output import (
 )
 from eqat_tui.planned import branch, known
 from eqat_tui.run_text import silence
-from eqat_tui.words import block_place, hint_for_app, model_name
+from eqat_tui.words import block_place, hint_for_app, model_name, within_run
 
 MOST_LINES = 4
 """Of one notice: what went wrong must not push away where the run is."""
@@ -160,7 +161,7 @@ def progress(view: RunView, width: int) -> list[Line]:
     if view.job is not None:
         return [job_progress(view, width), _finished(view, width)]
     if view.liveness == "done":
-        return [_finished(view, width), line((f"{len(state.phases)} phases", "muted"))]
+        return [_finished(view, width), line((counted(len(state.phases), "phase"), "muted"))]
     return [_phase_line(view, width), _run_line(view, width)]
 
 
@@ -247,11 +248,11 @@ def notices(view: RunView, width: int) -> list[Line]:
     """What went wrong or was asked for, and what to do about it; empty while all is well."""
     lines: list[Line] = []
     if view.trouble:
-        lines += few(wrap(f"? {view.trouble}", width, "warn"), MOST_LINES)
+        lines += in_few(f"? {view.trouble}", width, MOST_LINES, "warn")
     if view.problem:
-        lines += few(wrap(f"! {view.problem}", width, "warn"), MOST_LINES)
+        lines += in_few(f"! {view.problem}", width, MOST_LINES, "warn")
     if view.waiting:
-        lines += few(wrap(f"‖ {view.waiting}", width, "warn"), MOST_LINES)
+        lines += in_few(f"‖ {view.waiting}", width, MOST_LINES, "warn")
     if view.asked:
         lines.append(request_line(view))
     if view.hung:
@@ -270,17 +271,18 @@ def notices(view: RunView, width: int) -> list[Line]:
         why = view.why_gone or KILLED
         died = "died without a word" if why == KILLED else "died"
         words = f"✗ the engine {died}: {why}; r {then}, l shows its last words"
-        lines += few(wrap(words, width, "bad"), MOST_LINES)
+        lines += in_few(words, width, MOST_LINES, "bad")
     if view.state.error is not None and view.liveness not in ("running", "starting", "waiting"):
-        lines += few(wrap(f"✗ {_error_words(view.state.error)}", width, "bad"), MOST_LINES)
-    lines += few(wrap(job_notice(view), width, "warn"), MOST_LINES) if job_notice(view) else []
+        lines += in_few(f"✗ {_error_words(view.state.error, view.path)}", width, MOST_LINES, "bad")
+    lines += in_few(job_notice(view), width, MOST_LINES, "warn") if job_notice(view) else []
     if broken(view.state) and view.live:
         lines += wrap("! the loss is not finite; the engine goes back to its last good state", width, "bad")
     return lines
 
 
-def _error_words(error: events.Error) -> str:
-    where = f"{error.where}: " if error.where else ""
+def _error_words(error: events.Error, run: str) -> str:
+    """Where in the folder ``run`` or elsewhere, what, and what to do about it here."""
+    where = f"{within_run(error.where, run)}: " if error.where else ""
     return f"{where}{error.message}{hint_for_app(error.hint)}"
 
 
@@ -297,7 +299,7 @@ def job_notice(view: RunView) -> str:
         return f"■ the last {name} was {job.outcome}; the run stays {view.liveness}"
     if job.error is None or view.state.error is not None:
         return ""  # where it found the run damaged, that is told of the run
-    return f"! the last {name} failed: {_error_words(job.error)}"
+    return f"! the last {name} failed: {_error_words(job.error, view.path)}"
 
 
 def request_line(view: RunView) -> Line:
@@ -377,4 +379,9 @@ def _short(value: float | None, room: int) -> str:
 
 def journal(entries: Sequence[Entry], width: int) -> list[Line]:
     """What happened, oldest first, each on one line."""
-    return [cut([(f"{format_time(one.t)} ", "muted"), (one.text, one.role)], width) for one in entries]
+    return [_journal_line(one, width) for one in entries]
+
+
+def _journal_line(entry: Entry, width: int) -> Line:
+    stamp = f"{format_time(entry.t)} "
+    return cut([(stamp, "muted"), (squeezed(entry.text, width - len(stamp)), entry.role)], width)

@@ -11,7 +11,7 @@ from engine.run.finding import shorten
 from engine.run.housekeeping import Cleanable
 from engine.run.liveness import WORKING
 from engine.run.task import job_name
-from eqat_tui.lines import Line, Span, columns, cut, line, widths_of, wrap
+from eqat_tui.lines import Line, Span, columns, cut, line, squeezed, widths_of, wrap
 from eqat_tui.measured import newest
 from eqat_tui.output import format_bytes, format_number, format_seconds
 from eqat_tui.run_text import UNREADABLE, ago, batch_words, job_share
@@ -137,7 +137,7 @@ def details(run: Summary, width: int) -> list[Line]:
     if run["state"] == UNREADABLE:
         return [
             cut([(words, role)], width)
-            for words, role in ((run["id"], "strong"), (run["error"], "bad"), ("", ""))
+            for words, role in ((run["id"], "strong"), (squeezed(run["error"], width), "bad"), ("", ""))
         ]
     lines = [cut(line((run["id"], "strong"), (f"  preset {run['name'] or '?'}", "muted")), width)]
     words = [f"model {run['model']}"]
@@ -150,7 +150,8 @@ def details(run: Summary, width: int) -> list[Line]:
     if run["exports"]:
         words.append(f"verified: {', '.join(run['exports'])}")
     lines.append(cut(line(("; ".join(words), "muted")), width))
-    lines.append(cut(line((run["error"] or shorten(run["path"]), "bad" if run["error"] else "muted")), width))
+    told, role = (run["error"], "bad") if run["error"] else (shorten(run["path"]), "muted")
+    lines.append(cut(line((squeezed(told, width), role)), width))
     return lines
 
 

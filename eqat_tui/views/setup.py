@@ -27,7 +27,7 @@ from engine.run.finding import default_runs_dir
 from eqat_tui.configure import load_for_user
 from eqat_tui.lines import Line, Span, bar, cut, line, wrap
 from eqat_tui.models import DEMO_PACKAGE
-from eqat_tui.output import cell, format_bits, format_bytes, format_parameters, format_seconds, share
+from eqat_tui.output import cell, counted, format_bits, format_bytes, format_parameters, format_seconds, share
 from eqat_tui.planned import known
 from eqat_tui.views import methods
 from eqat_tui.words import error_for_app, hint_for_app, model_name
@@ -354,7 +354,9 @@ def plan_lines(plan: Mapping[str, Any], width: int) -> list[Line]:
 def _heading(plan: Mapping[str, Any]) -> Line:
     size = format_parameters(plan["parameters"])
     return line(
-        (plan["model_type"], "strong"), f", {size} parameters, {plan['blocks']} blocks", ("", "muted")
+        (plan["model_type"], "strong"),
+        f", {size} parameters, {counted(plan['blocks'], 'block')}",
+        ("", "muted"),
     )
 
 

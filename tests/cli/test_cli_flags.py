@@ -53,7 +53,7 @@ PUBLIC = {
     "paths": {"--runs-dir", "--json"},
     "notify": {"--runs-dir"},
     "queue": set(),
-    "queue add": {*CONFIGURE, "--runs-dir", "--json"},
+    "queue add": {*CONFIGURE, "--gpus", "--runs-dir", "--json"},
     "queue list": {"--json"},
     "queue move": set(),
     "queue remove": {"--over"},
@@ -64,7 +64,7 @@ PUBLIC = {
     "sweep": set(),
     "sweep start": {
         *(*CONFIGURE, *CLUSTER),
-        *("--sweep", "--jobs", "--runs-dir", "--detach", "--dry-run", "--json"),
+        *("--sweep", "--jobs", "--gpus", "--runs-dir", "--detach", "--dry-run", "--json"),
     },
     "sweep resume": {*CLUSTER, "--jobs", "--runs-dir", "--detach", "--json"},
     "sweep list": {"--runs-dir", "--json"},

@@ -35,12 +35,15 @@ from cli_tools import (
 )
 from waiting import PATIENCE, wait_until, waits
 
+from engine.config.derived import resolve
+from engine.config.loading import load
 from engine.errors import PreflightError
+from engine.run import events
 from engine.run.directory import RunDirectory
 from engine.run.finding import list_runs
 from engine.run.liveness import run_state
 from engine.run.lock import holder
-from engine.run.state import load_state
+from engine.run.state import RunState, load_state
 from engine.run.status import Launched
 from engine.system.files import atomic_write_json
 from eqat_tui import actions
@@ -96,6 +99,15 @@ def test_second_interrupt_aborts(tmp_path: Path) -> None:
     _, err = ended(process)
     assert (process.returncode, run_state(run)) == (130, "aborted")
     assert "aborting" in err
+    assert f"aborted; nothing was checkpointed yet: eqat resume {run.id} begins anew" in err
+
+
+def test_of_an_abort_it_is_said_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory.create(tmp_path / "runs", resolve(load("smoke")))
+    kept = events.CheckpointCommitted(generation=1, bytes=1, seconds=0.1, phase="block_ap", block=0)
+    for code in (130, 143):
+        actions._tell_end(run, RunState(outcome="aborted", checkpoint=kept), code)
+        assert "aborted; what was checkpointed is kept: eqat resume" in capsys.readouterr().err
 
 
 def test_resume_starts_the_next_attempt_and_does_not_retell_the_first(tmp_path: Path) -> None:

@@ -100,6 +100,19 @@ def test_the_list_says_of_a_run_that_its_disk_is_full(queue: Queue, call: Call, 
     assert "(disk full)" not in call("list")[1]
 
 
+def test_what_is_at_work_is_neither_moved_nor_taken_out(queue: Queue, call: Call, tmp_path: Path) -> None:
+    add(queue, tmp_path, 2, 3)
+    process = works(tmp_path, "works")
+    at_work(tmp_path, 1)
+    for arguments in (("move", "1", "last"), ("move", "1", "1"), ("remove", "1")):
+        code, _, err = call(*arguments)
+        assert (code, "entry 1: is at work (eqat stop " in err) == (3, True), err
+    code, _, err = call("move", "2", "1")
+    assert (code, "entry 1: does not wait" in err) == (2, True), err
+    assert call("stop")[0] == 0
+    ended(process)
+
+
 def test_kills_and_stops_lose_nothing_and_begin_nothing_twice(queue: Queue, tmp_path: Path) -> None:
     add(queue, tmp_path, 2, 3)
     process = works(tmp_path, "works")
@@ -198,6 +211,16 @@ def test_logged_out_it_goes_on(queue: Queue, tmp_path: Path) -> None:
     assert told == [f"run {run.id}", "done"], "another process has gone on with it"
 
 
+def test_an_entry_is_of_several_gpus_as_a_run_would_be(queue: Queue, call: Call, tmp_path: Path) -> None:
+    assert call("pause")[0] == 0
+    two = ("add", "smoke", "--device", "cpu", "--gpus", "2", "--runs-dir", str(tmp_path / "runs"))
+    assert call(*two)[0] == 0
+    queue.read()
+    assert queue.entries[0].configuration().runtime.gpus == 2
+    code, _, err = call(*two, "--gpus", "3")
+    assert (code, "cannot be shared out evenly over 3 GPUs" in err) == (2, True), err
+
+
 def test_from_the_command_line(queue: Queue, call: Call, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     assert call("pause") == (0, "", "")
@@ -217,6 +240,8 @@ def test_from_the_command_line(queue: Queue, call: Call, tmp_path: Path) -> None
         code, _, err = call(*arguments)
         assert (code, words in err, err.count("\n")) == (expected, True, 1), err
     assert call("move", "2", "first") == (0, "", "")
+    for place in ("first", "up", "2", "1"):
+        assert call("move", "2", place) == (0, "", "entry 2 has that place already\n")
     queue.read()
     assert [(entry.number, entry.bits, entry.run) for entry in queue.entries] == [(2, 4, None), (1, 3, None)]
     assert not list_runs(runs)

@@ -24,6 +24,8 @@ from engine.run.liveness import run_state
 from engine.run.lock import holder, is_held
 from engine.run.state import load_state
 from engine.run.sweep import Sweep, find_sweep
+from eqat_tui import sweeping
+from eqat_tui.configure import typed_settings
 
 TWO = ("sweep", "smoke", "--device", "cpu", "--sweep", "grid.bits=2,3")
 THREE = (*TWO[:-1], "grid.bits=2,3,4")
@@ -51,6 +53,21 @@ def outcomes(eqat: Eqat) -> list[str]:
 
 
 # -- the plan ------------------------------------------------------------------------------------------
+
+
+def test_each_run_is_of_as_many_gpus_as_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = sweeping.combined("smoke", ["grid.bits=2,3"], typed_settings(gpus=2))
+    assert [one.config.runtime.gpus for one in found] == [2, 2]
+    monkeypatch.setattr(sweeping, "visible_gpus", lambda: list("0123"))
+    shares = sweeping.parts([one.config for one in found], 0)
+    assert [share.gpu for share in shares] == ["0,1", "2,3"]
+
+
+def test_gpus_of_a_sweep_are_typed_as_those_of_a_run(eqat: Eqat) -> None:
+    planned = eqat(*THREE, "--gpus", "2", "--dry-run", "--json")
+    assert planned.returncode == 0, planned.stderr
+    refused = eqat(*THREE, "--gpus", "3", "--dry-run")
+    assert (refused.returncode, "cannot be shared out evenly over 3 GPUs" in refused.stderr) == (2, True)
 
 
 def test_the_plan_is_of_all_runs_together_and_starts_nothing(eqat: Eqat, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import threading
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from engine.run.finding import default_runs_dir, find_run
 from engine.run.lock import RunLock
 from engine.run.queue import MOST_OVER, Over, Queue, entry_state, turn_of
 from engine.run.sweep import Sweep, find_sweep
+from engine.system.guarded import bad_file
 from eqat_tui.queue_text import queue_text
 from eqat_tui.queueing import show_queue
 
@@ -75,14 +77,20 @@ def test_whose_turn_it_is(state: str | None, attempt: int, again: int, unseen: s
         (3, "down", [1, 2, 4, 3, 5]),
         (1, "up", [1, 2, 3, 4, 5]),
         (5, "down", [1, 2, 3, 4, 5]),
+        (1, "first", [1, 2, 3, 4, 5]),
+        (5, "last", [1, 2, 3, 4, 5]),
+        (3, "3", [1, 2, 3, 4, 5]),
+        (3, "4", [1, 2, 3, 4, 5]),
         (5, "2", [1, 5, 2, 3, 4]),
         (1, "4", [2, 3, 1, 4, 5]),
     ],
 )
 def test_an_entry_is_moved(queue: Queue, number: int, place: str, order: list[int]) -> None:
+    before = numbers(queue)
     with queue.changing():
-        queue.move(number, place)
+        moved = queue.move(number, place)
     assert numbers(queue) == order
+    assert moved == (order != before)
 
 
 def test_what_is_over_or_at_work_has_no_place(queue: Queue, tmp_path: Path) -> None:
@@ -98,7 +106,6 @@ def test_what_is_over_or_at_work_has_no_place(queue: Queue, tmp_path: Path) -> N
         assert numbers(queue) == [1, 2, 5, 3, 4]
         wrong: list[Callable[[], None]] = [
             lambda: queue.move(1, "last"),
-            lambda: queue.move(2, "last"),
             lambda: queue.move(3, "1"),
             lambda: queue.move(3, "2"),
             lambda: queue.move(3, "middle"),
@@ -111,6 +118,8 @@ def test_what_is_over_or_at_work_has_no_place(queue: Queue, tmp_path: Path) -> N
                 change()
         with pytest.raises(PreflightError, match="entry 2: is at work") as told, queue.changing():
             queue.remove([3, 2])
+        with pytest.raises(PreflightError, match="entry 2: is at work"), queue.changing():
+            queue.move(2, "last")
         (typed,) = shlex.split(told.value.hint)[2:3]  # the run may lie in any folder of runs
         assert find_run(default_runs_dir(), typed).path == run.path
         assert typed in queue_text(show_queue(queue))
@@ -176,10 +185,38 @@ def test_what_is_said_of_a_run_that_ended_while_nobody_worked_on_the_queue(
     assert (row["state"], row["turn"]) == (state, place)
     said = queue_text(show_queue(queue))
     assert ("nobody works on it" in said) == left
-    assert ("was cut off, and goes on from its last checkpoint" in said) == (outcome is None)
+    assert ("was cut off, and goes on when the queue does" in said) == (outcome is None)
     with queue.changing():
         queue.settle()
     assert (entry_state(queue.entries[0]), queue.entries[0].place) == (state, place)  # noted, it is the same
+
+
+@pytest.mark.parametrize("content", ["{", '{"entries": 5}', "\udcff"], ids=["torn", "other", "no text"])
+def test_of_a_file_that_is_no_queue_it_is_said_what_to_do(queue: Queue, content: str) -> None:
+    file = queue.path / "queue.json"
+    whole = file.read_bytes()
+    file.write_text(content, errors="surrogateescape")
+    with pytest.raises(PreflightError, match=r"queue\.json: is not ") as told:
+        Queue(queue.path)
+    assert "moved away, eqat queue add begins another queue" in told.value.hint
+    file.rename(file.with_name("queue.json.bad"))
+    assert numbers(queue) == []
+    file.write_bytes(whole)
+    assert numbers(queue) == [1, 2, 3, 4, 5]
+
+
+def test_a_queue_that_may_be_good_is_not_to_be_moved_away(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        try:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        except OSError as error:
+            raise bad_file(error, queue.path) from error
+
+    monkeypatch.setattr("engine.run.queue.read_struct", refused)
+    with pytest.raises(PreflightError, match=r"cannot be read: Permission denied$"):
+        queue.read()
 
 
 def test_paths_are_those_of_where_it_was_typed(

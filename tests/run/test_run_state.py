@@ -131,6 +131,53 @@ def test_what_is_shown_counts_the_open_phase() -> None:
     assert result.phases[0].seconds == 0.0, "and not twice when the phase is closed"
 
 
+def attempt(number: int, ends: float | None) -> list[events.Event]:
+    """An attempt that works from 100 s of its clock on until 108 s; ``ends`` is how long it says it did."""
+    begun = events.AttemptStarting(pid=1, host="h", attempt=number, mono=90.0)
+    made: list[events.Event] = [
+        begun,
+        started(number, mono=100.0),
+        events.PhaseStarted(phase="block_ap", index=0, phases=1, attempt=number, mono=101.0),
+        *(msgspec.structs.replace(metric(step), attempt=number, mono=100.0 + step) for step in (2, 5, 8)),
+    ]
+    if ends is not None:
+        over = events.RunFinished(outcome="stopped", exit_code=75, seconds=ends, attempt=number, mono=109.0)
+        made.append(over)
+    return made
+
+
+ATTEMPTS = {
+    "at work": ([attempt(1, None)], 8.0),
+    "stopped": ([attempt(1, 8.5)], 8.5),
+    "killed, then at work": ([attempt(1, None), attempt(2, None)], 16.0),
+    "killed, then stopped": ([attempt(1, None), attempt(2, 8.5)], 16.5),
+    "stopped, then killed": ([attempt(1, 8.5), attempt(2, None)], 16.5),
+    "loading its libraries": ([attempt(1, 8.5), attempt(2, None)[:1]], 8.5),
+}
+
+
+@pytest.mark.parametrize("name", ATTEMPTS)
+def test_the_seconds_of_an_attempt_without_an_end_are_counted_wherever_they_are_shown(
+    name: str, tmp_path: Path
+) -> None:
+    attempts, seconds = ATTEMPTS[name]
+    written = [event for one in attempts for event in one]
+    state = reduce(written)
+    assert render(state, state="crashed")["seconds"] == seconds
+    assert state.accounted().accounted() == state.accounted(), "and once only"
+    run = RunDirectory.create(tmp_path / "runs", CONFIG)
+    run.events_path.write_bytes(log_of(written))
+    assert show_run(run)["seconds"] == seconds
+    assert summarize(run)["seconds"] == seconds  # which passes over the metrics, the last one of all too
+
+
+def test_what_is_done_with_a_finished_run_counts_its_seconds_too() -> None:
+    done = [*attempt(1, None), events.RunFinished(outcome="done", exit_code=0, seconds=9.0, mono=109.0)]
+    job = [msgspec.structs.replace(event, task="eval") for event in attempt(2, None)[:2]]  # type: ignore[call-arg]
+    shown = render(reduce([*done, *job, *attempt(2, None)[2:]]), state="done")
+    assert (shown["seconds"], shown["job"]["seconds"]) == (9.0, 8.0)
+
+
 def test_a_phase_has_no_peaks_of_a_reading_before_it_or_of_another_attempt() -> None:
     opened = [started(mono=0.0), events.PhaseStarted(phase="e2e_qp", index=0, phases=1, mono=1.0)]
     before = [events.Memory(gpu_peak=99, host_peak=99, mono=0.5)]

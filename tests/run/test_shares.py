@@ -41,6 +41,18 @@ def test_each_has_a_gpu_as_cuda_names_it() -> None:
     assert [share.gpu for share in shares(0, ["cpu"], ["0", "1"], [0, 1])] == [""]
 
 
+def test_each_has_as_many_gpus_as_compute_a_run_together() -> None:
+    found = shares(0, ["auto"], ["0", "1", "GPU-2", "3", "4"], [0], together=2)
+    assert [(share.gpu, share.name) for share in found] == [("0,1", "GPUs 0,1"), ("GPU-2,3", "GPUs GPU-2,3")]
+    with pytest.raises(UsageError, match="3 runs at a time need 2 GPUs each, and 5 can be seen") as told:
+        shares(3, ["auto"], list("01234"), [0], together=2)
+    assert told.value.hint == "--jobs 2 at most"
+    for jobs in (0, 2):
+        with pytest.raises(UsageError, match="need 4 GPUs each, and 3 can be seen") as told:
+            shares(jobs, ["auto"], list("012"), [0], together=4)
+        assert told.value.hint == "--gpus 3 at most"
+
+
 @pytest.mark.parametrize(
     ("jobs", "devices", "gpus", "words"),
     [

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from engine.run import events
-from engine.run.comparison import Compared
+from engine.run.comparison import LETTERS, Compared
 from engine.run.directory import RunDirectory
 from eqat_tui.charts import Series
 from eqat_tui.lines import plain, width_of
@@ -103,6 +103,20 @@ def test_another_device_or_an_end_too_early_crowns_no_time(
     lines = rows(runs)
     assert crowned(lines) == {*QUALITY, "size", "bits per weight"}
     assert any(words in line for line in lines)
+
+
+@pytest.mark.parametrize("width", [58, 78, 198])
+def test_no_column_of_many_runs_is_cut_off(width: int, recorded: Recorded) -> None:
+    run = recorded("finished")
+    runs = [Compared(run, letter) for letter in LETTERS]
+    lines = rows(runs, width)
+    heads = [line.split() for line in lines if line.split() and set(line.split()) <= set(LETTERS)]
+    assert [letter for head in heads for letter in head] == list(LETTERS)
+    assert max(map(len, heads)) - min(map(len, heads)) <= max(map(len, heads)) // 2
+    sizes = [line for line in lines if line.startswith("size ")]
+    assert len(sizes) == len(heads)
+    assert sum(line.count("MiB") for line in sizes) == len(LETTERS), "each number with its unit"
+    assert all(width_of(row) <= width for row in differences(runs, width))
 
 
 def test_a_run_that_measured_nothing_takes_no_others_mark_away(recorded: Recorded) -> None:

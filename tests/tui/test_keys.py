@@ -448,3 +448,21 @@ def test_what_other_screens_can_do_is_found_in_the_palette_too() -> None:
         await until(pilot, lambda: "[4 Runs]" in picture(app))
 
     drive(app_of(mode="setup"), script)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_of_an_abort_it_is_said_from_where_the_run_goes_on(kept: bool, recorded: Recorded) -> None:
+    run = recorded("running")
+    works, over = view_of(run, "running"), view_of(run, "aborted")
+    if not kept:
+        over = msgspec.structs.replace(over, state=msgspec.structs.replace(over.state, checkpoint=None))
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await shown(pilot)
+        app.feed._view = over  # type: ignore[union-attr]
+        app.look_now()
+        await until(pilot, lambda: bool(told(app)))
+        goes_on = "goes on from the last checkpoint" if kept else "begins anew"
+        assert told(app)[-1] == f"aborted: r {goes_on}"
+
+    drive(app_of(run, works), script)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,8 +99,14 @@ def test_entries_are_moved_and_taken_out_and_runs_are_compared(queue: Queue) -> 
         await press(pilot, "down", "down", "down", "down", "less_than_sign")
         await until(pilot, lambda: order(queue) == [1, 2, 3, 5, 4])
         await until(pilot, lambda: "►     5" in picture(app))  # the cursor stays on it
+        await press(pilot, "less_than_sign")
+        assert told(app)[-1] == "it is the first of those that wait"
+        assert "(< earlier)" in picture(app)
         await press(pilot, "greater_than_sign")
         await until(pilot, lambda: order(queue) == [1, 2, 3, 4, 5])
+        await until(pilot, lambda: "(> later)" in picture(app))
+        await press(pilot, "greater_than_sign")
+        assert told(app)[-1] == "it is the last of those that wait"
         await press(pilot, "delete")
         await until(pilot, lambda: isinstance(app.screen, Confirm))
         assert "Take entry 5" in picture(app)
@@ -115,6 +123,53 @@ def test_entries_are_moved_and_taken_out_and_runs_are_compared(queue: Queue) -> 
         await until(pilot, lambda: "2 runs" in picture(app))
         await press(pilot, "escape", "down", "enter")
         await until(pilot, lambda: "[3 Result]" in picture(app))
+
+    drive(app_of(mode="queue"), script)
+
+
+@pytest.fixture
+def many(recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Sweep]:
+    """Makes a sweep whose runs are all done, each of them better than the one before."""
+    monkeypatch.setenv("EQAT_STATE_DIR", "state")
+    done = recorded("finished")
+
+    def make(count: int) -> Sweep:
+        values = ",".join(map(str, range(1, count + 1)))
+        swept = combinations(load("smoke"), [typed_axis(f"runtime.seed={values}")])
+        sweep = Sweep.create(tmp_path / "runs", "smoke", swept)
+        for number, member in enumerate(sweep.members, 1):
+            copy = shutil.copytree(done.path, done.path.with_name(f"{done.id}-{number:02}"))
+            log = copy / "events.jsonl"
+            worse = f'"stage":"e2e_qp","perplexity":{100.0 - number}'
+            log.write_text(re.sub(r'"stage":"e2e_qp","perplexity":[0-9.]+', worse, log.read_text()))
+            member.run = copy.name
+        sweep.write()
+        return sweep
+
+    return make
+
+
+@pytest.mark.parametrize("count", [6, 28])
+def test_all_runs_of_a_sweep_are_compared_or_it_is_said_which(
+    count: int, many: Callable[[int], Sweep]
+) -> None:
+    sweep = many(count)
+
+    async def script(pilot: Play, app: EqatApp) -> None:
+        await until(pilot, lambda: sweep.id in picture(app))
+        await press(pilot, "down", "equals_sign")
+        await until(pilot, lambda: isinstance(app.screen, CompareScreen))
+        await until(pilot, lambda: f"{min(count, 26)} runs" in picture(app))
+        said = f"the best 26 of 28 runs are compared; eqat sweep show {sweep.id} shows all"
+        assert told(app) == ([said] if count == 28 else [])
+        seen = picture(app)
+        for _ in range(count):
+            await press(pilot, "pagedown")
+            seen += picture(app)
+        ids = [f"{number:02}" for number in range(1, count + 1)]
+        shown = [one for one in ids if f"tiny-llama-w4g32-fini-{one}" in seen]
+        assert shown == ids[max(0, count - 26) :]
+        assert f"{100.0 - count:g} ◂" in seen, "the best of all is marked, in whichever table it stands"
 
     drive(app_of(mode="queue"), script)
 
@@ -168,6 +223,13 @@ def test_a_damaged_queue_is_told_and_hides_no_sweep(queue: Queue) -> None:
     assert [group.name for group in found] == ["queue", SWEEP]
     assert "queue.json" in found[0].problem
     assert "cannot be read" in plain(views.rows(views.items(found, ()), (), (), 200)[1][0])
+
+
+def test_one_run_is_no_runs() -> None:
+    waits = Row(1, "a", "waiting", "waiting", None, None, "")
+    for rows, words in ((), "0 runs"), ((waits,), "1 run"), ((waits, waits), "2 runs"):
+        group = Group("queue", "queue of hal", "", rows, False, False, "")
+        assert plain(views.details(views.Item(group, None), 80)[0]) == f"queue of hal  {words}"
 
 
 def test_a_run_at_work_counts_by_what_it_has_behind_it() -> None:
