@@ -42,6 +42,7 @@ TAIL_BYTES = 1 << 16
 LONGEST_TAIL_BYTES = 1 << 26
 
 _decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
+_BEGINNINGS = (b'{"kind":"attempt.starting"', b'{"kind":"run.started"')
 _E = TypeVar("_E", bound=Event)
 _S = TypeVar("_S", bound=msgspec.Struct)
 
@@ -265,30 +266,49 @@ def _log_end(path: Path) -> tuple[int, bool]:
 # -- reading -------------------------------------------------------------------------------------------
 
 
-def parse_lines(data: bytes, skip: frozenset[str] = frozenset()) -> list[AnyEvent]:
+def parse_lines(data: bytes, skip: frozenset[str] = frozenset(), *, last: bool = False) -> list[AnyEvent]:
     """The events in ``data``, which may hold anything. ``skip`` names kinds that are not wanted.
 
     The writer puts ``kind`` first, so unwanted lines (metrics are nine in ten) are passed over undecoded.
+    With ``last`` the one is wanted after which ``data`` ends or an attempt begins: only its clock tells how
+    long an attempt worked that was cut off there.
     """
     unwanted = tuple(f'{{"kind":"{kind}"'.encode() for kind in sorted(skip))
     events: list[AnyEvent] = []
+    passed = b""
     for line in data.split(b"\n"):
-        if not line or (unwanted and line.startswith(unwanted)):
+        if not line:
             continue
-        try:
-            events.append(_decoder.decode(line))
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            continue  # half a line, another program's line, or a kind from the future
-    return events
+        if unwanted and line.startswith(unwanted):
+            passed = line
+            continue
+        if passed and last and line.startswith(_BEGINNINGS):
+            events += _decoded(passed)
+        passed = b""
+        events += _decoded(line)
+    return [*events, *_decoded(passed)] if passed and last else events
+
+
+def _decoded(line: bytes) -> tuple[AnyEvent, ...]:
+    """An event; none of half a line, another program's line, or a kind from the future."""
+    try:
+        return (_decoder.decode(line),)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return ()
 
 
 def read_events(
-    path: str | os.PathLike[str], offset: int = 0, *, skip: frozenset[str] = frozenset()
+    path: str | os.PathLike[str],
+    offset: int = 0,
+    *,
+    skip: frozenset[str] = frozenset(),
+    last: bool = False,
 ) -> tuple[list[AnyEvent], int]:
-    """Events in the complete lines from byte ``offset`` on, and the offset to continue from."""
+    """Events in the complete lines from byte ``offset`` on, and the offset to continue from; ``skip`` and
+    ``last`` as :func:`parse_lines` takes them."""
     events: list[AnyEvent] = []
     try:
-        for found, behind in event_pieces(path, offset, skip=skip):
+        for found, behind in event_pieces(path, offset, skip=skip, last=last):
             events += found
             offset = behind
     except FileNotFoundError:
@@ -297,12 +317,16 @@ def read_events(
 
 
 def event_pieces(
-    path: str | os.PathLike[str], offset: int = 0, *, skip: frozenset[str] = frozenset()
+    path: str | os.PathLike[str],
+    offset: int = 0,
+    *,
+    skip: frozenset[str] = frozenset(),
+    last: bool = False,
 ) -> Iterator[tuple[list[AnyEvent], int]]:
     """The same piece by piece, for whoever need not have all events at once; :class:`FileNotFoundError` where
     there is no log."""
     for lines, behind in whole_lines(Path(path), offset):
-        yield parse_lines(lines, skip), behind
+        yield parse_lines(lines, skip, last=last), behind
 
 
 def tail_events(

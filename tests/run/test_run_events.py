@@ -38,6 +38,9 @@ def metric(step: int, **fields: object) -> events.Metric:
     return events.Metric(**payload)  # type: ignore[arg-type]
 
 
+BEGINS = events.AttemptStarting(pid=1, host="h", attempt=2)
+
+
 def warning(message: str) -> events.Warning:
     return events.Warning(code="test", message=message)
 
@@ -158,6 +161,19 @@ def test_skipped_kinds_are_left_out_and_only_those() -> None:
     log = log_of([metric(1), warning("a"), metric(2)])
     (kept,) = event_log.parse_lines(log, frozenset({"metric"}))
     assert isinstance(kept, events.Warning)
+
+
+def test_of_what_is_passed_over_the_last_of_each_attempt_can_be_kept() -> None:
+    log = log_of([metric(1), warning("a"), metric(2), metric(3), BEGINS, metric(4), metric(5)])
+    kept = event_log.parse_lines(log, frozenset({"metric"}), last=True)
+    assert [getattr(event, "step", type(event)) for event in kept] == [
+        events.Warning,
+        3,
+        events.AttemptStarting,
+        5,
+    ]
+    torn = log.removesuffix(b"\n")[:-9]
+    assert event_log.parse_lines(torn, frozenset({"metric"}), last=True) == kept[:-1]
 
 
 def test_follower_waits_for_a_log_and_then_for_its_lines(tmp_path: Path) -> None:
