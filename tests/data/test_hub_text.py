@@ -101,6 +101,7 @@ def test_rows_of_the_hub_without_text_are_left_out_and_counted(tmp_path: Path) -
 )
 def test_offline_hub_id_says_what_works_without_a_network(source: str, begins: str, says: str) -> None:
     code = (
+        "import sys\n"
         "from engine.data.text import open_source\n"
         "from engine.config.data import DataConfig\n"
         "from engine.errors import DataError\n"

@@ -160,7 +160,7 @@ def test_built_in_local_and_hub_texts_mix(
     (texts / "repo" / "train.jsonl").write_text("\n".join(rows))
     asked: list[Any] = []
 
-    def hub(source: Any, corpus: str) -> HubText:
+    def hub(source: Any, corpus: str, hint: str) -> HubText:
         asked.append(source)
         return HubText(
             source.__class__(repo=str(texts / "repo"), column=source.column, split=source.split), corpus
