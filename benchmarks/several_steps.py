@@ -185,7 +185,8 @@ def network(args: argparse.Namespace, kind: Kind, world: World) -> dict[str, Any
             "compiles": CUDA,
             "records": CUDA,
         }
-        blocks = [copy.deepcopy(random_block(shape)).to(DEVICE, dtype()) for _ in range(kind.layers)]
+        first = copy.deepcopy(random_block(shape)).to(DEVICE, dtype())
+        blocks = [first, *(copy.deepcopy(first) for _ in range(kind.layers - 1))]
         quantized = [packed_like(made, lm.linear_names(0), kind.grid.shared) for made in blocks]
         if isinstance(section, E2EQPConfig):
             blocks = [one.install(made) for one, made in zip(quantized, blocks, strict=True)]

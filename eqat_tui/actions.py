@@ -149,9 +149,11 @@ def resume(
             raise UsageError("is done already", where=run.id, hint=f"eqat show {typed(run)} shows the result")
         say("it was done, and its checkpoint is damaged: what is damaged is trained again")
     args = [*operational(run, overrides), *(["--allow-world-size-change"] if other_size else [])]
+    now = overrides if other_size else {**continued_on(run), **overrides}
+    config = apply_overrides(run.config(), now)
     if slurm is not None:
-        return _submit(run, args, slurm, overrides, as_json=as_json)
-    refuse_one_of_several(apply_overrides(run.config(), overrides).runtime.gpus)
+        return _submit(run, args, slurm, config, as_json=as_json)
+    refuse_one_of_several(config.runtime.gpus)
     return start(run, args=args, detach=detach, as_json=as_json)
 
 
@@ -159,14 +161,13 @@ def _submit(
     run: RunDirectory,
     args: Sequence[str],
     asked: AskedOfSlurm,
-    overrides: Mapping[str, str],
+    config: RunConfig,
     *,
     as_json: bool,
 ) -> int:
-    """Give the run to Slurm; its engine's ``args`` say what ``overrides`` do."""
+    """Give the run to Slurm; by its engine's ``args`` it is as ``config`` says."""
     from eqat_tui.clusters.submitting import submit_run
 
-    config = apply_overrides(run.config(), {**continued_on(run), **overrides})
     return submit_run(run, args, asked, as_json=as_json, config=config)
 
 
@@ -205,7 +206,7 @@ def redo(
         last = f" to {from_block - 1}" if from_block > 1 else ""
         say(f"sharing block{'s' if from_block > 1 else ''} 0{last} of {run.id}")
     if slurm is not None:
-        return _submit(made, (), slurm, {}, as_json=as_json)
+        return _submit(made, (), slurm, made.config(), as_json=as_json)
     return start(made, detach=detach, as_json=as_json)
 
 

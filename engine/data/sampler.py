@@ -203,17 +203,15 @@ class BatchSampler:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue where another sampler of the same settings stood, in its strata where these serve."""
         strata = int(state.get("strata", 0))
+        if serves(strata, self.batch_size, self.world_size):
+            self.strata, self._order = strata, None
         for name, value in {**self.state_dict(), "strata": self.strata}.items():
             there = strata if name == "strata" else state.get(name)
-            if name == "step" or there == value:
-                continue
-            if name == "strata" and serves(strata, self.batch_size, self.world_size):
-                continue
-            raise IdentityError(
-                f"the saved order has {name} = {there}, this run has {value}",
-                where="batch sampler",
-            )
-        self.strata, self._order = strata, None
+            if name != "step" and there != value:
+                raise IdentityError(
+                    f"the saved order has {name} = {there}, this run has {value}",
+                    where="batch sampler",
+                )
         self.seek(int(state["step"]))
 
 
