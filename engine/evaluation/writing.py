@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
@@ -58,7 +57,13 @@ def one_token(
     if tokens != 1 or others.get("softcap") is not None or others.get("position_bias") is not None:
         raise ValueError("attention of one token, and of nothing but keys and values")
     rows = query.reshape(documents, key.shape[1], heads // key.shape[1], size)
-    found = functional.scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)
+    # Two products, which a GPU does faster for so few rows than torch's own function does, and whose kernels
+    # are loaded already.
+    weights = torch.matmul(rows, key.transpose(-1, -2)).float()
+    weights = weights * (size**-0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        weights = weights.masked_fill(~attention_mask, float("-inf"))
+    found = torch.matmul(weights.softmax(-1).to(value.dtype), value)
     return found.reshape(documents, 1, heads, value.shape[-1]), None
 
 
