@@ -79,6 +79,12 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     """Chunk-sized tensors at the peak of a cross-entropy step: logits, log-softmax, two gradients."""
     logits_kl: int = 6
     """The same for KL: teacher's log-probabilities, logits, log-softmax, three temporaries."""
+    logits_fused: int = 3
+    """Chunk-sized tensors of the arithmetic's type at the peak of a compiled step, whose kernels keep none in
+    float32: logits and two gradients. Of four layers of a 7B model without it 2.61 GiB are planned, and 2.78
+    were measured (benchmarks/README.md, "Every method on one shape")."""
+    logits_fused_kl: int = 5
+    """The same for KL: logits and log-probabilities of the teacher besides. Reckoned, not measured."""
     logits_evaluation: int = 2
     """Logits and log-softmax."""
     load_factor: float = 1.75
@@ -135,11 +141,19 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     gpu_recorded_gap: float = 0.9e-3
     """Between the kernels of one block, forward and backward, in a recorded step of the whole network: of 61
     ms for 8 sequences of 1024 tokens through SmolLM2's 30 blocks on an H100, 27 are left over."""
-    gpu_fast_gap: float = 0.65e-3
-    """The same, compiled: of 37 ms 20 are left over."""
-    gpu_weights_gap: float = 0.5e-3
-    """What of both a step that trains weights has but once, however many passes it adds up: of 98 ms for four
-    such passes and one step, compiled, 35 are left over (H200)."""
+    gpu_fast_gap: float = 0.6e-3
+    """The same, compiled: of 34.0 ms on an H200 17 are left over."""
+    gpu_packed_gap: float = 0.39e-3
+    """What of both falls away where no pass unpacks integers, because the step before has made the weights:
+    one such pass and its step take 23.9 ms, compiled (SmolLM2, 8 sequences of 1024 tokens, H200), of which
+    6.2 are left over."""
+    gpu_logit_bytes: tuple[float, float] = (40.0, 110.0)
+    """Memory traffic of a logit, forward and backward, for cross-entropy and for KL: of 384 and 256 steps of
+    E2E-QAT on SmolLM2 10.7 ms each are left over on an H200, 13.7 on an H100 (KL; cross-entropy reckoned)."""
+    gpu_fused_logit_bytes: tuple[float, float] = (12.0, 22.0)
+    """The same, compiled. Reckoned, not measured by itself."""
+    gpu_compile_network: float = 14.0
+    """Compiling a network's steps, where nothing of it lies in a cache (SmolLM2, H100)."""
     gpu_compile: float = 30.0
     """Compiling a block's step, once a run."""
     gpu_compile_passage: float = 6.0

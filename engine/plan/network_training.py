@@ -37,6 +37,10 @@ class NetworkTraining(TrainingCosts):
         """Of all steps and validations."""
         raise NotImplementedError
 
+    def compiling_seconds(self, work: Workload, rates: Speed) -> float:
+        """Before the first step."""
+        return 0.0
+
     def memory(self, work: Workload) -> Memory:
         teacher, copies = self.teacher_bytes(work), self.copies_bytes(work)
         return training_memory(work, self.network_memory(work), teacher, self.snapshot_bytes(work), copies)
@@ -74,7 +78,8 @@ class NetworkTraining(TrainingCosts):
         taught = self.teacher_seconds(work, rates) if again else 0.0
         section = self.section(work.config)
         steps = section.epochs * math.ceil(section.sequences / section.batch_size)
-        return load + self.training_seconds(work, rates) + steps * self.adding_seconds(work, rates) + taught
+        trained = self.training_seconds(work, rates) + self.compiling_seconds(work, rates)
+        return load + trained + steps * self.adding_seconds(work, rates) + taught
 
     def teacher_seconds(self, work: Workload, rates: Speed) -> float:
         """Its text through the full-precision blocks."""

@@ -22,6 +22,9 @@ SHARED = ("sequences", "val_sequences", "batch_size")
 """Fields of a section of which each GPU has a part."""
 MESSAGE_SECONDS = 25e-6
 """Of a message between GPUs, however short. Reckoned, not measured."""
+SHARED_WEIGHT_SECONDS = 15e-6
+"""Of one matrix more that is shared out, however small: of a step of E2E-QAT on SmolLM2's shape, which has
+210 of them, 3.1 and 3.8 ms are left over on two and four H200s."""
 
 
 def share_of(config: RunConfig) -> RunConfig:
@@ -72,7 +75,8 @@ def shared_seconds(work: Workload, rates: Speed, weights: int, groups: int, numb
     reading = (packed + number) * rates.per_byte * weights
     last = (stepping + reading) / len(work.arch.linears)
     norms = number * rates.per_byte * weights
-    return 3 * MESSAGE_SECONDS + last + max(gradients + integers, norms + stepping + reading)
+    each = weights // work.arch.linear_params_per_block * len(work.arch.linears) * SHARED_WEIGHT_SECONDS
+    return 3 * MESSAGE_SECONDS + each + last + max(gradients + integers, norms + stepping + reading)
 
 
 def shared_saves(work: Workload, rates: Speed) -> float:

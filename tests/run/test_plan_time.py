@@ -51,15 +51,24 @@ def test_what_end_to_end_training_takes_is_estimated(llama: str) -> None:
     assert 0.9 < seconds["e2e_qp"] / (34.7e-3 * 1024 * 32) < 1.2
 
 
+H100, H200_NAME = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
+
+
 @pytest.mark.parametrize(
-    ("sequences", "epochs", "compiled", "measured"),
-    [(1024, 2, False, 23.7), (2048, 4, True, 54.9)],
+    ("gpu", "sequences", "epochs", "compiled", "measured"),
+    [
+        (H100, 1024, 2, False, 23.7),
+        (H100, 2048, 3, True, 48.0),
+        (H100, 2048, 4, True, 54.9),
+        (H200_NAME, 512, 2, False, 10.7),
+        (H200_NAME, 1024, 3, False, 27.5),
+    ],
 )
 def test_a_small_network_is_planned_with_the_gaps_between_its_kernels(
-    tmp_path: Path, sequences: int, epochs: int, compiled: bool, measured: float
+    tmp_path: Path, gpu: str, sequences: int, epochs: int, compiled: bool, measured: float
 ) -> None:
-    """Seconds of E2E-QAT of SmolLM2 on an H100, teacher and validation included: a short one, whose steps are
-    recorded, and a long one, whose steps are compiled too."""
+    """Seconds of E2E-QAT of SmolLM2, teacher and validation included: short ones, whose steps are recorded,
+    and long ones, whose steps are compiled too. benchmarks/README.md, "Every method on one shape"."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_2 | SHAPES["135m"]))
     config = apply_overrides(
         load("small"),
@@ -72,7 +81,7 @@ def test_a_small_network_is_planned_with_the_gaps_between_its_kernels(
             "e2e_qat.epochs": epochs,
         },
     )
-    plan = make_plan(resolve(config), machine=machine(gpu_name="NVIDIA H100 80GB HBM3"))
+    plan = make_plan(resolve(config), machine=machine(gpu_name=gpu))
     assert plan.compiles_e2e == compiled
     (planned,) = [phase.seconds for phase in plan.phases if phase.name == "e2e_qat"]
     assert planned == pytest.approx(measured, rel=0.15)

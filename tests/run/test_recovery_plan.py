@@ -267,6 +267,7 @@ def test_without_snapshots_a_kill_loses_a_block_or_all_of_the_end_to_end_trainin
     found, seconds = plan.recovery, {phase.name: phase.seconds for phase in plan.phases}
     assert (found.interval_seconds, found.snapshots) == (0, {"block_ap": 0, "e2e_qp": 0})
     reading = 32 * CONSTANTS.block_load + plan.fp_bytes / CONSTANTS.read_rate  # is no training
+    reading += CONSTANTS.gpu_compile_network  # nor is this, and it lies in a cache then
     assert found.lost_seconds == pytest.approx(seconds["e2e_qp"] - reading, rel=0.01)
     assert not any("a kill" in warning for warning in plan.warnings)
     alone = planned("paper", "7b", H200, runtime__checkpoint_minutes=0, e2e_qp__enabled="false")

@@ -36,8 +36,7 @@ class E2EQATCosts(E2EQPCosts):
         }
 
     def between_kernels(self, work: Workload, passed: int, gap: float) -> float:
-        once = self._steps(work) * work.arch.blocks * CONSTANTS.gpu_weights_gap
-        return passed * (gap - CONSTANTS.gpu_weights_gap) + once
+        return passed * (gap - CONSTANTS.gpu_packed_gap)
 
     def _steps(self, work: Workload) -> int:
         section = self.section(work.config)

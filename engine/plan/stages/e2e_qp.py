@@ -78,8 +78,13 @@ class E2EQPCosts(NetworkTraining):
         section, arch = self.section(work.config), work.arch
         compute = work.bytes_of(section.compute_dtype)
         tokens = section.micro_batch_size * section.sequence_length
-        tensors = CONSTANTS.logits_kl if section.loss == "kl" else CONSTANTS.logits_cross_entropy
-        head = logits(work, tokens) * (4 * tensors + (compute if compute < 4 else 0))
+        kl = section.loss == "kl"
+        if self.stage.name in work.compiled:
+            head = logits(work, tokens) * compute
+            head *= CONSTANTS.logits_fused_kl if kl else CONSTANTS.logits_fused
+        else:
+            tensors = CONSTANTS.logits_kl if kl else CONSTANTS.logits_cross_entropy
+            head = logits(work, tokens) * (4 * tensors + (compute if compute < 4 else 0))
         # On a GPU, what is kept of a block is there once; the CPU's heap keeps the room beside it.
         again = self._block(work) if self.recomputes(work) or not work.cuda else 0
         backward = again + compute * tokens * 3 * arch.intermediate
@@ -95,6 +100,8 @@ class E2EQPCosts(NetworkTraining):
 
     def weight_bytes(self, work: Workload) -> int:
         """Bytes of a linear's weight and its gradient, and of what is made on the way, for each weight."""
+        if self.stage.name in work.compiled:  # by kernels
+            return 3 * work.bytes_of(self.section(work.config).compute_dtype)
         return CONSTANTS.unpack_bytes
 
     # Time
@@ -116,6 +123,16 @@ class E2EQPCosts(NetworkTraining):
         # A backward pass moves one and a half times what a forward pass does.
         return (factor - 0.5) * tokens * arch.blocks * arch.hidden * cost.per_number
 
+    def _head_traffic(self, work: Workload, rates: Speed, *, compiled: bool) -> float:
+        """Seconds of all that a GPU does with logits beside their products."""
+        section = self.section(work.config)
+        of_logit = CONSTANTS.gpu_fused_logit_bytes if compiled else CONSTANTS.gpu_logit_bytes
+        logits = section.epochs * section.sequences * section.sequence_length * work.arch.vocab
+        return logits * of_logit[section.loss == "kl"] * rates.per_byte
+
+    def compiling_seconds(self, work: Workload, rates: Speed) -> float:
+        return CONSTANTS.gpu_compile_network if self.steps(work, rates).compiled else 0.0
+
     def training_seconds(self, work: Workload, rates: Speed) -> float:
         section, arch = self.section(work.config), work.arch
         length = section.sequence_length
@@ -130,7 +147,7 @@ class E2EQPCosts(NetworkTraining):
         micro_steps = math.ceil(training / section.micro_batch_size)
         steps = self.steps(work, rates)
         cost = rates.compiled_passage if steps.compiled else rates.passage
-        traffic = self._traffic(work, cost)
+        traffic = self._traffic(work, cost) + self._head_traffic(work, rates, compiled=steps.compiled)
         unpacked = self.unpacked_seconds(work, rates, micro_steps)
         working, passed = flops / rates.flops + traffic + unpacked, micro_steps * arch.blocks
         if steps.recorded:  # one launch, whose kernels still follow each other
