@@ -42,6 +42,10 @@ from engine.starting import Starting, starting
 from engine.system.files import full_disk
 from engine.system.printable import printable
 
+REFUSALS = (ExitCode.USAGE, ExitCode.PREFLIGHT, ExitCode.IDENTITY)
+"""Of what was asked for, rather than of anything that came of it."""
+FIRST_PHASE = "prepare"
+
 if TYPE_CHECKING:
     from engine.ranks.others import Others
     from engine.reporter import Reporter
@@ -55,8 +59,9 @@ def attempt(run: RunDirectory, asked: Asked) -> int:
         EqatError: for what cannot be begun; whoever follows the run has been told.
     """
     number = this_attempt(run)
-    # What is done with a finished run cannot undo what it is.
-    leaves = load_state(run, skip=events.BULK).outcome if asked.task != "run" else None
+    # What is done with a finished run cannot undo what it is, nor can an attempt that is refused.
+    before = load_state(run, skip=events.BULK).outcome
+    leaves = before if asked.task != "run" else None
     with starting(run, number, asked.task, leaves) as voice:
         try:
             run.require_own()
@@ -68,17 +73,17 @@ def attempt(run: RunDirectory, asked: Asked) -> int:
 
             read = as_asked(config, asked.how) if asked.how.is_asked else config
             with offline(everything_is_local(config) and everything_is_local(read)):
-                return _work(run, config, number, asked, leaves, voice)
+                return _work(run, config, number, asked, before, voice)
         except EqatError as error:
             voice.close()
-            _record_refusal(run, number, asked, error, leaves)
+            _record_refusal(run, number, asked, error, leaves if isinstance(error, DamagedRun) else before)
             raise
         except Exception as error:
             voice.close()
             failure = _not_started(error)
             if failure.exit_code == ExitCode.BUG:
                 traceback.print_exc()
-            _record_refusal(run, number, asked, failure, leaves)
+            _record_refusal(run, number, asked, failure, before)
             raise failure from error
 
 
@@ -181,10 +186,12 @@ def _work(
     config: RunConfig,
     number: int,
     asked: Asked,
-    leaves: events.Outcome | None,
+    before: events.Outcome | None,
     voice: Starting,
 ) -> int:
-    """The attempt, once it is known what it is; everything that ends it is told."""
+    """The attempt, once it is known what it is; everything that ends it is told. ``before`` is how the one
+    before it ended."""
+    leaves = before if asked.task != "run" else None
     # Imported here, once the lock is held and the configuration is known to be good: torch takes seconds.
     with libraries():
         from engine.failures import as_eqat_error
@@ -236,6 +243,8 @@ def _work(
             failure = run_is_gone(run.path)
         if failure.exit_code == ExitCode.BUG:
             traceback.print_exc()
+        if failure.exit_code in REFUSALS and report.phase_name == FIRST_PHASE:
+            leaves = before
         if isinstance(failure, DamagedRun):
             leaves = None  # what the run was is lost in part, and it can be resumed
         report.fail(failure)

@@ -260,6 +260,43 @@ def test_a_changed_setting_is_refused_by_name(
     assert after == before, "a refused attempt must not touch the checkpoints"
 
 
+@pytest.mark.parametrize(
+    ("changed", "code"),
+    [
+        ({"runtime.seed": 7}, 8),
+        ({"runtime.device": "cuda:99"}, 3),
+        ({"block_ap.batch_size": 0}, 2),
+        ({"grid.group_size": 7}, 2),
+    ],
+)
+def test_a_refused_attempt_leaves_a_run_what_it_was(
+    make: Make, engine: Engine, changed: dict[str, object], code: int
+) -> None:
+    """Nothing came of it but what it was told: a stopped run is stopped, a finished one finished."""
+    run = make(**SLOW)
+    as_made = run.config_toml.read_bytes()
+    child = engine(run)
+    child.until(lambda: finished_blocks(run))
+    child.send(signal.SIGTERM)
+    assert child.code() == 75, output(run)
+    for was in ("stopped", "done"):
+        config = run.config_toml.read_text()
+        for field, value in changed.items():
+            section, _, name = field.partition(".")
+            lines = [line for line in config.splitlines() if not line.startswith(f"{name} =")]
+            lines.insert(lines.index(f"[{section}]") + 1, f"{name} = {json.dumps(value)}")
+            config = "\n".join(lines) + "\n"
+        run.config_toml.write_text(config)
+        assert run_here(run) == code
+        finished = of(run, events.RunFinished)[-1]
+        assert (finished.outcome, finished.exit_code) == ("failed", code)
+        assert of(run, events.Error)[-1].attempt == finished.attempt
+        assert load_state(run).outcome == run_state(run) == was
+        run.config_toml.write_bytes(as_made)
+        assert run_here(run) == 0
+    assert load_state(run).outcome == "done"
+
+
 def test_settings_that_decide_nothing_may_change(finished_copy: Make) -> None:
     run = finished_copy()
     before = exported(run)
