@@ -265,7 +265,6 @@ class Lab:
             factors = LRQATConfig(enabled=True, **sizes, **changes).resolved(self.grid)
             latent = enumerate(self._linears(blocks, before, factors.start))
             low = [low_rank_linears(blocks[index], named, factors, index) for index, named in latent]
-            del common["compiles"]
             result = train_factors(self.lm, blocks, data, factors, **common)
             made = [{name: linear.freeze() for name, linear in named.items()} for named in low]
         together = zip(made, packed, blocks, strict=True)

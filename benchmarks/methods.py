@@ -11,7 +11,6 @@ cross-entropy; recorded and compiled, all activations kept:
 
 and a step of 8 sequences of 1024 tokens on SmolLM2 (2 bits, groups of 64), which is launches and little else.
 Each trains ``--repeat`` times, of which the table has the median step (the median of these, and the range).
-Planned memory is the training's own; what is measured has the head and the embedding beside it.
 """
 
 from __future__ import annotations

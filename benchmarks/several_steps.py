@@ -193,16 +193,16 @@ def network(args: argparse.Namespace, kind: Kind, world: World) -> dict[str, Any
             del quantized
             train_scales(lm, blocks, data, section, **options)
         else:
-            pairs = zip(blocks, quantized, strict=True)
-            linears = [latent_linears(made, one, None) for made, one in pairs]
+            for place, made in enumerate(blocks):  # of factors, one block's latents at a time
+                linears = latent_linears(made, quantized[place], None)
+                if isinstance(section, LRQATConfig):
+                    low_rank_linears(made, linears, section, number)
+                del linears
             del quantized
             if isinstance(section, E2EQATConfig):
                 train_weights(lm, blocks, data, section, fast=CUDA, **options)
             else:
-                for made, named in zip(blocks, linears, strict=True):
-                    low_rank_linears(made, named, section, number)
                 train_factors(lm, blocks, data, section, **options)
-            del linears
         took.append(median_step(marks, SKIPPED))
         peak, reserved = peak_gib(0), torch.cuda.max_memory_reserved() / GIB if CUDA else 0.0
         del blocks
@@ -265,7 +265,7 @@ class Planned(NamedTuple):
     ms: float
     """Of a step."""
     gib: float
-    """Of a stage that trains all blocks together; the head and what else is always there are not in it."""
+    """Of a stage that trains all blocks together, with the embeddings and the head."""
 
 
 def planned(
@@ -294,5 +294,6 @@ def planned(
     else:
         seconds = costs.training_seconds(work, rates) / kind.steps  # type: ignore[attr-defined]
         memory = sum(costs.network_memory(work).values())  # type: ignore[attr-defined]
+        memory += arch.rest_params * work.model_bytes
     step = seconds + costs.adding_seconds(work, rates)  # type: ignore[attr-defined]
     return Planned(float(1e3 * step), memory / GIB)
