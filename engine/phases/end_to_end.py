@@ -18,7 +18,7 @@ from engine.config.stages import STAGES, Stage
 from engine.methods.network.e2e_qat import train_weights
 from engine.methods.network.e2e_qp import train_scales
 from engine.methods.network.lr_qat import low_rank_linears, train_factors
-from engine.methods.network.network import NetworkData
+from engine.methods.network.network import NetworkData, NetworkResult
 from engine.methods.network.norms import trained_norms
 from engine.phases.job import Job, compute_dtype
 from engine.phases.kernels import switch_on_low_rank_kernel
@@ -29,6 +29,9 @@ from engine.quant.fake_linear import FakeQuantLinear, kept_norm, latent_linears
 from engine.quant.packed import Kernels, PackedLinear, PackedWeight
 from engine.quant.slots import slots
 from engine.run.facts import done_fact, stage_entry
+
+RATES = ("lr", "lr_weight", "lr_factors", "lr_quant")
+"""Fields of a section that are learning rates."""
 
 
 def train_end_to_end(job: Job) -> None:
@@ -46,7 +49,9 @@ def train_end_to_end(job: Job) -> None:
             job.report.leave_if_asked()
         telemetry.release_memory()
         with resumable(job.checkpoints, stage.name) as keeper:
-            train_scales(job.lm, blocks, data, config, dtype=dtype, **_arguments(job, stage, keeper))
+            arguments = _arguments(job, stage, keeper)
+            result = train_scales(job.lm, blocks, data, config, dtype=dtype, **arguments)
+    _say_if_in_vain(job, stage, result)
     trained = [_packed(block, job.lm.linear_names(index)) for index, block in enumerate(blocks)]
     _commit(job, stage, _renewed(blocks, trained, "scale", "zero_point"))
 
@@ -67,7 +72,8 @@ def train_weights_end_to_end(job: Job) -> None:
         fast = Kernels.on and job.takes_kernels and not config.grad_clip
         with resumable(job.checkpoints, stage.name) as keeper:
             arguments = _arguments(job, stage, keeper)
-            train_weights(job.lm, blocks, data, config, dtype=dtype, fast=fast, **arguments)
+            result = train_weights(job.lm, blocks, data, config, dtype=dtype, fast=fast, **arguments)
+    _say_if_in_vain(job, stage, result)
     trained = [{name: linear.freeze() for name, linear in of_block.items()} for of_block in linears]
     _commit(job, stage, _renewed(blocks, trained, "words", "scale", "zero_point"))
 
@@ -91,9 +97,26 @@ def train_low_rank_end_to_end(job: Job) -> None:
             blocks.append(block)
         telemetry.release_memory()
         with resumable(job.checkpoints, stage.name) as keeper:
-            train_factors(job.lm, blocks, data, config, dtype=dtype, **_arguments(job, stage, keeper))
+            arguments = _arguments(job, stage, keeper)
+            result = train_factors(job.lm, blocks, data, config, dtype=dtype, **arguments)
+    _say_if_in_vain(job, stage, result)
     trained = [{name: linear.freeze() for name, linear in of_block.items()} for of_block in linears]
     _commit(job, stage, _renewed(blocks, trained, "words", "scale", "zero_point"))
+
+
+def _say_if_in_vain(job: Job, stage: Stage, result: NetworkResult) -> None:
+    """Where the start was validated best, the perplexity does not move, which would look like a fault."""
+    best, began = result.val_loss, result.initial_loss
+    if best is None or began is None or best < began or not result.steps:
+        return
+    section = getattr(job.config, stage.name)
+    rates = " and ".join(f"{stage.name}.{name}" for name in RATES if hasattr(section, name))
+    job.report.warning(
+        "in_vain",
+        f"{stage.label} was never better than where it began, on {section.val_sequences} sequences for "
+        f"validation (loss {began:.4g}), so what it began with is kept",
+        hint=f"lower {rates}, or raise {stage.name}.sequences or {stage.name}.val_sequences",
+    )
 
 
 def _latent_blocks(
