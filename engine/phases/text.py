@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from engine.data.encoding import Encoder
 from engine.data.packing import Answers
 from engine.data.parts import Part
 from engine.data.tokens import Warn, mixed_up, token_windows
+from engine.errors import DataError
 from engine.phases.instructions import Conversations, InstructionWindows
 from engine.reporter import Reporter
 
@@ -118,25 +121,29 @@ def draw_tokens(
             said.add((code, message))
             report.warning(code, message)
 
-    def draw(data: DataConfig, part: Part, sequences: int, length: int) -> Tensor:
+    def draw(data: DataConfig, part: Part, sequences: int, length: int, setting: str) -> Tensor:
         report.leave_if_asked()
         report.expect_silence(PREPARE_SILENCE)
         if data.is_own:
             return own(part, sequences, length)
-        return token_windows(
-            encoder,
-            data,
-            part,
-            sequences=sequences,
-            length=length,
-            seed=config.runtime.seed,
-            warn=warn,
-        )
+        with _said_of(setting):
+            return token_windows(
+                encoder,
+                data,
+                part,
+                sequences=sequences,
+                length=length,
+                seed=config.runtime.seed,
+                warn=warn,
+            )
 
     def mixed(part: Part, sequences: int, length: int) -> Tensor:
         counts = shared_out(texts, sequences)
+        setting = "data.mix" if config.data.mix else "data.source"
         drawn = [
-            draw(text.data, part, count, length) for text, count in zip(texts, counts, strict=True) if count
+            draw(text.data, part, count, length, setting)
+            for text, count in zip(texts, counts, strict=True)
+            if count
         ]
         return mixed_up(drawn, seed=config.runtime.seed, part=part)
 
@@ -165,8 +172,12 @@ def draw_tokens(
     further: dict[str, Tensor] = {}
     if section.enabled:
         read = [
-            draw(data, "evaluation", section.windows, section.sequence_length)
-            for data in section.every_text()
+            draw(data, "evaluation", section.windows, section.sequence_length, setting)
+            for data, setting in zip(
+                section.every_text(),
+                chain(["evaluation.data.source"], repeat("evaluation.texts")),
+                strict=False,
+            )
         ]
         evaluation = read[0]
         further = dict(zip(section.text_names()[1:], read[1:], strict=True))
@@ -176,6 +187,17 @@ def draw_tokens(
         report.expect_silence(PREPARE_SILENCE)
         held_out = _held_out(conversations, most, answer_length(config), warn)
     return Tokens(calibration, evaluation, held_out, further)
+
+
+@contextmanager
+def _said_of(setting: str) -> Iterator[None]:
+    """What is wrong with a text is said of the setting that names it: a run reads several."""
+    try:
+        yield
+    except DataError as error:
+        if not error.where.startswith(setting):
+            error.where = f"{setting}: {error.where}" if error.where else setting
+        raise
 
 
 def _answers(conversations: InstructionWindows, section: Any, report: Reporter) -> Windows:

@@ -129,7 +129,7 @@ def test_a_text_that_is_too_short_is_named_with_what_is_missing(tokenizer: Any, 
     with pytest.raises(DataError) as caught:
         drawn(tokenizer, config(mix, sequences=400))
     error = caught.value
-    assert error.where == f"{texts}/short.txt"
+    assert error.where == f"data.mix: {texts}/short.txt"
     available, needed, missing = (
         int(word.replace(",", ""))
         for word in error.message.replace(": ", " ").split()

@@ -73,6 +73,22 @@ def test_too_small_a_memory_budget_is_refused_by_the_plan(make: Make, engine: En
     assert not of(run, events.PhaseStarted)
 
 
+# -- text (4) ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", ["data.source", "data.mix", "evaluation.data.source", "evaluation.texts"])
+def test_what_is_wrong_with_a_text_names_the_setting_that_it_came_from(
+    make: Make, tmp_path: Path, setting: str
+) -> None:
+    """A run reads several texts, and one may stand in two settings."""
+    table = tmp_path / "rows.jsonl"
+    table.write_text('{"n": 1}\n' * 3)
+    given = {"data.mix": ["builtin:0.5", f"{table}:0.5"], "evaluation.texts": [str(table)]}
+    run = make(**{setting: given.get(setting, str(table))})
+    assert run_here(run) == 4
+    assert failure(run, 4).where == f"{setting}: {table}:1"
+
+
 # -- model (3) -----------------------------------------------------------------------------------------
 
 

@@ -117,5 +117,5 @@ def test_tokens_without_a_row_end_only_what_uses_them(make: Make, tmp_path: Path
     assert run_here(refused) == 4
     error = failure(refused, 4)
     assert "<image>" in error.message
-    assert error.where == str(tmp_path / "a.txt")
+    assert error.where == f"data.source: {tmp_path / 'a.txt'}"
     assert not of(refused, events.BlockStarted)
