@@ -40,10 +40,11 @@ def _beside_the_outer_tensors(work: Workload, phase: str) -> Memory:
 
 
 def host_memory(work: Workload, memory: Memory, store: StoreKind) -> int:
-    """Resident memory of the process in a phase; of all of them, where there are several."""
+    """Resident memory of the process in a phase; of all of them, where there are several, of which the first
+    alone writes checkpoints."""
     idle = CONSTANTS.base_cuda_host if work.cuda else imported_bytes()
     waiting = work.config.runtime.gpus - memory.processes
-    return memory.processes * _of_process(work, memory, store) + waiting * idle
+    return memory.processes * _of_process(work, memory, store) + memory.written + waiting * idle
 
 
 @functools.cache
@@ -56,7 +57,7 @@ def imported_bytes() -> int:
 
 
 def _of_process(work: Workload, memory: Memory, store: StoreKind) -> int:
-    stored = self_held(work, memory, store) + memory.written + memory.aside
+    stored = self_held(work, memory, store) + memory.aside
     if not work.cuda:
         return imported_bytes() + CONSTANTS.math_workspace + sum(memory.device.values()) + stored
     loading = int(max(largest_tensor(work.arch), work.arch.params_per_block) * 4 * CONSTANTS.load_factor)
