@@ -107,8 +107,8 @@ def train_low_rank_end_to_end(job: Job) -> None:
 def _say_if_in_vain(job: Job, stage: Stage, result: NetworkResult) -> None:
     """Where the start was validated best, the perplexity does not move, which would look like a fault."""
     best, began = result.val_loss, result.initial_loss
-    if best is None or began is None or best < began or not result.steps:
-        return
+    if best is None or began is None or not best >= began or not result.steps:
+        return  # a start that was no number is not kept
     section = getattr(job.config, stage.name)
     rates = " and ".join(f"{stage.name}.{name}" for name in RATES if hasattr(section, name))
     job.report.warning(

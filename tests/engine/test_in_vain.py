@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from engine_runs import FACTORS, FROM_LATENTS, of, run_here
 
+from engine.config.loading import load
+from engine.config.stages import STAGES as CONFIGURED
+from engine.methods.network.network import NetworkResult
+from engine.phases.end_to_end import _say_if_in_vain
 from engine.run import events
 from engine.run.directory import RunDirectory
 
@@ -59,3 +66,24 @@ def test_one_that_made_it_better_or_was_not_validated_says_nothing(make: Make, s
         run = make(**{**settings, **more})
         assert run_here(run) == 0
         assert not said(run)
+
+
+@pytest.mark.parametrize(
+    ("began", "best", "steps", "says"),
+    [
+        (1.0, 1.0, 8, True),
+        (1.0, 0.999, 8, False),
+        (math.nan, 0.5, 8, False),
+        (math.inf, 0.5, 8, False),
+        (None, None, 8, False),
+        (1.0, 1.0, 0, False),
+    ],
+)
+def test_it_is_said_where_the_start_was_validated_best(
+    began: float | None, best: float | None, steps: int, says: bool
+) -> None:
+    told: list[str] = []
+    report = SimpleNamespace(warning=lambda code, message, hint: told.append(code))
+    job: Any = SimpleNamespace(config=load("smoke"), report=report)
+    _say_if_in_vain(job, CONFIGURED["e2e_qp"], NetworkResult(began, best, steps))
+    assert told == ["in_vain"] * says
