@@ -184,7 +184,7 @@ def evaluated_share(data: DataConfig, evaluation: DataConfig) -> Fraction:
 
 def _check_mixture(where: str, mix: Sequence[str]) -> None:
     if not mix:
-        raise UsageError("names no text", where=where, hint=f"{_FORM}; none reads data.source")
+        raise UsageError("names no text", where=where, hint=f"{_FORM}; data.mix=none reads data.source")
     seen: dict[object, str] = {}
     for part in mix:
         data = read_part(where, part).data
