@@ -280,12 +280,6 @@ class LowRankLinear(nn.Module):
         return _by_kernel(self.kept, self.a, self.scale)
 
     @torch.no_grad()
-    def project(self) -> None:
-        """Bring scale and zero point back into their domain after an optimizer step."""
-        self.scale.copy_(into_domain(self.scale, self.scale_floor))
-        self.zero_point.clamp_(0, self.grid.top)
-
-    @torch.no_grad()
     def freeze(self) -> PackedWeight:
         """Merge the factors and round, once: the integers are those of the forward pass, since a scale that
         is rounded to float16 changes no latent."""

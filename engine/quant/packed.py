@@ -8,7 +8,7 @@ call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -44,6 +44,41 @@ def into_domain(scale: Tensor, floor: Tensor) -> Tensor:
     hold: so that what is trained is what is saved."""
     side = floor.sign()
     return torch.maximum(scale * side, floor * side).clamp_(max=LARGEST_STORED_SCALE).mul_(side)
+
+
+class Domain:
+    """Where scales, and zero points that are trained, have to be after each step of training: those of all
+    linears of a network at once, because one by one that is a thousand launches of next to nothing. It holds
+    on to the tensors, which have to stay where they are."""
+
+    def __init__(
+        self,
+        scales: Sequence[Tensor],
+        floors: Sequence[Tensor],
+        zero_points: Sequence[Tensor] = (),
+        tops: Sequence[float] = (),
+    ) -> None:
+        """``floors`` are those of :func:`smallest_trained`; ``tops`` the largest integer of each zero point's
+        grid."""
+        sides = [floor.sign() for floor in floors]
+        self._scales, self._zero_points, self._tops = list(scales), list(zero_points), list(tops)
+        self._least = [floor * side for floor, side in zip(floors, sides, strict=True)]
+        self._sides = sides if any(bool((side < 0).any()) for side in sides) else []
+        """Empty where all scales are above zero: multiplying by one changes nothing."""
+
+    @torch.no_grad()
+    def enter(self) -> None:
+        """Bring all of them into it."""
+        if self._scales:
+            if self._sides:
+                torch._foreach_mul_(self._scales, self._sides)
+            torch._foreach_maximum_(self._scales, self._least)
+            torch._foreach_clamp_max_(self._scales, LARGEST_STORED_SCALE)
+            if self._sides:
+                torch._foreach_mul_(self._scales, self._sides)
+        if self._zero_points:
+            torch._foreach_clamp_min_(self._zero_points, 0.0)
+            torch._foreach_clamp_max_(self._zero_points, self._tops)
 
 
 @dataclass(frozen=True)

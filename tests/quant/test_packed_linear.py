@@ -15,10 +15,13 @@ from engine.quant.grid import dequantize
 from engine.quant.packed import (
     LARGEST_STORED_SCALE,
     SMALLEST_STORED_SCALE,
+    Domain,
     PackedBlock,
     PackedLinear,
     PackedWeight,
+    into_domain,
     overlaid,
+    smallest_trained,
     unpacked,
 )
 
@@ -327,3 +330,39 @@ def test_what_is_not_quantized_is_frozen_without_loss_unless_it_was_trained() ->
         again.norm.weight.fill_(0.1)
     packed = freeze_block(again, wrap_linears(again, {name: Grid(4, 32) for name in ("first", "second")}))
     assert packed.others["norm.weight"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("sides", ["above", "below", "both"])
+def test_many_scales_enter_their_domain_together_as_each_does_alone(sides: str) -> None:
+    """To the last bit, whatever the optimizer has left."""
+    gen = torch.Generator().manual_seed(3)
+    scales, zeros = [], []
+    for shape in [(4, 3), (1, 1), (33, 7), (2, 64)]:
+        scale = torch.rand(shape, generator=gen) + 0.01
+        if sides == "below" or (sides == "both" and len(scales) % 2):
+            scale = torch.where(torch.rand(shape, generator=gen) < 0.6, -scale, scale)
+        scales.append(scale)
+        zeros.append(torch.rand(shape, generator=gen) * 3)
+    floors = [smallest_trained(scale, 0.01) for scale in scales]
+    tops = [3.0, 7.0, 15.0, 3.0]
+    domain = Domain(scales, floors, zeros, tops)
+    odd = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e6, -1e6, float("inf"), -float("inf"), float("nan")])
+    for _ in range(3):
+        for tensor in (*scales, *zeros):
+            step = torch.randn(tensor.shape, generator=gen)
+            drawn = odd[torch.randint(0, len(odd), tensor.shape, generator=gen)]
+            tensor.copy_(torch.where(torch.rand(tensor.shape, generator=gen) < 0.3, drawn, tensor + step))
+        alone = [into_domain(scale, floor) for scale, floor in zip(scales, floors, strict=True)]
+        inside = [zero.clone().clamp_(0, top) for zero, top in zip(zeros, tops, strict=True)]
+        places = [tensor.data_ptr() for tensor in (*scales, *zeros)]
+        domain.enter()
+        assert places == [tensor.data_ptr() for tensor in (*scales, *zeros)]
+        for found, expected in zip([*scales, *zeros], [*alone, *inside], strict=True):
+            assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+
+
+def test_nothing_enters_where_nothing_is_trained() -> None:
+    Domain([], []).enter()
+    zero = torch.tensor([-1.0, 9.0])
+    Domain([], [], [zero], [3.0]).enter()
+    assert zero.tolist() == [0.0, 3.0]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine.config.e2e_qp import E2EQPConfig
 from engine.methods.network.network import (
@@ -25,7 +25,7 @@ from engine.methods.network.network import (
 from engine.methods.network.norms import norm_groups
 from engine.methods.runaway import refuse_runaway
 from engine.quant.grid import RELATIVE_SCALE_FLOOR
-from engine.quant.packed import PackedLinear, into_domain, smallest_trained
+from engine.quant.packed import Domain, PackedLinear, smallest_trained
 from engine.training.progress import Keeper, Progress
 from engine.training.snapshot import Snapshot
 from engine.training.stepper import ParameterGroup
@@ -72,8 +72,7 @@ def train_scales(
         network.compile(progress, WHERE)
     settings = network_settings(config, lm.device, seed=seed, dtype=dtype, where=WHERE, world=world)
     result = train_network(network, settings, progress, snapshot, keeper)
-    trained = (layer.scale for layer, floor in network.layers if floor is not None)
-    refuse_runaway(trained, result.steps, WHERE)
+    refuse_runaway(network.scales, result.steps, WHERE)
     return result
 
 
@@ -94,21 +93,16 @@ class _Scales(Network):
         self.groups = _parameter_groups(blocks, config)
         trained = {id(p) for group in self.groups for p in group.parameters}
         layers = [m for block in blocks for m in block.modules() if isinstance(m, PackedLinear)]
-        # Each layer beside the smallest scales it may have; none where they are not trained.
-        self.layers = [(layer, _floor(layer) if id(layer.scale) in trained else None) for layer in layers]
+        self.scales = [layer.scale for layer in layers if id(layer.scale) in trained]
+        zeros = [layer for layer in layers if layer.zero_point.is_floating_point()]
+        floors = [smallest_trained(scale.detach(), RELATIVE_SCALE_FLOOR) for scale in self.scales]
+        self._domain = Domain(
+            self.scales, floors, [one.zero_point for one in zeros], [float(one.grid.top) for one in zeros]
+        )
 
-    @torch.no_grad()
     def project(self) -> None:
         """Bring scales and zero points back into their domain, so that what is trained can be saved."""
-        for layer, floor in self.layers:
-            if floor is not None:
-                layer.scale.copy_(into_domain(layer.scale, floor))
-            if layer.zero_point.is_floating_point():
-                layer.zero_point.clamp_(0, 2**layer.bits - 1)
-
-
-def _floor(layer: PackedLinear) -> Tensor:
-    return smallest_trained(layer.scale.detach(), RELATIVE_SCALE_FLOOR)
+        self._domain.enter()
 
 
 def _parameter_groups(blocks: list[nn.Module], config: E2EQPConfig) -> list[ParameterGroup]:

@@ -33,6 +33,7 @@ from engine.methods.network.norms import norm_groups
 from engine.methods.runaway import refuse_runaway
 from engine.quant.fake_linear import FakeQuantLinear
 from engine.quant.low_rank import LowRank, LowRankLinear
+from engine.quant.packed import Domain
 from engine.quant.slots import slots
 from engine.training.progress import Keeper, Progress
 from engine.training.snapshot import Snapshot
@@ -131,10 +132,16 @@ class _Factors(Network):
         super().__init__(lm, blocks, data, dtype, recompute=recompute, text_weight=config.text_weight)
         self.linears = [m for block in blocks for m in block.modules() if isinstance(m, LowRankLinear)]
         self.groups = _parameter_groups(blocks, self.linears, config)
+        self._domain = Domain(
+            [linear.scale for linear in self.linears],
+            [linear.scale_floor for linear in self.linears],
+            [linear.zero_point for linear in self.linears],
+            [float(linear.grid.top) for linear in self.linears],
+        )
 
     def project(self) -> None:
-        for linear in self.linears:
-            linear.project()
+        """Bring scales and zero points back into their domain, so that what is trained can be saved."""
+        self._domain.enter()
 
 
 def _parameter_groups(
