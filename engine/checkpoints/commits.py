@@ -76,7 +76,9 @@ class Checkpoints:
         try:
             yield
         except BaseException as error:
-            writing.leave(error)
+            left = writing.leave(error)
+            if left is not None:
+                self.say(left, phase, block)
             raise
         began = time.monotonic()
         committed = writing.result()
@@ -191,10 +193,13 @@ class Writing(Generic[T]):
             raise failure
         return self._checkpoints.patiently(self._work, self._needed)
 
-    def leave(self, error: BaseException) -> None:
-        """Whatever ends the run, what is being written counts; only an abort does not wait for it."""
-        if not (isinstance(error, StopRequested) and error.abort):
-            self._wait()
+    def leave(self, error: BaseException) -> T | None:
+        """Whatever ends the run, what is being written counts, and is what comes back; only an abort does not
+        wait for it. None of what could not be written: that is not why the run ends."""
+        if isinstance(error, StopRequested) and error.abort:
+            return None
+        self._wait()
+        return None if self._done.exception() is not None else self._done.result()
 
     def _wait(self) -> None:
         while self.running:

@@ -76,6 +76,22 @@ def test_what_ends_the_work_does_not_undo_it(checkpoints: Checkpoints, end: Exce
     with pytest.raises(type(end)):
         work()
     assert published(checkpoints)
+    (event,) = told(checkpoints, events.CheckpointCommitted)
+    assert (event.phase, event.block, event.generation) == ("block_ap", 0, 1)
+
+
+def test_what_ends_the_work_is_said_and_not_what_kept_it_from_being_written(checkpoints: Checkpoints) -> None:
+    def commit() -> object:
+        raise EqatError("broken", exit_code=ExitCode.IDENTITY)
+
+    def work() -> None:
+        with checkpoints.committing("block_ap", 0, ENTRIES):
+            raise KeyError("a bug")
+
+    checkpoints.store.commit = commit  # type: ignore[method-assign, assignment]
+    with pytest.raises(KeyError):
+        work()
+    assert not told(checkpoints, events.CheckpointCommitted)
 
 
 @pytest.mark.parametrize("when", ["meanwhile", "at the end", "after a stop"])

@@ -124,7 +124,10 @@ def test_however_a_stop_is_asked_for_both_stop_with_a_checkpoint(
     wait_until(lambda: not second.is_running())
     assert run_state(run) == "stopped"
     assert [event.request for event in of(run, events.ControlAck)] == ["stop"] * (asked == "a request")
-    assert of(run, events.CheckpointCommitted)[-1].step, "in the middle of a training"
+    kept = of(run, events.CheckpointCommitted)[-1]
+    # In the middle of the block's training; on a busy machine it may be over before anybody hears.
+    assert kept.phase == "block_ap"
+    assert kept.block == 0
     assert "Traceback" not in output(run)
 
 
