@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from engine.training.stepper import ParameterGroup
 
+_MASTER = "_float32"
+"""What the name of a parameter that is trained ends with, beside the one that the arithmetic reads."""
 
-class _Cast(nn.Module):
-    """A float32 parameter as the block's arithmetic wants it."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
+@functools.cache
+def _trained_type(kind: type[nn.Module], name: str, dtype: torch.dtype) -> type[nn.Module]:
+    """``kind`` whose ``name`` is read from a float32 parameter, as the block's arithmetic wants it.
 
-    def forward(self, master: Tensor) -> Tensor:
-        return master.to(self.dtype)
+    One type for all blocks: torch.compile makes another form for each type that it meets, and a form for
+    each norm of each block (``torch.nn.utils.parametrize`` makes a type a module) takes minutes.
+    """
+
+    def read(module: Any) -> Tensor:
+        master: Tensor = getattr(module, name + _MASTER)
+        return master.to(dtype)
+
+    return type(kind.__name__, (kind,), {name: property(read)})
 
 
 def norms_of(block: nn.Module) -> dict[str, nn.Parameter]:
@@ -26,8 +35,7 @@ def norms_of(block: nn.Module) -> dict[str, nn.Parameter]:
     found: dict[str, nn.Parameter] = {}
     for path, parameter in block.named_parameters():
         if parameter.ndim == 1 and not path.endswith("bias"):
-            owner, _, rest = path.partition(".parametrizations.")
-            found[f"{owner}.{rest.removesuffix('.original')}" if rest else path] = parameter
+            found[path.removesuffix(_MASTER)] = parameter
     return found
 
 
@@ -37,9 +45,10 @@ def norm_groups(block: nn.Module, lr: float, *, relative: bool) -> list[Paramete
         if parameter.dtype != torch.float32:
             owner, _, child = name.rpartition(".")
             module = block.get_submodule(owner)
-            setattr(module, child, nn.Parameter(parameter.detach().float()))
-            # The type changes, which torch would otherwise take for a mistake.
-            parametrize.register_parametrization(module, child, _Cast(parameter.dtype), unsafe=True)
+            delattr(module, child)
+            module.register_parameter(child + _MASTER, nn.Parameter(parameter.detach().float()))
+            kind: Any = type(module)  # which mypy takes for something without a hash
+            module.__class__ = _trained_type(kind, child, parameter.dtype)
     groups = []
     for parameter in norms_of(block).values():
         parameter.requires_grad_(True)
