@@ -150,6 +150,9 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     gpu_logit_bytes: tuple[float, float] = (40.0, 110.0)
     """Memory traffic of a logit, forward and backward, for cross-entropy and for KL: of 384 and 256 steps of
     E2E-QAT on SmolLM2 10.7 ms each are left over on an H200, 13.7 on an H100 (KL; cross-entropy reckoned)."""
+    gpu_kernel_logit_bytes: tuple[float, float] = (6.0, 10.0)
+    """The same by the kernels of recorded steps, which read logits twice and write their gradient: a step of
+    60 ms takes 46 (SmolLM2, H200)."""
     gpu_fused_logit_bytes: tuple[float, float] = (12.0, 22.0)
     """The same, compiled. Reckoned, not measured by itself."""
     gpu_compile_network: float = 14.0

@@ -73,6 +73,16 @@ class HeadLoss:
     def __init__(self, lm: CausalLM, text_weight: float = 0.0) -> None:
         self.lm, self.text_weight = lm, text_weight
         self._tail: Callable[..., Tensor] = tail_loss
+        self._kernel: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+    def take_kernel(self, dtype: torch.dtype) -> None:
+        """Let the steps use :mod:`engine.methods.network.head_kernel`, where a norm and the output embeddings
+        are all that follows the blocks; raises what stands in its way."""
+        if self.lm.tail is not None:
+            from engine.methods.network import head_kernel
+
+            head_kernel.try_out(self.lm.device, dtype)
+            self._kernel = head_kernel.loss_and_gradient
 
     def compile(self, *, expect_silence: Callable[[float], None], on_failure: Callable[[str], None]) -> None:
         """Let the steps use a compiled form, where there can be one."""
@@ -89,6 +99,13 @@ class HeadLoss:
         """``weight`` times the summed loss, and the gradient ``[T, H]`` of ``scale`` of that."""
         gradient_TH = torch.empty_like(hidden_TH)
         total = torch.zeros((), device=hidden_TH.device)
+        if self._kernel is not None and self._tail is tail_loss:
+            factor = scale(torch.full((), weight, device=hidden_TH.device))
+            for part in self.lm.head_chunks(len(hidden_TH)):
+                teacher_PH = _part(teacher_TH, part)
+                loss, gradient_TH[part] = self._by_kernel(hidden_TH[part], labels_T[part], teacher_PH, factor)
+                total += loss * weight
+            return total, gradient_TH
         for part in self.lm.head_chunks(len(hidden_TH)):
             # A leaf of its own: a slice's gradient would be as large as the whole, and mostly zeros.
             hidden = hidden_TH[part].detach().requires_grad_(True)
@@ -97,6 +114,21 @@ class HeadLoss:
             gradient_TH[part] = torch.autograd.grad(scale(loss), hidden)[0]
             total += loss.detach()
         return total, gradient_TH
+
+    def _by_kernel(
+        self, hidden_TH: Tensor, labels_T: Tensor, teacher_TH: Tensor | None, factor: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The summed loss, and ``factor`` times its gradient ``[T, H]``."""
+        assert self._kernel is not None
+        assert self.lm.tail is not None
+        norm, output = self.lm.tail
+        hidden = hidden_TH.detach().requires_grad_(True)
+        with torch.enable_grad():
+            logits = output(norm(hidden.to(self.lm.dtype)))
+        with torch.no_grad():
+            teacher = None if teacher_TH is None else output(norm(teacher_TH.to(self.lm.dtype)))
+        loss, gradient = self._kernel(logits.detach(), labels_T, teacher, self.text_weight, factor)
+        return loss, torch.autograd.grad(logits, hidden, gradient)[0]
 
     @torch.no_grad()
     def value(self, hidden_TH: Tensor, labels_T: Tensor, teacher_TH: Tensor | None) -> Tensor:

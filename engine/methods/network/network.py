@@ -146,6 +146,13 @@ class Network(Method):
         self._told = lambda why: progress.warning(
             "compile", f"{where}: steps are slower, they cannot be recorded: {why}", hint=SWITCH_HINT
         )
+        try:
+            self.head.take_kernel(self.lm.dtype)
+        except Exception as error:
+            why = str(error).strip()[:200] or type(error).__name__
+            progress.warning(
+                "compile", f"{where}: steps are slower, the loss has no kernel here: {why}", hint=SWITCH_HINT
+            )
 
     # Forward and backward
 

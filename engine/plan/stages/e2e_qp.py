@@ -123,10 +123,12 @@ class E2EQPCosts(NetworkTraining):
         # A backward pass moves one and a half times what a forward pass does.
         return (factor - 0.5) * tokens * arch.blocks * arch.hidden * cost.per_number
 
-    def _head_traffic(self, work: Workload, rates: Speed, *, compiled: bool) -> float:
+    def _head_traffic(self, work: Workload, rates: Speed, steps: Steps) -> float:
         """Seconds of all that a GPU does with logits beside their products."""
         section = self.section(work.config)
-        of_logit = CONSTANTS.gpu_fused_logit_bytes if compiled else CONSTANTS.gpu_logit_bytes
+        of_logit = CONSTANTS.gpu_kernel_logit_bytes if steps.recorded else CONSTANTS.gpu_logit_bytes
+        if steps.compiled:
+            of_logit = CONSTANTS.gpu_fused_logit_bytes
         logits = section.epochs * section.sequences * section.sequence_length * work.arch.vocab
         return logits * of_logit[section.loss == "kl"] * rates.per_byte
 
@@ -147,7 +149,7 @@ class E2EQPCosts(NetworkTraining):
         micro_steps = math.ceil(training / section.micro_batch_size)
         steps = self.steps(work, rates)
         cost = rates.compiled_passage if steps.compiled else rates.passage
-        traffic = self._traffic(work, cost) + self._head_traffic(work, rates, compiled=steps.compiled)
+        traffic = self._traffic(work, cost) + self._head_traffic(work, rates, steps)
         unpacked = self.unpacked_seconds(work, rates, micro_steps)
         working, passed = flops / rates.flops + traffic + unpacked, micro_steps * arch.blocks
         if steps.recorded:  # one launch, whose kernels still follow each other
