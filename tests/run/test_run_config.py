@@ -154,6 +154,17 @@ def test_methods_that_are_compared_learn_from_the_same_texts_and_a_paper_from_it
     assert all(load(name).data.mix is None and len(hub_texts(load(name))) == 1 for name in published)
 
 
+@pytest.mark.parametrize("sweep", [False, True])
+def test_methods_that_are_compared_take_as_many_steps_on_the_same_loss(sweep: bool) -> None:
+    """Cross-entropy beside KL is worth some percent by itself."""
+    names = {"lr-qat": "lr_qat", "peqa": "e2e_qp", "full-qat": "e2e_qat"}
+    given = load_sweep("lr-qat-vs-others")[0] if sweep else None
+    shared = ("sequences", "val_sequences", "sequence_length", "batch_size", "epochs", "loss", "text_weight")
+    found = [getattr(given or load(name), section) for name, section in names.items()]
+    assert len({tuple(getattr(section, field) for field in shared) for section in found}) == 1
+    assert found[0].text_weight > 0
+
+
 def test_the_text_of_every_field_is_a_sentence_that_needs_no_other() -> None:
     leaning = r"(?i)\b(as in|as above|same as|likewise)\b"
     for name, text in field_help().items():
