@@ -96,5 +96,10 @@ def test_kl_takes_little_more_than_cross_entropy_by_kernels_of_its_own() -> None
             work, rates, Steps(recorded=True)
         )
         assert plain / STEPS == pytest.approx({"cross_entropy": 3.3e-3, "kl": 9.6e-3}[loss], rel=0.2)
+        learned = {"instructions.source": "somebody/conversations", "e2e_qat.enabled": True}
+        answers = apply_overrides(config, {**learned, "e2e_qp.enabled": False})
+        work = msgspec.structs.replace(work, config=answers)
+        as_recorded = costs._head_traffic(work, rates, Steps(recorded=True))
+        assert as_recorded == costs._head_traffic(work, rates, Steps()), "answers are never recorded"
     assert found["kl"] == pytest.approx(58, rel=0.15)  # measured, of whole trainings: 58
     assert 0 < found["kl"] - found["cross_entropy"] < 3

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 
 from engine.config.run import RunConfig
+from engine.config.stages import learns_answers
 from engine.plan.answers import mask_memory
 from engine.plan.costs import Steps, Text
 from engine.plan.estimate import CONSTANTS, Workload
@@ -126,9 +127,11 @@ class E2EQPCosts(NetworkTraining):
     def _head_traffic(self, work: Workload, rates: Speed, steps: Steps) -> float:
         """Seconds of all that a GPU does with logits beside their products."""
         section = self.section(work.config)
-        of_logit = CONSTANTS.gpu_kernel_logit_bytes if steps.recorded else CONSTANTS.gpu_logit_bytes
+        of_logit = CONSTANTS.gpu_logit_bytes
         if steps.compiled:
             of_logit = CONSTANTS.gpu_fused_logit_bytes
+        elif steps.recorded and not learns_answers(work.config, self.stage):  # which differ in number
+            of_logit = CONSTANTS.gpu_kernel_logit_bytes
         logits = section.epochs * section.sequences * section.sequence_length * work.arch.vocab
         return logits * of_logit[section.loss == "kl"] * rates.per_byte
 
