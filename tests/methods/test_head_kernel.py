@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from quiet import Heard
 from torch import Tensor, nn
 
 pytest.importorskip("triton")
@@ -14,6 +15,7 @@ pytest.importorskip("triton")
 from engine.methods.network import head_kernel
 from engine.methods.network.head_kernel import loss_and_gradient
 from engine.methods.network.head_loss import HeadLoss, token_loss
+from engine.methods.network.network import Network, NetworkData
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TYPES = (
@@ -144,3 +146,46 @@ def test_a_model_with_more_behind_its_norm_takes_none() -> None:
     loss = HeadLoss(lm)
     loss.take_kernel(torch.float32)
     assert loss._kernel is None
+
+
+def plain_network() -> Network:
+    """Of no block."""
+    lm: Any = head(width=8, hidden=4, chunk=5)
+    return Network(lm, [], NetworkData(torch.zeros(1, 4, dtype=torch.int64), 1, None), torch.float32)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_the_kernels_are_tried_only_where_steps_use_them(
+    compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    monkeypatch.setattr(head_kernel, "try_out", lambda device, dtype: tried.append(dtype))
+    network, heard = plain_network(), Heard()
+    network.hasten(heard, "here", compiles=compiles, records=True)
+    assert tried == ([] if compiles else [torch.float32])
+    assert (network.head._kernel is None) is compiles
+    assert not heard.warnings
+
+
+@pytest.mark.parametrize("records", [False, True])
+def test_steps_that_are_recorded_do_without_kernels_that_fail(
+    records: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(device: torch.device, dtype: torch.dtype) -> None:
+        raise ValueError("no such instruction")
+
+    monkeypatch.setattr(head_kernel, "try_out", broken)
+    network, heard = plain_network(), Heard()
+    network.hasten(heard, "here", compiles=False, records=records)
+    assert network.head._kernel is None
+    assert len(heard.warnings) == records
+    assert all("no such instruction" in said for _, said in heard.warnings)
+
+
+def test_a_want_of_memory_is_left_to_whoever_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(device: torch.device, dtype: torch.dtype) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(head_kernel, "try_out", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        plain_network().hasten(Heard(), "here", compiles=False, records=True)

@@ -80,10 +80,7 @@ def train_weights(
     """
     kind = _FastWeights if fast else _Weights
     network = kind(lm, blocks, data, config, dtype, recompute=recompute)
-    if records:
-        network.record(progress, WHERE)
-    if compiles:
-        network.compile(progress, WHERE)
+    network.hasten(progress, WHERE, compiles=compiles, records=records)
     settings = network_settings(
         config, lm.device, seed=seed, dtype=dtype, where=WHERE, world=world, betas=BETAS
     )

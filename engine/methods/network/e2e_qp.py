@@ -66,10 +66,7 @@ def train_scales(
         StopRequested: at a step boundary, after a stop was asked for.
     """
     network = _Scales(lm, blocks, data, config, dtype, recompute=recompute)
-    if records:
-        network.record(progress, WHERE)
-    if compiles:
-        network.compile(progress, WHERE)
+    network.hasten(progress, WHERE, compiles=compiles, records=records)
     settings = network_settings(config, lm.device, seed=seed, dtype=dtype, where=WHERE, world=world)
     result = train_network(network, settings, progress, snapshot, keeper)
     refuse_runaway(network.scales, result.steps, WHERE)

@@ -88,6 +88,10 @@ class HeadLoss:
         """Let the steps use a compiled form, where there can be one."""
         self._tail = Compiled(tail_loss, expect_silence=expect_silence, on_failure=on_failure)
 
+    @property
+    def compiled(self) -> bool:
+        return self._tail is not tail_loss
+
     def gradient(
         self,
         hidden_TH: Tensor,
@@ -99,7 +103,7 @@ class HeadLoss:
         """``weight`` times the summed loss, and the gradient ``[T, H]`` of ``scale`` of that."""
         gradient_TH = torch.empty_like(hidden_TH)
         total = torch.zeros((), device=hidden_TH.device)
-        if self._kernel is not None and self._tail is tail_loss:
+        if self._kernel is not None:
             factor = scale(torch.full((), weight, device=hidden_TH.device))
             for part in self.lm.head_chunks(len(hidden_TH)):
                 teacher_PH = _part(teacher_TH, part)

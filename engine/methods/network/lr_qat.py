@@ -97,10 +97,8 @@ def train_factors(
         StopRequested: at a step boundary, after a stop was asked for.
     """
     network = _Factors(lm, blocks, data, config, dtype, recompute=recompute)
-    if records:
-        network.record(progress, WHERE)
-    if compiles and all(linear.by_kernel for linear in network.linears):
-        network.compile(progress, WHERE)
+    by_kernel = all(linear.by_kernel for linear in network.linears)
+    network.hasten(progress, WHERE, compiles=compiles and by_kernel, records=records)
     settings = network_settings(
         config,
         lm.device,

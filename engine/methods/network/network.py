@@ -119,8 +119,16 @@ class Network(Method):
         self._told: Callable[[str], None] | None = None
         """Is told why micro-steps cannot be recorded; none where nobody wants them recorded."""
 
-    def compile(self, progress: Progress, where: str) -> None:
-        """Compile the blocks' steps and the losses; what cannot be is said and stays as it is."""
+    def hasten(self, progress: Progress, where: str, *, compiles: bool, records: bool) -> None:
+        """Have micro-steps be compiled forms, and have them recorded, where that is wanted; what cannot be
+        is said and stays as it is."""
+        if compiles:
+            self._compile(progress, where)
+        if records:
+            self._record(progress, where)
+
+    def _compile(self, progress: Progress, where: str) -> None:
+        """The blocks' steps and the losses."""
 
         def slower(what: str) -> Callable[[str], None]:
             return lambda why: progress.warning(
@@ -138,16 +146,20 @@ class Network(Method):
             return  # there are more or fewer of them each time, and a compiled form is of one size
         self.head.compile(expect_silence=progress.expect_silence, on_failure=slower("losses"))
 
-    def record(self, progress: Progress, where: str) -> None:
-        """Record a micro-step on a GPU and replay it; what cannot be is said and stays as it is. Micro-steps
-        on answers are of another shape each time, and are not recorded."""
+    def _record(self, progress: Progress, where: str) -> None:
+        """A micro-step on a GPU, which is replayed, with the loss by kernels where nothing else is faster
+        than the plain one. Micro-steps on answers are of another shape each time, and are not recorded."""
         if self.data.answers is not None:
             return
         self._told = lambda why: progress.warning(
             "compile", f"{where}: steps are slower, they cannot be recorded: {why}", hint=SWITCH_HINT
         )
+        if self.head.compiled:
+            return
         try:
             self.head.take_kernel(self.lm.dtype)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             why = str(error).strip()[:200] or type(error).__name__
             progress.warning(
