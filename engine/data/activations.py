@@ -359,8 +359,13 @@ def _allocate(store: ActivationStore, device: torch.device) -> Tensor:
 def _gather(data_NTH: Tensor, positions: Sequence[int], target: Tensor) -> None:
     """Rows of a tensor: one copy, and none of it staged.
 
-    Row by row, because a tensor of positions would have to reach the device first, and the host would wait.
+    Row by row where they do not follow each other, because a tensor of positions would have to reach the
+    device first, and the host would wait.
     """
+    first = positions[0] if positions else 0
+    if list(positions) == list(range(first, first + len(positions))):
+        target.copy_(data_NTH[first : first + len(positions)], non_blocking=True)
+        return
     for place, index in enumerate(positions):
         target[place].copy_(data_NTH[index], non_blocking=True)
 

@@ -42,7 +42,34 @@ if TYPE_CHECKING:
     from engine.models.causal_lm import CausalLM
 
 LOGITS_AT_ONCE = 4
-"""Tensors of all logits of a chunk that live at the same time, compared with the one of perplexity."""
+"""Tensors of all logits of a chunk that live at the same time, compared with the one of perplexity; a kernel
+has none but the two it reads, of half the size."""
+
+
+Compare = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""As :func:`compared`."""
+
+
+class Comparison:
+    """Whether logits on a device are compared by :mod:`engine.evaluation.compare_kernel`."""
+
+    kernel: Compare | None = None
+    device_type = ""
+
+    @classmethod
+    def switch_on(cls, device: torch.device) -> None:
+        """By it from now on; raises what stands in its way (no Triton, no compiler) and leaves it off."""
+        from engine.evaluation import compare_kernel
+
+        compare_kernel.try_out(device, torch.bfloat16)
+        cls.kernel, cls.device_type = compare_kernel.compared, device.type
+
+    @classmethod
+    def on(cls, device: torch.device) -> tuple[Compare, int]:
+        """How logits are compared there, and of how many at a time room is needed."""
+        if cls.kernel is None or device.type != cls.device_type:
+            return compared, LOGITS_AT_ONCE
+        return cls.kernel, 1
 
 
 @dataclass(frozen=True)
@@ -195,24 +222,26 @@ def _measures(
     lm, batch = both[0].lm, len(ids_BT)
     flat = [states_BTH[:, given - 1 : -1].flatten(0, 1) for states_BTH in hidden]
     labels_T = ids_BT[:, given:].long().flatten().to(lm.device)
-    size = max(1, lm.head_values // (LOGITS_AT_ONCE * max(version.lm.vocab_size for version in both)))
+    compare, at_once = Comparison.on(lm.device)
+    size = max(1, lm.head_values // (at_once * max(version.lm.vocab_size for version in both)))
     parts = []
     for start in range(0, len(labels_T), size):
         chunk = slice(start, start + size)
         full_TV, other_TV = (_logits(*each, chunk) for each in zip(both, flat, strict=True))
-        parts.append(compared(full_TV, other_TV, labels_T[chunk]))
+        parts.append(compare(full_TV, other_TV, labels_T[chunk]))
     found_MBP = torch.cat(parts, 1).double().view(len(MEASURES) - 1, batch, -1)
     return torch.cat([found_MBP.mean(2), found_MBP[-1:].amax(2)])
 
 
 def _logits(version: Version, states_TH: Tensor, chunk: slice) -> Tensor:
     with version.outer():
-        return version.lm.head(states_TH[None, chunk])[0].float()
+        return version.lm.head(states_TH[None, chunk])[0]
 
 
 def compared(full_TV: Tensor, other_TV: Tensor, labels_T: Tensor) -> Tensor:
     """Float32 ``[5, T]``: of each position -log p of its label in both models, the KL divergence, whether
     both find the same token likeliest, and the largest error of a logit."""
+    full_TV, other_TV = full_TV.float(), other_TV.float()
     agrees_T = full_TV.argmax(-1) == other_TV.argmax(-1)
     # A token that is impossible in both differs by nothing, while infinity minus infinity is no number.
     error_T = (full_TV - other_TV).abs().masked_fill_(full_TV == other_TV, 0).amax(-1)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from engine.config.run import RunConfig
+from engine.evaluation.beside import Comparison
 from engine.gpu.compiled import SWITCH_HINT
 from engine.phases.job import Job
 from engine.quant.low_rank import Kernel
@@ -15,9 +16,12 @@ from engine.reporter import Reporter
 
 
 def switch_on_kernels(config: RunConfig, device: torch.device, report: Reporter) -> None:
-    """Packed weights are unpacked by one kernel where Triton works, else by torch's operations."""
+    """Packed weights are unpacked by one kernel where Triton works, and logits compared by one, else by
+    torch's operations."""
     if device.type == "cuda" and config.runtime.compile != "off":
         _try("packed weights are", Kernels.switch_on, device, report)
+        if Kernels.on and config.evaluation.divergence:
+            _try("readings beside full precision are", Comparison.switch_on, device, report)
 
 
 def switch_on_low_rank_kernel(job: Job) -> None:

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.evaluation.compare_kernel import counted_from
+
 COLUMNS = 2048
 """Logits that a program has in hand."""
 WARPS = 8
@@ -76,13 +78,13 @@ def _sums(
         here = first + at < WIDTH
         own = tl.load(logits_ptr + first + at, mask=here, other=float("-inf")).to(tl.float32)
         larger = tl.maximum(most, own)
-        middle = _finite(larger)
+        middle = counted_from(larger)
         total = total * tl.exp(most - middle) + tl.exp(own - middle)
         most = larger
         if TAUGHT:
             other = tl.load(teacher_ptr + first + at, mask=here, other=float("-inf")).to(tl.float32)
             larger = tl.maximum(most_taught, other)
-            middle = _finite(larger)
+            middle = counted_from(larger)
             kept = tl.exp(most_taught - middle)
             part = tl.exp(other - middle)
             total_taught = total_taught * kept + part
@@ -135,9 +137,3 @@ def _gradients(
             other = tl.load(teacher_ptr + first + at, mask=here, other=0.0).to(tl.float32)
             found -= tl.exp(other - taught_sum)
         tl.store(gradient_ptr + first + at, (factor * found).to(gradient_ptr.dtype.element_ty), mask=here)
-
-
-@triton.jit
-def _finite(largest):
-    """What sums are counted from: where there is nothing yet but minus infinity, zero."""
-    return tl.where(largest == float("-inf"), 0.0, largest)
