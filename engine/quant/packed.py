@@ -251,7 +251,8 @@ class PackedLinear(nn.Module):
         self.in_features = weight.in_features
         self.out_features = weight.out_features
         self.register_buffer("words", weight.words)
-        self.scale = nn.Parameter(weight.scale.float(), requires_grad=False)
+        # A copy: what is trained in here must not move under whoever has the packed weight.
+        self.scale = nn.Parameter(weight.scale.to(torch.float32, copy=True), requires_grad=False)
         self.zero_point: Tensor | nn.Parameter
         self.register_buffer("zero_point", weight.zero_point)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -260,7 +261,7 @@ class PackedLinear(nn.Module):
 
     def train_zero_points(self) -> nn.Parameter:
         """Turn the zero points into a float32 parameter and return it."""
-        value = self.zero_point.float()
+        value = self.zero_point.to(torch.float32, copy=True)
         del self.zero_point
         self.zero_point = nn.Parameter(value)
         return self.zero_point
@@ -353,7 +354,7 @@ class PackedBlock:
         for slot in slots(block, self.linears):
             weight, bias = self.linears[slot.name], self.others.get(f"{slot.name}.bias")
             if bias is not None:
-                bias = bias.to(device=device, dtype=slot.get().weight.dtype)  # type: ignore[arg-type]
+                bias = bias.to(device=device, dtype=slot.get().weight.dtype, copy=True)  # type: ignore[arg-type]
             slot.set(PackedLinear(weight.to(device), bias))
         return block
 
@@ -365,16 +366,17 @@ class PackedBlock:
             linear.weight.data = self.linears[slot.name].to(device).dequantize(linear.weight.dtype)
             bias = self.others.get(f"{slot.name}.bias")
             if bias is not None:
-                linear.bias.data = bias.to(device=device, dtype=linear.weight.dtype)
+                linear.bias.data = bias.to(device=device, dtype=linear.weight.dtype, copy=True)
         return block
 
     def _install_others(self, block: nn.Module) -> torch.device:
-        """Load the parameters that are not part of a quantized linear; the block's device."""
+        """Load the parameters that are not part of a quantized linear, copies that may be trained; the
+        block's device."""
         device = next(block.parameters()).device
         own = dict(block.named_parameters())
         for name, tensor in self.others.items():
             if name.removesuffix(".bias") not in self.linears:
-                own[name].data = tensor.to(device=device, dtype=own[name].dtype)
+                own[name].data = tensor.to(device=device, dtype=own[name].dtype, copy=True)
         return device
 
 

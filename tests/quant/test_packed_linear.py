@@ -108,6 +108,28 @@ def test_linears_of_a_block_keep_grids_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("dense", [False, True])
+def test_what_is_trained_in_a_block_does_not_move_the_packed_one(dense: bool) -> None:
+    """Another training may begin at the same; of float32 values, as blocks on a CPU have them, too."""
+    _, packed = mixed_block()
+    wide = {
+        name: replace(weight, scale=weight.scale.float(), zero_point=weight.zero_point.float())
+        for name, weight in packed.linears.items()
+    }
+    packed = PackedBlock(wide, {name: tensor.float() for name, tensor in packed.others.items()})
+    before = {name: tensor.clone() for name, tensor in packed.tensors().items()}
+    block = TwoLinears()
+    (packed.install_dense if dense else packed.install)(block)
+    if not dense:
+        for name in MIXED:
+            block.get_submodule(name).train_zero_points()  # type: ignore[operator]
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(1)
+    for name, tensor in packed.tensors().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("dense", [False, True])
 def test_a_block_of_mixed_grids_computes_with_each_of_them(dense: bool) -> None:
     trained, packed = mixed_block()
     x = torch.randn(3, 64)
