@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -486,9 +487,17 @@ def test_compiled_steps_train_what_plain_ones_do_and_blocks_share_them(make: Mak
     # Of steps, passages and heads; not one for each of four blocks.
     assert counters["stats"]["unique_graphs"] <= 10
     assert losses["on"][0][0] == pytest.approx(losses["off"][0][0], rel=0.01)
-    # What follows is trained, and on so little text the last bit of the first step decides some percent.
+    # What follows is trained, and on so little text the last bit of the first step decides a lot: of ten
+    # seeds on a CPU one block's loss came 42 % apart by the type of numbers alone, of six on a GPU the first
+    # block's by 13 % and all of them together by 17.
+    assert losses["on"][0][1] == pytest.approx(losses["off"][0][1], rel=0.2)
+    apart = [
+        math.log(fast / plain) for (_, plain), (_, fast) in zip(losses["off"], losses["on"], strict=True)
+    ]
+    assert abs(statistics.mean(apart)) < math.log(1.25)
     for plain, fast in zip(losses["off"], losses["on"], strict=True):
-        assert fast == pytest.approx(plain, rel=0.25)
+        assert fast[1] < 0.75 * fast[0]
+        assert fast[0] == pytest.approx(plain[0], rel=0.5)
 
 
 def test_the_kernel_searches_for_the_start_where_it_may(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

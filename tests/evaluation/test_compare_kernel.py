@@ -13,9 +13,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from engine.config.model import ModelConfig
 from engine.evaluation import compare_kernel
 from engine.evaluation.beside import Comparison, Version, beside
 from engine.evaluation.beside import compared as plainly
+from engine.models.causal_lm import CausalLM
+from engine.models.source import ModelSource
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
@@ -113,7 +116,8 @@ def test_what_is_no_number_is_not_told_as_no_difference(bad: float, whose: int, 
 def test_a_model_is_read_beside_full_precision_with_it_as_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, lm = saved(tmp_path, "llama")
+    saved(tmp_path, "llama")
+    lm = CausalLM(ModelSource.open(ModelConfig(source=str(tmp_path))), DEVICE, torch.float32)
     lm.head_values = 3 * lm.vocab_size  # so that the last chunk is not of the usual size
     both = Version(lm, lm.load_block), Version(lm, lambda index: worse(lm, index))
     monkeypatch.setattr(Comparison, "kernel", None)
