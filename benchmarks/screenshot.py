@@ -24,7 +24,7 @@ from eqat_tui.palette import Terminal
 README = Path(__file__).resolve().parents[1] / "README.md"
 SIZE = (96, 28)
 """Columns and rows; narrow enough for a page, wide enough for what there is to see."""
-PLACE = 0.3
+PLACE = 0.305
 """Part of the run that the monitor's picture shows as done."""
 
 

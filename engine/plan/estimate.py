@@ -67,8 +67,9 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     which the largest are found."""
     gpu_dropping_tensors: int = 2
     """The same on a GPU, which needs no pairs."""
-    search_tensors: int = 4
-    """float32 tensors of as many errors as torch's form of the joint search holds at once."""
+    search_tensors: int = 2
+    """float32 tensors of as many numbers as the joint search may hold at once: torch's form has three of half
+    as many, and the weights."""
     unpack_bytes: int = 16
     """Bytes a weight of the largest linear takes while it is unpacked (int32, uint8 and float steps)."""
     head_values: int = HEAD_VALUES
@@ -101,8 +102,8 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     """Unpacking a packed weight once."""
     cpu_search_per_weight: float = 5.5e-9
     """One range that is tried for one weight: 4.9e-9 to 6.0e-9 over 15, 30 and 64 of them."""
-    cpu_search_error: float = 1.2e-9
-    """One weight with one pair of scale and zero point: 1.0e-9 to 1.3e-9 at 2 to 8 bits."""
+    cpu_search_error: float = 0.7e-9
+    """One weight with one pair of scale and zero point: 0.5e-9 to 0.9e-9 at 2 to 8 bits."""
     cpu_drop_per_number: float = 12e-9
     """Finding the largest errors, for every number of a block's output: 5e-9 to 16e-9, on one core whatever
     there are."""

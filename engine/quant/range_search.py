@@ -23,6 +23,8 @@ from engine.config.joint_search import COARSE, FINE, GPU_VALUES, VALUES, zero_po
 from engine.quant.grid import SMALLEST_SCALE, range_to_grid
 
 LARGEST_KERNEL_GROUP = 512
+HELD = 2
+"""Of as many numbers as are held at once, torch's form takes half for one tensor: of three, a little more."""
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 0.01, 100.0
 """What a channel counts at least and at most, in terms of the mean."""
 
@@ -68,8 +70,7 @@ def search_range(
     if channels_I is None:
         channels_I = torch.ones(inputs, device=weight_OI.device)
     channels_Gg = channels_I.float().reshape(groups, -1)
-    scales = 1 if kernel else max(1, min(COARSE, values // (zero_points(grid) * inputs)))
-    rows = max(1, values // (inputs * (1 if kernel else scales * zero_points(grid))))
+    rows = max(1, values // (inputs * (1 if kernel else HELD)))
     factors = _factors(grid.bits, weight_OI.device)
     found = []
     for part in weight_OI.detach().split(min(rows, outputs)):
@@ -82,7 +83,7 @@ def search_range(
 
             found.append(range_kernel.search(*given))
         else:
-            found.append(search(*given, at_once=scales))
+            found.append(search(*given))
     scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
     if not grid.turns:
         return scale, zero
@@ -117,43 +118,30 @@ def search(
     top: int,
     coarse: Tensor,
     fine: Tensor,
-    *,
-    at_once: int = COARSE,
 ) -> tuple[Tensor, Tensor]:
-    """Torch's form, which tries so many scales ``at_once`` with ``count`` zero points from ``first`` on."""
-    zeros = torch.arange(count, device=span_OG.device)
-    best = torch.full_like(span_OG, torch.inf), span_OG, first_OG
+    """Torch's form, which tries one scale with one zero point after the other, ``count`` of them from
+    ``first`` on: what it holds stays in the caches."""
+    least, scale, zero = torch.full_like(span_OG, torch.inf), span_OG, first_OG
+    ratio, rounded, error = (torch.empty_like(weight_OGg) for _ in range(3))
+    # Bounds that are numbers are much faster than tensors of them, so levels count from the first point.
+    first_OG1 = first_OG.unsqueeze(-1) if first_OG.any() else None
     for factors in (coarse, fine):
-        middle = best[1]  # the whole span at first
-        for some in factors.split(at_once):
-            tried = (some[:, None, None] * middle).clamp_(min=SMALLEST_SCALE)
-            best = _better(best, weight_OGg, channels_Gg, tried, first_OG, zeros, top)
-    return best[1], best[2]
-
-
-def _better(
-    best: tuple[Tensor, Tensor, Tensor],
-    weight_OGg: Tensor,
-    channels_Gg: Tensor,
-    scale_SOG: Tensor,
-    first_OG: Tensor,
-    zeros_Z: Tensor,
-    top: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Error, scale and zero point of each group after these were tried."""
-    ratio = weight_OGg / scale_SOG.unsqueeze(-1)
-    zero_ZOG = first_OG + zeros_Z[:, None, None]
-    below = -zero_ZOG[:, None, ..., None]  # [Z, 1, O, G, 1]
-    # In one piece of memory: a fresh one of megabytes costs more than what is computed in it.
-    error = torch.minimum(ratio.round(), below + top)
-    torch.maximum(error, below, out=error).sub_(ratio).square_()
-    error_ZSOG = error.mul_(channels_Gg).sum(-1).mul_(scale_SOG.square())
-    least, place = error_ZSOG.flatten(0, 1).min(0)
-    scale = scale_SOG.gather(0, (place % len(scale_SOG)).unsqueeze(0))[0]
-    zero = zero_ZOG.gather(0, (place // len(scale_SOG)).unsqueeze(0))[0]
-    better = least < best[0]
-    return (
-        torch.where(better, least, best[0]),
-        torch.where(better, scale, best[1]),
-        torch.where(better, zero, best[2]),
-    )
+        middle = scale  # the whole span at first
+        for factor in factors:
+            tried = (factor * middle).clamp_(min=SMALLEST_SCALE)
+            torch.div(weight_OGg, tried.unsqueeze(-1), out=ratio)
+            torch.round(ratio, out=rounded)
+            if first_OG1 is not None:
+                rounded.add_(first_OG1)
+            square = tried.square()
+            for more in range(count):
+                torch.clamp(rounded, -more, top - more, out=error)
+                if first_OG1 is not None:
+                    error.sub_(first_OG1)
+                error.sub_(ratio).square_().mul_(channels_Gg)
+                found = error.sum(-1).mul_(square)
+                better = found < least
+                least = torch.where(better, found, least)
+                scale = torch.where(better, tried, scale)
+                zero = torch.where(better, first_OG + more, zero)
+    return scale, zero
