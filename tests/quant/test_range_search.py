@@ -129,9 +129,7 @@ def test_channels_whose_sum_is_not_finite_leave_the_others_what_they_count(sums:
         assert torch.equal(weights, torch.full((4,), 100.0))
 
 
-@pytest.mark.parametrize(
-    ("values", "kernel"), [(1, False), (768, False), (2 * 3 * 96, False), (500, True)]
-)
+@pytest.mark.parametrize(("values", "kernel"), [(1, False), (768, False), (2 * 3 * 96, False), (500, True)])
 @pytest.mark.usefixtures("interpreted")
 def test_parts_are_found_like_the_whole(values: int, kernel: bool) -> None:
     weight, channels, grid = drawn(8, 96), uneven(96), Grid(3, -1)
