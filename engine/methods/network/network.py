@@ -147,8 +147,8 @@ class Network(Method):
         self.head.compile(expect_silence=progress.expect_silence, on_failure=slower("losses"))
 
     def _record(self, progress: Progress, where: str) -> None:
-        """A micro-step on a GPU, which is replayed, with the loss by kernels where nothing else is faster
-        than the plain one. Micro-steps on answers are of another shape each time, and are not recorded."""
+        """A micro-step on a GPU, which is replayed, with the loss by kernels unless it is compiled.
+        Micro-steps on answers are of another shape each time, and are not recorded."""
         if self.data.answers is not None:
             return
         self._told = lambda why: progress.warning(
