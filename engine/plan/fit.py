@@ -217,6 +217,8 @@ def problems(work: Workload, store: StoreKind, place: Place) -> Iterator[Problem
             or (
                 OTHER_TEXT
                 if phase == "prepare" and writing_memory(work)
+                else "raise runtime.host_memory_gib, or use a machine with more memory"
+                if work.config.runtime.host_memory_gib
                 else "use a machine with more memory"
             ),
         )

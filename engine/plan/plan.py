@@ -360,7 +360,8 @@ def _named(found: Iterable[StageCosts]) -> frozenset[str]:
 def _rates(work: Workload, machine: Machine) -> Speed:
     runtime = work.config.runtime
     cpus = threads(runtime.threads, runtime.gpus, gpu=work.cuda, there=machine.cpus)
-    return speed(work.cuda, machine.gpu_name or "", cpus, machine.avx512)
+    # More threads than there are processors compute nothing sooner.
+    return speed(work.cuda, machine.gpu_name or "", min(cpus, machine.cpus), machine.avx512)
 
 
 def _place(work: Workload, model: ModelDescription, machine: Machine) -> Place:

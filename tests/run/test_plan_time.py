@@ -180,3 +180,18 @@ def test_leaving_errors_out_is_planned(llama: str) -> None:
     assert seconds - usual == pytest.approx(steps * numbers * 60 / 4.0e12, rel=0.01)
     more = parts["activations and gradients"] - usual_parts["activations and gradients"]
     assert more == 2 * 4 * numbers
+
+
+def test_threads_beyond_the_processors_make_nothing_faster() -> None:
+    small = resolve(load("smoke", overrides={"runtime.device": "cpu"}))
+    found = [
+        make_plan(apply_overrides(small, {"runtime.threads": count}), machine=machine(cpus=2)).seconds
+        for count in (1, 2, 99)
+    ]
+    assert found[0] > found[1] == found[2]
+
+
+def test_a_budget_that_is_too_small_is_what_the_hint_names() -> None:
+    small = resolve(load("smoke", overrides={"runtime.device": "cpu", "runtime.host_memory_gib": 0.01}))
+    (problem,) = make_plan(small, machine=machine(cpus=2)).problems
+    assert problem.hint == "raise runtime.host_memory_gib, or use a machine with more memory"
