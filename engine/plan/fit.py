@@ -208,19 +208,15 @@ def problems(work: Workload, store: StoreKind, place: Place) -> Iterator[Problem
         )
     if peak_host(work, store) > limits.host:
         phase = max(work.phases(), key=lambda name: host_memory(work, phase_memory(work, name), store))
-        stated = "the budget is" if work.config.runtime.host_memory_gib else "what may be used is"
+        stated, more = "what may be used is", "use a machine with more memory"
+        if work.config.runtime.host_memory_gib:
+            stated, more = "the budget is", f"raise runtime.host_memory_gib, or {more}"
         yield Problem(
             where=phase,
             message=f"{size_text(peak_host(work, store))} of host memory are needed and {stated} "
             f"{size_text(limits.host)}",
             hint=_remedy(work, store, place)
-            or (
-                OTHER_TEXT
-                if phase == "prepare" and writing_memory(work)
-                else "raise runtime.host_memory_gib, or use a machine with more memory"
-                if work.config.runtime.host_memory_gib
-                else "use a machine with more memory"
-            ),
+            or (OTHER_TEXT if phase == "prepare" and writing_memory(work) else more),
         )
     needed = place.disk_needed(work, store)
     if needed > limits.disk:

@@ -35,7 +35,7 @@ def lowest_fraction(bits: int) -> float:
 
 
 def values_at_a_time(device: torch.device) -> int:
-    """How many errors are held at once, where memory suffices."""
+    """How many numbers are held at once, where memory suffices."""
     return GPU_VALUES if device.type == "cuda" else VALUES
 
 
@@ -61,7 +61,7 @@ def search_range(
     """Scale and zero point of each group, float32 ``[O, G]``; the zero point holds whole numbers.
 
     Without ``channels_I`` all channels count alike. ``kernel`` takes Triton's form, for groups that a program
-    can hold; ``values`` errors are held at once, some rows at a time, between which ``poll`` is called.
+    can hold; ``values`` numbers are held at once, some rows at a time, between which ``poll`` is called.
     """
     outputs, inputs = weight_OI.shape
     groups = grid.groups(inputs)
